@@ -1,0 +1,1 @@
+"""Mathematics on arrays: patterns, the penalty and its proximal operator."""

@@ -1,0 +1,42 @@
+"""The regulariser whose zeros are exactly the 2:4 blocks."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from prox24.core.pattern import PatternLike, as_pattern, to_planes
+
+
+def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
+    """R(w) = sum over blocks of e_{N+1}(|w|), the elementary symmetric polynomial of degree N+1.
+
+    It is zero exactly when every block has at most N nonzeros. For 2:4,
+    R(w) = |w1 w2 w3| + |w1 w2 w4| + |w1 w3 w4| + |w2 w3 w4| on each block.
+
+    Args:
+      w: array whose length along `axis` is a multiple of M.
+      pattern: (N, M), any 1 <= N <= M (N = M gives 0).
+      axis: the axis along which the blocks run.
+
+    Returns:
+      Scalar of the dtype of `w`, of the unit of w cubed for 2:4.
+
+    Raises:
+      ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
+
+    References:
+      "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, the regulariser of its
+      section 3.
+
+    Example:
+      >>> float(penalty(jnp.array([1.0, -2.0, 3.0, 0.0])))
+      6.0
+    """
+    degree = as_pattern(pattern).kept + 1
+    magnitudes = [jnp.abs(plane) for plane in to_planes(w, pattern, axis)]
+    # Horner's scheme for the product of (1 + |w_i| t): elementary[d] is e_d of the entries so far.
+    elementary = [jnp.ones_like(magnitudes[0])] + [jnp.zeros_like(magnitudes[0])] * degree
+    for magnitude in magnitudes:
+        for d in range(degree, 0, -1):
+            elementary[d] = elementary[d] + magnitude * elementary[d - 1]
+    return jnp.sum(elementary[degree])

@@ -1,0 +1,1 @@
+"""The layer-wise problem and the solvers for it."""

@@ -1,0 +1,121 @@
+"""One entry for every solver and every refit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from prox24.core.pattern import Pattern, PatternLike
+from prox24.solvers.problem import (
+    Candidate,
+    LayerProblem,
+    Solution,
+    Statistics,
+    Status,
+    check_problem,
+    damping_amount,
+    normalize,
+    quadratic_loss,
+)
+from prox24.solvers.proximal import Prox
+from prox24.solvers.refit import ConjugateGradients, GradientSteps
+from prox24.solvers.scores import Magnitude, Wanda
+from prox24.solvers.sparsegpt import SparseGPT
+
+Solver = Magnitude | Wanda | SparseGPT | Prox
+Refit = ConjugateGradients | GradientSteps
+
+SOLVERS: dict[str, type[Solver]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "prox": Prox,
+}
+REFITS: dict[str, type[Refit]] = {"cg": ConjugateGradients, "gradient": GradientSteps}
+
+
+def solve(
+    problem: LayerProblem,
+    solver: Solver = Prox(),
+    refit: Refit | None = ConjugateGradients(),
+    *,
+    pattern: PatternLike = (2, 4),
+    damping: float = 0.01,
+) -> Solution:
+    """Prunes one layer: finds a mask and weights, then refits the kept weights.
+
+    Args:
+      problem: weight (out, in) and gram (in, in), in any floating dtype; the work is done in
+        float32, or in float64 when the Gram is float64.
+      solver: how the mask is found; an object of hyperparameters, whose numbers are traced.
+      refit: how the kept weights are updated afterwards, or None to keep the solver's.
+      pattern: (N, M) along the input axis; M divides the input width.
+      damping: added to the diagonal of the Gram, relative to its mean. It makes a singular Gram
+        definite; zero is allowed, and ends as NONFINITE where a solver needs a definite one.
+
+    Returns:
+      A `Solution`. Check its status: a solver never raises on numerical failure.
+
+    Raises:
+      ValueError: the shapes do not fit, M does not divide the input width, or the solver does not
+        support the pattern.
+
+    Example:
+      >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
+      >>> tokens = jax.random.normal(jax.random.key(1), (64, 16))
+      >>> solution = solve(LayerProblem(weight, tokens.T @ tokens))
+      >>> solution.status, int(solution.mask.sum())
+      (<Status.SPARSE: 'sparse'>, 64)
+    """
+    pattern = check_problem(problem, pattern)
+    weight, mask, figures = _solve(problem, solver, refit, jnp.asarray(damping), pattern)
+    statistics = Statistics(
+        relative_loss=float(figures["relative_loss"]),
+        relative_loss_before_refit=float(figures["relative_loss_before_refit"]),
+        steps=int(figures["steps"]),
+        refit_steps=0 if refit is None else refit.steps,
+        dense_blocks=int(figures["dense_blocks"]),
+        dead_features=int(figures["dead_features"]),
+        damping=float(figures["damping"]),
+    )
+    if not figures["finite"]:
+        status = Status.NONFINITE
+    elif statistics.dense_blocks:
+        status = Status.MAX_STEPS
+    else:
+        status = Status.SPARSE
+    return Solution(weight, mask, status, statistics)
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def _solve(
+    given: LayerProblem, solver: Solver, refit: Refit | None, damping: Array, pattern: Pattern
+) -> tuple[Array, Array, dict[str, Array]]:
+    dtype = jnp.promote_types(given.gram.dtype, jnp.float32)
+    damping = damping.astype(dtype)
+    problem = LayerProblem(given.weight.astype(dtype), given.gram.astype(dtype))
+    candidate: Candidate = solver(problem, pattern, damping)
+    weight = candidate.weight
+    if refit is not None:
+        normalized = normalize(problem, damping)
+        scale = normalized.scale[None, :]
+        weight = refit(normalized, weight * scale, candidate.mask) / scale
+    weight = jnp.where(candidate.mask, weight, 0).astype(given.weight.dtype)
+
+    total = quadratic_loss(problem.weight, problem.gram)
+
+    def relative_loss(weight: Array) -> Array:
+        loss = quadratic_loss(weight.astype(dtype) - problem.weight, problem.gram)
+        return jnp.where(total > 0, loss / total, 0)
+
+    figures = {
+        "relative_loss": relative_loss(weight),
+        "relative_loss_before_refit": relative_loss(candidate.weight),
+        "steps": candidate.steps,
+        "dense_blocks": candidate.dense_blocks,
+        "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
+        "damping": damping_amount(problem.gram, damping),
+        "finite": jnp.all(jnp.isfinite(weight)) & jnp.all(jnp.isfinite(problem.gram)),
+    }
+    return weight, candidate.mask, figures
