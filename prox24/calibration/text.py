@@ -1,0 +1,66 @@
+"""Text to windows of token ids."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from prox24.errors import CalibrationError
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file, naming it in the error where that fails.
+
+    Raises:
+      CalibrationError: the file is missing or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int) -> NDArray[np.int32]:
+    """Token ids of a text, without special tokens.
+
+    Raises:
+      CalibrationError: the tokenizer gives ids that the model has no embedding for.
+    """
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+    if ids.size and ids.max() >= vocab_size:
+        raise CalibrationError(
+            f"the tokenizer gives id {ids.max()} but the model has {vocab_size} embeddings"
+        )
+    return ids
+
+
+def first_windows(ids: NDArray[np.int32], windows: int | None, length: int) -> NDArray[np.int32]:
+    """The first non-overlapping windows, shape (windows, length); all that are whole if None.
+
+    Raises:
+      CalibrationError: there are too few tokens; says how many are needed.
+    """
+    needed = length * (windows or 1)
+    if ids.size < needed:
+        raise CalibrationError(
+            f"the text has {ids.size} tokens, but {windows or 1} windows of {length} need {needed}"
+        )
+    count = windows or ids.size // length
+    return ids[: count * length].reshape(count, length)
+
+
+def spread_windows(ids: NDArray[np.int32], windows: int, length: int) -> NDArray[np.int32]:
+    """Non-overlapping windows spread evenly over the text, shape (windows, length).
+
+    No randomness: the same text, number and length give the same windows.
+
+    Raises:
+      CalibrationError: there are too few tokens; says how many are needed.
+    """
+    available = first_windows(ids, None, length)
+    if len(available) < windows:
+        first_windows(ids, windows, length)
+    return available[np.linspace(0, len(available) - 1, windows).round().astype(int)]

@@ -1,0 +1,1 @@
+"""Models on disk: HF folders and GGUF files in, HF folders out."""

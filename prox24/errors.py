@@ -1,0 +1,21 @@
+"""Errors that a user can mend: one line that names the file, tensor or argument and what to do."""
+
+
+class Prox24Error(Exception):
+    """Base of the errors that the command line prints as one line, with exit code 2."""
+
+
+class CheckpointError(Prox24Error):
+    """A checkpoint that cannot be read, or a destination that cannot be written."""
+
+
+class UnsupportedModelError(Prox24Error):
+    """An architecture, or a setting of one, that has no forward pass here."""
+
+
+class CalibrationError(Prox24Error):
+    """Text that cannot calibrate or evaluate, or activations that are not finite."""
+
+
+class SolverError(Prox24Error):
+    """A layer for which no solution was found."""

@@ -1,0 +1,1 @@
+"""Forward passes of model families, as pure functions on dicts of arrays."""

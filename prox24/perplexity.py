@@ -1,0 +1,78 @@
+"""Perplexity on non-overlapping windows."""
+
+import functools
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from numpy.typing import NDArray
+
+from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.errors import CalibrationError
+from prox24.forward import embed_windows, layer_weights, load_model, outer_weights, run_layer
+
+
+class Perplexity(NamedTuple):
+    """exp of the mean negative log-likelihood, and what it was measured on.
+
+    Attributes:
+      perplexity: per predicted token.
+      context_length: tokens of a window; the first of each is given, the others are predicted.
+      windows: their number.
+      predicted_tokens: windows (context_length - 1).
+    """
+
+    perplexity: float
+    context_length: int
+    windows: int
+    predicted_tokens: int
+
+
+def perplexity(checkpoint: Checkpoint, windows: NDArray[np.int32]) -> Perplexity:
+    """exp(-mean log p(token t | tokens 0..t-1 of its window)), in float32, summed in float64.
+
+    Args:
+      checkpoint: the model; one layer's weights are in memory at a time.
+      windows: token ids of shape (windows, context length).
+
+    Raises:
+      CalibrationError: the loss is not finite.
+    """
+    model = load_model(checkpoint)
+    hidden = embed_windows(model, windows)
+    for index in range(model.config.layers):
+        weights = layer_weights(model, index)
+        hidden = [run_layer(model.family, model.config, weights, batch) for batch in hidden]
+    weights = outer_weights(model)
+    batches = windows.reshape(len(hidden), -1, windows.shape[1])
+    losses = [
+        window_losses(model.family, model.config, weights, states, jnp.asarray(tokens))
+        for states, tokens in zip(hidden, batches, strict=True)
+    ]
+    predicted = windows.size - len(windows)
+    mean = np.concatenate(losses).astype(np.float64).sum() / predicted
+    if not math.isfinite(mean):
+        raise CalibrationError(f"{checkpoint.path}: the loss on the text is {mean}")
+    return Perplexity(math.exp(mean), windows.shape[1], len(windows), predicted)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def window_losses(
+    family: ModuleType, config: Any, weights: dict[str, Array], hidden: Array, tokens: Array
+) -> Array:
+    """Summed negative log-likelihood of each window, shape (batch,).
+
+    Windows go one at a time: the logits of a window are as large as its length times the vocabulary.
+    """
+
+    def loss(window: tuple[Array, Array]) -> Array:
+        states, targets = window
+        scores = family.logits(config, weights, states[None, :-1])[0]
+        chosen = jnp.take_along_axis(scores, targets[1:, None], axis=-1)[:, 0]
+        return jnp.sum(jax.nn.logsumexp(scores, axis=-1) - chosen)
+
+    return lax.map(loss, (hidden, tokens))

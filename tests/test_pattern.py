@@ -1,0 +1,188 @@
+"""N:M patterns, and the penalty whose zeros they are."""
+
+import itertools
+import math
+import re
+
+import hypothesis.extra.numpy as hnp
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import PATTERNS, largest
+
+from prox24.core.pattern import (
+    as_pattern,
+    count_violations,
+    from_planes,
+    is_sparse,
+    mean_sparsity,
+    ranks,
+    to_planes,
+    top_mask,
+)
+from prox24.core.penalty import penalty
+
+AXES = [-1, 0, 1]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}:{p[1]}")
+every_axis = pytest.mark.parametrize("axis", AXES)
+
+# Few distinct values, so that ties and zeros are common.
+levels = st.sampled_from([0.0, 0.25, -0.5, 0.5, 1.0, -1.0, 2.0, -3.0])
+# The CPU backend of JAX reads subnormal numbers as zero.
+finite = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
+
+
+def arrays(pattern, axis, elements):
+    shape = [2, 3, 2]
+    shape[axis] = 2 * pattern[1]
+    return hnp.arrays(np.float32, tuple(shape), elements=elements)
+
+
+def blocks_last(w, group, axis):
+    moved = np.moveaxis(np.asarray(w), axis, -1)
+    return moved.reshape(*moved.shape[:-1], -1, group)
+
+
+@every_pattern
+@every_axis
+@given(data=st.data())
+def test_planes_hold_strided_entries_and_round_trip_bit_for_bit(pattern, axis, data):
+    w = data.draw(arrays(pattern, axis, finite))
+    planes = to_planes(w, pattern, axis)
+    expected = blocks_last(w, pattern[1], axis)
+    assert len(planes) == pattern[1]
+    for i, plane in enumerate(planes):
+        assert np.array_equal(np.moveaxis(np.asarray(plane), axis, -1), expected[..., i])
+    restored = np.asarray(from_planes(planes, axis))
+    assert restored.dtype == w.dtype
+    assert restored.shape == w.shape
+    assert restored.tobytes() == w.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64, jnp.int32, jnp.bool_])
+def test_planes_round_trip_keeps_dtype(dtype):
+    w = jnp.asarray(np.arange(24).reshape(2, 12) % 3, dtype)
+    restored = from_planes(to_planes(w))
+    assert restored.dtype == dtype
+    assert bool(jnp.all(restored == w))
+
+
+@every_pattern
+@every_axis
+@given(data=st.data())
+def test_top_mask_keeps_the_largest_n_of_each_block(pattern, axis, data):
+    kept, group = pattern
+    scores = data.draw(arrays(pattern, axis, finite))
+    mask = np.asarray(top_mask(scores, pattern, axis))
+    values, marks = blocks_last(scores, group, axis), blocks_last(mask, group, axis)
+    assert mask.dtype == bool
+    assert np.all(marks.sum(axis=-1) == kept)
+    smallest_kept = np.min(np.where(marks, values, np.inf), axis=-1)
+    largest_dropped = np.max(np.where(marks, -np.inf, values), axis=-1)
+    assert np.all(smallest_kept >= largest_dropped)
+
+
+@every_pattern
+@every_axis
+@given(data=st.data())
+def test_top_mask_gives_ties_to_the_earlier_entry(pattern, axis, data):
+    scores = data.draw(arrays(pattern, axis, levels))
+    mask = np.moveaxis(np.asarray(top_mask(scores, pattern, axis)), axis, -1)
+    assert np.array_equal(mask, largest(np.moveaxis(scores, axis, -1), *pattern))
+
+
+@every_pattern
+def test_top_mask_of_equal_scores_is_the_head_of_each_block(pattern):
+    kept, group = pattern
+    mask = np.asarray(top_mask(jnp.ones((3, 2 * group), jnp.float32), pattern))
+    assert np.array_equal(mask, np.tile(np.arange(group) < kept, (3, 2)))
+
+
+@given(hnp.arrays(np.float32, (2, 8), elements=levels))
+def test_ranks_are_a_permutation_that_sorts_each_block(scores):
+    order = np.stack([np.asarray(rank) for rank in ranks(to_planes(scores))], axis=-1)
+    blocks = scores.reshape(2, 2, 4)
+    assert np.array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(4), order.shape))
+    by_rank = np.take_along_axis(blocks, np.argsort(order, axis=-1), axis=-1)
+    assert np.array_equal(by_rank, -np.sort(-blocks, axis=-1))
+
+
+@every_pattern
+@every_axis
+@given(data=st.data())
+def test_violations_are_the_blocks_with_more_than_n_nonzeros(pattern, axis, data):
+    kept, group = pattern
+    w = data.draw(arrays(pattern, axis, levels))
+    expected = np.sum(np.count_nonzero(blocks_last(w, group, axis), axis=-1) > kept)
+    assert int(count_violations(w, pattern, axis)) == expected
+    assert bool(is_sparse(w, pattern, axis)) == (expected == 0)
+
+
+@every_pattern
+@every_axis
+@given(data=st.data())
+def test_masking_by_top_mask_makes_any_array_sparse(pattern, axis, data):
+    w = data.draw(arrays(pattern, axis, finite))
+    assert bool(is_sparse(np.where(top_mask(np.abs(w), pattern, axis), w, 0), pattern, axis))
+
+
+def test_nan_counts_as_nonzero():
+    assert int(count_violations(jnp.array([np.nan, np.nan, np.nan, 0.0]))) == 1
+    assert bool(is_sparse(jnp.array([np.nan, np.nan, 0.0, 0.0])))
+
+
+def test_mean_sparsity_counts_exact_zeros():
+    assert float(mean_sparsity(jnp.array([0.0, -0.0, 1e-30, np.nan, 0.0]))) == pytest.approx(0.6)
+
+
+@every_pattern
+@every_axis
+@given(data=st.data())
+def test_penalty_is_the_sum_over_subsets_of_n_plus_one_entries(pattern, axis, data):
+    kept, group = pattern
+    w = data.draw(arrays(pattern, axis, st.floats(-4, 4, width=32, allow_subnormal=False)))
+    magnitudes = np.abs(blocks_last(w, group, axis).astype(np.float64)).reshape(-1, group)
+    expected = sum(
+        math.prod(subset)
+        for block in magnitudes
+        for subset in itertools.combinations(block, kept + 1)
+    )
+    value = penalty(w, pattern, axis)
+    assert value.dtype == jnp.float32
+    assert value.shape == ()
+    assert float(value) == pytest.approx(expected, rel=1e-5, abs=1e-30)
+
+
+@every_pattern
+@every_axis
+@given(data=st.data())
+def test_penalty_is_zero_exactly_on_sparse_arrays(pattern, axis, data):
+    w = data.draw(arrays(pattern, axis, levels))
+    assert (float(penalty(w, pattern, axis)) == 0) == bool(is_sparse(w, pattern, axis))
+
+
+def test_penalty_of_a_pattern_that_keeps_everything_is_zero():
+    assert float(penalty(jnp.ones(8, jnp.float32), (4, 4))) == 0
+
+
+@pytest.mark.parametrize("pattern", [(0, 4), (5, 4), (-1, 4)])
+@pytest.mark.parametrize("function", [top_mask, count_violations, is_sparse, penalty, to_planes])
+def test_invalid_pattern_is_named_in_the_error(pattern, function):
+    with pytest.raises(ValueError, match=f"{pattern[0]}:{pattern[1]}"):
+        function(jnp.ones(20), pattern)
+
+
+@every_pattern
+def test_as_pattern_names_and_prints_the_pair(pattern):
+    named = as_pattern(pattern)
+    assert (named.kept, named.group) == pattern
+    assert str(named) == f"{pattern[0]}:{pattern[1]}"
+
+
+@pytest.mark.parametrize("function", [top_mask, count_violations, is_sparse, penalty, to_planes])
+@pytest.mark.parametrize(("shape", "axis"), [((8, 6), 1), ((6, 8), 0), ((8, 10), -1)])
+def test_indivisible_length_is_named_in_the_error(shape, axis, function):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.* divisible by 4"):
+        function(jnp.ones(shape), (2, 4), axis)
