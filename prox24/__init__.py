@@ -1,0 +1,36 @@
+"""prox24: prunes models to 2:4 sparsity in JAX, by the exact proximal operator of a penalty.
+
+The names here are the mathematics: patterns, the penalty, its proximal operator, and the layer-wise
+problem with its solvers. They import only jax, numpy and optax. Checkpoints, models and the
+pipeline are in the submodules.
+"""
+
+from prox24.core.pattern import Pattern, count_violations, is_sparse, top_mask
+from prox24.core.penalty import penalty
+from prox24.core.prox import prox
+from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status
+from prox24.solvers.proximal import Prox
+from prox24.solvers.refit import ConjugateGradients, GradientSteps
+from prox24.solvers.scores import Magnitude, Wanda
+from prox24.solvers.solve import solve
+from prox24.solvers.sparsegpt import SparseGPT
+
+__all__ = [
+    "ConjugateGradients",
+    "GradientSteps",
+    "LayerProblem",
+    "Magnitude",
+    "Pattern",
+    "Prox",
+    "Solution",
+    "SparseGPT",
+    "Statistics",
+    "Status",
+    "Wanda",
+    "count_violations",
+    "is_sparse",
+    "penalty",
+    "prox",
+    "solve",
+    "top_mask",
+]

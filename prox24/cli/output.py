@@ -1,0 +1,67 @@
+"""What the commands print: progress, tables and JSON."""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PACKAGES = ("prox24", "jax", "jaxlib", "optax", "numpy", "transformers", "safetensors", "gguf")
+
+Advance = Callable[[str, float | None], None]
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Advance]:
+    """A bar on standard error with what was done last, its relative loss, and the time left."""
+    console = Console(stderr=True, quiet=quiet)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[latest]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=total, latest="")
+
+        def advance(name: str, loss: float | None) -> None:
+            latest = name if loss is None else f"{name} loss {loss:.4f}"
+            progress.update(task, advance=1, latest=latest)
+
+        yield advance
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(value, allow_nan=False))
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output: the first column to the left, figures to the right."""
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Without a terminal there is no width to fit into.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,147 @@
+"""`prox24 prune`: a checkpoint in, a sparse one out, and a report."""
+
+import argparse
+import dataclasses
+import json
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24.calibration.text import read_text, spread_windows, tokenize
+from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.writer import check_destination, write_checkpoint
+from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
+from prox24.core.pattern import PatternLike
+from prox24.errors import CheckpointError
+from prox24.forward import load_model
+from prox24.pipeline import LinearReport, PrunedModel, check_widths, linear_names, prune
+from prox24.solvers.problem import Status
+from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; the exit code."""
+    began = time.perf_counter()
+    check_destination(arguments.destination, arguments.source, arguments.overwrite)
+    if arguments.report is not None and not arguments.report.absolute().parent.is_dir():
+        raise CheckpointError(f"the folder of {arguments.report} does not exist")
+    checkpoint = open_checkpoint(arguments.source)
+    solver, refit = choose(arguments.method, arguments.refit)
+    windows = calibration_windows(
+        checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
+    )
+    pruned = prune_with_progress(
+        checkpoint,
+        windows,
+        solver,
+        refit,
+        title=arguments.method,
+        pattern=arguments.pattern,
+        damping=arguments.damping,
+        quiet=arguments.quiet,
+    )
+    write_checkpoint(
+        checkpoint,
+        arguments.destination,
+        pruned.tensors,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
+    report = {
+        "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
+        "solver": {"name": arguments.method, **dataclasses.asdict(solver)},
+        "refit": None if refit is None else {"name": type(refit).__name__, "steps": refit.steps},
+        "versions": versions(),
+        "calibration_tokens": windows.size,
+        "seconds": time.perf_counter() - began,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "linears": [linear._asdict() for linear in pruned.reports],
+    }
+    if arguments.report is not None:
+        arguments.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if arguments.json:
+        print_json(report)
+    elif not arguments.quiet:
+        _print_summary(arguments.destination, pruned.reports, report["seconds"])
+    return 0
+
+
+def choose(method: str, refit: str | None) -> tuple[Solver, Refit | None]:
+    """The solver and the refit of a method by name.
+
+    Without a choice, prox is followed by conjugate gradients, and the baselines by nothing, which
+    is how their papers define them.
+    """
+    refit = refit or ("cg" if method == "prox" else "none")
+    return SOLVERS[method](), None if refit == "none" else REFITS[refit]()
+
+
+def calibration_windows(
+    checkpoint: Checkpoint, file: Path | None, samples: int, length: int
+) -> NDArray[np.int32]:
+    """Windows spread over a text file, or over the speeches that the package carries.
+
+    Raises:
+      CalibrationError: the file cannot be read or is too short.
+    """
+    text = packaged_text("speeches.txt") if file is None else read_text(file)
+    ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
+    return spread_windows(ids, samples, length)
+
+
+def packaged_text(name: str) -> str:
+    """A text of the package's data folder."""
+    return (resources.files("prox24") / "data" / name).read_text(encoding="utf-8")
+
+
+def prune_with_progress(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int32],
+    solver: Solver,
+    refit: Refit | None,
+    *,
+    title: str,
+    pattern: PatternLike,
+    damping: float,
+    quiet: bool,
+) -> PrunedModel:
+    """`prox24.pipeline.prune` with a progress bar over the linears."""
+    model = load_model(checkpoint)
+    check_widths(model, pattern)
+    with progress_bar(title, len(linear_names(model)), quiet) as advance:
+        return prune(
+            checkpoint,
+            windows,
+            solver,
+            refit,
+            pattern=pattern,
+            damping=damping,
+            on_linear=lambda report: advance(report.name, report.relative_loss),
+        )
+
+
+def _print_summary(destination: Path, linears: list[LinearReport], seconds: float) -> None:
+    losses = [linear.relative_loss for linear in linears]
+    worst = max(linears, key=lambda linear: linear.relative_loss)
+    rows = [
+        ["written", str(destination)],
+        ["linears pruned", str(len(linears))],
+        ["mean relative loss", f"{np.mean(losses):.4f}"],
+        ["largest relative loss", f"{worst.relative_loss:.4f}  {worst.name}"],
+        ["seconds", f"{seconds:.0f}"],
+    ]
+    cut = [linear for linear in linears if linear.status == Status.MAX_STEPS.value]
+    if cut:
+        rows.append(["cut to the pattern at the last step", f"{len(cut)} linears, see the report"])
+    dead = sum(linear.dead_features for linear in linears)
+    if dead:
+        rows.append(["input features never active", str(dead)])
+    print_table(["", ""], rows)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,52 @@
+"""`prox24 verify`: whether every pruned linear of a model holds its pattern."""
+
+import argparse
+
+import jax.numpy as jnp
+
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.output import print_json, print_table
+from prox24.core.pattern import as_pattern, count_violations, mean_sparsity
+from prox24.forward import load_model
+from prox24.pipeline import check_widths, linear_names
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; 0 if every linear holds the pattern, else 1."""
+    pattern = as_pattern(arguments.pattern)
+    checkpoint = open_checkpoint(arguments.model)
+    model = load_model(checkpoint)
+    check_widths(model, pattern)
+    names = linear_names(model)
+    violations: dict[str, int] = {}
+    zeros = weights = 0.0
+    for name in names:
+        weight = jnp.asarray(checkpoint.read(name))
+        zeros += float(mean_sparsity(weight)) * weight.size
+        weights += weight.size
+        blocks = int(count_violations(weight, pattern))
+        if blocks:
+            violations[name] = blocks
+    if arguments.json:
+        print_json(
+            {
+                "model": str(arguments.model),
+                "pattern": str(pattern),
+                "linears": len(names),
+                "blocks": int(weights) // pattern.group,
+                "sparsity": zeros / weights,
+                "violations": violations,
+            }
+        )
+        return 1 if violations else 0
+    rows = [
+        ["pattern, along the input axis", str(pattern)],
+        ["linears", str(len(names))],
+        [f"blocks of {pattern.group}", str(int(weights) // pattern.group)],
+        ["exact zeros", f"{zeros / weights:.2%}"],
+        ["linears that break the pattern", str(len(violations))],
+    ]
+    print_table(["model", str(arguments.model)], rows)
+    for name, blocks in violations.items():
+        print(f"{name}: {blocks} blocks have more than {pattern.kept} nonzeros")
+    return 1 if violations else 0
