@@ -14,7 +14,7 @@ from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.models.registry import family_of
 
 BATCH_TOKENS = 2048
-"""Tokens of a micro-batch: enough to keep the matrix products busy, little enough for the memory."""
+"""Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
 
 
 class Model(NamedTuple):

@@ -66,7 +66,7 @@ def window_losses(
 ) -> Array:
     """Summed negative log-likelihood of each window, shape (batch,).
 
-    Windows go one at a time: the logits of a window are as large as its length times the vocabulary.
+    Windows go one at a time: the logits of one are as large as its length times the vocabulary.
     """
 
     def loss(window: tuple[Array, Array]) -> Array:

@@ -40,7 +40,7 @@ def brute_force_prox(y, lam, sweeps=200, fractions=8, seed=0):
 
 
 def largest(scores, kept, group):
-    """Bool mask of the `kept` largest of every `group` scores on the last axis, earlier ties first."""
+    """Bool mask of the `kept` largest of every `group` scores, earlier ties first."""
     blocks = scores.reshape(*scores.shape[:-1], -1, group)
     position = np.argsort(np.argsort(-blocks, axis=-1, kind="stable"), axis=-1)
     return (position < kept).reshape(scores.shape)

@@ -29,7 +29,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int) -> 
     Raises:
       CalibrationError: the tokenizer gives ids that the model has no embedding for.
     """
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+    ids = np.asarray(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
+    )
     if ids.size and ids.max() >= vocab_size:
         raise CalibrationError(
             f"the tokenizer gives id {ids.max()} but the model has {vocab_size} embeddings"

@@ -125,7 +125,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         source = checkpoint.tensors[name]
         if source.shape != shape:
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has shape {source.shape}, config.json says {shape}"
+                f"{checkpoint.path}: tensor {name} has shape {source.shape}, "
+                f"config.json says {shape}"
             )
         if source.dtype not in DTYPES.values():
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Reading HF folders: config.json, safetensors shards and their index, and the files beside them."""
+"""Reading HF folders: config.json, safetensors shards and their index, and other files."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,17 @@ SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 # Weights in other formats would contradict the pruned ones, and pruning notes describe another run.
-NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx", ".index.json")
+NOT_CARRIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".msgpack",
+    ".h5",
+    ".gguf",
+    ".onnx",
+    ".index.json",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,7 +74,9 @@ def open_shards(folder: Path) -> dict[str, dict[str, TensorSource]]:
     shards = {shard: _open_shard(folder / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
-            raise CheckpointError(f"{index} places tensor {name} in {shard}, which does not hold it")
+            raise CheckpointError(
+                f"{index} places tensor {name} in {shard}, which does not hold it"
+            )
     return {
         shard: {name: source for name, source in tensors.items() if weight_map.get(name) == shard}
         for shard, tensors in shards.items()
@@ -78,7 +90,7 @@ def _open_shard(path: Path) -> dict[str, TensorSource]:
         _check_hub_link(path)
     try:
         with safe_open(path, "numpy") as shard:
-            headers = {name: shard.get_slice(name) for name in shard.keys()}
+            headers = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
             return {
                 name: TensorSource(
                     tuple(header.get_shape()),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prox24.calibration.text import first_windows, read_text, tokenize
-from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table
 from prox24.cli.prune import calibration_windows, choose, packaged_text, prune_with_progress

@@ -51,13 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
     )
+    seconds = time.perf_counter() - began
     report = {
         "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
         "solver": {"name": arguments.method, **dataclasses.asdict(solver)},
         "refit": None if refit is None else {"name": type(refit).__name__, "steps": refit.steps},
         "versions": versions(),
         "calibration_tokens": windows.size,
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "linears": [linear._asdict() for linear in pruned.reports],
     }
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report)
     elif not arguments.quiet:
-        _print_summary(arguments.destination, pruned.reports, report["seconds"])
+        _print_summary(arguments.destination, pruned.reports, seconds)
     return 0
 
 

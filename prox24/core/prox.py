@@ -6,6 +6,8 @@ w = y1 omega and u = mu omega = lam w. Everything is planar: each name is an arr
 docs/theory.md derives the equations.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -19,7 +21,6 @@ NEWTON_STEPS = {"float32": 8, "float64": 12}
 CONTRACTION_STEPS = 2
 
 Block4 = tuple[Array, Array, Array, Array]
-Block3 = tuple[Array, Array, Array]
 
 
 def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
@@ -53,7 +54,7 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
     """
     check_prox_pattern(pattern)
     y = jnp.asarray(y)
-    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    dtype = jnp.float64 if y.dtype == jnp.float64 else jnp.float32
     a, b, c, d = to_planes(y.astype(dtype), pattern, axis)
     return from_planes(prox_planes((a, b, c, d), lam), axis).astype(y.dtype)
 
@@ -94,6 +95,7 @@ def prox_planes(y: Block4, lam: ArrayLike) -> Block4:
         )
         shrunk = magnitudes[i] - largest * by_rank
         w = jnp.where(shrunk >= jnp.finfo(shrunk.dtype).tiny, jnp.copysign(shrunk, y[i]), 0)
+        w = jnp.where(by_rank == 0, y[i], w)
         return jnp.where(jnp.isnan(largest), largest, w)
 
     return restore(0), restore(1), restore(2), restore(3)
@@ -107,8 +109,8 @@ def _shrinkage(magnitudes: Block4, lam: Array) -> tuple[Array, Block4]:
     """The largest magnitude of each block, and |y| - |w| in units of it, by rank."""
     ordered = _sort(magnitudes)
     largest = ordered[0]
-    inverse = 1 / jnp.where(largest > 0, largest, 1)
-    z = ordered[0] * inverse, ordered[1] * inverse, ordered[2] * inverse, ordered[3] * inverse
+    unit = jnp.where(largest > 0, largest, 1)
+    z = ordered[0] / unit, ordered[1] / unit, ordered[2] / unit, ordered[3] / unit
     mu = jnp.minimum(lam * largest, LARGEST_SCALED_INPUT)
 
     dense = _dense_candidate(z, mu)
@@ -117,8 +119,8 @@ def _shrinkage(magnitudes: Block4, lam: Array) -> tuple[Array, Block4]:
     triple_objective = _objective(z, mu, triple)
     pair_objective = (z[2] * z[2] + z[3] * z[3]) / 2
 
-    # Every candidate is a feasible point, so one found where no stationary point exists only loses.
-    # The comparisons are written so that NaN loses too, and the sparser wins a tie.
+    # Every candidate is a feasible point, so one found where no stationary point exists only
+    # loses. The comparisons are written so that NaN loses too, and the sparser wins a tie.
     solvable = mu < LARGEST_SCALED_INPUT
     is_dense = solvable & (dense_objective < pair_objective)
     is_dense &= ~(triple_objective <= dense_objective)
@@ -127,7 +129,9 @@ def _shrinkage(magnitudes: Block4, lam: Array) -> tuple[Array, Block4]:
     def choose(i: int) -> Array:
         pair = 0 if i < 2 else REMOVED
         shrinkage = jnp.where(is_dense, dense[i], jnp.where(is_triple, triple[i], pair))
-        return jnp.where(shrinkage < z[i], shrinkage, REMOVED)
+        shrinkage = jnp.where(shrinkage < z[i], shrinkage, REMOVED)
+        # Without a penalty nothing moves, not even entries too small for the units of z.
+        return jnp.where(lam > 0, shrinkage, 0)
 
     return largest, (choose(0), choose(1), choose(2), choose(3))
 
@@ -144,9 +148,9 @@ def _sort(block: Block4) -> Block4:
 
 
 def _objective(z: Block4, mu: Array, shrinkage: Block4) -> Array:
-    """1/2 |omega - z|^2 + mu e3(omega) at omega = z - shrinkage, relative to the largest squared."""
+    """1/2 |omega - z|^2 + mu e3(omega) at omega = z - shrinkage, in units of y1 squared."""
     t1, t2, t3, t4 = shrinkage
-    w1, w2, w3, w4 = (entry - t for entry, t in zip(z, shrinkage, strict=True))
+    w1, w2, w3, w4 = _map(jnp.subtract, z, shrinkage)
     distance = (t1 * t1 + t2 * t2 + t3 * t3 + t4 * t4) / 2
     return distance + mu * (w1 * w2 * (w3 + w4) + w3 * w4 * (w1 + w2))
 
@@ -172,16 +176,15 @@ def _triple_candidate(z: Block4, mu: Array) -> Block4:
     w1 = (z1 + jnp.sqrt(delta * delta + a_offset)) / 2
     w2 = (z2 + jnp.sqrt(delta * delta + b_offset)) / 2
     w3 = jnp.maximum(z3 + delta, 0) / 2
-    shrinkage = mu * w2 * w3, mu * w1 * w3, mu * w1 * w2
-    t1, t2, t3 = (jnp.minimum(t, entry) for t, entry in zip(shrinkage, z[:3], strict=True))
-    return t1, t2, t3, z4
+    return _map(jnp.minimum, (mu * w2 * w3, mu * w1 * w3, mu * w1 * w2, z4), z)
 
 
 def _dense_candidate(z: Block4, mu: Array) -> Block4:
     """Shrinkage of the candidate with four nonzeros.
 
-    With s = sum(u) and E = e2(u) = (sum(v) - s) / 2, stationarity is D_i^2 = (1 - s)^2 + 4 (v_i - E)
-    for D_i = 1 - s + 2 u_i, and sum(D) = 4 - 2 s is one equation. Its unknown x is s where
+    With s = sum(u) and E = e2(u) = (sum(v) - s) / 2, stationarity is
+    D_i^2 = (1 - s)^2 + 4 (v_i - E) for D_i = 1 - s + 2 u_i, and sum(D) = 4 - 2 s is one equation.
+    Its unknown x is s where
     c_4 = 1 + 4 v_4 - 2 sum(v) is nonnegative, and D_4, of either sign, where it is not. In both
     cases the equation is convex, nonnegative at the start, and Newton descends to the larger root.
     """
@@ -224,31 +227,34 @@ def _dense_candidate(z: Block4, mu: Array) -> Block4:
     def omega(i: int, d: Array) -> Array:
         # Two forms of one root; each cancels where the other does not.
         large = (s >= 1) | (d <= 0)
-        u = jnp.where(large, (d - 1 + s) / 2, (2 * v[i] - total + s) / jnp.where(large, 1, d + 1 - s))
+        u = jnp.where(
+            large, (d - 1 + s) / 2, (2 * v[i] - total + s) / jnp.where(large, 1, d + 1 - s)
+        )
         return jnp.clip(u * scale, 0, z[i])
 
     w = omega(0, d1), omega(1, d2), omega(2, d3), omega(3, d4)
-    shrinkage = _pair_products(w, mu)
+    # omega <- z - mu e2(others) contracts while s < 1/2, where s and D are differences of numbers
+    # near 1 and the root alone has few correct digits of u.
+    contracts = s < 0.5
+    shrinkage = _dense_shrinkage(z, w, mu)
     for _ in range(CONTRACTION_STEPS):
-        # omega <- z - mu e2(others) contracts while s < 1/2, where s and D are differences of
-        # numbers near 1 and the root alone has few correct digits of u.
-        shrinkage = tuple(jnp.minimum(t, entry) for t, entry in zip(shrinkage, z, strict=True))
-        contracts = s < 0.5
-        w = tuple(
-            jnp.where(contracts, entry - t, old)
-            for entry, t, old in zip(z, shrinkage, w, strict=True)
-        )
-        shrinkage = _pair_products(w, mu)
-    t1, t2, t3, t4 = (jnp.minimum(t, entry) for t, entry in zip(shrinkage, z, strict=True))
-    return t1, t2, t3, t4
+        contracted = _map(jnp.subtract, z, shrinkage)
+        w = _map(lambda new, old: jnp.where(contracts, new, old), contracted, w)
+        shrinkage = _dense_shrinkage(z, w, mu)
+    return shrinkage
 
 
-def _pair_products(w: Block4, mu: Array) -> Block4:
-    """mu e2 of the three other entries, for each entry."""
+def _dense_shrinkage(z: Block4, w: Block4, mu: Array) -> Block4:
+    """mu e2 of the three other entries, for each entry, but never more than the entry."""
     w1, w2, w3, w4 = w
-    return (
+    shrinkage = (
         mu * (w2 * w3 + w4 * (w2 + w3)),
         mu * (w1 * w3 + w4 * (w1 + w3)),
         mu * (w1 * w2 + w4 * (w1 + w2)),
         mu * (w1 * w2 + w3 * (w1 + w2)),
     )
+    return _map(jnp.minimum, shrinkage, z)
+
+
+def _map(function: Callable[[Array, Array], Array], a: Block4, b: Block4) -> Block4:
+    return function(a[0], b[0]), function(a[1], b[1]), function(a[2], b[2]), function(a[3], b[3])

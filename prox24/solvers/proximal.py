@@ -40,6 +40,7 @@ class Prox:
     max_steps: int = 2000
 
     def __call__(self, problem: LayerProblem, pattern: Pattern, damping: Array) -> Candidate:
+        """Finds a candidate; traceable, with the pattern static."""
         check_prox_pattern(pattern)
         normalized = normalize(problem, damping)
         # Plane i of the blocks becomes a range of columns: the matrix product sees an ordinary

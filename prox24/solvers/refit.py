@@ -27,6 +27,8 @@ class ConjugateGradients:
     steps: int = 20
 
     def __call__(self, problem: Normalized, weight: Array, mask: Array) -> Array:
+        """The refitted weight, zero outside the mask; all arrays are (out, in)."""
+
         def apply(direction: Array) -> Array:
             return jnp.where(mask, jnp.matmul(direction, problem.gram, precision=PRECISION), 0)
 
@@ -78,6 +80,7 @@ class GradientSteps:
     steps: int = 1000
 
     def __call__(self, problem: Normalized, weight: Array, mask: Array) -> Array:
+        """The refitted weight, zero outside the mask; all arrays are (out, in)."""
         transform = self.transform or optax.scale(-1 / eigenvalue_bound(problem.gram))
 
         def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:

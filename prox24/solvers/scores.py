@@ -22,6 +22,7 @@ class Magnitude:
     """Keeps the N largest |W| of each block. Any N:M; does not look at the Gram."""
 
     def __call__(self, problem: LayerProblem, pattern: Pattern, damping: Array) -> Candidate:
+        """Finds a candidate; traceable, with the pattern static."""
         del damping
         return _masked(problem, jnp.abs(problem.weight), pattern)
 
@@ -37,6 +38,7 @@ class Wanda:
     """
 
     def __call__(self, problem: LayerProblem, pattern: Pattern, damping: Array) -> Candidate:
+        """Finds a candidate; traceable, with the pattern static."""
         del damping
         norms = jnp.sqrt(jnp.diagonal(problem.gram))
         return _masked(problem, jnp.abs(problem.weight) * norms[None, :], pattern)

@@ -92,7 +92,7 @@ def solve(
 def _solve(
     given: LayerProblem, solver: Solver, refit: Refit | None, damping: Array, pattern: Pattern
 ) -> tuple[Array, Array, dict[str, Array]]:
-    dtype = jnp.promote_types(given.gram.dtype, jnp.float32)
+    dtype = jnp.float64 if given.gram.dtype == jnp.float64 else jnp.float32
     damping = damping.astype(dtype)
     problem = LayerProblem(given.weight.astype(dtype), given.gram.astype(dtype))
     candidate: Candidate = solver(problem, pattern, damping)

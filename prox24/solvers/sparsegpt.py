@@ -17,8 +17,8 @@ class SparseGPT:
     """The optimal-brain-surgeon sweep of SparseGPT. Any N:M.
 
     With U upper triangular and U^T U the inverse of the damped Gram, columns are visited in order.
-    At each block of M the N entries of largest w^2 / U_jj^2 are kept; a pruned entry's error w / U_jj
-    times row j of U is taken off the columns that follow.
+    At each block of M the N entries of largest w^2 / U_jj^2 are kept; a pruned entry's error
+    w / U_jj times row j of U is taken off the columns that follow.
 
     Attributes:
       block_size: the columns updated together before the rest of the matrix; the result does not
@@ -32,6 +32,7 @@ class SparseGPT:
     block_size: int = dataclasses.field(default=128, metadata={"static": True})
 
     def __call__(self, problem: LayerProblem, pattern: Pattern, damping: Array) -> Candidate:
+        """Finds a candidate; traceable, with the pattern static."""
         weight, mask = _sweep(
             problem.weight,
             inverse_factor(damped_gram(problem.gram, damping)),
@@ -72,7 +73,7 @@ def _sweep(weight: Array, factor: Array, pattern: Pattern, block: int) -> _Sweep
         factor_rows = lax.dynamic_slice(factor, (start, 0), (block, width))
         local_factor = lax.dynamic_slice(factor_rows, (0, start), (block, block))
         kept, mask, errors = _prune_columns(columns, local_factor, pattern)
-        # The factor is upper triangular: earlier columns get zero, and the block's own are replaced.
+        # The factor is upper triangular: earlier columns get zero; the block's own are replaced.
         updated = state.weight - jnp.matmul(errors, factor_rows, precision=PRECISION)
         return _Sweep(
             lax.dynamic_update_slice(updated, kept, (0, start)),

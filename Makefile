@@ -1,0 +1,39 @@
+# Two environments, each made once and again only when pyproject.toml changes:
+# .venv holds what prox24 needs, and for the tests PyTorch as the parity oracle.
+PYTHON ?= python3
+NEWEST_PYTHON ?= python3.13
+
+.PHONY: demo test lint test-newest clean
+
+demo: .venv/demo.stamp
+	.venv/bin/prox24 demo --output pruned
+
+test: lint
+	.venv/bin/python -m pytest
+
+lint: .venv/test.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+# The newest JAX, without PyTorch: parity is held against the golden files.
+test-newest: .venv-newest/test.stamp
+	.venv-newest/bin/python -m pytest
+
+.venv/demo.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/test.stamp: .venv/demo.stamp
+	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv-newest/test.stamp: pyproject.toml
+	$(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[test-newest]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-newest
