@@ -79,7 +79,8 @@ def _values(
 ) -> NDArray[Any]:
     own = source.tensors[name].dtype
     values = replaced[name] if name in replaced else source.read(name)
-    converted = values.astype(own if dtype is None else DTYPES[dtype])
+    with np.errstate(over="ignore"):
+        converted = values.astype(own if dtype is None else DTYPES[dtype])
     if not np.isfinite(converted.astype(np.float32)).all():
         raise CheckpointError(f"tensor {name} overflows {converted.dtype}; choose another dtype")
     return np.ascontiguousarray(converted)

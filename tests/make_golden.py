@@ -1,0 +1,51 @@
+"""Writes tests/golden/ with PyTorch: `python tests/make_golden.py`. Run when a variant is added."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny import VARIANTS, config_dict, hf_config, random_weights, tokens
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+GOLDEN = Path(__file__).parent / "golden"
+SMOLLM2_TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"
+
+
+def torch_logits(model, token_ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(token_ids).long()).logits.float().numpy()
+
+
+def tiny_model(variant: str, weights: dict) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(hf_config(variant, attn_implementation="eager")).float().eval()
+    state = {name: torch.from_numpy(values) for name, values in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all("lm_head" in name for name in missing)
+    return model
+
+
+def main() -> None:
+    GOLDEN.mkdir(exist_ok=True)
+    for variant in VARIANTS:
+        logits = torch_logits(tiny_model(variant, random_weights(config_dict(variant))), tokens())
+        # The last positions depend on all the others.
+        np.save(GOLDEN / f"{variant}.npy", logits[:, -4:])
+
+    from prox24.checkpoints.checkpoint import open_checkpoint
+    from prox24.checkpoints.writer import write_checkpoint
+    from prox24.cli.demo import fetch_model
+
+    checkpoint = open_checkpoint(fetch_model(Path(".cache")))
+    ids = np.asarray([checkpoint.load_tokenizer()(SMOLLM2_TEXT)["input_ids"]], np.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(checkpoint, Path(folder) / "model", {})
+        # In float64: over 30 layers PyTorch's own float32 logits are off by 9e-5.
+        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float64)
+        logits = torch_logits(model.eval(), ids)
+    np.savez(GOLDEN / "smollm2.npz", ids=ids, logits=logits[0, :, ::96])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import config_dict, random_weights, write_folder, write_tiny
+
+from prox24.checkpoints import gguf_file
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.errors import CheckpointError, UnsupportedModelError
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_copy_has_the_same_bytes_names_dtypes_and_files(tmp_path, dtype, shards):
+    weights = write_tiny(tmp_path / "source", dtype=dtype, shards=shards)
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "copy", {})
+    files = {path.name for path in (tmp_path / "source").iterdir()}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == files
+    read = {}
+    for shard in (tmp_path / "copy").glob("*.safetensors"):
+        assert load_file(shard).keys() == load_file(tmp_path / "source" / shard.name).keys()
+        read |= load_file(shard)
+    assert read.keys() == weights.keys()
+    for name, values in weights.items():
+        assert read[name].dtype == values.dtype
+        assert read[name].tobytes() == values.tobytes()
+
+
+def test_replaced_tensors_take_the_source_dtype_and_keep_exact_zeros(tmp_path):
+    weights = write_tiny(tmp_path / "source", dtype="bfloat16")
+    values = weights[Q_PROJ].astype(np.float32)
+    values[:, ::2] = 0
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {Q_PROJ: values})
+    read = load_file(tmp_path / "out" / "model.safetensors")[Q_PROJ]
+    assert read.dtype == weights[Q_PROJ].dtype
+    assert (read[:, ::2] == 0).all()
+    assert (read[:, 1::2] == weights[Q_PROJ][:, 1::2]).all()
+
+
+def test_another_dtype_on_request_also_in_the_config(tmp_path):
+    write_tiny(tmp_path / "source")
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {}, dtype="bfloat16")
+    dtypes = {w.dtype.name for w in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert dtypes == {"bfloat16"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    assert "dtype" not in config
+
+
+def test_overflow_of_the_output_dtype_names_the_tensor_and_writes_nothing(tmp_path):
+    write_tiny(tmp_path / "source", dtype="float16")
+    huge = np.full((32, 32), 1e6, np.float32)
+    with pytest.raises(CheckpointError, match=Q_PROJ):
+        write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {Q_PROJ: huge})
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_existing_destination_is_kept_unless_overwritten(tmp_path):
+    write_tiny(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="overwrite"):
+        write_checkpoint(source, tmp_path / "out", {})
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+    write_checkpoint(source, tmp_path / "out", {}, overwrite=True)
+    assert not (tmp_path / "out" / "precious").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_overwriting_keeps_the_old_folder_when_writing_fails(tmp_path):
+    write_tiny(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    bad = {Q_PROJ: np.full((32, 32), np.nan, np.float32)}
+    with pytest.raises(CheckpointError):
+        write_checkpoint(source, tmp_path / "out", bad, overwrite=True)
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_the_source_cannot_be_its_own_destination(tmp_path):
+    write_tiny(tmp_path / "source")
+    with pytest.raises(CheckpointError, match="is the source"):
+        write_checkpoint(
+            open_checkpoint(tmp_path / "source"), tmp_path / "source", {}, overwrite=True
+        )
+
+
+def _index(folder):
+    return json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+def _write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def truncate(folder):
+    file = folder / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def truncate_header(folder):
+    file = folder / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+
+
+def remove_shard(folder):
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def name_a_tensor_in_no_shard(folder):
+    weight_map = _index(folder)["weight_map"]
+    _write_index(folder, weight_map | {"ghost.weight": next(iter(weight_map.values()))})
+
+
+def point_outside(folder):
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder.parent / "elsewhere")
+    weight_map = _index(folder)["weight_map"]
+    _write_index(folder, weight_map | {next(iter(weight_map)): "../elsewhere"})
+
+
+def link_outside(folder):
+    shard = folder / "model-00001-of-00003.safetensors"
+    shutil.move(shard, folder.parent / "elsewhere")
+    shard.symlink_to(folder.parent / "elsewhere")
+
+
+def empty_index(folder):
+    _write_index(folder, {})
+
+
+def broken_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def list_as_config(folder):
+    (folder / "config.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncate, "model-00002-of-00003.safetensors"),
+        (truncate_header, "model-00002-of-00003.safetensors"),
+        (remove_shard, "model-00002-of-00003.safetensors is missing"),
+        (name_a_tensor_in_no_shard, "ghost.weight"),
+        (point_outside, "outside the folder"),
+        (link_outside, "outside the folder"),
+        (empty_index, "no weight_map"),
+        (broken_index, "not valid JSON"),
+        (no_weights, "neither"),
+        (no_config, "config.json"),
+        (list_as_config, "no JSON object"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, named):
+    write_tiny(tmp_path / "source", shards=3)
+    damage(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=named):
+        open_checkpoint(tmp_path / "source")
+
+
+def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path):
+    config = config_dict()
+    weights = random_weights(config)
+    write_folder(tmp_path / "wrong", config, weights | {Q_PROJ: weights[Q_PROJ][:, :16].copy()})
+    with pytest.raises(CheckpointError, match=rf"{Q_PROJ} has shape \(32, 16\).*\(32, 32\)"):
+        open_checkpoint(tmp_path / "wrong")
+    del weights[Q_PROJ]
+    write_folder(tmp_path / "missing", config, weights)
+    with pytest.raises(CheckpointError, match=f"{Q_PROJ} is missing"):
+        open_checkpoint(tmp_path / "missing")
+
+
+def test_an_integer_tensor_is_refused_by_name(tmp_path):
+    config = config_dict()
+    weights = random_weights(config)
+    write_folder(tmp_path / "source", config, weights | {Q_PROJ: np.zeros((32, 32), np.int8)})
+    with pytest.raises(CheckpointError, match=f"{Q_PROJ} has dtype"):
+        open_checkpoint(tmp_path / "source")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_nonfinite_weight_is_named_when_it_is_read(tmp_path, value):
+    config = config_dict()
+    weights = random_weights(config)
+    weights[Q_PROJ][3, 5] = value
+    write_folder(tmp_path / "source", config, weights)
+    with pytest.raises(CheckpointError, match=f"{Q_PROJ} holds NaN or Inf"):
+        open_checkpoint(tmp_path / "source").read(Q_PROJ)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    write_folder(tmp_path / "source", config_dict() | {"model_type": "mamba"}, {"x": np.zeros(4)})
+    with pytest.raises(UnsupportedModelError, match="mamba"):
+        open_checkpoint(tmp_path / "source")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="not a readable GGUF"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+def test_extra_tensors_are_carried_over(tmp_path):
+    config = config_dict()
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.arange(4, dtype=np.float32)}
+    write_folder(tmp_path / "source", config, random_weights(config) | extra)
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    assert extra.keys() < load_file(tmp_path / "out" / "model.safetensors").keys()
+
+
+def test_other_weight_formats_are_not_carried_over(tmp_path):
+    write_tiny(tmp_path / "source")
+    (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"old")
+    save_file({"x": np.zeros(1)}, tmp_path / "source" / "adapter.safetensors")
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert not (tmp_path / "out" / "adapter.safetensors").exists()
+
+
+def test_rope_permutation_of_gguf_is_undone():
+    heads, width = 3, 8
+    hf = np.arange(heads * width * 5, dtype=np.float32).reshape(heads * width, 5)
+    # llama.cpp's converter: halves of a head become neighbouring pairs.
+    stored = hf.reshape(heads, 2, width // 2, 5).swapaxes(1, 2).reshape(hf.shape)
+    np.testing.assert_array_equal(gguf_file._undo_rope_permutation(stored, heads), hf)

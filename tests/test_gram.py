@@ -1,0 +1,47 @@
+import jax.numpy as jnp
+import numpy as np
+
+from prox24.calibration.gram import GramSum, add_tokens, empty_gram
+
+
+def relative_error(gram: GramSum, exact: np.ndarray) -> float:
+    return np.linalg.norm(np.asarray(gram.total, np.float64) - exact) / np.linalg.norm(exact)
+
+
+def gathered(batches) -> tuple[GramSum, np.ndarray]:
+    width = batches[0].shape[-1]
+    gram, exact = empty_gram(width), np.zeros((width, width))
+    for batch in batches:
+        gram = add_tokens(gram, jnp.asarray(batch))
+        tokens = batch.reshape(-1, width).astype(np.float64)
+        exact += tokens.T @ tokens
+    return gram, exact
+
+
+def test_gram_is_within_1e_6_of_float64_over_many_batches():
+    generator = np.random.default_rng(0)
+    mixing = generator.standard_normal((64, 64)).astype(np.float32)
+    scales = np.logspace(-3, 1, 64).astype(np.float32)
+    batches = [
+        (generator.standard_normal((4, 256, 64)).astype(np.float32) * scales) @ mixing + 1
+        for _ in range(200)
+    ]
+    gram, exact = gathered(batches)
+    assert relative_error(gram, exact) < 1e-6
+    diagonal = np.asarray(gram.total, np.float64).diagonal()
+    np.testing.assert_allclose(diagonal, exact.diagonal(), rtol=1e-6)
+
+
+def test_rounding_does_not_grow_with_the_number_of_batches():
+    generator = np.random.default_rng(1)
+    batches = [generator.standard_normal((8, 8)).astype(np.float32) + 3 for _ in range(5000)]
+    gram, exact = gathered(batches)
+    naive = sum((b.T @ b for b in batches), np.zeros((8, 8), np.float32))
+    assert naive.dtype == np.float32
+    naive_error = np.linalg.norm(naive - exact) / np.linalg.norm(exact)
+    assert relative_error(gram, exact) < naive_error / 4
+
+
+def test_gram_is_symmetric_and_counts_every_token():
+    gram, _ = gathered([np.ones((3, 5, 4), np.float32)])
+    np.testing.assert_array_equal(gram.total, np.full((4, 4), 15.0))

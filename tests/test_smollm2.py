@@ -1,0 +1,121 @@
+"""The real model: from the GGUF in a package to a pruned folder that transformers loads."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prox24.calibration.text import first_windows, tokenize
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.cli.demo import fetch_model
+from prox24.cli.prune import packaged_text
+from prox24.core.pattern import top_mask
+from prox24.forward import embed_windows, layer_weights, load_model, outer_weights, run_layer
+from prox24.perplexity import perplexity
+from prox24.pipeline import linear_names
+
+ROOT = Path(__file__).parents[1]
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"
+
+
+@pytest.fixture(scope="module")
+def gguf_path():
+    return fetch_model(ROOT / ".cache")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(gguf_path):
+    return open_checkpoint(gguf_path)
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2") / "pruned"
+    pruned = {}
+    for name in linear_names(load_model(checkpoint)):
+        weight = jnp.asarray(checkpoint.read(name))
+        pruned[name] = np.asarray(jnp.where(top_mask(jnp.abs(weight)), weight, 0))
+    write_checkpoint(checkpoint, folder, pruned)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def torch_model(pruned_folder):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(pruned_folder, dtype=torch.float64).eval()
+
+
+def forward(checkpoint, ids):
+    model = load_model(checkpoint)
+    (hidden,) = embed_windows(model, ids)
+    for index in range(model.config.layers):
+        hidden = run_layer(model.family, model.config, layer_weights(model, index), hidden)
+    return np.asarray(model.family.logits(model.config, outer_weights(model), hidden))
+
+
+def test_logits_of_the_dense_model_agree_with_the_golden_file(checkpoint):
+    golden = np.load(Path(__file__).parent / "golden" / "smollm2.npz")
+    ids = np.asarray([checkpoint.load_tokenizer()(TEXT)["input_ids"]], np.int32)
+    np.testing.assert_array_equal(ids, golden["ids"])
+    logits = forward(checkpoint, ids)[0, :, ::96]
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
+
+
+def test_logits_of_the_exported_model_agree_with_pytorch(pruned_folder, torch_model):
+    import torch
+
+    checkpoint = open_checkpoint(pruned_folder)
+    ids = np.asarray([checkpoint.load_tokenizer()(TEXT)["input_ids"]], np.int32)
+    with torch.no_grad():
+        expected = torch_model(torch.from_numpy(ids).long()).logits.numpy()
+    # The oracle runs in float64: over 30 layers PyTorch's own float32 logits are off by 9e-5.
+    np.testing.assert_allclose(forward(checkpoint, ids), expected, atol=1e-4, rtol=0)
+
+
+def test_perplexity_agrees_with_pytorch(pruned_folder, torch_model):
+    import torch
+
+    checkpoint = open_checkpoint(pruned_folder)
+    ids = tokenize(checkpoint.load_tokenizer(), packaged_text("austen.txt")[:20000], 49152)
+    windows = first_windows(ids, 6, 128)
+    with torch.no_grad():
+        batch = torch.from_numpy(windows).long()
+        logits = torch_model(batch).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    result = perplexity(checkpoint, windows)
+    assert result.predicted_tokens == 6 * 127
+    assert result.perplexity == pytest.approx(float(loss.exp()), rel=1e-3)
+
+
+def test_tokenizer_gives_the_ids_of_transformers_own(gguf_path, checkpoint):
+    pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    expected = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    ours = checkpoint.load_tokenizer()
+    texts = [
+        packaged_text("austen.txt")[:50000],
+        packaged_text("speeches.txt")[:50000],
+        "  Tabs\tand\n\nlines; 12,345.67 in 1945—naïve café, 漢字 и кириллица 🙂🏽!",
+        "<|im_start|>user\nHi<|im_end|>\n<|endoftext|> <|im_start|>",
+        "it's they'll I'D\r\n   x  ",
+        "",
+    ]
+    for text in texts:
+        ids = ours(text, verbose=False)["input_ids"]
+        assert ids == expected(text, verbose=False)["input_ids"]
+        assert ours.decode(ids) == text
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "chat_template"):
+        assert getattr(ours, name) == getattr(expected, name)
+
+
+def test_the_exported_tokenizer_loads(pruned_folder, checkpoint):
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(pruned_folder)
+    assert loaded(TEXT)["input_ids"] == checkpoint.load_tokenizer()(TEXT)["input_ids"]
+    assert loaded.eos_token == "<|im_end|>"

@@ -1,0 +1,521 @@
+"""Solvers and refits against NumPy references, and what a solution promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import (
+    best_mask_by_enumeration,
+    damped,
+    largest,
+    masked_least_squares,
+    quadratic_loss,
+    sparsegpt,
+)
+
+from prox24.core.pattern import is_sparse
+from prox24.solvers.problem import LayerProblem, Status
+from prox24.solvers.proximal import Prox, eigenvalue_bound
+from prox24.solvers.refit import ConjugateGradients, GradientSteps
+from prox24.solvers.scores import Magnitude, Wanda
+from prox24.solvers.solve import REFITS, SOLVERS, solve
+from prox24.solvers.sparsegpt import SparseGPT
+
+ROWS, WIDTH, DAMPING = 32, 64, 0.01
+KINDS = ["low_rank", "power_law", "few_tokens"]
+
+every_solver = pytest.mark.parametrize("solver", [s() for s in SOLVERS.values()], ids=list(SOLVERS))
+every_refit = pytest.mark.parametrize(
+    "refit", [None, ConjugateGradients(), GradientSteps()], ids=["none", *REFITS]
+)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+float_types = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+def make_gram(kind, width, rng):
+    if kind == "low_rank":
+        rank = width // 4
+        signal = rng.normal(size=(4 * width, rank)) @ rng.normal(size=(rank, width)) / rank**0.5
+        tokens = signal + 0.1 * rng.normal(size=signal.shape)
+        return tokens.T @ tokens / len(tokens)
+    if kind == "few_tokens":
+        tokens = rng.normal(size=(width // 2, width))
+        return tokens.T @ tokens
+    basis = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    return (basis / np.arange(1, width + 1)) @ basis.T
+
+
+def make_problem(kind, seed=0, rows=ROWS, width=WIDTH, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    gram = make_gram(kind, width, rng)
+    weight = rng.normal(size=(rows, width))
+    return LayerProblem(jnp.asarray(weight, dtype), jnp.asarray(gram, dtype))
+
+
+def damped_loss(solution, problem):
+    return quadratic_loss(solution.weight, problem.weight, damped(problem.gram, DAMPING))
+
+
+def exact_damped_loss(mask, problem):
+    gram = damped(problem.gram, DAMPING)
+    return quadratic_loss(masked_least_squares(problem.weight, gram, mask), problem.weight, gram)
+
+
+def relative_difference(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.max(np.abs(a - b)) / np.max(np.abs(b))
+
+
+def assert_has_pattern(solution, kept=2, group=4):
+    mask = np.asarray(solution.mask)
+    assert mask.dtype == bool
+    assert np.all(mask.reshape(len(mask), -1, group).sum(axis=-1) == kept)
+    assert np.all(np.asarray(solution.weight)[~mask] == 0)
+    assert bool(is_sparse(solution.weight, (kept, group)))
+
+
+# SparseGPT
+
+
+@pytest.mark.parametrize(("width", "block_size"), [(64, 32), (64, 1000), (200, 4), (200, 128)])
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4)])
+def test_sparsegpt_equals_the_columnwise_reference_in_float64(width, kept, group, block_size):
+    problem = make_problem("low_rank", width=width, rows=16, dtype="float64")
+    weight, mask = sparsegpt(problem.weight, problem.gram, kept, group, DAMPING)
+    solution = solve(problem, SparseGPT(block_size), None, pattern=(kept, group), damping=DAMPING)
+    assert solution.status is Status.SPARSE
+    assert np.array_equal(solution.mask, mask)
+    assert relative_difference(solution.weight, weight) <= 1e-9
+
+
+@every_kind
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4)])
+def test_sparsegpt_in_float32_agrees_with_the_float64_reference(kept, group, kind):
+    problem = make_problem(kind, width=120)
+    weight, mask = sparsegpt(problem.weight, problem.gram, kept, group, DAMPING)
+    solution = solve(problem, SparseGPT(), None, pattern=(kept, group), damping=DAMPING)
+    assert np.mean(np.asarray(solution.mask) == mask) >= 0.995
+    loss = quadratic_loss(solution.weight, problem.weight, problem.gram)
+    assert loss == pytest.approx(quadratic_loss(weight, problem.weight, problem.gram), rel=0.01)
+    assert_has_pattern(solution, kept, group)
+
+
+@pytest.mark.parametrize("width", [148, 200])
+def test_sparsegpt_does_not_depend_on_the_block_size(width):
+    problem = make_problem("power_law", width=width, rows=16)
+    first, *others = (solve(problem, SparseGPT(size), None) for size in (128, 1, 24, 4096))
+    for other in others:
+        assert np.mean(np.asarray(other.mask) == np.asarray(first.mask)) >= 0.995
+        assert other.statistics.relative_loss == pytest.approx(
+            first.statistics.relative_loss, rel=1e-3
+        )
+
+
+# Scores
+
+
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4)])
+def test_magnitude_and_wanda_masks_keep_the_largest_scores(kept, group):
+    problem = make_problem("low_rank")
+    weight = np.abs(np.asarray(problem.weight))
+    norms = np.sqrt(np.diagonal(np.asarray(problem.gram)))
+    for solver, scores in ((Magnitude(), weight), (Wanda(), weight * norms)):
+        solution = solve(problem, solver, None, pattern=(kept, group))
+        expected = largest(scores, kept, group)
+        assert np.array_equal(solution.mask, expected)
+        assert np.array_equal(solution.weight, np.where(expected, problem.weight, 0))
+
+
+def diagonal_problem(rows, width, dtype):
+    rng = np.random.default_rng(3)
+    gram = np.diag(10.0 ** rng.uniform(-2, 2, width))
+    return LayerProblem(
+        jnp.asarray(rng.normal(size=(rows, width)), dtype), jnp.asarray(gram, dtype)
+    )
+
+
+def test_wanda_mask_is_optimal_for_a_diagonal_gram():
+    problem = diagonal_problem(8, 12, "float32")
+    mask = np.asarray(solve(problem, Wanda(), None).mask)
+    for row, weight_row in enumerate(problem.weight):
+        assert np.array_equal(mask[row], best_mask_by_enumeration(weight_row, problem.gram)[0])
+
+
+def test_prox_with_refit_is_optimal_for_a_diagonal_gram():
+    problem = diagonal_problem(16, 32, "float32")
+    best = solve(problem, Wanda(), None, damping=0.0)
+    found = solve(problem, Prox(), ConjugateGradients(), damping=0.0)
+    assert np.array_equal(found.mask, best.mask)
+    assert found.statistics.relative_loss == pytest.approx(best.statistics.relative_loss, rel=1e-5)
+
+
+# Refits
+
+
+@every_kind
+@pytest.mark.parametrize("solver", [Magnitude(), SparseGPT()], ids=["magnitude", "sparsegpt"])
+def test_converged_conjugate_gradients_are_the_exact_least_squares(solver, kind):
+    problem = make_problem(kind, dtype="float64")
+    solution = solve(problem, solver, ConjugateGradients(2 * WIDTH), damping=DAMPING)
+    exact = masked_least_squares(problem.weight, damped(problem.gram, DAMPING), solution.mask)
+    assert relative_difference(solution.weight, exact) <= 1e-6
+
+
+@every_kind
+def test_default_conjugate_gradients_are_within_a_percent_of_the_least_loss(kind):
+    problem = make_problem(kind)
+    solution = solve(problem, Magnitude(), damping=DAMPING)
+    assert damped_loss(solution, problem) <= 1.01 * exact_damped_loss(solution.mask, problem)
+
+
+@every_kind
+def test_default_gradient_steps_are_within_a_percent_of_the_least_loss(kind):
+    problem = make_problem(kind)
+    before = solve(problem, Magnitude(), None, damping=DAMPING)
+    after = solve(problem, Magnitude(), GradientSteps(), damping=DAMPING)
+    assert np.array_equal(before.mask, after.mask)
+    assert damped_loss(after, problem) < damped_loss(before, problem)
+    assert damped_loss(after, problem) <= 1.01 * exact_damped_loss(after.mask, problem)
+
+
+@every_kind
+def test_gradient_steps_with_adam_lower_the_loss(kind):
+    problem = make_problem(kind)
+    before = solve(problem, Magnitude(), None, damping=DAMPING)
+    # optax.adam itself raises an integer count to a power, which strict promotion forbids.
+    with jax.numpy_dtype_promotion("standard"):
+        after = solve(problem, Magnitude(), GradientSteps(optax.adam(1e-3), 100), damping=DAMPING)
+    assert damped_loss(after, problem) < 0.95 * damped_loss(before, problem)
+    assert np.array_equal(before.mask, after.mask)
+    assert_has_pattern(after)
+
+
+@pytest.mark.parametrize(
+    "refit",
+    [
+        *[ConjugateGradients(steps) for steps in (1, 5, 20, 60, 200)],
+        *[GradientSteps(steps=steps) for steps in (1, 50)],
+    ],
+    ids=str,
+)
+@every_kind
+def test_refit_of_any_length_never_raises_the_damped_loss(kind, refit):
+    for seed in range(5):
+        problem = make_problem(kind, seed)
+        for solver in (Magnitude(), SparseGPT()):
+            before = damped_loss(solve(problem, solver, None, damping=DAMPING), problem)
+            after = damped_loss(solve(problem, solver, refit, damping=DAMPING), problem)
+            assert after <= before * (1 + 1e-5), f"seed {seed}, {solver}"
+
+
+@float_types
+@pytest.mark.parametrize("kind", ["equicorrelated", "rank_one"])
+def test_conjugate_gradients_stay_converged_however_long_they_run(kind, dtype):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        factor = rng.normal(size=(8, 1))
+        gram = {"equicorrelated": (np.eye(8) + 1) / 2, "rank_one": factor @ factor.T}[kind]
+        weight = rng.normal(size=(256, 8))
+        problem = LayerProblem(jnp.asarray(weight, dtype), jnp.asarray(gram, dtype))
+        solution = solve(problem, Magnitude(), ConjugateGradients(2000), damping=DAMPING)
+        least = exact_damped_loss(solution.mask, problem)
+        assert damped_loss(solution, problem) <= 1.001 * least, f"seed {seed}"
+
+
+@every_refit
+def test_refit_keeps_entries_outside_the_mask_exactly_zero(refit):
+    problem = make_problem("low_rank")
+    solution = solve(problem, Wanda(), refit)
+    assert np.array_equal(solution.mask, solve(problem, Wanda(), None).mask)
+    assert np.all(np.asarray(solution.weight)[~np.asarray(solution.mask)] == 0)
+    assert np.count_nonzero(solution.weight) == ROWS * WIDTH // 2
+
+
+# Prox
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio"), [("low_rank", 0.9), ("power_law", 0.96), ("few_tokens", 0.25)]
+)
+@pytest.mark.parametrize("width", [64, 128])
+def test_prox_beats_sparsegpt_with_the_same_refit_on_correlated_inputs(width, kind, ratio):
+    for seed in range(4):
+        problem = make_problem(kind, seed, width=width)
+        ours, theirs = solve(problem, Prox()), solve(problem, SparseGPT())
+        assert ours.status is Status.SPARSE
+        assert_has_pattern(ours)
+        assert ours.statistics.relative_loss <= ratio * theirs.statistics.relative_loss
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("low_rank", 1.25), ("power_law", 1.02)])
+def test_prox_is_close_to_the_best_of_all_masks_on_average(kind, bound):
+    ratios = []
+    for seed in range(6):
+        problem = make_problem(kind, seed, rows=12, width=12)
+        solution = solve(problem, Prox(), ConjugateGradients(30), damping=0.0)
+        for row, weight_row in enumerate(problem.weight):
+            _, best = best_mask_by_enumeration(weight_row, problem.gram)
+            ratios.append(
+                quadratic_loss(solution.weight[row : row + 1], weight_row, problem.gram) / best
+            )
+    assert min(ratios) >= 1 - 1e-4
+    assert np.mean(ratios) <= bound
+
+
+def test_prox_without_momentum_is_sparse_and_finite():
+    solution = solve(make_problem("low_rank"), Prox(momentum=0.0))
+    assert solution.status is Status.SPARSE
+    assert_has_pattern(solution)
+
+
+def test_prox_refit_changes_its_loss_little():
+    figures = solve(make_problem("low_rank"), Prox()).statistics
+    assert figures.relative_loss <= figures.relative_loss_before_refit * (1 + 1e-5)
+    assert figures.relative_loss_before_refit <= 1.1 * figures.relative_loss
+
+
+@pytest.mark.parametrize("max_steps", [0, 1, 5])
+@every_refit
+def test_prox_that_runs_out_of_steps_says_so_and_is_still_sparse(max_steps, refit):
+    solution = solve(make_problem("low_rank"), Prox(max_steps=max_steps), refit)
+    assert solution.status is Status.MAX_STEPS
+    assert solution.statistics.steps == max_steps
+    assert 0 < solution.statistics.dense_blocks <= ROWS * WIDTH // 4
+    assert_has_pattern(solution)
+
+
+@pytest.mark.parametrize("pattern", [(1, 4), (4, 8)])
+def test_prox_refuses_other_patterns(pattern):
+    with pytest.raises(ValueError, match=r"2:4"):
+        solve(make_problem("low_rank"), Prox(), pattern=pattern)
+
+
+# Every solver
+
+
+@every_solver
+@every_refit
+@every_kind
+def test_solution_is_sparse_and_its_statistics_are_those_of_its_weight(kind, refit, solver):
+    problem = make_problem(kind)
+    solution = solve(problem, solver, refit, damping=DAMPING)
+    figures = solution.statistics
+    assert solution.status is Status.SPARSE
+    assert solution.weight.dtype == problem.weight.dtype
+    assert_has_pattern(solution)
+    total = quadratic_loss(np.zeros((ROWS, WIDTH)), problem.weight, problem.gram)
+    loss = quadratic_loss(solution.weight, problem.weight, problem.gram) / total
+    assert figures.relative_loss == pytest.approx(loss, rel=1e-4)
+    assert figures.damping == pytest.approx(DAMPING * np.trace(problem.gram) / WIDTH, rel=1e-5)
+    assert figures.refit_steps == (refit.steps if refit else 0)
+    assert figures.dense_blocks == figures.dead_features == 0
+    assert (figures.steps > 0) == isinstance(solver, Prox)
+
+
+@every_solver
+@every_refit
+def test_sparse_weight_loses_nothing(refit, solver):
+    weight, gram = make_problem("power_law")
+    weight = jnp.where(largest(np.abs(weight), 2, 4), weight, 0)
+    solution = solve(LayerProblem(weight, gram), solver, refit)
+    assert solution.status is Status.SPARSE
+    assert relative_difference(solution.weight, weight) <= 1e-5
+
+
+NONFINITE_INPUTS = {
+    "nan_weight_first": ("weight", (3, 0), np.nan),
+    "nan_weight_last": ("weight", (3, 7), np.nan),
+    "inf_weight": ("weight", (3, 7), np.inf),
+    "nan_gram": ("gram", (5, 5), np.nan),
+    "nan_gram_off_diagonal": ("gram", (5, 6), np.nan),
+    "inf_gram": ("gram", (5, 5), np.inf),
+}
+
+
+@every_solver
+@pytest.mark.parametrize("refit", [None, ConjugateGradients()], ids=["none", "cg"])
+@pytest.mark.parametrize("case", NONFINITE_INPUTS)
+def test_nonfinite_input_is_reported(case, refit, solver):
+    field, index, value = NONFINITE_INPUTS[case]
+    problem = make_problem("power_law", rows=8, width=16)
+    problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
+    assert solve(problem, solver, refit).status is Status.NONFINITE
+
+
+def test_sparsegpt_reports_an_indefinite_gram_without_damping():
+    weight, _ = make_problem("power_law", rows=8, width=16)
+    gram = jnp.full((16, 16), 2, jnp.float32) - jnp.eye(16, dtype=jnp.float32)
+    assert solve(LayerProblem(weight, gram), SparseGPT(), damping=0.0).status is Status.NONFINITE
+
+
+@every_solver
+@every_refit
+@pytest.mark.parametrize("damping", [0.0, DAMPING])
+def test_dead_features_are_counted_and_harmless(damping, refit, solver):
+    weight, gram = make_problem("power_law")
+    dead = np.isin(np.arange(WIDTH), [0, 1, 2, 3, 17, 40, 41])
+    gram = jnp.where(dead[:, None] | dead[None, :], 0, gram)
+    solution = solve(LayerProblem(weight, gram), solver, refit, damping=damping)
+    assert solution.status is Status.SPARSE
+    assert solution.statistics.dead_features == 7
+    assert np.all(np.isfinite(solution.weight))
+    assert 0 < solution.statistics.relative_loss < 1
+    assert_has_pattern(solution)
+
+
+@every_solver
+@every_refit
+@pytest.mark.parametrize("damping", [0.0, DAMPING])
+def test_zero_gram_gives_a_finite_sparse_weight_of_no_loss(damping, refit, solver):
+    weight, gram = make_problem("power_law")
+    solution = solve(LayerProblem(weight, jnp.zeros_like(gram)), solver, refit, damping=damping)
+    assert solution.status is Status.SPARSE
+    assert solution.statistics.relative_loss == 0
+    assert solution.statistics.dead_features == WIDTH
+    assert np.all(np.isfinite(solution.weight))
+    assert_has_pattern(solution)
+
+
+@every_solver
+@every_refit
+def test_zero_weight_stays_zero(refit, solver):
+    _, gram = make_problem("power_law")
+    solution = solve(LayerProblem(jnp.zeros((ROWS, WIDTH), jnp.float32), gram), solver, refit)
+    assert solution.status is Status.SPARSE
+    assert not np.any(solution.weight)
+    assert_has_pattern(solution)
+
+
+@every_solver
+@pytest.mark.parametrize(
+    ("kind", "refit"),
+    [
+        ("power_law", ConjugateGradients()),
+        ("low_rank", ConjugateGradients(80)),
+        ("few_tokens", ConjugateGradients(80)),
+    ],
+    ids=KINDS,
+)
+def test_solution_does_not_depend_on_the_scale_of_the_gram(kind, refit, solver):
+    problem = make_problem(kind)
+    expected = solve(problem, solver, refit)
+    scaled = solve(problem._replace(gram=1000 * problem.gram), solver, refit)
+    assert np.array_equal(scaled.mask, expected.mask)
+    assert relative_difference(scaled.weight, expected.weight) <= 1e-4
+
+
+@every_solver
+@every_kind
+def test_default_loss_does_not_depend_on_the_scale_of_the_gram(kind, solver):
+    problem = make_problem(kind)
+    expected = solve(problem, solver)
+    scaled = solve(problem._replace(gram=1000 * problem.gram), solver)
+    assert np.array_equal(scaled.mask, expected.mask)
+    assert scaled.statistics.relative_loss == pytest.approx(
+        expected.statistics.relative_loss, rel=2e-3
+    )
+
+
+@every_solver
+def test_scale_of_the_weight_scales_the_solution(solver):
+    problem = make_problem("power_law")
+    expected = solve(problem, solver)
+    scaled = solve(problem._replace(weight=0.01 * problem.weight), solver)
+    assert np.array_equal(scaled.mask, expected.mask)
+    assert relative_difference(100 * scaled.weight, expected.weight) <= 1e-4
+
+
+@every_solver
+@pytest.mark.parametrize("gram_dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_weights_come_back_bfloat16(gram_dtype, solver):
+    weight, gram = make_problem("power_law")
+    rounded = LayerProblem(weight.astype(jnp.bfloat16), gram.astype(gram_dtype))
+    solution = solve(rounded, solver)
+    assert solution.weight.dtype == jnp.bfloat16
+    assert solution.status is Status.SPARSE
+    assert_has_pattern(solution)
+    in_float32 = LayerProblem(rounded.weight.astype(jnp.float32), rounded.gram.astype(jnp.float32))
+    expected = solve(in_float32, solver).weight.astype(jnp.bfloat16)
+    assert np.array_equal(np.asarray(solution.weight), np.asarray(expected))
+
+
+@every_solver
+def test_float64_problem_is_solved_in_float64(solver):
+    problem = make_problem("power_law", dtype="float64")
+    solution = solve(problem, solver)
+    assert solution.weight.dtype == jnp.float64
+    assert_has_pattern(solution)
+    single = solve(make_problem("power_law"), solver)
+    assert solution.statistics.relative_loss == pytest.approx(
+        single.statistics.relative_loss, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("solvers", "refits"),
+    [
+        ([Prox(), Prox(0.02, 1.1, 0.5, 50)], [ConjugateGradients(), ConjugateGradients(3)]),
+        ([Prox(), Prox(growth=1.2)], [GradientSteps(), GradientSteps(steps=10)]),
+        ([SparseGPT(), SparseGPT()], [ConjugateGradients(), ConjugateGradients(3)]),
+        ([Wanda(), Wanda()], [GradientSteps(), GradientSteps(steps=10)]),
+    ],
+    ids=["prox_cg", "prox_gradient", "sparsegpt_cg", "wanda_gradient"],
+)
+def test_other_hyperparameter_values_do_not_compile_again(solvers, refits, monkeypatch):
+    traces = []
+
+    def counted(call):
+        def counting(self, *arguments):
+            traces.append(self)
+            return call(self, *arguments)
+
+        return counting
+
+    for kind in (type(solvers[0]), type(refits[0])):
+        monkeypatch.setattr(kind, "__call__", counted(kind.__call__))
+    problem = make_problem("power_law", rows=5, width=12)
+    for solver, refit, damping in zip(solvers, refits, [0.01, 0.3], strict=True):
+        solve(problem, solver, refit, damping=damping)
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize(
+    ("weight", "gram", "pattern", "message"),
+    [
+        ((8, 16), (12, 12), (2, 4), r"\(8, 16\).*\(12, 12\)"),
+        ((8, 16), (16, 12), (2, 4), r"\(8, 16\).*\(16, 12\)"),
+        ((16,), (16, 16), (2, 4), r"\(16,\).*\(16, 16\)"),
+        ((2, 8, 16), (16, 16), (2, 4), r"\(2, 8, 16\).*\(16, 16\)"),
+        ((8, 18), (18, 18), (2, 4), r"18.*4"),
+        ((8, 20), (20, 20), (4, 8), r"20.*8"),
+        ((8, 16), (16, 16), (5, 4), r"5:4"),
+        ((8, 16), (16, 16), (0, 4), r"0:4"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named_in_the_error(weight, gram, pattern, message):
+    problem = LayerProblem(jnp.ones(weight, jnp.float32), jnp.ones(gram, jnp.float32))
+    with pytest.raises(ValueError, match=message):
+        solve(problem, SparseGPT(), pattern=pattern)
+
+
+# The eigenvalue bound
+
+
+@float_types
+@pytest.mark.parametrize("rank", [1, 3, 64])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_eigenvalue_bound_is_above_and_at_most_the_root_of_the_rank_away(scale, rank, dtype):
+    slack = 1e-5 if dtype == "float32" else 1e-12
+    for seed in range(3):
+        tokens = np.random.default_rng(seed).normal(size=(rank, WIDTH))
+        gram = (scale * tokens.T @ tokens).astype(dtype)
+        top = np.linalg.eigvalsh(gram.astype(np.float64))[-1]
+        bound = float(eigenvalue_bound(jnp.asarray(gram)))
+        assert top * (1 - slack) <= bound <= top * rank ** (1 / 64) * (1 + slack)
+
+
+def test_eigenvalue_bound_is_attained_by_equal_eigenvalues():
+    assert float(eigenvalue_bound(3 * jnp.eye(WIDTH, dtype=jnp.float32))) == pytest.approx(
+        3 * WIDTH ** (1 / 64), rel=1e-5
+    )
