@@ -214,9 +214,9 @@ def test_refit_of_any_length_never_raises_the_damped_loss(kind, refit):
 def test_conjugate_gradients_stay_converged_however_long_they_run(kind, dtype):
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        factor = rng.normal(size=(8, 1))
-        gram = {"equicorrelated": (np.eye(8) + 1) / 2, "rank_one": factor @ factor.T}[kind]
-        weight = rng.normal(size=(256, 8))
+        factor = rng.normal(size=(16, 1))
+        gram = {"equicorrelated": (np.eye(16) + 1) / 2, "rank_one": factor @ factor.T}[kind]
+        weight = rng.normal(size=(256, 16))
         problem = LayerProblem(jnp.asarray(weight, dtype), jnp.asarray(gram, dtype))
         solution = solve(problem, Magnitude(), ConjugateGradients(2000), damping=DAMPING)
         least = exact_damped_loss(solution.mask, problem)

@@ -62,7 +62,7 @@ def random_weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
         if "norm" in name:
             values = 1 + 0.1 * generator.standard_normal(shape)
         if name == "model.embed_tokens.weight":
-            values = generator.standard_normal(shape)
+            values = 0.25 * generator.standard_normal(shape)
         weights[name] = values.astype(dtype)
     return weights
 

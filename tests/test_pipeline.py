@@ -1,0 +1,189 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import VARIANTS, config_dict, jax_logits, random_weights, tokens, write_folder, write_tiny
+
+from prox24.calibration.text import first_windows, spread_windows
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.core.pattern import is_sparse
+from prox24.errors import CalibrationError, CheckpointError, SolverError
+from prox24.forward import batch_size, load_model
+from prox24.models import llama
+from prox24.pipeline import linear_names, prune
+from prox24.solvers.solve import SOLVERS, ConjugateGradients, Magnitude, Prox, SparseGPT, Wanda
+
+WINDOWS = tokens(batch=8, length=32)
+
+
+def prune_folder(folder, solver, refit=None, **options):
+    return prune(open_checkpoint(folder), WINDOWS, solver, refit, **options)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_every_linear_is_sparse_and_nothing_else_changes(tmp_path, method):
+    weights = write_tiny(tmp_path / "source", "grouped_heads", shards=2)
+    checkpoint = open_checkpoint(tmp_path / "source")
+    pruned = prune(checkpoint, WINDOWS, SOLVERS[method](), None)
+    names = linear_names(load_model(checkpoint))
+    assert list(pruned.tensors) == names == [report.name for report in pruned.reports]
+    write_checkpoint(checkpoint, tmp_path / "out", pruned.tensors)
+    written = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(shard)
+    for name, values in weights.items():
+        if name in names:
+            assert is_sparse(jnp.asarray(written[name]))
+            assert np.count_nonzero(written[name]) == values.size // 2
+        else:
+            assert written[name].tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_exported_model_computes_the_same_in_pytorch(tmp_path, variant):
+    torch = pytest.importorskip("torch")
+    from make_golden import torch_logits
+    from transformers import AutoModelForCausalLM
+
+    write_tiny(tmp_path / "source", variant)
+    pruned = prune_folder(tmp_path / "source", Magnitude())
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", pruned.tensors)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    out = open_checkpoint(tmp_path / "out")
+    ours = jax_logits(out.config, {name: out.read(name) for name in out.tensors}, tokens())
+    np.testing.assert_allclose(ours, torch_logits(model, tokens()), atol=1e-5, rtol=0)
+
+
+def relative_losses_by_hand(weights, pruned, config_json, layer_index):
+    """The losses of one layer's linears, with every layer before it pruned and itself dense."""
+    config = llama.config_from_hf(config_json)
+    hidden = llama.embed({k: jnp.asarray(v) for k, v in weights.items()}, jnp.asarray(WINDOWS))
+    inputs = {}
+    for index in range(layer_index + 1):
+        prefix = llama.layer_prefix(index)
+        source = weights if index == layer_index else weights | pruned
+        layer = {
+            n.removeprefix(prefix): jnp.asarray(w)
+            for n, w in source.items()
+            if n.startswith(prefix)
+        }
+        hidden = llama.layer(config, layer, hidden, inputs.__setitem__)
+    losses = {}
+    for linear, input_name in llama.LINEAR_INPUTS.items():
+        name = f"{llama.layer_prefix(layer_index)}{linear}.weight"
+        x = np.asarray(inputs[input_name], np.float64).reshape(-1, weights[name].shape[1])
+        change = (pruned[name].astype(np.float64) - weights[name]) @ x.T
+        losses[name] = np.sum(change**2) / np.sum((weights[name] @ x.T) ** 2)
+    return losses
+
+
+@pytest.mark.parametrize("solver", [Wanda(), Prox()])
+def test_each_layer_is_calibrated_on_the_output_of_the_pruned_ones(tmp_path, solver):
+    weights = write_tiny(tmp_path / "source")
+    pruned = prune_folder(tmp_path / "source", solver, ConjugateGradients())
+    reported = {report.name: report.relative_loss for report in pruned.reports}
+    for index in range(2):
+        expected = relative_losses_by_hand(weights, pruned.tensors, config_dict(), index)
+        for name, loss in expected.items():
+            assert reported[name] == pytest.approx(loss, rel=1e-3), name
+
+
+def test_prox_with_refit_has_the_lowest_losses(tmp_path):
+    write_tiny(tmp_path / "source")
+    mean = {
+        method: np.mean(
+            [
+                report.relative_loss
+                for report in prune_folder(
+                    tmp_path / "source", SOLVERS[method](), ConjugateGradients()
+                ).reports
+            ]
+        )
+        for method in SOLVERS
+    }
+    assert min(mean, key=mean.get) == "prox"
+
+
+def test_a_width_that_the_pattern_does_not_divide_is_named(tmp_path):
+    write_tiny(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.weight.*32.*by 5"):
+        prune_folder(tmp_path / "source", Magnitude(), pattern=(2, 5))
+
+
+def test_a_pattern_that_prox_cannot_do_says_what_can(tmp_path):
+    write_tiny(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"prox supports the pattern 2:4, not 4:8.*sparsegpt"):
+        prune_folder(tmp_path / "source", Prox(), pattern=(4, 8))
+
+
+@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT()])
+def test_baselines_do_other_patterns(tmp_path, solver):
+    write_tiny(tmp_path / "source")
+    pruned = prune_folder(tmp_path / "source", solver, ConjugateGradients(), pattern=(4, 8))
+    assert all(is_sparse(jnp.asarray(w), (4, 8)) for w in pruned.tensors.values())
+    assert {report.sparsity for report in pruned.reports} == {0.5}
+
+
+def test_activations_that_are_not_finite_are_named(tmp_path):
+    weights = random_weights(config_dict())
+    weights["model.layers.1.input_layernorm.weight"][:] = 3e38
+    write_folder(tmp_path / "source", config_dict(), weights)
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.attention_input"):
+        prune_folder(tmp_path / "source", Magnitude())
+
+
+def test_fewer_tokens_than_features_need_damping(tmp_path):
+    write_tiny(tmp_path / "source")
+    checkpoint = open_checkpoint(tmp_path / "source")
+    pruned = prune(checkpoint, tokens(1, 8), Prox(), ConjugateGradients())
+    assert all(np.isfinite(values).all() for values in pruned.tensors.values())
+    assert all(report.damping > 0 for report in pruned.reports)
+    with pytest.raises(SolverError, match=r"layers\.0\.self_attn\.q_proj.*--damping"):
+        prune(checkpoint, tokens(1, 8), SparseGPT(), None, damping=0.0)
+
+
+def test_dead_input_features_are_reported(tmp_path):
+    weights = random_weights(config_dict())
+    weights["model.layers.0.input_layernorm.weight"][[1, 5, 6]] = 0
+    write_folder(tmp_path / "source", config_dict(), weights)
+    pruned = prune_folder(tmp_path / "source", Prox(), ConjugateGradients())
+    dead = {report.name: report.dead_features for report in pruned.reports}
+    for name, count in dead.items():
+        reads_dead_features = name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")
+        assert count == (3 if "layers.0" in name and reads_dead_features else 0)
+
+
+def test_on_linear_is_called_in_order(tmp_path):
+    write_tiny(tmp_path / "source")
+    seen = []
+    pruned = prune_folder(tmp_path / "source", Magnitude(), on_linear=seen.append)
+    assert seen == pruned.reports
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    write_tiny(tmp_path / "source")
+    first = prune_folder(tmp_path / "source", Prox(), ConjugateGradients())
+    second = prune_folder(tmp_path / "source", Prox(), ConjugateGradients())
+    for name, values in first.tensors.items():
+        assert values.tobytes() == second.tensors[name].tobytes()
+
+
+def test_windows_do_not_overlap_and_say_what_is_missing():
+    ids = np.arange(103, dtype=np.int32)
+    assert first_windows(ids, None, 10).shape == (10, 10)
+    spread = spread_windows(ids, 4, 10)
+    assert spread[:, 0].tolist() == [0, 30, 60, 90]
+    for windows in (first_windows, spread_windows):
+        with pytest.raises(CalibrationError, match=r"103 tokens, but 11 windows of 10 need 110"):
+            windows(ids, 11, 10)
+    with pytest.raises(CalibrationError, match="1 windows of 200 need 200"):
+        first_windows(ids, None, 200)
+
+
+def test_micro_batches_divide_the_windows():
+    for windows in range(1, 40):
+        for length in (2, 512, 4096):
+            size = batch_size(windows, length)
+            assert windows % size == 0
+            assert size == 1 or size * length <= 2048
