@@ -14,6 +14,17 @@ def prox_objective(w, y, lam):
     return np.sum((w - y) ** 2, axis=-1) / 2 + lam * (a * b * (c + d) + c * d * (a + b))
 
 
+def stationarity_residual(w, y, lam):
+    """Largest |w_i - max(|y_i| - lam e2(others), 0)| of a block in units of its largest |y_i|."""
+    w, y = np.abs(np.asarray(w, np.float64)), np.abs(np.asarray(y, np.float64))
+    residuals = []
+    for i in range(4):
+        a, b, c = np.delete(w, i, axis=-1).T
+        residuals.append(np.abs(w[:, i] - np.maximum(y[:, i] - lam * (a * b + a * c + b * c), 0)))
+    top = y.max(axis=-1)
+    return np.max(residuals, axis=0) / np.where(top > 0, top, 1)
+
+
 def brute_force_prox(y, lam, sweeps=200, fractions=8, seed=0):
     """Least objective per block of y, shape (n, 4), by multi-start cyclic coordinate descent.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import brute_force_prox, largest, prox_objective
+from reference import brute_force_prox, largest, prox_objective, stationarity_residual
 
 from prox24.core.pattern import is_sparse
 from prox24.core.prox import prox, prox_planes
@@ -20,6 +20,7 @@ jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
 BLOCKS = 256
 PENALTIES = [0.0, 1e-4, 0.03, 0.3, 0.5, 0.75, 1.0, 4.0, 1e6]
 GAP = {"float32": 1e-6, "float64": 1e-12}
+RESIDUAL = {"float32": 1e-4, "float64": 2e-9}
 
 
 def near_ties(rng, shape):
@@ -55,20 +56,33 @@ def adversarial_blocks(family, lam):
     return y
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_objective_equals_the_minimum_found_by_brute_force(family, dtype):
+def solved(family, dtype):
     lams = [float(np.asarray(lam, dtype)) for lam in PENALTIES]
     y = np.stack([adversarial_blocks(family, lam) for lam in PENALTIES]).astype(dtype)
     w = np.stack([np.asarray(jitted(row, lam)) for row, lam in zip(y, lams, strict=True)])
     assert w.dtype == dtype
-    y, w, lam = y.reshape(-1, 4), w.reshape(-1, 4), np.repeat(lams, BLOCKS)
+    return y.reshape(-1, 4), w.reshape(-1, 4), np.repeat(lams, BLOCKS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_objective_equals_the_minimum_found_by_brute_force(family, dtype):
+    y, w, lam = solved(family, dtype)
     best = brute_force_prox(y, lam)
     scale = np.maximum(best, 1e-6 * np.sum(np.square(y, dtype=np.float64), axis=-1))
     gap = (prox_objective(w, y, lam) - best) / np.where(scale > 0, scale, 1)
     worst = int(np.argmax(gap))
     assert gap[worst] <= GAP[dtype], f"y={y[worst]}, lam={lam[worst]}, w={w[worst]}"
     assert gap.min() >= -1e-9, "brute force missed a minimum that the prox found"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_is_stationary_in_every_entry(family, dtype):
+    y, w, lam = solved(family, dtype)
+    residual = stationarity_residual(w, y, lam)
+    worst = int(np.argmax(residual))
+    assert residual[worst] <= RESIDUAL[dtype], f"y={y[worst]}, lam={lam[worst]}, w={w[worst]}"
 
 
 @pytest.mark.parametrize(
