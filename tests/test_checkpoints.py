@@ -224,10 +224,16 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 def test_extra_tensors_are_carried_over(tmp_path):
     config = config_dict()
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.arange(4, dtype=np.float32)}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.arange(4, dtype=np.float32),
+        "model.position_ids": np.arange(4, dtype=np.int64),
+    }
     write_folder(tmp_path / "source", config, random_weights(config) | extra)
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
-    assert extra.keys() < load_file(tmp_path / "out" / "model.safetensors").keys()
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {}, dtype="bfloat16")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert extra.keys() < written.keys()
+    np.testing.assert_array_equal(written["model.position_ids"], extra["model.position_ids"])
+    assert written["model.position_ids"].dtype == np.int64
 
 
 def test_other_weight_formats_are_not_carried_over(tmp_path):

@@ -22,7 +22,9 @@ TEXT = "It is a truth universally acknowledged, that a single man in possession 
 
 @pytest.fixture(scope="module")
 def gguf_path():
-    return fetch_model(ROOT / ".cache")
+    cache = ROOT / ".cache"
+    cache.mkdir(exist_ok=True)
+    return fetch_model(cache)
 
 
 @pytest.fixture(scope="module")

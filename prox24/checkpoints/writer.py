@@ -79,6 +79,8 @@ def _values(
 ) -> NDArray[Any]:
     own = source.tensors[name].dtype
     values = replaced[name] if name in replaced else source.read(name)
+    if own not in DTYPES.values():  # an integer buffer, which the computation does not use
+        return values
     with np.errstate(over="ignore"):
         converted = values.astype(own if dtype is None else DTYPES[dtype])
     if not np.isfinite(converted.astype(np.float32)).all():

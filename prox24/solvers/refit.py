@@ -41,11 +41,12 @@ class ConjugateGradients:
         def advance(_: Array, state: State) -> State:
             image = apply(state.direction)
             curvature = jnp.sum(state.direction * image, axis=1, keepdims=True)
-            # A row that has converged has a zero direction and must stay where it is.
-            length = jnp.where(curvature > 0, state.square / curvature, 0)
+            # A row that has converged stays where it is: its next steps would be rounding noise.
+            active = (state.square > floor) & (curvature > 0)
+            length = jnp.where(active, state.square / curvature, 0)
             residual = state.residual - length * image
             square = jnp.sum(residual * residual, axis=1, keepdims=True)
-            turn = jnp.where(state.square > 0, square / state.square, 0)
+            turn = jnp.where(active, square / state.square, 0)
             return State(
                 weight=state.weight + length * state.direction,
                 residual=residual,
@@ -55,6 +56,7 @@ class ConjugateGradients:
 
         residual = apply(problem.weight - weight)
         square = jnp.sum(residual * residual, axis=1, keepdims=True)
+        floor = square * jnp.finfo(square.dtype).eps ** 2
         start = State(weight, residual, residual, square)
         return lax.fori_loop(0, self.steps, advance, start).weight
 

@@ -116,6 +116,6 @@ def _solve(
         "dense_blocks": candidate.dense_blocks,
         "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
         "damping": damping_amount(problem.gram, damping),
-        "finite": jnp.all(jnp.isfinite(weight)) & jnp.all(jnp.isfinite(problem.gram)),
+        "finite": jnp.all(jnp.isfinite(weight)) & jnp.isfinite(total),
     }
     return weight, candidate.mask, figures
