@@ -215,17 +215,24 @@ def _rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
 def _attention(config: Config, queries: Array, keys: Array, values: Array) -> Array:
     batch, length, _ = queries.shape
     group = config.heads // config.key_value_heads
-    queries = queries.reshape(batch, length, config.key_value_heads, group, config.head_dim)
-    keys = keys.reshape(batch, length, config.key_value_heads, config.head_dim)
-    values = values.reshape(keys.shape)
-    angles = _rope_angles(config, length)
-    queries = _rotate(queries, angles[None, :, None, None, :])
-    keys = _rotate(keys, angles[None, :, None, :])
-    scores = jnp.einsum("bqhgd,bkhd->bhgqk", queries, keys, precision=PRECISION)
-    scores = scores / math.sqrt(config.head_dim)
-    causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
+    angles = _rope_angles(config, length)[None, None, :, :]
+
+    def heads_first(x: Array, heads: int) -> Array:
+        return x.reshape(batch, length, heads, config.head_dim).transpose(0, 2, 1, 3)
+
+    queries = _rotate(heads_first(queries, config.heads), angles)
+    keys = _rotate(heads_first(keys, config.key_value_heads), angles)
+    values = heads_first(values, config.key_value_heads)
+    # The queries that share a key head are rows of one matrix product.
+    shared = (batch, config.key_value_heads, group * length)
+    queries = queries.reshape(*shared, config.head_dim) / math.sqrt(config.head_dim)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, precision=PRECISION)
+    scores = scores.reshape(batch, config.heads, length, length)
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
     probabilities = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", probabilities, values, precision=PRECISION)
+    probabilities = probabilities.reshape(*shared, length)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, values, precision=PRECISION)
+    mixed = mixed.reshape(batch, config.heads, length, config.head_dim).transpose(0, 2, 1, 3)
     return mixed.reshape(batch, length, config.heads * config.head_dim)
 
 
