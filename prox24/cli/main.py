@@ -93,7 +93,7 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("--output", type=Path, default=Path("."), help="folder for the models")
     command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
     command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on")
-    command.add_argument("--samples", type=_positive, default=32, help="calibration windows (32)")
+    command.add_argument("--samples", type=_positive, default=16, help="calibration windows (16)")
     command.add_argument(
         "--evaluation-samples", type=_positive, default=16, help="evaluation windows (16)"
     )
