@@ -67,6 +67,12 @@ def test_logits_of_the_dense_model_agree_with_the_golden_file(checkpoint):
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
 
 
+def test_the_dense_model_predicts_english(checkpoint):
+    # A wrong order of rows would agree with PyTorch on its own export, but would not do this.
+    ids = tokenize(checkpoint.load_tokenizer(), packaged_text("austen.txt")[:20000], 49152)
+    assert perplexity(checkpoint, first_windows(ids, 4, 256)).perplexity < 60
+
+
 def test_logits_of_the_exported_model_agree_with_pytorch(pruned_folder, torch_model):
     import torch
 
