@@ -17,6 +17,8 @@ from prox24.core.pattern import PatternLike, as_pattern, from_planes, ranks, to_
 # A support of three or four entries is a strict local minimum only where every 2x2 minor of the
 # Hessian is positive; that bounds v1 by 2. Larger inputs are thresholded without solving anything.
 LARGEST_SCALED_INPUT = 2.0
+# A shrinkage that removes any entry: entries are at most 1 in units of the largest.
+REMOVED = 2.0
 NEWTON_STEPS = {"float32": 8, "float64": 12}
 
 Block4 = tuple[Array, Array, Array, Array]
@@ -98,10 +100,6 @@ def prox_planes(y: Block4, lam: ArrayLike) -> Block4:
         return jnp.where(jnp.isnan(largest), largest, w)
 
     return restore(0), restore(1), restore(2), restore(3)
-
-
-# A shrinkage that removes any entry: entries are at most 1 in units of the largest.
-REMOVED = 2.0
 
 
 def _shrinkage(magnitudes: Block4, lam: Array) -> tuple[Array, Block4]:
