@@ -21,7 +21,8 @@ Advance = Callable[[str, float | None], None]
 @contextlib.contextmanager
 def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Advance]:
     """A bar on standard error with what was done last, its relative loss, and the time left."""
-    console = Console(stderr=True, quiet=quiet)
+    # A log file has no use for the frames of a bar.
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
