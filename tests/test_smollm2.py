@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prox24.calibration.text import first_windows, tokenize
+from prox24.calibration.text import first_windows, packaged_text, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo import fetch_model
-from prox24.cli.prune import packaged_text
 from prox24.core.pattern import top_mask
 from prox24.forward import embed_windows, layer_weights, load_model, outer_weights, run_layer
 from prox24.perplexity import perplexity

@@ -1,5 +1,6 @@
 """Text to windows of token ids."""
 
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,20 @@ def read_text(path: Path) -> str:
         raise CalibrationError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def packaged_text(name: str) -> str:
+    """A text of the package's data folder: "speeches.txt" or "austen.txt"."""
+    return (resources.files("prox24") / "data" / name).read_text(encoding="utf-8")
+
+
+def text_or_packaged(path: Path | None, name: str) -> str:
+    """The text of a file, or the package's text of that name where no file is given.
+
+    Raises:
+      CalibrationError: the file is missing or is not UTF-8.
+    """
+    return packaged_text(name) if path is None else read_text(path)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int) -> NDArray[np.int32]:

@@ -9,11 +9,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from prox24.calibration.text import first_windows, read_text, tokenize
+from prox24.calibration.text import first_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table
-from prox24.cli.prune import calibration_windows, choose, packaged_text, prune_with_progress
+from prox24.cli.prune import calibration_windows, choose, prune_with_progress
 from prox24.errors import CheckpointError
 from prox24.perplexity import perplexity
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
     checkpoint = open_checkpoint(fetch_model(arguments.cache))
-    text = packaged_text("austen.txt") if arguments.text is None else read_text(arguments.text)
+    text = text_or_packaged(arguments.text, "austen.txt")
     ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
     evaluation = first_windows(ids, arguments.evaluation_samples, arguments.sequence_length)
     calibration = calibration_windows(

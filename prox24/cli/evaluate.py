@@ -2,17 +2,16 @@
 
 import argparse
 
-from prox24.calibration.text import first_windows, read_text, tokenize
+from prox24.calibration.text import first_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.output import print_json, print_table
-from prox24.cli.prune import packaged_text
 from prox24.perplexity import perplexity
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
     checkpoint = open_checkpoint(arguments.model)
-    text = packaged_text("austen.txt") if arguments.text is None else read_text(arguments.text)
+    text = text_or_packaged(arguments.text, "austen.txt")
     ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
     windows = first_windows(ids, arguments.samples, arguments.sequence_length)
     result = perplexity(checkpoint, windows)

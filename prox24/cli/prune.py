@@ -4,14 +4,13 @@ import argparse
 import dataclasses
 import json
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prox24.calibration.text import read_text, spread_windows, tokenize
+from prox24.calibration.text import spread_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
@@ -89,14 +88,9 @@ def calibration_windows(
     Raises:
       CalibrationError: the file cannot be read or is too short.
     """
-    text = packaged_text("speeches.txt") if file is None else read_text(file)
+    text = text_or_packaged(file, "speeches.txt")
     ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
     return spread_windows(ids, samples, length)
-
-
-def packaged_text(name: str) -> str:
-    """A text of the package's data folder."""
-    return (resources.files("prox24") / "data" / name).read_text(encoding="utf-8")
 
 
 def prune_with_progress(
