@@ -5,7 +5,9 @@ problem with its solvers. They import only jax, numpy and optax. Checkpoints, mo
 pipeline are in the submodules.
 """
 
-from prox24.core.pattern import Pattern, count_violations, is_sparse, top_mask
+from prox24.core import planes
+from prox24.core.masks import count_violations, is_sparse, top_mask
+from prox24.core.pattern import Pattern
 from prox24.core.penalty import penalty
 from prox24.core.prox import prox
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status
@@ -30,6 +32,7 @@ __all__ = [
     "count_violations",
     "is_sparse",
     "penalty",
+    "planes",
     "prox",
     "solve",
     "top_mask",

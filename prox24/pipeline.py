@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from prox24.calibration.gram import GramSum, add_layer_inputs, empty_gram
 from prox24.checkpoints.checkpoint import Checkpoint
-from prox24.core.pattern import PatternLike, as_pattern, mean_sparsity
+from prox24.core.masks import mean_sparsity
+from prox24.core.pattern import PatternLike, as_pattern
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import Model, embed_windows, layer_weights, load_model, run_layer
 from prox24.solvers.problem import LayerProblem, Solution, Status

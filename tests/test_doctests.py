@@ -31,5 +31,6 @@ def test_examples_print_what_they_say(name):
 
 def test_public_functions_of_the_mathematics_have_examples():
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for name in ("prox24.core.pattern", "prox24.core.penalty", "prox24.core.prox"):
-        assert any(test.examples for test in finder.find(importlib.import_module(name))), name
+    for name in ("blocks", "masks", "pattern", "penalty", "planes", "prox"):
+        found = finder.find(importlib.import_module(f"prox24.core.{name}"))
+        assert any(test.examples for test in found), name

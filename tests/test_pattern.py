@@ -12,16 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import PATTERNS, largest
 
-from prox24.core.pattern import (
-    as_pattern,
-    count_violations,
-    from_planes,
-    is_sparse,
-    mean_sparsity,
-    ranks,
-    to_planes,
-    top_mask,
-)
+from prox24.core.blocks import join, ranks, split
+from prox24.core.masks import count_violations, is_sparse, mean_sparsity, top_mask
+from prox24.core.pattern import as_pattern
 from prox24.core.penalty import penalty
 
 AXES = [-1, 0, 1]
@@ -50,12 +43,12 @@ def blocks_last(w, group, axis):
 @given(data=st.data())
 def test_planes_hold_strided_entries_and_round_trip_bit_for_bit(pattern, axis, data):
     w = data.draw(arrays(pattern, axis, finite))
-    planes = to_planes(w, pattern, axis)
+    planes = split(w, pattern, axis)
     expected = blocks_last(w, pattern[1], axis)
     assert len(planes) == pattern[1]
     for i, plane in enumerate(planes):
         assert np.array_equal(np.moveaxis(np.asarray(plane), axis, -1), expected[..., i])
-    restored = np.asarray(from_planes(planes, axis))
+    restored = np.asarray(join(planes, axis))
     assert restored.dtype == w.dtype
     assert restored.shape == w.shape
     assert restored.tobytes() == w.tobytes()
@@ -64,7 +57,7 @@ def test_planes_hold_strided_entries_and_round_trip_bit_for_bit(pattern, axis, d
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64, jnp.int32, jnp.bool_])
 def test_planes_round_trip_keeps_dtype(dtype):
     w = jnp.asarray(np.arange(24).reshape(2, 12) % 3, dtype)
-    restored = from_planes(to_planes(w))
+    restored = join(split(w))
     assert restored.dtype == dtype
     assert bool(jnp.all(restored == w))
 
@@ -101,7 +94,7 @@ def test_top_mask_of_equal_scores_is_the_head_of_each_block(pattern):
 
 @given(hnp.arrays(np.float32, (2, 8), elements=levels))
 def test_ranks_are_a_permutation_that_sorts_each_block(scores):
-    order = np.stack([np.asarray(rank) for rank in ranks(to_planes(scores))], axis=-1)
+    order = np.stack([np.asarray(rank) for rank in ranks(split(scores))], axis=-1)
     blocks = scores.reshape(2, 2, 4)
     assert np.array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(4), order.shape))
     by_rank = np.take_along_axis(blocks, np.argsort(order, axis=-1), axis=-1)
@@ -163,7 +156,7 @@ def test_penalty_of_a_pattern_that_keeps_everything_is_zero():
 
 
 @pytest.mark.parametrize("pattern", [(0, 4), (5, 4), (-1, 4)])
-@pytest.mark.parametrize("function", [top_mask, count_violations, is_sparse, penalty, to_planes])
+@pytest.mark.parametrize("function", [top_mask, count_violations, is_sparse, penalty, split])
 def test_invalid_pattern_is_named_in_the_error(pattern, function):
     with pytest.raises(ValueError, match=f"{pattern[0]}:{pattern[1]}"):
         function(jnp.ones(20), pattern)
@@ -176,7 +169,7 @@ def test_as_pattern_names_and_prints_the_pair(pattern):
     assert str(named) == f"{pattern[0]}:{pattern[1]}"
 
 
-@pytest.mark.parametrize("function", [top_mask, count_violations, is_sparse, penalty, to_planes])
+@pytest.mark.parametrize("function", [top_mask, count_violations, is_sparse, penalty, split])
 @pytest.mark.parametrize(("shape", "axis"), [((8, 6), 1), ((6, 8), 0), ((8, 10), -1)])
 def test_indivisible_length_is_named_in_the_error(shape, axis, function):
     with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.* divisible by 4"):

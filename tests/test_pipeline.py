@@ -7,7 +7,7 @@ from tiny import VARIANTS, config_dict, jax_logits, random_weights, tokens, writ
 from prox24.calibration.text import first_windows, spread_windows
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
-from prox24.core.pattern import is_sparse
+from prox24.core.masks import is_sparse
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import batch_size, load_model
 from prox24.models import llama

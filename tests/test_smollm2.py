@@ -10,7 +10,7 @@ from prox24.calibration.text import first_windows, packaged_text, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo import fetch_model
-from prox24.core.pattern import top_mask
+from prox24.core.masks import top_mask
 from prox24.forward import embed_windows, layer_weights, load_model, outer_weights, run_layer
 from prox24.perplexity import perplexity
 from prox24.pipeline import linear_names

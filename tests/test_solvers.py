@@ -14,7 +14,7 @@ from reference import (
     sparsegpt,
 )
 
-from prox24.core.pattern import is_sparse
+from prox24.core.masks import is_sparse
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.proximal import Prox, eigenvalue_bound
 from prox24.solvers.refit import ConjugateGradients, GradientSteps

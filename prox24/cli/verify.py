@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.output import print_json, print_table
-from prox24.core.pattern import as_pattern, count_violations, mean_sparsity
+from prox24.core.masks import count_violations, mean_sparsity
+from prox24.core.pattern import as_pattern
 from prox24.forward import load_model
 from prox24.pipeline import check_widths, linear_names
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from prox24.core.pattern import PatternLike, as_pattern, to_planes
+from prox24.core.blocks import split
+from prox24.core.pattern import PatternLike, as_pattern
 
 
 def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
@@ -33,7 +34,7 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       6.0
     """
     degree = as_pattern(pattern).kept + 1
-    magnitudes = [jnp.abs(plane) for plane in to_planes(w, pattern, axis)]
+    magnitudes = [jnp.abs(plane) for plane in split(w, pattern, axis)]
     # Horner's scheme for the product of (1 + |w_i| t): elementary[d] is e_d of the entries so far.
     elementary = [jnp.ones_like(magnitudes[0])] + [jnp.zeros_like(magnitudes[0])] * degree
     for magnitude in magnitudes:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from prox24.core.pattern import Pattern, from_planes, to_planes, top_mask
-from prox24.core.prox import check_prox_pattern, prox_planes
+from prox24.core import planes
+from prox24.core.masks import top_mask
+from prox24.core.pattern import Pattern
 from prox24.solvers.problem import PRECISION, Candidate, LayerProblem, normalize
 
 
@@ -28,7 +29,7 @@ class Prox:
       max_steps: steps after which blocks that are still dense are cut; the status then says so.
 
     Raises:
-      ValueError: on another pattern than 2:4.
+      ValueError: on a pattern other than 1:M and 2:M.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, algorithm 1.
@@ -41,17 +42,17 @@ class Prox:
 
     def __call__(self, problem: LayerProblem, pattern: Pattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
-        check_prox_pattern(pattern)
+        planes.check_kept(*pattern)
         normalized = normalize(problem, damping)
         # Plane i of the blocks becomes a range of columns: the matrix product sees an ordinary
         # matrix, the proximal operator sees contiguous planes, and nothing is ever interleaved.
-        order = jnp.concatenate(to_planes(jnp.arange(problem.weight.shape[1]), pattern))
+        order = jnp.concatenate(planes.split(jnp.arange(problem.weight.shape[1]), pattern))
         gram = normalized.gram[order][:, order]
         start = normalized.weight[:, order]
-        final = _iterate(start, gram, self)
-        planes = jnp.split(final.weight, pattern.group, axis=1)
-        weight = from_planes(planes) / normalized.scale[None, :]
-        mask = top_mask(jnp.abs(from_planes(planes)), pattern)
+        final = _iterate(start, gram, pattern, self)
+        weight = planes.join(jnp.split(final.weight, pattern.group, axis=1))
+        mask = top_mask(jnp.abs(weight), pattern)
+        weight = weight / normalized.scale[None, :]
         return Candidate(jnp.where(mask, weight, 0), mask, final.dense_blocks, final.steps)
 
 
@@ -64,24 +65,23 @@ class _State(NamedTuple):
     steps: Array
 
 
-def _iterate(start: Array, gram: Array, solver: Prox) -> _State:
+def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _State:
     step_size = 1 / eigenvalue_bound(gram)
 
     def advance(state: _State) -> _State:
         gradient = jnp.matmul(state.extrapolated - start, gram, precision=PRECISION)
-        target = state.extrapolated - step_size * gradient
-        a, b, c, d = jnp.split(target, 4, axis=1)
-        planes = prox_planes((a, b, c, d), state.penalty * step_size)
-        weight = jnp.concatenate(planes, axis=1)
+        target = jnp.split(state.extrapolated - step_size * gradient, pattern.group, axis=1)
+        blocks = planes.prox(target, state.penalty * step_size, pattern.kept)
+        weight = jnp.concatenate(blocks, axis=1)
         nesterov = (1 + jnp.sqrt(1 + 4 * jnp.square(state.nesterov))) / 2
         momentum = solver.momentum * (state.nesterov - 1) / nesterov
-        nonzeros = sum((plane != 0).astype(jnp.int32) for plane in planes)
+        nonzeros = sum((plane != 0).astype(jnp.int32) for plane in blocks)
         return _State(
             weight=weight,
             extrapolated=weight + momentum * (weight - state.weight),
             penalty=state.penalty * solver.growth,
             nesterov=nesterov,
-            dense_blocks=jnp.count_nonzero(nonzeros > 2).astype(jnp.int32),
+            dense_blocks=jnp.count_nonzero(nonzeros > pattern.kept).astype(jnp.int32),
             steps=state.steps + 1,
         )
 
@@ -93,7 +93,7 @@ def _iterate(start: Array, gram: Array, solver: Prox) -> _State:
         extrapolated=start,
         penalty=jnp.asarray(solver.initial_penalty, start.dtype),
         nesterov=jnp.ones((), start.dtype),
-        dense_blocks=jnp.asarray(start.size // 4, jnp.int32),
+        dense_blocks=jnp.asarray(start.size // pattern.group, jnp.int32),
         steps=jnp.zeros((), jnp.int32),
     )
     return lax.while_loop(unfinished, advance, initial)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prox24.core.pattern import Pattern, top_mask
+from prox24.core.masks import top_mask
+from prox24.core.pattern import Pattern
 from prox24.solvers.problem import Candidate, LayerProblem
 
 

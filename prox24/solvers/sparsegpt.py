@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from prox24.core.pattern import Pattern, top_mask
+from prox24.core.masks import top_mask
+from prox24.core.pattern import Pattern
 from prox24.solvers.problem import PRECISION, Candidate, LayerProblem, damped_gram
 
 

@@ -1,0 +1,82 @@
+"""The proximal operator of e2, which keeps one entry of a block: a maximum over prefixes.
+
+Everything is planar: each name is an array over all blocks. docs/theory.md derives the equations.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from prox24.core.blocks import descending, ranks
+
+
+def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
+    """|w| of the minimiser, planar: argmin over w >= 0 of 1/2 |w - y|^2 + lam e2(w).
+
+    With |y| in descending order and k entries kept, S = sum(w) is their sum over 1 + (k - 1) lam,
+    and w_i = (|y_i| - lam S) / (1 - lam), which is (S + sum_j (|y_i| - |y_j|) / (1 - lam)) / k over
+    the kept j. For lam < 1 the objective is convex, and k is the largest number for which w_k > 0.
+    From lam = 1 on one entry is kept.
+
+    Args:
+      magnitudes: M arrays |y| of one shape and dtype, float32 or float64.
+      lam: nonnegative, a scalar or of that shape, of that dtype; it has no unit.
+
+    Returns:
+      M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`.
+    """
+    ordered = descending(magnitudes)
+    # In units of the largest entry, so that no sum overflows.
+    unit = jnp.where(ordered[0] > 0, ordered[0], 1)
+    v = [entry / unit for entry in ordered]
+    convex = lam < 1
+    slack = jnp.where(convex, 1 - lam, 1)
+    # Differences of entries take the place of differences from lam S, which cancel as lam nears 1.
+    size, s, prefix, excess = jnp.ones_like(unit), v[0], v[0], jnp.zeros_like(unit)
+    for k in range(2, len(v) + 1):
+        prefix = prefix + v[k - 1]
+        excess = excess + (k - 1) * (v[k - 2] - v[k - 1])
+        sum_of_k = prefix / (1 + (k - 1) * lam)
+        positive = convex & (sum_of_k > excess / slack)
+        size, s = jnp.where(positive, k, size), jnp.where(positive, sum_of_k, s)
+
+    def restore(magnitude: Array, rank: Array) -> Array:
+        value = magnitude / unit
+        gaps = sum(jnp.where(size > i, value - entry, 0) for i, entry in enumerate(v))
+        w = (s + gaps / slack) / size
+        # |y| - w = lam (S - w) loses nothing where little is removed.
+        w = jnp.where(2 * w < value, w * unit, magnitude - unit * (lam * jnp.maximum(s - w, 0)))
+        kept = rank.astype(lam.dtype) < size
+        return jnp.where(kept, jnp.where(size > 1, jnp.clip(w, 0, magnitude), magnitude), 0)
+
+    return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
+
+
+def tangent(w: Sequence[Array], lam: Array, dy: Sequence[Array], dlam: Array) -> list[Array]:
+    """The derivative of the minimiser, by the implicit function theorem on its support.
+
+    ((1 - lam) I + lam 11^T) dw = dy - dlam grad e2(w), by the Sherman-Morrison formula.
+
+    Args:
+      w: M arrays |w|, the minimiser.
+      lam: as in `shrink`.
+      dy: M arrays, the tangents of |y|.
+      dlam: the tangent of lam.
+
+    Returns:
+      M arrays, zero off the support.
+    """
+    support = [entry > 0 for entry in w]
+    size = sum(kept.astype(lam.dtype) for kept in support)
+    s = sum(w)
+    r = [
+        jnp.where(kept, d - dlam * (s - entry), 0)
+        for kept, d, entry in zip(support, dy, w, strict=True)
+    ]
+    total = sum(r) / (1 + (size - 1) * lam)
+    slack = jnp.where(size > 1, 1 - lam, 1)
+    return [
+        jnp.where(kept, jnp.where(size > 1, (x - lam * total) / slack, x), 0)
+        for kept, x in zip(support, r, strict=True)
+    ]

@@ -1,0 +1,288 @@
+"""The proximal operator of e3, which keeps two of a block: one scalar root per support size.
+
+Notation, on one block: v = lam |y| in descending order, u = lam |w| for the minimiser w,
+s = sum(u), E = e2(u), D_i = 1 - s + 2 u_i. On a support of the k largest entries, Y is the sum of
+their v. Everything is planar: each name is an array over all blocks. docs/theory.md
+derives the equations.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from prox24.core.blocks import descending, ranks
+
+# Three or more entries are a strict local minimum only where every 2x2 minor of the Hessian is
+# positive, which bounds v1 by 2. Larger blocks keep two entries; no equation has to be solved.
+LARGEST_SOLVABLE = 2.0
+NEWTON_STEPS = {"float32": 8, "float64": 12}
+
+
+class Support(NamedTuple):
+    """A candidate: the size of its support, its root, and what its entries have in common.
+
+    Attributes:
+      size: k, a Python int or a float array.
+      spread: 1 / (k - 2).
+      root: of the equation for k.
+      root_is_sum: whether the root is s; if not, it is D_k, and 2 u_3 - v_3 for k = 3.
+      smallest: v_k.
+      total: Y.
+    """
+
+    size: int | Array
+    spread: float | Array
+    root: Array
+    root_is_sum: Array
+    smallest: Array
+    total: Array
+
+
+def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
+    """|w| of the minimiser, planar: argmin over w >= 0 of 1/2 |w - y|^2 + lam e3(w).
+
+    Args:
+      magnitudes: M arrays |y| of one shape and dtype, float32 or float64.
+      lam: nonnegative, a scalar or of that shape, of that dtype.
+
+    Returns:
+      M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`.
+    """
+    tiny, epsilon = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).eps
+
+    def scaled(magnitude: Array) -> Array:
+        return jnp.minimum(lam * magnitude, 2 * LARGEST_SOLVABLE)
+
+    v = [scaled(magnitude) for magnitude in descending(magnitudes)]
+    chosen = _choose(v)
+    s = _sum_of_entries(chosen)
+    unit = 1 / jnp.maximum(lam, tiny)
+
+    def restore(magnitude: Array, rank: Array) -> Array:
+        value = scaled(magnitude)
+        place = rank.astype(lam.dtype)
+        u = _entry(value, place == chosen.size - 1, chosen, s)
+        # The form that has no cancellation; the second returns |y| itself where nothing is lost.
+        w = jnp.where(u < value / 2, u * unit, magnitude - (value - u) * unit)
+        kept = jnp.where(place < chosen.size, jnp.where(chosen.size == 2, magnitude, w), 0)
+        # Below this nothing moves by a digit, and the squares above would underflow.
+        return jnp.where(v[0] > tiny / epsilon, kept, magnitude)
+
+    return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
+
+
+def tangent(w: Sequence[Array], lam: Array, dy: Sequence[Array], dlam: Array) -> list[Array]:
+    """The derivative of the minimiser, by the implicit function theorem on its support.
+
+    H dw = dy - dlam grad e3(w) with H_ij = lam (sum(w) - w_i - w_j), H_ii = 1. H is a diagonal D
+    plus a matrix of rank two, so dw is in closed form; it is arranged so that D_k, which may be
+    zero at a regular minimum, divides nothing.
+
+    Args:
+      w: M arrays |w|, the minimiser.
+      lam: as in `shrink`.
+      dy: M arrays, the tangents of |y|.
+      dlam: the tangent of lam.
+
+    Returns:
+      M arrays, zero off the support.
+    """
+    support = [entry > 0 for entry in w]
+    size = sum(kept.astype(lam.dtype) for kept in support)
+    last = [rank.astype(lam.dtype) == size - 1 for rank in ranks(w)]
+
+    def total(values: Sequence[Array], where: Sequence[Array]) -> Array:
+        return _add([jnp.where(h, value, 0) for h, value in zip(where, values, strict=True)])
+
+    r = [
+        jnp.where(kept, d - dlam * e2, 0)
+        for kept, d, e2 in zip(support, dy, _e2_of_others(w), strict=True)
+    ]
+    s = lam * sum(w)
+    diagonal = [1 - s + 2 * lam * entry for entry in w]
+    others = [kept & ~here for kept, here in zip(support, last, strict=True)]
+    inverse = [
+        jnp.where(here, 1 / jnp.where(here, d, 1), 0)
+        for here, d in zip(others, diagonal, strict=True)
+    ]
+    half = jnp.where(size > 2, (size - 2) / 2, 1)
+    d_k, r_k = total(diagonal, last), total(r, last)
+    inverses = sum(inverse)
+    weighted = sum(i * x for i, x in zip(inverse, r, strict=True))
+    e = 1 - total(diagonal, support) / 4
+    determinant = jnp.square(half) * d_k + e * (1 + d_k * inverses)
+    h = jnp.square(half) * r_k + e * (r_k * inverses - weighted) - half * sum(r) / 2
+    h = h / jnp.where(size > 2, determinant, 1)
+    shift = r_k - d_k * h
+    mean = (shift * inverses - weighted - h) / half / 2
+    solved = [
+        jnp.where(here, mean + h, mean + (x - shift) * i)
+        for here, x, i in zip(last, r, inverse, strict=True)
+    ]
+    return [
+        jnp.where(size > 2, jnp.where(kept, x, 0), straight)
+        for kept, x, straight in zip(support, solved, r, strict=True)
+    ]
+
+
+def _e2_of_others(w: Sequence[Array]) -> list[Array]:
+    """e2 of each block without its i-th entry, from prefixes and suffixes: nothing cancels."""
+
+    def running(entries: Sequence[Array]) -> list[tuple[Array, Array]]:
+        e1 = e2 = jnp.zeros_like(w[0])
+        sums = []
+        for entry in entries:
+            sums.append((e1, e2))
+            e1, e2 = e1 + entry, e2 + e1 * entry
+        return sums
+
+    before, after = running(w), reversed(running(list(reversed(w))))
+    return [a2 + b2 + a1 * b1 for (a1, a2), (b1, b2) in zip(before, after, strict=True)]
+
+
+def _choose(v: Sequence[Array]) -> Support:
+    """The candidate of least objective among the support sizes 2..M of each block."""
+    # In units of v1, so that no square underflows.
+    unit = 1 / jnp.maximum(v[0], jnp.finfo(v[0].dtype).tiny)
+    least = sum((jnp.square(x * unit) for x in v[2:]), jnp.zeros_like(unit)) / 2
+    square = jnp.full_like(unit, 4)
+    candidates = {}
+    for k in range(3, len(v) + 1):
+        root, root_is_sum = _root_of_three(v[:3]) if k == 3 else _root_of_many(v[:k])
+        candidate = Support(k, 1 / (k - 2), root, root_is_sum, v[k - 1], _add(v[:k]))
+        candidates[k] = candidate
+        s = _sum_of_entries(candidate)
+        objective = _objective(v, [_entry(x, x is v[k - 1], candidate, s) for x in v[:k]], unit)
+        # Every candidate is a feasible point, so one found where no stationary point exists only
+        # loses. NaN loses too, and the sparser wins a tie.
+        better = (objective < least) & (v[0] < LARGEST_SOLVABLE)
+        least = jnp.where(better, objective, least)
+        square = jnp.where(better, jnp.where(root_is_sum, (k + 0.5) ** 2, k**2), square)
+    # Size and kind of root are one number, k or k + 1/2, and it comes out of a square root, which
+    # is exact: XLA repeats cheap operations in each consumer, here all of the above, but computes
+    # and stores an expensive one once.
+    code = jnp.sqrt(square)
+    size = jnp.floor(code)
+
+    def pick(field: str) -> Array:
+        picked = jnp.zeros_like(unit)
+        for k, candidate in candidates.items():
+            picked = jnp.where(size == k, getattr(candidate, field), picked)
+        return picked
+
+    root_is_sum = code > size
+    return Support(size, pick("spread"), pick("root"), root_is_sum, pick("smallest"), pick("total"))
+
+
+def _sum_of_entries(support: Support) -> Array:
+    """s of a support of four or more."""
+    spread = support.spread
+    offset = 4 * spread * (1 - spread) + 4 * support.smallest - 4 * spread * support.total
+    t = jnp.sqrt(jnp.maximum(jnp.square(support.root) - offset, 0))
+    return jnp.where(support.root_is_sum, support.root, t + 1 - 2 * spread)
+
+
+def _entry(v: Array, is_smallest: Array | bool, support: Support, s: Array) -> Array:
+    """u_i = (D_i + b_i) / 2 from its own v_i: b_i = s - 1, and v_i on a support of three."""
+    three = jnp.asarray(support.size == 3)
+    e2 = (support.total - s) * support.spread
+    base = jnp.where(support.root_is_sum, 1 - s, support.root)
+    gap = v - jnp.where(support.root_is_sum, e2, support.smallest)
+    square = jnp.square(base) + gap * jnp.where(three, v + support.smallest, 4)
+    is_root = is_smallest & ~support.root_is_sum
+    d = jnp.where(is_root, support.root, jnp.sqrt(jnp.maximum(square, 0)))
+    b = jnp.where(three, v, s - 1)
+    # Two forms of one number; each cancels where the other does not.
+    return jnp.clip(jnp.where(b < 0, 2 * (v - e2) / (d - b), (d + b) / 2), 0, v)
+
+
+def _objective(v: Sequence[Array], u: Sequence[Array], unit: Array) -> Array:
+    """1/2 |u - v|^2 + e3(u) in units of v1 squared, u zero beyond its length."""
+    distance = sum(jnp.square((x - y) * unit) for x, y in zip(v, u, strict=False))
+    removed = sum(jnp.square(x * unit) for x in v[len(u) :])
+    e1, e2, e3 = u[0], jnp.zeros_like(unit), jnp.zeros_like(unit)
+    for entry in u[1:]:
+        scaled = entry * unit
+        e1, e2, e3 = e1 + entry, e2 + e1 * scaled, e3 + e2 * scaled
+    return (distance + removed) / 2 + e3
+
+
+def _root_of_three(v: Sequence[Array]) -> tuple[Array, Array]:
+    """d = 2 u_3 - v_3, the larger root of (v1 + a)(v2 + b) = 2 (v3 - d), by Newton from v3."""
+    v1, v2, v3 = v
+    tiny, steps = jnp.finfo(v1.dtype).tiny, NEWTON_STEPS[v1.dtype.name]
+    a_offset = jnp.maximum((v1 - v3) * (v1 + v3), tiny)
+    b_offset = jnp.maximum((v2 - v3) * (v2 + v3), tiny)
+    d = v3
+    for _ in range(steps):
+        d = _repeatable(d)
+        a, b = jnp.sqrt(d * d + a_offset), jnp.sqrt(d * d + b_offset)
+        value = (v1 + a) * (v2 + b) - 2 * (v3 - d)
+        # The derivative times a b, so that the step takes one division.
+        slope = d * (b * (v2 + b) + a * (v1 + a)) + 2 * a * b
+        d = d - value * (a * b) / slope
+    return d, jnp.zeros(d.shape, bool)
+
+
+def _root_of_many(v: Sequence[Array]) -> tuple[Array, Array]:
+    """The root for k >= 4, and whether it is s: it is where c_k >= 0, and D_k elsewhere.
+
+    With t = s - (k - 4) / (k - 2), D_i^2 = t^2 + c_i and sum(D) + (k - 2) t = 4. The unknown is t
+    where c_k >= 0 and D_k, of either sign, where not: in both cases the left side is convex in it,
+    Newton starts above the larger root and descends.
+    """
+    k = len(v)
+    dtype, total = v[0].dtype, _add(v)
+    tiny, steps = jnp.finfo(dtype).tiny, NEWTON_STEPS[dtype.name]
+    c_k = 4 * (k - 3) / (k - 2) ** 2 + 4 * v[-1] - 4 / (k - 2) * total
+    in_t = c_k >= 0
+    offsets = [jnp.maximum(jnp.where(in_t, c_k, 0) + 4 * (x - v[-1]), tiny) for x in v[:-1]]
+    last_offset = jnp.maximum(jnp.abs(c_k), tiny)
+    weight = jnp.where(in_t, k - 2, 1).astype(dtype)
+    last_weight = jnp.where(in_t, 1, k - 2).astype(dtype)
+    highest = (2 * k - (k - 2) * jnp.sqrt(jnp.maximum(4 - (k - 1) * c_k, 0))) / (2 * (k - 1))
+    x = _repeatable(jnp.where(in_t, total - (k - 4) / (k - 2), highest))
+    for _ in range(steps):
+        roots = [jnp.sqrt(x * x + offset) for offset in offsets]
+        last = jnp.sqrt(x * x + last_offset)
+        value = weight * x - 4 + last_weight * last + _add(roots)
+        numerator, denominator = _sum_of_fractions([(1, d) for d in roots] + [(last_weight, last)])
+        x = _repeatable(x - value * denominator / (weight * denominator + x * numerator))
+    return jnp.where(in_t, _refined(v, total, x + (k - 4) / (k - 2)), x), in_t
+
+
+def _refined(v: Sequence[Array], total: Array, s: Array) -> Array:
+    """One more Newton step on sum(u) - s, in a form whose error is relative to s itself."""
+    k = len(v)
+    # e2(u) is at most (k - 1) / (2 k) s^2.
+    s = _repeatable(jnp.clip(s, total - (k - 1) * (k - 2) / (2 * k) * total * total, total))
+    e2 = _repeatable((total - s) / (k - 2))
+    gaps = [_repeatable(x - e2) for x in v]
+    roots = [jnp.sqrt(jnp.maximum(jnp.square(1 - s) + 4 * gap, 0)) for gap in gaps]
+    value = _add([2 * gap / (d + (1 - s)) for gap, d in zip(gaps, roots, strict=True)]) - s
+    numerator, denominator = _sum_of_fractions([(1, d) for d in roots])
+    slope = (k - 2) * denominator + (s - (k - 4) / (k - 2)) * numerator
+    return s - 2 * value * denominator / slope
+
+
+def _sum_of_fractions(fractions: Sequence[tuple[Array | int, Array]]) -> tuple[Array, Array]:
+    """Numerator and denominator of the sum, so that it costs one division."""
+    numerator, denominator = jnp.asarray(fractions[0][0]), fractions[0][1]
+    for n, d in fractions[1:]:
+        numerator, denominator = numerator * d + n * denominator, denominator * d
+    return numerator, denominator
+
+
+def _repeatable(x: Array) -> Array:
+    """x, which is between -8 and 8, marked as cheap to compute again.
+
+    XLA's CPU backend stores a binary operation's result for consumers that meet again behind a
+    square root, and every Newton step becomes a pass over memory. It repeats a clipped value.
+    """
+    return jnp.clip(x, -8, 8)
+
+
+def _add(terms: Sequence[Array]) -> Array:
+    return sum(terms[1:], terms[0])

@@ -1,0 +1,83 @@
+"""Masks of N:M patterns, and whether an array has one."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from prox24.core.blocks import join, ranks, split
+from prox24.core.pattern import PatternLike, as_pattern
+
+
+def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
+    """Marks the N largest scores of every M consecutive ones; ties go to the earlier entry.
+
+    Args:
+      scores: array whose length along `axis` is a multiple of M, for example |w|.
+      pattern: (N, M), any 1 <= N <= M.
+      axis: the axis along which the blocks run.
+
+    Returns:
+      bool array of the shape of `scores`; exactly N True in each block.
+
+    Raises:
+      ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
+
+    Example:
+      >>> top_mask(jnp.array([1.0, 3.0, 2.0, 0.0])).tolist()
+      [False, True, True, False]
+    """
+    kept = as_pattern(pattern).kept
+    return join([rank < kept for rank in ranks(split(scores, pattern, axis))], axis)
+
+
+def count_violations(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
+    """Counts the blocks with more than N nonzeros.
+
+    Args:
+      w: array whose length along `axis` is a multiple of M; NaN counts as nonzero.
+      pattern: (N, M).
+      axis: the axis along which the blocks run.
+
+    Returns:
+      int32 scalar.
+
+    Raises:
+      ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
+
+    Example:
+      >>> int(count_violations(jnp.array([1.0, 2.0, 3.0, 0.0, 1.0, 0.0, 0.0, 2.0])))
+      1
+    """
+    nonzeros = sum((plane != 0).astype(jnp.int32) for plane in split(w, pattern, axis))
+    return jnp.count_nonzero(nonzeros > as_pattern(pattern).kept)
+
+
+def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
+    """Whether at most N of every M consecutive entries along `axis` are nonzero.
+
+    Args:
+      w: array whose length along `axis` is a multiple of M; NaN counts as nonzero.
+      pattern: (N, M).
+      axis: the axis along which the blocks run.
+
+    Returns:
+      bool scalar.
+
+    Raises:
+      ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
+
+    Example:
+      >>> bool(is_sparse(jnp.array([0.0, 2.0, 3.0, 0.0])))
+      True
+    """
+    return count_violations(w, pattern, axis) == 0
+
+
+def mean_sparsity(w: ArrayLike) -> Array:
+    """Fraction of the entries that are exactly zero, a float32 scalar.
+
+    Example:
+      >>> float(mean_sparsity(jnp.array([0.0, 1.0])))
+      0.5
+    """
+    return jnp.mean(jnp.asarray(w) == 0, dtype=jnp.float32)

@@ -1,0 +1,93 @@
+"""The proximal operator on blocks in planar form, for callers that keep their data planar.
+
+Plane i holds the i-th entry of every block: `split` makes planes of an array, `join` undoes it, and
+`prox` then is arithmetic on whole contiguous arrays. Public as `prox24.planes`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from prox24.core import keep_one, keep_two
+from prox24.core.blocks import join, split
+
+__all__ = ["join", "prox", "split"]
+
+KEPT = {1: keep_one, 2: keep_two}
+
+
+def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array, ...]:
+    """prox_{lam R}(y) on planes; `prox24.prox` says what it is.
+
+    Args:
+      planes: M arrays of one shape and dtype, the entries of each block.
+      lam: nonnegative, a scalar or one that broadcasts to the shape of a plane.
+      kept: N of the pattern N:M, 1 or 2.
+
+    Returns:
+      M arrays of the shape and dtype of `planes`.
+
+    Raises:
+      ValueError: another `kept`, a dtype that is not floating, or `lam` does not broadcast.
+
+    Example:
+      >>> planes = [jnp.full((1,), y) for y in (1.0, 0.8, 0.6, 0.4)]
+      >>> [round(float(w[0]), 3) for w in prox(planes, 0.3)]
+      [0.911, 0.681, 0.404, 0.021]
+    """
+    check_kept(kept, len(planes))
+    given = planes[0].dtype
+    if not jnp.issubdtype(given, jnp.floating):
+        raise ValueError(f"prox needs floating-point entries, not {given}")
+    dtype = jnp.float64 if given == jnp.float64 else jnp.float32
+    lam = jnp.asarray(lam).astype(dtype)
+    if lam.ndim:
+        lam = jnp.broadcast_to(lam, planes[0].shape)
+    w = _prox(tuple(plane.astype(dtype) for plane in planes), lam, kept)
+    return tuple(plane.astype(given) for plane in w)
+
+
+def check_kept(kept: int, group: int) -> None:
+    """Raises ValueError, saying what serves instead, unless there is a prox for the pattern."""
+    if kept not in KEPT:
+        raise ValueError(
+            f"prox supports the patterns 1:M and 2:M, not {kept}:{group}; "
+            "top_mask and the solvers Magnitude, Wanda and SparseGPT support any N:M"
+        )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)
+def _prox(y: tuple[Array, ...], lam: Array, kept: int) -> tuple[Array, ...]:
+    magnitudes = [jnp.abs(entry) for entry in y]
+    shrunk = KEPT[kept].shrink(magnitudes, lam)
+    invalid = jnp.isnan(functools.reduce(jnp.maximum, magnitudes)) | jnp.isnan(lam)
+    tiny = jnp.finfo(lam.dtype).tiny
+
+    def signed(entry: Array, magnitude: Array, w: Array) -> Array:
+        w = jnp.where(w >= tiny, jnp.where(entry < 0, -w, w), 0)
+        return jnp.where(invalid, jnp.nan, jnp.where(w == magnitude, entry, w))
+
+    return tuple(signed(*entry) for entry in zip(y, magnitudes, shrunk, strict=True))
+
+
+@_prox.defjvp
+def _prox_jvp(
+    kept: int,
+    primals: tuple[tuple[Array, ...], Array],
+    tangents: tuple[tuple[Array, ...], Array],
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    (y, lam), (dy, dlam) = primals, tangents
+    w = _prox(y, lam, kept)
+    signs = [jnp.where(entry < 0, -1, 1).astype(lam.dtype) for entry in y]
+    dw = KEPT[kept].tangent(
+        [jnp.abs(entry) for entry in w],
+        lam,
+        [sign * d for sign, d in zip(signs, dy, strict=True)],
+        dlam,
+    )
+    return w, tuple(sign * d for sign, d in zip(signs, dw, strict=True))
