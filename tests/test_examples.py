@@ -1,9 +1,18 @@
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import best_mask_by_enumeration
+
+import prox24
+
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def run(code_or_path):
@@ -11,6 +20,18 @@ def run(code_or_path):
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout
+
+
+def run_with_figure(name, figure):
+    """What the example prints, after a check of the figure it writes."""
+    output = run([f"examples/{name}", "--output", figure])
+    assert figure.read_text().startswith("<?xml")
+    assert figure.stat().st_size < 100_000
+    return output
+
+
+def rows(table):
+    return [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
 
 
 def test_pruning_one_layer():
@@ -24,3 +45,105 @@ def test_pruning_one_layer():
 def test_the_python_of_the_readme_runs():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert "0.5" in run(["-c", code])
+
+
+# The path of the prox
+
+
+def test_path_of_the_prox_switches_where_known_and_jumps_only_near_ties(tmp_path):
+    output = run_with_figure("prox_path.py", tmp_path / "path.svg")
+    assert output in (ROOT / "docs/examples.md").read_text()
+    switches = {
+        (name, nonzeros): (float(lam), float(jump))
+        for name, lam, nonzeros, jump in rows(output)[1:]
+    }
+    assert len(switches) == 6
+    # Three nonzeros end continuously at lam y1 y2 = y3 if y1 y2 is large enough against y3.
+    assert switches["distinct", "3 to 2"][0] == pytest.approx(0.75, abs=1e-4)
+    assert switches["equal", "3 to 2"][0] == pytest.approx((1 + 2**0.5) / 2, abs=1e-4)
+    for name in ("distinct", "nearly equal", "equal"):
+        (first, _), (second, _) = switches[name, "4 to 3"], switches[name, "3 to 2"]
+        assert 0 < first < second
+    jumps = {key: jump for key, (_, jump) in switches.items()}
+    assert max(jumps["distinct", "4 to 3"], jumps["distinct", "3 to 2"]) <= 1e-3
+    assert min(jumps["nearly equal", "4 to 3"], jumps["equal", "4 to 3"]) >= 0.1
+    assert min(jumps["nearly equal", "3 to 2"], jumps["equal", "3 to 2"]) >= 0.1
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.3, 0.4, 0.7, 0.8, 1.2])
+def test_path_goes_through_the_known_minimisers(lam):
+    known = {
+        0.1: (0.934, 0.718, 0.491, 0.252),
+        0.3: (0.911, 0.681, 0.404, 0.021),
+        0.4: (0.904, 0.671, 0.357, 0),
+        0.7: (0.932, 0.712, 0.136, 0),
+    }
+    example = runpy.run_path(str(EXAMPLES / "prox_path.py"))
+    path = example["path_of"](example["BLOCKS"]["distinct"])
+    at = np.searchsorted(example["PENALTIES"], lam - 1e-9)
+    np.testing.assert_allclose(path[at], known.get(lam, (1, 0.8, 0, 0)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("c", [1e-3, 0.3, 1.0, 40.0])
+def test_three_equal_entries_become_two_at_their_known_penalty(c):
+    block = jnp.array([c, c, c, 0.0])
+    switch = (1 + 2**0.5) / (2 * c)
+    before = np.asarray(prox24.prox(block, switch * (1 - 1e-6)))
+    after = np.asarray(prox24.prox(block, switch * (1 + 1e-6)))
+    # lam w = sqrt(2) / 2 solves u + u^2 = lam c.
+    np.testing.assert_allclose(before, np.array([1, 1, 1, 0]) * 2**-0.5 / switch, rtol=1e-5)
+    assert np.array_equal(after, [c, c, 0, 0])
+
+
+# Correlated features
+
+
+def test_regret_on_correlated_features_is_least_for_prox(tmp_path):
+    output = run_with_figure("correlated_regression.py", tmp_path / "regret.svg")
+    _, header, *table = rows(output)
+    assert header == ["features", "rho", "wanda", "SparseGPT", "prox", "prox, slower"]
+    assert {row[0] for row in table} == {"equicorrelated", "Toeplitz"}
+    for _, rho, *regrets in table:
+        wanda, sparsegpt, prox, slower = map(float, regrets)
+        assert min(wanda, sparsegpt, prox, slower) >= 0
+        if float(rho) == 0:
+            assert max(wanda, sparsegpt, prox, slower) == 0
+        else:
+            assert max(prox, slower) < min(wanda, sparsegpt)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.99])
+def test_best_losses_of_the_example_are_those_of_a_direct_enumeration(rho):
+    example = runpy.run_path(str(EXAMPLES / "correlated_regression.py"))
+    weight = np.random.default_rng(1).normal(size=(5, example["WIDTH"]))
+    for gram in example["GRAMS"].values():
+        expected = [best_mask_by_enumeration(row, gram(rho))[1] for row in weight]
+        np.testing.assert_allclose(example["best_losses"](weight, gram(rho)), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prox_finds_the_best_mask_of_uncorrelated_features(seed):
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=(64, 8))
+    gram = np.diag(rng.lognormal(size=8)) if seed % 2 else np.eye(8)
+    problem = prox24.LayerProblem(jnp.asarray(weight), jnp.asarray(gram))
+    wanda = prox24.solve(problem, prox24.Wanda(), damping=0.0)
+    prox = prox24.solve(problem, prox24.Prox(), damping=0.0)
+    best = [best_mask_by_enumeration(row, gram)[0] for row in weight]
+    assert np.array_equal(wanda.mask, best)
+    assert np.array_equal(prox.mask, best)
+
+
+# Digits
+
+
+def test_digits_are_pruned_to_the_pattern_and_retraining_recovers_accuracy(tmp_path):
+    output = run_with_figure("digits.py", tmp_path / "digits.svg")
+    header, *table, _ = rows(output)
+    assert header == ["method", "accuracy", "spread", "zeros", "2:4"]
+    accuracy = {row[0]: float(row[1].rstrip("%")) for row in table}
+    zeros = {row[0]: float(row[3].rstrip("%")) for row in table}
+    pattern = {row[0]: row[4] for row in table}
+    assert pattern == {"dense": "no", "one-shot": "yes", "fine-tuned": "yes", "prox": "yes"}
+    assert min(zeros["one-shot"], zeros["fine-tuned"], zeros["prox"]) >= 50
+    assert min(accuracy["fine-tuned"], accuracy["prox"]) >= accuracy["one-shot"]
