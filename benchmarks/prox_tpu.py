@@ -1,0 +1,121 @@
+"""Compiles the 2:4 proximal operator for TPUs, without a TPU, and counts the bytes it moves.
+
+    pip install libtpu && python benchmarks/prox_tpu.py
+
+libtpu holds the compiler; nothing is executed. "accessed" is what XLA's cost analysis sums over
+the program: every operand and result of every instruction, those in on-chip memory included.
+"ideal" reads the input once and writes the output once. The cycles are the compiler's own
+estimates, summed over the instructions that carry one; copies between memories and some changes of
+layout carry none.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# JAX reads these when it is imported. The last two only keep libtpu from asking for the machine's.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from rich.console import Console
+from rich.table import Table
+
+import prox24
+from prox24 import planes
+
+CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+ROWS = COLUMNS = 4096
+LAM = 0.3
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function and the shapes and dtypes of its arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def programs() -> list[Program]:
+    """The copy, the interleaved form in two dtypes, and the planar form."""
+
+    def array(columns: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((ROWS, columns), dtype)
+
+    def prox(y: jax.Array) -> jax.Array:
+        return prox24.prox(y, LAM)
+
+    def prox_planes(*y: jax.Array) -> Any:
+        return planes.prox(y, LAM)
+
+    return [
+        Program("copy, float32", lambda y: y * 1.5, (array(COLUMNS, jnp.float32),)),
+        Program("prox24.prox, float32", prox, (array(COLUMNS, jnp.float32),)),
+        Program("prox24.prox, bfloat16", prox, (array(COLUMNS, jnp.bfloat16),)),
+        Program(
+            "prox24.planes.prox, float32", prox_planes, (array(COLUMNS // 4, jnp.float32),) * 4
+        ),
+    ]
+
+
+def compile_for(program: Program, device: Any) -> Any:
+    """The program, compiled ahead of time for one device that need not exist."""
+    sharding = SingleDeviceSharding(device)
+    arguments = [
+        jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding)
+        for each in program.arguments
+    ]
+    return jax.jit(program.function).lower(*arguments).compile()
+
+
+def figures(program: Program, compiled: Any) -> list[str]:
+    """The cells of one line of the table, after the name of the chip."""
+    accessed = compiled.cost_analysis()["bytes accessed"]
+    ideal = 2 * sum(each.size * each.dtype.itemsize for each in program.arguments)
+    text = compiled.as_text()
+    cycles = sum(int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text))
+    return [
+        program.name,
+        f"{accessed / 1e6:.1f}",
+        f"{ideal / 1e6:.1f}",
+        f"{accessed / ideal:.2f}",
+        f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.1f}",
+        str(len(re.findall(r" fusion\(", text))),
+        f"{cycles / 1e6:.2f}",
+    ]
+
+
+def main() -> int:
+    if importlib.util.find_spec("libtpu") is None:
+        print(
+            "libtpu, which holds the TPU compiler, is missing: pip install libtpu", file=sys.stderr
+        )
+        return 2
+    table = Table(title=f"{ROWS} x {COLUMNS}, jax {jax.__version__}", title_justify="left")
+    table.add_column("chip")
+    table.add_column("program")
+    for name in ("MB accessed", "MB ideal", "ratio", "MB temporary", "fusions", "million cycles"):
+        table.add_column(name, justify="right")
+    for chip, topology in CHIPS.items():
+        device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+        for program in programs():
+            table.add_row(chip, *figures(program, compile_for(program, device)))
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The benchmarks run, show no speed without accuracy, and time rivals that do what they say."""
+
+import importlib.util
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import brute_force_prox, largest, prox_objective
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RIVALS = runpy.run_path(str(BENCHMARKS / "rivals.py"))
+FORMS = {"prox24.prox", "prox24.planes.prox"}
+
+
+def run(*arguments):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=BENCHMARKS.parent, timeout=300
+    )
+
+
+def figures(path, *arguments):
+    sizes = ("--blocks", 1024, "--repetitions", 1, "--json", path)
+    outcome = run("benchmarks/prox.py", *sizes, *arguments)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = json.loads(path.read_text())["rows"]
+    printed = [line.split()[1] for line in outcome.stdout.splitlines() if line.startswith("│")]
+    assert len(printed) == len(rows), outcome.stdout
+    return rows
+
+
+def test_no_block_of_prox_is_worse_than_that_of_the_best_rival(tmp_path):
+    pytest.importorskip("torch")
+    rows = figures(tmp_path / "figures.json")
+    names = [row["contender"] for row in rows if row["lam"] == 0.3]
+    assert names == [
+        "copy",
+        "prox24.prox",
+        "prox24.planes.prox",
+        "alternating minimisation",
+        "gradient descent",
+    ]
+    assert len(rows) == 3 * len(names)
+    for row in rows:
+        if row["contender"] in FORMS:
+            assert 0 <= row["mean_excess"] <= row["worst_excess"] <= 1e-6
+
+
+def test_the_forms_of_prox_are_compared_without_pytorch(tmp_path):
+    rows = figures(tmp_path / "figures.json", "--skip-rivals")
+    assert {row["contender"] for row in rows} == FORMS | {"copy"}
+    assert all(row["ratio_to_alternating_minimisation"] is None for row in rows)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--blocks", 100), ("--repetitions", 0)])
+def test_a_size_that_cannot_be_measured_is_one_line_with_its_name(option, value):
+    outcome = run("benchmarks/prox.py", option, value)
+    assert outcome.returncode == 2
+    assert f"{option} {value}" in outcome.stderr.splitlines()[-1]
+
+
+def alternating_minimisation(y, lam):
+    torch = pytest.importorskip("torch")
+    return RIVALS["alternating_minimisation"](torch.from_numpy(y), lam).numpy()
+
+
+def gradient_descent(y, lam):
+    return np.asarray(RIVALS["gradient_descent"](jnp.asarray(y), lam))
+
+
+rivals = pytest.mark.parametrize("rival", [alternating_minimisation, gradient_descent])
+
+
+def blocks(count=512):
+    return np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
+
+
+@rivals
+def test_rivals_reach_the_minimum_where_the_objective_is_strongly_convex(rival):
+    y = blocks()
+    # The rows of the Hessian's off-diagonal part sum to at most 6 max(y) lam, here 1/2.
+    y *= 0.5 / (6 * 0.3 * np.abs(y).max(axis=-1, keepdims=True))
+    best = brute_force_prox(y, 0.3)
+    value = prox_objective(rival(y, 0.3), y, 0.3)
+    assert np.all(value <= best + 1e-6 * np.maximum(best, 1e-6 * np.sum(y**2, axis=-1)))
+
+
+@rivals
+def test_rivals_keep_the_two_largest_under_a_large_penalty(rival):
+    y = blocks()
+    expected = np.where(largest(np.abs(y), 2, 4), y, 0)
+    np.testing.assert_array_equal(rival(y, 1e3), expected)
+
+
+@rivals
+def test_rivals_choose_each_support_size_where_it_is_the_minimum(rival):
+    y = np.array([[-1.0, 0.4, 0.8, -0.6]] * 3, np.float32)
+    expected = [(-0.911, 0.021, 0.681, -0.404), (-0.904, 0, 0.671, -0.357), (-1, 0, 0.8, 0)]
+    for row, lam, w in zip(y, (0.3, 0.4, 1.0), expected, strict=True):
+        np.testing.assert_allclose(rival(row[None], lam)[0], w, rtol=0, atol=1e-3)
+
+
+@rivals
+def test_rivals_change_nothing_without_a_penalty(rival):
+    y = blocks()
+    np.testing.assert_array_equal(rival(y, 0.0), y)
+
+
+@rivals
+def test_rivals_keep_dtype_and_signs(rival):
+    y = blocks()
+    w = rival(y, 0.3)
+    assert w.dtype == np.float32
+    assert np.all(w * y >= 0)
+    assert np.all(np.abs(w) <= np.abs(y))
+
+
+def test_gradient_descent_reaches_the_minimum_of_every_normal_block():
+    y = blocks()
+    for lam in (0.1, 0.3, 1.0):
+        best = brute_force_prox(y, lam)
+        scale = np.maximum(best, 1e-6 * np.sum(y**2, axis=-1))
+        assert np.all(prox_objective(gradient_descent(y, lam), y, lam) <= best + 1e-6 * scale)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_compiling_for_tpus_without_libtpu_is_one_line_that_says_what_to_install():
+    outcome = run("benchmarks/prox_tpu.py")
+    assert outcome.returncode == 2
+    (line,) = outcome.stderr.splitlines()
+    assert "pip install libtpu" in line
