@@ -63,9 +63,9 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     def restore(magnitude: Array, rank: Array) -> Array:
         value = scaled(magnitude)
         place = rank.astype(lam.dtype)
-        u = _entry(value, place == chosen.size - 1, chosen, s)
-        # The form that has no cancellation; the second returns |y| itself where nothing is lost.
-        w = jnp.where(u < value / 2, u * unit, magnitude - (value - u) * unit)
+        lost = _loss(value, place == chosen.size - 1, chosen, s)
+        # The form that cancels less; the second returns |y| itself where nothing is lost.
+        w = jnp.where(2 * lost > value, (value - lost) * unit, magnitude - lost * unit)
         kept = jnp.where(place < chosen.size, jnp.where(chosen.size == 2, magnitude, w), 0)
         # Below this nothing moves by a digit, and the squares above would underflow.
         return jnp.where(v[0] > tiny / epsilon, kept, magnitude)
@@ -154,7 +154,8 @@ def _choose(v: Sequence[Array]) -> Support:
         candidate = Support(k, 1 / (k - 2), root, root_is_sum, v[k - 1], _add(v[:k]))
         candidates[k] = candidate
         s = _sum_of_entries(candidate)
-        objective = _objective(v, [_entry(x, x is v[k - 1], candidate, s) for x in v[:k]], unit)
+        lost = [_loss(x, x is v[k - 1], candidate, s) for x in v[:k]]
+        objective = _objective(v, lost, unit)
         # Every candidate is a feasible point, so one found where no stationary point exists only
         # loses. NaN loses too, and the sparser wins a tie.
         better = (objective < least) & (v[0] < LARGEST_SOLVABLE)
@@ -184,8 +185,13 @@ def _sum_of_entries(support: Support) -> Array:
     return jnp.where(support.root_is_sum, support.root, t + 1 - 2 * spread)
 
 
-def _entry(v: Array, is_smallest: Array | bool, support: Support, s: Array) -> Array:
-    """u_i = (D_i + b_i) / 2 from its own v_i: b_i = s - 1, and v_i on a support of three."""
+def _loss(v: Array, is_smallest: Array | bool, support: Support, s: Array) -> Array:
+    """v_i - u_i of an entry, from its own v_i and what the support has in common.
+
+    On three, u_i = (v_i + d_i) / 2 with d_i^2 = d^2 + v_i^2 - v_3^2. On more,
+    u_i = (D_i + s - 1) / 2 with D_i^2 = (1 - s)^2 + 4 (v_i - E), or D_k^2 + 4 (v_i - v_k), which is
+    the same number; its error of one rounding of 1 is taken out by v_i - u_i = E - u_i (s - u_i).
+    """
     three = jnp.asarray(support.size == 3)
     e2 = (support.total - s) * support.spread
     base = jnp.where(support.root_is_sum, 1 - s, support.root)
@@ -193,31 +199,29 @@ def _entry(v: Array, is_smallest: Array | bool, support: Support, s: Array) -> A
     square = jnp.square(base) + gap * jnp.where(three, v + support.smallest, 4)
     is_root = is_smallest & ~support.root_is_sum
     d = jnp.where(is_root, support.root, jnp.sqrt(jnp.maximum(square, 0)))
-    b = jnp.where(three, v, s - 1)
-    # Two forms of one number; each cancels where the other does not.
-    return jnp.clip(jnp.where(b < 0, 2 * (v - e2) / (d - b), (d + b) / 2), 0, v)
+    u = (d + s - 1) / 2
+    return jnp.clip(jnp.where(three, (v - d) / 2, e2 - u * (s - u)), 0, v)
 
 
-def _objective(v: Sequence[Array], u: Sequence[Array], unit: Array) -> Array:
-    """1/2 |u - v|^2 + e3(u) in units of v1 squared, u zero beyond its length."""
-    distance = sum(jnp.square((x - y) * unit) for x, y in zip(v, u, strict=False))
-    removed = sum(jnp.square(x * unit) for x in v[len(u) :])
-    e1, e2, e3 = u[0], jnp.zeros_like(unit), jnp.zeros_like(unit)
-    for entry in u[1:]:
-        scaled = entry * unit
-        e1, e2, e3 = e1 + entry, e2 + e1 * scaled, e3 + e2 * scaled
-    return (distance + removed) / 2 + e3
+def _objective(v: Sequence[Array], lost: Sequence[Array], unit: Array) -> Array:
+    """1/2 |u - v|^2 + e3(u) in units of v1 squared, for u = v - lost, and 0 beyond."""
+    distance = _add([jnp.square(x * unit) for x in (*lost, *v[len(lost) :])])
+    e1, e2, e3 = v[0] - lost[0], jnp.zeros_like(unit), jnp.zeros_like(unit)
+    for x, loss in zip(v[1:], lost[1:], strict=False):
+        scaled = (x - loss) * unit
+        e1, e2, e3 = e1 + (x - loss), e2 + e1 * scaled, e3 + e2 * scaled
+    return distance / 2 + e3
 
 
 def _root_of_three(v: Sequence[Array]) -> tuple[Array, Array]:
-    """d = 2 u_3 - v_3, the larger root of (v1 + a)(v2 + b) = 2 (v3 - d), by Newton from v3."""
+    """d = 2 u_3 - v_3, the larger root of (v1 + a)(v2 + b) = 2 (v3 - d); Newton descends to it."""
     v1, v2, v3 = v
     tiny, steps = jnp.finfo(v1.dtype).tiny, NEWTON_STEPS[v1.dtype.name]
     a_offset = jnp.maximum((v1 - v3) * (v1 + v3), tiny)
     b_offset = jnp.maximum((v2 - v3) * (v2 + v3), tiny)
-    d = v3
+    # u_3 + u_3^2 <= v_3 bounds the root, and is it where the three are equal.
+    d = 4 * v3 / (1 + jnp.sqrt(1 + 4 * v3)) - v3
     for _ in range(steps):
-        d = _repeatable(d)
         a, b = jnp.sqrt(d * d + a_offset), jnp.sqrt(d * d + b_offset)
         value = (v1 + a) * (v2 + b) - 2 * (v3 - d)
         # The derivative times a b, so that the step takes one division.
@@ -243,13 +247,13 @@ def _root_of_many(v: Sequence[Array]) -> tuple[Array, Array]:
     weight = jnp.where(in_t, k - 2, 1).astype(dtype)
     last_weight = jnp.where(in_t, 1, k - 2).astype(dtype)
     highest = (2 * k - (k - 2) * jnp.sqrt(jnp.maximum(4 - (k - 1) * c_k, 0))) / (2 * (k - 1))
-    x = _repeatable(jnp.where(in_t, total - (k - 4) / (k - 2), highest))
+    x = jnp.where(in_t, total - (k - 4) / (k - 2), highest)
     for _ in range(steps):
         roots = [jnp.sqrt(x * x + offset) for offset in offsets]
         last = jnp.sqrt(x * x + last_offset)
         value = weight * x - 4 + last_weight * last + _add(roots)
         numerator, denominator = _sum_of_fractions([(1, d) for d in roots] + [(last_weight, last)])
-        x = _repeatable(x - value * denominator / (weight * denominator + x * numerator))
+        x = x - value * denominator / (weight * denominator + x * numerator)
     return jnp.where(in_t, _refined(v, total, x + (k - 4) / (k - 2)), x), in_t
 
 
@@ -261,10 +265,13 @@ def _refined(v: Sequence[Array], total: Array, s: Array) -> Array:
     e2 = _repeatable((total - s) / (k - 2))
     gaps = [_repeatable(x - e2) for x in v]
     roots = [jnp.sqrt(jnp.maximum(jnp.square(1 - s) + 4 * gap, 0)) for gap in gaps]
-    value = _add([2 * gap / (d + (1 - s)) for gap, d in zip(gaps, roots, strict=True)]) - s
+    # sum(u) as one fraction, and the derivative of 2 (sum(u) - s) as another.
+    above, below = _sum_of_fractions(
+        [(2 * gap, d + (1 - s)) for gap, d in zip(gaps, roots, strict=True)]
+    )
     numerator, denominator = _sum_of_fractions([(1, d) for d in roots])
     slope = (k - 2) * denominator + (s - (k - 4) / (k - 2)) * numerator
-    return s - 2 * value * denominator / slope
+    return s - 2 * (above - s * below) * denominator / (below * slope)
 
 
 def _sum_of_fractions(fractions: Sequence[tuple[Array | int, Array]]) -> tuple[Array, Array]:
@@ -278,8 +285,10 @@ def _sum_of_fractions(fractions: Sequence[tuple[Array | int, Array]]) -> tuple[A
 def _repeatable(x: Array) -> Array:
     """x, which is between -8 and 8, marked as cheap to compute again.
 
-    XLA's CPU backend stores a binary operation's result for consumers that meet again behind a
-    square root, and every Newton step becomes a pass over memory. It repeats a clipped value.
+    XLA's CPU backend stores the result of a binary operation whose consumers meet again behind a
+    square root; it repeats a clipped value in each. Between Newton steps the store is welcome: each
+    step is a chain of slow operations, and a processor overlaps many blocks' short chains but not
+    long ones. Within a step it only costs memory traffic.
     """
     return jnp.clip(x, -8, 8)
 
