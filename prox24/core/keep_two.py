@@ -55,7 +55,7 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     def scaled(magnitude: Array) -> Array:
         return jnp.minimum(lam * magnitude, 2 * LARGEST_SOLVABLE)
 
-    v = [scaled(magnitude) for magnitude in descending(magnitudes)]
+    v = descending([scaled(magnitude) for magnitude in magnitudes])
     chosen = _choose(v)
     s = _sum_of_entries(chosen)
     unit = 1 / jnp.maximum(lam, tiny)
@@ -227,7 +227,7 @@ def _root_of_three(v: Sequence[Array]) -> tuple[Array, Array]:
         # The derivative times a b, so that the step takes one division.
         slope = d * (b * (v2 + b) + a * (v1 + a)) + 2 * a * b
         d = d - value * (a * b) / slope
-    return d, jnp.zeros(d.shape, bool)
+    return d, jnp.zeros_like(d, bool)
 
 
 def _root_of_many(v: Sequence[Array]) -> tuple[Array, Array]:

@@ -46,7 +46,7 @@ def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array,
     dtype = jnp.float64 if given == jnp.float64 else jnp.float32
     lam = jnp.asarray(lam).astype(dtype)
     if lam.ndim:
-        lam = jnp.broadcast_to(lam, planes[0].shape)
+        lam = _broadcast(lam, planes[0].astype(dtype))
     w = _prox(tuple(plane.astype(dtype) for plane in planes), lam, kept)
     return tuple(plane.astype(given) for plane in w)
 
@@ -58,6 +58,19 @@ def check_kept(kept: int, group: int) -> None:
             f"prox supports the patterns 1:M and 2:M, not {kept}:{group}; "
             "top_mask and the solvers Magnitude, Wanda and SparseGPT support any N:M"
         )
+
+
+def _broadcast(lam: Array, plane: Array) -> Array:
+    try:
+        fits = jnp.broadcast_shapes(lam.shape, plane.shape) == plane.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"lam of shape {lam.shape} does not broadcast to the blocks, of shape {plane.shape}"
+        )
+    # By a sum, not by broadcast_to, which would not shard it as the plane is.
+    return jnp.zeros_like(plane) + lam.reshape((1,) * (plane.ndim - lam.ndim) + lam.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
