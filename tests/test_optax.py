@@ -1,0 +1,584 @@
+"""The optax transforms: exact N:M through every optimizer and wrapper, and where they land."""
+
+import contextlib
+import functools
+import re
+from pathlib import Path
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optax import contrib
+from reference import largest
+
+from prox24 import prox
+from prox24.optax import (
+    by_path,
+    check,
+    exponential,
+    keep_pattern,
+    kept_entries,
+    proximal,
+)
+
+jitted_prox = jax.jit(prox, static_argnames=("pattern", "axis"))
+
+# The tests run few steps of what they compile.
+FAST_COMPILE = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}
+fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+
+
+@pytest.fixture
+def standard_promotion():
+    """The optimizers of optax mix dtypes and ranks."""
+    with promotion():
+        yield
+
+
+@contextlib.contextmanager
+def promotion():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(0.05),
+    "adamw": lambda: optax.adamw(0.05, weight_decay=0.1),
+    "lion": lambda: optax.lion(0.01, weight_decay=0.1),
+    "adafactor": lambda: optax.adafactor(0.05, min_dim_size_to_factor=4, weight_decay_rate=0.1),
+    "muon": lambda: contrib.muon(0.05, weight_decay=0.1),
+    "schedule_free_sgd": lambda: contrib.schedule_free_sgd(0.1, weight_decay=0.1),
+    "schedule_free_adamw": lambda: contrib.schedule_free_adamw(0.05, weight_decay=0.1),
+}
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def normal(shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def parameters(seed=0):
+    return {"dense": {"kernel": normal((8, 8), seed), "bias": jnp.zeros(8, jnp.float32)}}
+
+
+TARGET = {"dense": {"kernel": normal((8, 8), 9), "bias": normal(8, 9)}}
+
+
+def gradients(params):
+    """Those of half the squared distance to `TARGET`."""
+    return jax.tree.map(jnp.subtract, params, TARGET)
+
+
+def train(optimizer, params, steps, jit=False):
+    update = fast_jit(optimizer.update) if jit else optimizer.update
+    state = optimizer.init(params)
+    for _ in range(steps):
+        updates, state = update(gradients(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def nonzeros(w, axis=0, group=4):
+    """The number of nonzeros of each block, by NumPy alone."""
+    blocks = np.moveaxis(np.asarray(w, np.float64), axis, -1)
+    return np.count_nonzero(blocks.reshape(*blocks.shape[:-1], -1, group), axis=-1)
+
+
+LAM = exponential(0.05, 4.0)
+KERNELS = {"dense": {"kernel": True, "bias": False}}
+LABELS = {"dense": {"kernel": "prune", "bias": "train"}}
+
+
+def masked(optimizer):
+    rest = jax.tree.map(lambda chosen: not chosen, KERNELS)
+    prune = optax.masked(optax.chain(optimizer, proximal(LAM)), KERNELS)
+    return optax.chain(prune, optax.masked(optax.sgd(0.1), rest))
+
+
+def partitioned(optimizer):
+    prune = optax.chain(optimizer, proximal(LAM))
+    return optax.partition({"prune": prune, "train": optax.sgd(0.1)}, LABELS)
+
+
+def injected(optimizer):
+    def make(lam, learning_rate):
+        return optax.chain(optimizer, proximal(lam, learning_rate=learning_rate))
+
+    return optax.inject_hyperparams(make)(lam=LAM, learning_rate=0.5)
+
+
+WRAPPERS = {
+    "chain": lambda optimizer: optax.chain(optimizer, proximal(LAM)),
+    "masked": masked,
+    "partition": partitioned,
+    "multi_steps": lambda optimizer: optax.MultiSteps(optax.chain(optimizer, proximal(LAM)), 2),
+    "apply_if_finite": lambda optimizer: optax.apply_if_finite(
+        optax.chain(optimizer, proximal(LAM)), 3
+    ),
+    "inject_hyperparams": injected,
+    "ema": lambda optimizer: optax.chain(optimizer, optax.ema(0.5), proximal(LAM)),
+}
+every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+# These hold conditions and loops, which are compiled anew at every call outside of jit.
+COMPILED = {"multi_steps", "apply_if_finite", "muon"}
+
+
+@every_wrapper
+@every_optimizer
+def test_a_growing_penalty_ends_in_exact_sparsity(optimizer, wrapper, standard_promotion):
+    start = parameters()
+    transform = WRAPPERS[wrapper](OPTIMIZERS[optimizer]())
+    jit = not COMPILED.isdisjoint({wrapper, optimizer})
+    params, _ = train(transform, start, steps=20 if wrapper == "multi_steps" else 10, jit=jit)
+    assert np.all(nonzeros(params["dense"]["kernel"]) == 2)
+    assert np.all(np.asarray(params["dense"]["bias"]) != 0)
+
+
+@pytest.mark.parametrize("pattern", [(1, 4), (2, 4)])
+def test_the_pattern_and_the_axis_are_those_asked_for(pattern):
+    params = {"w": normal((4, 8))}
+    transform = proximal(1e30, pattern, axis=-1)
+    updates, _ = transform.update(params, transform.init(params), params)
+    stepped = optax.apply_updates(params, updates)
+    assert np.all(nonzeros(stepped["w"], axis=1) == pattern[0])
+
+
+NUMBERS = {
+    "numbers": lambda lam, rate: (lam, rate),
+    "schedules": lambda lam, rate: (lambda count: lam, lambda count: rate),
+    "arrays": lambda lam, rate: (jnp.float32(lam), jnp.asarray(rate)),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("lam", [0.0, 0.5, 100.0])
+def test_sgd_with_proximal_is_proximal_gradient_descent(kind, lam):
+    lam_given, rate = NUMBERS[kind](lam, 0.25)
+    params = parameters()
+    transform = optax.chain(optax.sgd(0.25), proximal(lam_given, learning_rate=rate))
+    stepped, _ = train(transform, params, steps=1)
+    kernel, gradient = params["dense"]["kernel"], gradients(params)["dense"]["kernel"]
+    expected = jitted_prox(kernel - 0.25 * gradient, 0.25 * lam, axis=0)
+    assert np.allclose(stepped["dense"]["kernel"], expected, rtol=1e-6, atol=1e-6)
+    bias = -0.25 * gradients(params)["dense"]["bias"]
+    assert np.array_equal(stepped["dense"]["bias"], bias)
+
+
+def test_lam_and_learning_rate_may_be_traced():
+    params = parameters()
+    steps = gradients(params)
+
+    @fast_jit
+    def step(lam, rate):
+        transform = proximal(lam, learning_rate=rate)
+        updates, _ = transform.update(steps, transform.init(params), params)
+        return optax.apply_updates(params, updates)["dense"]["kernel"]
+
+    for lam in (0.3, 3.0):
+        target = params["dense"]["kernel"] + steps["dense"]["kernel"]
+        expected = jitted_prox(target, 0.5 * lam, axis=0)
+        assert np.allclose(step(lam, 0.5), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_schedules_see_the_number_of_earlier_updates():
+    params = {"w": jnp.ones((1, 4), jnp.float32)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    transform = proximal(lambda count: jnp.where(count == 2, 100.0, 0.0))
+    state = transform.init(params)
+    remaining = []
+    for _ in range(4):
+        updates, state = transform.update(zeros, state, params)
+        remaining.append(int(nonzeros(optax.apply_updates(params, updates)["w"], 1).max()))
+    assert remaining == [4, 4, 2, 4]
+    assert state.count.dtype == jnp.int32
+    assert int(state.count) == 4
+
+
+def test_penalty_replaces_lam_and_learning_rate_for_one_step():
+    params = parameters()
+    steps = gradients(params)
+    transform = proximal(0.0, learning_rate=0.0)
+    state = transform.init(params)
+    hard, state = transform.update(steps, state, params, penalty=1e30, value=0.0)
+    assert np.all(nonzeros(optax.apply_updates(params, hard)["dense"]["kernel"]) == 2)
+    none, _ = transform.update(steps, state, params)
+    assert np.all(nonzeros(optax.apply_updates(params, none)["dense"]["kernel"]) == 4)
+
+
+def test_missing_parameters_are_asked_for():
+    transform = proximal(1.0)
+    with pytest.raises(ValueError, match="params"):
+        transform.update(parameters(), transform.init(parameters()))
+
+
+def test_none_and_masked_leaves_pass_through():
+    params = {"a": normal((4, 8)), "b": None, "c": optax.MaskedNode(), "d": normal((4, 8), 1)}
+    updates = {"a": normal((4, 8), 2), "b": None, "c": optax.MaskedNode(), "d": None}
+    transform = proximal(1e30)
+    stepped, _ = transform.update(updates, transform.init(params), params)
+    assert stepped["b"] is None
+    assert stepped["c"] == optax.MaskedNode()
+    assert stepped["d"] is None
+    assert np.all(nonzeros(params["a"] + stepped["a"], axis=1) == 2)
+
+
+def test_leaves_that_are_not_selected_pass_through_untouched():
+    params, updates = parameters(), gradients(parameters())
+    transform = proximal(1e30, mask=False)
+    stepped, _ = transform.update(updates, transform.init(params), params)
+    assert stepped["dense"]["kernel"] is updates["dense"]["kernel"]
+
+
+HALF = [jnp.bfloat16, jnp.float16]
+DTYPES = [
+    (jnp.float32, jnp.float32),
+    (jnp.float64, jnp.float64),
+    *((dtype, dtype) for dtype in HALF),
+    *((dtype, jnp.float32) for dtype in HALF),
+    *((jnp.float32, dtype) for dtype in HALF),
+    (jnp.bfloat16, jnp.float16),
+    (jnp.float64, jnp.float32),
+]
+
+
+@pytest.mark.parametrize(("param_dtype", "update_dtype"), DTYPES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_zeros_are_exact_in_every_mix_of_dtypes(
+    param_dtype, update_dtype, scale, standard_promotion
+):
+    params, updates = normal((16, 8), 1, param_dtype), scale * normal((16, 8), 2, update_dtype)
+    updates = updates.astype(update_dtype)
+    transform = proximal(1e30)
+    landing, _ = transform.update(updates, transform.init(params), params)
+    assert landing.dtype == jnp.promote_types(param_dtype, update_dtype)
+    stepped = optax.apply_updates(params, landing)
+    assert stepped.dtype == param_dtype
+    assert np.all(nonzeros(stepped, axis=1) == 2)
+    kept = np.asarray(stepped, np.float64)
+    target = np.asarray(params, np.float64) + np.asarray(updates, np.float64)
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (param_dtype, update_dtype))
+    scale = np.abs(params.astype(float)) + np.abs(updates.astype(float))
+    assert np.all(np.where(kept != 0, np.abs(kept - target) <= eps * scale, True))
+
+
+def test_strict_promotion_suffices_where_the_dtypes_agree():
+    params = {"w": normal((4, 8), dtype=jnp.bfloat16)}
+    transform = proximal(exponential(1.0, 2.0), learning_rate=0.5)
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert updates["w"].dtype == jnp.bfloat16
+
+
+wild = st.one_of(
+    st.builds(
+        lambda mantissa, exponent: float(np.float32(mantissa * 10.0**exponent)),
+        st.floats(-9.0, 9.0).filter(lambda mantissa: abs(mantissa) > 0.1),
+        st.integers(-20, 20),
+    ),
+    st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0]),
+)
+wild_arrays = hnp.arrays(np.float32, (4, 8), elements=wild)
+wild_penalties = st.builds(lambda exponent: 10.0**exponent, st.floats(-25, 25))
+
+
+def landing_update(params, updates, penalty):
+    transform = proximal(0.0)
+    return transform.update(updates, transform.init(params), params, penalty=penalty)[0]
+
+
+def landed(params, updates, penalty):
+    params, updates = jnp.asarray(params), jnp.asarray(updates)
+    landing = landing_update(params, updates, penalty)
+    return np.asarray(optax.apply_updates(params, landing))
+
+
+@given(wild_arrays, wild_arrays, wild_penalties)
+def test_updates_land_on_the_proximal_operator_to_rounding(params, updates, penalty):
+    w = np.asarray(jitted_prox(params + updates, penalty, axis=1))
+    result = landed(params, updates, penalty)
+    eps = np.finfo(np.float32).eps
+    assert np.all(result[w == 0] == 0)
+    error = np.abs(result.astype(np.float64) - w)
+    assert np.all(error <= eps * (np.abs(params.astype(np.float64)) + np.abs(w)))
+
+
+@given(wild_arrays, wild_arrays)
+def test_a_large_penalty_leaves_two_of_four_at_the_step_and_zeroes_the_rest(params, updates):
+    target = params + updates
+    top = largest(np.abs(target), 2, 4)
+    assert np.array_equal(landed(params, updates, 1e30), np.where(top, target, 0))
+
+
+@given(wild_arrays, wild_arrays)
+def test_a_zero_penalty_leaves_the_updates_bit_for_bit(params, updates):
+    landing = landing_update(jnp.asarray(params), jnp.asarray(updates), 0.0)
+    assert np.asarray(landing).tobytes() == updates.tobytes()
+
+
+def steps_by_scan(transform, params, steps):
+    def step(carry, _):
+        params, state = carry
+        updates, state = transform.update(gradients(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, transform.init(params)), length=steps)[0]
+
+
+def test_scan_over_steps_and_vmap_over_seeds_end_as_single_steps_do(standard_promotion):
+    transform = optax.chain(optax.adam(0.05), proximal(LAM))
+    starts = [parameters(seed) for seed in (1, 2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    # The transform sees leaves of one seed, so that axes are counted without that of the seeds.
+    together, _ = fast_jit(jax.vmap(lambda start: steps_by_scan(transform, start, 10)))(stacked)
+    for seed, start in enumerate(starts):
+        alone, _ = train(transform, start, steps=10)
+        kernel = together["dense"]["kernel"][seed]
+        assert np.all(nonzeros(kernel) == 2)
+        assert np.allclose(kernel, alone["dense"]["kernel"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda adam: optax.chain(adam, proximal(1e30)), keep_pattern])
+def test_parameters_and_state_may_be_donated(wrap, standard_promotion):
+    transform = wrap(optax.adam(0.05))
+
+    @functools.partial(fast_jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = transform.update(gradients(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = pruned_parameters()
+    state = transform.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    assert np.all(nonzeros(params["dense"]["kernel"]) <= 2)
+
+
+def test_donating_the_state_leaves_the_given_entries_alone():
+    params = pruned_parameters()
+    tree = jax.tree.map(lambda w: w != 0, params)
+    transform = keep_pattern(optax.sgd(0.1), tree)
+    donate = jax.jit(lambda state: jax.tree.map(jnp.logical_not, state.kept), donate_argnums=0)
+    donate(transform.init(params))
+    assert np.array_equal(tree["dense"]["kernel"], params["dense"]["kernel"] != 0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_exponential_multiplies_at_every_count(count):
+    schedule = exponential(0.25, 1.5)
+    assert float(schedule(count)) == pytest.approx(0.25 * 1.5**count, rel=1e-6)
+    traced = fast_jit(schedule)(jnp.int32(count))
+    assert traced.dtype == jnp.float32
+    assert float(traced) == pytest.approx(0.25 * 1.5**count, rel=1e-6)
+
+
+@pytest.mark.parametrize("lam0", [0.0, 1e-20, 1.0, 1e20])
+def test_exponential_stays_finite(lam0):
+    schedule = exponential(lam0, 1.01)
+    values = [float(schedule(count)) for count in (0, 10**4, 10**6, 2**31 - 1)]
+    assert np.all(np.isfinite(values))
+    assert np.all(np.diff(values) >= 0)
+    assert values[0] == pytest.approx(lam0)
+    assert values[-1] >= min(lam0, 1.0) * 3e38
+
+
+def pruned_parameters():
+    """2:4 along axis 0, with a bias of zeros."""
+    kernel = np.array(normal((8, 8), 3))
+    kernel[[0, 3, 5, 6]] = 0
+    return {"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(8, jnp.float32)}}
+
+
+@every_optimizer
+def test_keep_pattern_keeps_zeros_and_trains_the_rest(optimizer, standard_promotion):
+    start = pruned_parameters()
+    zero = np.asarray(start["dense"]["kernel"]) == 0
+    transform = keep_pattern(OPTIMIZERS[optimizer]())
+    params, state = train(transform, start, steps=10, jit=optimizer == "muon")
+    kernel = np.asarray(params["dense"]["kernel"])
+    assert np.array_equal(kernel == 0, zero)
+    before = np.asarray(start["dense"]["kernel"])
+    assert np.all(kernel[~zero] != before[~zero])
+    target = np.asarray(TARGET["dense"]["kernel"])
+    assert np.sum(((kernel - target) ** 2)[~zero]) < np.sum(((before - target) ** 2)[~zero])
+    assert np.all(np.asarray(params["dense"]["bias"]) != 0)
+    # Accumulators of the kernel's shape are zero where it is.
+    for accumulator in jax.tree.leaves(state.inner):
+        if accumulator.shape == kernel.shape:
+            assert np.all(np.asarray(accumulator)[zero] == 0)
+
+
+def test_keep_pattern_masks_noise_and_passes_extra_arguments(standard_promotion):
+    start = pruned_parameters()
+    seen = []
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        seen.append(value)
+        return jax.tree.map(lambda u: jnp.full_like(u, jnp.nan), updates), state
+
+    noisy = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    transform = keep_pattern(noisy)
+    updates, _ = transform.update(gradients(start), transform.init(start), start, value=2.0)
+    zero = np.asarray(start["dense"]["kernel"]) == 0
+    assert seen == [2.0]
+    assert np.array_equal(np.isnan(updates["dense"]["kernel"]), ~zero)
+    assert np.all(np.asarray(updates["dense"]["kernel"])[zero] == 0)
+
+
+def test_keep_pattern_hides_the_gradients_of_pruned_entries():
+    start = pruned_parameters()
+    seen = []
+    spy = optax.stateless(lambda updates, params: seen.append(updates) or updates)
+    transform = keep_pattern(spy)
+    steps = gradients(start)
+    transform.update(steps, transform.init(start), start)
+    zero = np.asarray(start["dense"]["kernel"]) == 0
+    expected = np.where(zero, 0, steps["dense"]["kernel"])
+    assert np.array_equal(seen[0]["dense"]["kernel"], expected)
+    assert np.array_equal(seen[0]["dense"]["bias"], steps["dense"]["bias"])
+
+
+def frozen(transform, params):
+    """Where a step of ones does not move the parameters."""
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = transform.update(ones, transform.init(params), params)
+    return jax.tree.map(lambda u: np.asarray(u) == 0, updates)["dense"]
+
+
+def test_kept_may_be_a_tree_a_prefix_or_a_function():
+    params = parameters()
+    tree = {"dense": {"kernel": params["dense"]["kernel"] > 0, "bias": False}}
+    still = frozen(keep_pattern(optax.sgd(0.1), tree), params)
+    assert np.array_equal(still["kernel"], np.asarray(params["dense"]["kernel"]) <= 0)
+    assert np.all(still["bias"])
+    still = frozen(keep_pattern(optax.sgd(0.1), {"dense": False}), params)
+    assert np.all(still["kernel"])
+    pruned = pruned_parameters()
+    everything = functools.partial(kept_entries, mask=by_path(lambda path: "bias" in path), axis=-1)
+    still = frozen(keep_pattern(optax.sgd(0.1), everything), pruned)
+    assert not np.any(still["kernel"])
+    assert np.all(still["bias"])
+
+
+def test_kept_of_another_shape_names_the_leaf():
+    tree = {"dense": {"kernel": np.ones((4, 8), bool), "bias": True}}
+    with pytest.raises(ValueError, match=r"dense/kernel .*\(4, 8\).*\(8, 8\)"):
+        keep_pattern(optax.sgd(0.1), tree).init(parameters())
+
+
+def test_states_can_be_mapped_like_parameters():
+    params = pruned_parameters()
+    transform = keep_pattern(optax.chain(optax.adam(0.1), proximal(1.0)))
+    state = transform.init(params)
+    mapped = optax.tree_utils.tree_map_params(transform, lambda leaf: "param", state)
+    assert mapped.kept == jax.tree.map(lambda _: "param", params)
+    assert jax.tree.leaves(mapped.inner).count("param") == 4
+
+
+SHAPES = jax.eval_shape(parameters)
+
+
+@every_wrapper
+def test_check_passes_a_chain_that_ends_in_proximal(wrapper, standard_promotion):
+    transform = WRAPPERS[wrapper](optax.adam(0.1))
+    assert check(transform, SHAPES) is None
+
+
+def behind(*transforms):
+    return optax.chain(optax.sgd(0.1), proximal(1e-4), *transforms)
+
+
+BREAKING = {
+    "scale": lambda: behind(optax.scale(0.5)),
+    "weight_decay": lambda: behind(optax.add_decayed_weights(0.01)),
+    "clip_by_global_norm": lambda: behind(optax.clip_by_global_norm(1.0)),
+    "clip": lambda: behind(optax.clip(1.0)),
+    "noise": lambda: behind(optax.add_noise(0.01, 0.55, 0)),
+    "momentum": lambda: behind(optax.trace(0.9)),
+    "average": lambda: behind(optax.ema(0.9)),
+    "schedule_free": lambda: contrib.schedule_free(behind(), 0.1),
+    "inside_masked": lambda: optax.masked(behind(optax.scale(0.5)), KERNELS),
+    "another_axis": lambda: optax.chain(optax.sgd(0.1), proximal(1.0, axis=1)),
+}
+
+
+@pytest.mark.parametrize("breaking", BREAKING)
+def test_check_names_the_leaf_that_something_behind_proximal_breaks(breaking, standard_promotion):
+    with pytest.raises(ValueError, match=r"^dense/kernel is not 2:4 along axis 0 .* last"):
+        check(BREAKING[breaking](), SHAPES)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(0.1),
+        optax.chain(optax.sgd(0.1), proximal(1.0, mask=False)),
+        optax.chain(optax.MultiSteps(behind(), 1).gradient_transformation()),
+    ],
+    ids=["absent", "other_leaves", "arguments_dropped"],
+)
+def test_check_tells_a_missing_proximal_from_a_broken_one(optimizer, standard_promotion):
+    with pytest.raises(ValueError, match=r"^dense/kernel is not 2:4 .* no proximal"):
+        check(optimizer, SHAPES)
+
+
+def test_check_names_an_optimizer_that_takes_no_extra_arguments():
+    with pytest.raises(ValueError, match="extra arguments"):
+        check(optax.scale(0.1), SHAPES)
+
+
+def test_check_names_an_optimizer_that_moves_nothing():
+    with pytest.raises(ValueError, match="did not move"):
+        check(optax.chain(proximal(1.0), optax.set_to_zero()), SHAPES)
+
+
+def test_check_says_when_nothing_is_pruned():
+    with pytest.raises(ValueError, match="no leaf"):
+        check(behind(), SHAPES, mask=False)
+
+
+def test_check_is_not_fooled_by_parameters_that_are_sparse_already(standard_promotion):
+    with pytest.raises(ValueError, match="dense/kernel"):
+        check(keep_pattern(optax.sgd(0.1)), pruned_parameters())
+
+
+def test_check_passes_on_what_else_the_optimizer_takes(standard_promotion):
+    plateau = contrib.reduce_on_plateau()
+    check(optax.chain(optax.sgd(0.1), plateau, proximal(1.0)), SHAPES, value=1.0)
+
+
+def test_check_of_many_leaves_names_the_first_that_is_broken(standard_promotion):
+    shapes = {"a": SHAPES, "b": SHAPES}
+    breaking = behind(optax.masked(optax.scale(0.5), {"a": False, "b": True}))
+    with pytest.raises(ValueError, match=r"^b/dense/kernel"):
+        check(breaking, shapes)
+
+
+def test_proximal_itself_takes_injected_hyperparameters(standard_promotion):
+    inject = optax.inject_hyperparams(proximal, static_args=("pattern", "axis", "mask"))
+    params = parameters()
+    transform = inject(0.0, axis=1)
+    state = transform.init(params)
+    state.hyperparams["lam"] = jnp.float32(1e30)
+    updates, _ = transform.update(gradients(params), state, params)
+    assert np.all(nonzeros(optax.apply_updates(params, updates)["dense"]["kernel"], axis=1) == 2)
+
+
+def test_the_python_of_the_how_to_prints_what_it_says(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "optax.md").read_text()
+    blocks = re.findall(r"```(python|text)\n(.*?)```", text, re.DOTALL)
+    with jax.enable_x64(False), promotion():
+        names = {}
+        for language, block in blocks:
+            if language == "python":
+                exec(block, names)
+    printed = "".join(block for language, block in blocks if language == "text")
+    assert capsys.readouterr().out == printed

@@ -1,0 +1,342 @@
+"""Which leaves are pruned, along which axis, in the containers of every library."""
+
+import re
+
+import equinox as eqx
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from prox24.optax import by_path, check, describe, keep_pattern, proximal
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Flax and Equinox promote dtypes and ranks in their layers and initialisers."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+class LinenCNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3))(x)
+        x = nn.Conv(8, (3, 3))(nn.BatchNorm(use_running_average=True)(x))
+        x = nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+        return nn.Dense(8, name="head")(nn.Dense(8)(x))
+
+
+def normal(*shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def filled(shapes):
+    """Numbers without a zero, since running the initialisers of a model takes seconds."""
+    return jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
+
+
+def linen_cnn():
+    inputs = jnp.ones((1, 4, 4, 3), jnp.float32)
+    return filled(jax.eval_shape(LinenCNN().init, jax.random.key(0), inputs)["params"])
+
+
+class NnxTransformer(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(16, 8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=8, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)])
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.lm_head = nnx.Linear(8, 16, rngs=rngs)
+
+
+def nnx_model():
+    model = nnx.eval_shape(lambda: NnxTransformer(nnx.Rngs(0)))
+    nnx.update(model, filled(nnx.state(model, nnx.Param)))
+    return model
+
+
+def nnx_state():
+    return nnx.state(nnx_model(), nnx.Param)
+
+
+class EquinoxNet(eqx.Module):
+    conv: eqx.nn.Conv2d
+    mlp: eqx.nn.MLP
+    embedding: eqx.nn.Embedding
+
+    def __init__(self, key):
+        self.conv = eqx.nn.Conv2d(8, 4, 3, key=key)
+        self.mlp = eqx.nn.MLP(8, 8, 8, 1, key=key)
+        self.embedding = eqx.nn.Embedding(4, 8, key=key)
+
+
+def equinox_model():
+    shapes = eqx.filter_eval_shape(EquinoxNet, jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf if callable(leaf) else normal(*leaf.shape), shapes)
+
+
+def equinox_params():
+    return eqx.filter(equinox_model(), eqx.is_inexact_array)
+
+
+def hugging_face():
+    layer = "model.layers.0."
+    return {
+        "model.embed_tokens.weight": normal(16, 8),
+        layer + "self_attn.q_proj.weight": normal(8, 8),
+        layer + "self_attn.q_proj.bias": normal(8),
+        layer + "input_layernorm.weight": normal(8),
+        layer + "mlp.down_proj.weight": normal(8, 8),
+        layer + "mlp.odd_proj.weight": normal(8, 6),
+        "lm_head.weight": normal(16, 8),
+    }
+
+
+ATTENTION = {"key": 0, "out": 1, "query": 0, "value": 0}
+# The axis of every leaf that is pruned. Layers of three and of six inputs are not.
+PRUNED = {
+    linen_cnn: {"Conv_1/kernel": 2, "Dense_0/kernel": 0}
+    | {f"MultiHeadDotProductAttention_0/{k}/kernel": axis for k, axis in ATTENTION.items()},
+    nnx_state: {"layers/0/kernel": 0, "layers/1/kernel": 0}
+    | {f"attention/{k}/kernel": axis for k, axis in ATTENTION.items()},
+    equinox_params: {"conv/weight": 1, "mlp/layers/0/weight": 1, "mlp/layers/1/weight": 1},
+    hugging_face: {
+        "model.layers.0.self_attn.q_proj.weight": 1,
+        "model.layers.0.mlp.down_proj.weight": 1,
+    },
+}
+every_model = pytest.mark.parametrize("make", PRUNED, ids=lambda make: make.__name__)
+
+
+def pruned_axes(leaves):
+    return {leaf.path: leaf.axis for leaf in leaves if leaf.pruned}
+
+
+def most_nonzeros(w, axis, group=4):
+    """The number of nonzeros of the fullest block."""
+    blocks = np.moveaxis(np.asarray(w), axis, -1)
+    return np.count_nonzero(blocks.reshape(*blocks.shape[:-1], -1, group), axis=-1).max()
+
+
+def only(tree, **selection):
+    """The one leaf that `describe` lists."""
+    (leaf,) = describe(tree, **selection)
+    return leaf
+
+
+@every_model
+def test_the_input_axis_of_the_layers_is_pruned_and_the_rest_left_dense(make):
+    assert pruned_axes(describe(make())) == PRUNED[make]
+
+
+def test_every_leaf_is_listed_in_the_order_of_the_tree():
+    params = linen_cnn()
+    assert [leaf.shape for leaf in describe(params)] == [w.shape for w in jax.tree.leaves(params)]
+
+
+def test_containers_of_the_same_parameters_agree():
+    params = linen_cnn()
+    assert describe(flax.core.freeze(params)) == describe(params)
+    state = nnx_state()
+    assert describe(nnx.to_pure_dict(state)) == describe(state)
+
+
+def test_shapes_alone_are_enough():
+    params = linen_cnn()
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    assert describe(shapes) == describe(params)
+
+
+def test_lists_and_tuples_are_named_by_position():
+    params = [{"weight": normal(8, 8)}, (normal(4, 8), normal(8))]
+    assert [leaf.path for leaf in describe(params)] == ["0/weight", "1/0", "1/1"]
+    assert pruned_axes(describe(params)) == {"0/weight": 1, "1/0": 1}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "wte/weight",
+        "transformer.wpe.weight",
+        "Embed_0/embedding",
+        "position_embeddings/weight",
+        "pos_embed",
+        "lm_head/kernel",
+        "head/weight",
+        "heads/head/kernel",
+        "classification_head/dense/weight",
+        "Classifier/weight",
+        "score.weight",
+        "logits/kernel",
+        "output_projection/kernel",
+        "layers/input_layernorm/weight",
+        "LayerNorm_0/scale",
+        "h/ln_1/weight",
+        "h/ln2/weight",
+        "attention/query/bias",
+    ],
+)
+def test_embeddings_heads_biases_and_norms_are_left_dense(path):
+    assert not only({path: normal(8, 8)}).pruned
+
+
+@pytest.mark.parametrize(
+    "path", ["headline/kernel", "up_proj/weight", "learn/kernel", "rescale/kernel", "logits_mlp/w"]
+)
+def test_names_that_only_look_like_them_are_pruned(path):
+    assert only({path: normal(8, 8)}).pruned
+
+
+@pytest.mark.parametrize("leaf", [normal(8), normal(), normal(8, 8, dtype=jnp.int32)])
+def test_vectors_scalars_and_integers_are_left_dense(leaf):
+    assert not only({"weight": leaf}).pruned
+
+
+@pytest.mark.parametrize(
+    ("shape", "path", "axis"),
+    [
+        ((8, 4), "kernel", 0),
+        ((3, 8, 4), "Conv_0/kernel", 1),
+        ((4, 8), "weight", 1),
+        ((4, 8, 3, 3), "conv.weight", 1),
+        ((8, 4), "attention/self/query/kernel", 0),
+        ((8, 2, 4), "query/kernel", 0),
+        ((8, 2, 4), "query/out/kernel", 1),
+    ],
+)
+def test_default_axis(shape, path, axis):
+    assert pruned_axes(describe({path: normal(*shape)}, (1, 2))) == {path: axis}
+
+
+def test_axis_may_be_one_number_or_a_function_of_the_path():
+    params = {"a": normal(8, 6), "b": normal(6, 8)}
+    assert pruned_axes(describe(params)) == {"b": 1}
+    assert pruned_axes(describe(params, axis=0)) == {"a": 0}
+    assert pruned_axes(describe(params, axis=-1)) == {"b": 1}
+    assert pruned_axes(describe(params, axis={"a": 0, "b": -1}.get)) == {"a": 0, "b": 1}
+
+
+def test_the_pattern_decides_what_is_divisible():
+    params = {"a": normal(4, 8), "b": normal(4, 6)}
+    assert pruned_axes(describe(params, (4, 8))) == {"a": 1}
+    assert pruned_axes(describe(params, (1, 2))) == {"a": 1, "b": 1}
+
+
+def test_mask_may_be_a_tree_a_prefix_or_a_function():
+    params = {"a": {"weight": normal(8, 8)}, "lm_head": {"weight": normal(8, 8)}}
+    chosen = {"lm_head/weight": 1}
+    tree = {"a": {"weight": False}, "lm_head": {"weight": np.True_}}
+    assert pruned_axes(describe(params, mask=tree)) == chosen
+    assert pruned_axes(describe(params, mask={"a": False, "lm_head": True})) == chosen
+    assert pruned_axes(describe(params, mask=lambda params: tree)) == chosen
+    by_name = by_path(lambda path: path.startswith("lm_head/"))
+    assert pruned_axes(describe(params, mask=by_name)) == chosen
+    assert pruned_axes(describe(params, mask=True)) == {"a/weight": 1} | chosen
+    assert pruned_axes(describe(params, mask=False)) == {}
+
+
+def test_a_module_of_bools_is_a_mask_although_it_can_be_called():
+    params = equinox_params().mlp
+    mask = jax.tree.map(lambda w: w.shape == (8, 8), params)
+    assert callable(mask)
+    chosen = {"layers/0/weight": 1, "layers/1/weight": 1}
+    assert pruned_axes(describe(params, mask=mask)) == chosen
+
+
+@pytest.mark.parametrize("make", [nnx_state, lambda: nnx.to_pure_dict(nnx_state())])
+def test_a_predicate_sees_the_same_paths_of_a_state_and_of_a_dict(make):
+    paths = []
+    by_path(lambda path: paths.append(path) or True)(make())
+    assert "layers/0/kernel" in paths
+
+
+@pytest.mark.parametrize(
+    ("leaf", "axis"),
+    [
+        (normal(8, 6), None),
+        (normal(8), None),
+        (normal(6), -1),
+        (normal(), -1),
+        (normal(8, 8, dtype=jnp.int32), None),
+        (normal(8, 8), 2),
+        (normal(8, 8), -3),
+    ],
+)
+def test_choosing_a_leaf_that_cannot_be_pruned_names_it(leaf, axis):
+    named = rf"^up/weight of shape {re.escape(str(leaf.shape))} .* axis -?\d.*mask"
+    with pytest.raises(ValueError, match=named):
+        describe({"up": {"weight": leaf}}, axis=axis, mask=True)
+
+
+def test_choosing_a_vector_by_its_only_axis_prunes_it():
+    assert pruned_axes(describe({"gate": normal(8)}, axis=-1, mask=True)) == {"gate": 0}
+
+
+@every_model
+def test_printed_leaves_are_aligned_lines_that_end_in_the_path(make):
+    leaves = describe(make())
+    lines = [str(leaf) for leaf in leaves]
+    columns = {line.rindex(" ") for line in lines}
+    assert len(columns) == 1
+    for leaf, line in zip(leaves, lines, strict=True):
+        assert "\n" not in line
+        assert line.startswith("pruned" if leaf.pruned else "dense")
+        assert str(leaf.shape) in line
+        assert leaf.reason in line
+        assert line.endswith(" " + leaf.path)
+
+
+@every_model
+def test_both_transforms_take_every_container(make):
+    params = make()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    prune = proximal(1e30)
+    updates, _ = prune.update(zeros, prune.init(params), params)
+    params = optax.apply_updates(params, updates)
+    assert jax.tree.structure(params) == jax.tree.structure(zeros)
+    axes = PRUNED[make]
+
+    train = keep_pattern(optax.sgd(0.1))
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = train.update(ones, train.init(params), params)
+    trained = optax.apply_updates(params, updates)
+    triples = zip(describe(params), jax.tree.leaves(params), jax.tree.leaves(trained), strict=True)
+    for leaf, before, after in triples:
+        if leaf.path in axes:
+            assert most_nonzeros(before, axes[leaf.path]) == 2
+        before, after = np.asarray(before), np.asarray(after)
+        stays = (before == 0) if leaf.path in axes else np.zeros(before.shape, bool)
+        assert np.all(after[stays] == 0)
+        assert np.all(after[~stays] != before[~stays])
+
+
+def test_an_nnx_optimizer_prunes_its_model():
+    model = nnx_model()
+    optimizer = nnx.Optimizer(model, optax.chain(optax.sgd(0.1), proximal(1e30)), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    assert most_nonzeros(model.layers[0].kernel[...], 0) == 2
+    assert np.all(np.asarray(model.embed.embedding[...]) != 0)
+
+
+def test_an_equinox_model_is_pruned_by_filtered_gradients():
+    model = equinox_params()
+    whole = equinox_model()
+    gradients = jax.tree.map(jnp.ones_like, model)
+    optimizer = proximal(1e30)
+    # Activation functions are leaves of the whole model, and None in its gradients.
+    updates, _ = optimizer.update(gradients, optimizer.init(model), whole)
+    pruned = eqx.apply_updates(whole, updates)
+    assert most_nonzeros(pruned.mlp.layers[0].weight, 1) == 2
+
+
+@pytest.mark.parametrize("make", [nnx_state, equinox_params])
+def test_check_takes_models(make):
+    mask = by_path(lambda path: re.search(r"layers/0/(kernel|weight)", path) is not None)
+    check(optax.chain(optax.sgd(0.1), proximal(1.0, mask=mask)), make(), mask=mask)
+    with pytest.raises(ValueError, match="layers/0/"):
+        check(optax.chain(proximal(1.0, mask=mask), optax.sgd(0.1)), make(), mask=mask)
