@@ -142,7 +142,7 @@ def truncated_shard(workspace):
 
 def pattern_prox_cannot_do(workspace):
     arguments = ["prune", workspace / "model", workspace / "out", "--pattern", "1:4"]
-    return [*arguments, *options(workspace)], "prox supports the pattern 2:4"
+    return [*arguments, *options(workspace)], "prox supports the patterns 1:M and 2:M, not "
 
 
 def width_not_divisible(workspace):

@@ -83,6 +83,20 @@ def test_logits_of_the_exported_model_agree_with_pytorch(pruned_folder, torch_mo
     np.testing.assert_allclose(forward(checkpoint, ids), expected, atol=1e-4, rtol=0)
 
 
+def test_float32_logits_agree_with_those_of_pytorch_in_float32(pruned_folder):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(pruned_folder)
+    ids = np.asarray([checkpoint.load_tokenizer()(TEXT)["input_ids"]], np.int32)
+    model = AutoModelForCausalLM.from_pretrained(pruned_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids).long()).logits.numpy()
+    # Each is off by its own rounding, so the difference may be twice that of either.
+    np.testing.assert_allclose(forward(checkpoint, ids), expected, atol=2e-4, rtol=0)
+    assert np.abs(forward(checkpoint, ids) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
 def test_perplexity_agrees_with_pytorch(pruned_folder, torch_model):
     import torch
 
