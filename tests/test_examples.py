@@ -43,8 +43,8 @@ def test_pruning_one_layer():
 
 
 def test_the_python_of_the_readme_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert "0.5" in run(["-c", code])
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "0.5" in run(["-c", "\n".join(blocks)])
 
 
 # The path of the prox
