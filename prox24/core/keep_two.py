@@ -181,7 +181,7 @@ def _sum_of_entries(support: Support) -> Array:
     """s of a support of four or more."""
     spread = support.spread
     offset = 4 * spread * (1 - spread) + 4 * support.smallest - 4 * spread * support.total
-    t = jnp.sqrt(jnp.maximum(jnp.square(support.root) - offset, 0))
+    t = jnp.sqrt(jnp.square(support.root) - offset)
     return jnp.where(support.root_is_sum, support.root, t + 1 - 2 * spread)
 
 
@@ -198,7 +198,7 @@ def _loss(v: Array, is_smallest: Array | bool, support: Support, s: Array) -> Ar
     gap = v - jnp.where(support.root_is_sum, e2, support.smallest)
     square = jnp.square(base) + gap * jnp.where(three, v + support.smallest, 4)
     is_root = is_smallest & ~support.root_is_sum
-    d = jnp.where(is_root, support.root, jnp.sqrt(jnp.maximum(square, 0)))
+    d = jnp.where(is_root, support.root, jnp.sqrt(square))
     u = (d + s - 1) / 2
     return jnp.clip(jnp.where(three, (v - d) / 2, e2 - u * (s - u)), 0, v)
 
@@ -246,7 +246,7 @@ def _root_of_many(v: Sequence[Array]) -> tuple[Array, Array]:
     last_offset = jnp.maximum(jnp.abs(c_k), tiny)
     weight = jnp.where(in_t, k - 2, 1).astype(dtype)
     last_weight = jnp.where(in_t, 1, k - 2).astype(dtype)
-    highest = (2 * k - (k - 2) * jnp.sqrt(jnp.maximum(4 - (k - 1) * c_k, 0))) / (2 * (k - 1))
+    highest = (2 * k - (k - 2) * jnp.sqrt(4 - (k - 1) * c_k)) / (2 * (k - 1))
     x = jnp.where(in_t, total - (k - 4) / (k - 2), highest)
     for _ in range(steps):
         roots = [jnp.sqrt(x * x + offset) for offset in offsets]
@@ -264,7 +264,7 @@ def _refined(v: Sequence[Array], total: Array, s: Array) -> Array:
     s = _repeatable(jnp.clip(s, total - (k - 1) * (k - 2) / (2 * k) * total * total, total))
     e2 = _repeatable((total - s) / (k - 2))
     gaps = [_repeatable(x - e2) for x in v]
-    roots = [jnp.sqrt(jnp.maximum(jnp.square(1 - s) + 4 * gap, 0)) for gap in gaps]
+    roots = [jnp.sqrt(jnp.square(1 - s) + 4 * gap) for gap in gaps]
     # sum(u) as one fraction, and the derivative of 2 (sum(u) - s) as another.
     above, below = _sum_of_fractions(
         [(2 * gap, d + (1 - s)) for gap, d in zip(gaps, roots, strict=True)]
