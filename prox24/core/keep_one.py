@@ -24,7 +24,8 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
       lam: nonnegative, a scalar or of that shape, of that dtype; it has no unit.
 
     Returns:
-      M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`.
+      M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`. A block
+      is NaN where one of its entries or its lam is.
     """
     ordered = descending(magnitudes)
     # In units of the largest entry, so that no sum overflows.
@@ -48,7 +49,9 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
         # |y| - w = lam (S - w) loses nothing where little is removed.
         w = jnp.where(2 * w < value, w * unit, magnitude - unit * (lam * jnp.maximum(s - w, 0)))
         kept = rank.astype(lam.dtype) < size
-        return jnp.where(kept, jnp.where(size > 1, jnp.clip(w, 0, magnitude), magnitude), 0)
+        # The difference is zero, or NaN where an entry or lam is.
+        whole = magnitude + (lam * v[0] - lam * v[0])
+        return jnp.where(kept, jnp.where(size > 1, jnp.clip(w, 0, magnitude), whole), whole - whole)
 
     return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
 

@@ -48,7 +48,8 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
       lam: nonnegative, a scalar or of that shape, of that dtype.
 
     Returns:
-      M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`.
+      M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`. A block
+      is NaN where one of its entries or its lam is.
     """
     tiny, epsilon = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).eps
 
@@ -64,11 +65,11 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
         value = scaled(magnitude)
         place = rank.astype(lam.dtype)
         lost = _loss(value, place == chosen.size - 1, chosen, s)
-        # The form that cancels less; the second returns |y| itself where nothing is lost.
-        w = jnp.where(2 * lost > value, (value - lost) * unit, magnitude - lost * unit)
+        w = jnp.where(lost < value, magnitude - lost * unit, 0)
         kept = jnp.where(place < chosen.size, jnp.where(chosen.size == 2, magnitude, w), 0)
-        # Below this nothing moves by a digit, and the squares above would underflow.
-        return jnp.where(v[0] > tiny / epsilon, kept, magnitude)
+        # Below this nothing moves by a digit, and the squares above would underflow. The difference
+        # is zero, or NaN where an entry or lam is.
+        return jnp.where(v[0] > tiny / epsilon, kept, magnitude + (v[0] - v[0]))
 
     return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
 

@@ -77,13 +77,13 @@ def _broadcast(lam: Array, plane: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=2)
 def _prox(y: tuple[Array, ...], lam: Array, kept: int) -> tuple[Array, ...]:
     magnitudes = [jnp.abs(entry) for entry in y]
-    shrunk = KEPT[kept].shrink(magnitudes, lam)
-    invalid = jnp.isnan(functools.reduce(jnp.maximum, magnitudes)) | jnp.isnan(lam)
-    tiny = jnp.finfo(lam.dtype).tiny
+    tiny, largest = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).max
+    # An infinite penalty on a zero would be NaN.
+    shrunk = KEPT[kept].shrink(magnitudes, jnp.minimum(lam, largest))
 
     def signed(entry: Array, magnitude: Array, w: Array) -> Array:
-        w = jnp.where(w >= tiny, jnp.where(entry < 0, -w, w), 0)
-        return jnp.where(invalid, jnp.nan, jnp.where(w == magnitude, entry, w))
+        moved = jnp.where(w < tiny, 0, jnp.where(entry < 0, -w, w))
+        return jnp.where(w == magnitude, entry, moved)
 
     return tuple(signed(*entry) for entry in zip(y, magnitudes, shrunk, strict=True))
 
