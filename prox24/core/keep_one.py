@@ -68,9 +68,9 @@ def tangent(w: Sequence[Array], lam: Array, dy: Sequence[Array], dlam: Array) ->
       dlam: the tangent of lam.
 
     Returns:
-      M arrays, zero off the support.
+      M arrays, zero off the support; without a penalty every entry is on it.
     """
-    support = [entry > 0 for entry in w]
+    support = [(entry > 0) | (lam == 0) for entry in w]
     size = sum(kept.astype(lam.dtype) for kept in support)
     s = sum(w)
     r = [

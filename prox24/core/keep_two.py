@@ -14,9 +14,8 @@ from jax import Array
 
 from prox24.core.blocks import descending, ranks
 
-# Three or more entries are a strict local minimum only where every 2x2 minor of the Hessian is
-# positive, which bounds v1 by 2. Larger blocks keep two entries; no equation has to be solved.
-LARGEST_SOLVABLE = 2.0
+# From v1 = (1 + sqrt 2) / 2 on, two entries are kept, and no equation has to be solved.
+LARGEST_SOLVABLE = 1.2072
 NEWTON_STEPS = {"float32": 8, "float64": 12}
 
 
@@ -88,9 +87,9 @@ def tangent(w: Sequence[Array], lam: Array, dy: Sequence[Array], dlam: Array) ->
       dlam: the tangent of lam.
 
     Returns:
-      M arrays, zero off the support.
+      M arrays, zero off the support; without a penalty every entry is on it.
     """
-    support = [entry > 0 for entry in w]
+    support = [(entry > 0) | (lam == 0) for entry in w]
     size = sum(kept.astype(lam.dtype) for kept in support)
     last = [rank.astype(lam.dtype) == size - 1 for rank in ranks(w)]
 
@@ -276,9 +275,12 @@ def _refined(v: Sequence[Array], total: Array, s: Array) -> Array:
 
 
 def _sum_of_fractions(fractions: Sequence[tuple[Array | int, Array]]) -> tuple[Array, Array]:
-    """Numerator and denominator of the sum, so that it costs one division."""
+    """Numerator and denominator of the sum, so that eight terms cost one division."""
     numerator, denominator = jnp.asarray(fractions[0][0]), fractions[0][1]
-    for n, d in fractions[1:]:
+    for i, (n, d) in enumerate(fractions[1:], start=1):
+        if i % 8 == 0:
+            # A product of more denominators could underflow.
+            numerator, denominator = numerator / denominator, jnp.ones_like(denominator)
         numerator, denominator = numerator * d + n * denominator, denominator * d
     return numerator, denominator
 
