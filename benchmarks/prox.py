@@ -106,14 +106,17 @@ def contenders(y: np.ndarray, with_rivals: bool) -> dict[str, Contender]:
     torch_blocks = torch.from_numpy(as_blocks(y)).to(torch_device)
     jax_blocks = jax.device_put(as_blocks(y))
 
-    def alternate(lam: float) -> Any:
-        w = rivals.alternating_minimisation(torch_blocks, lam)
+    def alternate(lam: float, planar: bool = False) -> Any:
+        w = rivals.alternating_minimisation(torch_blocks, lam, planar=planar)
         if w.is_cuda:
             torch.cuda.synchronize()
         return w
 
     return found | {
         ALTERNATING_MINIMISATION: Contender(alternate, lambda w: w.cpu().numpy(), slow=True),
+        f"{ALTERNATING_MINIMISATION}, planar": Contender(
+            lambda lam: alternate(lam, planar=True), lambda w: w.cpu().numpy(), slow=True
+        ),
         "gradient descent": Contender(
             lambda lam: jax.block_until_ready(rivals.gradient_descent(jax_blocks, lam)),
             as_blocks,

@@ -7,47 +7,132 @@ import numpy as np
 PATTERNS = [(1, 4), (2, 4), (3, 4), (4, 8), (2, 8)]
 
 
-def prox_objective(w, y, lam):
-    """1/2 |w - y|^2 + lam e3(|w|) on the last axis, in float64; `lam` is a scalar or per block."""
+def elementary(entries, degree):
+    """The elementary symmetric polynomial of that degree, of arrays of one shape."""
+    e = [1.0] + [0.0] * degree
+    for count, entry in enumerate(entries, start=1):
+        for d in range(min(count, degree), 0, -1):
+            e[d] = e[d] + entry * e[d - 1]
+    return e[degree]
+
+
+def prox_objective(w, y, lam, kept=2):
+    """1/2 |w - y|^2 + lam e_{kept + 1}(|w|) on the last axis; `lam` is a scalar or per block."""
     w, y = np.asarray(w, np.float64), np.asarray(y, np.float64)
-    a, b, c, d = np.moveaxis(np.abs(w), -1, 0)
-    return np.sum((w - y) ** 2, axis=-1) / 2 + lam * (a * b * (c + d) + c * d * (a + b))
+    distance = np.sum((w - y) ** 2, axis=-1) / 2
+    return distance + lam * elementary(np.moveaxis(np.abs(w), -1, 0), kept + 1)
 
 
-def stationarity_residual(w, y, lam):
-    """Largest |w_i - max(|y_i| - lam e2(others), 0)| of a block in units of its largest |y_i|."""
+def penalty_gradient(w, kept=2):
+    """Gradient of e_{kept + 1}, (n, M): e_kept of the others."""
+    entries = list(np.moveaxis(np.abs(np.asarray(w, np.float64)), -1, 0))
+    return np.stack([_e_of_others(entries, i, kept) for i in range(len(entries))], axis=-1)
+
+
+def stationarity_residual(w, y, lam, kept=2):
+    """Largest |w_i - max(|y_i| - lam e_kept(others), 0)| of a block, in units of its max |y_i|."""
     w, y = np.abs(np.asarray(w, np.float64)), np.abs(np.asarray(y, np.float64))
-    residuals = []
-    for i in range(4):
-        a, b, c = np.delete(w, i, axis=-1).T
-        residuals.append(np.abs(w[:, i] - np.maximum(y[:, i] - lam * (a * b + a * c + b * c), 0)))
+    stationary = np.maximum(y - np.asarray(lam)[..., None] * penalty_gradient(w, kept), 0)
     top = y.max(axis=-1)
-    return np.max(residuals, axis=0) / np.where(top > 0, top, 1)
+    return np.max(np.abs(w - stationary), axis=-1) / np.where(top > 0, top, 1)
 
 
-def brute_force_prox(y, lam, sweeps=200, fractions=8, seed=0):
-    """Least objective per block of y, shape (n, 4), by multi-start cyclic coordinate descent.
+def prox_hessian(w, lam, kept=2):
+    """Hessian of the objective in |w|, (n, M, M): 1, and lam e_{kept - 1}(the others) off it."""
+    group = w.shape[-1]
+    hessian = np.tile(np.eye(group), (len(w), 1, 1))
+    entries = list(np.moveaxis(np.abs(np.asarray(w, np.float64)), -1, 0))
+    for i, j in itertools.permutations(range(group), 2):
+        others = [entry for position, entry in enumerate(entries) if position not in (i, j)]
+        hessian[:, i, j] = lam * elementary(others, kept - 1)
+    return hessian
 
-    Each coordinate minimises its one-dimensional quadratic exactly:
-    w_i = max(|y_i| - lam e2(others), 0).
+
+def prox_jacobian(w, lam, kept=2):
+    """Derivatives of the minimiser w, (n, M): in y, (n, M, M), and in lam, (n, M)."""
+    signs = np.sign(np.asarray(w, np.float64))
+    identity = np.eye(w.shape[-1])
+    both = signs[:, :, None] * signs[:, None, :]
+    hessian = np.where(both != 0, prox_hessian(w, lam, kept), identity)
+    in_y = both * np.linalg.inv(hessian)
+    in_lam = -np.einsum("nij,nj->ni", in_y, signs * penalty_gradient(w, kept))
+    return in_y, in_lam
+
+
+def brute_force_prox(y, lam, kept=2, rounds=60, random=1):
+    """Least objective per block of y, shape (n, M), by descent from many starts.
+
+    A round takes one Newton step on the nonzeros, where that lowers the objective, and one sweep of
+    exact coordinate descent, w_i = max(|y_i| - lam e_kept(others), 0). While the penalty grows to
+    lam, starts stay in their own support; then each goes on until a round changes nothing. Every
+    point is feasible, so the result is never below the minimum.
     """
-    target = np.abs(np.asarray(y, np.float64))
-    order = np.argsort(np.argsort(-target, axis=-1, kind="stable"), axis=-1)
-    random = np.random.default_rng(seed).uniform(size=(fractions, *target.shape)) * target
-    starts = [np.zeros_like(target), target * (order < 2), *random, *(random * (order < 3))]
-    for shrunk in (0.45, 0.55, 0.65, 0.8, 1):
-        starts += [shrunk * target, shrunk * target * (order < 3)]
-    w = np.stack(starts)
-    w1, w2, w3, w4 = np.moveaxis(w, -1, 0).copy()
-    y1, y2, y3, y4 = np.moveaxis(target, -1, 0).copy()
-    lam = np.asarray(lam, np.float64)
-    for _ in range(sweeps):
-        w1 = np.maximum(y1 - lam * (w2 * w3 + w2 * w4 + w3 * w4), 0)
-        w2 = np.maximum(y2 - lam * (w1 * w3 + w1 * w4 + w3 * w4), 0)
-        w3 = np.maximum(y3 - lam * (w1 * w2 + w1 * w4 + w2 * w4), 0)
-        w4 = np.maximum(y4 - lam * (w1 * w2 + w1 * w3 + w2 * w3), 0)
-    w = np.stack([w1, w2, w3, w4], axis=-1)
-    return np.min(prox_objective(w, target, lam), axis=0)
+    y = np.abs(np.asarray(y, np.float64))
+    lam = np.broadcast_to(np.asarray(lam, np.float64), len(y))
+    group = y.shape[1]
+    growth = 1 - np.concatenate([np.arange(group - 1, 0, -1), 0.5 ** np.arange(1, 9)]) / group
+    starts = _starts(y, kept, random)
+    least = np.full(len(y), np.inf)
+    size = max(1, 2**13 // len(starts))  # Arrays that fit in a core's cache.
+    for piece in np.split(np.arange(len(y)), range(size, len(y), size)):
+        block = np.tile(piece, len(starts))
+        w = list(starts[:, piece].reshape(-1, group).T.copy())
+        target = [np.where(entry > 0, goal, 0) for entry, goal in zip(w, y[block].T, strict=True)]
+        for part in growth:
+            w = _descended(w, target, part * lam[block], kept)
+        value = np.full(len(block), np.inf)
+        for _ in range(rounds):
+            target = list(y[block].T.copy())
+            w = _descended(w, target, lam[block], kept)
+            previous, value = value, _objective(w, target, lam[block], kept)
+            np.minimum.at(least, block, value)
+            moving = value < (1 - 1e-15) * previous
+            w, block, value = [entry[moving] for entry in w], block[moving], value[moving]
+    return least
+
+
+def _starts(y, kept, random):
+    """Shape (starts, n, M): prefixes of the largest entries, and random points below y."""
+    order = np.argsort(np.argsort(-y, axis=-1, kind="stable"), axis=-1)
+    prefixes = [y * (order < k) for k in range(kept, y.shape[1] + 1)]
+    return np.stack([*prefixes, *np.random.default_rng(0).uniform(size=(random, *y.shape)) * y])
+
+
+def _descended(w, y, lam, kept):
+    with np.errstate(all="ignore"):  # A singular Newton step is not finite, and is not taken.
+        w = _newton_step(w, y, lam, kept)
+    for i in range(len(w)):
+        w[i] = np.maximum(y[i] - lam * _e_of_others(w, i, kept), 0)
+    return w
+
+
+def _objective(w, y, lam, kept):
+    return sum((a - b) ** 2 for a, b in zip(w, y, strict=True)) / 2 + lam * elementary(w, kept + 1)
+
+
+def _e_of_others(w, i, degree):
+    return elementary(w[:i] + w[i + 1 :], degree)
+
+
+def _newton_step(w, y, lam, kept):
+    """Gaussian elimination on the Hessian of the nonzeros, of all blocks at once."""
+    group, support, total = len(w), [entry > 0 for entry in w], sum(w)
+    rhs = [y[i] - w[i] - lam * _e_of_others(w, i, kept) for i in range(group)]
+    rhs = [np.where(on, r, 0) for on, r in zip(support, rhs, strict=True)]
+    h = [[np.ones_like(total)] * group for _ in w]
+    for i, j in itertools.permutations(range(group), 2):
+        slope = lam * (total - w[i] - w[j] if kept == 2 else 1)
+        h[i][j] = np.where(support[i] & support[j], slope, 0)
+    for i, j in itertools.combinations(range(group), 2):
+        factor = h[j][i] / h[i][i]
+        for k in range(i + 1, group):
+            h[j][k] = h[j][k] - factor * h[i][k]
+        rhs[j] = rhs[j] - factor * rhs[i]
+    for i in reversed(range(group)):
+        rhs[i] = (rhs[i] - sum(h[i][k] * rhs[k] for k in range(i + 1, group))) / h[i][i]
+    moved = [np.maximum(entry + step, 0) for entry, step in zip(w, rhs, strict=True)]
+    better = _objective(moved, y, lam, kept) < _objective(w, y, lam, kept)
+    return [np.where(better, new, old) for new, old in zip(moved, w, strict=True)]
 
 
 def largest(scores, kept, group):

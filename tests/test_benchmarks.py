@@ -43,6 +43,7 @@ def test_no_block_of_prox_is_worse_than_that_of_the_best_rival(tmp_path):
         "prox24.prox",
         "prox24.planes.prox",
         "alternating minimisation",
+        "alternating minimisation, planar",
         "gradient descent",
     ]
     assert len(rows) == 3 * len(names)

@@ -38,9 +38,9 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     for k in range(2, len(v) + 1):
         prefix = prefix + v[k - 1]
         excess = excess + (k - 1) * (v[k - 2] - v[k - 1])
-        sum_of_k = prefix / (1 + (k - 1) * lam)
-        positive = convex & (sum_of_k > excess / slack)
-        size, s = jnp.where(positive, k, size), jnp.where(positive, sum_of_k, s)
+        positive = convex & (slack * v[k - 1] > lam * excess)
+        size = jnp.where(positive, k, size)
+        s = jnp.where(positive, prefix / (1 + (k - 1) * lam), s)
 
     def restore(magnitude: Array, rank: Array) -> Array:
         value = magnitude / unit
@@ -48,10 +48,11 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
         w = (s + gaps / slack) / size
         # |y| - w = lam (S - w) loses nothing where little is removed.
         w = jnp.where(2 * w < value, w * unit, magnitude - unit * (lam * jnp.maximum(s - w, 0)))
-        kept = rank.astype(lam.dtype) < size
         # The difference is zero, or NaN where an entry or lam is.
         whole = magnitude + (lam * v[0] - lam * v[0])
-        return jnp.where(kept, jnp.where(size > 1, jnp.clip(w, 0, magnitude), whole), whole - whole)
+        w = jnp.where(size > 1, jnp.clip(w, 0, magnitude), whole)
+        w = jnp.where(rank.astype(lam.dtype) < size, w, whole - whole)
+        return jnp.where(lam > 0, w, whole)
 
     return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
 
@@ -72,14 +73,15 @@ def tangent(w: Sequence[Array], lam: Array, dy: Sequence[Array], dlam: Array) ->
     """
     support = [(entry > 0) | (lam == 0) for entry in w]
     size = sum(kept.astype(lam.dtype) for kept in support)
+    # One entry has nothing to act on. Without it lam is below 1.
+    lam, w = jnp.where(size > 1, lam, 0), [jnp.where(size > 1, entry, 0) for entry in w]
     s = sum(w)
     r = [
         jnp.where(kept, d - dlam * (s - entry), 0)
         for kept, d, entry in zip(support, dy, w, strict=True)
     ]
     total = sum(r) / (1 + (size - 1) * lam)
-    slack = jnp.where(size > 1, 1 - lam, 1)
     return [
-        jnp.where(kept, jnp.where(size > 1, (x - lam * total) / slack, x), 0)
+        jnp.where(kept, (x - lam * total) / (1 - lam), 0)
         for kept, x in zip(support, r, strict=True)
     ]

@@ -16,7 +16,7 @@ from prox24.core.blocks import descending, ranks
 
 # From v1 = (1 + sqrt 2) / 2 on, two entries are kept, and no equation has to be solved.
 LARGEST_SOLVABLE = 1.2072
-NEWTON_STEPS = {"float32": 8, "float64": 12}
+NEWTON_STEPS = {"float32": 8, "float64": 16}
 
 
 class Support(NamedTuple):
@@ -66,9 +66,9 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
         lost = _loss(value, place == chosen.size - 1, chosen, s)
         w = jnp.where(lost < value, magnitude - lost * unit, 0)
         kept = jnp.where(place < chosen.size, jnp.where(chosen.size == 2, magnitude, w), 0)
-        # Below this nothing moves by a digit, and the squares above would underflow. The difference
-        # is zero, or NaN where an entry or lam is.
-        return jnp.where(v[0] > tiny / epsilon, kept, magnitude + (v[0] - v[0]))
+        # Below this nothing moves by a digit of the largest entry, and products above would
+        # underflow. The difference is zero, or NaN where an entry or lam is.
+        return jnp.where(v[0] > epsilon**2, kept, magnitude + (v[0] - v[0]))
 
     return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
 
@@ -90,18 +90,22 @@ def tangent(w: Sequence[Array], lam: Array, dy: Sequence[Array], dlam: Array) ->
       M arrays, zero off the support; without a penalty every entry is on it.
     """
     support = [(entry > 0) | (lam == 0) for entry in w]
-    size = sum(kept.astype(lam.dtype) for kept in support)
+    size = _add([kept.astype(lam.dtype) for kept in support])
     last = [rank.astype(lam.dtype) == size - 1 for rank in ranks(w)]
 
     def total(values: Sequence[Array], where: Sequence[Array]) -> Array:
         return _add([jnp.where(h, value, 0) for h, value in zip(where, values, strict=True)])
 
+    # Two entries do not act on one another. Without them all is bounded: no product overflows here
+    # to become NaN in a gradient.
+    w = [jnp.where(size > 2, entry, 0) for entry in w]
+    u = [lam * entry for entry in w]
     r = [
         jnp.where(kept, d - dlam * e2, 0)
         for kept, d, e2 in zip(support, dy, _e2_of_others(w), strict=True)
     ]
-    s = lam * sum(w)
-    diagonal = [1 - s + 2 * lam * entry for entry in w]
+    s = _add(u)
+    diagonal = [1 - s + 2 * entry for entry in u]
     others = [kept & ~here for kept, here in zip(support, last, strict=True)]
     inverse = [
         jnp.where(here, 1 / jnp.where(here, d, 1), 0)
@@ -226,7 +230,7 @@ def _root_of_three(v: Sequence[Array]) -> tuple[Array, Array]:
         value = (v1 + a) * (v2 + b) - 2 * (v3 - d)
         # The derivative times a b, so that the step takes one division.
         slope = d * (b * (v2 + b) + a * (v1 + a)) + 2 * a * b
-        d = d - value * (a * b) / slope
+        d = d - value * (a * b / slope)
     return d, jnp.zeros_like(d, bool)
 
 

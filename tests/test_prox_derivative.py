@@ -1,0 +1,323 @@
+"""The derivative of the proximal operator against H^-1, finite differences and the chain rule."""
+
+import collections
+import functools
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import penalty_gradient, prox_hessian, prox_jacobian
+
+from prox24 import prox
+
+PATTERNS = [(2, 4), (2, 3), (2, 8), (1, 4)]
+
+jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="{0[0]}:{0[1]}".format)
+either_kept = pytest.mark.parametrize("pattern", [(2, 4), (1, 4)], ids="{0[0]}:{0[1]}".format)
+
+# Where no entry of the Jacobian is larger, rounding and third derivatives are small.
+WELL_CONDITIONED = 10
+COUNT = 2000  # One shape, so that few programs are compiled.
+
+
+def blocks(pattern, count, seed=0):
+    """Blocks (n, M) of either sign and penalties (n,) under which every support size occurs."""
+    rng = np.random.default_rng(seed)
+    y = rng.choice([-1, 1], (count, pattern[1])) * rng.uniform(0.3, 1, (count, pattern[1]))
+    return y, rng.uniform(0, 1.1, count)
+
+
+def solved(y, lam, pattern):
+    """The minimisers, with penalties (n,)."""
+    return np.asarray(jitted(y, lam[:, None], pattern))
+
+
+def well_conditioned(w, lam, pattern):
+    """Mask of the blocks to compare, which must be most of them and have every support size."""
+    in_y, in_lam = prox_jacobian(w, lam, pattern[0])
+    kept = np.maximum(np.abs(in_y).max(axis=(1, 2)), np.abs(in_lam).max(axis=1)) < WELL_CONDITIONED
+    sizes = np.count_nonzero(w, axis=-1)
+    assert np.mean(kept) > 0.9
+    assert set(sizes[kept]) == set(range(pattern[0], pattern[1] + 1))
+    return kept
+
+
+@functools.cache
+def jacobians(transform, pattern):
+    """Compiled derivatives of every block in its entries and its penalty."""
+
+    def of_block(y, lam):
+        return prox(y, lam, pattern)
+
+    return jax.jit(jax.vmap(transform(of_block, argnums=(0, 1))))
+
+
+@pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev])
+@every_pattern
+def test_jacobian_is_the_inverse_hessian_on_the_support(pattern, transform):
+    y, lam = blocks(pattern, COUNT)
+    w = solved(y, lam, pattern)
+    kept = well_conditioned(w, lam, pattern)
+    found = jacobians(transform, pattern)(y, lam)
+    for got, expected in zip(found, prox_jacobian(w, lam, pattern[0]), strict=True):
+        assert np.all(np.isfinite(got))
+        np.testing.assert_allclose(np.asarray(got)[kept], expected[kept], rtol=0, atol=1e-11)
+
+
+@every_pattern
+def test_jacobian_in_the_input_is_symmetric(pattern):
+    y, lam = blocks(pattern, COUNT)
+    in_y = np.asarray(jacobians(jax.jacrev, pattern)(y, lam)[0])
+    kept = well_conditioned(solved(y, lam, pattern), lam, pattern)
+    transposed = np.swapaxes(in_y, 1, 2)
+    np.testing.assert_allclose(in_y[kept], transposed[kept], rtol=0, atol=1e-12)
+
+
+@every_pattern
+def test_jvp_and_gradient_agree_with_central_differences(pattern):
+    y, lam = blocks(pattern, COUNT)
+    rng = np.random.default_rng(1)
+    dy, dlam, weights = (
+        rng.normal(size=y.shape),
+        rng.normal(size=lam.shape),
+        rng.normal(size=y.shape),
+    )
+    step = 1e-6
+    ahead, here, behind = (solved(y + t * dy, lam + t * dlam, pattern) for t in (step, 0, -step))
+    smooth = np.all((ahead != 0) == (here != 0), axis=-1)
+    smooth &= np.all((behind != 0) == (here != 0), axis=-1)
+    smooth &= lam > step * np.abs(dlam)
+    assert np.mean(smooth) > 0.99
+    kept = smooth & well_conditioned(here, lam, pattern)
+    expected = (ahead - behind) / (2 * step)
+
+    def f(y, lam):
+        return prox(y, lam[:, None], pattern)
+
+    _, dw = jax.jvp(jax.jit(f), (y, lam), (dy, dlam))
+    np.testing.assert_allclose(np.asarray(dw)[kept], expected[kept], rtol=0, atol=1e-6)
+    gradient = jax.grad(lambda y, lam: jnp.sum(weights * f(y, lam)), argnums=(0, 1))
+    gy, glam = jax.jit(gradient)(y, lam)
+    along = np.sum(gy * dy, axis=-1) + glam * dlam
+    by_block = np.sum(weights * expected, axis=-1)
+    np.testing.assert_allclose(along[kept], by_block[kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (6, 1), (6, 10)])
+@either_kept
+def test_gradient_in_a_shared_penalty_is_the_sum_over_its_blocks(pattern, shape):
+    rng = np.random.default_rng(2)
+    y, weights = rng.normal(size=(6, 40)), rng.normal(size=(6, 40))
+    lam = np.asarray(rng.uniform(0.2, 0.9, shape))
+    gradient = jax.jit(jax.grad(lambda lam: jnp.sum(weights * prox(y, lam, pattern))))(lam)
+    each = np.broadcast_to(lam, (6, 10)).ravel()
+    w = np.asarray(jitted(y, lam, pattern)).reshape(-1, 4)
+    _, in_lam = prox_jacobian(w, each, pattern[0])
+    expected = np.sum(weights.reshape(-1, 4) * in_lam, axis=-1).reshape(6, 10)
+    shared = {(): (0, 1), (6, 1): (1,), (6, 10): ()}[shape]
+    summed = np.sum(expected, axis=shared).reshape(shape)
+    np.testing.assert_allclose(gradient, summed, rtol=1e-9, atol=1e-9, strict=True)
+
+
+@either_kept
+def test_second_derivative_agrees_with_differences_of_the_gradient(pattern):
+    y, lam = blocks(pattern, 500)
+    kept = well_conditioned(solved(y, lam, pattern), lam, pattern)
+    point = np.concatenate([y, lam[:, None]], axis=1)
+    weights = np.random.default_rng(3).normal(size=pattern[1])
+
+    def scalar(point):
+        w = prox(point[:-1], point[-1], pattern)
+        return jnp.sum(weights * w) + jnp.sum(w * w) / 2
+
+    hessian = np.asarray(jax.jit(jax.vmap(jax.hessian(scalar)))(point))
+    gradient = jax.jit(jax.vmap(jax.grad(scalar)))
+    step = 1e-5
+    for i in range(point.shape[1]):
+        shift = step * np.eye(point.shape[1])[i]
+        ahead, behind = (gradient(point + sign * shift) for sign in (1, -1))
+        smooth = kept & (lam > step)
+        for side in (shift, -shift):
+            moved = point + side
+            w = solved(moved[:, :-1], moved[:, -1], pattern)
+            smooth &= np.all((w != 0) == (solved(y, lam, pattern) != 0), axis=-1)
+        assert np.mean(smooth) > 0.9
+        expected = (ahead - behind) / (2 * step)
+        scale = 1 + np.abs(hessian).max(axis=(1, 2))[:, None]
+        error = np.abs(hessian[:, i] - expected) / scale
+        assert error[smooth].max() < 1e-5
+    assert np.all(np.isfinite(hessian))
+
+
+@either_kept
+def test_gradient_through_a_scan_is_the_product_of_the_jacobians(pattern):
+    y, _ = blocks(pattern, 64)
+    lams = np.array([0.05, 0.1, 0.2, 0.1])
+    weights = np.random.default_rng(4).normal(size=y.shape)
+
+    def last(y, lams):
+        w, _ = jax.lax.scan(lambda w, lam: (prox(w, lam, pattern), None), y, lams)
+        return jnp.sum(weights * w)
+
+    gy, glams = jax.jit(jax.grad(last, argnums=(0, 1)))(y, lams)
+    path = [y]
+    for lam in lams:
+        path.append(np.asarray(jitted(path[-1], lam, pattern)))
+    cotangent, expected = weights, []
+    for lam, w in zip(lams[::-1], path[:0:-1], strict=True):
+        in_y, in_lam = prox_jacobian(w, np.full(len(w), lam), pattern[0])
+        expected.append(np.sum(cotangent * in_lam))
+        cotangent = np.einsum("ni,nij->nj", cotangent, in_y)
+    np.testing.assert_allclose(gy, cotangent, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(glams, expected[::-1], rtol=1e-8, atol=1e-8)
+
+
+@either_kept
+def test_gradient_is_the_same_under_jit_and_vmap(pattern):
+    y, lam = blocks(pattern, 64)
+
+    def scalar(y, lam):
+        return jnp.sum(jnp.sin(prox(y, lam, pattern)))
+
+    gradient = jax.grad(scalar, argnums=(0, 1))
+    each = [jax.jit(gradient)(*pair) for pair in zip(y, lam, strict=True)]
+    together = jax.jit(jax.vmap(gradient))(y, lam)
+    for got, expected in zip(together, zip(*each, strict=True), strict=True):
+        np.testing.assert_allclose(got, jnp.stack(expected), rtol=1e-10, atol=1e-12)
+
+
+def near_zero_diagonal(size):
+    """Minimisers u at lam = 1 where 1 - s + 2 u_k, of the last of `size` entries, is 0 or below."""
+    rng = np.random.default_rng(5)
+    u = -np.sort(-rng.uniform(0, 1, (200_000, 4)), axis=-1)
+    u[:, size:] = 0
+    negative = rng.uniform(-0.1, 0, len(u)) * rng.integers(2, size=len(u))
+    u[:, size - 1] = np.sum(u[:, : size - 1], axis=-1) - 1 + negative
+    ordered = (u[:, size - 1] > 0) & (u[:, size - 1] <= u[:, size - 2])
+    u = u[ordered]
+    hessian = prox_hessian(u, 1.0)[:, :size, :size]
+    u = u[np.linalg.eigvalsh(hessian)[:, 0] > 0.02]
+    y = u + penalty_gradient(u)
+    y[:, size:] *= 0.5
+    found = np.all(np.abs(jitted(y, 1.0) - u) < 1e-9, axis=-1)
+    assert np.count_nonzero(found) > COUNT
+    return u[found][:COUNT], y[found][:COUNT]
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_jacobian_is_right_where_the_diagonal_of_the_closed_form_vanishes(size):
+    u, y = near_zero_diagonal(size)
+    last = 1 - np.sum(u, axis=-1) + 2 * u[:, size - 1]
+    assert np.sum(np.abs(last) < 1e-12) > COUNT / 4
+    assert np.sum(last < -1e-3) > COUNT / 4
+    w = np.asarray(jitted(y, 1.0))
+    lam = np.ones(len(w))
+    for transform in (jax.jacfwd, jax.jacrev):
+        found = jacobians(transform, (2, 4))(y, lam)
+        for got, expected in zip(found, prox_jacobian(w, lam), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-8)
+
+
+@every_pattern
+def test_jacobian_without_a_penalty_is_the_identity(pattern):
+    y, _ = blocks(pattern, COUNT)
+    in_y, in_lam = jacobians(jax.jacrev, pattern)(y, np.zeros(COUNT))
+    identity = np.tile(np.eye(pattern[1]), (COUNT, 1, 1))
+    np.testing.assert_allclose(in_y, identity, rtol=0, atol=1e-15)
+    expected = -np.sign(y) * penalty_gradient(y, pattern[0])
+    np.testing.assert_allclose(in_lam, expected, rtol=1e-13, atol=1e-13)
+
+
+@every_pattern
+def test_jacobian_of_sparse_input_is_its_mask(pattern):
+    kept, group = pattern
+    rng = np.random.default_rng(6)
+    y = rng.normal(size=(COUNT, group))
+    y[:, kept:] = 0
+    y[: COUNT // 4] = 0
+    y = rng.permuted(y, axis=-1)
+    lam = rng.uniform(0.1, 3, COUNT)
+    for transform in (jax.jacfwd, jax.jacrev):
+        in_y, in_lam = jacobians(transform, pattern)(y, lam)
+        assert np.array_equal(in_y, (y != 0)[:, :, None] * np.eye(group))
+        assert np.array_equal(in_lam, np.zeros_like(y))
+
+
+gradients = jax.jit(
+    jax.grad(lambda y, lam, pattern: jnp.sum(prox(y, lam, pattern)), argnums=(0, 1)),
+    static_argnums=2,
+)
+tie_or_number = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0]), st.floats(-4, 4, width=32))
+any_number = st.floats(width=32, allow_nan=False, allow_infinity=False)
+# Its square, the derivative in lam, is finite.
+large_number = st.floats(-(2.0**60), 2.0**60, width=32)
+any_penalty = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
+
+
+@every_pattern
+@given(data=st.data(), lam=st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 4, width=32)))
+def test_gradient_of_zeros_and_ties_is_finite(pattern, data, lam):
+    y = data.draw(hnp.arrays(np.float32, (6, pattern[1]), elements=tie_or_number))
+    for part in gradients(y, np.float32(lam), pattern):
+        assert part.dtype == np.float32
+        assert np.all(np.isfinite(part))
+
+
+@every_pattern
+@given(data=st.data(), lam=any_penalty)
+def test_gradient_of_any_finite_input_is_finite(pattern, data, lam):
+    shape = (6, pattern[1])
+    y = data.draw(hnp.arrays(np.float32, shape, elements=any_number))
+    assert np.all(np.isfinite(gradients(y, np.float32(lam), pattern)[0]))
+    y = data.draw(hnp.arrays(np.float32, shape, elements=large_number))
+    assert np.all(np.isfinite(gradients(y, np.float32(lam), pattern)[1]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradient_in_half_precision_is_that_of_float32_rounded(dtype):
+    y = jnp.asarray(blocks((2, 4), 6)[0]).astype(dtype)
+    gy, glam = gradients(y, np.float32(0.3), (2, 4))
+    expected, _ = gradients(y.astype(jnp.float32), np.float32(0.3), (2, 4))
+    assert gy.dtype == dtype
+    assert glam.dtype == np.float32
+    assert np.array_equal(gy, expected.astype(dtype))
+
+
+def primitives(jaxpr):
+    """How often each primitive occurs in a program and in those that it calls."""
+    counts = collections.Counter()
+    for equation in jaxpr.eqns:
+        counts[equation.primitive.name] += 1
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            counts += primitives(inner)
+    return counts
+
+
+@every_pattern
+def test_derivative_does_not_pass_through_the_iteration(pattern):
+    y, lam = blocks(pattern, 8)
+
+    def f(y, lam):
+        return prox(y, lam[:, None], pattern)
+
+    def gradient(y, lam):
+        return jax.grad(lambda y, lam: jnp.sum(f(y, lam)), argnums=(0, 1))(y, lam)
+
+    def tangent(y, lam):
+        return jax.jvp(f, (y, lam), (y, lam))
+
+    once = primitives(jax.make_jaxpr(f)(y, lam).jaxpr)
+    assert once["sqrt"] > 0 or pattern[0] == 1
+    for derivative in (gradient, tangent):
+        counts = primitives(jax.make_jaxpr(derivative)(y, lam).jaxpr)
+        # The iteration takes square roots, its derivative would take them again or divide by them.
+        assert counts["sqrt"] == once["sqrt"]
+        assert counts["max"] <= once["max"]
+        solvers = {"while", "scan", "custom_linear_solve", "triangular_solve", "lu", "cholesky"}
+        assert not solvers & set(counts)

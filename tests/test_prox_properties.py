@@ -1,0 +1,353 @@
+"""Properties of the proximal operator on any input, layouts, dtypes and transforms."""
+
+import functools
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import largest, prox_objective
+
+from prox24 import planes, prox
+
+PATTERNS = [(2, 4), (1, 4), (2, 8)]
+
+jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="{0[0]}:{0[1]}".format)
+either_kept = pytest.mark.parametrize("pattern", [(2, 4), (1, 4)], ids="{0[0]}:{0[1]}".format)
+
+magnitude = st.one_of(
+    st.floats(2.0**-10, 2.0**10, width=32),
+    st.floats(0.125, 2.0, width=32),
+    st.sampled_from([0.0, 0.5, 1.0, 1.5]),
+)
+entry = st.builds(lambda m, negative: -m if negative and m else m, magnitude, st.booleans())
+inputs = hnp.arrays(np.float32, (3, 8), elements=entry)
+penalties = st.one_of(
+    st.floats(0, 2, width=32), st.floats(0, 2.0**20, width=32), st.sampled_from([0.0, 0.5, 1.0])
+).map(lambda lam: lam if lam >= 1e-30 else 0.0)
+any_floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+any_inputs = hnp.arrays(np.float32, (3, 8), elements=any_floats)
+any_penalties = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
+
+
+def in_blocks(w, pattern=(2, 4)):
+    return np.asarray(w).reshape(-1, pattern[1])
+
+
+def top(y, pattern):
+    return np.where(largest(np.abs(y), *pattern), y, 0)
+
+
+def equal_bits(a, b):
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def same_objective(got, expected, y, rel=1e-6):
+    """Equal within `rel` of the larger, or of 1e-6 |y|^2 where that is larger still."""
+    floor = 1e-6 * np.sum(np.square(y, dtype=np.float64), axis=-1)
+    return np.all(np.abs(got - expected) <= rel * np.maximum(np.maximum(got, expected), floor))
+
+
+@every_pattern
+@given(
+    y=inputs,
+    lam=penalties,
+    signs=hnp.arrays(np.float32, (3, 8), elements=st.sampled_from([-1.0, 1.0])),
+)
+def test_flipping_signs_of_the_input_flips_those_of_the_output(pattern, y, lam, signs):
+    w = np.asarray(jitted(y, lam, pattern))
+    assert np.array_equal(jitted(signs * y, lam, pattern), signs * w)
+
+
+@every_pattern
+@given(y=inputs, lam=penalties, draw=st.data())
+def test_permuting_a_block_leaves_its_objective(pattern, y, lam, draw):
+    kept, group = pattern
+    y = in_blocks(y, pattern)
+    order = draw.draw(st.permutations(range(group)))
+    expected = prox_objective(jitted(y, lam, pattern), y, lam, kept)
+    permuted = y[:, order]
+    got = prox_objective(jitted(permuted, lam, pattern), permuted, lam, kept)
+    assert same_objective(got, expected, y)
+
+
+@every_pattern
+@given(y=inputs, lam=penalties)
+def test_output_has_the_signs_of_the_input_and_no_larger_magnitudes(pattern, y, lam):
+    w = np.asarray(jitted(y, lam, pattern))
+    assert np.all(np.abs(w) <= np.abs(y))
+    assert np.all(w * y >= 0)
+
+
+@every_pattern
+@given(y=inputs, lam=penalties)
+def test_output_keeps_the_order_of_magnitudes(pattern, y, lam):
+    order = np.argsort(-np.abs(in_blocks(y, pattern)), axis=-1, kind="stable")
+    w = np.abs(in_blocks(jitted(y, lam, pattern), pattern))
+    by_rank = np.take_along_axis(w, order, axis=-1)
+    assert np.all(np.diff(by_rank, axis=-1) <= 1e-6 * by_rank[:, :1])
+
+
+@every_pattern
+@given(y=inputs, lam=penalties)
+def test_objective_is_not_above_that_of_the_input_or_of_its_largest_entries(pattern, y, lam):
+    y = in_blocks(y, pattern)
+    objective = functools.partial(prox_objective, y=y, lam=lam, kept=pattern[0])
+    value = objective(jitted(y, lam, pattern))
+    slack = 1e-6 * np.maximum(value, 1e-6 * np.sum(np.square(y, dtype=np.float64), axis=-1))
+    assert np.all(value <= objective(top(y, pattern)) + slack)
+    assert np.all(value <= objective(y) + slack)
+
+
+@every_pattern
+@given(y=inputs, lam=penalties, exponent=st.integers(-12, 12))
+def test_units_of_the_input_change_only_the_units_of_the_output(pattern, y, lam, exponent):
+    unit = np.float32(2.0**exponent)
+    expected = unit * np.asarray(jitted(y, lam, pattern))
+    scaled = jitted(unit * y, lam / float(unit) ** (pattern[0] - 1), pattern)
+    assert np.array_equal(scaled, expected)
+
+
+@given(y=inputs, lam=st.floats(2.0**-20, 2.0**20, width=32))
+def test_a_penalty_is_a_scale_of_the_input(y, lam):
+    y = in_blocks(y)
+    expected = prox_objective(jitted(y, lam), y, lam)
+    w = np.asarray(jitted(np.float32(lam) * y, 1.0), np.float64) / lam
+    assert same_objective(prox_objective(w, y, lam), expected, y, rel=1e-5)
+
+
+@every_pattern
+@given(y=any_inputs)
+def test_zero_penalty_is_the_identity_bit_for_bit(pattern, y):
+    assert equal_bits(jitted(y, 0.0, pattern), y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@every_pattern
+def test_zero_penalty_is_the_identity_at_the_ends_of_every_dtype(pattern, dtype):
+    info = jnp.finfo(dtype)
+    ends = [info.max, -info.max, info.tiny, -info.tiny, info.smallest_subnormal, 0.0, -0.0, 1.0]
+    y = np.array([ends, ends[::-1], ends], dtype)
+    assert equal_bits(jitted(y, 0.0, pattern), y)
+
+
+@every_pattern
+@given(y=inputs)
+def test_large_penalty_keeps_the_largest_bit_for_bit(pattern, y):
+    assert equal_bits(jitted(y, 1e6, pattern), top(y, pattern))
+
+
+@pytest.mark.parametrize("top_entry", [3e37, 3e38])
+@every_pattern
+def test_large_penalty_keeps_huge_entries(pattern, top_entry):
+    y = np.tile(np.array([0.5, 1, 0.25, 0.75], np.float32), (3, 2)) * np.float32(top_entry)
+    assert equal_bits(jitted(y, 1.0, pattern), top(y, pattern))
+
+
+@every_pattern
+@given(y=any_inputs, lam=any_penalties)
+def test_sparse_input_comes_back_bit_for_bit(pattern, y, lam):
+    y = top(y, pattern)
+    assert equal_bits(jitted(y, lam, pattern), y)
+
+
+@every_pattern
+@given(y=any_inputs, lam=any_penalties)
+def test_output_of_any_finite_input_is_finite(pattern, y, lam):
+    assert np.all(np.isfinite(jitted(y, lam, pattern)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_pattern
+def test_no_entry_is_denormal_unless_it_came_in_so(pattern, dtype):
+    rng = np.random.default_rng(0)
+    count, tiny = 2**12, float(np.finfo(dtype).tiny)
+    y = rng.uniform(size=(count, 8)) * tiny * 10 ** rng.uniform(-2, 4, (count, 1))
+    y = (y * 10 ** rng.uniform(-4, 0, y.shape)).astype(dtype)
+    unit = np.abs(y).max(axis=-1, keepdims=True).astype(np.float64) ** (pattern[0] - 1)
+    lam = (rng.uniform(0, 1, (count, 1)) / np.maximum(unit, tiny)).astype(dtype)
+    w = np.asarray(jitted(y, lam, pattern))
+    changed = np.abs(w[w != y])
+    assert len(changed) > count / 4
+    assert np.all((changed == 0) | (changed >= tiny))
+
+
+@every_pattern
+@given(y=inputs, lam=penalties, row=st.integers(0, 2), column=st.integers(0, 7))
+def test_nan_fills_its_own_block_and_no_other(pattern, y, lam, row, column):
+    expected = in_blocks(jitted(y, lam, pattern), pattern).copy()
+    expected[(row * 8 + column) // pattern[1]] = np.nan
+    y = y.copy()
+    y[row, column] = np.nan
+    assert np.array_equal(in_blocks(jitted(y, lam, pattern), pattern), expected, equal_nan=True)
+
+
+@every_pattern
+@given(y=inputs, lam=penalties, row=st.integers(0, 2))
+def test_nan_penalty_fills_the_blocks_it_belongs_to_and_no_other(pattern, y, lam, row):
+    lams = np.full((3, 8 // pattern[1]), lam, np.float32)
+    expected = in_blocks(jitted(y, lams, pattern), pattern).copy()
+    last = lams.shape[1] - 1
+    lams[row, last] = np.nan
+    expected[row * lams.shape[1] + last] = np.nan
+    assert np.array_equal(in_blocks(jitted(y, lams, pattern), pattern), expected, equal_nan=True)
+
+
+@every_pattern
+def test_nan_penalty_for_all_makes_all_nan(pattern):
+    assert np.all(np.isnan(jitted(np.ones((2, 8), np.float32), np.nan, pattern)))
+
+
+@pytest.mark.parametrize("pattern", [(3, 4), (4, 8), (4, 4)])
+def test_other_patterns_are_refused_with_what_serves_instead(pattern):
+    with pytest.raises(ValueError, match=rf"1:M and 2:M, not {pattern[0]}:{pattern[1]}.*sparsegpt"):
+        prox(jnp.ones(16), 1.0, pattern)
+
+
+def test_indivisible_length_is_named_in_the_error():
+    with pytest.raises(ValueError, match=r"\(3, 6\).*4"):
+        prox(jnp.ones((3, 6), jnp.float32), 1.0)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_entries_that_are_not_floating_are_refused(dtype):
+    with pytest.raises(ValueError, match=rf"floating-point.*{dtype}"):
+        prox(jnp.ones(8, dtype), 1.0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 2), (2, 8), (1, 2, 2)])
+def test_penalty_that_does_not_broadcast_is_refused_with_both_shapes(shape):
+    with pytest.raises(ValueError, match=r"lam.*\(2, 2\)"):
+        prox(jnp.ones((2, 8), jnp.float32), jnp.ones(shape, jnp.float32))
+
+
+# Layouts
+
+
+def kernel(*shape):
+    return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
+
+
+@given(y=inputs, lam=penalties)
+def test_any_axis_equals_the_transposed_last_axis(y, lam):
+    expected = np.asarray(jitted(y, lam))
+    assert np.array_equal(jitted(y.T, lam, axis=0), expected.T)
+    assert np.array_equal(jitted(y[:, :, None], lam, axis=1)[:, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        pytest.param((6, 8), -1, id="out_in"),
+        pytest.param((8, 6), -2, id="flax_in_out"),
+        pytest.param((3, 3, 8, 6), -2, id="flax_convolution"),
+        pytest.param((6, 8, 3, 3), 1, id="torch_convolution"),
+        pytest.param((2, 5, 6, 8), 3, id="leading"),
+        pytest.param((8,), 0, id="vector"),
+        pytest.param((0, 8), 1, id="empty"),
+    ],
+)
+@either_kept
+def test_layouts_equal_the_last_axis_moved(pattern, shape, axis):
+    y = kernel(*shape)
+    last = np.moveaxis(y, axis, -1)
+    lam = np.abs(kernel(*last.shape[:-1], last.shape[-1] // pattern[1]))
+    expected = np.moveaxis(np.asarray(jitted(last, lam, pattern)), -1, axis)
+    w = jitted(y, np.moveaxis(lam, -1, axis), pattern, axis)
+    assert w.shape == y.shape
+    assert np.array_equal(w, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (6, 1), (1, 2), (2,), (6, 2)])
+def test_penalty_per_row_or_block_equals_separate_calls(shape):
+    y, lam = kernel(6, 8), np.abs(kernel(*shape)).astype(np.float32)
+    w = np.asarray(jitted(y, lam)).reshape(6, 2, 4)
+    each = np.broadcast_to(lam, (6, 2))
+    for index in np.ndindex(6, 2):
+        block = y.reshape(6, 2, 4)[index]
+        np.testing.assert_allclose(w[index], jitted(block, each[index]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lam", [1, 0.5, np.float64(0.5), np.float32(0.5), np.int32(1), True])
+def test_penalty_may_be_any_number(lam):
+    y = kernel(6, 8)
+    w = prox(y, lam)
+    assert w.dtype == np.float32
+    assert np.array_equal(w, prox(y, float(lam)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@every_pattern
+@given(y=inputs, lam=penalties)
+def test_half_precision_is_the_float32_result_rounded_once(pattern, dtype, y, lam):
+    y = jnp.asarray(y).astype(dtype)
+    w = jitted(y, lam, pattern)
+    assert w.dtype == dtype
+    assert equal_bits(w, jitted(y.astype(jnp.float32), lam, pattern).astype(dtype))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@either_kept
+def test_planes_joined_equal_the_array_bit_for_bit(pattern, axis):
+    y, lam = kernel(16, 24), np.abs(kernel(16, 24))
+    lam = np.delete(lam, np.s_[y.shape[axis] // pattern[1] :], axis)
+
+    @jax.jit
+    def joined(y, lam):
+        w = planes.prox(planes.split(y, pattern, axis), lam, pattern[0])
+        assert isinstance(w, tuple)
+        return planes.join(w, axis)
+
+    assert equal_bits(joined(y, lam), jitted(y, lam, pattern, axis))
+
+
+# Transforms
+
+
+@either_kept
+def test_traced_penalty_compiles_once_and_agrees_with_eager_calls(pattern):
+    traces = []
+
+    @jax.jit
+    def traced(y, lam):
+        traces.append(lam)
+        return prox(y, lam, pattern)
+
+    y = kernel(16, 8)
+    for lam in (0.0, 0.1, 0.7, 1e6):
+        np.testing.assert_allclose(traced(y, lam), prox(y, lam, pattern), rtol=1e-5, atol=1e-5)
+    assert len(traces) == 1
+
+
+LAMS = np.array([0.0, 0.2, 0.9, 5.0], np.float32)
+
+
+def one_at_a_time(pattern):
+    return np.stack([np.asarray(jitted(kernel(16, 8), lam, pattern)) for lam in LAMS])
+
+
+@either_kept
+def test_vmap_over_penalties_equals_separate_calls(pattern):
+    together = jax.vmap(lambda lam: jitted(kernel(16, 8), lam, pattern))(LAMS)
+    np.testing.assert_allclose(together, one_at_a_time(pattern), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (2, None), (0, 0), (2, 0)])
+def test_vmap_over_inputs_equals_separate_calls(in_axes):
+    y = np.stack([kernel(16, 8) * (1 + i) for i in range(4)], axis=in_axes[0])
+    lam = LAMS if in_axes[1] == 0 else np.float32(0.3)
+    together = jax.vmap(jitted, in_axes)(y, lam)
+    pairs = zip(np.moveaxis(y, in_axes[0], 0), np.broadcast_to(lam, 4), strict=True)
+    separate = np.stack([np.asarray(jitted(*pair)) for pair in pairs])
+    np.testing.assert_allclose(together, separate, rtol=1e-5, atol=1e-6)
+
+
+@either_kept
+def test_scan_over_penalties_equals_separate_calls(pattern):
+    y = kernel(16, 8)
+    _, together = jax.lax.scan(lambda carry, lam: (carry, prox(y, lam, pattern)), None, LAMS)
+    np.testing.assert_allclose(together, one_at_a_time(pattern), rtol=1e-5, atol=1e-6)
