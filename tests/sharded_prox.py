@@ -72,8 +72,9 @@ def shard_map_report(y, lam):
 
 
 def difference(result, expected):
-    """Largest difference of two arrays."""
-    return float(np.abs(np.asarray(result, np.float32) - np.asarray(expected, np.float32)).max())
+    """Largest difference of two arrays, relative to the largest entry."""
+    result, expected = np.asarray(result, np.float32), np.asarray(expected, np.float32)
+    return float(np.abs(result - expected).max() / np.abs(expected).max())
 
 
 def main():

@@ -162,7 +162,9 @@ def check_objective(family, dtype, pattern, count):
     gap = (prox_objective(w, y, lam, pattern[0]) - best) / np.where(scale > 0, scale, 1)
     assert np.all(np.isfinite(gap))
     worst = int(np.argmax(gap))
-    assert gap[worst] <= GAP[dtype], f"{gap[worst]}: y={y[worst]}, lam={lam[worst]}, w={w[worst]}"
+    # Sums of M entries are off by M roundings, and the objective by the square of that.
+    bound = GAP[dtype] * max(1, pattern[1] / 4) ** 2
+    assert gap[worst] <= bound, f"{gap[worst]}: y={y[worst]}, lam={lam[worst]}, w={w[worst]}"
     assert gap.min() >= -1e-12, "brute force missed a minimum that the prox found"
 
 
