@@ -93,8 +93,9 @@ def test_float32_logits_agree_with_those_of_pytorch_in_float32(pruned_folder):
     with torch.no_grad():
         expected = model(torch.from_numpy(ids).long()).logits.numpy()
     # Each is off by its own rounding, so the difference may be twice that of either.
-    np.testing.assert_allclose(forward(checkpoint, ids), expected, atol=2e-4, rtol=0)
-    assert np.abs(forward(checkpoint, ids) - expected).max() <= 1e-4 * np.abs(expected).max()
+    logits = forward(checkpoint, ids)
+    np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=0)
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_perplexity_agrees_with_pytorch(pruned_folder, torch_model):

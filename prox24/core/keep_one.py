@@ -1,4 +1,4 @@
-"""The proximal operator of e2, which keeps one entry of a block: a maximum over prefixes.
+"""The proximal operator of e2, which keeps one entry of a block: a closed form on prefixes.
 
 Everything is planar: each name is an array over all blocks. docs/theory.md derives the equations.
 """
@@ -57,29 +57,37 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
 
 
-def tangent(w: Sequence[Array], lam: Array, dy: Sequence[Array], dlam: Array) -> list[Array]:
-    """The derivative of the minimiser, by the implicit function theorem on its support.
-
-    ((1 - lam) I + lam 11^T) dw = dy - dlam grad e2(w), by the Sherman-Morrison formula.
+def gradient(w: Sequence[Array]) -> list[Array]:
+    """Gradient of e2 at w >= 0: for each entry the sum of the others.
 
     Args:
-      w: M arrays |w|, the minimiser.
-      lam: as in `shrink`.
-      dy: M arrays, the tangents of |y|.
-      dlam: the tangent of lam.
+      w: M arrays of one shape.
 
     Returns:
-      M arrays, zero off the support; without a penalty every entry is on it.
+      M arrays of that shape.
     """
-    support = [(entry > 0) | (lam == 0) for entry in w]
-    size = sum(kept.astype(lam.dtype) for kept in support)
-    # One entry has nothing to act on. Without it lam is below 1.
-    lam, w = jnp.where(size > 1, lam, 0), [jnp.where(size > 1, entry, 0) for entry in w]
     s = sum(w)
-    r = [
-        jnp.where(kept, d - dlam * (s - entry), 0)
-        for kept, d, entry in zip(support, dy, w, strict=True)
-    ]
+    return [s - entry for entry in w]
+
+
+def solve(
+    w: Sequence[Array], support: Sequence[Array], lam: Array, r: Sequence[Array]
+) -> list[Array]:
+    """H^-1 r with the Hessian of `shrink`'s objective on the support, (1 - lam) I + lam 11^T.
+
+    By the Sherman-Morrison formula.
+
+    Args:
+      w: M arrays |w|, a minimiser; H does not depend on it.
+      support: M bool arrays.
+      lam: as in `shrink`, below 1.
+      r: M arrays, zero off the support.
+
+    Returns:
+      M arrays, zero off the support.
+    """
+    del w
+    size = sum(kept.astype(lam.dtype) for kept in support)
     total = sum(r) / (1 + (size - 1) * lam)
     return [
         jnp.where(kept, (x - lam * total) / (1 - lam), 0)

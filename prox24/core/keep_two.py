@@ -73,66 +73,17 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
 
 
-def tangent(w: Sequence[Array], lam: Array, dy: Sequence[Array], dlam: Array) -> list[Array]:
-    """The derivative of the minimiser, by the implicit function theorem on its support.
+def gradient(w: Sequence[Array]) -> list[Array]:
+    """Gradient of e3 at w >= 0: for each entry e2 of the others.
 
-    H dw = dy - dlam grad e3(w) with H_ij = lam (sum(w) - w_i - w_j), H_ii = 1. H is a diagonal D
-    plus a matrix of rank two, so dw is in closed form; it is arranged so that D_k, which may be
-    zero at a regular minimum, divides nothing.
+    Prefixes and suffixes take the place of e2(w) - w_i (sum(w) - w_i), so that nothing cancels.
 
     Args:
-      w: M arrays |w|, the minimiser.
-      lam: as in `shrink`.
-      dy: M arrays, the tangents of |y|.
-      dlam: the tangent of lam.
+      w: M arrays of one shape.
 
     Returns:
-      M arrays, zero off the support; without a penalty every entry is on it.
+      M arrays of that shape.
     """
-    support = [(entry > 0) | (lam == 0) for entry in w]
-    size = _add([kept.astype(lam.dtype) for kept in support])
-    last = [rank.astype(lam.dtype) == size - 1 for rank in ranks(w)]
-
-    def total(values: Sequence[Array], where: Sequence[Array]) -> Array:
-        return _add([jnp.where(h, value, 0) for h, value in zip(where, values, strict=True)])
-
-    # Two entries do not act on one another. Without them all is bounded: no product overflows here
-    # to become NaN in a gradient.
-    w = [jnp.where(size > 2, entry, 0) for entry in w]
-    u = [lam * entry for entry in w]
-    r = [
-        jnp.where(kept, d - dlam * e2, 0)
-        for kept, d, e2 in zip(support, dy, _e2_of_others(w), strict=True)
-    ]
-    s = _add(u)
-    diagonal = [1 - s + 2 * entry for entry in u]
-    others = [kept & ~here for kept, here in zip(support, last, strict=True)]
-    inverse = [
-        jnp.where(here, 1 / jnp.where(here, d, 1), 0)
-        for here, d in zip(others, diagonal, strict=True)
-    ]
-    half = jnp.where(size > 2, (size - 2) / 2, 1)
-    d_k, r_k = total(diagonal, last), total(r, last)
-    inverses = sum(inverse)
-    weighted = sum(i * x for i, x in zip(inverse, r, strict=True))
-    e = 1 - total(diagonal, support) / 4
-    determinant = jnp.square(half) * d_k + e * (1 + d_k * inverses)
-    h = jnp.square(half) * r_k + e * (r_k * inverses - weighted) - half * sum(r) / 2
-    h = h / jnp.where(size > 2, determinant, 1)
-    shift = r_k - d_k * h
-    mean = (shift * inverses - weighted - h) / half / 2
-    solved = [
-        jnp.where(here, mean + h, mean + (x - shift) * i)
-        for here, x, i in zip(last, r, inverse, strict=True)
-    ]
-    return [
-        jnp.where(size > 2, jnp.where(kept, x, 0), straight)
-        for kept, x, straight in zip(support, solved, r, strict=True)
-    ]
-
-
-def _e2_of_others(w: Sequence[Array]) -> list[Array]:
-    """e2 of each block without its i-th entry, from prefixes and suffixes: nothing cancels."""
 
     def running(entries: Sequence[Array]) -> list[tuple[Array, Array]]:
         e1 = e2 = jnp.zeros_like(w[0])
@@ -144,6 +95,58 @@ def _e2_of_others(w: Sequence[Array]) -> list[Array]:
 
     before, after = running(w), reversed(running(list(reversed(w))))
     return [a2 + b2 + a1 * b1 for (a1, a2), (b1, b2) in zip(before, after, strict=True)]
+
+
+def solve(
+    w: Sequence[Array], support: Sequence[Array], lam: Array, r: Sequence[Array]
+) -> list[Array]:
+    """H^-1 r with the Hessian of `shrink`'s objective on the support: H_ij = lam (s - w_i - w_j).
+
+    The diagonal is 1, and s = sum(w). H is a diagonal D plus a matrix of rank two, so the solution
+    is in closed form; it is arranged so that D_k, which may be zero at a regular minimum, divides
+    nothing.
+
+    Args:
+      w: M arrays |w|, a minimiser; zero in blocks that keep two entries or fewer.
+      support: M bool arrays.
+      lam: as in `shrink`.
+      r: M arrays, zero off the support.
+
+    Returns:
+      M arrays, zero off the support.
+    """
+    size = _add([kept.astype(lam.dtype) for kept in support])
+    last = [rank.astype(lam.dtype) == size - 1 for rank in ranks(w)]
+
+    def total(values: Sequence[Array], where: Sequence[Array]) -> Array:
+        return _add([jnp.where(h, value, 0) for h, value in zip(where, values, strict=True)])
+
+    u = [lam * entry for entry in w]
+    s = _add(u)
+    diagonal = [1 - s + 2 * entry for entry in u]
+    others = [kept & ~here for kept, here in zip(support, last, strict=True)]
+    inverse = [
+        jnp.where(here, 1 / jnp.where(here, d, 1), 0)
+        for here, d in zip(others, diagonal, strict=True)
+    ]
+    half = jnp.where(size > 2, (size - 2) / 2, 1)
+    d_k, r_k = total(diagonal, last), total(r, last)
+    inverses = _add(inverse)
+    weighted = _add([i * x for i, x in zip(inverse, r, strict=True)])
+    e = 1 - total(diagonal, support) / 4
+    determinant = jnp.square(half) * d_k + e * (1 + d_k * inverses)
+    h = jnp.square(half) * r_k + e * (r_k * inverses - weighted) - half * _add(r) / 2
+    h = h / jnp.where(size > 2, determinant, 1)
+    shift = r_k - d_k * h
+    mean = (shift * inverses - weighted - h) / half / 2
+    solved = [
+        jnp.where(here, mean + h, mean + (x - shift) * i)
+        for here, x, i in zip(last, r, inverse, strict=True)
+    ]
+    return [
+        jnp.where(size > 2, jnp.where(kept, x, 0), straight)
+        for kept, x, straight in zip(support, solved, r, strict=True)
+    ]
 
 
 def _choose(v: Sequence[Array]) -> Support:

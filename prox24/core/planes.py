@@ -94,13 +94,22 @@ def _prox_jvp(
     primals: tuple[tuple[Array, ...], Array],
     tangents: tuple[tuple[Array, ...], Array],
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    # The implicit function theorem on the support of w: H dw = dy - dlam grad R(w).
     (y, lam), (dy, dlam) = primals, tangents
     w = _prox(y, lam, kept)
     signs = [jnp.where(entry < 0, -1, 1).astype(lam.dtype) for entry in y]
-    dw = KEPT[kept].tangent(
-        [jnp.abs(entry) for entry in w],
-        lam,
-        [sign * d for sign, d in zip(signs, dy, strict=True)],
-        dlam,
-    )
+    # Without a penalty the operator is the identity, on zeros too.
+    support = [(entry != 0) | (lam == 0) for entry in w]
+    # N entries do not act on one another. Without such blocks all is bounded: no product overflows
+    # to become NaN in a gradient.
+    acting = sum(here.astype(lam.dtype) for here in support) > kept
+    lam = jnp.where(acting, lam, 0)
+    magnitudes = [jnp.where(acting, jnp.abs(entry), 0) for entry in w]
+    r = [
+        jnp.where(here, sign * d - dlam * slope, 0)
+        for here, sign, d, slope in zip(
+            support, signs, dy, KEPT[kept].gradient(magnitudes), strict=True
+        )
+    ]
+    dw = KEPT[kept].solve(magnitudes, support, lam, r)
     return w, tuple(sign * d for sign, d in zip(signs, dw, strict=True))

@@ -80,6 +80,9 @@ def proximal(
     Raises:
       ValueError: in `update`, if params is missing, or `mask` selects a leaf that cannot be pruned.
 
+    References:
+      "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, for R and its operator.
+
     Example:
       >>> from prox24.optax import exponential
       >>> optimizer = optax.chain(optax.adam(1e-3), proximal(exponential(0.01, 1.5)))
