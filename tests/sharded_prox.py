@@ -30,44 +30,45 @@ FUNCTIONS = {
 }
 
 
-def reports(kind, y, lam):
-    """One report for each function and sharding, in a mesh of axes of a kind."""
-    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(kind, kind))
-    for spec in (P("rows", None), P(None, "columns"), P("rows", "columns"), P("columns", "rows")):
-        sharding = NamedSharding(mesh, spec)
-        with jax.set_mesh(mesh):
-            arguments = jax.device_put(y, sharding), jax.device_put(lam, P(spec[0], None))
-            for name, function in FUNCTIONS.items():
-                jitted = jax.jit(function)
-                result = jitted(*arguments)
-                program = jitted.lower(*arguments).compile().as_text()
-                yield {
-                    "function": name,
-                    "axes": kind.name,
-                    "spec": str(spec),
-                    "kept": result.sharding.is_equivalent_to(sharding, 2),
-                    "collectives": [name for name in COLLECTIVES if name in program],
-                    "error": difference(result, function(y, lam)),
-                }
-
-
-def shard_map_report(y, lam):
-    """The operator inside of shard_map."""
-    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
-    specs = P("rows", None)
-    jitted = jax.jit(
-        jax.shard_map(prox24.prox, mesh=mesh, in_specs=(specs, specs), out_specs=specs)
-    )
-    arguments = [jax.device_put(x, NamedSharding(mesh, specs)) for x in (y, lam)]
-    result = jitted(*arguments)
-    program = jitted.lower(*arguments).compile().as_text()
+def report(function, axes, arguments, expected):
+    """What became of the sharding of the first argument, which the result is to have too."""
+    program = jax.jit(function).lower(*arguments).compile()
+    result, sharding = program(*arguments), arguments[0].sharding
+    text = program.as_text()
     return {
+        "axes": axes,
+        "spec": str(sharding.spec),
+        "kept": result.sharding.is_equivalent_to(sharding, 2),
+        "collectives": [name for name in COLLECTIVES if name in text],
+        "error": difference(result, expected),
+    }
+
+
+def reports(y, lam):
+    """One report for each kind of mesh, sharding and function, and one inside of shard_map."""
+    expected = {name: jax.jit(function)(y, lam) for name, function in FUNCTIONS.items()}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(kind, kind))
+        for spec in (
+            P("rows", None),
+            P(None, "columns"),
+            P("rows", "columns"),
+            P("columns", "rows"),
+        ):
+            placed = [
+                jax.device_put(x, NamedSharding(mesh, s))
+                for x, s in ((y, spec), (lam, P(spec[0], None)))
+            ]
+            with jax.set_mesh(mesh):
+                for name, function in FUNCTIONS.items():
+                    yield {"function": name, **report(function, kind.name, placed, expected[name])}
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    rows = P("rows", None)
+    mapped = jax.shard_map(prox24.prox, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    placed = [jax.device_put(x, NamedSharding(mesh, rows)) for x in (y, lam)]
+    yield {
         "function": "prox in shard_map",
-        "axes": "Manual",
-        "spec": str(specs),
-        "kept": result.sharding.is_equivalent_to(arguments[0].sharding, 2),
-        "collectives": [name for name in COLLECTIVES if name in program],
-        "error": difference(result, prox24.prox(y, lam)),
+        **report(mapped, "Manual", placed, expected["prox, lam per row"]),
     }
 
 
@@ -82,10 +83,7 @@ def main():
     rng = np.random.default_rng(0)
     y = jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32)
     lam = jnp.asarray(rng.uniform(0.1, 1, (ROWS, 1)), jnp.float32)
-    found = [shard_map_report(y, lam)]
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        found += reports(kind, y, lam)
-    print(json.dumps(found))
+    print(json.dumps(list(reports(y, lam))))
 
 
 if __name__ == "__main__":

@@ -230,6 +230,11 @@ def test_known_minimiser_of_three_near_ties():
     assert np.allclose(w, (0.661, 0.624, 0.621, 0), rtol=0, atol=2e-3)
 
 
+def test_a_tiny_penalty_leaves_small_entries_of_one_of_four():
+    y = np.array([2.0**24, 1, 1, 1], np.float32)
+    assert np.array_equal(jitted(y, 1e-30, (1, 4)), y)
+
+
 def test_known_minimisers_of_one_of_four():
     # Two entries a > b at lam = 1/2: (a - b/2, b - a/2) / (3/4) while both are positive.
     y = np.array([0.0, 1.0, 0.0, -0.8], np.float32)

@@ -15,9 +15,10 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     """|w| of the minimiser, planar: argmin over w >= 0 of 1/2 |w - y|^2 + lam e2(w).
 
     With |y| in descending order and k entries kept, S = sum(w) is their sum over 1 + (k - 1) lam,
-    and w_i = (|y_i| - lam S) / (1 - lam), which is (S + sum_j (|y_i| - |y_j|) / (1 - lam)) / k over
-    the kept j. For lam < 1 the objective is convex, and k is the largest number for which w_k > 0.
-    From lam = 1 on one entry is kept.
+    and w_i = (|y_i| - lam S) / (1 - lam), which is
+    (|y_i| + lam / (1 - lam) sum_j (|y_i| - |y_j|)) / (1 + (k - 1) lam) over the kept j. For lam < 1
+    the objective is convex, and k is the largest number for which w_k > 0. From lam = 1 on one
+    entry is kept.
 
     Args:
       magnitudes: M arrays |y| of one shape and dtype, float32 or float64.
@@ -45,9 +46,10 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     def restore(magnitude: Array, rank: Array) -> Array:
         value = magnitude / unit
         gaps = sum(jnp.where(size > i, value - entry, 0) for i, entry in enumerate(v))
-        w = (s + gaps / slack) / size
+        w = (slack * value + lam * gaps) / (slack * (1 + (size - 1) * lam))
         # |y| - w = lam (S - w) loses nothing where little is removed.
-        w = jnp.where(2 * w < value, w * unit, magnitude - unit * (lam * jnp.maximum(s - w, 0)))
+        lost = lam * jnp.maximum(s - w, 0)
+        w = jnp.where(2 * lost <= value, magnitude - unit * lost, unit * w)
         # The difference is zero, or NaN where an entry or lam is.
         whole = magnitude + (lam * v[0] - lam * v[0])
         w = jnp.where(size > 1, jnp.clip(w, 0, magnitude), whole)
