@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import brute_force_prox, largest, prox_objective
+from reference import brute_force_prox, largest, prox_objective, sparsegpt
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RIVALS = runpy.run_path(str(BENCHMARKS / "rivals.py"))
@@ -134,6 +134,46 @@ def test_gradient_descent_reaches_the_minimum_of_every_normal_block():
         best = brute_force_prox(y, lam)
         scale = np.maximum(best, 1e-6 * np.sum(y**2, axis=-1))
         assert np.all(prox_objective(gradient_descent(y, lam), y, lam) <= best + 1e-6 * scale)
+
+
+def test_sparsegpt_in_pytorch_equals_the_columnwise_reference():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    width, dead = 200, 5
+    weight, tokens = rng.normal(size=(16, width)), rng.normal(size=(300, width)).cumsum(axis=1)
+    tokens[:, dead] = 0
+    gram = tokens.T @ tokens
+    found, mask = RIVALS["sparsegpt"](torch.from_numpy(weight), torch.from_numpy(gram), 0.01)
+    weight[:, dead], gram[dead, dead] = 0, 1
+    expected, expected_mask = sparsegpt(weight, gram, 2, 4, 0.01)
+    np.testing.assert_array_equal(mask.numpy(), expected_mask)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "figures.json"
+    sizes = ("--shapes", "16x64,24x200", "--repetitions", 1, "--json", path)
+    outcome = run("benchmarks/sparsegpt.py", *sizes)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = json.loads(path.read_text())["rows"]
+    names = [(row["shape"], row["contender"]) for row in rows]
+    assert names == [(s, c) for s in ("16x64", "24x200") for c in ("prox24", "PyTorch")]
+    for ours, original in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["relative_loss"] == pytest.approx(original["relative_loss"], rel=0.01)
+        assert ours["mask_agreement"] >= 0.995
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--shapes", "64"), ("--shapes", "8x6"), ("--repetitions", 0)]
+)
+def test_a_layer_that_cannot_be_measured_is_one_line_with_its_name(option, value):
+    pytest.importorskip("torch")
+    outcome = run("benchmarks/sparsegpt.py", option, value)
+    assert outcome.returncode == 2
+    last = outcome.stderr.splitlines()[-1]
+    assert option in last
+    assert str(value) in last
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
