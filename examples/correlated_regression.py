@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 
 import prox24
+from prox24 import schedules
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,7 +34,8 @@ SOLVERS = {
     "wanda": prox24.Wanda(),
     "SparseGPT": prox24.SparseGPT(),
     "prox": prox24.Prox(),
-    "prox, slower": prox24.Prox(growth=1.01),
+    "prox, slower": prox24.Prox(schedules.Exponential(0.01, 1.01)),
+    "ADMM": prox24.ADMM(),
 }
 
 

@@ -15,7 +15,13 @@ mixing = jnp.linalg.qr(jax.random.normal(mixing_key, (IN, IN)))[0]
 tokens = (jax.random.normal(token_key, (TOKENS, IN)) * strength[None, :]) @ mixing
 problem = prox24.LayerProblem(weight, tokens.T @ tokens)
 
-for solver in (prox24.Magnitude(), prox24.Wanda(), prox24.SparseGPT(), prox24.Prox()):
+for solver in (
+    prox24.Magnitude(),
+    prox24.Wanda(),
+    prox24.SparseGPT(),
+    prox24.Prox(),
+    prox24.ADMM(),
+):
     solution = prox24.solve(problem, solver)
     figures = solution.statistics
     assert prox24.is_sparse(solution.weight)

@@ -7,33 +7,45 @@ pipeline are in the submodules.
 
 from prox24.core import planes
 from prox24.core.masks import count_violations, is_sparse, top_mask
-from prox24.core.pattern import Pattern
+from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.penalty import penalty
 from prox24.core.prox import prox
-from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status
+from prox24.solvers import schedules
+from prox24.solvers.admm import ADMM, GradualProjection, Projection, Shrinkage
+from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
 from prox24.solvers.proximal import Prox
-from prox24.solvers.refit import ConjugateGradients, GradientSteps
+from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.scores import Magnitude, Wanda
 from prox24.solvers.solve import solve
 from prox24.solvers.sparsegpt import SparseGPT
+from prox24.solvers.swaps import Swaps
 
 __all__ = [
+    "ADMM",
     "ConjugateGradients",
     "GradientSteps",
+    "GradualProjection",
     "LayerProblem",
+    "LeastSquares",
     "Magnitude",
     "Pattern",
+    "Projection",
     "Prox",
+    "Shrinkage",
     "Solution",
     "SparseGPT",
     "Statistics",
     "Status",
+    "Swaps",
+    "Unstructured",
     "Wanda",
+    "correct_inputs",
     "count_violations",
     "is_sparse",
     "penalty",
     "planes",
     "prox",
+    "schedules",
     "solve",
     "top_mask",
 ]

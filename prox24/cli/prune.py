@@ -54,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     report = {
         "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
         "solver": {"name": arguments.method, **dataclasses.asdict(solver)},
-        "refit": None if refit is None else {"name": type(refit).__name__, "steps": refit.steps},
+        "refit": None
+        if refit is None
+        else {"name": type(refit).__name__, **dataclasses.asdict(refit)},
         "versions": versions(),
         "calibration_tokens": windows.size,
         "seconds": seconds,

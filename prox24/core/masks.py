@@ -81,3 +81,27 @@ def mean_sparsity(w: ArrayLike) -> Array:
       0.5
     """
     return jnp.mean(jnp.asarray(w) == 0, dtype=jnp.float32)
+
+
+def largest_mask(scores: ArrayLike, kept: int, axis: int | None = None) -> Array:
+    """Marks the `kept` largest scores of the whole array, or of each line along `axis`.
+
+    Ties go to the earlier entry, NaN counts as largest.
+
+    Args:
+      scores: array of any shape.
+      kept: how many are marked, at most the number of scores that compete.
+      axis: the axis along which scores compete, None for all of them.
+
+    Returns:
+      bool array of the shape of `scores`.
+
+    Example:
+      >>> largest_mask(jnp.array([[1.0, 3.0], [2.0, 3.0]]), 2).tolist()
+      [[False, True], [False, True]]
+    """
+    scores = jnp.asarray(scores)
+    flat = scores.ravel() if axis is None else scores
+    order = jnp.argsort(flat, axis=axis or 0, stable=True, descending=True)
+    ranks = jnp.argsort(order, axis=axis or 0)
+    return (ranks < kept).reshape(scores.shape)

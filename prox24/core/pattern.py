@@ -1,5 +1,6 @@
-"""N:M patterns: at most N of every M consecutive entries along one axis are nonzero."""
+"""What may be nonzero: N of every M consecutive entries, or a fraction of all entries."""
 
+import dataclasses
 from typing import NamedTuple
 
 PatternLike = tuple[int, int]
@@ -13,6 +14,34 @@ class Pattern(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Sparsity without a pattern: the fraction `sparsity` of the entries is zero, 0 <= s < 1.
+
+    Among which entries the zeros are chosen, a row or a whole matrix, is up to the method.
+
+    Raises:
+      ValueError: the fraction is out of range.
+
+    Example:
+      >>> str(Unstructured(0.5)), Unstructured(0.5).kept(10)
+      ('50%', 5)
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity {self.sparsity} is not a fraction of at least 0, below 1")
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:g}%"
+
+    def kept(self, size: int) -> int:
+        """How many of `size` entries are kept: all but the fraction, rounded down."""
+        return size - int(size * self.sparsity)
 
 
 def as_pattern(pattern: PatternLike) -> Pattern:

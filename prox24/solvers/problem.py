@@ -4,9 +4,9 @@ import enum
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from prox24.core.pattern import Pattern, PatternLike, as_pattern
+from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
 
 PRECISION = "highest"
 
@@ -18,6 +18,8 @@ class LayerProblem(NamedTuple):
       weight: W0, shape (out, in), floating; the layer computes x -> W0 x.
       gram: G = sum over calibration tokens of x x^T, or its mean, shape (in, in), symmetric and
         positive semidefinite. Solutions do not depend on its scale.
+
+    A general linear term, as of min |W X' - Y|^2, is W0 = Y X'^T G^-1; see `correct_inputs`.
     """
 
     weight: Array
@@ -36,19 +38,39 @@ class Status(enum.Enum):
 
 
 class Candidate(NamedTuple):
-    """What a solver passes on to the refit: a point of the pattern and how it was found.
+    """What a solver passes on to the refit: a sparse point and how it was found.
 
     Attributes:
       weight: shape (out, in), zero outside the mask.
       mask: bool, shape (out, in), exactly N True in each block.
+      damping: scalar, relative to the mean of the Gram's diagonal; as given, or raised.
       dense_blocks: int32 scalar, the blocks that had more than N nonzeros when the steps ran out.
       steps: int32 scalar, iterations taken.
     """
 
     weight: Array
     mask: Array
+    damping: Array
     dense_blocks: Array
     steps: Array
+
+    @classmethod
+    def of(
+        cls,
+        weight: Array,
+        mask: Array,
+        damping: Array,
+        dense_blocks: Array | int = 0,
+        steps: Array | int = 0,
+    ) -> "Candidate":
+        """A candidate whose weight is cut to the mask."""
+        return cls(
+            jnp.where(mask, weight, 0),
+            mask,
+            damping,
+            jnp.asarray(dense_blocks, jnp.int32),
+            jnp.asarray(steps, jnp.int32),
+        )
 
 
 class Statistics(NamedTuple):
@@ -62,6 +84,7 @@ class Statistics(NamedTuple):
       dense_blocks: blocks that were cut to the pattern because the steps ran out.
       dead_features: input features that are zero in every calibration token.
       damping: what was added to the diagonal of the Gram, in its units.
+      damping_raised: whether that is more than was asked for, see `sufficient_damping`.
     """
 
     relative_loss: float
@@ -71,6 +94,7 @@ class Statistics(NamedTuple):
     dense_blocks: int
     dead_features: int
     damping: float
+    damping_raised: bool
 
 
 class Solution(NamedTuple):
@@ -90,7 +114,7 @@ class Solution(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """A problem without units: the diagonal of the Gram is 1 and the mean magnitude of W0 is 1.
+    """A problem without units: W0 scaled to unit mean magnitude, and the Gram accordingly.
 
     Attributes:
       weight: W0 scaled, shape (out, in), float32 or float64.
@@ -103,12 +127,16 @@ class Normalized(NamedTuple):
     scale: Array
 
 
-def check_problem(problem: LayerProblem, pattern: PatternLike) -> Pattern:
+def check_problem(
+    problem: LayerProblem, pattern: PatternLike | Unstructured
+) -> Pattern | Unstructured:
     """Raises ValueError unless the shapes fit one another and the pattern divides the input."""
-    pattern = as_pattern(pattern)
     weight, gram = problem.weight.shape, problem.gram.shape
     if len(weight) != 2 or gram != (weight[1], weight[1]):
         raise ValueError(f"weight {weight} and gram {gram} are not (out, in) and (in, in)")
+    if isinstance(pattern, Unstructured):
+        return pattern
+    pattern = as_pattern(pattern)
     if weight[1] % pattern.group:
         raise ValueError(f"input width {weight[1]} is not divisible by {pattern.group}")
     return pattern
@@ -137,21 +165,108 @@ def damped_gram(gram: Array, damping: Array | float) -> Array:
     return jnp.fill_diagonal(gram, jnp.where(diagonal > 0, diagonal, 1), inplace=False)
 
 
-def normalize(problem: LayerProblem, damping: Array | float) -> Normalized:
-    """Damps the Gram and scales the problem to unit diagonal and unit mean magnitude.
+FIRST_RAISED_DAMPING, LARGEST_DAMPING, RAISE = 1e-6, 1.0, 10.0
 
-    With D = diag(G)^(1/2) the loss is unchanged by W -> W D, G -> D^-1 G D^-1, and a multiple of
-    the loss is left by dividing W by a scalar. Masks are unchanged by neither, but the strength of
-    the penalty then means the same in every layer.
+
+def sufficient_damping(gram: Array, damping: Array) -> Array:
+    """The damping asked for, or the least of a series above it with which Cholesky succeeds.
+
+    The series is 1e-6 or ten times what failed before, whichever is more, up to 1. A Gram for which
+    all fail, such as one that holds NaN, keeps what was asked for, and the solution is NONFINITE.
+
+    Args:
+      gram: shape (in, in).
+      damping: nonnegative scalar, relative to the mean of the diagonal.
+
+    Returns:
+      Scalar of the dtype of `damping`.
     """
-    gram = damped_gram(problem.gram, damping)
-    deviation = jnp.sqrt(jnp.diagonal(gram))
-    magnitude = jnp.mean(jnp.abs(problem.weight * deviation[None, :]))
+
+    def fails(damping: Array) -> Array:
+        return ~jnp.all(jnp.isfinite(jnp.linalg.cholesky(damped_gram(gram, damping))))
+
+    def raised(damping: Array) -> Array:
+        return jnp.maximum(RAISE * damping, jnp.asarray(FIRST_RAISED_DAMPING, damping.dtype))
+
+    def unfinished(state: tuple[Array, Array]) -> Array:
+        damping, failed = state
+        return failed & (raised(damping) <= LARGEST_DAMPING)
+
+    def advance(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        damping = raised(state[0])
+        return damping, fails(damping)
+
+    last, failed = lax.while_loop(unfinished, advance, (damping, fails(damping)))
+    return jnp.where(failed, damping, last)
+
+
+def inverse_factor(gram: Array) -> Array:
+    """Upper triangular U with U^T U = G^-1, NaN where G is not positive definite.
+
+    Factoring G from its last row to its first gives G = R R^T with R upper triangular, so U = R^-1
+    comes from one Cholesky factorization and one triangular solve, and G is never inverted.
+
+    Args:
+      gram: shape (in, in), symmetric positive definite.
+
+    Returns:
+      Array of the shape and dtype of `gram`.
+    """
+    lower = jnp.linalg.cholesky(gram[::-1, ::-1])
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)[::-1, ::-1]
+
+
+def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Normalized:
+    """Scales a problem with D = curvature^(1/2) and to unit mean magnitude of the weight.
+
+    The loss is unchanged by W -> W D, G -> D^-1 G D^-1, and a multiple of the loss is left by
+    dividing W by a scalar. The strength of a penalty then means the same in every layer.
+
+    Args:
+      weight: W0, shape (out, in).
+      gram: damped, shape (in, in).
+      curvature: shape (in,), positive; the diagonal of the Gram, which becomes 1, if None.
+    """
+    deviation = jnp.sqrt(jnp.diagonal(gram) if curvature is None else curvature)
+    magnitude = jnp.mean(jnp.abs(weight * deviation[None, :]))
     scale = deviation / jnp.where(magnitude > 0, magnitude, 1)
-    correlation = gram / (deviation[:, None] * deviation[None, :])
-    return Normalized(problem.weight * scale[None, :], correlation, scale)
+    scaled = gram / (deviation[:, None] * deviation[None, :])
+    return Normalized(weight * scale[None, :], scaled, scale)
 
 
 def quadratic_loss(difference: Array, gram: Array) -> Array:
     """tr(D G D^T) for a difference D of shape (out, in), a scalar."""
     return jnp.sum(jnp.matmul(difference, gram, precision=PRECISION) * difference)
+
+
+def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> LayerProblem:
+    """The problem whose layer also makes up for what pruning did to its inputs.
+
+    The layer sees x' in the pruned model where the dense one sees x. The minimiser of
+    |W X' - W0 X|^2 + pull mean(diag G) |W - W0|^2 is W0 + W0 (C - G) (G + pull mean(diag G) I)^-1
+    with G = X' X'^T and C = X X'^T; it takes the place of W0. Without a strong pull, errors that
+    the inputs have accumulated are fitted by enormous corrections.
+
+    Args:
+      problem: weight W0 and gram G, of the pruned model's inputs.
+      cross: C, shape (in, in), on the scale of the gram.
+      pull: positive, relative to the mean of the diagonal of G.
+
+    Returns:
+      A problem with the same gram.
+
+    Example:
+      >>> x = jnp.eye(4)
+      >>> problem = LayerProblem(jnp.ones((1, 4)), x @ x.T)
+      >>> correct_inputs(problem, 1.5 * x, pull=1.0).weight.tolist()
+      [[1.25, 1.25, 1.25, 1.25]]
+    """
+    dtype = jnp.float64 if problem.gram.dtype == jnp.float64 else jnp.float32
+    weight, gram = problem.weight.astype(dtype), problem.gram.astype(dtype)
+    factor = inverse_factor(damped_gram(gram, pull))
+    surplus = jnp.matmul(weight, cross.astype(dtype) - gram, precision=PRECISION)
+    correction = jnp.matmul(
+        jnp.matmul(surplus, factor.T, precision=PRECISION), factor, precision=PRECISION
+    )
+    return LayerProblem(weight + correction, problem.gram)

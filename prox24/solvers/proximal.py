@@ -9,8 +9,10 @@ from jax import Array, lax
 
 from prox24.core import planes
 from prox24.core.masks import top_mask
-from prox24.core.pattern import Pattern
-from prox24.solvers.problem import PRECISION, Candidate, LayerProblem, normalize
+from prox24.core.pattern import Pattern, Unstructured
+from prox24.solvers.planar import changed, check_grouped, dense_blocks, from_planes, to_planes
+from prox24.solvers.problem import PRECISION, Candidate, LayerProblem, damped_gram, normalize
+from prox24.solvers.schedules import Exponential, Progress, Schedule
 
 
 @jax.tree_util.register_dataclass
@@ -20,12 +22,16 @@ class Prox:
 
     The problem is normalized first (unit diagonal of the Gram, unit mean magnitude of the weight),
     so that lam has no units. Z extrapolates W with Nesterov's momentum, L bounds the largest
-    eigenvalue of the normalized Gram. With momentum 0 this is the paper's iteration.
+    eigenvalue of the normalized Gram. `Prox.paper()` is the paper's iteration.
+
+    Rows are independent problems: momentum restarts row by row, and of many rows, once at most an
+    eighth hold a dense block, only those go on.
 
     Attributes:
-      initial_penalty: lam of the first step.
-      growth: factor of lam per step.
+      penalty: schedule of lam.
       momentum: 1 for Nesterov's sequence, 0 for none, between for a damped one.
+      restart: whether a row's momentum starts anew where the step points against it.
+      per_row: whether lam is divided by the mean magnitude of each row, not of the matrix.
       max_steps: steps after which blocks that are still dense are cut; the status then says so.
 
     Raises:
@@ -33,71 +39,114 @@ class Prox:
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, algorithm 1.
+      "Adaptive Restart for Accelerated Gradient Schemes", arXiv 1204.3982, for the restart.
     """
 
-    initial_penalty: float = 0.01
-    growth: float = 1.05
+    penalty: Schedule = Exponential(0.01, 1.05)
     momentum: float = 1.0
+    restart: bool = dataclasses.field(default=False, metadata={"static": True})
+    per_row: bool = dataclasses.field(default=False, metadata={"static": True})
     max_steps: int = 2000
 
-    def __call__(self, problem: LayerProblem, pattern: Pattern, damping: Array) -> Candidate:
+    @classmethod
+    def paper(cls) -> "Prox":
+        """No momentum, and lam growing by 1% a step; to be followed by 1,000 gradient steps."""
+        return cls(Exponential(0.01, 1.01), momentum=0.0)
+
+    def __call__(
+        self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
+    ) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
+        pattern = check_grouped(pattern, "prox")
         planes.check_kept(*pattern)
-        normalized = normalize(problem, damping)
-        # Plane i of the blocks becomes a range of columns: the matrix product sees an ordinary
-        # matrix, the proximal operator sees contiguous planes, and nothing is ever interleaved.
-        order = jnp.concatenate(planes.split(jnp.arange(problem.weight.shape[1]), pattern))
-        gram = normalized.gram[order][:, order]
-        start = normalized.weight[:, order]
+        normalized = normalize(problem.weight, damped_gram(problem.gram, damping))
+        start, gram = to_planes(normalized, pattern)
         final = _iterate(start, gram, pattern, self)
-        weight = planes.join(jnp.split(final.weight, pattern.group, axis=1))
-        mask = top_mask(jnp.abs(weight), pattern)
-        weight = weight / normalized.scale[None, :]
-        return Candidate(jnp.where(mask, weight, 0), mask, final.dense_blocks, final.steps)
+        dense = from_planes(final.weight, pattern)
+        mask = top_mask(jnp.abs(dense), pattern)
+        blocks = jnp.sum(final.dense_blocks)
+        return Candidate.of(dense / normalized.scale[None, :], mask, damping, blocks, final.steps)
 
 
 class _State(NamedTuple):
+    """Rows (out, in), a figure of each row (out, 1), and scalars."""
+
+    origin: Array
     weight: Array
     extrapolated: Array
-    penalty: Array
+    unit: Array
     nesterov: Array
     dense_blocks: Array
+    penalty: Array
     steps: Array
 
 
 def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _State:
     step_size = 1 / eigenvalue_bound(gram)
 
+    def split(weight: Array) -> list[Array]:
+        return jnp.split(weight, pattern.group, axis=1)
+
     def advance(state: _State) -> _State:
-        gradient = jnp.matmul(state.extrapolated - start, gram, precision=PRECISION)
-        target = jnp.split(state.extrapolated - step_size * gradient, pattern.group, axis=1)
-        blocks = planes.prox(target, state.penalty * step_size, pattern.kept)
+        difference = state.extrapolated - state.origin
+        gradient = jnp.matmul(difference, gram, precision=PRECISION)
+        target = split(state.extrapolated - step_size * gradient)
+        blocks = planes.prox(target, state.penalty * step_size / state.unit, pattern.kept)
         weight = jnp.concatenate(blocks, axis=1)
-        nesterov = (1 + jnp.sqrt(1 + 4 * jnp.square(state.nesterov))) / 2
-        momentum = solver.momentum * (state.nesterov - 1) / nesterov
-        nonzeros = sum((plane != 0).astype(jnp.int32) for plane in blocks)
-        return _State(
+        move = weight - state.weight
+        nesterov = state.nesterov
+        if solver.restart:
+            against = jnp.sum((state.extrapolated - weight) * move, axis=1, keepdims=True) > 0
+            nesterov = jnp.where(against, 1, nesterov)
+        following = (1 + jnp.sqrt(1 + 4 * jnp.square(nesterov))) / 2
+        momentum = solver.momentum * (nesterov - 1) / following
+        steps = state.steps + 1
+        progress = Progress(state.penalty, steps, changed(blocks, split(state.weight), pattern))
+        dense = dense_blocks(blocks, pattern)
+        return state._replace(
             weight=weight,
-            extrapolated=weight + momentum * (weight - state.weight),
-            penalty=state.penalty * solver.growth,
-            nesterov=nesterov,
-            dense_blocks=jnp.count_nonzero(nonzeros > pattern.kept).astype(jnp.int32),
-            steps=state.steps + 1,
+            extrapolated=weight + momentum * move,
+            nesterov=following,
+            dense_blocks=jnp.sum(dense, axis=1, keepdims=True, dtype=jnp.int32),
+            penalty=solver.penalty(progress),
+            steps=steps,
         )
 
-    def unfinished(state: _State) -> Array:
-        return (state.dense_blocks > 0) & (state.steps < solver.max_steps)
+    def run(state: _State, rows: int) -> _State:
+        """Until at most `rows` rows hold dense blocks, or the steps are exhausted."""
 
+        def unfinished(state: _State) -> Array:
+            return (jnp.count_nonzero(state.dense_blocks) > rows) & (state.steps < solver.max_steps)
+
+        return lax.while_loop(unfinished, advance, state)
+
+    rows, dtype = len(start), start.dtype
+    magnitude = jnp.mean(jnp.abs(start), axis=1, keepdims=True)
     initial = _State(
+        origin=start,
         weight=start,
         extrapolated=start,
-        penalty=jnp.asarray(solver.initial_penalty, start.dtype),
-        nesterov=jnp.ones((), start.dtype),
-        dense_blocks=jnp.asarray(start.size // pattern.group, jnp.int32),
+        unit=jnp.where((magnitude > 0) & solver.per_row, magnitude, 1),
+        nesterov=jnp.ones((rows, 1), dtype),
+        dense_blocks=jnp.full((rows, 1), start.shape[1] // pattern.group, jnp.int32),
+        penalty=jnp.asarray(solver.penalty.first, dtype),
         steps=jnp.zeros((), jnp.int32),
     )
-    return lax.while_loop(unfinished, advance, initial)
+    few = rows // 8 if rows >= MANY_ROWS else 0
+    most = run(initial, few)
+    if not few:
+        return most
+    # Rows that are done fill up the places.
+    chosen = jnp.argsort(most.dense_blocks[:, 0] == 0, stable=True)[:few]
+    last = run(_State(*(part[chosen] if part.ndim else part for part in most)), 0)
+    return last._replace(
+        weight=most.weight.at[chosen].set(last.weight),
+        dense_blocks=most.dense_blocks.at[chosen].set(last.dense_blocks),
+    )
 
+
+MANY_ROWS = 512
+"""From this number of rows on it pays to go on with an eighth of them."""
 
 EIGENVALUE_SQUARINGS = 5
 

@@ -8,8 +8,23 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from prox24.core.pattern import Pattern, Unstructured
 from prox24.solvers.problem import PRECISION, Normalized
 from prox24.solvers.proximal import eigenvalue_bound
+
+
+class Refitted(NamedTuple):
+    """What a refit returns.
+
+    Attributes:
+      weight: shape (out, in), of a normalized problem, zero outside the mask.
+      mask: bool, shape (out, in).
+      steps: int32 scalar, iterations taken.
+    """
+
+    weight: Array
+    mask: Array
+    steps: Array
 
 
 @jax.tree_util.register_dataclass
@@ -21,44 +36,75 @@ class ConjugateGradients:
     of the Gram, which is the identity on a normalized problem. The loss never rises.
 
     Attributes:
-      steps: iterations, each one product with the Gram.
+      steps: iterations at most, each one product with the Gram.
+      tolerance: a row is done when a step takes less than this fraction off its loss.
     """
 
     steps: int = 20
+    tolerance: float = 1e-4
 
-    def __call__(self, problem: Normalized, weight: Array, mask: Array) -> Array:
-        """The refitted weight, zero outside the mask; all arrays are (out, in)."""
+    def __call__(
+        self, problem: Normalized, weight: Array, mask: Array, pattern: Pattern | Unstructured
+    ) -> Refitted:
+        """The refitted weight; all arrays are (out, in)."""
+        del pattern
 
         def apply(direction: Array) -> Array:
-            return jnp.where(mask, jnp.matmul(direction, problem.gram, precision=PRECISION), 0)
+            return jnp.matmul(direction, problem.gram, precision=PRECISION)
 
-        class State(NamedTuple):
-            weight: Array
-            residual: Array
-            direction: Array
-            square: Array
+        def dot(a: Array, b: Array) -> Array:
+            return jnp.sum(a * b, axis=1, keepdims=True)
 
-        def advance(_: Array, state: State) -> State:
-            image = apply(state.direction)
-            curvature = jnp.sum(state.direction * image, axis=1, keepdims=True)
-            # A row that has converged stays where it is: its next steps would be rounding noise.
-            active = (state.square > floor) & (curvature > 0)
-            length = jnp.where(active, state.square / curvature, 0)
+        def advance(state: _Descent) -> _Descent:
+            image = jnp.where(mask, apply(state.direction), 0)
+            curvature = dot(state.direction, image)
+            # A row that is done stays where it is: its next steps would be rounding noise.
+            moves = state.active & (curvature > 0)
+            length = jnp.where(moves, state.square / curvature, 0)
             residual = state.residual - length * image
-            square = jnp.sum(residual * residual, axis=1, keepdims=True)
-            turn = jnp.where(active, square / state.square, 0)
-            return State(
+            square = dot(residual, residual)
+            turn = jnp.where(moves, square / state.square, 0)
+            gain = length * state.square
+            loss = jnp.maximum(state.loss - gain, 0)
+            return _Descent(
                 weight=state.weight + length * state.direction,
                 residual=residual,
                 direction=residual + turn * state.direction,
                 square=square,
+                loss=loss,
+                active=moves & (gain > self.tolerance * loss) & (square > floor),
+                steps=state.steps + 1,
             )
 
-        residual = apply(problem.weight - weight)
-        square = jnp.sum(residual * residual, axis=1, keepdims=True)
+        def unfinished(state: _Descent) -> Array:
+            return jnp.any(state.active) & (state.steps < self.steps)
+
+        difference = problem.weight - weight
+        slope = apply(difference)
+        residual = jnp.where(mask, slope, 0)
+        square = dot(residual, residual)
         floor = square * jnp.finfo(square.dtype).eps ** 2
-        start = State(weight, residual, residual, square)
-        return lax.fori_loop(0, self.steps, advance, start).weight
+        start = _Descent(
+            weight=weight,
+            residual=residual,
+            direction=residual,
+            square=square,
+            loss=dot(difference, slope),
+            active=square > 0,
+            steps=jnp.zeros((), jnp.int32),
+        )
+        final = lax.while_loop(unfinished, advance, start)
+        return Refitted(final.weight, mask, final.steps)
+
+
+class _Descent(NamedTuple):
+    weight: Array
+    residual: Array
+    direction: Array
+    square: Array
+    loss: Array
+    active: Array
+    steps: Array
 
 
 @jax.tree_util.register_dataclass
@@ -81,8 +127,11 @@ class GradientSteps:
     )
     steps: int = 1000
 
-    def __call__(self, problem: Normalized, weight: Array, mask: Array) -> Array:
-        """The refitted weight, zero outside the mask; all arrays are (out, in)."""
+    def __call__(
+        self, problem: Normalized, weight: Array, mask: Array, pattern: Pattern | Unstructured
+    ) -> Refitted:
+        """The refitted weight; all arrays are (out, in)."""
+        del pattern
         transform = self.transform or optax.scale(-1 / eigenvalue_bound(problem.gram))
 
         def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
@@ -93,4 +142,32 @@ class GradientSteps:
             stepped = optax.apply_updates(weight, updates)
             return jnp.where(mask, stepped, 0), memory
 
-        return lax.fori_loop(0, self.steps, advance, (weight, transform.init(weight)))[0]
+        final, _ = lax.fori_loop(0, self.steps, advance, (weight, transform.init(weight)))
+        return Refitted(final, mask, jnp.asarray(self.steps, jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LeastSquares:
+    """The exact minimiser on the kept weights: one Cholesky factorization of G_SS for each row.
+
+    It takes in^3 / 3 operations a row, against 4 in^2 of a conjugate gradient step: a reference.
+    """
+
+    def __call__(
+        self, problem: Normalized, weight: Array, mask: Array, pattern: Pattern | Unstructured
+    ) -> Refitted:
+        """The refitted weight; all arrays are (out, in)."""
+        del weight, pattern
+
+        def solve_row(row: tuple[Array, Array]) -> Array:
+            target, kept = row
+            # Outside the support the identity, so that one shape serves every mask.
+            both = kept[:, None] & kept[None, :]
+            inner = jnp.where(both, problem.gram, jnp.diag((~kept).astype(target.dtype)))
+            factor = jnp.linalg.cholesky(inner)
+            return jax.scipy.linalg.cho_solve((factor, True), jnp.where(kept, target, 0))
+
+        targets = jnp.matmul(problem.weight, problem.gram, precision=PRECISION)
+        solved = lax.map(solve_row, (targets, mask))
+        return Refitted(jnp.where(mask, solved, 0), mask, jnp.zeros((), jnp.int32))

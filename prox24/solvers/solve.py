@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prox24.core.pattern import Pattern, PatternLike
+from prox24.core.pattern import Pattern, PatternLike, Unstructured
+from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import (
     Candidate,
     LayerProblem,
@@ -14,33 +15,41 @@ from prox24.solvers.problem import (
     Statistics,
     Status,
     check_problem,
+    damped_gram,
     damping_amount,
     normalize,
     quadratic_loss,
 )
 from prox24.solvers.proximal import Prox
-from prox24.solvers.refit import ConjugateGradients, GradientSteps
+from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.scores import Magnitude, Wanda
 from prox24.solvers.sparsegpt import SparseGPT
+from prox24.solvers.swaps import Swaps
 
-Solver = Magnitude | Wanda | SparseGPT | Prox
-Refit = ConjugateGradients | GradientSteps
+Solver = Magnitude | Wanda | SparseGPT | Prox | ADMM
+Refit = ConjugateGradients | GradientSteps | LeastSquares | Swaps
 
 SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "prox": Prox,
+    "admm": ADMM,
 }
-REFITS: dict[str, type[Refit]] = {"cg": ConjugateGradients, "gradient": GradientSteps}
+REFITS: dict[str, type[Refit]] = {
+    "cg": ConjugateGradients,
+    "gradient": GradientSteps,
+    "exact": LeastSquares,
+    "swaps": Swaps,
+}
 
 
 def solve(
     problem: LayerProblem,
-    solver: Solver = Prox(),
+    solver: Solver = ADMM(),
     refit: Refit | None = ConjugateGradients(),
     *,
-    pattern: PatternLike = (2, 4),
+    pattern: PatternLike | Unstructured = (2, 4),
     damping: float = 0.01,
 ) -> Solution:
     """Prunes one layer: finds a mask and weights, then refits the kept weights.
@@ -50,9 +59,11 @@ def solve(
         float32, or in float64 when the Gram is float64.
       solver: how the mask is found; an object of hyperparameters, whose numbers are traced.
       refit: how the kept weights are updated afterwards, or None to keep the solver's.
-      pattern: (N, M) along the input axis; M divides the input width.
+      pattern: (N, M) along the input axis, M a divisor of the input width, or `Unstructured`, which
+        magnitude, wanda and sparsegpt support.
       damping: added to the diagonal of the Gram, relative to its mean. It makes a singular Gram
-        definite; zero is allowed, and ends as NONFINITE where a solver needs a definite one.
+        definite. Where SparseGPT and ADMM, which need a definite one, find that it is not enough,
+        they raise it, and the statistics say so: see `sufficient_damping`.
 
     Returns:
       A `Solution`. Check its status: a solver never raises on numerical failure.
@@ -74,10 +85,11 @@ def solve(
         relative_loss=float(figures["relative_loss"]),
         relative_loss_before_refit=float(figures["relative_loss_before_refit"]),
         steps=int(figures["steps"]),
-        refit_steps=0 if refit is None else refit.steps,
+        refit_steps=int(figures["refit_steps"]),
         dense_blocks=int(figures["dense_blocks"]),
         dead_features=int(figures["dead_features"]),
         damping=float(figures["damping"]),
+        damping_raised=bool(figures["damping_raised"]),
     )
     if not figures["finite"]:
         status = Status.NONFINITE
@@ -90,18 +102,24 @@ def solve(
 
 @functools.partial(jax.jit, static_argnames="pattern")
 def _solve(
-    given: LayerProblem, solver: Solver, refit: Refit | None, damping: Array, pattern: Pattern
+    given: LayerProblem,
+    solver: Solver,
+    refit: Refit | None,
+    damping: Array,
+    pattern: Pattern | Unstructured,
 ) -> tuple[Array, Array, dict[str, Array]]:
     dtype = jnp.float64 if given.gram.dtype == jnp.float64 else jnp.float32
     damping = damping.astype(dtype)
     problem = LayerProblem(given.weight.astype(dtype), given.gram.astype(dtype))
     candidate: Candidate = solver(problem, pattern, damping)
-    weight = candidate.weight
+    weight, mask = candidate.weight, candidate.mask
+    refit_steps = jnp.zeros((), jnp.int32)
     if refit is not None:
-        normalized = normalize(problem, damping)
+        normalized = normalize(problem.weight, damped_gram(problem.gram, candidate.damping))
         scale = normalized.scale[None, :]
-        weight = refit(normalized, weight * scale, candidate.mask) / scale
-    weight = jnp.where(candidate.mask, weight, 0).astype(given.weight.dtype)
+        weight, mask, refit_steps = refit(normalized, weight * scale, mask, pattern)
+        weight = weight / scale
+    weight = jnp.where(mask, weight, 0).astype(given.weight.dtype)
 
     total = quadratic_loss(problem.weight, problem.gram)
 
@@ -113,9 +131,11 @@ def _solve(
         "relative_loss": relative_loss(weight),
         "relative_loss_before_refit": relative_loss(candidate.weight),
         "steps": candidate.steps,
+        "refit_steps": refit_steps,
         "dense_blocks": candidate.dense_blocks,
         "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
-        "damping": damping_amount(problem.gram, damping),
+        "damping": damping_amount(problem.gram, candidate.damping),
+        "damping_raised": candidate.damping > damping,
         "finite": jnp.all(jnp.isfinite(weight)) & jnp.isfinite(total),
     }
-    return weight, candidate.mask, figures
+    return weight, mask, figures

@@ -1,0 +1,250 @@
+"""ADMM between the squared loss and sparsity, by projection or by the exact proximal operator."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from prox24.core import planes
+from prox24.core.masks import top_mask
+from prox24.core.pattern import Pattern, Unstructured
+from prox24.solvers.planar import changed, check_grouped, from_planes, project, to_planes
+from prox24.solvers.problem import (
+    PRECISION,
+    Candidate,
+    LayerProblem,
+    damped_gram,
+    inverse_factor,
+    normalize,
+    sufficient_damping,
+)
+from prox24.solvers.schedules import Exponential, Progress, Schedule, SupportSteps
+
+Planes = Sequence[Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Z is the nearest point of the pattern, in every step. Any N:M."""
+
+    def __call__(self, blocks: Planes, pattern: Pattern, progress: Progress) -> list[Array]:
+        """Z from W + U, planar."""
+        del progress
+        return project(blocks, pattern)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GradualProjection:
+    """The N largest of each block stay, and of the others ever fewer. Any N:M.
+
+    At step k the fraction 1 - (1 - k / steps)^3 of the entries that the pattern does not keep is
+    zero, those of least magnitude in the whole matrix, and from step `steps` on all of them are.
+
+    Attributes:
+      steps: until only the pattern is left.
+
+    References:
+      "Fast and Effective Weight Update for Pruned Large Language Models", arXiv 2401.02938.
+    """
+
+    steps: float = 15.0
+
+    def __call__(self, blocks: Planes, pattern: Pattern, progress: Progress) -> list[Array]:
+        """Z from W + U, planar."""
+        projected = project(blocks, pattern)
+        others = [
+            jnp.where(kept == 0, jnp.abs(plane), 0)
+            for kept, plane in zip(projected, blocks, strict=True)
+        ]
+        ordered = jnp.sort(jnp.concatenate([plane.ravel() for plane in others]))
+        step = (progress.steps + 1).astype(ordered.dtype)
+        remaining = (1 - jnp.minimum(step / self.steps, 1)) ** 3
+        outside = ordered.size * (pattern.group - pattern.kept) / pattern.group
+        place = jnp.clip(jnp.int32(ordered.size - remaining * outside), 0, ordered.size - 1)
+        threshold = jnp.where(remaining > 0, ordered[place], jnp.inf)
+        return [
+            jnp.where(other > threshold, plane, kept)
+            for other, plane, kept in zip(others, blocks, projected, strict=True)
+        ]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shrinkage:
+    """Z is prox_{(lam / rho) R}(W + U), with lam / rho as scheduled. 1:M and 2:M.
+
+    It keeps what is undecided: entries shrink before they leave, and blocks of large entries are
+    decided before blocks of small ones.
+
+    Attributes:
+      penalty: the schedule of lam / rho, in units of 1 / mean |W0| of the normalized problem.
+
+    Raises:
+      ValueError: on a pattern other than 1:M and 2:M.
+    """
+
+    penalty: Schedule = Exponential.between(0.3, 2.0, 24)
+
+    def __call__(self, blocks: Planes, pattern: Pattern, progress: Progress) -> list[Array]:
+        """Z from W + U, planar."""
+        return list(planes.prox(blocks, progress.value, pattern.kept))
+
+
+Sparsifier = Projection | GradualProjection | Shrinkage
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ADMM:
+    """min 1/2 tr((W - W0) G (W - W0)^T) + lam R(Z) over W = Z, by alternating directions.
+
+    With U the scaled dual variable, a step is Z <- sparsify(W + U), U <- W + U - Z,
+    W <- W0 - rho (W0 - Z + U) (G + rho I)^-1, with rho as scheduled and one eigendecomposition of
+    G. What is returned is the projection of the last W + U.
+
+    The features are scaled so that D = (diag(G) / diag(G^-1))^(1/2) becomes the identity, the
+    geometric mean of what a weight costs with the others fixed and with the others free to follow.
+    A fixed point with rho = 1 is then a mask that no exchange within a block improves, if D is what
+    a weight costs (docs/theory.md). `scaling` 0 takes diag(G) alone, and 1 takes diag(G^-1)^-1.
+
+    Attributes:
+      steps: each with one product of the size of W0 G.
+      rho: schedule of rho.
+      sparsify: how Z is found: by the proximal operator, or by a projection.
+      scaling: exponent of the second curvature, from 0 to 1.
+      interval: steps between two moves of rho; each move costs a product of the size of G G.
+      tolerance: the steps end early when `Progress.changed` is below it.
+
+    Raises:
+      ValueError: the pattern is not one that `sparsify` supports.
+
+    Example:
+      >>> ADMM(sparsify=Projection()).steps
+      24
+    """
+
+    steps: int = 24
+    rho: Schedule = Exponential.between(0.5, 1.2, 12)
+    sparsify: Sparsifier = Shrinkage()
+    scaling: float = 0.5
+    interval: int = 2
+    tolerance: float = 0.0
+
+    @classmethod
+    def in_steps(cls, steps: int) -> "ADMM":
+        """The default schedules, stretched to an even number of steps, four or more.
+
+        Example:
+          >>> ADMM.in_steps(24) == ADMM()
+          True
+        """
+        return cls(
+            steps,
+            Exponential.between(0.5, 1.2, steps // 2),
+            Shrinkage(Exponential.between(0.3, 2.0, steps)),
+        )
+
+    @classmethod
+    def alps(cls) -> "ADMM":
+        """The settings of ALPS, to be followed by 10 conjugate gradient steps, damping 0.01.
+
+        Its restart with a smaller rho, for when the first steps change nothing, is left out, and
+        its stop when under 0.03% changed is asked from the first step on.
+
+        References:
+          "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
+          Models", arXiv 2406.07831.
+        """
+        return cls(300, SupportSteps(0.1), Projection(), 0.0, interval=3, tolerance=3e-4)
+
+    @classmethod
+    def boza(cls) -> "ADMM":
+        """The settings of Boza, to be used with damping 0.1.
+
+        References:
+          "Fast and Effective Weight Update for Pruned Large Language Models", arXiv 2401.02938.
+        """
+        return cls(20, Exponential(1.0, 1.0), GradualProjection(15.0), 0.0, interval=20)
+
+    def __call__(
+        self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
+    ) -> Candidate:
+        """Finds a candidate; traceable, with the pattern static."""
+        pattern = check_grouped(pattern, "ADMM")
+        if isinstance(self.sparsify, Shrinkage):
+            planes.check_kept(*pattern)
+        damping = sufficient_damping(problem.gram, damping)
+        gram = damped_gram(problem.gram, damping)
+        diagonal = jnp.diagonal(gram)
+        others_free = 1 / jnp.sum(jnp.square(inverse_factor(gram)), axis=0)
+        curvature = diagonal * (others_free / diagonal) ** self.scaling
+        normalized = normalize(problem.weight, gram, curvature)
+        start, planar_gram = to_planes(normalized, pattern)
+        final = _iterate(start, planar_gram, pattern, self)
+        dense = from_planes(final.weight + final.dual, pattern)
+        mask = top_mask(jnp.abs(dense), pattern)
+        return Candidate.of(dense / normalized.scale[None, :], mask, damping, steps=final.steps)
+
+
+class _State(NamedTuple):
+    weight: Array
+    dual: Array
+    sparse: Array
+    rho: Array
+    penalty: Array
+    changed: Array
+    steps: Array
+
+
+def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State:
+    eigenvalues, basis = jnp.linalg.eigh(gram)
+    eigenvalues = jnp.maximum(eigenvalues, 0)  # Rounding makes small ones negative.
+    penalty = solver.sparsify.penalty if isinstance(solver.sparsify, Shrinkage) else None
+
+    def split(weight: Array) -> list[Array]:
+        return jnp.split(weight, pattern.group, axis=1)
+
+    def advance(state: _State, response: Array) -> _State:
+        """One step; `response` is rho (G + rho I)^-1."""
+        total = state.weight + state.dual
+        progress = Progress(state.penalty, state.steps, state.changed)
+        sparse = jnp.concatenate(solver.sparsify(split(total), pattern, progress), axis=1)
+        dual = total - sparse
+        pulled = jnp.matmul(start - sparse + dual, response, precision=PRECISION)
+        steps = state.steps + 1
+        return state._replace(
+            weight=start - pulled,
+            dual=dual,
+            sparse=sparse,
+            penalty=penalty(progress._replace(steps=steps)) if penalty else state.penalty,
+            steps=steps,
+        )
+
+    def advance_with_one_rho(state: _State) -> _State:
+        scaled = basis * (state.rho / (eigenvalues + state.rho))[None, :]
+        response = jnp.matmul(scaled, basis.T, precision=PRECISION)
+        steps = jnp.minimum(solver.interval, solver.steps - state.steps)
+        end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
+        change = changed(split(end.sparse), split(state.sparse), pattern)
+        rho = solver.rho(Progress(end.rho, end.steps, change))
+        return end._replace(dual=end.dual * (end.rho / rho), rho=rho, changed=change)
+
+    def unfinished(state: _State) -> Array:
+        return (state.steps < solver.steps) & ~(state.changed < solver.tolerance)
+
+    dtype = start.dtype
+    initial = _State(
+        weight=start,
+        dual=jnp.zeros_like(start),
+        sparse=start,
+        rho=jnp.asarray(solver.rho.first, dtype),
+        penalty=jnp.asarray(penalty.first if penalty else 0, dtype),
+        changed=jnp.asarray(jnp.inf, dtype),
+        steps=jnp.zeros((), jnp.int32),
+    )
+    return lax.while_loop(unfinished, advance_with_one_rho, initial)
