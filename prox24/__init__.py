@@ -6,6 +6,7 @@ pipeline are in the submodules.
 """
 
 from prox24.core import planes
+from prox24.core.diagnostics import GramDiagnostics, diagnose
 from prox24.core.masks import count_violations, is_sparse, top_mask
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.penalty import penalty
@@ -24,6 +25,7 @@ __all__ = [
     "ADMM",
     "ConjugateGradients",
     "GradientSteps",
+    "GramDiagnostics",
     "GradualProjection",
     "LayerProblem",
     "LeastSquares",
@@ -41,6 +43,7 @@ __all__ = [
     "Wanda",
     "correct_inputs",
     "count_violations",
+    "diagnose",
     "is_sparse",
     "penalty",
     "planes",
