@@ -34,8 +34,8 @@ def test_prune_verify_and_eval_as_processes(workspace):
     assert pruned.returncode == 0, pruned.stderr
     printed = json.loads(pruned.stdout)
     assert printed == json.loads(report.read_text())
-    assert printed["solver"]["name"] == "prox"
-    assert printed["refit"] == {"name": "ConjugateGradients", "steps": 20}
+    assert printed["solver"]["name"] == "admm"
+    assert printed["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 1e-4}
     assert printed["arguments"]["samples"] == 8
     assert printed["calibration_tokens"] == 8 * 32
     assert printed["versions"].keys() > {"python", "jax", "prox24"}

@@ -12,7 +12,8 @@ def gathered(batches) -> tuple[GramSum, np.ndarray]:
     width = batches[0].shape[-1]
     gram, exact = empty_gram(width), np.zeros((width, width))
     for batch in batches:
-        gram = add_tokens(gram, jnp.asarray(batch))
+        x = jnp.asarray(batch)
+        gram = add_tokens(gram, x, x)
         tokens = batch.reshape(-1, width).astype(np.float64)
         exact += tokens.T @ tokens
     return gram, exact
@@ -45,3 +46,10 @@ def test_rounding_does_not_grow_with_the_number_of_batches():
 def test_gram_is_symmetric_and_counts_every_token():
     gram, _ = gathered([np.ones((3, 5, 4), np.float32)])
     np.testing.assert_array_equal(gram.total, np.full((4, 4), 15.0))
+
+
+def test_a_cross_gram_pairs_the_tokens():
+    generator = np.random.default_rng(2)
+    x, y = generator.standard_normal((2, 6, 5, 4)).astype(np.float32)
+    total = add_tokens(empty_gram(4), jnp.asarray(x), jnp.asarray(y)).total
+    np.testing.assert_allclose(total, x.reshape(-1, 4).T @ y.reshape(-1, 4), rtol=1e-5)

@@ -12,7 +12,7 @@ PRECISION = "highest"
 
 
 class GramSum(NamedTuple):
-    """sum of x x^T over tokens, kept as a float32 sum and its rounding error (Kahan's method).
+    """sum of x y^T over tokens, kept as a float32 sum and its rounding error (Kahan's method).
 
     Attributes:
       total: shape (in, in).
@@ -23,49 +23,61 @@ class GramSum(NamedTuple):
     error: Array
 
 
+Sums = dict[str, GramSum]
+
+
 def empty_gram(width: int) -> GramSum:
     """The Gram of no tokens."""
     zeros = jnp.zeros((width, width), jnp.float32)
     return GramSum(zeros, zeros + 0)
 
 
-def add_tokens(gram: GramSum, x: Array) -> GramSum:
-    """Adds the tokens x of shape (..., in).
+def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
+    """Adds the tokens x and y of shape (..., in); they are the same for a Gram.
 
     The product runs in float32 at the highest precision; the default on accelerators, one bfloat16
     pass or TF32, has errors of 1e-3 and is not enough. Within a micro-batch the rounding error is
     that of a float32 product; across micro-batches it does not grow, thanks to the compensation.
     """
-    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    product = jnp.matmul(x.T, x, precision=PRECISION) - gram.error
+    x, y = (tokens.reshape(-1, tokens.shape[-1]).astype(jnp.float32) for tokens in (x, y))
+    product = jnp.matmul(x.T, y, precision=PRECISION) - gram.error
     total = gram.total + product
     return GramSum(total, (total - gram.total) - product)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="grams")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("grams", "crosses"))
 def add_layer_inputs(
     family: ModuleType,
     config: NamedTuple,
     weights: dict[str, Array],
     hidden: Array,
-    grams: dict[str, GramSum],
-) -> dict[str, GramSum]:
+    dense_hidden: Array | None,
+    grams: Sums,
+    crosses: Sums,
+) -> tuple[Sums, Sums]:
     """Runs one layer on a micro-batch and adds what its linears see to their Grams.
 
     Args:
       family: a module of `prox24.models`.
       config: the family's config.
       weights: the layer's tensors.
-      hidden: shape (batch, length, hidden).
-      grams: one `GramSum` per input name of the family's LINEAR_INPUTS; donated.
+      hidden: shape (batch, length, hidden), of the pruned model.
+      dense_hidden: the same tokens in the dense model; None leaves the cross-Grams as they are.
+      grams: sums of x' x'^T, by input name of the family's LINEAR_INPUTS; donated.
+      crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated.
 
     Returns:
-      The updated Grams.
+      The updated Grams and cross-Grams.
     """
-    updated: dict[str, GramSum] = {}
 
-    def tap(name: str, x: Array) -> None:
-        updated[name] = add_tokens(grams[name], x)
+    def inputs(hidden: Array) -> dict[str, Array]:
+        seen: dict[str, Array] = {}
+        family.layer(config, weights, hidden, seen.__setitem__)
+        return seen
 
-    family.layer(config, weights, hidden, tap)
-    return updated
+    pruned = inputs(hidden)
+    grams = {name: add_tokens(grams[name], x, x) for name, x in pruned.items()}
+    if dense_hidden is not None:
+        dense = inputs(dense_hidden)
+        crosses = {name: add_tokens(crosses[name], dense[name], x) for name, x in pruned.items()}
+    return grams, crosses

@@ -26,8 +26,9 @@ METHODS = [
     ("magnitude", "none"),
     ("wanda", "none"),
     ("sparsegpt", "none"),
-    ("prox", "cg"),
+    ("admm", "cg"),
 ]
+TITLES = {"admm": "admm with the prox"}
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
 
 
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         linears = pruned.reports
         rows.append(
             {
-                "method": method if refit is None else f"{method} + refit",
+                "method": TITLES.get(method, method) + ("" if refit is None else " + refit"),
                 **result._asdict(),
                 "mean_relative_loss": sum(r.relative_loss for r in linears) / len(linears),
                 "solver_seconds": sum(r.seconds for r in linears),
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({"rows": rows, "peak_memory_bytes": peak_memory_bytes()})
         return 0
     print_table(COLUMNS, [_cells(row) for row in rows])
-    print("Load the model pruned by prox with transformers (and torch):")
+    print("Load the model of the last row with transformers (and torch):")
     print(f'  AutoModelForCausalLM.from_pretrained("{rows[-1]["folder"]}")')
     return 0
 

@@ -14,7 +14,7 @@ from prox24.calibration.text import spread_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
-from prox24.core.pattern import PatternLike
+from prox24.core.pattern import PatternLike, Unstructured
 from prox24.errors import CheckpointError
 from prox24.forward import load_model
 from prox24.pipeline import LinearReport, PrunedModel, check_widths, linear_names, prune
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         title=arguments.method,
         pattern=arguments.pattern,
         damping=arguments.damping,
+        pull=arguments.pull if arguments.targets == "dense" else None,
         quiet=arguments.quiet,
     )
     write_checkpoint(
@@ -75,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
 def choose(method: str, refit: str | None) -> tuple[Solver, Refit | None]:
     """The solver and the refit of a method by name.
 
-    Without a choice, prox is followed by conjugate gradients, and the baselines by nothing, which
-    is how their papers define them.
+    Without a choice, prox and admm are followed by conjugate gradients, and the baselines by
+    nothing, which is how their papers define them.
     """
-    refit = refit or ("cg" if method == "prox" else "none")
+    refit = refit or ("cg" if method in ("prox", "admm") else "none")
     return SOLVERS[method](), None if refit == "none" else REFITS[refit]()
 
 
@@ -102,9 +103,10 @@ def prune_with_progress(
     refit: Refit | None,
     *,
     title: str,
-    pattern: PatternLike,
+    pattern: PatternLike | Unstructured,
     damping: float,
     quiet: bool,
+    pull: float | None = None,
 ) -> PrunedModel:
     """`prox24.pipeline.prune` with a progress bar over the linears."""
     model = load_model(checkpoint)
@@ -117,6 +119,7 @@ def prune_with_progress(
             refit,
             pattern=pattern,
             damping=damping,
+            pull=pull,
             on_linear=lambda report: advance(report.name, report.relative_loss),
         )
 
@@ -134,6 +137,9 @@ def _print_summary(destination: Path, linears: list[LinearReport], seconds: floa
     cut = [linear for linear in linears if linear.status == Status.MAX_STEPS.value]
     if cut:
         rows.append(["cut to the pattern at the last step", f"{len(cut)} linears, see the report"])
+    raised = [linear for linear in linears if linear.damping_raised]
+    if raised:
+        rows.append(["damping raised to make a Gram definite", f"{len(raised)} linears"])
     dead = sum(linear.dead_features for linear in linears)
     if dead:
         rows.append(["input features never active", str(dead)])
@@ -141,4 +147,4 @@ def _print_summary(destination: Path, linears: list[LinearReport], seconds: floa
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | Unstructured) else value

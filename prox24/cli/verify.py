@@ -7,14 +7,16 @@ import jax.numpy as jnp
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.output import print_json, print_table
 from prox24.core.masks import count_violations, mean_sparsity
-from prox24.core.pattern import as_pattern
+from prox24.core.pattern import Unstructured
 from prox24.forward import load_model
 from prox24.pipeline import check_widths, linear_names
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; 0 if every linear holds the pattern, else 1."""
-    pattern = as_pattern(arguments.pattern)
+    pattern = arguments.pattern
+    group = 1 if isinstance(pattern, Unstructured) else pattern.group
+    unit = "weights" if isinstance(pattern, Unstructured) else f"blocks of {group}"
     checkpoint = open_checkpoint(arguments.model)
     model = load_model(checkpoint)
     check_widths(model, pattern)
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "model": str(arguments.model),
                 "pattern": str(pattern),
                 "linears": len(names),
-                "blocks": int(weights) // pattern.group,
+                "blocks": int(weights) // group,
                 "sparsity": zeros / weights,
                 "violations": violations,
             }
@@ -43,11 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [
         ["pattern, along the input axis", str(pattern)],
         ["linears", str(len(names))],
-        [f"blocks of {pattern.group}", str(int(weights) // pattern.group)],
+        [unit, str(int(weights) // group)],
         ["exact zeros", f"{zeros / weights:.2%}"],
         ["linears that break the pattern", str(len(violations))],
     ]
     print_table(["model", str(arguments.model)], rows)
     for name, blocks in violations.items():
-        print(f"{name}: {blocks} blocks have more than {pattern.kept} nonzeros")
+        print(f"{name}: {blocks} {unit} break the pattern {pattern}")
     return 1 if violations else 0

@@ -5,7 +5,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.core.blocks import join, ranks, split
-from prox24.core.pattern import PatternLike, as_pattern
+from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 
 
 def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
@@ -30,12 +30,14 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
     return join([rank < kept for rank in ranks(split(scores, pattern, axis))], axis)
 
 
-def count_violations(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
-    """Counts the blocks with more than N nonzeros.
+def count_violations(
+    w: ArrayLike, pattern: PatternLike | Unstructured = (2, 4), axis: int = -1
+) -> Array:
+    """Counts the blocks with more than N nonzeros, or the nonzeros that are too many.
 
     Args:
       w: array whose length along `axis` is a multiple of M; NaN counts as nonzero.
-      pattern: (N, M).
+      pattern: (N, M), or unstructured: then the array as a whole is looked at.
       axis: the axis along which the blocks run.
 
     Returns:
@@ -48,6 +50,9 @@ def count_violations(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1
       >>> int(count_violations(jnp.array([1.0, 2.0, 3.0, 0.0, 1.0, 0.0, 0.0, 2.0])))
       1
     """
+    if isinstance(pattern, Unstructured):
+        excess = jnp.count_nonzero(jnp.asarray(w)) - pattern.kept(jnp.size(w))
+        return jnp.maximum(excess, 0).astype(jnp.int32)
     nonzeros = sum((plane != 0).astype(jnp.int32) for plane in split(w, pattern, axis))
     return jnp.count_nonzero(nonzeros > as_pattern(pattern).kept)
 

@@ -1,0 +1,228 @@
+"""Perplexity of SmolLM2-135M-Instruct pruned to 2:4, and the ablations of the method.
+
+    python benchmarks/model.py main --calibration calib_mix.txt --texts austen.txt sotu.txt
+    python benchmarks/model.py samples --length 128 ...
+    python benchmarks/model.py refit ...
+    python benchmarks/model.py growth ...
+
+main: every method, with and without a refit. samples: 1 to 2,048 calibration windows. refit:
+gradient steps after masking. growth: of lambda, with and without a refit. Calibration windows are
+drawn at random from the text by the seed, without overlap; evaluation is on the first windows of
+512 tokens of each text. A line is appended to FOLDER/model-TABLE.csv after each run, and a run
+that is there already is skipped, so that an interrupted command can be given again.
+"""
+
+import argparse
+import csv
+import dataclasses
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import prox24
+from prox24 import ADMM, ConjugateGradients, GradientSteps, Prox, SparseGPT, Swaps, Wanda
+from prox24.calibration.text import first_windows, read_text, tokenize
+from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.tensors import TensorSource
+from prox24.cli.demo import fetch_model
+from prox24.perplexity import perplexity
+from prox24.pipeline import prune
+from prox24.solvers.schedules import Exponential
+
+EVALUATION_LENGTH = 512
+
+
+class Run(NamedTuple):
+    """One line of a table."""
+
+    name: str
+    solver: object
+    refit: object = None
+    pull: float | None = None
+    windows: int | None = None
+
+
+EXACT = ConjugateGradients(100, 1e-6)
+DEFAULT = Run("admm with the prox + refit", ADMM(), ConjugateGradients())
+
+
+def main_table() -> list[Run]:
+    """Every method."""
+    return [
+        Run("dense", None),
+        Run("magnitude", prox24.Magnitude()),
+        Run("magnitude + exact", prox24.Magnitude(), EXACT),
+        Run("wanda", Wanda()),
+        Run("wanda + exact", Wanda(), EXACT),
+        Run("sparsegpt", SparseGPT()),
+        Run("sparsegpt + exact", SparseGPT(), EXACT),
+        Run("sparsegpt + swaps", SparseGPT(), Swaps()),
+        Run("admm, ALPS + exact", ADMM.alps(), EXACT),
+        DEFAULT,
+        Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
+        Run("admm with the prox + swaps", ADMM(), Swaps()),
+        Run("the default on dense targets, pull 1", ADMM(), ConjugateGradients(), pull=1.0),
+        Run("the default on dense targets, pull 10", ADMM(), ConjugateGradients(), pull=10.0),
+        Run("prox + refit", Prox(), ConjugateGradients()),
+        Run("prox, paper + 1,000 gradient steps", Prox.paper(), GradientSteps()),
+    ]
+
+
+def samples_table() -> list[Run]:
+    """Calibration windows in powers of two."""
+    methods = [
+        Run("wanda", Wanda()),
+        Run("wanda + refit", Wanda(), ConjugateGradients()),
+        Run("sparsegpt", SparseGPT()),
+        Run("sparsegpt + refit", SparseGPT(), ConjugateGradients()),
+        DEFAULT,
+    ]
+    return [
+        method._replace(windows=2**power, name=f"{method.name}, {2**power} windows")
+        for power in range(12)
+        for method in methods
+    ]
+
+
+def refit_table() -> list[Run]:
+    """Gradient steps after masking."""
+    steps = (0, 50, 100, 200, 400, 800, 1600)
+    return [
+        Run(f"{name}, {count} gradient steps", solver, GradientSteps(steps=count))
+        for name, solver in (("prox", Prox()), ("sparsegpt", SparseGPT()))
+        for count in steps
+    ]
+
+
+def growth_table() -> list[Run]:
+    """How fast lambda grows."""
+    return [
+        Run(f"prox, growth {growth}{title}", Prox(Exponential(0.01, growth)), refit)
+        for growth in (1.5, 1.2, 1.1, 1.05, 1.02, 1.01)
+        for title, refit in (("", None), (" + refit", ConjugateGradients()))
+    ]
+
+
+TABLES = {
+    "main": main_table,
+    "samples": samples_table,
+    "refit": refit_table,
+    "growth": growth_table,
+}
+
+
+def drawn_windows(ids: np.ndarray, windows: int, length: int, seed: int) -> np.ndarray:
+    """Windows drawn without replacement; fewer are a subset of more."""
+    available = first_windows(ids, None, length)
+    return available[np.random.default_rng(seed).permutation(len(available))[:windows]]
+
+
+def with_tensors(checkpoint: Checkpoint, tensors: dict[str, np.ndarray]) -> Checkpoint:
+    """The checkpoint with some tensors replaced, in memory."""
+    replaced = {
+        name: TensorSource(value.shape, value.dtype, lambda value=value: value)
+        for name, value in tensors.items()
+    }
+    return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **replaced})
+
+
+def measure(
+    run: Run, checkpoint: Checkpoint, calibration: np.ndarray, texts: dict[str, np.ndarray]
+) -> dict[str, object]:
+    """Prunes in memory and evaluates on every text."""
+    start = time.perf_counter()
+    reports, pruned = [], checkpoint
+    if run.solver is not None:
+        result = prune(checkpoint, calibration, run.solver, run.refit, pull=run.pull)
+        reports, pruned = result.reports, with_tensors(checkpoint, result.tensors)
+    seconds = time.perf_counter() - start
+    row: dict[str, object] = {
+        "mean_relative_loss": np.mean([r.relative_loss for r in reports]) if reports else "",
+        "solver_seconds": sum(r.seconds for r in reports),
+        "seconds": seconds,
+    }
+    return row | {name: perplexity(pruned, windows).perplexity for name, windows in texts.items()}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The lines of an earlier command, if there are any."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
+    """Means over the seeds, and the range of the perplexities."""
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    for title in (*texts, "mean loss", "solver s", "seeds"):
+        table.add_column(title, justify="right")
+    for name in dict.fromkeys(row["run"] for row in rows):
+        same = [row for row in rows if row["run"] == name]
+
+        def cell(field: str, form: str, same: list[dict[str, str]] = same) -> str:
+            found = [float(row[field]) for row in same if row[field]]
+            if not found:
+                return ""
+            half = (max(found) - min(found)) / 2
+            spread = f" ± {half:{form}}" if len(found) > 1 else ""
+            return f"{np.mean(found):{form}}{spread}"
+
+        cells = [cell(text, ".2f") for text in texts]
+        losses = [cell("mean_relative_loss", ".4f"), cell("solver_seconds", ".0f")]
+        table.add_row(name, *cells, *losses, str(len(same)))
+    Console(width=130).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
+    parser.add_argument("--evaluation-windows", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
+    arguments = parser.parse_args()
+
+    checkpoint = open_checkpoint(fetch_model(Path(".cache")))
+    tokenizer, vocabulary = checkpoint.load_tokenizer(), checkpoint.config["vocab_size"]
+
+    def ids(path: Path) -> np.ndarray:
+        return tokenize(tokenizer, read_text(path), vocabulary)
+
+    calibration = ids(arguments.calibration)
+    texts = {
+        path.stem: first_windows(ids(path), arguments.evaluation_windows, EVALUATION_LENGTH)
+        for path in arguments.texts
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"model-{arguments.table}.csv"
+    rows = read_rows(path)
+    for seed in arguments.seeds:
+        for run in TABLES[arguments.table]():
+            if any(row["run"] == run.name and row["seed"] == str(seed) for row in rows):
+                continue
+            count = run.windows or arguments.windows
+            windows = drawn_windows(calibration, count, arguments.length, seed)
+            row = {"run": run.name, "seed": seed, "windows": len(windows)}
+            row |= measure(run, checkpoint, windows, texts)
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if not rows:
+                    writer.writeheader()
+                writer.writerow(row)
+            rows = read_rows(path)
+    print_table(rows, list(texts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Losses in float32 against float64 over the condition of the Gram, and one compilation a shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import damped, quadratic_loss
+
+from prox24.solvers.problem import LayerProblem, Status
+from prox24.solvers.refit import ConjugateGradients
+from prox24.solvers.solve import REFITS, SOLVERS, _solve, solve
+
+CONDITIONS = [1e2, 1e4, 1e6, 1e8]
+
+
+def conditioned(condition, dtype, rows=48, width=64):
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    gram = (basis * np.geomspace(1, 1 / condition, width)) @ basis.T
+    gram = (gram + gram.T) / 2
+    return LayerProblem(
+        jnp.asarray(rng.normal(size=(rows, width)), dtype), jnp.asarray(gram, dtype)
+    )
+
+
+def loss(solution, problem, damping):
+    gram = damped(problem.gram, damping)
+    total = quadratic_loss(0 * problem.weight, problem.weight, gram)
+    return quadratic_loss(solution.weight, problem.weight, gram) / total
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("refit", [None, ConjugateGradients(100, 0.0)], ids=["none", "cg"])
+@pytest.mark.parametrize("damping", [0.01, 1e-4])
+@pytest.mark.parametrize("method", SOLVERS)
+def test_float32_loss_is_within_a_thousandth_of_the_float64_loss(method, damping, refit, condition):
+    single, double = conditioned(condition, "float32"), conditioned(condition, "float64")
+    found = solve(single, SOLVERS[method](), refit, damping=damping)
+    expected = solve(double, SOLVERS[method](), refit, damping=damping)
+    assert found.status is expected.status is Status.SPARSE
+    difference = loss(found, double, damping) - loss(expected, double, damping)
+    assert abs(difference) <= 1e-3
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("shape", [(1, 4), (1, 64), (7, 4)], ids=str)
+def test_the_smallest_layers_are_solved(method, shape):
+    rows, width = shape
+    problem = conditioned(10.0, "float32", rows, width)
+    for refit in (None, *(refit() for refit in REFITS.values())):
+        solution = solve(problem, SOLVERS[method](), refit)
+        assert solution.status is Status.SPARSE
+        assert np.count_nonzero(solution.weight) == rows * width // 2
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_rows_of_zeros_stay_zero(method):
+    problem = conditioned(100.0, "float32")
+    problem = problem._replace(weight=problem.weight.at[3].set(0))
+    solution = solve(problem, SOLVERS[method]())
+    assert solution.status is Status.SPARSE
+    assert not np.any(solution.weight[3])
+    assert np.all(np.any(solution.weight != 0, axis=1) == (np.arange(48) != 3))
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_model_compiles_each_solver_once_per_shape(method):
+    shapes = [(24, 16), (8, 16), (24, 16), (16, 24), (8, 16), (16, 24), (24, 16)]
+    jax.clear_caches()
+    for index, (rows, width) in enumerate(shapes):
+        problem = conditioned(10.0 ** (index + 1), "float32", rows, width)
+        solve(problem, SOLVERS[method](), damping=0.01 * (index + 1))
+    assert _solve._cache_size() == len(set(shapes))
