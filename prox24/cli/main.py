@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from prox24.checkpoints.checkpoint import DTYPES
-from prox24.cli import demo, evaluate, prune, verify
+from prox24.cli import demo, evaluate, inspect_grams, prune, verify
 from prox24.core.pattern import Pattern, as_pattern
 from prox24.errors import Prox24Error
 from prox24.solvers.solve import REFITS, SOLVERS
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     _add_eval(commands)
     _add_verify(commands)
+    _add_inspect(commands)
     _add_demo(commands)
     return top
 
@@ -83,6 +84,17 @@ def _add_verify(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.set_defaults(run=verify.run)
     command.add_argument("model", type=Path, help="HF folder with safetensors")
     command.add_argument("--pattern", type=parse_pattern, default=Pattern(2, 4), help="N:M, 2:4")
+    _add_output(command)
+
+
+def _add_inspect(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("inspect", help="diagnose the Gram of every input of a linear")
+    command.set_defaults(run=inspect_grams.run)
+    command.add_argument("source", type=Path, help="HF folder with safetensors, or GGUF file")
+    command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
+    command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
+    command.add_argument("--figure", type=Path, metavar="FILE", help="write a .png or .svg file")
+    _add_length(command)
     _add_output(command)
 
 
