@@ -11,6 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import brute_force_prox, largest, prox_objective, sparsegpt
+from tiny import tokens, write_tiny
+
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.perplexity import perplexity
+from prox24.pipeline import prune
+from prox24.solvers.problem import LayerProblem
+from prox24.solvers.scores import Wanda
+from prox24.solvers.solve import solve
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RIVALS = runpy.run_path(str(BENCHMARKS / "rivals.py"))
@@ -182,3 +190,52 @@ def test_compiling_for_tpus_without_libtpu_is_one_line_that_says_what_to_install
     assert outcome.returncode == 2
     (line,) = outcome.stderr.splitlines()
     assert "pip install libtpu" in line
+
+
+# Layers and models
+
+
+def test_windows_of_a_seed_do_not_overlap_and_fewer_are_a_subset_of_more():
+    drawn = runpy.run_path(str(BENCHMARKS / "model.py"))["drawn_windows"]
+    ids = np.arange(1003)
+    many, few, other = drawn(ids, 64, 10, 0), drawn(ids, 8, 10, 0), drawn(ids, 8, 10, 1)
+    assert len(np.unique(many)) == many.size == 640
+    assert np.array_equal(many[:8], few)
+    assert not np.array_equal(few, other)
+
+
+def test_a_run_of_the_model_benchmark_measures_the_pruned_model(tmp_path):
+    benchmark = runpy.run_path(str(BENCHMARKS / "model.py"))
+    write_tiny(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    windows = {"text": tokens(4, 32)}
+    dense = benchmark["Run"]("dense", None)
+    wanda = benchmark["Run"]("wanda", Wanda())
+    rows = [benchmark["measure"](run, checkpoint, tokens(4, 32), windows) for run in (dense, wanda)]
+    assert rows[0]["text"] == pytest.approx(perplexity(checkpoint, windows["text"]).perplexity)
+    assert rows[1]["text"] != rows[0]["text"]
+    pruned = prune(checkpoint, tokens(4, 32), Wanda(), None)
+    losses = [report.relative_loss for report in pruned.reports]
+    assert rows[1]["mean_relative_loss"] == pytest.approx(np.mean(losses))
+    replaced = benchmark["with_tensors"](checkpoint, pruned.tensors)
+    assert rows[1]["text"] == pytest.approx(perplexity(replaced, windows["text"]).perplexity)
+
+
+def test_the_tables_of_the_model_benchmark_name_each_run_once():
+    for table in runpy.run_path(str(BENCHMARKS / "model.py"))["TABLES"].values():
+        names = [run.name for run in table()]
+        assert len(set(names)) == len(names)
+
+
+def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full():
+    benchmark = runpy.run_path(str(BENCHMARKS / "layers.py"))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
+    problem = LayerProblem(jnp.asarray(rng.normal(size=(8, 16)), jnp.float32), x.T @ x)
+    field = benchmark["contenders"]()
+    for name in (benchmark["DEFAULT"], benchmark["REFERENCE"], benchmark["PAPER"]):
+        contender = field[name]
+        solution, seconds = benchmark["measure"](contender, problem)
+        assert seconds > 0
+        expected = solve(problem, contender.solver, contender.refit)
+        assert np.array_equal(solution.weight, expected.weight)

@@ -176,7 +176,7 @@ def test_an_infinite_pull_to_the_dense_weight_is_no_correction(tmp_path):
 
 
 def output_errors(weights, tensors, index):
-    """|W X' - W0 X|^2 of the linears that read the input of a layer, with the pruned ones before."""
+    """|W X' - W0 X|^2 of the linears that read the input of a layer, behind the pruned ones."""
     config = llama.config_from_hf(config_dict())
     inputs = []
     for source in (weights, weights | tensors):
@@ -205,7 +205,9 @@ def test_dense_targets_lower_the_error_against_the_dense_model(tmp_path):
     for name in first_layer:
         np.testing.assert_allclose(dense.tensors[name], own.tensors[name], rtol=0, atol=1e-4)
     for corrected, plain in zip(
-        output_errors(weights, dense.tensors, 1), output_errors(weights, own.tensors, 1), strict=True
+        output_errors(weights, dense.tensors, 1),
+        output_errors(weights, own.tensors, 1),
+        strict=True,
     ):
         assert corrected < 0.95 * plain
 

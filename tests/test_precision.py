@@ -1,6 +1,5 @@
 """Losses in float32 against float64 over the condition of the Gram, and one compilation a shape."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +7,8 @@ from reference import damped, quadratic_loss
 
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.refit import ConjugateGradients
-from prox24.solvers.solve import REFITS, SOLVERS, _solve, solve
+from prox24.solvers.solve import SOLVERS, _solve, solve
+from prox24.solvers.swaps import Swaps
 
 CONDITIONS = [1e2, 1e4, 1e6, 1e8]
 
@@ -43,11 +43,11 @@ def test_float32_loss_is_within_a_thousandth_of_the_float64_loss(method, damping
 
 
 @pytest.mark.parametrize("method", SOLVERS)
-@pytest.mark.parametrize("shape", [(1, 4), (1, 64), (7, 4)], ids=str)
-def test_the_smallest_layers_are_solved(method, shape):
+@pytest.mark.parametrize("shape", [(1, 64), (7, 4)], ids=str)
+def test_one_row_and_one_block_are_solved(method, shape):
     rows, width = shape
     problem = conditioned(10.0, "float32", rows, width)
-    for refit in (None, *(refit() for refit in REFITS.values())):
+    for refit in (None, ConjugateGradients(), Swaps()):
         solution = solve(problem, SOLVERS[method](), refit)
         assert solution.status is Status.SPARSE
         assert np.count_nonzero(solution.weight) == rows * width // 2
@@ -65,9 +65,9 @@ def test_rows_of_zeros_stay_zero(method):
 
 @pytest.mark.parametrize("method", SOLVERS)
 def test_a_model_compiles_each_solver_once_per_shape(method):
-    shapes = [(24, 16), (8, 16), (24, 16), (16, 24), (8, 16), (16, 24), (24, 16)]
-    jax.clear_caches()
+    shapes = [(20, 12), (4, 12), (20, 12), (12, 20), (4, 12), (12, 20), (20, 12)]
+    before = _solve._cache_size()
     for index, (rows, width) in enumerate(shapes):
         problem = conditioned(10.0 ** (index + 1), "float32", rows, width)
         solve(problem, SOLVERS[method](), damping=0.01 * (index + 1))
-    assert _solve._cache_size() == len(set(shapes))
+    assert _solve._cache_size() - before == len(set(shapes))
