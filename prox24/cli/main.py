@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prox24.checkpoints.checkpoint import DTYPES
 from prox24.cli import demo, evaluate, inspect_grams, prune, verify
-from prox24.core.pattern import Pattern, as_pattern
+from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error
 from prox24.solvers.solve import REFITS, SOLVERS
 
@@ -49,14 +49,24 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.set_defaults(run=prune.run)
     command.add_argument("source", type=Path, help="HF folder with safetensors, or GGUF file")
     command.add_argument("destination", type=Path, help="HF folder to write")
-    command.add_argument("--method", choices=SOLVERS, default="prox")
+    command.add_argument("--method", choices=SOLVERS, default="admm")
     command.add_argument(
         "--refit",
         choices=[*REFITS, "none"],
-        help="update of the kept weights: conjugate gradients, gradient descent, or none "
-        "(default: cg after prox, none after the others)",
+        help="update of the kept weights: conjugate gradients, gradient descent, least squares, "
+        "swaps of kept for pruned weights, or none (default: cg after prox and admm, else none)",
     )
-    command.add_argument("--pattern", type=parse_pattern, default=Pattern(2, 4), help="N:M, 2:4")
+    _add_pattern(command)
+    command.add_argument(
+        "--targets",
+        choices=("pruned", "dense"),
+        default="pruned",
+        help="reproduce each linear's output on the pruned model's activations, or what it was in "
+        "the dense model",
+    )
+    command.add_argument(
+        "--pull", type=_positive_number, default=1.0, help="to the dense weight, with dense targets"
+    )
     command.add_argument(
         "--damping", type=_nonnegative, default=0.01, help="relative to the Gram's mean diagonal"
     )
@@ -83,7 +93,7 @@ def _add_verify(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("verify", help="check that every pruned linear is sparse")
     command.set_defaults(run=verify.run)
     command.add_argument("model", type=Path, help="HF folder with safetensors")
-    command.add_argument("--pattern", type=parse_pattern, default=Pattern(2, 4), help="N:M, 2:4")
+    _add_pattern(command)
     _add_output(command)
 
 
@@ -113,6 +123,12 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     _add_output(command)
 
 
+def _add_pattern(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--pattern", type=parse_pattern, default=Pattern(2, 4), help="N:M (2:4), or P%% of zeros"
+    )
+
+
 def _add_length(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sequence-length", type=_length, default=512, help="tokens of a window (512)"
@@ -124,18 +140,22 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
 
 
-def parse_pattern(text: str) -> Pattern:
-    """Reads "N:M".
+def parse_pattern(text: str) -> Pattern | Unstructured:
+    """Reads "N:M", or "P%".
 
     Example:
-      >>> parse_pattern("2:4")
-      Pattern(kept=2, group=4)
+      >>> parse_pattern("2:4"), parse_pattern("50%")
+      (Pattern(kept=2, group=4), Unstructured(sparsity=0.5))
     """
     try:
+        if text.endswith("%"):
+            return Unstructured(float(text.removesuffix("%")) / 100)
         kept, group = text.split(":")
         return as_pattern((int(kept), int(group)))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N:M with 1 <= N <= M") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither N:M with 1 <= N <= M nor a percentage below 100%"
+        ) from error
 
 
 def _positive(text: str) -> int:
@@ -150,6 +170,13 @@ def _at_least(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
     return int(text)
+
+
+def _positive_number(text: str) -> float:
+    value = _nonnegative(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
 
 
 def _nonnegative(text: str) -> float:
