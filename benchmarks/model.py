@@ -46,7 +46,7 @@ class Run(NamedTuple):
     windows: int | None = None
 
 
-EXACT = ConjugateGradients(100, 1e-6)
+CONVERGED = ConjugateGradients(100, 1e-6)
 DEFAULT = Run("admm with the prox + refit", ADMM(), ConjugateGradients())
 
 
@@ -55,13 +55,13 @@ def main_table() -> list[Run]:
     return [
         Run("dense", None),
         Run("magnitude", prox24.Magnitude()),
-        Run("magnitude + exact", prox24.Magnitude(), EXACT),
+        Run("magnitude + refit", prox24.Magnitude(), CONVERGED),
         Run("wanda", Wanda()),
-        Run("wanda + exact", Wanda(), EXACT),
+        Run("wanda + refit", Wanda(), CONVERGED),
         Run("sparsegpt", SparseGPT()),
-        Run("sparsegpt + exact", SparseGPT(), EXACT),
+        Run("sparsegpt + refit", SparseGPT(), CONVERGED),
         Run("sparsegpt + swaps", SparseGPT(), Swaps()),
-        Run("admm, ALPS + exact", ADMM.alps(), EXACT),
+        Run("admm, ALPS + refit", ADMM.alps(), CONVERGED),
         DEFAULT,
         Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
         Run("admm with the prox + swaps", ADMM(), Swaps()),
@@ -118,6 +118,8 @@ TABLES = {
 def drawn_windows(ids: np.ndarray, windows: int, length: int, seed: int) -> np.ndarray:
     """Windows drawn without replacement; fewer are a subset of more."""
     available = first_windows(ids, None, length)
+    if len(available) < windows:
+        first_windows(ids, windows, length)  # Says what is missing.
     return available[np.random.default_rng(seed).permutation(len(available))[:windows]]
 
 
@@ -207,13 +209,23 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"model-{arguments.table}.csv"
     rows = read_rows(path)
+    if rows and not set(texts) <= set(rows[0]):
+        parser.error(f"{path} has no column for {', '.join(texts)}: give another --output")
     for seed in arguments.seeds:
         for run in TABLES[arguments.table]():
-            if any(row["run"] == run.name and row["seed"] == str(seed) for row in rows):
-                continue
             count = run.windows or arguments.windows
+            key = {
+                "run": run.name,
+                "seed": seed,
+                "calibration": arguments.calibration.stem,
+                "windows": count,
+                "length": arguments.length,
+                "evaluation_windows": arguments.evaluation_windows,
+            }
+            if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
+                continue
             windows = drawn_windows(calibration, count, arguments.length, seed)
-            row = {"run": run.name, "seed": seed, "windows": len(windows)}
+            row = dict(key)
             row |= measure(run, checkpoint, windows, texts)
             with path.open("a", newline="") as file:
                 writer = csv.DictWriter(file, row)

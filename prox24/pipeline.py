@@ -73,7 +73,7 @@ def prune(
       windows: calibration tokens, shape (windows, length).
       solver: finds the masks, see `prox24.solve`.
       refit: updates the kept weights, or None.
-      pattern: (N, M) along the input axis.
+      pattern: (N, M) along the input axis, or unstructured.
       damping: see `prox24.solve`.
       pull: None to reproduce each linear's own output on the pruned model's activations; a number
         to reproduce the dense model's, with that pull to the dense weight, see
@@ -104,7 +104,8 @@ def prune(
             if pull is not None:
                 problem = correct_inputs(problem, crosses[input_name], pull)
             solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
-            weights[name] = solution.weight
+            # What comes after sees the weight as it will be written, unless another dtype is asked.
+            weights[name] = solution.weight.astype(dense[name].dtype)
             report = _report(prefix + name, solution, time.perf_counter() - began)
             tensors[prefix + name] = np.asarray(solution.weight)
             reports.append(report)
@@ -172,7 +173,7 @@ def gather_grams(
         grams, crosses = add_layer_inputs(
             model.family, model.config, weights, batch, dense_batch, grams, crosses
         )
-    for name, gram in grams.items():
+    for name, gram in [*grams.items(), *crosses.items()]:
         if not jnp.isfinite(jnp.trace(gram.total)):
             raise CalibrationError(f"NaN or Inf in the activations {prefix}{name}")
     return (

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -34,7 +35,9 @@ def test_prune_verify_and_eval_as_processes(workspace):
     assert pruned.returncode == 0, pruned.stderr
     printed = json.loads(pruned.stdout)
     assert printed == json.loads(report.read_text())
-    assert printed["solver"]["name"] == "admm"
+    assert printed["solver"]["name"] == "ADMM"
+    assert printed["solver"]["rho"] == {"name": "Exponential", "first": 0.5, "growth": ANY}
+    assert printed["arguments"]["pattern"] == "2:4"
     assert printed["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 1e-4}
     assert printed["arguments"]["samples"] == 8
     assert printed["calibration_tokens"] == 8 * 32

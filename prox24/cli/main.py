@@ -65,7 +65,7 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "the dense model",
     )
     command.add_argument(
-        "--pull", type=_positive_number, default=1.0, help="to the dense weight, with dense targets"
+        "--pull", type=_positive_number, help="to the dense weight, with dense targets (1)"
     )
     command.add_argument(
         "--damping", type=_nonnegative, default=0.01, help="relative to the Gram's mean diagonal"
@@ -180,7 +180,10 @@ def _positive_number(text: str) -> float:
 
 
 def _nonnegative(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a nonnegative number")
     return value

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,27 @@ from prox24.calibration.text import spread_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
-from prox24.core.pattern import PatternLike, Unstructured
-from prox24.errors import CheckpointError
+from prox24.core.pattern import Pattern, PatternLike, Unstructured
+from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import load_model
 from prox24.pipeline import LinearReport, PrunedModel, check_widths, linear_names, prune
 from prox24.solvers.problem import Status
 from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver
+
+DEFAULT_PULL = 1.0
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
     began = time.perf_counter()
     check_destination(arguments.destination, arguments.source, arguments.overwrite)
-    if arguments.report is not None and not arguments.report.absolute().parent.is_dir():
-        raise CheckpointError(f"the folder of {arguments.report} does not exist")
+    if arguments.report is not None:
+        if arguments.report.is_dir():
+            raise CheckpointError(f"the report {arguments.report} is a folder")
+        if not arguments.report.absolute().parent.is_dir():
+            raise CheckpointError(f"the folder of {arguments.report} does not exist")
+    if arguments.pull is not None and arguments.targets != "dense":
+        raise Prox24Error("--pull is for --targets dense")
     checkpoint = open_checkpoint(arguments.source)
     solver, refit = choose(arguments.method, arguments.refit)
     windows = calibration_windows(
@@ -41,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         title=arguments.method,
         pattern=arguments.pattern,
         damping=arguments.damping,
-        pull=arguments.pull if arguments.targets == "dense" else None,
+        pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
         quiet=arguments.quiet,
     )
     write_checkpoint(
@@ -55,14 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
     report = {
         "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
         "solver": {"name": arguments.method, **dataclasses.asdict(solver)},
-        "refit": None
-        if refit is None
-        else {"name": type(refit).__name__, **dataclasses.asdict(refit)},
+        "refit": _settings(refit),
         "versions": versions(),
         "calibration_tokens": windows.size,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
-        "linears": [linear._asdict() for linear in pruned.reports],
+        "linears": [
+            {key: _plain(value) for key, value in linear._asdict().items()}
+            for linear in pruned.reports
+        ],
     }
     if arguments.report is not None:
         arguments.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -146,5 +155,19 @@ def _print_summary(destination: Path, linears: list[LinearReport], seconds: floa
     print_table(["", ""], rows)
 
 
+def _settings(part: Any) -> Any:
+    """A solver, a schedule or a refit as its type and its fields."""
+    if not dataclasses.is_dataclass(part):
+        return part
+    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    return {
+        "name": type(part).__name__,
+        **{name: _settings(value) for name, value in fields.items()},
+    }
+
+
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path | Unstructured) else value
+    """The value as JSON has it: text for paths and patterns, nothing for an infinite ratio."""
+    if isinstance(value, Path | Pattern | Unstructured):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

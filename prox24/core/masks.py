@@ -37,7 +37,8 @@ def count_violations(
 
     Args:
       w: array whose length along `axis` is a multiple of M; NaN counts as nonzero.
-      pattern: (N, M), or unstructured: then the array as a whole is looked at.
+      pattern: (N, M), or unstructured: then the array as a whole is looked at, and one entry more
+        is allowed for each row and column, since methods round within them.
       axis: the axis along which the blocks run.
 
     Returns:
@@ -51,10 +52,11 @@ def count_violations(
       1
     """
     if isinstance(pattern, Unstructured):
-        excess = jnp.count_nonzero(jnp.asarray(w)) - pattern.kept(jnp.size(w))
+        w = jnp.asarray(w)
+        excess = jnp.count_nonzero(w) - pattern.kept(w.size) - sum(w.shape)
         return jnp.maximum(excess, 0).astype(jnp.int32)
     nonzeros = sum((plane != 0).astype(jnp.int32) for plane in split(w, pattern, axis))
-    return jnp.count_nonzero(nonzeros > as_pattern(pattern).kept)
+    return jnp.count_nonzero(nonzeros > as_pattern(pattern).kept).astype(jnp.int32)
 
 
 def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:

@@ -56,7 +56,7 @@ def check_kept(kept: int, group: int) -> None:
     if kept not in KEPT:
         raise ValueError(
             f"prox supports the patterns 1:M and 2:M, not {kept}:{group}; "
-            "top_mask and the methods magnitude, wanda and sparsegpt support any N:M"
+            "top_mask, magnitude, wanda, sparsegpt and ADMM with a projection support any N:M"
         )
 
 

@@ -19,11 +19,11 @@ from prox24.solvers.problem import (
     damped_gram,
     inverse_factor,
     normalize,
-    sufficient_damping,
 )
 from prox24.solvers.schedules import Exponential, Progress, Schedule, SupportSteps
 
 Planes = Sequence[Array]
+"""A weight (out, in) as M arrays (out, in / M): plane i holds the i-th entry of every block."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,9 +31,16 @@ Planes = Sequence[Array]
 class Projection:
     """Z is the nearest point of the pattern, in every step. Any N:M."""
 
-    def __call__(self, blocks: Planes, pattern: Pattern, progress: Progress) -> list[Array]:
+    def __call__(
+        self, blocks: Planes, before: Planes, pattern: Pattern, progress: Progress
+    ) -> list[Array]:
         """Z from W + U, planar."""
-        del progress
+        del before, progress
+        return project(blocks, pattern)
+
+    def end(self, blocks: Planes, before: Planes, pattern: Pattern) -> list[Array]:
+        """The sparse weight from the last W + U, planar."""
+        del before
         return project(blocks, pattern)
 
 
@@ -42,8 +49,9 @@ class Projection:
 class GradualProjection:
     """The N largest of each block stay, and of the others ever fewer. Any N:M.
 
-    At step k the fraction 1 - (1 - k / steps)^3 of the entries that the pattern does not keep is
-    zero, those of least magnitude in the whole matrix, and from step `steps` on all of them are.
+    At step k = 1, 2, ... the fraction 1 - (1 - k / steps)^3 of the entries that the pattern does
+    not keep is zero, those of least magnitude in the whole matrix. At step `steps` all of them are,
+    and from then on the mask stays.
 
     Attributes:
       steps: until only the pattern is left.
@@ -54,7 +62,9 @@ class GradualProjection:
 
     steps: float = 15.0
 
-    def __call__(self, blocks: Planes, pattern: Pattern, progress: Progress) -> list[Array]:
+    def __call__(
+        self, blocks: Planes, before: Planes, pattern: Pattern, progress: Progress
+    ) -> list[Array]:
         """Z from W + U, planar."""
         projected = project(blocks, pattern)
         others = [
@@ -65,12 +75,19 @@ class GradualProjection:
         step = (progress.steps + 1).astype(ordered.dtype)
         remaining = (1 - jnp.minimum(step / self.steps, 1)) ** 3
         outside = ordered.size * (pattern.group - pattern.kept) / pattern.group
-        place = jnp.clip(jnp.int32(ordered.size - remaining * outside), 0, ordered.size - 1)
+        place = jnp.clip(jnp.int32(ordered.size - remaining * outside) - 1, 0, ordered.size - 1)
         threshold = jnp.where(remaining > 0, ordered[place], jnp.inf)
-        return [
+        gradual = [
             jnp.where(other > threshold, plane, kept)
             for other, plane, kept in zip(others, blocks, projected, strict=True)
         ]
+        same = self.end(blocks, before, pattern)
+        return [jnp.where(step > self.steps, *pair) for pair in zip(same, gradual, strict=True)]
+
+    def end(self, blocks: Planes, before: Planes, pattern: Pattern) -> list[Array]:
+        """The sparse weight from the last W + U, on the last support, planar."""
+        kept = [jnp.where(z != 0, plane, 0) for plane, z in zip(blocks, before, strict=True)]
+        return project(kept, pattern)
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +99,8 @@ class Shrinkage:
     decided before blocks of small ones.
 
     Attributes:
-      penalty: the schedule of lam / rho, in units of 1 / mean |W0| of the normalized problem.
+      penalty: the schedule of lam / rho: for 2:M in units of 1 / mean |W0| of the normalized
+        problem, for 1:M without a unit.
 
     Raises:
       ValueError: on a pattern other than 1:M and 2:M.
@@ -90,9 +108,17 @@ class Shrinkage:
 
     penalty: Schedule = Exponential.between(0.3, 2.0, 24)
 
-    def __call__(self, blocks: Planes, pattern: Pattern, progress: Progress) -> list[Array]:
+    def __call__(
+        self, blocks: Planes, before: Planes, pattern: Pattern, progress: Progress
+    ) -> list[Array]:
         """Z from W + U, planar."""
+        del before
         return list(planes.prox(blocks, progress.value, pattern.kept))
+
+    def end(self, blocks: Planes, before: Planes, pattern: Pattern) -> list[Array]:
+        """The sparse weight from the last W + U: their projection, planar."""
+        del before
+        return project(blocks, pattern)
 
 
 Sparsifier = Projection | GradualProjection | Shrinkage
@@ -109,12 +135,13 @@ class ADMM:
 
     The features are scaled so that D = (diag(G) / diag(G^-1))^(1/2) becomes the identity, the
     geometric mean of what a weight costs with the others fixed and with the others free to follow.
-    A fixed point with rho = 1 is then a mask that no exchange within a block improves, if D is what
-    a weight costs (docs/theory.md). `scaling` 0 takes diag(G) alone, and 1 takes diag(G^-1)^-1.
+    A fixed point with rho = 1 is then a mask that no exchange of two weights of a block improves,
+    as far as D is what a weight costs (docs/theory.md, section 13). `scaling` 0 takes diag(G)
+    alone, and 1 takes diag(G^-1)^-1.
 
     Attributes:
       steps: each with one product of the size of W0 G.
-      rho: schedule of rho.
+      rho: schedule of rho, which moves once every `interval` steps.
       sparsify: how Z is found: by the proximal operator, or by a projection.
       scaling: exponent of the second curvature, from 0 to 1.
       interval: steps between two moves of rho; each move costs a product of the size of G G.
@@ -137,15 +164,20 @@ class ADMM:
 
     @classmethod
     def in_steps(cls, steps: int) -> "ADMM":
-        """The default schedules, stretched to an even number of steps, four or more.
+        """The default schedules, stretched to a number of steps.
+
+        Raises:
+          ValueError: fewer than 4 steps.
 
         Example:
           >>> ADMM.in_steps(24) == ADMM()
           True
         """
+        if steps < 4:
+            raise ValueError(f"the default schedules need 4 steps or more, not {steps}")
         return cls(
             steps,
-            Exponential.between(0.5, 1.2, steps // 2),
+            Exponential.between(0.5, 1.2, -(-steps // 2)),
             Shrinkage(Exponential.between(0.3, 2.0, steps)),
         )
 
@@ -153,8 +185,9 @@ class ADMM:
     def alps(cls) -> "ADMM":
         """The settings of ALPS, to be followed by 10 conjugate gradient steps, damping 0.01.
 
-        Its restart with a smaller rho, for when the first steps change nothing, is left out, and
-        its stop when under 0.03% changed is asked from the first step on.
+        ALPS starts with U = 0 and the update of W, here U follows from the first projection; it
+        returns the projection of W, here that of W + U; it stops at less than 0.03% changed from
+        step 30 on only, and restarts with a smaller rho where its first steps change nothing.
 
         References:
           "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
@@ -164,7 +197,10 @@ class ADMM:
 
     @classmethod
     def boza(cls) -> "ADMM":
-        """The settings of Boza, to be used with damping 0.1.
+        """The settings of Boza, for a Gram with a tenth of its diagonal added to the diagonal.
+
+        With `gram + 0.1 * jnp.diag(jnp.diagonal(gram))` and damping 0 it is the published
+        iteration.
 
         References:
           "Fast and Effective Weight Update for Pruned Large Language Models", arXiv 2401.02938.
@@ -178,17 +214,21 @@ class ADMM:
         pattern = check_grouped(pattern, "ADMM")
         if isinstance(self.sparsify, Shrinkage):
             planes.check_kept(*pattern)
-        damping = sufficient_damping(problem.gram, damping)
-        gram = damped_gram(problem.gram, damping)
+        factor = inverse_factor(problem.gram, damping)
+        gram = damped_gram(problem.gram, factor.damping)
         diagonal = jnp.diagonal(gram)
-        others_free = 1 / jnp.sum(jnp.square(inverse_factor(gram)), axis=0)
+        others_free = 1 / jnp.sum(jnp.square(factor.upper), axis=0)
         curvature = diagonal * (others_free / diagonal) ** self.scaling
         normalized = normalize(problem.weight, gram, curvature)
         start, planar_gram = to_planes(normalized, pattern)
         final = _iterate(start, planar_gram, pattern, self)
-        dense = from_planes(final.weight + final.dual, pattern)
-        mask = top_mask(jnp.abs(dense), pattern)
-        return Candidate.of(dense / normalized.scale[None, :], mask, damping, steps=final.steps)
+        blocks = jnp.split(final.weight + final.dual, pattern.group, axis=1)
+        before = jnp.split(final.sparse, pattern.group, axis=1)
+        last = self.sparsify.end(blocks, before, pattern)
+        sparse = from_planes(jnp.concatenate(last, axis=1), pattern)
+        mask = top_mask(jnp.abs(sparse), pattern)
+        scale = normalized.scale[None, :]
+        return Candidate.of(sparse / scale, mask, factor.damping, steps=final.steps)
 
 
 class _State(NamedTuple):
@@ -213,7 +253,8 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _Stat
         """One step; `response` is rho (G + rho I)^-1."""
         total = state.weight + state.dual
         progress = Progress(state.penalty, state.steps, state.changed)
-        sparse = jnp.concatenate(solver.sparsify(split(total), pattern, progress), axis=1)
+        blocks = solver.sparsify(split(total), split(state.sparse), pattern, progress)
+        sparse = jnp.concatenate(blocks, axis=1)
         dual = total - sparse
         pulled = jnp.matmul(start - sparse + dual, response, precision=PRECISION)
         steps = state.steps + 1
@@ -228,10 +269,11 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _Stat
     def advance_with_one_rho(state: _State) -> _State:
         scaled = basis * (state.rho / (eigenvalues + state.rho))[None, :]
         response = jnp.matmul(scaled, basis.T, precision=PRECISION)
-        steps = jnp.minimum(solver.interval, solver.steps - state.steps)
+        steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
         end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
         change = changed(split(end.sparse), split(state.sparse), pattern)
-        rho = solver.rho(Progress(end.rho, end.steps, change))
+        next_rho = solver.rho(Progress(end.rho, end.steps, change))
+        rho = jnp.where(end.steps < solver.steps, next_rho, end.rho)
         return end._replace(dual=end.dual * (end.rho / rho), rho=rho, changed=change)
 
     def unfinished(state: _State) -> Array:

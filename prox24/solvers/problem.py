@@ -32,7 +32,8 @@ class Status(enum.Enum):
     SPARSE = "sparse"
     """The pattern holds and every entry is finite."""
     MAX_STEPS = "max_steps"
-    """Some blocks were still dense after the last step and were cut to their largest entries."""
+    """Of `Prox`: blocks were still dense after the last step and were cut to their largest entries.
+    ADMM always ends with a projection."""
     NONFINITE = "nonfinite"
     """NaN or Inf appeared, in the input or because the damped Gram is not positive definite."""
 
@@ -42,9 +43,10 @@ class Candidate(NamedTuple):
 
     Attributes:
       weight: shape (out, in), zero outside the mask.
-      mask: bool, shape (out, in), exactly N True in each block.
+      mask: bool, shape (out, in), exactly N True in each block, or as many as `Unstructured` keeps.
       damping: scalar, relative to the mean of the Gram's diagonal; as given, or raised.
-      dense_blocks: int32 scalar, the blocks that had more than N nonzeros when the steps ran out.
+      dense_blocks: int32 scalar, the blocks that had more than N nonzeros when `Prox` ran out of
+        steps.
       steps: int32 scalar, iterations taken.
     """
 
@@ -81,10 +83,10 @@ class Statistics(NamedTuple):
       relative_loss_before_refit: of the solver's weight.
       steps: the solver's iterations.
       refit_steps: the refit's iterations.
-      dense_blocks: blocks that were cut to the pattern because the steps ran out.
+      dense_blocks: blocks that were cut to the pattern because `Prox` ran out of steps.
       dead_features: input features that are zero in every calibration token.
       damping: what was added to the diagonal of the Gram, in its units.
-      damping_raised: whether that is more than was asked for, see `sufficient_damping`.
+      damping_raised: whether that is more than was asked for, see `inverse_factor`.
     """
 
     relative_loss: float
@@ -102,7 +104,7 @@ class Solution(NamedTuple):
 
     Attributes:
       weight: shape (out, in), the dtype of the problem's weight, exact zeros outside the mask.
-      mask: bool, shape (out, in), exactly N True in each block.
+      mask: bool, shape (out, in), as in `Candidate`.
       status: a `Status`.
       statistics: `Statistics`.
     """
@@ -132,6 +134,9 @@ def check_problem(
 ) -> Pattern | Unstructured:
     """Raises ValueError unless the shapes fit one another and the pattern divides the input."""
     weight, gram = problem.weight.shape, problem.gram.shape
+    for name, array in problem._asdict().items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"the {name} is {array.dtype}, not floating-point")
     if len(weight) != 2 or gram != (weight[1], weight[1]):
         raise ValueError(f"weight {weight} and gram {gram} are not (out, in) and (in, in)")
     if isinstance(pattern, Unstructured):
@@ -147,12 +152,16 @@ def damping_amount(gram: Array, damping: Array | float) -> Array:
     return damping * jnp.mean(jnp.diagonal(gram))
 
 
+DEAD = 1e-6
+
+
 def damped_gram(gram: Array, damping: Array | float) -> Array:
-    """G + damping mean(diag G) I, with 1 on the diagonal where even that is zero.
+    """G + damping mean(diag G) I; where even that is zero, 1e-6 of the mean takes its place.
 
     A Gram of fewer tokens than features is singular; damping makes it positive definite and says
     how far weights may move where the calibration saw nothing. A zero diagonal is left only when
-    the damping is zero (a dead feature) or no token was seen at all.
+    the damping is zero: a dead feature, whose weights are then the first to be pruned. If no token
+    was seen at all, the diagonal becomes 1.
 
     Args:
       gram: shape (in, in).
@@ -161,60 +170,64 @@ def damped_gram(gram: Array, damping: Array | float) -> Array:
     Returns:
       Array of the shape and dtype of `gram`.
     """
-    diagonal = jnp.diagonal(gram) + damping_amount(gram, damping)
-    return jnp.fill_diagonal(gram, jnp.where(diagonal > 0, diagonal, 1), inplace=False)
+    mean = jnp.mean(jnp.diagonal(gram))
+    diagonal = jnp.diagonal(gram) + damping * mean
+    dead = jnp.where(mean == 0, 1, DEAD * mean)
+    return jnp.fill_diagonal(gram, jnp.where(diagonal == 0, dead, diagonal), inplace=False)
 
 
 FIRST_RAISED_DAMPING, LARGEST_DAMPING, RAISE = 1e-6, 1.0, 10.0
 
 
-def sufficient_damping(gram: Array, damping: Array) -> Array:
-    """The damping asked for, or the least of a series above it with which Cholesky succeeds.
+class Factor(NamedTuple):
+    """A factorization of the inverse of a damped Gram.
 
-    The series is 1e-6 or ten times what failed before, whichever is more, up to 1. A Gram for which
-    all fail, such as one that holds NaN, keeps what was asked for, and the solution is NONFINITE.
-
-    Args:
-      gram: shape (in, in).
-      damping: nonnegative scalar, relative to the mean of the diagonal.
-
-    Returns:
-      Scalar of the dtype of `damping`.
+    Attributes:
+      upper: U upper triangular, with U^T U = (G + damping mean(diag G) I)^-1, shape (in, in).
+      damping: scalar, as asked for or raised.
     """
 
-    def fails(damping: Array) -> Array:
-        return ~jnp.all(jnp.isfinite(jnp.linalg.cholesky(damped_gram(gram, damping))))
-
-    def raised(damping: Array) -> Array:
-        return jnp.maximum(RAISE * damping, jnp.asarray(FIRST_RAISED_DAMPING, damping.dtype))
-
-    def unfinished(state: tuple[Array, Array]) -> Array:
-        damping, failed = state
-        return failed & (raised(damping) <= LARGEST_DAMPING)
-
-    def advance(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        damping = raised(state[0])
-        return damping, fails(damping)
-
-    last, failed = lax.while_loop(unfinished, advance, (damping, fails(damping)))
-    return jnp.where(failed, damping, last)
+    upper: Array
+    damping: Array
 
 
-def inverse_factor(gram: Array) -> Array:
-    """Upper triangular U with U^T U = G^-1, NaN where G is not positive definite.
+def inverse_factor(gram: Array, damping: Array) -> Factor:
+    """Factors the inverse of the damped Gram, with more damping than asked for if it must.
+
+    Where a Cholesky factorization fails, damping becomes 1e-6 or ten times what failed, whichever
+    is more, up to 1. A Gram for which all fail, such as one that holds NaN, keeps what was asked
+    for, and U is NaN.
 
     Factoring G from its last row to its first gives G = R R^T with R upper triangular, so U = R^-1
     comes from one Cholesky factorization and one triangular solve, and G is never inverted.
 
     Args:
-      gram: shape (in, in), symmetric positive definite.
-
-    Returns:
-      Array of the shape and dtype of `gram`.
+      gram: shape (in, in), symmetric.
+      damping: nonnegative scalar of its dtype, relative to the mean of the diagonal.
     """
-    lower = jnp.linalg.cholesky(gram[::-1, ::-1])
+
+    def lower(damping: Array) -> Array:
+        return jnp.linalg.cholesky(damped_gram(gram, damping)[::-1, ::-1])
+
+    def raised(damping: Array) -> Array:
+        return jnp.maximum(RAISE * damping, jnp.asarray(FIRST_RAISED_DAMPING, damping.dtype))
+
+    def failed(factor: Array) -> Array:
+        # A failure is NaN in every entry of the triangle.
+        return ~jnp.isfinite(factor[-1, -1])
+
+    def unfinished(state: tuple[Array, Array]) -> Array:
+        factor, used = state
+        return failed(factor) & (raised(used) <= LARGEST_DAMPING)
+
+    def advance(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        used = raised(state[1])
+        return lower(used), used
+
+    factor, used = lax.while_loop(unfinished, advance, (lower(damping), damping))
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)[::-1, ::-1]
+    upper = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    return Factor(upper[::-1, ::-1], jnp.where(failed(factor), damping, used))
 
 
 def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Normalized:
@@ -237,16 +250,20 @@ def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Nor
 
 def quadratic_loss(difference: Array, gram: Array) -> Array:
     """tr(D G D^T) for a difference D of shape (out, in), a scalar."""
-    return jnp.sum(jnp.matmul(difference, gram, precision=PRECISION) * difference)
+    image = jnp.matmul(difference, gram, precision=PRECISION)
+    # The selection changes nothing, but keeps XLA's CPU backend from fusing the product with the
+    # sum, which is three times slower than a product by itself.
+    return jnp.sum(jnp.where(difference != 0, image, 0) * difference)
 
 
 def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> LayerProblem:
     """The problem whose layer also makes up for what pruning did to its inputs.
 
-    The layer sees x' in the pruned model where the dense one sees x. The minimiser of
+    The layer sees x' in the pruned model where the dense one sees x. The dense minimiser of
     |W X' - W0 X|^2 + pull mean(diag G) |W - W0|^2 is W0 + W0 (C - G) (G + pull mean(diag G) I)^-1
     with G = X' X'^T and C = X X'^T; it takes the place of W0. Without a strong pull, errors that
-    the inputs have accumulated are fitted by enormous corrections.
+    the inputs have accumulated are fitted by enormous corrections. The pull is in the new dense
+    weight alone: the Gram stays as it is. Losses are then relative to the new dense weight.
 
     Args:
       problem: weight W0 and gram G, of the pruned model's inputs.
@@ -254,7 +271,8 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> La
       pull: positive, relative to the mean of the diagonal of G.
 
     Returns:
-      A problem with the same gram.
+      A problem with the same gram, and a float32 weight, or float64 if the Gram is; NaN if the
+      Gram or the cross-Gram holds NaN.
 
     Example:
       >>> x = jnp.eye(4)
@@ -264,9 +282,9 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> La
     """
     dtype = jnp.float64 if problem.gram.dtype == jnp.float64 else jnp.float32
     weight, gram = problem.weight.astype(dtype), problem.gram.astype(dtype)
-    factor = inverse_factor(damped_gram(gram, pull))
+    upper = inverse_factor(gram, jnp.asarray(pull, dtype)).upper
     surplus = jnp.matmul(weight, cross.astype(dtype) - gram, precision=PRECISION)
     correction = jnp.matmul(
-        jnp.matmul(surplus, factor.T, precision=PRECISION), factor, precision=PRECISION
+        jnp.matmul(surplus, upper.T, precision=PRECISION), upper, precision=PRECISION
     )
     return LayerProblem(weight + correction, problem.gram)

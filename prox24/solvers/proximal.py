@@ -24,14 +24,13 @@ class Prox:
     so that lam has no units. Z extrapolates W with Nesterov's momentum, L bounds the largest
     eigenvalue of the normalized Gram. `Prox.paper()` is the paper's iteration.
 
-    Rows are independent problems: momentum restarts row by row, and of many rows, once at most an
-    eighth hold a dense block, only those go on.
+    Once at most an eighth of many rows hold a dense block, only those go on.
 
     Attributes:
       penalty: schedule of lam.
       momentum: 1 for Nesterov's sequence, 0 for none, between for a damped one.
       restart: whether a row's momentum starts anew where the step points against it.
-      per_row: whether lam is divided by the mean magnitude of each row, not of the matrix.
+      per_row: whether lam is divided by the mean magnitude of each row, not of the matrix; for 2:M.
       max_steps: steps after which blocks that are still dense are cut; the status then says so.
 
     Raises:

@@ -12,10 +12,11 @@ class Progress(NamedTuple):
     """What a schedule may look at when it sets the next value.
 
     Attributes:
-      value: of the step just taken, a scalar.
+      value: the last one, a scalar.
       steps: taken so far, an int32 scalar.
-      changed: entries that entered or left the support since the value last moved, as a fraction of
-        the entries that the pattern keeps; a scalar.
+      changed: entries that entered or left the support, as a fraction of the entries that the
+        pattern keeps, a scalar: in the last step of `Prox`, and between the last two moves of rho
+        in `ADMM`, infinite before the first.
     """
 
     value: Array
@@ -26,11 +27,11 @@ class Progress(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Exponential:
-    """first growth^k at step k = 0, 1, ...: the paper's schedule.
+    """first growth^k at move k = 0, 1, ...: the paper's schedule.
 
     Attributes:
-      first: value of the first step.
-      growth: factor per step.
+      first: value before the first move.
+      growth: factor per move.
     """
 
     first: float
@@ -38,7 +39,7 @@ class Exponential:
 
     @classmethod
     def between(cls, first: float, last: float, steps: int) -> "Exponential":
-        """Reaches `last` at the last of `steps` steps, two or more.
+        """Reaches `last` at the last of `steps` values, two or more.
 
         Example:
           >>> Exponential.between(1.0, 16.0, 5).growth
@@ -54,11 +55,11 @@ class Exponential:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """first + k increment at step k.
+    """first + k increment at move k.
 
     Attributes:
-      first: value of the first step.
-      increment: added per step.
+      first: value before the first move.
+      increment: added per move.
     """
 
     first: float
@@ -119,7 +120,9 @@ class Adaptive:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SupportSteps:
-    """ALPS's rule for rho: times 1.3, 1.2 or 1.1 as more than 10%, 0.5% or none changed.
+    """ALPS's rule for rho: times 1.3, 1.2 or 1.1 as over 10%, over 0.5% or anything changed.
+
+    It stays where nothing did, so it is not for `Prox`.
 
     Attributes:
       first: value of the first step.

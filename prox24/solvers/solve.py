@@ -17,6 +17,7 @@ from prox24.solvers.problem import (
     check_problem,
     damped_gram,
     damping_amount,
+    inverse_factor,
     normalize,
     quadratic_loss,
 )
@@ -62,15 +63,16 @@ def solve(
       pattern: (N, M) along the input axis, M a divisor of the input width, or `Unstructured`, which
         magnitude, wanda and sparsegpt support.
       damping: added to the diagonal of the Gram, relative to its mean. It makes a singular Gram
-        definite. Where SparseGPT and ADMM, which need a definite one, find that it is not enough,
-        they raise it, and the statistics say so: see `sufficient_damping`.
+        definite. SparseGPT, ADMM, LeastSquares and Swaps need one; where it is not enough they
+        raise it to at most 1, and the statistics say so (`prox24.solvers.problem.inverse_factor`).
 
     Returns:
       A `Solution`. Check its status: a solver never raises on numerical failure.
 
     Raises:
-      ValueError: the shapes do not fit, M does not divide the input width, or the solver does not
-        support the pattern.
+      ValueError: the shapes do not fit, M does not divide the input width, an array is not
+        floating-point, damping is negative, or the solver or the refit does not support the
+        pattern.
 
     Example:
       >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
@@ -80,6 +82,8 @@ def solve(
       (<Status.SPARSE: 'sparse'>, 64)
     """
     pattern = check_problem(problem, pattern)
+    if not damping >= 0:
+        raise ValueError(f"damping {damping} is not a nonnegative number")
     weight, mask, figures = _solve(problem, solver, refit, jnp.asarray(damping), pattern)
     statistics = Statistics(
         relative_loss=float(figures["relative_loss"]),
@@ -110,12 +114,18 @@ def _solve(
 ) -> tuple[Array, Array, dict[str, Array]]:
     dtype = jnp.float64 if given.gram.dtype == jnp.float64 else jnp.float32
     damping = damping.astype(dtype)
+    solver, refit = jax.tree.map(
+        lambda x: jnp.asarray(x, dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x,
+        (solver, refit),
+    )
     problem = LayerProblem(given.weight.astype(dtype), given.gram.astype(dtype))
     candidate: Candidate = solver(problem, pattern, damping)
-    weight, mask = candidate.weight, candidate.mask
+    weight, mask, used = candidate.weight, candidate.mask, candidate.damping
     refit_steps = jnp.zeros((), jnp.int32)
     if refit is not None:
-        normalized = normalize(problem.weight, damped_gram(problem.gram, candidate.damping))
+        if isinstance(refit, LeastSquares | Swaps):
+            used = inverse_factor(problem.gram, used).damping
+        normalized = normalize(problem.weight, damped_gram(problem.gram, used))
         scale = normalized.scale[None, :]
         weight, mask, refit_steps = refit(normalized, weight * scale, mask, pattern)
         weight = weight / scale
@@ -125,17 +135,20 @@ def _solve(
 
     def relative_loss(weight: Array) -> Array:
         loss = quadratic_loss(weight.astype(dtype) - problem.weight, problem.gram)
-        return jnp.where(total > 0, loss / total, 0)
+        return jnp.where(loss == 0, 0, loss / total)
 
+    final_loss = relative_loss(weight)
     figures = {
-        "relative_loss": relative_loss(weight),
-        "relative_loss_before_refit": relative_loss(candidate.weight),
+        "relative_loss": final_loss,
+        "relative_loss_before_refit": (
+            final_loss if refit is None else relative_loss(candidate.weight)
+        ),
         "steps": candidate.steps,
         "refit_steps": refit_steps,
         "dense_blocks": candidate.dense_blocks,
         "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
-        "damping": damping_amount(problem.gram, candidate.damping),
-        "damping_raised": candidate.damping > damping,
+        "damping": damping_amount(problem.gram, used),
+        "damping_raised": used > damping,
         "finite": jnp.all(jnp.isfinite(weight)) & jnp.isfinite(total),
     }
     return weight, mask, figures

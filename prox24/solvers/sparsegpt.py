@@ -13,9 +13,7 @@ from prox24.solvers.problem import (
     PRECISION,
     Candidate,
     LayerProblem,
-    damped_gram,
     inverse_factor,
-    sufficient_damping,
 )
 
 
@@ -31,7 +29,8 @@ class SparseGPT:
 
     Attributes:
       block_size: the columns updated together before the rest of the matrix; a pattern's result
-        does not depend on it but for rounding. The largest divisor of the width below it is taken.
+        does not depend on it but for rounding. The largest divisor of the width that is not above
+        it is taken.
 
     References:
       "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
@@ -44,11 +43,10 @@ class SparseGPT:
         self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
     ) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
-        damping = sufficient_damping(problem.gram, damping)
-        factor = inverse_factor(damped_gram(problem.gram, damping))
+        factor = inverse_factor(problem.gram, damping)
         block = _block_width(problem.weight.shape[1], pattern, self.block_size)
-        swept = _sweep(problem.weight.T, factor, pattern, block)
-        return Candidate.of(swept.weight.T, swept.mask.T, damping)
+        swept = _sweep(problem.weight.T, factor.upper, pattern, block)
+        return Candidate.of(swept.weight.T, swept.mask.T, factor.damping)
 
 
 def _block_width(width: int, pattern: Pattern | Unstructured, largest: int) -> int:

@@ -26,8 +26,8 @@ class Swaps:
     """Sweeps over the blocks that exchange kept for pruned weights, then conjugate gradients.
 
     With all other weights fixed, the loss of one block is a quadratic in its M weights, and the
-    best of its masks, with the best weights on it, is found by trying all of them. The loss never
-    rises, and a sweep costs about as much as SparseGPT's. All rows go at once.
+    best of its masks, with the best weights on it, is found by trying all of them. The damped loss
+    never rises, and a sweep costs about as much as SparseGPT's. All rows go at once.
 
     Attributes:
       sweeps: over all blocks, each followed by the conjugate gradients.
@@ -109,9 +109,10 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
         images = jnp.matmul(choices.losses[block], t[None], precision=PRECISION)
         losses = jnp.sum(images * t[None], axis=1)
         present = jnp.all(choices.masks[:, :, None] == kept[None], axis=1)
-        # Ties and rounding leave the mask as it is.
-        margin = jnp.where(present, 1 - 100 * jnp.finfo(w.dtype).eps, 1)
-        best = jnp.argmin(losses * margin, axis=0)
+        # Ties, up to rounding, leave the mask as it is.
+        numbers = jnp.finfo(w.dtype)
+        slack = 100 * numbers.eps * jnp.max(losses, axis=0) + numbers.tiny
+        best = jnp.argmin(jnp.where(present, losses - slack[None], losses), axis=0)
         chosen = jax.nn.one_hot(best, len(choices.masks), axis=0, dtype=w.dtype)
         minimisers = jnp.matmul(choices.minimisers[block], t[None], precision=PRECISION)
         better = jnp.sum(minimisers * chosen[:, None], axis=0)
