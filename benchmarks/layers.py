@@ -213,7 +213,10 @@ def draw(rows: list[dict], field: dict[str, Contender], path: Path) -> None:
             if contender.curve == curve
         )
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=curve)
-    for name in ("admm, ALPS", "admm, Boza + refit", PAPER):
+    present = {row["contender"] for row in rows}
+    for name in ("admm, ALPS + refit", "admm, Boza + refit", PAPER):
+        if name not in present:
+            continue
         x = mean_ratio(rows, "seconds", name, REFERENCE)
         y = 100 * (mean_ratio(rows, "loss", name, DEFAULT) - 1)
         axes.plot(x, y, marker="s", linestyle="none", label=name)
