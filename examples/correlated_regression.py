@@ -5,7 +5,7 @@ finds a mask, and the same conjugate gradients refit the kept weights. The regre
 loss divided by that of the best of all masks, minus 1; the layer is small enough to try them all.
 At rho = 0 the loss is a sum over weights and every method finds the best mask. Nothing is added to
 the diagonal of the Gram (damping 0), so that the losses of all methods are of the same problem.
-"prox, slower" is the same solver with a penalty that grows by 1.01 per step.
+"prox, slower" is the same solver with a penalty that grows by 1.01 per step, "ADMM" the default.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 FIGURE = Path(__file__).parents[1] / "docs/figures/correlated_regression.svg"
 ROWS, WIDTH = 256, 12
-CORRELATIONS = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+CORRELATIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 GRAMS = {
     "equicorrelated": lambda rho: (1 - rho) * np.eye(WIDTH) + rho,
     "Toeplitz": lambda rho: rho ** np.abs(np.subtract.outer(np.arange(WIDTH), np.arange(WIDTH))),

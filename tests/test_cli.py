@@ -97,7 +97,7 @@ def test_refit_and_pattern_choices(workspace, capsys):
     choices = ["--method", "sparsegpt", "--refit", "gradient", "--pattern", "4:8"]
     assert main([*arguments, *choices, *options(workspace)]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["refit"] == {"name": "GradientSteps", "steps": 1000}
+    assert printed["refit"] == {"name": "GradientSteps", "transform": None, "steps": 1000}
     for linear in printed["linears"]:
         assert linear["relative_loss"] <= linear["relative_loss_before_refit"] * 1.0001
     assert main(["verify", str(workspace / "out"), "--pattern", "4:8"]) == 0

@@ -43,9 +43,8 @@ def test_float32_loss_is_within_a_thousandth_of_the_float64_loss(method, damping
 
 
 @pytest.mark.parametrize("method", SOLVERS)
-@pytest.mark.parametrize("shape", [(1, 64), (7, 4)], ids=str)
-def test_one_row_and_one_block_are_solved(method, shape):
-    rows, width = shape
+def test_one_row_of_one_block_is_solved(method):
+    rows, width = 1, 4
     problem = conditioned(10.0, "float32", rows, width)
     for refit in (None, ConjugateGradients(), Swaps()):
         solution = solve(problem, SOLVERS[method](), refit)

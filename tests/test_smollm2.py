@@ -63,7 +63,10 @@ def test_logits_of_the_dense_model_agree_with_the_golden_file(checkpoint):
     ids = np.asarray([checkpoint.load_tokenizer()(TEXT)["input_ids"]], np.int32)
     np.testing.assert_array_equal(ids, golden["ids"])
     logits = forward(checkpoint, ids)[0, :, ::96]
-    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
+    # The golden logits are float64. How float32 products round depends on the processor: the same
+    # code was within 1e-4 on one and 1.5e-4 on another, 6e-6 of the largest logit.
+    np.testing.assert_allclose(logits, golden["logits"], atol=2e-4, rtol=0)
+    assert np.abs(logits - golden["logits"]).max() <= 1e-5 * np.abs(golden["logits"]).max()
 
 
 def test_the_dense_model_predicts_english(checkpoint):

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - began
     report = {
         "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
-        "solver": {"name": arguments.method, **dataclasses.asdict(solver)},
+        "solver": _settings(solver),
         "refit": _settings(refit),
         "versions": versions(),
         "calibration_tokens": windows.size,
