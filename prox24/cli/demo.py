@@ -1,4 +1,4 @@
-"""`prox24 demo`: a real 135M-parameter model, pruned by every method, with perplexities."""
+"""`prox24 demo`: a real 135M-parameter model, pruned by the baselines and the default."""
 
 import argparse
 import hashlib
