@@ -109,7 +109,7 @@ def _add_inspect(commands: "_Commands[argparse.ArgumentParser]") -> None:
 
 
 def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("demo", help="prune SmolLM2-135M by the baselines and the default, and compare")
+    command = commands.add_parser("demo", help="prune SmolLM2-135M and compare methods")
     command.set_defaults(run=demo.run)
     command.add_argument("--cache", type=Path, default=Path(".cache"), help="for the download")
     command.add_argument("--output", type=Path, default=Path("."), help="folder for the models")
