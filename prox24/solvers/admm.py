@@ -11,9 +11,9 @@ from jax import Array, lax
 from prox24.core import planes
 from prox24.core.masks import top_mask
 from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.precision import PRECISION
 from prox24.solvers.planar import changed, check_grouped, from_planes, project, to_planes
 from prox24.solvers.problem import (
-    PRECISION,
     Candidate,
     LayerProblem,
     damped_gram,

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
-
-PRECISION = "highest"
+from prox24.core.precision import PRECISION
 
 
 class LayerProblem(NamedTuple):

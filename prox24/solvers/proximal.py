@@ -10,8 +10,9 @@ from jax import Array, lax
 from prox24.core import planes
 from prox24.core.masks import top_mask
 from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.precision import PRECISION
 from prox24.solvers.planar import changed, check_grouped, dense_blocks, from_planes, to_planes
-from prox24.solvers.problem import PRECISION, Candidate, LayerProblem, damped_gram, normalize
+from prox24.solvers.problem import Candidate, LayerProblem, damped_gram, normalize
 from prox24.solvers.schedules import Exponential, Progress, Schedule
 
 
@@ -81,7 +82,10 @@ class _State(NamedTuple):
 
 
 def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _State:
-    step_size = 1 / eigenvalue_bound(gram)
+    bound = eigenvalue_bound(gram)
+    step_size = 1 / bound
+    # NaN would never become sparse.
+    most_steps = jnp.where(jnp.isfinite(bound) & jnp.isfinite(jnp.sum(start)), solver.max_steps, 0)
 
     def split(weight: Array) -> list[Array]:
         return jnp.split(weight, pattern.group, axis=1)
@@ -115,7 +119,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _Stat
         """Until at most `rows` rows hold dense blocks, or the steps are exhausted."""
 
         def unfinished(state: _State) -> Array:
-            return (jnp.count_nonzero(state.dense_blocks) > rows) & (state.steps < solver.max_steps)
+            return (jnp.count_nonzero(state.dense_blocks) > rows) & (state.steps < most_steps)
 
         return lax.while_loop(unfinished, advance, state)
 
@@ -132,15 +136,15 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _Stat
         steps=jnp.zeros((), jnp.int32),
     )
     few = rows // 8 if rows >= MANY_ROWS else 0
-    most = run(initial, few)
+    first = run(initial, few)
     if not few:
-        return most
+        return first
     # Rows that are done fill up the places.
-    chosen = jnp.argsort(most.dense_blocks[:, 0] == 0, stable=True)[:few]
-    last = run(_State(*(part[chosen] if part.ndim else part for part in most)), 0)
-    return last._replace(
-        weight=most.weight.at[chosen].set(last.weight),
-        dense_blocks=most.dense_blocks.at[chosen].set(last.dense_blocks),
+    chosen = jnp.argsort(first.dense_blocks[:, 0] == 0, stable=True)[:few]
+    rest = run(_State(*(part[chosen] if part.ndim else part for part in first)), 0)
+    return rest._replace(
+        weight=first.weight.at[chosen].set(rest.weight),
+        dense_blocks=first.dense_blocks.at[chosen].set(rest.dense_blocks),
     )
 
 
@@ -171,7 +175,7 @@ def eigenvalue_bound(gram: Array) -> Array:
     for _ in range(EIGENVALUE_SQUARINGS):
         # power is G^exponent / exp(log_norm), kept at norm 1 so that squaring cannot overflow.
         norm = jnp.linalg.norm(power)
-        power = power / norm
+        power = power / jnp.where(norm > 0, norm, 1)
         power = jnp.matmul(power, power, precision=PRECISION)
         log_norm = 2 * (log_norm + jnp.log(norm))
         exponent *= 2

@@ -9,7 +9,8 @@ import optax
 from jax import Array, lax
 
 from prox24.core.pattern import Pattern, Unstructured
-from prox24.solvers.problem import PRECISION, Normalized
+from prox24.core.precision import PRECISION
+from prox24.solvers.problem import Normalized
 from prox24.solvers.proximal import eigenvalue_bound
 
 

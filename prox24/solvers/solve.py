@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prox24.core.pattern import Pattern, PatternLike, Unstructured
+from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import (
     Candidate,
@@ -102,6 +102,21 @@ def solve(
     else:
         status = Status.SPARSE
     return Solution(weight, mask, status, statistics)
+
+
+def check_supported(
+    solver: Solver, refit: Refit | None, pattern: PatternLike | Unstructured
+) -> None:
+    """Raises ValueError where `solve` would for the pattern, and computes nothing.
+
+    Example:
+      >>> check_supported(SparseGPT(), None, (3, 4))
+    """
+    pattern = pattern if isinstance(pattern, Unstructured) else as_pattern(pattern)
+    width = 1 if isinstance(pattern, Unstructured) else pattern.group
+    problem = LayerProblem(jnp.zeros((1, width)), jnp.zeros((width, width)))
+    program = functools.partial(_solve, pattern=pattern)
+    jax.eval_shape(program, problem, solver, refit, jnp.zeros(()))
 
 
 @functools.partial(jax.jit, static_argnames="pattern")

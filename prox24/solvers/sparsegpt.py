@@ -9,8 +9,8 @@ from jax import Array, lax
 
 from prox24.core.masks import largest_mask, top_mask
 from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.precision import PRECISION
 from prox24.solvers.problem import (
-    PRECISION,
     Candidate,
     LayerProblem,
     inverse_factor,

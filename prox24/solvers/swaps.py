@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array, lax
 
 from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.precision import PRECISION
 from prox24.solvers.planar import check_grouped
-from prox24.solvers.problem import PRECISION, Normalized
+from prox24.solvers.problem import Normalized
 from prox24.solvers.refit import ConjugateGradients, Refitted
 
 MOST_MASKS = 1000
