@@ -31,7 +31,7 @@ from prox24 import ADMM, ConjugateGradients, LayerProblem, Prox, SparseGPT, Swap
 from prox24.calibration.text import spread_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.demo import fetch_model
-from prox24.forward import embed_windows, layer_weights, load_model, run_layer
+from prox24.forward import embed_windows, layer_linears, layer_weights, load_model, run_layer
 from prox24.pipeline import gather_grams
 from prox24.solvers.admm import Projection
 from prox24.solvers.schedules import Adaptive, Cosine, Exponential, Linear
@@ -135,11 +135,12 @@ def linears(layers: list[int], calibration: Path | None, samples: int) -> Iterat
     for index in range(max(layers) + 1):
         weights = layer_weights(model, index)
         if index in layers:
-            grams, _ = gather_grams(model, weights, hidden, model.family.layer_prefix(index))
-            for linear, input_name in model.family.LINEAR_INPUTS.items():
-                weight = weights[f"{linear}.weight"].astype(jnp.float32)
-                yield LayerLinear(index, linear, LayerProblem(weight, grams[input_name]))
-        hidden = [run_layer(model.family, model.config, weights, batch) for batch in hidden]
+            grams = gather_grams(model, index, weights, hidden).grams
+            for linear in layer_linears(model.config, index):
+                weight = weights[linear.weight].astype(jnp.float32)
+                problem = LayerProblem(weight, grams[linear.input].total)
+                yield LayerLinear(index, linear.weight.removesuffix(".weight"), problem)
+        hidden = [run_layer(model.config.layers[index], weights, batch) for batch in hidden]
 
 
 def one_step(part: object) -> object:

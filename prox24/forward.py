@@ -1,8 +1,7 @@
 """Running a checkpoint's layers one after the other over windows of tokens."""
 
 import functools
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,53 +10,83 @@ from jax import Array
 from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
-from prox24.models.registry import family_of
+from prox24.models import decoder
+from prox24.models.decoder import Config, Layer
+from prox24.models.families import config_from_hf
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
 
 
 class Model(NamedTuple):
-    """A checkpoint with the pure functions that compute it.
-
-    Attributes:
-      checkpoint: gives the weights.
-      family: module of `prox24.models`.
-      config: the family's config, hashable.
-    """
+    """A checkpoint and the decoder that computes it."""
 
     checkpoint: Checkpoint
-    family: ModuleType
-    config: Any
+    config: Config
+
+
+class Linear(NamedTuple):
+    """A linear that is pruned.
+
+    Attributes:
+      tensor: the checkpoint's name of the weight.
+      weight: its name among the weights of its layer.
+      shape: (out, in).
+      input: what `tap` calls its input.
+    """
+
+    tensor: str
+    weight: str
+    shape: tuple[int, ...]
+    input: str
 
 
 def load_model(checkpoint: Checkpoint) -> Model:
-    """Finds the family of a checkpoint and reads its config.
+    """Finds the decoder of a checkpoint.
 
     Raises:
-      UnsupportedModelError: no family computes it.
+      UnsupportedModelError: the architecture, or a setting of it, has no forward pass here.
     """
-    family = family_of(checkpoint.config)
-    return Model(checkpoint, family, family.config_from_hf(checkpoint.config))
+    return Model(checkpoint, config_from_hf(checkpoint.config, checkpoint.tensors))
+
+
+def layer_linears(config: Config, index: int) -> list[Linear]:
+    """The linears of a layer, in the order of pruning."""
+    layer = config.layers[index]
+    shapes = decoder.layer_shapes(layer)
+    return [
+        Linear(decoder.layer_tensor(config.names, index, weight), weight, shapes[weight], source)
+        for weight, source in (
+            (f"{name}.weight", source) for name, source in decoder.linear_inputs(layer).items()
+        )
+    ]
+
+
+def all_linears(config: Config) -> list[Linear]:
+    """The linears of every layer, in the order of pruning."""
+    return [linear for i in range(len(config.layers)) for linear in layer_linears(config, i)]
+
+
+def oriented(config: Config, weight: Array) -> Array:
+    """A tensor of a layer from the checkpoint's layout to (out, in), or back."""
+    return weight.T if config.names.transposed else weight
 
 
 def layer_weights(model: Model, index: int) -> dict[str, Array]:
-    """Reads the tensors of one layer, under their names without the layer's prefix."""
-    prefix = model.family.layer_prefix(index)
+    """Reads the tensors of one layer, under the decoder's names, linears as (out, in)."""
+    config, read = model.config, model.checkpoint.read
     return {
-        name.removeprefix(prefix): jnp.asarray(model.checkpoint.read(name))
-        for name in model.family.tensor_shapes(model.config)
-        if name.startswith(prefix)
+        name: oriented(config, jnp.asarray(read(decoder.layer_tensor(config.names, index, name))))
+        for name in decoder.layer_shapes(config.layers[index])
     }
 
 
 def outer_weights(model: Model) -> dict[str, Array]:
     """Reads the tensors outside the layers: embedding, final norm, head."""
-    prefixes = tuple(model.family.layer_prefix(i) for i in range(model.config.layers))
+    config, read = model.config, model.checkpoint.read
     return {
-        name: jnp.asarray(model.checkpoint.read(name))
-        for name in model.family.tensor_shapes(model.config)
-        if not name.startswith(prefixes)
+        name: jnp.asarray(read(decoder.outer_tensor(config.names, name)))
+        for name in decoder.outer_shapes(config)
     }
 
 
@@ -72,12 +101,12 @@ def embed_windows(model: Model, windows: NDArray[np.int32]) -> list[Array]:
     weights = outer_weights(model)
     size = batch_size(*windows.shape)
     return [
-        model.family.embed(weights, jnp.asarray(windows[i : i + size]))
+        decoder.embed(model.config, weights, jnp.asarray(windows[i : i + size]))
         for i in range(0, len(windows), size)
     ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def run_layer(family: ModuleType, config: Any, weights: dict[str, Array], hidden: Array) -> Array:
-    """One layer on one micro-batch, compiled once for all layers of a model."""
-    return family.layer(config, weights, hidden, family.no_tap)
+@functools.partial(jax.jit, static_argnums=0)
+def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
+    """One layer on one micro-batch, compiled once for all equal layers of a model."""
+    return decoder.layer(layer, weights, hidden, decoder.no_tap)

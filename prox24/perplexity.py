@@ -2,8 +2,8 @@
 
 import functools
 import math
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.errors import CalibrationError
 from prox24.forward import embed_windows, layer_weights, load_model, outer_weights, run_layer
+from prox24.models import decoder
+from prox24.models.decoder import Config
 
 
 class Perplexity(NamedTuple):
@@ -32,25 +34,32 @@ class Perplexity(NamedTuple):
     predicted_tokens: int
 
 
-def perplexity(checkpoint: Checkpoint, windows: NDArray[np.int32]) -> Perplexity:
+def perplexity(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int32],
+    *,
+    on_layer: Callable[[int], None] = lambda index: None,
+) -> Perplexity:
     """exp(-mean log p(token t | tokens 0..t-1 of its window)), in float32, summed in float64.
 
     Args:
       checkpoint: the model; one layer's weights are in memory at a time.
       windows: token ids of shape (windows, context length).
+      on_layer: called after each layer, for progress.
 
     Raises:
       CalibrationError: the loss is not finite.
     """
     model = load_model(checkpoint)
     hidden = embed_windows(model, windows)
-    for index in range(model.config.layers):
+    for index, layer in enumerate(model.config.layers):
         weights = layer_weights(model, index)
-        hidden = [run_layer(model.family, model.config, weights, batch) for batch in hidden]
+        hidden = [run_layer(layer, weights, batch) for batch in hidden]
+        on_layer(index)
     weights = outer_weights(model)
     batches = windows.reshape(len(hidden), -1, windows.shape[1])
     losses = [
-        window_losses(model.family, model.config, weights, states, jnp.asarray(tokens))
+        window_losses(model.config, weights, states, jnp.asarray(tokens))
         for states, tokens in zip(hidden, batches, strict=True)
     ]
     predicted = windows.size - len(windows)
@@ -60,10 +69,8 @@ def perplexity(checkpoint: Checkpoint, windows: NDArray[np.int32]) -> Perplexity
     return Perplexity(math.exp(mean), windows.shape[1], len(windows), predicted)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def window_losses(
-    family: ModuleType, config: Any, weights: dict[str, Array], hidden: Array, tokens: Array
-) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def window_losses(config: Config, weights: dict[str, Array], hidden: Array, tokens: Array) -> Array:
     """Summed negative log-likelihood of each window, shape (batch,).
 
     Windows go one at a time: the logits of one are as large as its length times the vocabulary.
@@ -71,7 +78,7 @@ def window_losses(
 
     def loss(window: tuple[Array, Array]) -> Array:
         states, targets = window
-        scores = family.logits(config, weights, states[None, :-1])[0]
+        scores = decoder.logits(config, weights, states[None, :-1])[0]
         chosen = jnp.take_along_axis(scores, targets[1:, None], axis=-1)[:, 0]
         return jnp.sum(jax.nn.logsumexp(scores, axis=-1) - chosen)
 

@@ -15,33 +15,41 @@ from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.errors import CalibrationError, CheckpointError, SolverError
-from prox24.forward import Model, embed_windows, layer_weights, load_model, run_layer
-from prox24.solvers.problem import LayerProblem, Solution, Status, correct_inputs
+from prox24.forward import (
+    Linear,
+    Model,
+    all_linears,
+    embed_windows,
+    layer_linears,
+    layer_weights,
+    load_model,
+    oriented,
+    run_layer,
+)
+from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
 from prox24.solvers.solve import Refit, Solver, solve
 
 
 class LinearReport(NamedTuple):
-    """How one linear was pruned; the fields of `prox24.Statistics` with a name and costs.
+    """How one linear was pruned.
 
     Attributes:
       name: the tensor, by HF's name.
-      status: the value of a `prox24.Status`.
+      status: how the solver ended.
       sparsity: fraction of exact zeros.
+      inputs: its input width.
+      tokens: calibration tokens that the linear saw; an expert sees those that are routed to it.
       seconds: wall-clock time of the solver and the refit, compilation included.
+      statistics: the losses and what else `prox24.solve` says.
     """
 
     name: str
-    status: str
-    relative_loss: float
-    relative_loss_before_refit: float
+    status: Status
     sparsity: float
-    steps: int
-    refit_steps: int
-    dense_blocks: int
-    dead_features: int
-    damping: float
-    damping_raised: bool
+    inputs: int
+    tokens: int
     seconds: float
+    statistics: Statistics
 
 
 class PrunedModel(NamedTuple):
@@ -66,7 +74,9 @@ def prune(
 
     For each layer the Grams of its linears are gathered with the layer still dense, from the
     activations that come out of the pruned layers before it; then each linear is solved, and the
-    layer runs again, pruned, to feed the next.
+    layer runs again, pruned, to feed the next. A linear that saw no token, as an expert may, is
+    pruned as if its Gram were the identity; one that saw few has a singular Gram, which damping
+    makes definite.
 
     Args:
       checkpoint: the model.
@@ -92,29 +102,29 @@ def prune(
     dense_hidden = None if pull is None else hidden
     tensors: dict[str, NDArray[Any]] = {}
     reports: list[LinearReport] = []
-    for index in range(model.config.layers):
-        prefix = model.family.layer_prefix(index)
+    for index, layer in enumerate(model.config.layers):
         dense = layer_weights(model, index)
         weights = dict(dense)
-        grams, crosses = gather_grams(model, dense, hidden, prefix, dense_hidden)
-        for linear, input_name in model.family.LINEAR_INPUTS.items():
-            name = f"{linear}.weight"
+        sums = gather_grams(model, index, dense, hidden, dense_hidden)
+        for linear in layer_linears(model.config, index):
             began = time.perf_counter()
-            problem = LayerProblem(dense[name].astype(jnp.float32), grams[input_name])
-            if pull is not None:
-                problem = correct_inputs(problem, crosses[input_name], pull)
+            given, gram = dense[linear.weight], sums.grams[linear.input]
+            problem = LayerProblem(given.astype(jnp.float32), gram.total)
+            tokens = int(gram.tokens)
+            if not tokens:
+                problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
+            elif pull is not None:
+                problem = correct_inputs(problem, sums.crosses[linear.input].total, pull)
             solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
             # What comes after sees the weight as it will be written, unless another dtype is asked.
-            weights[name] = solution.weight.astype(dense[name].dtype)
-            report = _report(prefix + name, solution, time.perf_counter() - began)
-            tensors[prefix + name] = np.asarray(solution.weight)
+            weights[linear.weight] = solution.weight.astype(given.dtype)
+            report = _report(linear, solution, tokens, time.perf_counter() - began)
+            tensors[linear.tensor] = np.asarray(oriented(model.config, solution.weight))
             reports.append(report)
             on_linear(report)
-        hidden = [run_layer(model.family, model.config, weights, batch) for batch in hidden]
+        hidden = [run_layer(layer, weights, batch) for batch in hidden]
         if dense_hidden is not None:
-            dense_hidden = [
-                run_layer(model.family, model.config, dense, batch) for batch in dense_hidden
-            ]
+            dense_hidden = [run_layer(layer, dense, batch) for batch in dense_hidden]
     return PrunedModel(tensors, reports)
 
 
@@ -123,74 +133,70 @@ def check_widths(model: Model, pattern: PatternLike | Unstructured) -> None:
     if isinstance(pattern, Unstructured):
         return
     group = as_pattern(pattern).group
-    for name in linear_names(model):
-        width = model.checkpoint.tensors[name].shape[1]
+    for linear in all_linears(model.config):
+        width = linear.shape[1]
         if width % group:
             raise CheckpointError(
-                f"tensor {name} has input width {width}, not divisible by {group}: "
+                f"tensor {linear.tensor} has input width {width}, not divisible by {group}: "
                 f"the pattern {as_pattern(pattern)} does not fit"
             )
 
 
-def linear_names(model: Model) -> list[str]:
-    """The tensors that are pruned, in the order of pruning."""
-    return [
-        f"{model.family.layer_prefix(index)}{linear}.weight"
-        for index in range(model.config.layers)
-        for linear in model.family.LINEAR_INPUTS
-    ]
+class LayerSums(NamedTuple):
+    """The Grams and the cross-Grams of the inputs of a layer's linears, by input name."""
+
+    grams: Sums
+    crosses: Sums
 
 
 def gather_grams(
     model: Model,
+    index: int,
     weights: dict[str, Array],
     hidden: list[Array],
-    prefix: str,
     dense_hidden: list[Array] | None = None,
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The Grams and the cross-Grams of the inputs of a layer's linears, by input name.
+) -> LayerSums:
+    """What the linears of a layer see.
 
     Args:
       model: the model.
+      index: of the layer.
       weights: the dense layer's tensors.
       hidden: micro-batches of what enters the layer in the pruned model.
-      prefix: of the layer, for errors.
       dense_hidden: the same in the dense model; without it there are no cross-Grams.
 
     Raises:
       CalibrationError: an input holds NaN or Inf; names it.
     """
+    layer = model.config.layers[index]
 
     def empty() -> Sums:
-        return {
-            input_name: empty_gram(weights[f"{linear}.weight"].shape[1])
-            for linear, input_name in model.family.LINEAR_INPUTS.items()
-        }
+        linears = layer_linears(model.config, index)
+        widths = {linear.input: linear.shape[1] for linear in linears}
+        return {name: empty_gram(width) for name, width in widths.items()}
 
-    grams, crosses = empty(), {} if dense_hidden is None else empty()
+    sums = LayerSums(empty(), {} if dense_hidden is None else empty())
     alongside = itertools.repeat(None, len(hidden)) if dense_hidden is None else dense_hidden
     for batch, dense_batch in zip(hidden, alongside, strict=True):
-        grams, crosses = add_layer_inputs(
-            model.family, model.config, weights, batch, dense_batch, grams, crosses
-        )
-    for name, gram in [*grams.items(), *crosses.items()]:
+        sums = LayerSums(*add_layer_inputs(layer, weights, batch, dense_batch, *sums))
+    for name, gram in [*sums.grams.items(), *sums.crosses.items()]:
         if not jnp.isfinite(jnp.trace(gram.total)):
-            raise CalibrationError(f"NaN or Inf in the activations {prefix}{name}")
-    return (
-        {name: gram.total for name, gram in grams.items()},
-        {name: cross.total for name, cross in crosses.items()},
-    )
+            raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")
+    return sums
 
 
-def _report(name: str, solution: Solution, seconds: float) -> LinearReport:
+def _report(linear: Linear, solution: Solution, tokens: int, seconds: float) -> LinearReport:
     if solution.status is Status.NONFINITE:
         raise SolverError(
-            f"no finite solution for {name}: its Gram is not positive definite; raise --damping"
+            f"no finite solution for {linear.tensor}: its Gram is not positive definite; "
+            "raise --damping"
         )
     return LinearReport(
-        name=name,
-        status=solution.status.value,
+        name=linear.tensor,
+        status=solution.status,
         sparsity=float(mean_sparsity(solution.weight)),
+        inputs=linear.shape[1],
+        tokens=tokens,
         seconds=seconds,
-        **solution.statistics._asdict(),
+        statistics=solution.statistics,
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny import VARIANTS, config_dict, hf_config, random_weights, tokens
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from tiny import VARIANTS, tokens, write_tiny
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 GOLDEN = Path(__file__).parent / "golden"
 SMOLLM2_TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"
@@ -17,19 +17,20 @@ def torch_logits(model, token_ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(token_ids).long()).logits.float().numpy()
 
 
-def tiny_model(variant: str, weights: dict) -> LlamaForCausalLM:
-    model = LlamaForCausalLM(hf_config(variant, attn_implementation="eager")).float().eval()
-    state = {name: torch.from_numpy(values) for name, values in weights.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all("lm_head" in name for name in missing)
-    return model
+def torch_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "error_msgs"))
+    return model.eval()
 
 
 def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     for variant in VARIANTS:
-        logits = torch_logits(tiny_model(variant, random_weights(config_dict(variant))), tokens())
+        with tempfile.TemporaryDirectory() as folder:
+            write_tiny(Path(folder) / "model", variant)
+            logits = torch_logits(torch_model(Path(folder) / "model"), tokens())
         # The last positions depend on all the others.
         np.save(GOLDEN / f"{variant}.npy", logits[:, -4:])
 

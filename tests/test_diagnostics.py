@@ -11,14 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import best_mask_by_enumeration
-from tiny import byte_tokenizer, config_dict, random_weights, write_folder, write_tiny
+from tiny import (
+    byte_tokenizer,
+    config_dict,
+    random_weights,
+    seen_by_linears,
+    write_folder,
+    write_tiny,
+)
 
 import prox24
 from prox24.calibration.text import spread_windows, tokenize
 from prox24.cli.inspect_grams import reading
 from prox24.cli.main import main
 from prox24.core.diagnostics import GramDiagnostics, diagnose
-from prox24.models import llama
+from prox24.forward import layer_linears
+from prox24.models.families import config_from_hf
 
 COUNTS = {"dead_features", "kruskal_lower", "kruskal_upper"}
 FLOATS = [name for name in GramDiagnostics._fields if name not in COUNTS]
@@ -290,19 +298,11 @@ def command(workspace, *more, model="model"):
 
 def inputs_by_tap(index: int) -> dict:
     """What the linears of a layer of the tiny model see, (tokens, in), in float64."""
-    config = llama.config_from_hf(config_dict("grouped_heads"))
-    weights = {
-        name: jnp.asarray(values)
-        for name, values in random_weights(config_dict("grouped_heads")).items()
-    }
-    ids = tokenize(byte_tokenizer(), TEXT, 260)
-    hidden = llama.embed(weights, jnp.asarray(spread_windows(ids, 8, 32)))
-    for layer in range(index + 1):
-        prefix = llama.layer_prefix(layer)
-        own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-        seen = {}
-        hidden = llama.layer(config, own, hidden, seen.__setitem__)
-    return {name: np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for name, x in seen.items()}
+    config = config_dict("grouped_heads")
+    windows = spread_windows(tokenize(byte_tokenizer(), TEXT, 260), 8, 32)
+    seen = seen_by_linears(config, random_weights(config), windows, index)
+    linears = layer_linears(config_from_hf(config), index)
+    return {linear.input: seen[linear.tensor] for linear in linears}
 
 
 def test_inspect_as_a_process_measures_what_the_linears_see(workspace):

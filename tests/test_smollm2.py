@@ -11,9 +11,16 @@ from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo import fetch_model
 from prox24.core.masks import top_mask
-from prox24.forward import embed_windows, layer_weights, load_model, outer_weights, run_layer
+from prox24.forward import (
+    all_linears,
+    embed_windows,
+    layer_weights,
+    load_model,
+    outer_weights,
+    run_layer,
+)
+from prox24.models import decoder
 from prox24.perplexity import perplexity
-from prox24.pipeline import linear_names
 
 ROOT = Path(__file__).parents[1]
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"
@@ -35,7 +42,7 @@ def checkpoint(gguf_path):
 def pruned_folder(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / "pruned"
     pruned = {}
-    for name in linear_names(load_model(checkpoint)):
+    for name in (linear.tensor for linear in all_linears(load_model(checkpoint).config)):
         weight = jnp.asarray(checkpoint.read(name))
         pruned[name] = np.asarray(jnp.where(top_mask(jnp.abs(weight)), weight, 0))
     write_checkpoint(checkpoint, folder, pruned)
@@ -53,9 +60,9 @@ def torch_model(pruned_folder):
 def forward(checkpoint, ids):
     model = load_model(checkpoint)
     (hidden,) = embed_windows(model, ids)
-    for index in range(model.config.layers):
-        hidden = run_layer(model.family, model.config, layer_weights(model, index), hidden)
-    return np.asarray(model.family.logits(model.config, outer_weights(model), hidden))
+    for index, layer in enumerate(model.config.layers):
+        hidden = run_layer(layer, layer_weights(model, index), hidden)
+    return np.asarray(decoder.logits(model.config, outer_weights(model), hidden))
 
 
 def test_logits_of_the_dense_model_agree_with_the_golden_file(checkpoint):

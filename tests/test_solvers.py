@@ -15,13 +15,14 @@ from reference import (
 )
 
 from prox24.core.masks import is_sparse
+from prox24.core.pattern import Unstructured
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.proximal import Prox, eigenvalue_bound
 from prox24.solvers.refit import ConjugateGradients, GradientSteps
 from prox24.solvers.schedules import Exponential
 from prox24.solvers.scores import Magnitude, Wanda
-from prox24.solvers.solve import REFITS, SOLVERS, solve
+from prox24.solvers.solve import REFITS, SOLVERS, check_supported, solve
 from prox24.solvers.sparsegpt import SparseGPT
 from prox24.solvers.swaps import Swaps
 
@@ -353,7 +354,29 @@ def test_nonfinite_input_is_reported(case, refit, solver):
     field, index, value = NONFINITE_INPUTS[case]
     problem = make_problem("power_law", rows=8, width=16)
     problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
-    assert solve(problem, solver, refit).status is Status.NONFINITE
+    solution = solve(problem, solver, refit)
+    assert solution.status is Status.NONFINITE
+    if isinstance(solver, Prox):
+        assert solution.statistics.steps == 0
+
+
+def test_the_eigenvalue_bound_of_zeros_is_zero():
+    assert eigenvalue_bound(jnp.zeros((4, 4))) == 0
+
+
+@pytest.mark.parametrize(
+    ("solver", "refit", "pattern"),
+    [
+        (Prox(), None, (3, 4)),
+        (ADMM(), None, (3, 4)),
+        (Prox(), None, Unstructured(0.5)),
+        (Wanda(), Swaps(), Unstructured(0.5)),
+    ],
+)
+def test_what_is_not_supported_is_refused_before_any_work(solver, refit, pattern):
+    with pytest.raises(ValueError, match="support"):
+        check_supported(solver, refit, pattern)
+    check_supported(ADMM(), Swaps(), (2, 4))
 
 
 def test_sparsegpt_reports_an_indefinite_gram_without_damping():

@@ -1,15 +1,17 @@
-"""Tiny Llama checkpoints with random weights that are the same on every machine."""
+"""Tiny checkpoints of every family with random weights that are the same on every machine."""
 
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from prox24.models import llama
+from prox24.models import decoder
+from prox24.models.families import config_from_hf
 
 VOCABULARY = 260
 LLAMA3_ROPE = {
@@ -20,7 +22,22 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-VARIANTS = {
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 8.0,
+    "original_max_position_embeddings": 32,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "partial_rotary_factor": 1.0,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+VARIANTS: dict[str, dict] = {
     "llama1": {},
     "grouped_heads": {"num_key_value_heads": 2},
     "one_key_head": {"num_key_value_heads": 1},
@@ -31,22 +48,120 @@ VARIANTS = {
     "linear_rope": {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     },
+    "yarn_rope": {"rope_parameters": YARN_ROPE},
     "large_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "loose_norm": {"rms_norm_eps": 1e-2},
+    "mistral": {"model_type": "mistral", "sliding_window": 8, "num_key_value_heads": 2},
+    "qwen2": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 4,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0], "num_key_value_heads": 2},
+    "granite": {
+        "model_type": "granite",
+        "num_key_value_heads": 4,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+    },
+    "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2},
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 2, "sliding_window": 8},
+    "phi3_short": {
+        "model_type": "phi3",
+        "num_key_value_heads": 4,
+        "rope_parameters": LONG_ROPE | {"original_max_position_embeddings": 64},
+        "original_max_position_embeddings": 64,
+    },
+    "phi3_long": {
+        "model_type": "phi3",
+        "num_key_value_heads": 4,
+        "rope_parameters": LONG_ROPE | {"original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 32,
+    },
+    "gemma": {"model_type": "gemma", "head_dim": 16, "num_key_value_heads": 1},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+        },
+    },
+    "gpt2": {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True, "n_inner": 48},
+    "opt": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    },
+    "gpt_neox_sequential": {
+        "model_type": "gpt_neox",
+        "use_parallel_residual": False,
+        "attention_bias": False,
+    },
+    "falcon": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 48,
+    },
+    "falcon_one_key_head": {"model_type": "falcon", "ffn_hidden_size": 48},
+    "falcon_alibi": {
+        "model_type": "falcon",
+        "alibi": True,
+        "bias": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "ffn_hidden_size": 48,
+    },
+    "bloom": {"model_type": "bloom", "hidden_size": 48, "num_attention_heads": 6},
+    "phi": {"model_type": "phi", "num_key_value_heads": 2},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_key_value_heads": 2},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 4,
+        "mlp_only_layers": [0],
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "head_dim": 8,
+        **EXPERTS,
+    },
+    "olmoe": {"model_type": "olmoe", "clip_qkv": 0.5, "num_key_value_heads": 2, **EXPERTS},
+}
+SETTINGS = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
-def hf_config(variant: str = "llama1", **changes) -> LlamaConfig:
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "architectures": ["LlamaForCausalLM"],
-    }
-    return LlamaConfig(**(settings | VARIANTS[variant] | changes))
+def hf_config(variant: str = "llama1", **changes) -> PreTrainedConfig:
+    return AutoConfig.for_model(**(SETTINGS | VARIANTS[variant] | changes))
 
 
 def config_dict(variant: str = "llama1", **changes) -> dict:
@@ -54,13 +169,14 @@ def config_dict(variant: str = "llama1", **changes) -> dict:
 
 
 def random_weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
-    shapes = llama.tensor_shapes(llama.config_from_hf(config))
+    shapes = decoder.tensor_shapes(config_from_hf(config))
     generator = np.random.default_rng(24)
     weights = {}
     for name, shape in sorted(shapes.items()):
         values = generator.standard_normal(shape) / np.sqrt(shape[-1])
-        if "norm" in name:
-            values = 1 + 0.1 * generator.standard_normal(shape)
+        if ("norm" in name or "ln_" in name) and not name.endswith("bias"):
+            values = 0.1 * generator.standard_normal(shape)
+            values += 0 if config["model_type"].startswith("gemma") else 1
         if name == "model.embed_tokens.weight":
             values = 0.25 * generator.standard_normal(shape)
         weights[name] = values.astype(dtype)
@@ -110,13 +226,41 @@ def tokens(batch: int = 2, length: int = 48) -> np.ndarray:
 
 
 def jax_logits(config_json: dict, weights: dict, token_ids: np.ndarray) -> np.ndarray:
-    import jax.numpy as jnp
+    config = config_from_hf(config_json, weights)
+    outer, hidden = _embed(config, weights, token_ids)
+    for index, layer in enumerate(config.layers):
+        own = _layer_weights(config, weights, index)
+        hidden = decoder.layer(layer, own, hidden, decoder.no_tap)
+    return np.asarray(decoder.logits(config, outer, hidden))
 
-    config = llama.config_from_hf(config_json)
-    arrays = {name: jnp.asarray(values) for name, values in weights.items()}
-    hidden = llama.embed(arrays, jnp.asarray(token_ids))
-    for index in range(config.layers):
-        prefix = llama.layer_prefix(index)
-        layer = {n.removeprefix(prefix): w for n, w in arrays.items() if n.startswith(prefix)}
-        hidden = llama.layer(config, layer, hidden, llama.no_tap)
-    return np.asarray(llama.logits(config, arrays, hidden))
+
+def seen_by_linears(config_json: dict, weights: dict, token_ids: np.ndarray, index: int) -> dict:
+    """What the linears of a layer see, (tokens, in) in float64, by the checkpoint's names."""
+    config = config_from_hf(config_json, weights)
+    seen: dict[str, jnp.ndarray] = {}
+    _, hidden = _embed(config, weights, token_ids)
+    for number, layer in enumerate(config.layers[: index + 1]):
+        own = _layer_weights(config, weights, number)
+        hidden = decoder.layer(layer, own, hidden, seen.__setitem__)
+    return {
+        decoder.layer_tensor(config.names, index, f"{linear}.weight"): np.asarray(
+            seen[name], np.float64
+        ).reshape(-1, seen[name].shape[-1])
+        for linear, name in decoder.linear_inputs(config.layers[index]).items()
+    }
+
+
+def _embed(config: decoder.Config, weights: dict, token_ids: np.ndarray):
+    outer = {
+        name: jnp.asarray(weights[decoder.outer_tensor(config.names, name)])
+        for name in decoder.outer_shapes(config)
+    }
+    return outer, decoder.embed(config, outer, jnp.asarray(token_ids))
+
+
+def _layer_weights(config: decoder.Config, weights: dict, index: int) -> dict:
+    found = {
+        name: jnp.asarray(weights[decoder.layer_tensor(config.names, index, name)])
+        for name in decoder.layer_shapes(config.layers[index])
+    }
+    return {name: w.T for name, w in found.items()} if config.names.transposed else found

@@ -1,14 +1,15 @@
 """Grams of the inputs of a layer's linears, accumulated over micro-batches."""
 
 import functools
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-PRECISION = "highest"
+from prox24.core.precision import PRECISION
+from prox24.models import decoder
+from prox24.models.decoder import Layer
 
 
 class GramSum(NamedTuple):
@@ -17,10 +18,13 @@ class GramSum(NamedTuple):
     Attributes:
       total: shape (in, in).
       error: shape (in, in), what `total` has in excess of the exact sum of the micro-batches.
+      tokens: int32 scalar, the tokens y that are not all zero. Zeros are what an expert sees of
+        the tokens that it does not get.
     """
 
     total: Array
     error: Array
+    tokens: Array
 
 
 Sums = dict[str, GramSum]
@@ -29,7 +33,7 @@ Sums = dict[str, GramSum]
 def empty_gram(width: int) -> GramSum:
     """The Gram of no tokens."""
     zeros = jnp.zeros((width, width), jnp.float32)
-    return GramSum(zeros, zeros + 0)
+    return GramSum(zeros, zeros + 0, jnp.zeros((), jnp.int32))
 
 
 def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
@@ -42,13 +46,13 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     x, y = (tokens.reshape(-1, tokens.shape[-1]).astype(jnp.float32) for tokens in (x, y))
     product = jnp.matmul(x.T, y, precision=PRECISION) - gram.error
     total = gram.total + product
-    return GramSum(total, (total - gram.total) - product)
+    tokens = gram.tokens + jnp.sum(jnp.any(y != 0, axis=-1), dtype=jnp.int32)
+    return GramSum(total, (total - gram.total) - product, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames=("grams", "crosses"))
+@functools.partial(jax.jit, static_argnums=0, donate_argnames=("grams", "crosses"))
 def add_layer_inputs(
-    family: ModuleType,
-    config: NamedTuple,
+    layer: Layer,
     weights: dict[str, Array],
     hidden: Array,
     dense_hidden: Array | None,
@@ -58,12 +62,11 @@ def add_layer_inputs(
     """Runs one layer on a micro-batch and adds what its linears see to their Grams.
 
     Args:
-      family: a module of `prox24.models`.
-      config: the family's config.
+      layer: static.
       weights: the layer's tensors.
       hidden: shape (batch, length, hidden), of the pruned model.
       dense_hidden: the same tokens in the dense model; None leaves the cross-Grams as they are.
-      grams: sums of x' x'^T, by input name of the family's LINEAR_INPUTS; donated.
+      grams: sums of x' x'^T, by the names that `tap` gives to inputs; donated.
       crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated.
 
     Returns:
@@ -72,7 +75,7 @@ def add_layer_inputs(
 
     def inputs(hidden: Array) -> dict[str, Array]:
         seen: dict[str, Array] = {}
-        family.layer(config, weights, hidden, seen.__setitem__)
+        decoder.layer(layer, weights, hidden, seen.__setitem__)
         return seen
 
     pruned = inputs(hidden)

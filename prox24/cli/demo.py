@@ -75,11 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
         # What is measured is what was written, read back.
         result = perplexity(open_checkpoint(destination), evaluation)
         linears = pruned.reports
+        losses = [linear.statistics.relative_loss for linear in linears]
         rows.append(
             {
                 "method": TITLES.get(method, method) + ("" if refit is None else " + refit"),
                 **result._asdict(),
-                "mean_relative_loss": sum(r.relative_loss for r in linears) / len(linears),
+                "mean_relative_loss": sum(losses) / len(losses),
                 "solver_seconds": sum(r.seconds for r in linears),
                 "seconds": time.perf_counter() - began,
                 "folder": str(destination),

@@ -4,7 +4,8 @@ import argparse
 
 from prox24.calibration.text import first_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.output import print_json, print_table
+from prox24.cli.output import print_json, print_table, progress_bar
+from prox24.forward import load_model
 from prox24.perplexity import perplexity
 
 
@@ -14,7 +15,11 @@ def run(arguments: argparse.Namespace) -> int:
     text = text_or_packaged(arguments.text, "austen.txt")
     ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
     windows = first_windows(ids, arguments.samples, arguments.sequence_length)
-    result = perplexity(checkpoint, windows)
+    layers = len(load_model(checkpoint).config.layers)
+    with progress_bar("eval", layers, arguments.quiet) as advance:
+        result = perplexity(
+            checkpoint, windows, on_layer=lambda index: advance(f"layer {index}", None)
+        )
     name = "austen.txt of the package" if arguments.text is None else str(arguments.text)
     if arguments.json:
         print_json({"model": str(arguments.model), "text": name, **result._asdict()})

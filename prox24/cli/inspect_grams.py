@@ -15,7 +15,14 @@ from prox24.cli.output import print_json, print_table, progress_bar
 from prox24.cli.prune import calibration_windows
 from prox24.core.diagnostics import diagnose
 from prox24.errors import CheckpointError, Prox24Error
-from prox24.forward import Model, embed_windows, layer_weights, load_model, run_layer
+from prox24.forward import (
+    Model,
+    embed_windows,
+    layer_linears,
+    layer_weights,
+    load_model,
+    run_layer,
+)
 from prox24.pipeline import gather_grams
 
 COLUMNS = [
@@ -43,8 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     model = load_model(checkpoint)
     rows: list[Row] = []
-    inputs = len(set(model.family.LINEAR_INPUTS.values()))
-    with progress_bar("inspect", model.config.layers * inputs, arguments.quiet) as advance:
+    inputs = sum(
+        len({linear.input for linear in layer_linears(model.config, index)})
+        for index in range(len(model.config.layers))
+    )
+    with progress_bar("inspect", inputs, arguments.quiet) as advance:
         for row in inspect_layers(model, windows):
             rows.append(row)
             advance(_label(row), None)
@@ -96,16 +106,17 @@ def inspect_layers(model: Model, windows: NDArray[np.int32]) -> Iterator[Row]:
       CalibrationError: activations are not finite; names the input.
     """
     hidden = embed_windows(model, windows)
-    for index in range(model.config.layers):
+    for index, layer in enumerate(model.config.layers):
         weights = layer_weights(model, index)
-        grams, _ = gather_grams(model, weights, hidden, model.family.layer_prefix(index))
-        for name in dict.fromkeys(model.family.LINEAR_INPUTS.values()):
-            figures = {key: value.item() for key, value in diagnose(grams[name])._asdict().items()}
-            features = len(grams[name]) - figures["dead_features"]
+        for name, gram in gather_grams(model, index, weights, hidden).grams.items():
+            diagnosis = diagnose(gram.total)._asdict()
+            figures = {key: value.item() for key, value in diagnosis.items()}
+            features = len(gram.total) - figures["dead_features"]
             others = max(features - 1, 0)
             place = {"layer": index, "input": name, "features": features}
-            yield place | figures | {"chance_mass": others / (windows.size + others)}
-        hidden = [run_layer(model.family, model.config, weights, batch) for batch in hidden]
+            chance = others / (int(gram.tokens) + others) if others else 0.0
+            yield place | figures | {"chance_mass": chance}
+        hidden = [run_layer(layer, weights, batch) for batch in hidden]
 
 
 def reading(rows: list[Row], tokens: int) -> str:

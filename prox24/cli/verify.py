@@ -5,11 +5,11 @@ import argparse
 import jax.numpy as jnp
 
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.output import print_json, print_table
+from prox24.cli.output import print_json, print_table, progress_bar
 from prox24.core.masks import count_violations, mean_sparsity
 from prox24.core.pattern import Unstructured
-from prox24.forward import load_model
-from prox24.pipeline import check_widths, linear_names
+from prox24.forward import all_linears, load_model, oriented
+from prox24.pipeline import check_widths
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,16 +20,18 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(arguments.model)
     model = load_model(checkpoint)
     check_widths(model, pattern)
-    names = linear_names(model)
+    names = [linear.tensor for linear in all_linears(model.config)]
     violations: dict[str, int] = {}
     zeros = weights = 0.0
-    for name in names:
-        weight = jnp.asarray(checkpoint.read(name))
-        zeros += float(mean_sparsity(weight)) * weight.size
-        weights += weight.size
-        blocks = int(count_violations(weight, pattern))
-        if blocks:
-            violations[name] = blocks
+    with progress_bar("verify", len(names), arguments.quiet) as advance:
+        for name in names:
+            weight = oriented(model.config, jnp.asarray(checkpoint.read(name)))
+            zeros += float(mean_sparsity(weight)) * weight.size
+            weights += weight.size
+            blocks = int(count_violations(weight, pattern))
+            if blocks:
+                violations[name] = blocks
+            advance(name, None)
     if arguments.json:
         print_json(
             {
@@ -49,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         ["exact zeros", f"{zeros / weights:.2%}"],
         ["linears that break the pattern", str(len(violations))],
     ]
-    print_table(["model", str(arguments.model)], rows)
+    if not arguments.quiet:
+        print_table(["model", str(arguments.model)], rows)
     for name, blocks in violations.items():
         print(f"{name}: {blocks} {unit} break the pattern {pattern}")
     return 1 if violations else 0
