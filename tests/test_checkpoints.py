@@ -163,7 +163,7 @@ def list_as_config(folder):
         (link_outside, "outside the folder"),
         (empty_index, "no weight_map"),
         (broken_index, "not valid JSON"),
-        (no_weights, "neither"),
+        (no_weights, "no weights"),
         (no_config, "config.json"),
         (list_as_config, "no JSON object"),
     ],
@@ -243,6 +243,93 @@ def test_other_weight_formats_are_not_carried_over(tmp_path):
     write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
     assert not (tmp_path / "out" / "adapter.safetensors").exists()
+
+
+def test_shards_are_no_larger_than_asked(tmp_path):
+    weights = write_tiny(tmp_path / "source", shards=3)
+    source = open_checkpoint(tmp_path / "source")
+    limit = 20_000  # the embedding and the head are larger
+    written = write_checkpoint(source, tmp_path / "out", {}, max_shard_bytes=limit)
+    assert written == [name for shard in source.shards for name in shard]
+    index = _index(tmp_path / "out")
+    assert index["metadata"]["total_size"] == sum(values.nbytes for values in weights.values())
+    assert index["weight_map"].keys() == weights.keys()
+    shards = sorted(set(index["weight_map"].values()))
+    count = len(shards)
+    assert count > 3
+    assert shards == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    sizes = []
+    for shard in shards:
+        tensors = load_file(tmp_path / "out" / shard)
+        assert tensors.keys() == {n for n, place in index["weight_map"].items() if place == shard}
+        for name, values in tensors.items():
+            assert values.tobytes() == weights[name].tobytes()
+        sizes.append(sum(values.nbytes for values in tensors.values()))
+        assert sizes[-1] <= limit or len(tensors) == 1
+    # Nothing of a shard would have fitted into the one before.
+    order = [load_file(tmp_path / "out" / shard) for shard in shards]
+    firsts = [next(name for name in written if name in tensors) for tensors in order[1:]]
+    assert all(
+        size + weights[first].nbytes > limit for size, first in zip(sizes[:-1], firsts, strict=True)
+    )
+
+
+def test_shards_are_measured_in_the_dtype_of_the_output(tmp_path):
+    weights = write_tiny(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    half = sum(values.nbytes for values in weights.values()) // 2
+    options = {"max_shard_bytes": half, "dtype": "bfloat16"}
+    write_checkpoint(source, tmp_path / "out", {}, **options)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    write_checkpoint(source, tmp_path / "two", {}, **options | {"max_shard_bytes": half - 1})
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("limit", [20_000, None])
+def test_transformers_reads_shards_as_one_model(tmp_path, limit):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    weights = write_tiny(tmp_path / "source", "tied_head")
+    source = open_checkpoint(tmp_path / "source")
+    write_checkpoint(source, tmp_path / "out", {}, max_shard_bytes=limit)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    read = model.state_dict()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, values in weights.items():
+        np.testing.assert_array_equal(read[name].numpy(), values)
+
+
+@pytest.mark.parametrize("card", [None, b"# A model\n\nof \xff somebody\n"])
+def test_a_note_is_appended_to_the_model_card(tmp_path, card):
+    write_tiny(tmp_path / "source")
+    if card is not None:
+        (tmp_path / "source" / "README.md").write_bytes(card)
+    source = open_checkpoint(tmp_path / "source")
+    write_checkpoint(source, tmp_path / "out", {}, note="## Pruning\n\n2:4\n")
+    expected = b"## Pruning\n\n2:4\n" if card is None else card + b"\n## Pruning\n\n2:4\n"
+    assert (tmp_path / "out" / "README.md").read_bytes() == expected
+    write_checkpoint(source, tmp_path / "plain", {})
+    assert (tmp_path / "plain" / "README.md").exists() == (card is not None)
+
+
+def test_a_scalar_stays_a_scalar(tmp_path):
+    config = config_dict()
+    scalar = {"model.scale": np.array(2, np.float32)}
+    write_folder(tmp_path / "source", config, random_weights(config) | scalar)
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.scale"].shape == ()
+
+
+def test_a_folder_without_a_tokenizer_is_copied(tmp_path):
+    config = config_dict()
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(config), tmp_path / "source" / "model.safetensors")
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors"}
 
 
 def test_rope_permutation_of_gguf_is_undone():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prox24.checkpoints import gguf_file, hf_folder
+from prox24.checkpoints import (
+    flax_file,
+    float8,
+    gguf_file,
+    hf_folder,
+    hub,
+    pickle_file,
+    safetensors_file,
+)
 from prox24.checkpoints.tensors import TensorSource
 from prox24.errors import CheckpointError
-from prox24.models.registry import family_of
+from prox24.models.decoder import tensor_shapes
+from prox24.models.families import config_from_hf
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -22,6 +31,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 """The dtypes that checkpoints are written in, by HF's names."""
+
+FORMATS = (safetensors_file.FILES, pickle_file.FILES, flax_file.FILES)
+"""The weights that an HF folder may have, the preferred ones first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +43,8 @@ class Checkpoint:
     Attributes:
       path: the folder or file that was opened.
       config: HF's config.json as a dict.
-      tensors: by HF's names; nothing is read until `read` is called.
-      shards: file names in the order of writing, each with its tensors.
+      tensors: by HF's names; nothing is read until `read` is called, but for Flax files.
+      shards: names of tensors in the order of writing, one list for each file.
       load_tokenizer: builds the tokenizer.
       carried: files of the source that are copied to an output as they are.
     """
@@ -40,7 +52,7 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorSource]
-    shards: Mapping[str, list[str]]
+    shards: list[list[str]]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     carried: list[Path]
 
@@ -57,11 +69,12 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens an HF folder with safetensors, or a GGUF file, and checks names, shapes and dtypes.
+    """Opens a model and checks names, shapes and dtypes.
 
     Args:
-      path: a folder with config.json and model.safetensors (or the index of a sharded one), or a
-        file that ends in .gguf.
+      path: a folder with config.json and weights as safetensors, PyTorch's .bin or Flax's msgpack,
+        in one file or with an index of shards; a file that ends in .gguf; or an id of the hub,
+        "owner/name" or "owner/name@revision".
 
     Returns:
       A `Checkpoint` whose tensors are those the model's family computes with, and no fewer.
@@ -76,17 +89,37 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         checkpoint = _open_gguf(path)
     elif path.is_dir():
         checkpoint = _open_folder(path)
+    elif not path.exists() and hub.is_id(path.as_posix()):
+        checkpoint = _open_folder(hub.download(path.as_posix(), FORMATS))
     else:
-        raise CheckpointError(f"{path} is neither a folder nor a .gguf file")
+        raise CheckpointError(f"{path} is neither a folder, nor a .gguf file, nor an id of the hub")
     _check_tensors(checkpoint)
     return checkpoint
 
 
+def parameter_shapes(
+    config: Mapping[str, Any], stored: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model computes with.
+
+    Args:
+      config: HF's config.json.
+      stored: names of the tensors on disk, which may lack a prefix.
+
+    Raises:
+      UnsupportedModelError: the model has no forward pass here.
+    """
+    return tensor_shapes(config_from_hf(config, stored))
+
+
 def _open_folder(path: Path) -> Checkpoint:
     config = hf_folder.read_json(path / "config.json")
-    family_of(config)
-    shards = hf_folder.open_shards(path)
-    tensors = {name: source for shard in shards.values() for name, source in shard.items()}
+    parameter_shapes(config, ())  # an unknown model says so before its files are opened
+    _check_quantization(path, config)
+    shards = hf_folder.open_shards(path, FORMATS)
+    tensors = {name: source for shard in shards for name, source in shard.items()}
+    tensors = _without_copies(tensors, parameter_shapes(config, tensors))
+    tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
         try:
@@ -99,10 +132,34 @@ def _open_folder(path: Path) -> Checkpoint:
         path=path,
         config=config,
         tensors=tensors,
-        shards={name: list(shard) for name, shard in shards.items()},
+        shards=[[name for name in shard if name in tensors] for shard in shards],
         load_tokenizer=load_tokenizer,
         carried=hf_folder.carried_files(path),
     )
+
+
+def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization is not None and quantization.get("quant_method") != "fp8":
+        raise CheckpointError(
+            f"{path}: the weights are quantised ({quantization.get('quant_method')}), "
+            "which is read for fp8 only; dequantise the model first"
+        )
+
+
+def _own_dtype(config: Mapping[str, Any]) -> np.dtype[Any]:
+    name = config.get("dtype") or config.get("torch_dtype")
+    return DTYPES.get(str(name), DTYPES["bfloat16"])
+
+
+def _without_copies(
+    tensors: Mapping[str, TensorSource], shapes: Mapping[str, Any]
+) -> dict[str, TensorSource]:
+    """Leaves out the other names of a tensor that the model computes with: a tied head's."""
+    used = {id(source) for name, source in tensors.items() if name in shapes}
+    return {
+        name: source for name, source in tensors.items() if name in shapes or id(source) not in used
+    }
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -111,15 +168,15 @@ def _open_gguf(path: Path) -> Checkpoint:
         path=path,
         config=contents.config,
         tensors=contents.tensors,
-        shards={"model.safetensors": list(contents.tensors)},
+        shards=[list(contents.tensors)],
         load_tokenizer=contents.load_tokenizer,
         carried=[],
     )
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    family = family_of(checkpoint.config)
-    for name, shape in family.tensor_shapes(family.config_from_hf(checkpoint.config)).items():
+    shapes = parameter_shapes(checkpoint.config, checkpoint.tensors)
+    for name, shape in shapes.items():
         if name not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
         source = checkpoint.tensors[name]

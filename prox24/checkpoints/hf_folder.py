@@ -1,28 +1,14 @@
-"""Reading HF folders: config.json, safetensors shards and their index, and other files."""
+"""The files of an HF folder: config.json, weights with or without an index, and what goes along."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import ml_dtypes
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from typing import Any, NamedTuple
 
 from prox24.checkpoints.tensors import TensorSource
 from prox24.errors import CheckpointError
 
-SINGLE_SHARD = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-
-# Weights in other formats would contradict the pruned ones, and pruning notes describe another run.
+# Weights in other formats would contradict the pruned ones.
 NOT_CARRIED = (
     ".safetensors",
     ".bin",
@@ -30,10 +16,54 @@ NOT_CARRIED = (
     ".pth",
     ".msgpack",
     ".h5",
+    ".ot",
     ".gguf",
     ".onnx",
+    ".tflite",
     ".index.json",
 )
+
+
+class WeightFiles(NamedTuple):
+    """How a format names its files, and what reads one of them.
+
+    Attributes:
+      stem: of a file's name; the number of a shard follows.
+      suffix: of a file's name.
+      open_file: the tensors of a file by HF's names.
+      tensor_name: HF's name for a name in the index.
+    """
+
+    stem: str
+    suffix: str
+    open_file: Callable[[Path], dict[str, TensorSource]]
+    tensor_name: Callable[[str], str] = str
+
+    @property
+    def single_file(self) -> str:
+        """Name of the file that holds all tensors."""
+        return self.stem + self.suffix
+
+    @property
+    def index_file(self) -> str:
+        """Name of the file that says which shard holds a tensor."""
+        return f"{self.single_file}.index.json"
+
+    def names(self, count: int) -> list[str]:
+        """Names of that many files.
+
+        Example:
+          >>> files = WeightFiles("model", ".safetensors", lambda path: {})
+          >>> files.names(1), files.names(2)[0]
+          (['model.safetensors'], 'model-00001-of-00002.safetensors')
+        """
+        if count == 1:
+            return [self.single_file]
+        return [f"{self.stem}-{i:05d}-of-{count:05d}{self.suffix}" for i in range(1, count + 1)]
+
+    def are_in(self, folder: Path) -> bool:
+        """Whether a folder has weights in this format."""
+        return (folder / self.single_file).is_file() or (folder / self.index_file).is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,54 +83,49 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_shards(folder: Path) -> dict[str, dict[str, TensorSource]]:
-    """The safetensors files of a folder, by name, each with its tensors.
+def open_shards(folder: Path, formats: Iterable[WeightFiles]) -> list[dict[str, TensorSource]]:
+    """The tensors of a folder, file by file, in the first of the formats that it has.
 
     Raises:
       CheckpointError: no weights, a shard that is missing or damaged, or an index that disagrees
         with the shards or points outside the folder.
     """
-    if (folder / SINGLE_SHARD).is_file():
-        return {SINGLE_SHARD: _open_shard(folder / SINGLE_SHARD)}
-    if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder} has neither {SINGLE_SHARD} nor {INDEX}")
-    index = folder / INDEX
+    for files in formats:
+        if (folder / files.single_file).is_file():
+            return [_open_file(folder / files.single_file, files)]
+        if (folder / files.index_file).is_file():
+            return _open_index(folder, files)
+    names = ", ".join(files.single_file for files in formats)
+    raise CheckpointError(f"{folder} has no weights: none of {names}, nor an index of shards")
+
+
+def _open_index(folder: Path, files: WeightFiles) -> list[dict[str, TensorSource]]:
+    index = folder / files.index_file
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in (".", ".."):
             raise CheckpointError(f"{index} places tensor {name} outside the folder: {shard!r}")
-    shards = {shard: _open_shard(folder / shard) for shard in sorted(set(weight_map.values()))}
-    for name, shard in weight_map.items():
+    places = {files.tensor_name(name): shard for name, shard in weight_map.items()}
+    shards = {name: _open_file(folder / name, files) for name in sorted(set(places.values()))}
+    for name, shard in places.items():
         if name not in shards[shard]:
             raise CheckpointError(
                 f"{index} places tensor {name} in {shard}, which does not hold it"
             )
-    return {
-        shard: {name: source for name, source in tensors.items() if weight_map.get(name) == shard}
+    return [
+        {name: source for name, source in tensors.items() if places.get(name) == shard}
         for shard, tensors in shards.items()
-    }
+    ]
 
 
-def _open_shard(path: Path) -> dict[str, TensorSource]:
+def _open_file(path: Path, files: WeightFiles) -> dict[str, TensorSource]:
     if not path.is_file():
         raise CheckpointError(f"shard {path} is missing")
     if path.is_symlink() and path.resolve().parent != path.parent.resolve():
         _check_hub_link(path)
-    try:
-        with safe_open(path, "numpy") as shard:
-            headers = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            return {
-                name: TensorSource(
-                    tuple(header.get_shape()),
-                    SAFETENSORS_DTYPES.get(header.get_dtype(), np.dtype(np.void)),
-                    _reader(path, name),
-                )
-                for name, header in headers.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"shard {path} cannot be read: {error}") from error
+    return files.open_file(path)
 
 
 def _check_hub_link(path: Path) -> None:
@@ -108,17 +133,6 @@ def _check_hub_link(path: Path) -> None:
     snapshots = path.parent.resolve().parent
     if snapshots.name != "snapshots" or path.resolve().parent != snapshots.parent / "blobs":
         raise CheckpointError(f"shard {path} is a link to outside the folder")
-
-
-def _reader(path: Path, name: str) -> Any:
-    def read() -> NDArray[Any]:
-        try:
-            with safe_open(path, "numpy") as shard:
-                return shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"tensor {name} of {path} cannot be read: {error}") from error
-
-    return read
 
 
 def carried_files(folder: Path) -> list[Path]:

@@ -1,14 +1,19 @@
 """The `prox24` command: arguments, and errors as one line with exit code 2."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from prox24.checkpoints.checkpoint import DTYPES
-from prox24.cli import demo, evaluate, inspect_grams, prune, verify
+from prox24.checkpoints.writer import OUTPUTS
+from prox24.cli import convert, demo, evaluate, inspect_grams, prune, verify
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error
 from prox24.solvers.solve import REFITS, SOLVERS
+
+MODEL = "HF folder, GGUF file, or the hub's OWNER/NAME[@REVISION]"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     try:
         return int(parsed.run(parsed))
-    except (Prox24Error, ValueError) as error:
+    except Prox24Error as error:
         message = " ".join(str(error).split())
         print(f"prox24: error: {message}", file=sys.stderr)
         return 2
@@ -37,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_convert(commands)
     _add_demo(commands)
     return top
 
@@ -47,7 +53,7 @@ _Commands = argparse._SubParsersAction  # argparse has no public name for it
 def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("prune", help="prune a checkpoint")
     command.set_defaults(run=prune.run)
-    command.add_argument("source", type=Path, help="HF folder with safetensors, or GGUF file")
+    command.add_argument("source", type=Path, help=MODEL)
     command.add_argument("destination", type=Path, help="HF folder to write")
     command.add_argument("--method", choices=SOLVERS, default="admm")
     command.add_argument(
@@ -72,9 +78,8 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     )
     command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
     command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
-    command.add_argument("--dtype", choices=DTYPES, help="of the output (default: the source's)")
     command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
-    command.add_argument("--overwrite", action="store_true", help="replace the destination")
+    _add_writing(command)
     _add_length(command)
     _add_output(command)
 
@@ -82,17 +87,17 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
 def _add_eval(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("eval", help="measure the perplexity of a checkpoint")
     command.set_defaults(run=evaluate.run)
-    command.add_argument("model", type=Path, help="HF folder with safetensors, or GGUF file")
+    command.add_argument("model", type=Path, help=MODEL)
     command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
     command.add_argument("--samples", type=_positive, help="windows (default: the whole text)")
     _add_length(command)
-    _add_output(command)
+    _add_output(command, quiet="no progress bar")
 
 
 def _add_verify(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("verify", help="check that every pruned linear is sparse")
     command.set_defaults(run=verify.run)
-    command.add_argument("model", type=Path, help="HF folder with safetensors")
+    command.add_argument("model", type=Path, help=MODEL)
     _add_pattern(command)
     _add_output(command)
 
@@ -100,12 +105,22 @@ def _add_verify(commands: "_Commands[argparse.ArgumentParser]") -> None:
 def _add_inspect(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("inspect", help="diagnose the Gram of every input of a linear")
     command.set_defaults(run=inspect_grams.run)
-    command.add_argument("source", type=Path, help="HF folder with safetensors, or GGUF file")
+    command.add_argument("source", type=Path, help=MODEL)
     command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
     command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
     command.add_argument("--figure", type=Path, metavar="FILE", help="write a .png or .svg file")
     _add_length(command)
     _add_output(command)
+
+
+def _add_convert(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("convert", help="write a checkpoint in another format")
+    command.set_defaults(run=convert.run)
+    command.add_argument("source", type=Path, help=MODEL)
+    command.add_argument("destination", type=Path, help="HF folder to write")
+    command.add_argument("--format", choices=OUTPUTS, default="safetensors")
+    _add_writing(command)
+    _add_output(command, quiet="no summary")
 
 
 def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
@@ -129,15 +144,28 @@ def _add_pattern(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_writing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=DTYPES, help="of the output (default: the source's)")
+    command.add_argument(
+        "--shard-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="of the largest file, as 5GB or 500MiB (default: the source's files)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the destination")
+
+
 def _add_length(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sequence-length", type=_length, default=512, help="tokens of a window (512)"
     )
 
 
-def _add_output(command: argparse.ArgumentParser) -> None:
+def _add_output(
+    command: argparse.ArgumentParser, quiet: str = "no progress bar, no summary"
+) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
+    command.add_argument("--quiet", action="store_true", help=quiet)
 
 
 def parse_pattern(text: str) -> Pattern | Unstructured:
@@ -156,6 +184,20 @@ def parse_pattern(text: str) -> Pattern | Unstructured:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither N:M with 1 <= N <= M nor a percentage below 100%"
         ) from error
+
+
+def parse_size(text: str) -> int:
+    """Reads a number of bytes with its unit.
+
+    Example:
+      >>> parse_size("5GB"), parse_size("1.5KiB")
+      (5000000000, 1536)
+    """
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
+    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MiB")
+    return size
 
 
 def _positive(text: str) -> int:

@@ -17,10 +17,10 @@ from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
 from prox24.errors import CheckpointError, Prox24Error
-from prox24.forward import load_model
-from prox24.pipeline import LinearReport, PrunedModel, check_widths, linear_names, prune
+from prox24.forward import all_linears, load_model
+from prox24.pipeline import LinearReport, PrunedModel, prune
 from prox24.solvers.problem import Status
-from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver
+from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver, check_supported
 
 DEFAULT_PULL = 1.0
 
@@ -36,8 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise CheckpointError(f"the folder of {arguments.report} does not exist")
     if arguments.pull is not None and arguments.targets != "dense":
         raise Prox24Error("--pull is for --targets dense")
-    checkpoint = open_checkpoint(arguments.source)
     solver, refit = choose(arguments.method, arguments.refit)
+    try:
+        check_supported(solver, refit, arguments.pattern)
+    except ValueError as error:
+        raise Prox24Error(str(error)) from error
+    checkpoint = open_checkpoint(arguments.source)
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
@@ -58,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         pruned.tensors,
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
+        max_shard_bytes=arguments.shard_size,
+        note=model_card_section(arguments, refit, windows),
     )
     seconds = time.perf_counter() - began
     report = {
@@ -69,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "linears": [
-            {key: _plain(value) for key, value in linear._asdict().items()}
+            {key: _plain(value) for key, value in _figures(linear).items()}
             for linear in pruned.reports
         ],
     }
@@ -90,6 +96,22 @@ def choose(method: str, refit: str | None) -> tuple[Solver, Refit | None]:
     """
     refit = refit or ("cg" if method in ("prox", "admm") else "none")
     return SOLVERS[method](), None if refit == "none" else REFITS[refit]()
+
+
+def model_card_section(
+    arguments: argparse.Namespace, refit: Refit | None, windows: NDArray[np.int32]
+) -> str:
+    """Markdown that tells a model's users how it was pruned."""
+    text = arguments.calibration.name if arguments.calibration else "speeches.txt of prox24"
+    return f"""## Pruning
+
+The linears of the layers were pruned by prox24 {versions()["prox24"]}:
+
+- pattern: {arguments.pattern}, along the input axis
+- method: {arguments.method}
+- refit: {"none" if refit is None else type(refit).__name__}
+- calibration: {windows.shape[0]} windows of {windows.shape[1]} tokens from {text}
+"""
 
 
 def calibration_windows(
@@ -118,9 +140,8 @@ def prune_with_progress(
     pull: float | None = None,
 ) -> PrunedModel:
     """`prox24.pipeline.prune` with a progress bar over the linears."""
-    model = load_model(checkpoint)
-    check_widths(model, pattern)
-    with progress_bar(title, len(linear_names(model)), quiet) as advance:
+    linears = all_linears(load_model(checkpoint).config)
+    with progress_bar(title, len(linears), quiet) as advance:
         return prune(
             checkpoint,
             windows,
@@ -129,30 +150,39 @@ def prune_with_progress(
             pattern=pattern,
             damping=damping,
             pull=pull,
-            on_linear=lambda report: advance(report.name, report.relative_loss),
+            on_linear=lambda report: advance(report.name, report.statistics.relative_loss),
         )
 
 
 def _print_summary(destination: Path, linears: list[LinearReport], seconds: float) -> None:
-    losses = [linear.relative_loss for linear in linears]
-    worst = max(linears, key=lambda linear: linear.relative_loss)
+    losses = {linear.name: linear.statistics.relative_loss for linear in linears}
+    worst = max(losses, key=losses.__getitem__)
     rows = [
         ["written", str(destination)],
         ["linears pruned", str(len(linears))],
-        ["mean relative loss", f"{np.mean(losses):.4f}"],
-        ["largest relative loss", f"{worst.relative_loss:.4f}  {worst.name}"],
+        ["mean relative loss", f"{np.mean(list(losses.values())):.4f}"],
+        ["largest relative loss", f"{losses[worst]:.4f}  {worst}"],
         ["seconds", f"{seconds:.0f}"],
     ]
-    cut = [linear for linear in linears if linear.status == Status.MAX_STEPS.value]
+    cut = [linear for linear in linears if linear.status is Status.MAX_STEPS]
     if cut:
         rows.append(["cut to the pattern at the last step", f"{len(cut)} linears, see the report"])
-    raised = [linear for linear in linears if linear.damping_raised]
+    raised = [linear for linear in linears if linear.statistics.damping_raised]
     if raised:
         rows.append(["damping raised to make a Gram definite", f"{len(raised)} linears"])
-    dead = sum(linear.dead_features for linear in linears)
+    few = [linear for linear in linears if linear.tokens < linear.inputs]
+    if few:
+        rows.append(["calibrated on fewer tokens than inputs", f"{len(few)} linears"])
+    dead = sum(linear.statistics.dead_features for linear in linears)
     if dead:
         rows.append(["input features never active", str(dead)])
     print_table(["", ""], rows)
+
+
+def _figures(linear: LinearReport) -> dict[str, Any]:
+    """A linear of the report as one flat object."""
+    own = {key: value for key, value in linear._asdict().items() if key != "statistics"}
+    return own | {"status": linear.status.value} | linear.statistics._asdict()
 
 
 def _settings(part: Any) -> Any:

@@ -1,0 +1,127 @@
+"""The msgpack files of the Flax classes that transformers had until version 4.
+
+They hold a tree of arrays whose paths are PyTorch's names, but for the leaf: a linear's weight is
+`kernel`, transposed, an embedding's is `embedding`, and a norm's is `scale`, or `weight` where the
+class had a norm of its own.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import flax.traverse_util
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24.checkpoints.hf_folder import WeightFiles
+from prox24.checkpoints.tensors import TensorSource
+from prox24.errors import CheckpointError, UnsupportedModelError
+
+NORM_LEAVES: dict[str, str] = {
+    "bert": "scale",
+    "bloom": "scale",
+    "gemma": "weight",
+    "gpt2": "scale",
+    "gpt_neo": "scale",
+    "gptj": "scale",
+    "llama": "weight",
+    "mistral": "weight",
+    "opt": "scale",
+    "roberta": "scale",
+    "xglm": "scale",
+}
+"""Language models with a Flax class, by model_type, and what it called the weight of a norm."""
+
+EMBEDDINGS = (
+    "embed_positions",
+    "embed_tokens",
+    "position_embeddings",
+    "token_type_embeddings",
+    "word_embeddings",
+    "wpe",
+    "wte",
+)
+"""Modules whose matrix is an embedding; that of any other is a linear."""
+
+
+def tensor_name(path: str) -> str:
+    """PyTorch's name for a path of the tree.
+
+    Example:
+      >>> tensor_name("transformer/h/0/attn/c_attn/kernel")
+      'transformer.h.0.attn.c_attn.weight'
+    """
+    *modules, leaf = path.split("/")
+    return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
+
+
+def norm_leaf(model_type: str) -> str:
+    """What the Flax class of a model calls the weight of a norm.
+
+    Raises:
+      UnsupportedModelError: the model has no Flax class in transformers 4, or none that is known
+        here.
+    """
+    if model_type not in NORM_LEAVES:
+        raise UnsupportedModelError(
+            f"there is no Flax class to write model_type {model_type!r} for; "
+            f"there is one for {', '.join(NORM_LEAVES)}"
+        )
+    return NORM_LEAVES[model_type]
+
+
+def tree_leaf(name: str, values: NDArray[Any], norm: str) -> tuple[str, NDArray[Any]]:
+    """Path and array of a tensor in the tree; the inverse of what `open_file` does.
+
+    Args:
+      name: PyTorch's.
+      values: in PyTorch's layout.
+      norm: from `norm_leaf`.
+
+    Example:
+      >>> path, kernel = tree_leaf("model.layers.0.mlp.up_proj.weight", np.zeros((8, 4)), "weight")
+      >>> path, kernel.shape
+      ('model/layers/0/mlp/up_proj/kernel', (4, 8))
+    """
+    *modules, leaf = name.split(".")
+    if leaf == "weight" and values.ndim == 1:
+        leaf = norm
+    elif leaf == "weight" and modules[-1] in EMBEDDINGS:
+        leaf = "embedding"
+    elif leaf == "weight":
+        leaf, values = "kernel", values.T
+    return "/".join([*modules, leaf]), values
+
+
+def open_file(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a file by PyTorch's names and in its layout; the file is read at once.
+
+    Raises:
+      CheckpointError: the file is damaged or holds something else than arrays.
+    """
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+        leaves = flax.traverse_util.flatten_dict(tree, sep="/")
+    except Exception as error:  # msgpack, flax and numpy have no exception in common
+        raise CheckpointError(f"{path} cannot be read as msgpack: {error}") from error
+    return {tensor_name(leaf): _source(path, leaf, values) for leaf, values in leaves.items()}
+
+
+def _source(path: Path, leaf: str, values: Any) -> TensorSource:
+    if not isinstance(values, np.ndarray):
+        raise CheckpointError(f"{path}: {leaf} is not an array")
+    if not leaf.endswith("kernel"):
+        return TensorSource(values.shape, values.dtype, lambda: values)
+    if values.ndim != 2:
+        raise CheckpointError(f"{path}: {leaf} has shape {values.shape} and is not a linear's")
+    return TensorSource(values.T.shape, values.dtype, lambda: np.ascontiguousarray(values.T))
+
+
+def write_file(path: Path, leaves: Mapping[str, NDArray[Any]]) -> None:
+    """Writes arrays by path as the Flax classes did."""
+    tree = flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
+    path.write_bytes(flax.serialization.msgpack_serialize(tree, in_place=True))
+
+
+FILES = WeightFiles("flax_model", ".msgpack", open_file, tensor_name)

@@ -1,0 +1,76 @@
+"""Safetensors files, the format that transformers writes."""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from prox24.checkpoints.hf_folder import WeightFiles
+from prox24.checkpoints.tensors import TensorSource, read_entries
+from prox24.errors import CheckpointError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def open_file(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a file by name; a dtype that is not in `DTYPES` becomes void.
+
+    Raises:
+      CheckpointError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "numpy"):  # which checks that the header describes the file
+            pass
+        with path.open("rb") as file:
+            [length] = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"shard {path} cannot be read: {error}") from error
+    header.pop("__metadata__", None)
+    return {name: _source(path, 8 + length, entry) for name, entry in header.items()}
+
+
+def _source(path: Path, start: int, entry: dict[str, Any]) -> TensorSource:
+    shape = tuple(entry["shape"])
+    dtype = DTYPES.get(entry["dtype"], np.dtype(np.void))
+
+    # Not by safe_open, which has no float8 for numpy.
+    def read() -> NDArray[Any]:
+        if not dtype.itemsize:
+            raise CheckpointError(f"{path}: dtype {entry['dtype']} is not supported")
+        first = start + entry["data_offsets"][0]
+        return read_entries(path, first, math.prod(shape), dtype).reshape(shape)
+
+    return TensorSource(shape, dtype, read)
+
+
+def write_file(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Writes tensors as transformers does; they must be contiguous."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+
+
+FILES = WeightFiles("model", ".safetensors", open_file)

@@ -1,0 +1,188 @@
+"""`prox24 convert`, and what the other commands share with it."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import config_dict, random_weights, write_folder, write_tiny
+
+from prox24.cli.main import main, parse_size
+
+TEXT = "Calibration text for a model that reads bytes. " * 60
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def convert(*arguments):
+    return main(["convert", *map(str, arguments)])
+
+
+def read_all(folder):
+    read = {}
+    for shard in folder.glob("*.safetensors"):
+        read |= load_file(shard)
+    return read
+
+
+def test_to_flax_and_back(tmp_path, capsys):
+    weights = write_tiny(tmp_path / "source", dtype="bfloat16")
+    assert convert(tmp_path / "source", tmp_path / "flax", "--format", "flax") == 0
+    assert "msgpack" in " ".join(os.listdir(tmp_path / "flax"))
+    assert "flax" in capsys.readouterr().out
+    assert convert(tmp_path / "flax", tmp_path / "back", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {
+        path.name for path in (tmp_path / "source").iterdir()
+    }
+    read = load_file(tmp_path / "back" / "model.safetensors")
+    assert read.keys() == weights.keys()
+    for name, values in weights.items():
+        assert read[name].dtype == values.dtype
+        assert read[name].tobytes() == values.tobytes()
+
+
+def test_json_names_what_was_left_out(tmp_path, capsys):
+    config = config_dict()
+    weights = random_weights(config)
+    write_folder(tmp_path / "source", config, weights | {"model.position_ids": np.arange(4)})
+    arguments = [tmp_path / "source", tmp_path / "out", "--format", "flax", "--json"]
+    assert convert(*arguments) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "source": str(tmp_path / "source"),
+        "destination": str(tmp_path / "out"),
+        "format": "flax",
+        "tensors": len(weights),
+        "left_out": ["model.position_ids"],
+    }
+    assert convert(*arguments[:-1], "--overwrite") == 0
+    assert "buffers left out" in capsys.readouterr().out
+
+
+def test_dtype_and_shard_size(tmp_path):
+    weights = write_tiny(tmp_path / "source")
+    options = ["--dtype", "bfloat16", "--shard-size", "20KB", "--quiet"]
+    assert convert(tmp_path / "source", tmp_path / "out", *options) == 0
+    read = read_all(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert read.keys() == weights.keys()
+    for name, values in weights.items():
+        np.testing.assert_array_equal(read[name], values.astype(read[name].dtype))
+        assert read[name].dtype.name == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_model_of_the_hub_in_a_process_that_is_offline(tmp_path):
+    model = tmp_path / "hub" / "models--owner--name"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("1" * 40)
+    (model / "snapshots").mkdir()
+    weights = write_tiny(model / "snapshots" / ("1" * 40))
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "prox24", "convert", "owner/name", "out"]
+    outcome = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    read = load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(read[Q_PROJ], weights[Q_PROJ])
+
+
+def no_flax_class(folder):
+    write_folder(folder / "qwen", config := config_dict("qwen2"), random_weights(config))
+    return [folder / "qwen", folder / "out", "--format", "flax"], "no Flax class"
+
+
+def existing_destination(folder):
+    (folder / "out").mkdir()
+    return [folder / "source", folder / "out"], "--overwrite"
+
+
+def existing_destination_of_a_hub_id(folder):
+    (folder / "out").mkdir()
+    return ["owner/name", folder / "out"], "--overwrite"
+
+
+def not_cached(folder):
+    return ["owner/name", folder / "out"], "owner/name is no folder or .gguf file"
+
+
+def pickle_that_runs_code(folder):
+    (folder / "source" / "model.safetensors").unlink()
+    program = b"cos\nsystem\n(S'true'\ntR."
+    (folder / "source" / "pytorch_model.bin").write_bytes(program)
+    return [folder / "source", folder / "out"], "it names os.system"
+
+
+def overflow(folder):
+    weights = random_weights(config_dict())
+    weights[Q_PROJ][0, 0] = 1e6
+    write_folder(folder / "large", config_dict(), weights)
+    return [folder / "large", folder / "out", "--dtype", "float16"], Q_PROJ
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        no_flax_class,
+        existing_destination,
+        existing_destination_of_a_hub_id,
+        not_cached,
+        pickle_that_runs_code,
+        overflow,
+    ],
+)
+def test_an_error_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch, make):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write_tiny(tmp_path / "source")
+    arguments, named = make(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert convert(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("prox24: error: ")
+    assert named in printed.err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_prune_writes_shards_and_says_how_in_the_model_card(tmp_path):
+    write_tiny(tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text("# Tiny\n")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ["--calibration", str(tmp_path / "text.txt"), "--sequence-length", "32"]
+    options += ["--samples", "8", "--shard-size", "20KB", "--method", "wanda", "--quiet"]
+    assert main(["prune", str(tmp_path / "source"), str(tmp_path / "out"), *options]) == 0
+    assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# Tiny\n\n## Pruning\n")
+    assert "- pattern: 2:4, along the input axis\n" in card
+    assert "- method: wanda\n- refit: none\n" in card
+    assert "- calibration: 8 windows of 32 tokens from text.txt\n" in card
+    assert "prox24 0." in card
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500 MB", 5 * 10**8),
+        ("2KB", 2000),
+        ("1GiB", 2**30),
+        ("1.5MiB", 3 * 2**19),
+        ("1KiB", 1024),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "0GB", "-1GB", "5TB", "5gb", "1e3MB", "nanGB", ""])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+        parse_size(text)
