@@ -1,16 +1,20 @@
 """prox24: prunes models to 2:4 sparsity in JAX, by the exact proximal operator of a penalty.
 
 The names here are the mathematics: patterns, the penalty, its proximal operator, and the layer-wise
-problem with its solvers. They import only jax, numpy and optax. Checkpoints, models and the
-pipeline are in the submodules.
+problem with its solvers; and what prunes a model of your own: `calibrate`, `prune_params` and
+`prune_in_order`. They import only jax, numpy and optax. Checkpoints, models and the pipeline are in
+the submodules.
 """
 
+from prox24.calibration.calibrate import Calibration, InputGram, calibrate
+from prox24.calibration.tap import tap
 from prox24.core import planes
 from prox24.core.diagnostics import GramDiagnostics, diagnose
 from prox24.core.masks import count_violations, is_sparse, top_mask
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.penalty import penalty
 from prox24.core.prox import prox
+from prox24.params import PrunedParams, WeightReport, prune_in_order, prune_params
 from prox24.solvers import schedules
 from prox24.solvers.admm import ADMM, GradualProjection, Projection, Shrinkage
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
@@ -23,16 +27,19 @@ from prox24.solvers.swaps import Swaps
 
 __all__ = [
     "ADMM",
+    "Calibration",
     "ConjugateGradients",
     "GradientSteps",
     "GramDiagnostics",
     "GradualProjection",
+    "InputGram",
     "LayerProblem",
     "LeastSquares",
     "Magnitude",
     "Pattern",
     "Projection",
     "Prox",
+    "PrunedParams",
     "Shrinkage",
     "Solution",
     "SparseGPT",
@@ -41,6 +48,8 @@ __all__ = [
     "Swaps",
     "Unstructured",
     "Wanda",
+    "WeightReport",
+    "calibrate",
     "correct_inputs",
     "count_violations",
     "diagnose",
@@ -48,7 +57,10 @@ __all__ = [
     "penalty",
     "planes",
     "prox",
+    "prune_in_order",
+    "prune_params",
     "schedules",
     "solve",
+    "tap",
     "top_mask",
 ]

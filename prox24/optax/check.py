@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import prox24
+from prox24.core.masks import is_sparse
+from prox24.core.pattern import Pattern
 from prox24.optax.leaves import Axis, Mask, PyTree, describe
 
 # So large that the proximal operator keeps the N largest entries of every block.
@@ -83,13 +84,13 @@ def check(
         steps = jax.tree.leaves(updates)
         if any(steps[i].any() for i in pruned):
             after = jax.tree.leaves(optax.apply_updates(before, updates))
-            broken = [i for i in pruned if not prox24.is_sparse(after[i], pattern, leaves[i].axis)]
+            broken = [i for i in pruned if not is_sparse(after[i], pattern, leaves[i].axis)]
             if broken:
                 first = broken[0]
                 without_penalty, _ = update(gradients, state, before, 0.0)
                 reached = not jnp.array_equal(steps[first], jax.tree.leaves(without_penalty)[first])
                 raise ValueError(
-                    f"{leaves[first].path} is not {prox24.Pattern(*pattern)} along axis "
+                    f"{leaves[first].path} is not {Pattern(*pattern)} along axis "
                     f"{leaves[first].axis} after a step: {NOT_LAST if reached else NOT_REACHED}"
                 )
             taken += 1

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prox24 import Pattern
+from prox24.core.pattern import Pattern
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]

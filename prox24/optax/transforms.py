@@ -10,7 +10,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-import prox24
+from prox24.core.prox import prox
 from prox24.optax.leaves import Axis, Mask, PyTree, describe, path_name, spread
 
 Schedule = Callable[[ArrayLike], ArrayLike]
@@ -84,6 +84,7 @@ def proximal(
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, for R and its operator.
 
     Example:
+      >>> from prox24 import is_sparse
       >>> from prox24.optax import exponential
       >>> optimizer = optax.chain(optax.adam(1e-3), proximal(exponential(0.01, 1.5)))
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
@@ -91,7 +92,7 @@ def proximal(
       >>> for _ in range(20):
       ...     updates, state = optimizer.update(params, state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> bool(prox24.is_sparse(params["kernel"], axis=0))
+      >>> bool(is_sparse(params["kernel"], axis=0))
       True
     """
 
@@ -231,7 +232,7 @@ def _landing_update(
     dtype = jnp.promote_types(params.dtype, update.dtype)
     params, update = params.astype(dtype), update.astype(dtype)
     target = params + update
-    w = prox24.prox(target, penalty, pattern, axis)
+    w = prox(target, penalty, pattern, axis)
     # Where nothing changes the update stays, since w - params would round it once more. Where w is
     # zero, w - params is exact.
     return jnp.where(w == target, update, w - params)

@@ -1,0 +1,54 @@
+"""An identity that says which weight an array is multiplied with."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+# A primitive of its own stays in the jaxpr of whatever is traced: nothing is listened to, and
+# functions that were compiled before calibration are calibrated like others.
+tap_p = Primitive("prox24_tap")
+
+
+def tap(name: str, x: Array, axis: int | tuple[int, ...] = 0) -> Array:
+    """Returns x, and tells `prox24.calibrate` that the weight called `name` is multiplied with it.
+
+    Needed only where `prox24.calibrate` cannot see the product by itself: the weight is reshaped,
+    sliced, masked or unpacked before, or enters a kernel written by hand. Outside of a calibration
+    it costs nothing, and `jax.jit`, `jax.grad` and `jax.vmap` see an identity.
+
+    Args:
+      name: the weight's path in the parameters, components joined by "/": "layers/0/kernel".
+      x: what the weight is multiplied with, shape (..., in): any number of rows. For k summed axes
+        its last k are their features.
+      axis: the axis of the weight that is summed over, counted from the first, or several in the
+        order of x's last axes: 0 for a weight (in, out), 1 for (out, in).
+
+    Returns:
+      x, which the model must go on with.
+
+    Example:
+      >>> weight = jnp.ones((4, 2))
+      >>> (tap("weight", jnp.ones((3, 4))) @ weight).shape
+      (3, 2)
+    """
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    return tap_p.bind(jnp.asarray(x), name=name, axes=axes)
+
+
+def _batch(arguments: Any, dimensions: Any, **params: Any) -> tuple[Array, int]:
+    # In front, so that the features stay last.
+    return tap_p.bind(jnp.moveaxis(arguments[0], dimensions[0], 0), **params), 0
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
+    return tap_p.bind(*primals, **params), tangents[0]
+
+
+tap_p.def_impl(lambda x, **params: x)
+tap_p.def_abstract_eval(lambda x, **params: x)
+mlir.register_lowering(tap_p, lambda context, x, **params: [x])
+batching.primitive_batchers[tap_p] = _batch
+ad.primitive_jvps[tap_p] = _jvp

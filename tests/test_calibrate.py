@@ -1,0 +1,524 @@
+"""Grams of the inputs of every weight, wherever a model multiplies it with them."""
+
+import functools
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from prox24 import calibrate, tap
+from prox24.calibration.layout import from_matrices, to_matrices
+from prox24.calibration.products import find_products
+from prox24.errors import CalibrationError
+
+
+@pytest.fixture
+def standard_promotion():
+    """Flax and Equinox promote dtypes and ranks in their layers and initialisers."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+flax_promotes = pytest.mark.usefixtures("standard_promotion")
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def relative_error(gram, exact):
+    return np.linalg.norm(np.asarray(gram, np.float64) - exact) / np.linalg.norm(exact)
+
+
+def initial(model, x):
+    """Parameters of a linen model, without running its initialisers, which takes seconds."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    leaves, structure = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(
+        structure, [normal(*leaf.shape, seed=seed) / 4 for seed, leaf in enumerate(leaves)]
+    )
+
+
+def linear(params, x):
+    return x @ params["kernel"]
+
+
+# Layers of the libraries. Each is a function of a kernel and an input, linear in the kernel.
+
+
+def linen(layer, *shape):
+    def make():
+        x = normal(*shape)
+        params = initial(layer, x)
+        return lambda params, x: layer.apply({"params": params}, x), params, x
+
+    return make
+
+
+def of_nnx(layer, *shape):
+    def make():
+        graph, params = nnx.split(layer(nnx.Rngs(0)))
+        return lambda params, x: nnx.merge(graph, params)(x), params, normal(*shape)
+
+    return make
+
+
+def equinox(layer, *shape):
+    def make():
+        model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), layer(jax.random.key(0)))
+        return lambda model, x: jax.vmap(model)(x), model, normal(*shape)
+
+    return make
+
+
+LAYERS = {
+    "dense": linen(nn.Dense(6, use_bias=False), 5, 3, 8),
+    "dense of a vector": linen(nn.Dense(6, use_bias=False), 8),
+    "general": linen(nn.DenseGeneral((3, 2), use_bias=False), 5, 8),
+    "general over two axes": linen(
+        nn.DenseGeneral((5, 2), axis=(1, -1), use_bias=False), 3, 4, 6, 8
+    ),
+    "general in other order": linen(nn.DenseGeneral(5, axis=(-1, 1), use_bias=False), 3, 4, 8),
+    "general by batch": linen(
+        nn.DenseGeneral(5, axis=-1, batch_dims=(0,), use_bias=False), 3, 4, 8
+    ),
+    "einsum": linen(nn.Einsum((5, 8, 4), "nta,hab->nthb", use_bias=False), 3, 6, 8),
+    "einsum over two axes": linen(nn.Einsum((5, 8, 4), "nha,hab->nb", use_bias=False), 3, 5, 8),
+    "einsum by expert": linen(nn.Einsum((3, 8, 4), "eta,eab->teb", use_bias=False), 3, 6, 8),
+    "conv": linen(nn.Conv(6, (3, 2), use_bias=False), 2, 5, 6, 4),
+    "conv without batch": linen(nn.Conv(6, (3, 2), use_bias=False), 5, 6, 4),
+    "conv of two batches": linen(nn.Conv(6, (3, 2), use_bias=False), 2, 3, 5, 6, 4),
+    "conv in one dimension": linen(nn.Conv(6, 3, padding="CAUSAL", use_bias=False), 2, 7, 4),
+    "conv in three": linen(nn.Conv(6, (2, 3, 1), use_bias=False), 2, 4, 5, 3, 4),
+    "strides": linen(nn.Conv(6, (3, 2), strides=(2, 3), use_bias=False), 2, 7, 8, 4),
+    "valid": linen(nn.Conv(6, (3, 2), padding="VALID", use_bias=False), 2, 5, 6, 4),
+    "uneven padding": linen(
+        nn.Conv(6, (3, 2), padding=((2, 0), (1, 3)), use_bias=False), 2, 5, 6, 4
+    ),
+    "circular": linen(nn.Conv(6, (3, 2), padding="CIRCULAR", use_bias=False), 2, 5, 6, 4),
+    "dilation": linen(nn.Conv(6, (3, 2), kernel_dilation=2, strides=2, use_bias=False), 2, 9, 8, 4),
+    "input dilation": linen(
+        nn.Conv(6, (3, 2), input_dilation=2, padding=1, use_bias=False), 2, 5, 6, 4
+    ),
+    "groups": linen(nn.Conv(6, (3, 2), feature_group_count=2, use_bias=False), 2, 5, 6, 8),
+    "transposed": linen(nn.ConvTranspose(6, (3, 2), strides=(2, 2), use_bias=False), 2, 5, 6, 4),
+    "nnx linear": of_nnx(lambda rngs: nnx.Linear(8, 6, use_bias=False, rngs=rngs), 5, 3, 8),
+    "nnx general": of_nnx(
+        lambda rngs: nnx.LinearGeneral((3, 8), (2, 5), axis=(-2, -1), use_bias=False, rngs=rngs),
+        5, 3, 8,
+    ),
+    "nnx einsum": of_nnx(lambda rngs: nnx.Einsum("nta,hab->nthb", (5, 8, 4), rngs=rngs), 3, 6, 8),
+    "nnx conv": of_nnx(
+        lambda rngs: nnx.Conv(4, 6, (3, 2), strides=2, padding="VALID", use_bias=False, rngs=rngs),
+        2, 5, 6, 4,
+    ),
+    "nnx groups": of_nnx(
+        lambda rngs: nnx.Conv(8, 6, (3, 2), feature_group_count=2, use_bias=False, rngs=rngs),
+        2, 5, 6, 8,
+    ),
+    "equinox linear": equinox(lambda key: eqx.nn.Linear(8, 6, use_bias=False, key=key), 5, 8),
+    "equinox conv": equinox(
+        lambda key: eqx.nn.Conv2d(4, 6, (3, 2), stride=2, use_bias=False, key=key), 2, 4, 5, 6
+    ),
+}  # fmt: skip
+
+
+@flax_promotes
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_gram_gives_the_squared_error_of_the_layers_output(name):
+    apply, params, x = LAYERS[name]()
+    calibration = calibrate(apply, params, [x])
+    ((_, (gram, rows, layout)),) = calibration.grams.items()
+    (kernel,) = (leaf for leaf in jax.tree.leaves(params) if leaf is not None)
+    other = normal(*kernel.shape, seed=1)
+    replaced = jax.tree.map(lambda leaf: other, params)
+    with jax.default_matmul_precision("highest"):
+        difference = np.asarray(apply(params, x) - apply(replaced, x), np.float64)
+    matrices = np.asarray(to_matrices(kernel - other, layout), np.float64)
+    loss = np.einsum("poi,pij,poj->", matrices, np.asarray(gram, np.float64), matrices)
+    np.testing.assert_allclose(loss, np.sum(difference**2), rtol=1e-5)
+    # Patches that lie outside of the image are zero and do not count.
+    assert len(rows) == len(matrices)
+    assert 0.1 * difference.size < sum(rows) * matrices.shape[1] <= difference.size
+    assert np.array_equal(from_matrices(to_matrices(kernel, layout), layout, kernel.shape), kernel)
+
+
+@flax_promotes
+def test_gram_of_a_dense_layer_is_within_1e_6_of_float64():
+    layer, batches = nn.Dense(4), [normal(7, 30, 16, seed=seed) + 1 for seed in range(50)]
+    params = initial(layer, batches[0])
+    found = calibrate(lambda params, x: layer.apply({"params": params}, x), params, batches)
+    x = np.concatenate(batches, dtype=np.float64).reshape(-1, 16)
+    gram, rows, layout = found.grams["kernel"]
+    assert gram.dtype == jnp.float32
+    assert relative_error(gram[0], x.T @ x) < 1e-6
+    assert rows == (len(x),)
+    assert layout.summed == (0,)
+
+
+def test_gram_of_a_convolution_is_that_of_its_patches_channels_last():
+    x, kernel = normal(2, 5, 6, 4), normal(3, 2, 4, 6)
+
+    def apply(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["kernel"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    patches = jax.lax.conv_general_dilated_patches(
+        x, (3, 2), (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    # The patches of JAX have channels first.
+    rows = np.asarray(patches, np.float64).reshape(-1, 4, 6).transpose(0, 2, 1).reshape(-1, 24)
+    found = calibrate(apply, {"kernel": kernel}, [x]).grams["kernel"]
+    assert relative_error(found.gram[0], rows.T @ rows) < 1e-6
+    # Four consecutive inputs of a matrix are the four channels at one place of the kernel.
+    matrix = to_matrices(kernel, found.layout)[0]
+    assert np.array_equal(matrix[5, 8:12], kernel[1, 0, :, 5])
+
+
+def test_a_convolution_has_a_gram_for_each_group():
+    x, kernel = normal(2, 5, 8), normal(3, 4, 6)
+
+    def apply(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params, (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC"), feature_group_count=2
+        )
+
+    def alone(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params, (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+
+    both = calibrate(apply, kernel, [x]).grams[""].gram
+    for group in range(2):
+        part = x[:, :, 4 * group : 4 * group + 4]
+        gram = calibrate(alone, kernel[:, :, :3], [part]).grams[""].gram
+        np.testing.assert_allclose(both[group], gram[0], rtol=1e-5, atol=1e-5)
+
+
+# Whole models
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(nn.LayerNorm()(x))
+        return x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(16, name="up")(x)))
+
+
+class Transformer(nn.Module):
+    block: type = Block
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(12, 8, name="embed")
+        x = embed(tokens)
+        for index in range(2):
+            x = self.block(name=f"block_{index}")(x)
+        return embed.attend(x)
+
+
+def transformer(block=Block):
+    model, tokens = Transformer(block), np.arange(24).reshape(2, 12) % 12
+    params = initial(model, tokens)
+    return lambda params, x: model.apply({"params": params}, x), params, tokens
+
+
+BLOCK = [*(f"attention/{name}/kernel" for name in ("query", "key", "value", "out")), "up/kernel",
+         "down/kernel"]  # fmt: skip
+
+
+@flax_promotes
+def test_weights_come_in_the_order_of_the_calls_and_others_say_why_they_have_no_gram():
+    found = calibrate(*transformer()[:2], [transformer()[2]])
+    assert list(found.grams) == [f"block_{index}/{name}" for index in range(2) for name in BLOCK]
+    assert found.left_out["embed/embedding"] == "used by gather"
+    assert "used by" in found.left_out["block_0/LayerNorm_0/scale"]
+
+
+@flax_promotes
+@pytest.mark.parametrize("wrap", [nn.remat, nn.jit])
+def test_lifted_layers_are_looked_into(wrap):
+    apply, params, tokens = transformer()
+    plain = calibrate(apply, params, [tokens]).grams
+    lifted = calibrate(transformer(wrap(Block))[0], params, [tokens]).grams
+    assert list(lifted) == list(plain)
+    for path in plain:
+        np.testing.assert_allclose(lifted[path].gram, plain[path].gram, rtol=1e-5, atol=1e-5)
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        def body(block, x, _):
+            return block(x), None
+
+        over = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return over(Block(name="layers"), x, None)[0]
+
+
+@flax_promotes
+def test_layers_that_a_scan_runs_over_are_calibrated_like_separate_ones():
+    model, block, x = Scanned(), Block(), normal(2, 5, 8)
+    params = initial(model, x)
+    found = calibrate(lambda params, x: model.apply({"params": params}, x), params, [x]).grams
+    assert list(found) == [f"layers/{name}" for name in BLOCK]
+
+    def separate(params, x):
+        for layer in params:
+            x = block.apply({"params": layer}, x)
+        return x
+
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(3)]
+    expected = calibrate(separate, layers, [x]).grams
+    for name in BLOCK:
+        gram, rows, layout = found[f"layers/{name}"]
+        assert gram.shape[0] == 3
+        kernel = functools.reduce(lambda tree, key: tree[key], name.split("/"), params["layers"])
+        matrices = to_matrices(kernel, layout)
+        for index in range(3):
+            one = expected[f"{index}/{name}"]
+            assert rows[index] == one.rows[0]
+            np.testing.assert_allclose(gram[index], one.gram[0], rtol=1e-4, atol=1e-4)
+            assert np.array_equal(matrices[index], to_matrices(kernel[index], one.layout)[0])
+
+
+@flax_promotes
+def test_a_weight_that_every_step_of_a_scan_uses_has_the_rows_of_all():
+    model, x = nn.RNN(nn.SimpleCell(8, activation_fn=jnp.tanh)), normal(3, 6, 4)
+    params = initial(model, x)
+    found = calibrate(lambda params, x: model.apply({"params": params}, x), params, [x]).grams
+    gram, rows, _ = found["cell/i/kernel"]
+    tokens = np.asarray(x, np.float64).reshape(-1, 4)
+    assert rows == (len(tokens),)
+    assert relative_error(gram[0], tokens.T @ tokens) < 1e-6
+    hidden = np.asarray(model.apply({"params": params}, x), np.float64)[:, :-1].reshape(-1, 8)
+    assert relative_error(found["cell/h/kernel"].gram[0], hidden.T @ hidden) < 1e-5
+
+
+@flax_promotes
+def test_an_nnx_module_is_a_tree_of_parameters_itself():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)])
+            self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+            self.dropout = nnx.Dropout(0.1, deterministic=True, rngs=rngs)
+
+        def __call__(self, x):
+            return self.layers[1](self.dropout(self.norm(self.layers[0](x))))
+
+    model, x = Model(nnx.Rngs(0)), normal(5, 8)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    whole = calibrate(lambda model, x: model(x), model, [x]).grams
+    split = calibrate(lambda params, x: nnx.merge(graph, params, rest)(x), params, [x]).grams
+    assert list(whole) == list(split) == ["layers/0/kernel", "layers/1/kernel"]
+    for path in whole:
+        assert np.array_equal(whole[path].gram, split[path].gram)
+
+
+@flax_promotes
+def test_tied_weights_have_the_sum_of_their_grams():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+            self.second = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+            self.second.kernel = self.first.kernel
+
+        def __call__(self, x):
+            return self.second(jnp.tanh(self.first(x)))
+
+    graph, params = nnx.split(Tied(nnx.Rngs(0)))
+    x = normal(20, 8)
+    found = calibrate(lambda params, x: nnx.merge(graph, params)(x), params, [x]).grams
+    (kernel,) = jax.tree.leaves(params)
+    first = np.asarray(x, np.float64)
+    second = np.tanh(first @ np.asarray(kernel, np.float64))
+    gram, rows, _ = found["first/kernel"]
+    assert rows == (40,)
+    assert relative_error(gram[0], first.T @ first + second.T @ second) < 1e-6
+
+
+# Functions, in strict mode
+
+
+def test_what_a_weight_goes_through_before_its_product():
+    weight, x = normal(8, 4), normal(5, 8)
+    exact = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+    for apply in (
+        lambda w, x: x @ w,
+        lambda w, x: (w.T @ x.T).T,
+        lambda w, x: jnp.einsum("io,bi->bo", w, x),
+        lambda w, x: jax.vmap(lambda row: row @ w)(x),
+        lambda w, x: jax.vmap(lambda row: w.T @ row, in_axes=1)(x.T),
+        lambda w, x: x.astype(jnp.bfloat16).astype(jnp.float64) @ w.astype(jnp.float64),
+        lambda w, x: x @ jax.lax.stop_gradient(w),
+        lambda w, x: jax.jit(jnp.matmul)(x, w),
+        lambda w, x: jax.checkpoint(lambda x: jnp.sin(x @ w))(x),
+        lambda w, x: x @ jax.jit(lambda w: w.T.astype(jnp.float32))(w).T,
+    ):
+        found = calibrate(lambda params, x, apply=apply: apply(params["w"], x), {"w": weight}, [x])
+        gram, rows, layout = found.grams["w"]
+        assert (rows, layout.summed, layout.outputs) == ((5,), (0,), (1,))
+        assert relative_error(gram[0], exact) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("apply", "reason"),
+    [
+        (lambda w, x: x @ (w * 2), "used by mul"),
+        (lambda w, x: x @ w.reshape(2, 8).reshape(4, 4), "used by reshape"),
+        (lambda w, x: x @ w + jnp.sum(w), "used by reduce_sum"),
+        (lambda w, x: jnp.tanh(x @ w) @ w.T, "summed over different axes by different products"),
+        (lambda w, x: x @ (w @ w), "used by dot_general"),
+        (lambda w, x: jax.lax.fori_loop(0, x.shape[0], lambda i, x: x @ w, x), None),
+        (lambda w, x: jax.lax.while_loop(lambda x: x.any(), lambda x: x @ w, x), "used by while"),
+        (lambda w, x: jax.lax.cond(x[0, 0] > 9, lambda: x, lambda: x @ w), "used by cond"),
+        (lambda w, x: x, None),
+    ],
+)  # fmt: skip
+def test_weights_without_a_gram_say_why(apply, reason):
+    found = calibrate(lambda params, x: apply(params["w"], x), {"w": normal(4, 4)}, [normal(5, 4)])
+    if reason is None:
+        assert found.left_out == {}
+    else:
+        assert found.left_out == {"w": reason}
+        assert found.grams == {}
+
+
+def test_rows_are_counted_over_batches_of_any_size():
+    params = {"kernel": normal(8, 4)}
+    batches = [normal(3, 8), normal(2, 5, 8), normal(8)]
+    gram, rows, _ = calibrate(linear, params, iter(batches)).grams["kernel"]
+    x = np.concatenate([batch.reshape(-1, 8) for batch in batches], dtype=np.float64)
+    assert rows == (len(x),) == (14,)
+    assert relative_error(gram[0], x.T @ x) < 1e-6
+
+
+def test_rounding_does_not_grow_with_the_number_of_batches():
+    batches = [normal(8, 8, seed=seed) + 3 for seed in range(2000)]
+    gram = calibrate(linear, {"kernel": normal(8, 4)}, batches).grams["kernel"].gram[0]
+    x = np.concatenate(batches, dtype=np.float64)
+    naive = sum(np.asarray(batch).T @ np.asarray(batch) for batch in batches)
+    assert naive.dtype == np.float32
+    assert relative_error(gram, x.T @ x) < relative_error(naive, x.T @ x) / 4
+
+
+def test_a_bfloat16_model_has_float32_grams_of_what_it_multiplies():
+    x = normal(64, 8, dtype=jnp.bfloat16)
+    gram = calibrate(linear, {"kernel": normal(8, 4, dtype=jnp.bfloat16)}, [x]).grams["kernel"].gram
+    exact = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+    assert gram.dtype == jnp.float32
+    assert relative_error(gram[0], exact) < 1e-6
+
+
+def test_only_the_named_weights_are_calibrated():
+    params = {"a": normal(8, 8), "b": normal(8, 8)}
+
+    def apply(params, x):
+        return x @ params["a"] @ params["b"]
+
+    found = calibrate(apply, params, [normal(5, 8)], names=["b"])
+    assert list(found.grams) == ["b"]
+    whole = calibrate(apply, params, [normal(5, 8)])
+    np.testing.assert_allclose(found.grams["b"].gram, whole.grams["b"].gram, rtol=1e-5)
+
+
+def test_errors_name_the_weight():
+    params, x = {"kernel": normal(8, 4), "bias": normal(4)}, normal(5, 8)
+
+    def apply(params, x):
+        return x @ params["kernel"] + params["bias"][None, :]
+
+    with pytest.raises(CalibrationError, match="no batch"):
+        calibrate(apply, params, [])
+    with pytest.raises(CalibrationError, match="bias has no products: used by"):
+        calibrate(apply, params, [x], names=["bias"])
+    with pytest.raises(CalibrationError, match="NaN or Inf in the inputs of kernel"):
+        calibrate(apply, params, [x, x.at[2, 3].set(jnp.nan)])
+
+
+# tap
+
+
+def masked(params, x):
+    x = tap("layers/0/kernel", x)
+    return x @ (params["layers"][0]["kernel"] * 2)
+
+
+def test_a_tap_says_what_a_weight_is_multiplied_with():
+    params, x = {"layers": [{"kernel": normal(8, 4)}]}, normal(3, 5, 8)
+    exact = np.asarray(x, np.float64).reshape(-1, 8)
+    compiled = jax.jit(masked)
+    compiled(params, x)
+    for apply in (
+        masked,
+        compiled,
+        jax.checkpoint(masked),
+        jax.vmap(masked, in_axes=(None, 0)),
+        # The mapped axis is the last one of what is tapped, but no feature.
+        lambda params, x: jax.vmap(masked, in_axes=(None, 2))(params, jnp.moveaxis(x, 1, 2)),
+        lambda params, x: jax.lax.map(lambda part: masked(params, part), x),
+    ):
+        found = calibrate(apply, params, [x])
+        gram, rows, layout = found.grams["layers/0/kernel"]
+        assert (rows, layout.summed, layout.outputs) == ((15,), (0,), (1,))
+        assert relative_error(gram[0], exact.T @ exact) < 1e-6
+        assert found.left_out == {}
+
+
+def test_a_tap_takes_the_place_of_what_would_be_found():
+    x = normal(5, 8)
+
+    def apply(params, x):
+        return tap("kernel", x) @ params["kernel"]
+
+    gram, rows, _ = calibrate(apply, {"kernel": normal(8, 4)}, [x]).grams["kernel"]
+    assert rows == (5,)
+    exact = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+    assert relative_error(gram[0], exact) < 1e-6
+
+
+def test_a_tap_names_the_axes_that_are_summed_over():
+    def apply(weight, x):
+        return tap("", x, (2, 0)).reshape(-1, 8) @ weight.transpose(2, 0, 1).reshape(8, 5)
+
+    weight, x = normal(2, 5, 4), normal(3, 4, 2)
+    gram, rows, layout = calibrate(apply, weight, [x]).grams[""]
+    assert (gram.shape, rows) == ((1, 8, 8), (3,))
+    expected = np.asarray(x.reshape(3, 8) @ to_matrices(weight, layout)[0].T)
+    np.testing.assert_allclose(apply(weight, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tap_is_an_identity_to_every_transformation():
+    x = normal(3, 4)
+
+    def apply(x):
+        return jnp.sum(jnp.sin(tap("w", x)))
+
+    assert np.array_equal(tap("w", x), x)
+    assert np.array_equal(jax.jit(functools.partial(tap, "w"))(x), x)
+    assert np.array_equal(jax.grad(apply)(x), jnp.cos(x))
+    assert np.array_equal(jax.vmap(jax.grad(apply))(x), jnp.cos(x))
+    assert np.array_equal(jax.vmap(functools.partial(tap, "w"), 1, 1)(x), x)
+    assert np.array_equal(jax.jvp(apply, (x,), (x,))[1], jnp.sum(jnp.cos(x) * x))
+
+
+def test_a_tap_that_fits_no_weight_is_refused():
+    def apply(params, x):
+        return tap("kernel", x, 1) @ params["kernel"]
+
+    x = normal(5, 8)
+    with pytest.raises(CalibrationError, match="layers/0/kernel, which is not in the parameters"):
+        calibrate(lambda params, x: masked({"layers": [params]}, x), {"kernel": normal(8, 4)}, [x])
+    with pytest.raises(CalibrationError, match="tap of kernel"):
+        calibrate(apply, {"kernel": normal(8, 4)}, [x])
+
+
+def test_products_are_found_without_being_compiled():
+    products, others = find_products(linear, {"kernel": normal(8, 4)}, normal(5, 8))
+    assert [product.path for product in products] == ["kernel"]
+    assert others == {}

@@ -1,0 +1,69 @@
+"""The examples that prune models of Flax, and the page that explains them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/own-model.md").read_text()
+
+
+def run(*command):
+    outcome = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+def figures(output):
+    """The leaves that are listed, and the numbers of each row of the table."""
+    leaves, table = output.strip().split("\n\n")
+    rows = [re.split(r" {2,}", line.strip()) for line in table.splitlines()[1:]]
+    return leaves, {name: [float(cell.rstrip("%")) for cell in cells] for name, *cells in rows}
+
+
+def without_losses(text):
+    return re.sub(r"loss \d\.\d+", "loss", text)
+
+
+def test_a_linen_network_keeps_more_of_its_accuracy_by_the_default_than_by_wanda():
+    leaves, table = figures(run("examples/linen_digits.py"))
+    assert leaves in PAGE
+    accuracy = {name: cells[0] for name, cells in table.items()}
+    loss = {name: cells[2] for name, cells in table.items() if name != "dense"}
+    default = "admm with the prox + refit"
+    assert accuracy["dense"] > 95
+    assert accuracy[default] > accuracy["wanda"] + 5
+    assert loss[default] < 0.8 * loss["wanda"]
+    assert loss[default] < loss["sparsegpt"]
+    assert loss["prox + refit"] < 0.8 * loss["wanda"]
+
+
+def test_an_nnx_transformer_loses_less_by_the_default_than_by_wanda():
+    leaves, table = figures(run("examples/nnx_characters.py"))
+    assert leaves in PAGE
+    loss = {name: cells[0] for name, cells in table.items()}
+    dense, default = loss["dense"], loss["admm with the prox + refit"]
+    assert dense < 2.0
+    assert dense < default
+    assert default - dense < 0.8 * (loss["wanda"] - dense)
+    assert loss["prox + refit"] - dense < 0.8 * (loss["wanda"] - dense)
+    assert loss["the last, in order"] < loss["wanda"]
+
+
+def test_the_python_of_the_page_runs_and_prints_what_it_says():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    printed = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    output = run("-c", "\n".join(blocks))
+    assert printed
+    for text in printed:
+        assert without_losses(text) in without_losses(output)
+
+
+@pytest.mark.parametrize("name", ["linen_digits.py", "nnx_characters.py"])
+def test_the_page_shows_the_examples(name):
+    assert f"python examples/{name}" in PAGE
