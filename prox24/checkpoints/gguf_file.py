@@ -1,4 +1,4 @@
-"""Reading GGUF files: HF's names, layout, config and tokenizer out of llama.cpp's."""
+"""Reading GGUF files: HF's names, layout and config out of llama.cpp's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +8,16 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
+from prox24.checkpoints.gguf_tokenizer import build_tokenizer
 from prox24.checkpoints.tensors import TensorSource
 from prox24.errors import CheckpointError, UnsupportedModelError
 
 TOP_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
 }
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -30,26 +30,49 @@ LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+SANDWICH_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 ROPE_FREQUENCIES = "rope_freqs.weight"
 
-# How a byte-level vocabulary cuts text before merging, by tokenizer.ggml.pre.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
-    "smollm": [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ],
-    "llama-bpe": [
-        pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
-}
 
-CONTROL_TOKEN = 3
-USER_DEFINED_TOKEN = 4
+class Architecture(NamedTuple):
+    """How llama.cpp stores a family.
+
+    Attributes:
+      model_type: HF's.
+      hf_class: HF's name of the model.
+      settings: of HF's config that follow from the architecture.
+      layer: HF's names of a layer's tensors.
+      pairs: the rows of q and k are in the order in which neighbours rotate together.
+      norm_offset: what was added to the weights of norms.
+    """
+
+    model_type: str
+    hf_class: str
+    settings: dict[str, Any]
+    layer: dict[str, str] = LAYER_TENSORS
+    pairs: bool = False
+    norm_offset: float = 0.0
+
+
+SILU = {"hidden_act": "silu"}
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", SILU, pairs=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", SILU),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", SILU, LAYER_TENSORS | HEAD_NORMS),
+    "gemma3": Architecture(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
+        LAYER_TENSORS | HEAD_NORMS | SANDWICH_NORMS,
+        norm_offset=1.0,
+    ),
+}
+"""By general.architecture."""
 
 
 class GGUFContents(NamedTuple):
@@ -68,85 +91,107 @@ class GGUFContents(NamedTuple):
 
 
 def open_gguf(path: Path) -> GGUFContents:
-    """Opens a GGUF file of the Llama architecture.
+    """Opens a GGUF file.
 
     Raises:
       CheckpointError: the file is damaged or lacks metadata.
-      UnsupportedModelError: another architecture.
+      UnsupportedModelError: an architecture that is not in `ARCHITECTURES`.
     """
     try:
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the reader has no exceptions of its own
         raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
-    if metadata.get("general.architecture") != "llama":
+    kind = metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        supported = ", ".join(map(repr, ARCHITECTURES))
         raise UnsupportedModelError(
-            f"GGUF architecture {metadata.get('general.architecture')!r} is not supported; "
-            "supported: 'llama'"
+            f"GGUF architecture {kind!r} is not supported; supported: {supported}"
         )
+    architecture = ARCHITECTURES[kind]
     try:
-        config = _config(metadata, {tensor.name for tensor in reader.tensors})
-        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+        config = _config(kind, metadata, {tensor.name for tensor in reader.tensors})
         tensors = {
-            _hf_name(tensor.name, path): _source(tensor, heads)
+            _hf_name(tensor.name, architecture, path): _source(tensor, architecture, config)
             for tensor in reader.tensors
             if tensor.name != ROPE_FREQUENCIES
         }
     except KeyError as error:
         raise CheckpointError(f"{path} lacks the metadata field {error}") from error
-    return GGUFContents(config, tensors, lambda: _tokenizer(metadata, path))
+    length = config["max_position_embeddings"]
+    return GGUFContents(config, tensors, lambda: build_tokenizer(metadata, length, path))
 
 
-def _config(metadata: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    heads = metadata["llama.attention.head_count"]
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": metadata["llama.embedding_length"],
-        "intermediate_size": metadata["llama.feed_forward_length"],
-        "num_hidden_layers": metadata["llama.block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
-        "head_dim": metadata.get("llama.rope.dimension_count")
-        or metadata["llama.embedding_length"] // heads,
-        "max_position_embeddings": metadata["llama.context_length"],
-        "rms_norm_eps": float(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"])),
-        "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": "output.weight" not in names,
-        "torch_dtype": "float32",
+def _config(kind: str, metadata: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    architecture = ARCHITECTURES[kind]
+    own = {
+        name.removeprefix(f"{kind}."): value
+        for name, value in metadata.items()
+        if name.startswith(f"{kind}.")
     }
-    if ROPE_FREQUENCIES in names or metadata.get("llama.rope.scaling.type", "none") != "none":
+    if ROPE_FREQUENCIES in names or own.get("rope.scaling.type", "none") != "none":
         raise UnsupportedModelError(
             "a GGUF with scaled rope frequencies does not say how they were scaled; "
             "prune the model's HF folder instead"
         )
-    for field in ("bos", "eos"):
-        token = metadata.get(f"tokenizer.ggml.{field}_token_id")
+    heads, hidden = own["attention.head_count"], own["embedding_length"]
+    head_dim = own.get("attention.key_length") or own.get("rope.dimension_count") or hidden // heads
+    config = {
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": own["feed_forward_length"],
+        "num_hidden_layers": own["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": own.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": float(np.float32(own["attention.layer_norm_rms_epsilon"])),
+        "rope_theta": own.get("rope.freq_base", 10000.0),
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": "output.weight" not in names,
+        "torch_dtype": "float32",
+        **architecture.settings,
+    }
+    if kind == "gemma3":
+        config["sliding_window"] = own["attention.sliding_window"]
+        # The model of 62 layers is the one that does not scale by the width of its heads.
+        is_27b = own["block_count"] == 62
+        config["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
+    for field in ("bos", "eos", "pad"):
+        name = "padding" if field == "pad" else field
+        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None:
             config[f"{field}_token_id"] = token
     return config
 
 
-def _hf_name(name: str, path: Path) -> str:
-    if name in TOP_TENSORS:
-        return TOP_TENSORS[name]
-    parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or parts[2] not in LAYER_TENSORS:
-        raise CheckpointError(f"{path}: tensor {name} has no counterpart in the Llama family")
-    return f"model.layers.{parts[1]}.{LAYER_TENSORS[parts[2]]}.{parts[3]}"
+def _hf_name(name: str, architecture: Architecture, path: Path) -> str:
+    module, _, part = name.rpartition(".")
+    parts = module.split(".")
+    if module in TOP_TENSORS:
+        return f"{TOP_TENSORS[module]}.{part}"
+    if len(parts) != 3 or parts[0] != "blk" or parts[2] not in architecture.layer:
+        raise CheckpointError(
+            f"{path}: tensor {name} has no counterpart in {architecture.hf_class}"
+        )
+    return f"model.layers.{parts[1]}.{architecture.layer[parts[2]]}.{part}"
 
 
-def _source(tensor: gguf.ReaderTensor, heads: dict[str, int]) -> TensorSource:
+def _source(
+    tensor: gguf.ReaderTensor, architecture: Architecture, config: dict[str, Any]
+) -> TensorSource:
     shape = tuple(int(length) for length in reversed(tensor.shape))
-    part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
+    module = tensor.name.rpartition(".")[0].rpartition(".")[2]
+    rotated = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     is_float16 = tensor.tensor_type == gguf.GGMLQuantizationType.F16
 
     def read() -> NDArray[Any]:
         values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        if part in heads:
-            values = _undo_rope_permutation(values, heads[part])
+        if architecture.pairs and module in rotated:
+            values = _undo_rope_permutation(values, rotated[module])
+        if module.endswith("norm"):
+            values = values - np.float32(architecture.norm_offset)
         return values.astype(np.float16) if is_float16 else values
 
     return TensorSource(shape, np.dtype(np.float16 if is_float16 else np.float32), read)
@@ -156,39 +201,3 @@ def _undo_rope_permutation(values: NDArray[Any], heads: int) -> NDArray[Any]:
     """llama.cpp rotates neighbouring pairs, HF halves of a head: each has its own order of rows."""
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
-
-
-def _tokenizer(metadata: dict[str, Any], path: Path) -> PreTrainedTokenizerBase:
-    kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or split not in PRE_TOKENIZERS:
-        raise CheckpointError(
-            f"{path}: tokenizer {kind!r} with pre-tokenizer {split!r} is not supported; "
-            f"supported are 'gpt2' with {', '.join(map(repr, PRE_TOKENIZERS))}"
-        )
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[split])
-    tokenizer.decoder = decoders.ByteLevel()
-    types = metadata["tokenizer.ggml.token_type"]
-    whole = [
-        AddedToken(token, normalized=False, special=kind == CONTROL_TOKEN)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN)
-    ]
-    tokenizer.add_special_tokens([token for token in whole if token.special])
-    tokenizer.add_tokens([token for token in whole if not token.special])
-    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    special = {
-        name: tokens[metadata[f"tokenizer.ggml.{field}_token_id"]]
-        for name, field in named.items()
-        if f"tokenizer.ggml.{field}_token_id" in metadata
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata["llama.context_length"],
-        clean_up_tokenization_spaces=False,
-        **special,
-    )

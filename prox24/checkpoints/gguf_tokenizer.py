@@ -1,0 +1,130 @@
+"""The tokenizer that a GGUF file describes."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from prox24.errors import CheckpointError
+
+# How a byte-level vocabulary cuts text before merging, by tokenizer.ggml.pre.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
+    "smollm": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "qwen2": [
+        pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "llama-bpe": [
+        pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+
+CONTROL_TOKEN = 3
+USER_DEFINED_TOKEN = 4
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""What SentencePiece writes for a space."""
+
+
+def build_tokenizer(
+    metadata: dict[str, Any], context_length: int, path: Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF's metadata: "gpt2" for byte-level BPE, "llama" for SentencePiece.
+
+    Raises:
+      CheckpointError: another tokenizer.
+    """
+    kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind == "gpt2" and split in PRE_TOKENIZERS:
+        tokenizer = _byte_level(metadata, PRE_TOKENIZERS[split])
+    elif kind == "llama":
+        tokenizer = _sentence_piece(metadata)
+    else:
+        raise CheckpointError(
+            f"{path}: tokenizer {kind!r} with pre-tokenizer {split!r} is not supported; "
+            f"supported are 'llama', and 'gpt2' with {', '.join(map(repr, PRE_TOKENIZERS))}"
+        )
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    whole = [
+        AddedToken(token, normalized=False, special=own == CONTROL_TOKEN)
+        for token, own in zip(tokens, types, strict=True)
+        if own in (CONTROL_TOKEN, USER_DEFINED_TOKEN)
+    ]
+    tokenizer.add_special_tokens([token for token in whole if token.special])
+    tokenizer.add_tokens([token for token in whole if not token.special])
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {
+        name: tokens[metadata[f"tokenizer.ggml.{field}_token_id"]]
+        for name, field in named.items()
+        if f"tokenizer.ggml.{field}_token_id" in metadata
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=context_length,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+
+
+def _byte_level(metadata: dict[str, Any], split: list[pre_tokenizers.PreTokenizer]) -> Tokenizer:
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentence_piece(metadata: dict[str, Any]) -> Tokenizer:
+    """BPE whose merges are the ways to make a piece of two others, pieces of high scores first."""
+    vocabulary = _vocabulary(metadata)
+    scores = metadata["tokenizer.ggml.scores"]
+    unknown = metadata["tokenizer.ggml.tokens"][metadata["tokenizer.ggml.unknown_token_id"]]
+    ranked = [
+        (-scores[index], vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece, cut)
+        for piece, index in vocabulary.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    merges = [(piece[:cut], piece[cut:]) for *_, piece, cut in sorted(ranked)]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    starts = (
+        [normalizers.Prepend(SPACE)]
+        if metadata.get("tokenizer.ggml.add_space_prefix", True)
+        else []
+    )
+    tokenizer.normalizer = normalizers.Sequence([*starts, normalizers.Replace(" ", SPACE)])
+    ends = [decoders.Strip(" ", 1, 0)] if starts else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
+    )
+    return tokenizer

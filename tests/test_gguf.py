@@ -1,0 +1,162 @@
+"""GGUF files as llama.cpp's converter writes them, against the HF weights they were made of."""
+
+import itertools
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from tiny import config_dict, jax_logits, random_weights, tokens
+
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.gguf_tokenizer import build_tokenizer
+from prox24.errors import UnsupportedModelError
+
+# By llama.cpp's conventions; written here independently of what reads them.
+LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+PLAIN = LAYER | {"post_attention_layernorm": "ffn_norm"}
+GEMMA = LAYER | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+OUTER = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+CASES = {
+    "llama": ("grouped_heads", {}),
+    "qwen2": ("qwen2", {"use_sliding_window": False}),
+    "qwen3": ("qwen3", {}),
+    "gemma3": (
+        "gemma3",
+        {
+            "num_hidden_layers": 7,
+            "layer_types": None,
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": GEMMA3_ROPE,
+            "rms_norm_eps": 1e-6,
+        },
+    ),
+}
+
+
+def gguf_name(name: str, layer: dict[str, str]) -> str:
+    module, _, part = name.rpartition(".")
+    if module in OUTER:
+        return f"{OUTER[module]}.{part}"
+    _, _, index, module = module.split(".", 3)
+    return f"blk.{index}.{layer[module]}.{part}"
+
+
+def write_gguf(path: Path, kind: str, config: dict, weights: dict) -> None:
+    writer = gguf.GGUFWriter(path, kind)
+    heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(key_heads)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if kind == "gemma3":
+        writer.add_sliding_window(config["sliding_window"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([f"<{i}>" for i in range(config["vocab_size"])])
+    for name, values in weights.items():
+        stored = values
+        for linear, count in (("q_proj", heads), ("k_proj", key_heads)):
+            if kind == "llama" and linear in name:
+                halves = values.reshape(count, 2, -1, *values.shape[1:])
+                stored = halves.swapaxes(1, 2).reshape(values.shape)
+        if kind == "gemma3" and "norm" in name:
+            stored = values + np.float32(1)
+        layer = GEMMA if kind == "gemma3" else PLAIN
+        writer.add_tensor(gguf_name(name, layer), np.ascontiguousarray(stored))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_logits_of_a_gguf_are_those_of_the_model_it_was_made_of(tmp_path, kind):
+    variant, changes = CASES[kind]
+    config = config_dict(variant, **changes)
+    weights = random_weights(config)
+    write_gguf(tmp_path / "model.gguf", kind, config, weights)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    assert set(checkpoint.tensors) == set(weights)
+    read = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    np.testing.assert_allclose(
+        jax_logits(checkpoint.config, read, tokens()),
+        jax_logits(config, weights, tokens()),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+PIECES = {"\u2581": -9.0, "a": -8.0, "b": -7.0, "ab": -3.0, "ba": -2.5, "\u2581a": -4.0}
+PIECES |= {"aba": -6.0, "\u2581ab": -1.0, "bab": -5.0, "\u2581ba": -2.0}
+
+
+def pieces_by_greedy_merging(text: str) -> list[str]:
+    """SentencePiece's BPE: the neighbours whose union has the highest score, until none is left."""
+    parts = list(text.replace(" ", "\u2581"))
+    while True:
+        unions = [a + b for a, b in itertools.pairwise(parts)]
+        scores = [PIECES.get(union, -np.inf) for union in unions]
+        if not scores or max(scores) == -np.inf:
+            return parts
+        best = int(np.argmax(scores))
+        parts[best : best + 2] = [unions[best]]
+
+
+@pytest.mark.parametrize("add_space_prefix", [False, True])
+def test_sentence_pieces_are_those_of_greedy_merging(add_space_prefix):
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", *PIECES],
+        "tokenizer.ggml.scores": [0.0, *PIECES.values()],
+        "tokenizer.ggml.token_type": [2, *(1 for _ in PIECES)],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": add_space_prefix,
+    }
+    tokenizer = build_tokenizer(metadata, 64, Path("model.gguf"))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        text = "".join(rng.choice(list("ab "), 20)).strip() or "a"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        start = " " if add_space_prefix else ""
+        assert tokenizer.convert_ids_to_tokens(ids) == pieces_by_greedy_merging(start + text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_an_architecture_that_is_not_read_names_those_that_are(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; .*'gemma3'"):
+        open_checkpoint(tmp_path / "model.gguf")
