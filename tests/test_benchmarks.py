@@ -215,7 +215,7 @@ def test_a_run_of_the_model_benchmark_measures_the_pruned_model(tmp_path):
     assert rows[0]["text"] == pytest.approx(perplexity(checkpoint, windows["text"]).perplexity)
     assert rows[1]["text"] != rows[0]["text"]
     pruned = prune(checkpoint, tokens(4, 32), Wanda(), None)
-    losses = [report.relative_loss for report in pruned.reports]
+    losses = [report.statistics.relative_loss for report in pruned.reports]
     assert rows[1]["mean_relative_loss"] == pytest.approx(np.mean(losses))
     replaced = benchmark["with_tensors"](checkpoint, pruned.tensors)
     assert rows[1]["text"] == pytest.approx(perplexity(replaced, windows["text"]).perplexity)

@@ -293,7 +293,9 @@ def workspace(tmp_path):
 
 def command(workspace, *more, model="model"):
     options = ["--calibration", workspace / "text.txt", "--samples", 8, "--sequence-length", 32]
-    return [str(argument) for argument in ["inspect", workspace / model, *options, *more]]
+    return [
+        str(argument) for argument in ["inspect", workspace / model, "--grams", *options, *more]
+    ]
 
 
 def inputs_by_tap(index: int) -> dict:
@@ -433,7 +435,7 @@ def test_an_activation_that_is_not_finite_is_named_and_leaves_no_figure(workspac
     weights["model.layers.1.input_layernorm.weight"][0] = 1e25  # its square is not a float32
     write_folder(workspace / "broken", config_dict(), weights)
     arguments = command(workspace, "--figure", workspace / "figure.svg", model="broken")
-    assert_one_line_error(arguments, "model.layers.1.attention_input", capsys)
+    assert_one_line_error(arguments, "attention_input of layer 1", capsys)
     assert not (workspace / "figure.svg").exists()
 
 

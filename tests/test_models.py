@@ -26,7 +26,10 @@ from prox24.models.families import FAMILIES, config_from_hf
 from prox24.pipeline import prune
 from prox24.solvers.solve import Magnitude
 
+# Other positions or residuals do not matter to files.
+SAME_TENSORS = {"phi3_short", "phi3_long", "falcon_one_key_head", "gpt_neox_sequential", "gemma"}
 GOLDEN = Path(__file__).parent / "golden"
+LLAMA = ["grouped_heads", "tied_head", "biases"]
 OTHER_FAMILIES = [variant for variant, changes in VARIANTS.items() if "model_type" in changes]
 
 
@@ -51,7 +54,7 @@ def test_logits_agree_with_golden_files(variant):
     np.testing.assert_allclose(logits[:, -4:], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("variant", OTHER_FAMILIES)
+@pytest.mark.parametrize("variant", [*LLAMA, *sorted(set(OTHER_FAMILIES) - SAME_TENSORS)])
 def test_a_pruned_model_in_bfloat16_agrees_with_pytorch(tmp_path, variant):
     make_golden = pytest.importorskip("make_golden", exc_type=ImportError)
     torch = pytest.importorskip("torch")

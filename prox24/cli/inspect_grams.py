@@ -1,4 +1,4 @@
-"""`prox24 inspect`: what a model's Grams say about Wanda against methods that use them whole."""
+"""`prox24 inspect --grams`: what Grams say about Wanda against methods that use them whole."""
 
 import argparse
 import importlib.util
@@ -108,7 +108,10 @@ def inspect_layers(model: Model, windows: NDArray[np.int32]) -> Iterator[Row]:
     hidden = embed_windows(model, windows)
     for index, layer in enumerate(model.config.layers):
         weights = layer_weights(model, index)
-        for name, gram in gather_grams(model, index, weights, hidden).grams.items():
+        grams = gather_grams(model, index, weights, hidden).grams
+        # In the order of use; a compiled function returns a dict in the order of its keys.
+        for name in dict.fromkeys(linear.input for linear in layer_linears(model.config, index)):
+            gram = grams[name]
             diagnosis = diagnose(gram.total)._asdict()
             figures = {key: value.item() for key, value in diagnosis.items()}
             features = len(gram.total) - figures["dead_features"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prox24.checkpoints.checkpoint import DTYPES
 from prox24.checkpoints.writer import OUTPUTS
-from prox24.cli import convert, demo, evaluate, inspect_grams, prune, verify
+from prox24.cli import convert, demo, evaluate, inspect_model, prune, verify
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error
 from prox24.solvers.solve import REFITS, SOLVERS
@@ -103,12 +103,18 @@ def _add_verify(commands: "_Commands[argparse.ArgumentParser]") -> None:
 
 
 def _add_inspect(commands: "_Commands[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("inspect", help="diagnose the Gram of every input of a linear")
-    command.set_defaults(run=inspect_grams.run)
+    command = commands.add_parser("inspect", help="list what would be pruned, or diagnose Grams")
+    command.set_defaults(run=inspect_model.run)
     command.add_argument("source", type=Path, help=MODEL)
     command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
     command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
-    command.add_argument("--figure", type=Path, metavar="FILE", help="write a .png or .svg file")
+    _add_pattern(command)
+    command.add_argument(
+        "--grams", action="store_true", help="diagnose the Gram of every input of a linear"
+    )
+    command.add_argument(
+        "--figure", type=Path, metavar="FILE", help="of the Grams, a .png or .svg file"
+    )
     _add_length(command)
     _add_output(command)
 
