@@ -8,10 +8,6 @@ NEWEST_PYTHON ?= python3.13
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
 
-# Most of the time of the tests goes into compiling, and what was compiled once is kept.
-test test-newest: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/xla
-test test-newest: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0.1
-
 test: lint
 	.venv/bin/python -m pytest
 
