@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import config_dict, jax_logits, random_weights, tokens
 
+from prox24.calibration.text import start_tokens
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.gguf_tokenizer import build_tokenizer
 from prox24.errors import UnsupportedModelError
@@ -133,16 +134,29 @@ def pieces_by_greedy_merging(text: str) -> list[str]:
         parts[best : best + 2] = [unions[best]]
 
 
+SENTENCE_PIECE = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", *PIECES, "<s>"],
+    "tokenizer.ggml.scores": [0.0, *PIECES.values(), 0.0],
+    "tokenizer.ggml.token_type": [2, *(1 for _ in PIECES), 3],
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.bos_token_id": len(PIECES) + 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "start"), [({}, [len(PIECES) + 1]), ({"tokenizer.ggml.add_bos_token": False}, [])]
+)
+def test_a_text_begins_with_the_start_token_unless_the_file_says_otherwise(said, start):
+    tokenizer = build_tokenizer(SENTENCE_PIECE | said, 64, Path("model.gguf"))
+    plain = tokenizer("ab ab", add_special_tokens=False)["input_ids"]
+    assert tokenizer("ab ab")["input_ids"] == start + plain
+    assert start_tokens(tokenizer) == start
+
+
 @pytest.mark.parametrize("add_space_prefix", [False, True])
 def test_sentence_pieces_are_those_of_greedy_merging(add_space_prefix):
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": ["<unk>", *PIECES],
-        "tokenizer.ggml.scores": [0.0, *PIECES.values()],
-        "tokenizer.ggml.token_type": [2, *(1 for _ in PIECES)],
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_space_prefix": add_space_prefix,
-    }
+    metadata = SENTENCE_PIECE | {"tokenizer.ggml.add_space_prefix": add_space_prefix}
     tokenizer = build_tokenizer(metadata, 64, Path("model.gguf"))
     rng = np.random.default_rng(0)
     for _ in range(50):

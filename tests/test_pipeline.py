@@ -221,6 +221,17 @@ def test_windows_do_not_overlap_and_say_what_is_missing():
         first_windows(ids, None, 200)
 
 
+def test_every_window_begins_with_the_start_tokens_and_none_of_the_text_is_lost():
+    ids = np.arange(103, dtype=np.int32)
+    windows = first_windows(ids, None, 10, [7, 8])
+    assert windows.shape == (12, 10)
+    assert np.all(windows[:, :2] == [7, 8])
+    assert windows[:, 2:].ravel().tolist() == list(range(96))
+    assert np.array_equal(spread_windows(ids, 12, 10, [7, 8]), windows)
+    with pytest.raises(CalibrationError, match="windows of 2 have no room beside 2 start tokens"):
+        first_windows(ids, 1, 2, [7, 8])
+
+
 def test_micro_batches_divide_the_windows():
     for windows in range(1, 40):
         for length in (2, 512, 4096):

@@ -1,5 +1,6 @@
 """Text to windows of token ids."""
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -54,30 +55,47 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int) -> 
     return ids
 
 
-def first_windows(ids: NDArray[np.int32], windows: int | None, length: int) -> NDArray[np.int32]:
-    """The first non-overlapping windows, shape (windows, length); all that are whole if None.
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before a text, as `<bos>` of Llama and Gemma; often none."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)]
+
+
+def first_windows(
+    ids: NDArray[np.int32], windows: int | None, length: int, start: Sequence[int] = ()
+) -> NDArray[np.int32]:
+    """The first windows that do not overlap, shape (windows, length); all that are whole if None.
+
+    Each begins with the `start` tokens, which count towards its length.
 
     Raises:
       CalibrationError: there are too few tokens; says how many are needed.
     """
-    needed = length * (windows or 1)
+    own = length - len(start)
+    needed = own * (windows or 1)
+    if own < 1:
+        raise CalibrationError(f"windows of {length} have no room beside {len(start)} start tokens")
     if ids.size < needed:
         raise CalibrationError(
             f"the text has {ids.size} tokens, but {windows or 1} windows of {length} need {needed}"
         )
-    count = windows or ids.size // length
-    return ids[: count * length].reshape(count, length)
+    count = windows or ids.size // own
+    starts = np.tile(np.asarray(start, np.int32), (count, 1))
+    return np.concatenate([starts, ids[: count * own].reshape(count, own)], axis=1)
 
 
-def spread_windows(ids: NDArray[np.int32], windows: int, length: int) -> NDArray[np.int32]:
-    """Non-overlapping windows spread evenly over the text, shape (windows, length).
+def spread_windows(
+    ids: NDArray[np.int32], windows: int, length: int, start: Sequence[int] = ()
+) -> NDArray[np.int32]:
+    """Windows that do not overlap, spread evenly over the text, shape (windows, length).
 
     No randomness: the same text, number and length give the same windows.
 
     Raises:
       CalibrationError: there are too few tokens; says how many are needed.
     """
-    available = first_windows(ids, None, length)
+    available = first_windows(ids, None, length, start)
     if len(available) < windows:
-        first_windows(ids, windows, length)
+        first_windows(ids, windows, length, start)
     return available[np.linspace(0, len(available) - 1, windows).round().astype(int)]

@@ -11,6 +11,7 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -48,6 +49,9 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF's metadata: "gpt2" for byte-level BPE, "llama" for SentencePiece.
 
+    A text begins with `<bos>` where the metadata say so, or, as in llama.cpp, say nothing and the
+    vocabulary is SentencePiece or Llama 3.
+
     Raises:
       CheckpointError: another tokenizer.
     """
@@ -69,6 +73,13 @@ def build_tokenizer(
     ]
     tokenizer.add_special_tokens([token for token in whole if token.special])
     tokenizer.add_tokens([token for token in whole if not token.special])
+    if "tokenizer.ggml.bos_token_id" in metadata and metadata.get(
+        "tokenizer.ggml.add_bos_token", kind == "llama" or split == "llama-bpe"
+    ):
+        start = metadata["tokenizer.ggml.bos_token_id"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[start]} $A", special_tokens=[(tokens[start], start)]
+        )
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     special = {
         name: tokens[metadata[f"tokenizer.ggml.{field}_token_id"]]

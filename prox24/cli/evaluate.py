@@ -2,7 +2,7 @@
 
 import argparse
 
-from prox24.calibration.text import first_windows, text_or_packaged, tokenize
+from prox24.calibration.text import first_windows, start_tokens, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.output import print_json, print_table, progress_bar
 from prox24.forward import load_model
@@ -13,8 +13,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
     checkpoint = open_checkpoint(arguments.model)
     text = text_or_packaged(arguments.text, "austen.txt")
-    ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
-    windows = first_windows(ids, arguments.samples, arguments.sequence_length)
+    tokenizer = checkpoint.load_tokenizer()
+    ids = tokenize(tokenizer, text, checkpoint.config["vocab_size"])
+    windows = first_windows(
+        ids, arguments.samples, arguments.sequence_length, start_tokens(tokenizer)
+    )
     layers = len(load_model(checkpoint).config.layers)
     with progress_bar("eval", layers, arguments.quiet) as advance:
         result = perplexity(

@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prox24.calibration.text import spread_windows, text_or_packaged, tokenize
+from prox24.calibration.text import (
+    spread_windows,
+    start_tokens,
+    text_or_packaged,
+    tokenize,
+)
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
@@ -123,8 +128,9 @@ def calibration_windows(
       CalibrationError: the file cannot be read or is too short.
     """
     text = text_or_packaged(file, "speeches.txt")
-    ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
-    return spread_windows(ids, samples, length)
+    tokenizer = checkpoint.load_tokenizer()
+    ids = tokenize(tokenizer, text, checkpoint.config["vocab_size"])
+    return spread_windows(ids, samples, length, start_tokens(tokenizer))
 
 
 def prune_with_progress(
