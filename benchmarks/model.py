@@ -30,7 +30,7 @@ from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.cli.demo import fetch_model
 from prox24.perplexity import perplexity
-from prox24.pipeline import prune
+from prox24.pipeline import collect, prune
 from prox24.solvers.schedules import Exponential
 
 EVALUATION_LENGTH = 512
@@ -139,7 +139,7 @@ def measure(
     start = time.perf_counter()
     reports, pruned = [], checkpoint
     if run.solver is not None:
-        result = prune(checkpoint, calibration, run.solver, run.refit, pull=run.pull)
+        result = collect(prune(checkpoint, calibration, run.solver, run.refit, pull=run.pull))
         reports, pruned = result.reports, with_tensors(checkpoint, result.tensors)
     seconds = time.perf_counter() - start
     losses = [report.statistics.relative_loss for report in reports]

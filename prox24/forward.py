@@ -1,6 +1,7 @@
 """Running a checkpoint's layers one after the other over windows of tokens."""
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -81,13 +82,19 @@ def layer_weights(model: Model, index: int) -> dict[str, Array]:
     }
 
 
-def outer_weights(model: Model) -> dict[str, Array]:
-    """Reads the tensors outside the layers: embedding, final norm, head."""
-    config, read = model.config, model.checkpoint.read
-    return {
-        name: jnp.asarray(read(decoder.outer_tensor(config.names, name)))
-        for name in decoder.outer_shapes(config)
-    }
+def embedding_weights(model: Model) -> dict[str, Array]:
+    """Reads what comes before the layers."""
+    return _outer_weights(model, decoder.embedding_shapes(model.config))
+
+
+def head_weights(model: Model) -> dict[str, Array]:
+    """Reads what comes after the layers: the final norm and the head."""
+    return _outer_weights(model, decoder.head_shapes(model.config))
+
+
+def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
+    tensors = {name: decoder.outer_tensor(model.config.names, name) for name in names}
+    return {name: jnp.asarray(model.checkpoint.read(tensor)) for name, tensor in tensors.items()}
 
 
 def batch_size(windows: int, length: int) -> int:
@@ -98,7 +105,7 @@ def batch_size(windows: int, length: int) -> int:
 
 def embed_windows(model: Model, windows: NDArray[np.int32]) -> list[Array]:
     """Embeds windows (count, length): hidden states in micro-batches (batch, length, hidden)."""
-    weights = outer_weights(model)
+    weights = embedding_weights(model)
     size = batch_size(*windows.shape)
     return [
         decoder.embed(model.config, weights, jnp.asarray(windows[i : i + size]))
@@ -110,3 +117,9 @@ def embed_windows(model: Model, windows: NDArray[np.int32]) -> list[Array]:
 def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
     """One layer on one micro-batch, compiled once for all equal layers of a model."""
     return decoder.layer(layer, weights, hidden, decoder.no_tap)
+
+
+def run_in_place(layer: Layer, weights: dict[str, Array], hidden: list[Array]) -> None:
+    """Replaces every micro-batch by what the layer makes of it, so that few are there twice."""
+    for i, batch in enumerate(hidden):
+        hidden[i] = run_layer(layer, weights, batch)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.errors import CalibrationError
-from prox24.forward import embed_windows, layer_weights, load_model, outer_weights, run_layer
+from prox24.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
 from prox24.models import decoder
 from prox24.models.decoder import Config
 
@@ -54,9 +54,9 @@ def perplexity(
     hidden = embed_windows(model, windows)
     for index, layer in enumerate(model.config.layers):
         weights = layer_weights(model, index)
-        hidden = [run_layer(layer, weights, batch) for batch in hidden]
+        run_in_place(layer, weights, hidden)
         on_layer(index)
-    weights = outer_weights(model)
+    weights = head_weights(model)
     batches = windows.reshape(len(hidden), -1, windows.shape[1])
     losses = [
         window_losses(model.config, weights, states, jnp.asarray(tokens))

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from prox24.forward import (
     layer_weights,
     load_model,
     oriented,
-    run_layer,
+    run_in_place,
 )
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
 from prox24.solvers.solve import Refit, Solver, solve
@@ -52,6 +52,13 @@ class LinearReport(NamedTuple):
     statistics: Statistics
 
 
+class PrunedLinear(NamedTuple):
+    """The new values of a linear's weight, in float32 and the checkpoint's layout, and a report."""
+
+    values: NDArray[Any]
+    report: LinearReport
+
+
 class PrunedModel(NamedTuple):
     """The new values of every pruned tensor, by name, in float32, and a report on each."""
 
@@ -68,8 +75,7 @@ def prune(
     pattern: PatternLike | Unstructured = (2, 4),
     damping: float = 0.01,
     pull: float | None = None,
-    on_linear: Callable[[LinearReport], None] = lambda report: None,
-) -> PrunedModel:
+) -> Iterator[PrunedLinear]:
     """Prunes every linear of every decoder layer; embedding, norms and head are left alone.
 
     For each layer the Grams of its linears are gathered with the layer still dense, from the
@@ -88,7 +94,9 @@ def prune(
       pull: None to reproduce each linear's own output on the pruned model's activations; a number
         to reproduce the dense model's, with that pull to the dense weight, see
         `prox24.correct_inputs`. It runs the dense model alongside.
-      on_linear: called after each linear, for progress.
+
+    Yields:
+      Each linear, when it is solved. Of what was yielded nothing is kept.
 
     Raises:
       CheckpointError: a linear's input width is not divisible by M.
@@ -99,9 +107,7 @@ def prune(
     model = load_model(checkpoint)
     check_widths(model, pattern)
     hidden = embed_windows(model, windows)
-    dense_hidden = None if pull is None else hidden
-    tensors: dict[str, NDArray[Any]] = {}
-    reports: list[LinearReport] = []
+    dense_hidden = None if pull is None else list(hidden)
     for index, layer in enumerate(model.config.layers):
         dense = layer_weights(model, index)
         weights = dict(dense)
@@ -119,13 +125,18 @@ def prune(
             # What comes after sees the weight as it will be written, unless another dtype is asked.
             weights[linear.weight] = solution.weight.astype(given.dtype)
             report = _report(linear, solution, tokens, time.perf_counter() - began)
-            tensors[linear.tensor] = np.asarray(oriented(model.config, solution.weight))
-            reports.append(report)
-            on_linear(report)
-        hidden = [run_layer(layer, weights, batch) for batch in hidden]
+            yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
+        run_in_place(layer, weights, hidden)
         if dense_hidden is not None:
-            dense_hidden = [run_layer(layer, dense, batch) for batch in dense_hidden]
-    return PrunedModel(tensors, reports)
+            run_in_place(layer, dense, dense_hidden)
+
+
+def collect(linears: Iterable[PrunedLinear]) -> PrunedModel:
+    """Holds all that `prune` yields."""
+    held = list(linears)
+    return PrunedModel(
+        {linear.report.name: linear.values for linear in held}, [linear.report for linear in held]
+    )
 
 
 def check_widths(model: Model, pattern: PatternLike | Unstructured) -> None:

@@ -41,7 +41,7 @@ def main() -> None:
     checkpoint = open_checkpoint(fetch_model(Path(".cache")))
     ids = np.asarray([checkpoint.load_tokenizer()(SMOLLM2_TEXT)["input_ids"]], np.int32)
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(checkpoint, Path(folder) / "model", {})
+        write_checkpoint(checkpoint, Path(folder) / "model")
         # In float64: over 30 layers PyTorch's own float32 logits are off by 9e-5.
         model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float64)
         logits = torch_logits(model.eval(), ids)

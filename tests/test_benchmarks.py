@@ -15,7 +15,7 @@ from tiny import tokens, write_tiny
 
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.perplexity import perplexity
-from prox24.pipeline import prune
+from prox24.pipeline import collect, prune
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.scores import Wanda
 from prox24.solvers.solve import solve
@@ -214,7 +214,7 @@ def test_a_run_of_the_model_benchmark_measures_the_pruned_model(tmp_path):
     rows = [benchmark["measure"](run, checkpoint, tokens(4, 32), windows) for run in (dense, wanda)]
     assert rows[0]["text"] == pytest.approx(perplexity(checkpoint, windows["text"]).perplexity)
     assert rows[1]["text"] != rows[0]["text"]
-    pruned = prune(checkpoint, tokens(4, 32), Wanda(), None)
+    pruned = collect(prune(checkpoint, tokens(4, 32), Wanda(), None))
     losses = [report.statistics.relative_loss for report in pruned.reports]
     assert rows[1]["mean_relative_loss"] == pytest.approx(np.mean(losses))
     replaced = benchmark["with_tensors"](checkpoint, pruned.tensors)

@@ -18,7 +18,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_copy_has_the_same_bytes_names_dtypes_and_files(tmp_path, dtype, shards):
     weights = write_tiny(tmp_path / "source", dtype=dtype, shards=shards)
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "copy", {})
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "copy")
     files = {path.name for path in (tmp_path / "source").iterdir()}
     assert {path.name for path in (tmp_path / "copy").iterdir()} == files
     read = {}
@@ -35,7 +35,9 @@ def test_replaced_tensors_take_the_source_dtype_and_keep_exact_zeros(tmp_path):
     weights = write_tiny(tmp_path / "source", dtype="bfloat16")
     values = weights[Q_PROJ].astype(np.float32)
     values[:, ::2] = 0
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {Q_PROJ: values})
+    write_checkpoint(
+        open_checkpoint(tmp_path / "source"), tmp_path / "out", {Q_PROJ: values}.items()
+    )
     read = load_file(tmp_path / "out" / "model.safetensors")[Q_PROJ]
     assert read.dtype == weights[Q_PROJ].dtype
     assert (read[:, ::2] == 0).all()
@@ -44,7 +46,7 @@ def test_replaced_tensors_take_the_source_dtype_and_keep_exact_zeros(tmp_path):
 
 def test_another_dtype_on_request_also_in_the_config(tmp_path):
     write_tiny(tmp_path / "source")
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {}, dtype="bfloat16")
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", dtype="bfloat16")
     dtypes = {w.dtype.name for w in load_file(tmp_path / "out" / "model.safetensors").values()}
     assert dtypes == {"bfloat16"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -56,7 +58,9 @@ def test_overflow_of_the_output_dtype_names_the_tensor_and_writes_nothing(tmp_pa
     write_tiny(tmp_path / "source", dtype="float16")
     huge = np.full((32, 32), 1e6, np.float32)
     with pytest.raises(CheckpointError, match=Q_PROJ):
-        write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {Q_PROJ: huge})
+        write_checkpoint(
+            open_checkpoint(tmp_path / "source"), tmp_path / "out", {Q_PROJ: huge}.items()
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -66,9 +70,9 @@ def test_an_existing_destination_is_kept_unless_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(CheckpointError, match="overwrite"):
-        write_checkpoint(source, tmp_path / "out", {})
+        write_checkpoint(source, tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "x"
-    write_checkpoint(source, tmp_path / "out", {}, overwrite=True)
+    write_checkpoint(source, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "precious").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
@@ -78,7 +82,7 @@ def test_overwriting_keeps_the_old_folder_when_writing_fails(tmp_path):
     source = open_checkpoint(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    bad = {Q_PROJ: np.full((32, 32), np.nan, np.float32)}
+    bad = [(Q_PROJ, np.full((32, 32), np.nan, np.float32))]
     with pytest.raises(CheckpointError):
         write_checkpoint(source, tmp_path / "out", bad, overwrite=True)
     assert (tmp_path / "out" / "precious").read_text() == "x"
@@ -88,9 +92,7 @@ def test_overwriting_keeps_the_old_folder_when_writing_fails(tmp_path):
 def test_the_source_cannot_be_its_own_destination(tmp_path):
     write_tiny(tmp_path / "source")
     with pytest.raises(CheckpointError, match="is the source"):
-        write_checkpoint(
-            open_checkpoint(tmp_path / "source"), tmp_path / "source", {}, overwrite=True
-        )
+        write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "source", overwrite=True)
 
 
 def _index(folder):
@@ -229,7 +231,7 @@ def test_extra_tensors_are_carried_over(tmp_path):
         "model.position_ids": np.arange(4, dtype=np.int64),
     }
     write_folder(tmp_path / "source", config, random_weights(config) | extra)
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {}, dtype="bfloat16")
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", dtype="bfloat16")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert extra.keys() < written.keys()
     np.testing.assert_array_equal(written["model.position_ids"], extra["model.position_ids"])
@@ -240,7 +242,7 @@ def test_other_weight_formats_are_not_carried_over(tmp_path):
     write_tiny(tmp_path / "source")
     (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"old")
     save_file({"x": np.zeros(1)}, tmp_path / "source" / "adapter.safetensors")
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out")
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
     assert not (tmp_path / "out" / "adapter.safetensors").exists()
 
@@ -249,7 +251,7 @@ def test_shards_are_no_larger_than_asked(tmp_path):
     weights = write_tiny(tmp_path / "source", shards=3)
     source = open_checkpoint(tmp_path / "source")
     limit = 20_000  # the embedding and the head are larger
-    written = write_checkpoint(source, tmp_path / "out", {}, max_shard_bytes=limit)
+    written = write_checkpoint(source, tmp_path / "out", max_shard_bytes=limit)
     assert written == [name for shard in source.shards for name in shard]
     index = _index(tmp_path / "out")
     assert index["metadata"]["total_size"] == sum(values.nbytes for values in weights.values())
@@ -279,10 +281,10 @@ def test_shards_are_measured_in_the_dtype_of_the_output(tmp_path):
     source = open_checkpoint(tmp_path / "source")
     half = sum(values.nbytes for values in weights.values()) // 2
     options = {"max_shard_bytes": half, "dtype": "bfloat16"}
-    write_checkpoint(source, tmp_path / "out", {}, **options)
+    write_checkpoint(source, tmp_path / "out", **options)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
-    write_checkpoint(source, tmp_path / "two", {}, **options | {"max_shard_bytes": half - 1})
+    write_checkpoint(source, tmp_path / "two", **options | {"max_shard_bytes": half - 1})
     assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2
 
 
@@ -293,7 +295,7 @@ def test_transformers_reads_shards_as_one_model(tmp_path, limit):
 
     weights = write_tiny(tmp_path / "source", "tied_head")
     source = open_checkpoint(tmp_path / "source")
-    write_checkpoint(source, tmp_path / "out", {}, max_shard_bytes=limit)
+    write_checkpoint(source, tmp_path / "out", max_shard_bytes=limit)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     read = model.state_dict()
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -307,10 +309,10 @@ def test_a_note_is_appended_to_the_model_card(tmp_path, card):
     if card is not None:
         (tmp_path / "source" / "README.md").write_bytes(card)
     source = open_checkpoint(tmp_path / "source")
-    write_checkpoint(source, tmp_path / "out", {}, note="## Pruning\n\n2:4\n")
+    write_checkpoint(source, tmp_path / "out", note="## Pruning\n\n2:4\n")
     expected = b"## Pruning\n\n2:4\n" if card is None else card + b"\n## Pruning\n\n2:4\n"
     assert (tmp_path / "out" / "README.md").read_bytes() == expected
-    write_checkpoint(source, tmp_path / "plain", {})
+    write_checkpoint(source, tmp_path / "plain")
     assert (tmp_path / "plain" / "README.md").exists() == (card is not None)
 
 
@@ -318,7 +320,7 @@ def test_a_scalar_stays_a_scalar(tmp_path):
     config = config_dict()
     scalar = {"model.scale": np.array(2, np.float32)}
     write_folder(tmp_path / "source", config, random_weights(config) | scalar)
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors")["model.scale"].shape == ()
 
 
@@ -327,7 +329,7 @@ def test_a_folder_without_a_tokenizer_is_copied(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     save_file(random_weights(config), tmp_path / "source" / "model.safetensors")
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors"}
 

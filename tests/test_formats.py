@@ -200,7 +200,7 @@ def test_a_folder_with_a_bin_file_is_converted_bit_for_bit(tmp_path, dtype):
     weights = write_tiny(tmp_path / "source", dtype=dtype)
     (tmp_path / "source" / "model.safetensors").unlink()
     write_bin(tmp_path / "source" / "pytorch_model.bin", weights)
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out")
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), weights)
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
@@ -227,7 +227,7 @@ def write_sharded_bins(folder, weights, count=3):
 def test_sharded_bin_files_become_as_many_safetensors(tmp_path):
     weights = write_tiny(tmp_path / "source")
     write_sharded_bins(tmp_path / "source", weights)
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert [path.name for path in shards] == [
         f"model-0000{shard}-of-00003.safetensors" for shard in (1, 2, 3)
@@ -256,7 +256,7 @@ def test_a_tied_head_of_a_bin_file_stays_one_tensor(tmp_path):
         records[str(key)] = values.tobytes()
     body[HEAD] = body[EMBEDDING]
     write_zip(tmp_path / "source" / "pytorch_model.bin", entries(body), records)
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out", {})
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out")
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), weights)
 
 
@@ -275,8 +275,9 @@ def test_safetensors_are_preferred_then_bin_then_flax(tmp_path):
     ones = {name: np.ones_like(values) for name, values in weights.items()}
     write_bin(folder / "pytorch_model.bin", ones)
     zeros = {name: np.zeros_like(values) for name, values in weights.items()}
-    leaves = dict(flax_file.tree_leaf(*pair, "weight") for pair in zeros.items())
-    flax_file.write_file(folder / "flax_model.msgpack", leaves)
+    with flax_file.create_file(folder / "flax_model.msgpack", "weight") as put:
+        for name, values in zeros.items():
+            put(name, values)
     np.testing.assert_array_equal(open_checkpoint(folder).read(Q_PROJ), weights[Q_PROJ])
     (folder / "model.safetensors").unlink()
     np.testing.assert_array_equal(open_checkpoint(folder).read(Q_PROJ), ones[Q_PROJ])
@@ -588,7 +589,7 @@ def test_flax_files_have_the_leaves_of_the_flax_classes(tmp_path, kind):
     weights = arrays(config)
     write_folder(tmp_path / "source", config, weights)
     source = open_checkpoint(tmp_path / "source")
-    write_checkpoint(source, tmp_path / "out", {}, file_format="flax")
+    write_checkpoint(source, tmp_path / "out", file_format="flax")
     tree = flax.serialization.msgpack_restore(
         (tmp_path / "out" / "flax_model.msgpack").read_bytes()
     )
@@ -608,10 +609,10 @@ def test_flax_and_back_is_bit_exact(tmp_path, dtype, shards, variant):
     weights = random_weights(config, BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype))
     write_folder(tmp_path / "source", config, weights, shards)
     source = open_checkpoint(tmp_path / "source")
-    write_checkpoint(source, tmp_path / "flax", {}, file_format="flax")
+    write_checkpoint(source, tmp_path / "flax", file_format="flax")
     assert not list((tmp_path / "flax").glob("*.safetensors"))
     assert len(list((tmp_path / "flax").glob("*.msgpack"))) == shards
-    write_checkpoint(open_checkpoint(tmp_path / "flax"), tmp_path / "back", {})
+    write_checkpoint(open_checkpoint(tmp_path / "flax"), tmp_path / "back")
     read = {}
     for shard in (tmp_path / "back").glob("*.safetensors"):
         read |= load_file(shard)
@@ -622,7 +623,7 @@ def test_flax_and_back_is_bit_exact(tmp_path, dtype, shards, variant):
 def test_the_index_of_flax_files_has_paths(tmp_path):
     write_tiny(tmp_path / "source", shards=3)
     source = open_checkpoint(tmp_path / "source")
-    write_checkpoint(source, tmp_path / "flax", {}, file_format="flax")
+    write_checkpoint(source, tmp_path / "flax", file_format="flax")
     index = json.loads((tmp_path / "flax" / "flax_model.msgpack.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(
         v.nbytes for v in random_weights(source.config).values()
@@ -636,9 +637,7 @@ def test_the_index_of_flax_files_has_paths(tmp_path):
 def test_arrays_that_flax_cut_into_chunks_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 64)
     weights = write_tiny(tmp_path / "source")
-    write_checkpoint(
-        open_checkpoint(tmp_path / "source"), tmp_path / "flax", {}, file_format="flax"
-    )
+    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "flax", file_format="flax")
     written = (tmp_path / "flax" / "flax_model.msgpack").read_bytes()
     assert b"__msgpack_chunked_array__" in written
     flax_checkpoint = open_checkpoint(tmp_path / "flax")
@@ -650,7 +649,7 @@ def test_buffers_are_left_out_of_flax_files(tmp_path):
     weights = random_weights(config)
     write_folder(tmp_path / "source", config, weights | {"model.position_ids": np.arange(4)})
     source = open_checkpoint(tmp_path / "source")
-    written = write_checkpoint(source, tmp_path / "flax", {}, file_format="flax")
+    written = write_checkpoint(source, tmp_path / "flax", file_format="flax")
     assert set(written) == weights.keys()
     assert open_checkpoint(tmp_path / "flax").tensors.keys() == weights.keys()
 
@@ -660,7 +659,7 @@ def test_a_model_without_a_flax_class_is_refused(tmp_path):
     write_folder(tmp_path / "source", config, arrays(config))
     source = open_checkpoint(tmp_path / "source")
     with pytest.raises(UnsupportedModelError, match=r"no Flax class .*'qwen2'.*llama"):
-        write_checkpoint(source, tmp_path / "out", {}, file_format="flax")
+        write_checkpoint(source, tmp_path / "out", file_format="flax")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -749,7 +748,7 @@ def test_float8_with_a_scale_for_each_block_is_dequantised(tmp_path, dtype):
             expected[row, column] = np.float32(weight[row, column]) * factor
     assert checkpoint.tensors[Q_PROJ].dtype == BFLOAT16
     np.testing.assert_array_equal(checkpoint.read(Q_PROJ), expected.astype(BFLOAT16))
-    write_checkpoint(checkpoint, tmp_path / "out", {})
+    write_checkpoint(checkpoint, tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == random_weights(config_dict()).keys()
     np.testing.assert_array_equal(written[Q_PROJ], expected.astype(BFLOAT16))
@@ -820,7 +819,7 @@ def cached_model(tmp_path, monkeypatch):
 def test_a_cached_model_of_the_hub_is_opened_offline(cached_model, tmp_path, identifier):
     checkpoint = open_checkpoint(identifier)
     assert checkpoint.path == cached_model
-    write_checkpoint(checkpoint, tmp_path / "out", {})
+    write_checkpoint(checkpoint, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         path.name for path in cached_model.iterdir()
     }

@@ -23,7 +23,7 @@ from prox24.errors import UnsupportedModelError
 from prox24.forward import all_linears, load_model, oriented
 from prox24.models import decoder
 from prox24.models.families import FAMILIES, config_from_hf
-from prox24.pipeline import prune
+from prox24.pipeline import collect, prune
 from prox24.solvers.solve import Magnitude
 
 # Other positions or residuals do not matter to files.
@@ -60,8 +60,9 @@ def test_a_pruned_model_in_bfloat16_agrees_with_pytorch(tmp_path, variant):
     torch = pytest.importorskip("torch")
     write_tiny(tmp_path / "source", variant, dtype="bfloat16")
     source = open_checkpoint(tmp_path / "source")
-    pruned = prune(source, first_windows(tokens().ravel(), 2, 48), Magnitude(), None)
-    write_checkpoint(source, tmp_path / "out", pruned.tensors)
+    windows = first_windows(tokens().ravel(), 2, 48)
+    pruned = collect(prune(source, windows, Magnitude(), None))
+    write_checkpoint(source, tmp_path / "out", pruned.tensors.items())
     out = open_checkpoint(tmp_path / "out")
     config = load_model(out).config
     for linear in all_linears(config):

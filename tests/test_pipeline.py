@@ -20,7 +20,7 @@ from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.masks import is_sparse, top_mask
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import all_linears, batch_size, load_model
-from prox24.pipeline import prune
+from prox24.pipeline import collect, prune
 from prox24.solvers.problem import Candidate
 from prox24.solvers.solve import SOLVERS, ConjugateGradients, Magnitude, Prox, SparseGPT, Wanda
 
@@ -28,17 +28,17 @@ WINDOWS = tokens(batch=8, length=32)
 
 
 def prune_folder(folder, solver, refit=None, **options):
-    return prune(open_checkpoint(folder), WINDOWS, solver, refit, **options)
+    return collect(prune(open_checkpoint(folder), WINDOWS, solver, refit, **options))
 
 
 @pytest.mark.parametrize("method", SOLVERS)
 def test_every_linear_is_sparse_and_nothing_else_changes(tmp_path, method):
     weights = write_tiny(tmp_path / "source", "grouped_heads", shards=2)
     checkpoint = open_checkpoint(tmp_path / "source")
-    pruned = prune(checkpoint, WINDOWS, SOLVERS[method](), None)
+    pruned = collect(prune(checkpoint, WINDOWS, SOLVERS[method](), None))
     names = [linear.tensor for linear in all_linears(load_model(checkpoint).config)]
     assert list(pruned.tensors) == names == [report.name for report in pruned.reports]
-    write_checkpoint(checkpoint, tmp_path / "out", pruned.tensors)
+    write_checkpoint(checkpoint, tmp_path / "out", pruned.tensors.items())
     written = {}
     for shard in (tmp_path / "out").glob("*.safetensors"):
         written |= load_file(shard)
@@ -121,11 +121,11 @@ def test_activations_that_are_not_finite_are_named(tmp_path):
 def test_fewer_tokens_than_features_need_damping(tmp_path):
     write_tiny(tmp_path / "source")
     checkpoint = open_checkpoint(tmp_path / "source")
-    pruned = prune(checkpoint, tokens(1, 8), Prox(), ConjugateGradients())
+    pruned = collect(prune(checkpoint, tokens(1, 8), Prox(), ConjugateGradients()))
     assert all(np.isfinite(values).all() for values in pruned.tensors.values())
     assert all(report.statistics.damping > 0 for report in pruned.reports)
     assert not any(report.statistics.damping_raised for report in pruned.reports)
-    raised = prune(checkpoint, tokens(1, 8), SparseGPT(), None, damping=0.0)
+    raised = collect(prune(checkpoint, tokens(1, 8), SparseGPT(), None, damping=0.0))
     assert all(
         report.statistics.damping_raised and report.statistics.damping > 0
         for report in raised.reports
@@ -194,11 +194,20 @@ def test_dead_input_features_are_reported(tmp_path):
         assert count == (3 if "layers.0" in name and reads_dead_features else 0)
 
 
-def test_on_linear_is_called_in_order(tmp_path):
+def test_a_linear_is_given_out_before_the_next_layer_is_read(tmp_path):
     write_tiny(tmp_path / "source")
-    seen = []
-    pruned = prune_folder(tmp_path / "source", Magnitude(), on_linear=seen.append)
-    assert seen == pruned.reports
+    checkpoint = open_checkpoint(tmp_path / "source")
+    read = []
+
+    def recording(name, source):
+        return source._replace(read=lambda: (read.append(name), source.read())[1])
+
+    tensors = {name: recording(name, source) for name, source in checkpoint.tensors.items()}
+    checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
+    for linear in prune(checkpoint, WINDOWS, Magnitude(), None):
+        own = linear.report.name.split(".")[2]
+        assert {name.split(".")[2] for name in read if "layers" in name} <= {"0", own}
+    assert not any("lm_head" in name for name in read)
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):

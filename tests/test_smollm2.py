@@ -14,9 +14,9 @@ from prox24.core.masks import top_mask
 from prox24.forward import (
     all_linears,
     embed_windows,
+    head_weights,
     layer_weights,
     load_model,
-    outer_weights,
     run_layer,
 )
 from prox24.models import decoder
@@ -45,7 +45,7 @@ def pruned_folder(checkpoint, tmp_path_factory):
     for name in (linear.tensor for linear in all_linears(load_model(checkpoint).config)):
         weight = jnp.asarray(checkpoint.read(name))
         pruned[name] = np.asarray(jnp.where(top_mask(jnp.abs(weight)), weight, 0))
-    write_checkpoint(checkpoint, folder, pruned)
+    write_checkpoint(checkpoint, folder, pruned.items())
     return folder
 
 
@@ -62,7 +62,7 @@ def forward(checkpoint, ids):
     (hidden,) = embed_windows(model, ids)
     for index, layer in enumerate(model.config.layers):
         hidden = run_layer(layer, layer_weights(model, index), hidden)
-    return np.asarray(decoder.logits(model.config, outer_weights(model), hidden))
+    return np.asarray(decoder.logits(model.config, head_weights(model), hidden))
 
 
 def test_logits_of_the_dense_model_agree_with_the_golden_file(checkpoint):

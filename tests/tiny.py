@@ -253,7 +253,7 @@ def seen_by_linears(config_json: dict, weights: dict, token_ids: np.ndarray, ind
 def _embed(config: decoder.Config, weights: dict, token_ids: np.ndarray):
     outer = {
         name: jnp.asarray(weights[decoder.outer_tensor(config.names, name)])
-        for name in decoder.outer_shapes(config)
+        for name in decoder.embedding_shapes(config) | decoder.head_shapes(config)
     }
     return outer, decoder.embed(config, outer, jnp.asarray(token_ids))
 

@@ -20,7 +20,7 @@ from prox24.checkpoints import (
     pickle_file,
     safetensors_file,
 )
-from prox24.checkpoints.tensors import TensorSource
+from prox24.checkpoints.tensors import TensorSource, is_finite
 from prox24.errors import CheckpointError
 from prox24.models.decoder import tensor_shapes
 from prox24.models.families import config_from_hf
@@ -63,7 +63,7 @@ class Checkpoint:
           CheckpointError: the tensor cannot be read, or holds NaN or Inf.
         """
         values = self.tensors[name].read()
-        if not np.isfinite(values.astype(np.float32)).all():
+        if not is_finite(values):
             raise CheckpointError(f"{self.path}: tensor {name} holds NaN or Inf")
         return values
 

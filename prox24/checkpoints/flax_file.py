@@ -5,7 +5,8 @@ They hold a tree of arrays whose paths are PyTorch's names, but for the leaf: a 
 class had a norm of its own.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import TensorSource
+from prox24.checkpoints.tensors import Put, TensorSource
 from prox24.errors import CheckpointError, UnsupportedModelError
 
 NORM_LEAVES: dict[str, str] = {
@@ -71,27 +72,24 @@ def norm_leaf(model_type: str) -> str:
     return NORM_LEAVES[model_type]
 
 
-def tree_leaf(name: str, values: NDArray[Any], norm: str) -> tuple[str, NDArray[Any]]:
-    """Path and array of a tensor in the tree; the inverse of what `open_file` does.
+def leaf_path(name: str, dimensions: int, norm: str) -> str:
+    """Path of a tensor in the tree; the inverse of `tensor_name`.
 
     Args:
       name: PyTorch's.
-      values: in PyTorch's layout.
+      dimensions: of the tensor.
       norm: from `norm_leaf`.
 
     Example:
-      >>> path, kernel = tree_leaf("model.layers.0.mlp.up_proj.weight", np.zeros((8, 4)), "weight")
-      >>> path, kernel.shape
-      ('model/layers/0/mlp/up_proj/kernel', (4, 8))
+      >>> leaf_path("model.layers.0.mlp.up_proj.weight", 2, "weight")
+      'model/layers/0/mlp/up_proj/kernel'
     """
     *modules, leaf = name.split(".")
-    if leaf == "weight" and values.ndim == 1:
+    if leaf == "weight" and dimensions == 1:
         leaf = norm
-    elif leaf == "weight" and modules[-1] in EMBEDDINGS:
-        leaf = "embedding"
     elif leaf == "weight":
-        leaf, values = "kernel", values.T
-    return "/".join([*modules, leaf]), values
+        leaf = "embedding" if modules[-1] in EMBEDDINGS else "kernel"
+    return "/".join([*modules, leaf])
 
 
 def open_file(path: Path) -> dict[str, TensorSource]:
@@ -118,9 +116,25 @@ def _source(path: Path, leaf: str, values: Any) -> TensorSource:
     return TensorSource(values.T.shape, values.dtype, lambda: np.ascontiguousarray(values.T))
 
 
-def write_file(path: Path, leaves: Mapping[str, NDArray[Any]]) -> None:
-    """Writes arrays by path as the Flax classes did."""
-    tree = flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
+@contextlib.contextmanager
+def create_file(path: Path, norm: str) -> Iterator[Put]:
+    """A file as the Flax classes wrote it, which is written when all its tensors are there.
+
+    Args:
+      path: of the file.
+      norm: from `norm_leaf`.
+
+    Yields:
+      What takes a tensor, by PyTorch's name and in its layout.
+    """
+    leaves: dict[str, NDArray[Any]] = {}
+
+    def put(name: str, values: NDArray[Any]) -> None:
+        leaf = leaf_path(name, values.ndim, norm)
+        leaves[leaf] = values.T if leaf.endswith("kernel") else values
+
+    yield put
+    tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
     path.write_bytes(flax.serialization.msgpack_serialize(tree, in_place=True))
 
 

@@ -1,9 +1,11 @@
 """Safetensors files, the format that transformers writes."""
 
+import contextlib
 import json
 import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import TensorSource, read_entries
+from prox24.checkpoints.tensors import Put, TensorSource, read_entries
 from prox24.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -68,9 +69,42 @@ def _source(path: Path, start: int, entry: dict[str, Any]) -> TensorSource:
     return TensorSource(shape, dtype, read)
 
 
-def write_file(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Writes tensors as transformers does; they must be contiguous."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+@contextlib.contextmanager
+def create_file(
+    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+) -> Iterator[Put]:
+    """A file of tensors whose values are written one by one, in any order.
+
+    The space is taken at once, so that a full disk says so before the work and not after it.
+
+    Args:
+      path: of the file.
+      shapes: shape and dtype of every tensor, by name.
+
+    Yields:
+      What writes a tensor.
+    """
+    stored = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # The largest entries first, so that all are aligned.
+    for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: -item[1][1].itemsize):
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": stored[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # which macOS lacks
+            os.posix_fallocate(file.fileno(), 0, start + end)
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(start + end)
+
+        def put(name: str, values: NDArray[Any]) -> None:
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+        yield put
 
 
 FILES = WeightFiles("model", ".safetensors", open_file)

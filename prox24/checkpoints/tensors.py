@@ -9,6 +9,12 @@ from numpy.typing import NDArray
 
 from prox24.errors import CheckpointError
 
+Put = Callable[[str, NDArray[Any]], None]
+"""Writes the values of a tensor, by name, to the place that a file has for it."""
+
+FINITE_CHECK = 2**22
+"""Entries that are checked at a time, so that the copies which that takes stay small."""
+
 
 class TensorSource(NamedTuple):
     """Where a tensor's values come from.
@@ -43,3 +49,12 @@ def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> ND
     if content.size < count * dtype.itemsize:
         raise CheckpointError(f"{path} became shorter")
     return content.view(dtype)
+
+
+def is_finite(values: NDArray[Any]) -> bool:
+    """Whether no entry is NaN or Inf, in any dtype of numpy or ml_dtypes."""
+    entries = values.reshape(-1)
+    return all(
+        np.isfinite(entries[i : i + FINITE_CHECK].astype(np.float32)).all()
+        for i in range(0, entries.size, FINITE_CHECK)
+    )

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from prox24.checkpoints import flax_file, safetensors_file
 from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json, parameter_shapes
 from prox24.checkpoints.hf_folder import WeightFiles
+from prox24.checkpoints.tensors import Put, is_finite
 from prox24.errors import CheckpointError
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
 
 class Output(NamedTuple):
@@ -24,22 +32,22 @@ class Output(NamedTuple):
     Attributes:
       files: how they are called.
       names: of the tensors that it holds, by HF's names.
-      entry: what stands in a file for a tensor of that name: name and values.
-      write: a file of entries.
+      stored_name: what a file calls a tensor, by HF's name and its number of dimensions.
+      create: a file for tensors of those names, and what writes one of them to it.
     """
 
     files: WeightFiles
     names: Collection[str]
-    entry: Callable[[str, NDArray[Any]], tuple[str, NDArray[Any]]]
-    write: Callable[[Path, Mapping[str, NDArray[Any]]], None]
+    stored_name: Callable[[str, int], str]
+    create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
 
 
 def _safetensors(source: Checkpoint) -> Output:
     return Output(
         files=safetensors_file.FILES,
         names=source.tensors.keys(),
-        entry=lambda name, values: (name, values),
-        write=safetensors_file.write_file,
+        stored_name=lambda name, dimensions: name,
+        create=safetensors_file.create_file,
     )
 
 
@@ -49,8 +57,8 @@ def _flax(source: Checkpoint) -> Output:
         files=flax_file.FILES,
         # Flax classes had no buffers.
         names=parameter_shapes(source.config, source.tensors).keys(),
-        entry=lambda name, values: flax_file.tree_leaf(name, values, norm),
-        write=flax_file.write_file,
+        stored_name=lambda name, dimensions: flax_file.leaf_path(name, dimensions, norm),
+        create=lambda path, specs: flax_file.create_file(path, norm),
     )
 
 
@@ -73,7 +81,7 @@ def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
 def write_checkpoint(
     source: Checkpoint,
     destination: Path,
-    replaced: Mapping[str, NDArray[Any]],
+    replaced: Iterable[tuple[str, NDArray[Any]]] = (),
     *,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -89,7 +97,8 @@ def write_checkpoint(
     Args:
       source: gives the names, the order, the config, the tokenizer and every other file.
       destination: a folder that does not exist yet, unless `overwrite`.
-      replaced: new values by tensor name; others are copied bit for bit.
+      replaced: names and new values of tensors, each of which is written before the next is asked
+        for; the others are copied bit for bit.
       dtype: "float32", "float16" or "bfloat16" for every tensor; None keeps each tensor's own.
       overwrite: replaces an existing folder, which stays until the new one is complete.
       max_shard_bytes: of the tensors in one file, unless a single one is larger; None keeps
@@ -106,47 +115,73 @@ def write_checkpoint(
     """
     check_destination(destination, source.path, overwrite)
     output = OUTPUTS[file_format](source)
-    shards = _shards(source, output.names, dtype, max_shard_bytes)
+    specs = {name: _spec(source, name, dtype) for name in output.names}
+    shards = _shards(source, specs, max_shard_bytes)
+    files = output.files.names(len(shards))
     with _complete_or_absent(destination) as folder:
-        weight_map: dict[str, str] = {}
-        size = 0
-        for file, names in zip(output.files.names(len(shards)), shards, strict=True):
-            entries = dict(
-                output.entry(name, _values(source, name, replaced, dtype)) for name in names
-            )
-            output.write(folder / file, entries)
-            weight_map |= dict.fromkeys(entries, file)
-            size += sum(values.nbytes for values in entries.values())
+        _write_companions(source, folder, dtype, note)
         if len(shards) > 1:
+            weight_map = {
+                output.stored_name(name, len(specs[name].shape)): file
+                for file, names in zip(files, shards, strict=True)
+                for name in names
+            }
+            size = sum(_bytes(spec) for spec in specs.values())
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / output.files.index_file).write_text(config_json(index), encoding="utf-8")
-        for carried in source.carried:
-            shutil.copyfile(carried, folder / carried.name)
-        if source.path.is_file():  # which holds the tokenizer as well
-            source.load_tokenizer().save_pretrained(folder)
-        if note is not None:
-            with (folder / "README.md").open("ab") as card:
-                card.write(f"\n{note}".encode() if card.tell() else note.encode())
-        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-        if dtype is not None:
-            config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
-        (folder / "config.json").write_text(config_json(config), encoding="utf-8")
+        with contextlib.ExitStack() as opened:
+            puts: dict[str, Put] = {}
+            for file, names in zip(files, shards, strict=True):
+                own = {name: specs[name] for name in names}
+                put = opened.enter_context(output.create(folder / file, own))
+                puts |= dict.fromkeys(names, put)
+            for name, values in replaced:
+                puts.pop(name)(name, _converted(name, values, specs[name].dtype))
+            for name, put in puts.items():
+                put(name, _converted(name, source.read(name), specs[name].dtype))
     return [name for names in shards for name in names]
 
 
+def _write_companions(
+    source: Checkpoint, folder: Path, dtype: str | None, note: str | None
+) -> None:
+    """Everything but the weights."""
+    for carried in source.carried:
+        shutil.copyfile(carried, folder / carried.name)
+    if source.path.is_file():  # which holds the tokenizer as well
+        source.load_tokenizer().save_pretrained(folder)
+    if note is not None:
+        with (folder / "README.md").open("ab") as card:
+            card.write(f"\n{note}".encode() if card.tell() else note.encode())
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    if dtype is not None:
+        config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
+    (folder / "config.json").write_text(config_json(config), encoding="utf-8")
+
+
+def _spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
+    """Of a tensor as it is written; integer buffers, which nothing is computed with, stay."""
+    own = source.tensors[name]
+    if dtype is None or own.dtype not in DTYPES.values():
+        return Spec(own.shape, own.dtype)
+    return Spec(own.shape, DTYPES[dtype])
+
+
+def _bytes(spec: Spec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
 def _shards(
-    source: Checkpoint, names: Collection[str], dtype: str | None, max_bytes: int | None
+    source: Checkpoint, specs: Mapping[str, Spec], max_bytes: int | None
 ) -> list[list[str]]:
     """Names of tensors, file by file, in the order of the source."""
-    kept = [[name for name in shard if name in names] for shard in source.shards]
+    kept = [[name for name in shard if name in specs] for shard in source.shards]
     if max_bytes is None:
         return [shard for shard in kept if shard]
     shards: list[list[str]] = [[]]
     size = 0
     for name in (name for shard in kept for name in shard):
-        own = source.tensors[name].dtype
-        width = own if dtype is None or own not in DTYPES.values() else DTYPES[dtype]
-        length = math.prod(source.tensors[name].shape) * width.itemsize
+        length = _bytes(specs[name])
         if shards[-1] and size + length > max_bytes:
             shards.append([])
             size = 0
@@ -155,18 +190,12 @@ def _shards(
     return shards
 
 
-def _values(
-    source: Checkpoint, name: str, replaced: Mapping[str, NDArray[Any]], dtype: str | None
-) -> NDArray[Any]:
-    own = source.tensors[name].dtype
-    values = replaced[name] if name in replaced else source.read(name)
-    if own not in DTYPES.values():  # an integer buffer, which the computation does not use
-        return values
+def _converted(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     with np.errstate(over="ignore"):
-        converted = values.astype(own if dtype is None else DTYPES[dtype])
-    if not np.isfinite(converted.astype(np.float32)).all():
-        raise CheckpointError(f"tensor {name} overflows {converted.dtype}; choose another dtype")
-    return np.asarray(converted, order="C")
+        converted = values.astype(dtype, copy=False)
+    if not is_finite(converted):
+        raise CheckpointError(f"tensor {name} overflows {dtype}; choose another dtype")
+    return converted
 
 
 @contextlib.contextmanager

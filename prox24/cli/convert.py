@@ -14,7 +14,6 @@ def run(arguments: argparse.Namespace) -> int:
     written = write_checkpoint(
         checkpoint,
         arguments.destination,
-        {},
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
         max_shard_bytes=arguments.shard_size,

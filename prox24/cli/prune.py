@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from prox24.cli.output import peak_memory_bytes, print_json, print_table, progre
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
 from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import all_linears, load_model
-from prox24.pipeline import LinearReport, PrunedModel, prune
+from prox24.pipeline import LinearReport, PrunedLinear, prune
 from prox24.solvers.problem import Status
 from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver, check_supported
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
-    pruned = prune_with_progress(
+    linears = prune_with_progress(
         checkpoint,
         windows,
         solver,
@@ -61,10 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
         pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
         quiet=arguments.quiet,
     )
+    reports: list[LinearReport] = []
     write_checkpoint(
         checkpoint,
         arguments.destination,
-        pruned.tensors,
+        tensors_of(linears, reports),
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
         max_shard_bytes=arguments.shard_size,
@@ -80,8 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "linears": [
-            {key: _plain(value) for key, value in _figures(linear).items()}
-            for linear in pruned.reports
+            {key: _plain(value) for key, value in _figures(linear).items()} for linear in reports
         ],
     }
     if arguments.report is not None:
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report)
     elif not arguments.quiet:
-        _print_summary(arguments.destination, pruned.reports, seconds)
+        _print_summary(arguments.destination, reports, seconds)
     return 0
 
 
@@ -144,20 +145,24 @@ def prune_with_progress(
     damping: float,
     quiet: bool,
     pull: float | None = None,
-) -> PrunedModel:
-    """`prox24.pipeline.prune` with a progress bar over the linears."""
-    linears = all_linears(load_model(checkpoint).config)
-    with progress_bar(title, len(linears), quiet) as advance:
-        return prune(
-            checkpoint,
-            windows,
-            solver,
-            refit,
-            pattern=pattern,
-            damping=damping,
-            pull=pull,
-            on_linear=lambda report: advance(report.name, report.statistics.relative_loss),
-        )
+) -> Iterator[PrunedLinear]:
+    """`prox24.pipeline.prune` with a progress bar."""
+    count = len(all_linears(load_model(checkpoint).config))
+    with progress_bar(title, count, quiet) as advance:
+        for linear in prune(
+            checkpoint, windows, solver, refit, pattern=pattern, damping=damping, pull=pull
+        ):
+            yield linear
+            advance(linear.report.name, linear.report.statistics.relative_loss)
+
+
+def tensors_of(
+    linears: Iterable[PrunedLinear], reports: list[LinearReport]
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Names and values as they come; the reports are kept, the values are not."""
+    for values, report in linears:
+        reports.append(report)
+        yield report.name, values
 
 
 def _print_summary(destination: Path, linears: list[LinearReport], seconds: float) -> None:

@@ -298,19 +298,23 @@ def layer_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def outer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor outside the layers."""
-    table = (config.vocabulary, config.hidden)
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": table}
+def embedding_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that `embed` reads."""
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocabulary, config.hidden)}
     if config.embedding.positions:
         shapes["embed_positions.weight"] = (config.embedding.positions, config.hidden)
     if config.embedding.norm:
         shapes |= _norm_shapes(config.norm, "embed_norm", config.hidden)
-    shapes |= _norm_shapes(config.norm, "norm", config.hidden)
-    if not config.head.tied:
-        shapes["lm_head.weight"] = table
+    return shapes
+
+
+def head_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that `logits` reads."""
+    shapes = _norm_shapes(config.norm, "norm", config.hidden)
+    table = "embed_tokens.weight" if config.head.tied else "lm_head.weight"
+    shapes[table] = (config.vocabulary, config.hidden)
     if config.head.bias:
-        shapes["lm_head.bias"] = table[:1]
+        shapes["lm_head.bias"] = (config.vocabulary,)
     return shapes
 
 
@@ -322,7 +326,8 @@ def _norm_shapes(norm: Norm, name: str, width: int) -> dict[str, tuple[int, ...]
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape, in the checkpoint's terms, of every tensor that the computation reads."""
     shapes = {
-        outer_tensor(config.names, name): shape for name, shape in outer_shapes(config).items()
+        outer_tensor(config.names, name): shape
+        for name, shape in (embedding_shapes(config) | head_shapes(config)).items()
     }
     for index, layer in enumerate(config.layers):
         for name, shape in layer_shapes(layer).items():
