@@ -1,10 +1,14 @@
 """The examples that prune models of Flax, and the page that explains them."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +59,47 @@ def test_an_nnx_transformer_loses_less_by_the_default_than_by_wanda():
     assert loss["the last, in order"] < loss["wanda"]
 
 
+def test_a_sentence_encoder_keeps_more_of_its_similarities_by_the_default_than_by_wanda():
+    leaves, table = figures(run("examples/minilm.py"))
+    assert leaves in PAGE
+    correlation, same, loss = zip(*table.values(), strict=True)
+    assert list(table) == ["magnitude", "wanda", "sparsegpt", "admm with the prox + refit"]
+    assert list(correlation) == sorted(correlation)
+    assert list(same) == sorted(same)
+    assert list(loss) == sorted(loss, reverse=True)
+    assert correlation[-1] > 0.8
+
+
+def test_sentence_embeddings_are_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    tokens = np.random.default_rng(0).integers(50, size=(5, 11))
+    with torch.no_grad():
+        # Biases and norms that are not those of initialisation.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape)
+        mean = model(torch.asarray(tokens)).last_hidden_state.mean(1)
+        expected = torch.nn.functional.normalize(mean).numpy()
+    params = {name: jnp.asarray(tensor.numpy()) for name, tensor in model.state_dict().items()}
+    embed = runpy.run_path(str(ROOT / "examples/minilm.py"))["embed_sentences"]
+    with jax.numpy_rank_promotion("allow"):
+        result = embed(config.to_dict(), params, jnp.asarray(tokens))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
+
+
 def test_the_python_of_the_page_runs_and_prints_what_it_says():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     printed = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
@@ -64,6 +109,6 @@ def test_the_python_of_the_page_runs_and_prints_what_it_says():
         assert without_losses(text) in without_losses(output)
 
 
-@pytest.mark.parametrize("name", ["linen_digits.py", "nnx_characters.py"])
+@pytest.mark.parametrize("name", ["linen_digits.py", "nnx_characters.py", "minilm.py"])
 def test_the_page_shows_the_examples(name):
     assert f"python examples/{name}" in PAGE
