@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prox24 import torchax
 from prox24.calibration.text import (
     spread_windows,
     start_tokens,
@@ -21,7 +23,7 @@ from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
-from prox24.errors import CheckpointError, Prox24Error
+from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
 from prox24.forward import all_linears, load_model
 from prox24.pipeline import LinearReport, PrunedModel, prune
 from prox24.solvers.problem import Status
@@ -46,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
         check_supported(solver, refit, arguments.pattern)
     except ValueError as error:
         raise Prox24Error(str(error)) from error
-    checkpoint = open_checkpoint(arguments.source)
+    checkpoint, native = open_native_or_not(arguments.source)
+    if not native and arguments.targets == "dense":
+        raise Prox24Error("--targets dense is for models with a forward pass of prox24's own")
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
@@ -60,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         damping=arguments.damping,
         pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
         quiet=arguments.quiet,
+        native=native,
     )
     write_checkpoint(
         checkpoint,
@@ -91,6 +96,23 @@ def run(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         _print_summary(arguments.destination, pruned.reports, seconds)
     return 0
+
+
+def open_native_or_not(source: str | Path) -> tuple[Checkpoint, bool]:
+    """Opens a model, and says whether it has a forward pass here; if not, torchax must run it.
+
+    Raises:
+      CheckpointError: see `open_checkpoint`.
+      UnsupportedModelError: it has none, and torchax is missing.
+    """
+    try:
+        return open_checkpoint(source), True
+    except UnsupportedModelError as error:
+        try:
+            torchax.require()
+        except Prox24Error as missing:
+            raise UnsupportedModelError(f"{error}; by torchax it may be, but {missing}") from error
+        return open_checkpoint(source, any_family=True), False
 
 
 def choose(method: str, refit: str | None) -> tuple[Solver, Refit | None]:
@@ -144,18 +166,19 @@ def prune_with_progress(
     damping: float,
     quiet: bool,
     pull: float | None = None,
+    native: bool = True,
 ) -> PrunedModel:
-    """`prox24.pipeline.prune` with a progress bar over the linears."""
-    linears = all_linears(load_model(checkpoint).config)
-    with progress_bar(title, len(linears), quiet) as advance:
-        return prune(
+    """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
+    count = len(all_linears(load_model(checkpoint).config)) if native else None
+    run_layers = functools.partial(prune, pull=pull) if native else torchax.prune
+    with progress_bar(title, count, quiet) as advance:
+        return run_layers(
             checkpoint,
             windows,
             solver,
             refit,
             pattern=pattern,
             damping=damping,
-            pull=pull,
             on_linear=lambda report: advance(report.name, report.statistics.relative_loss),
         )
 
