@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
 from prox24.calibration.calibrate import Calibration, calibrate
 from prox24.calibration.products import Apply
-from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured
 from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
 from prox24.forward import batch_size
 from prox24.params import prune_params
+from prox24.perplexity import Perplexity, from_losses, sequence_loss
 from prox24.pipeline import LinearReport, PrunedModel
 from prox24.solvers.solve import Refit, Solver
 
@@ -68,6 +70,23 @@ def require() -> tuple[Any, Any]:
             "pip install --upgrade 'prox24[torchax]'"
         ) from error
     return torch, torchax
+
+
+def open_any(path: str | Path) -> tuple[Checkpoint, bool]:
+    """Opens a model, and says whether it has a forward pass here; if not, torchax must run it.
+
+    Raises:
+      CheckpointError: see `open_checkpoint`.
+      UnsupportedModelError: it has none, and torchax is missing.
+    """
+    try:
+        return open_checkpoint(path), True
+    except UnsupportedModelError as error:
+        try:
+            require()
+        except Prox24Error as missing:
+            raise UnsupportedModelError(f"{error}; for torchax to run it: {missing}") from error
+        return open_checkpoint(path, any_family=True), False
 
 
 def from_torch(model: "torch.nn.Module") -> TorchModel:
@@ -158,7 +177,7 @@ def prune(
     for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
         apply, params = _as_function(layer, f"{prefix}.{index}.", call)
         grams, left_out = calibrate(apply, params, hidden)
-        for name in _linears(layer, f"{prefix}.{index}."):
+        for name in _linear_axes(layer, f"{prefix}.{index}."):
             if name not in grams:
                 reason = left_out.get(name, "unused")
                 raise UnsupportedModelError(f"tensor {name} has no Gram: {reason}")
@@ -190,6 +209,52 @@ def prune(
     return PrunedModel(tensors, reports)
 
 
+def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
+    """The weights of the linears that `prune` prunes, with the axis that each sums over.
+
+    Raises:
+      UnsupportedModelError: transformers cannot load the model, or it is no such decoder.
+      Prox24Error: see `require`.
+    """
+    prefix, layers = _decoder_layers(_load(checkpoint.path))
+    return {
+        name: axis
+        for index, layer in enumerate(layers)
+        for name, axis in _linear_axes(layer, f"{prefix}.{index}.").items()
+    }
+
+
+def perplexity(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int32],
+    *,
+    on_window: Callable[[int], None] = lambda index: None,
+) -> Perplexity:
+    """`prox24.perplexity.perplexity` of any HF decoder, all of which is in memory.
+
+    Args:
+      checkpoint: the model.
+      windows: token ids of shape (windows, context length).
+      on_window: called after each window, for progress.
+
+    Raises:
+      CalibrationError: the loss is not finite.
+      UnsupportedModelError: transformers or torchax cannot run the model.
+      Prox24Error: see `require`.
+    """
+    apply, params = from_torch(_load(checkpoint.path))
+
+    @jax.jit
+    def loss(params: dict[str, Array], tokens: Array) -> Array:
+        return sequence_loss(apply(params, tokens[None])[0], tokens)
+
+    losses: list[float] = []
+    for index, window in enumerate(windows):
+        losses.append(float(loss(params, jnp.asarray(window))))
+        on_window(index)
+    return from_losses(checkpoint.path, windows, np.array(losses))
+
+
 def _load(path: Path) -> "torch.nn.Module":
     torch, _ = require()
     from transformers import AutoModelForCausalLM
@@ -214,10 +279,17 @@ def _decoder_layers(model: Any) -> tuple[str, list[Any]]:
     raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} layers")
 
 
-def _linears(layer: Any, prefix: str) -> list[str]:
+def _linear_axes(layer: Any, prefix: str) -> dict[str, int]:
     torch, _ = require()
-    modules = layer.named_modules()
-    return [f"{prefix}{name}.weight" for name, m in modules if isinstance(m, torch.nn.Linear)]
+    from transformers.pytorch_utils import Conv1D
+
+    summed = {torch.nn.Linear: 1, Conv1D: 0}
+    return {
+        f"{prefix}{name}.weight": axis
+        for name, module in layer.named_modules()
+        for kind, axis in summed.items()
+        if isinstance(module, kind)
+    }
 
 
 def _layer_calls(

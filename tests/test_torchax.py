@@ -18,7 +18,9 @@ from prox24 import torchax
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.main import main
+from prox24.cli.verify import native_axes
 from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
+from prox24.perplexity import perplexity
 from prox24.pipeline import prune
 from prox24.solvers.solve import SparseGPT, Wanda
 
@@ -277,21 +279,49 @@ def test_a_folder_that_transformers_does_not_know_is_refused(tmp_path):
 def options(folder):
     (folder / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
     length = ["--sequence-length", "32", "--samples", "8"]
-    return ["--calibration", str(folder / "text.txt"), *length, "--json"]
+    return ["--calibration", str(folder / "text.txt"), *length]
 
 
 @needs_torchax
-def test_prune_takes_families_that_are_not_native(tmp_path, capsys):
-    write_foreign(tmp_path / "model", "stablelm")
-    arguments = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), *options(tmp_path)]
+def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsys):
+    write_foreign(tmp_path / "model", "gptj")
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    arguments = ["prune", model, out, *options(tmp_path), "--json"]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["linears"]) == 14
+    assert len(report["linears"]) == 12
     written = load_file(tmp_path / "out/model.safetensors")
     for linear in report["linears"]:
         assert prox24.is_sparse(jnp.asarray(written[linear["name"]]))
+
+    assert main(["verify", out, "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["linears"], counts["sparsity"], counts["violations"]) == (12, 0.5, {})
+    assert main(["verify", model, "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["violations"]) == 12
+    assert main(["verify", out, "--pattern", "2:5"]) == 2
+    assert "not divisible by 5" in capsys.readouterr().err
+
+    text = ["--text", str(tmp_path / "text.txt"), "--sequence-length", "48", "--json"]
+    assert main(["eval", out, *text]) == 0
+    assert 1 < json.loads(capsys.readouterr().out)["perplexity"] < 1e6
+
     assert main([*arguments, "--overwrite", "--targets", "dense"]) == 2
     assert "--targets dense" in capsys.readouterr().err
+
+
+@needs_torchax
+@pytest.mark.parametrize("variant", ["grouped_heads", "gpt2"])
+def test_perplexity_and_linears_are_those_of_the_native_forward_pass(tmp_path, variant):
+    write_tiny(tmp_path / "model", variant)
+    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    assert torchax.linear_axes(checkpoint) == native_axes(checkpoint)
+    seen = []
+    result = torchax.perplexity(checkpoint, WINDOWS, on_window=seen.append)
+    expected = perplexity(open_checkpoint(tmp_path / "model"), WINDOWS)
+    assert result[1:] == expected[1:]
+    assert result.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    assert seen == list(range(len(WINDOWS)))
 
 
 # Where torchax is not to be had

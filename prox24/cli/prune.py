@@ -19,11 +19,11 @@ from prox24.calibration.text import (
     text_or_packaged,
     tokenize,
 )
-from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
-from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
+from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import all_linears, load_model
 from prox24.pipeline import LinearReport, PrunedModel, prune
 from prox24.solvers.problem import Status
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_supported(solver, refit, arguments.pattern)
     except ValueError as error:
         raise Prox24Error(str(error)) from error
-    checkpoint, native = open_native_or_not(arguments.source)
+    checkpoint, native = torchax.open_any(arguments.source)
     if not native and arguments.targets == "dense":
         raise Prox24Error("--targets dense is for models with a forward pass of prox24's own")
     windows = calibration_windows(
@@ -96,23 +96,6 @@ def run(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         _print_summary(arguments.destination, pruned.reports, seconds)
     return 0
-
-
-def open_native_or_not(source: str | Path) -> tuple[Checkpoint, bool]:
-    """Opens a model, and says whether it has a forward pass here; if not, torchax must run it.
-
-    Raises:
-      CheckpointError: see `open_checkpoint`.
-      UnsupportedModelError: it has none, and torchax is missing.
-    """
-    try:
-        return open_checkpoint(source), True
-    except UnsupportedModelError as error:
-        try:
-            torchax.require()
-        except Prox24Error as missing:
-            raise UnsupportedModelError(f"{error}; by torchax it may be, but {missing}") from error
-        return open_checkpoint(source, any_family=True), False
 
 
 def choose(method: str, refit: str | None) -> tuple[Solver, Refit | None]:
