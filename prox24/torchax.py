@@ -126,7 +126,7 @@ def _as_function(module: "torch.nn.Module", prefix: str, call: Call) -> TorchMod
             try:
                 output = torch.func.functional_call(module, state, arguments, others.keywords)
             except Exception as error:  # torchax and JAX raise a different type for each cause
-                reason = str(error).strip().splitlines()[0]
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
                 kind = type(module).__name__
                 raise UnsupportedModelError(f"torchax cannot run {kind}: {reason}") from error
             return environment.t2j_iso(output if isinstance(output, torch.Tensor) else output[0])
@@ -191,13 +191,15 @@ def prune(
                     f"{checkpoint.path}: tensor {name} cannot be pruned: "
                     + ("it is not in the files" if leaf.pruned else leaf.reason)
                 )
-            params = pruned.params
-            tensors[name] = np.asarray(params[name])
+            tensors[name] = np.asarray(pruned.params[name])
+            # What comes after sees the weight as it will be written.
+            written = tensors[name].astype(checkpoint.tensors[name].dtype)
+            params = params | {name: jnp.asarray(written, jnp.float32)}
             for matrix in pruned.reports:
                 report = LinearReport(
                     name=matrix.name,
                     status=matrix.status,
-                    sparsity=float(mean_sparsity(params[name])),
+                    sparsity=float(mean_sparsity(pruned.params[name])),
                     inputs=matrix.width,
                     tokens=matrix.rows,
                     seconds=time.perf_counter() - began,

@@ -189,10 +189,13 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
 
 
 @needs_torchax
-@pytest.mark.parametrize("variant", ["grouped_heads", "gpt2", "gemma2"])
-def test_layers_are_pruned_as_by_the_native_forward_pass(tmp_path, monkeypatch, variant):
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("grouped_heads", "float32"), ("gpt2", "bfloat16"), ("gemma2", "float32")],
+)
+def test_layers_are_pruned_as_by_the_native_forward_pass(tmp_path, monkeypatch, variant, dtype):
     monkeypatch.setattr("prox24.forward.BATCH_TOKENS", 64)  # four batches
-    write_tiny(tmp_path / "model", variant)
+    write_tiny(tmp_path / "model", variant, dtype)
     native = prune(open_checkpoint(tmp_path / "model"), WINDOWS, SparseGPT(), None)
     checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
     reported = []
