@@ -62,12 +62,12 @@ def test_an_nnx_transformer_loses_less_by_the_default_than_by_wanda():
 def test_a_sentence_encoder_keeps_more_of_its_similarities_by_the_default_than_by_wanda():
     leaves, table = figures(run("examples/minilm.py"))
     assert leaves in PAGE
-    correlation, same, loss = zip(*table.values(), strict=True)
-    assert list(table) == ["magnitude", "wanda", "sparsegpt", "admm with the prox + refit"]
-    assert list(correlation) == sorted(correlation)
-    assert list(same) == sorted(same)
-    assert list(loss) == sorted(loss, reverse=True)
-    assert correlation[-1] > 0.8
+    (wanda, wanda_same, _), (sparsegpt, _, _) = table["wanda"], table["sparsegpt"]
+    correlation, same, _ = table["admm with the prox + refit"]
+    assert correlation > max(sparsegpt, wanda + 0.05, 0.8)
+    assert same > wanda_same + 5
+    losses = [cells[2] for cells in table.values()]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_sentence_embeddings_are_those_of_pytorch():
