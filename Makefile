@@ -3,7 +3,7 @@
 PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: demo test lint test-newest clean
+.PHONY: demo test lint test-newest test-torchax clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -21,6 +21,10 @@ lint: .venv/test.stamp
 test-newest: .venv-newest/test.stamp
 	.venv-newest/bin/python -m pytest
 
+# The models that torchax runs. Its releases that work are previews, which `make test` does without.
+test-torchax: .venv-torchax/test.stamp
+	.venv-torchax/bin/python -m pytest tests/test_torchax.py
+
 .venv/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --editable .
@@ -35,5 +39,10 @@ test-newest: .venv-newest/test.stamp
 	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[test-newest]'
 	touch $@
 
+.venv-torchax/test.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-torchax
+	.venv-torchax/bin/python -m pip install --quiet --editable '.[test-newest,torchax]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-newest
+	rm -rf .venv .venv-newest .venv-torchax

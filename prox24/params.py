@@ -10,7 +10,7 @@ from jax import Array
 from prox24.calibration.calibrate import Calibration, InputGram, calibrate, survey_products
 from prox24.calibration.layout import Layout, from_matrices, to_matrices
 from prox24.calibration.products import Apply
-from prox24.core.pattern import Pattern, PatternLike, as_pattern
+from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.errors import CalibrationError, SolverError
 from prox24.optax.leaves import Leaf, Mask, PyTree, describe, spread
 from prox24.solvers.admm import ADMM
@@ -67,15 +67,15 @@ def prune_params(
     solver: Solver = ADMM(),
     refit: Refit | None = ConjugateGradients(),
     *,
-    pattern: PatternLike = (2, 4),
+    pattern: PatternLike | Unstructured = (2, 4),
     damping: float = 0.01,
     mask: Mask | None = None,
 ) -> PrunedParams:
     """Prunes every weight that has a Gram, along the axes that its product sums over.
 
     For a weight of matrices W0 (out, in) and their Grams G it minimises tr((W - W0) G (W - W0)^T)
-    over N:M sparse W, by `prox24.solve`. Blocks of M run along the last summed axis, which is the
-    input channel of a convolution and `head_dim` of an attention's output.
+    over W of the pattern, by `prox24.solve`. Blocks of M run along the last summed axis, which is
+    the input channel of a convolution and `head_dim` of an attention's output.
 
     All Grams come from the dense model: nothing makes up for what pruning one layer does to the
     inputs of the next, see `prune_in_order`.
@@ -85,7 +85,7 @@ def prune_params(
       calibration: what `calibrate` returned for it.
       solver: finds the masks, see `prox24.solve`.
       refit: updates the kept weights, or None.
-      pattern: (N, M).
+      pattern: (N, M), or `Unstructured`: the fraction of zeros in each matrix or its rows.
       damping: see `prox24.solve`.
       mask: bool pytree like `params` or a prefix of it, False for weights to leave dense, or a
         function of `params` that returns one, such as `prox24.optax.by_path`. By default embeddings
@@ -110,7 +110,7 @@ def prune_params(
       12
     """
     layouts = {path: found.layout for path, found in calibration.grams.items()}
-    leaves = _choose(params, layouts, calibration.left_out, as_pattern(pattern), mask)
+    leaves = _choose(params, layouts, calibration.left_out, pattern, mask)
     params, reports = _prune(params, leaves, calibration.grams, solver, refit, pattern, damping)
     return PrunedParams(params, leaves, reports)
 
@@ -122,7 +122,7 @@ def prune_in_order(
     solver: Solver = ADMM(),
     refit: Refit | None = ConjugateGradients(),
     *,
-    pattern: PatternLike = (2, 4),
+    pattern: PatternLike | Unstructured = (2, 4),
     damping: float = 0.01,
     mask: Mask | None = None,
 ) -> PrunedParams:
@@ -165,7 +165,7 @@ def prune_in_order(
     if not batches:
         raise CalibrationError("there is no batch to calibrate on")
     survey = survey_products(apply, params, batches[0])
-    leaves = _choose(params, survey.layouts, survey.left_out, as_pattern(pattern), mask)
+    leaves = _choose(params, survey.layouts, survey.left_out, pattern, mask)
     chosen = {leaf.path for leaf in leaves if leaf.pruned}
     reports: list[WeightReport] = []
     for group in survey.groups:
@@ -181,9 +181,10 @@ def _choose(
     params: PyTree,
     layouts: dict[str, Layout],
     left_out: dict[str, str],
-    pattern: Pattern,
+    pattern: PatternLike | Unstructured,
     mask: Mask | None,
 ) -> tuple[Leaf, ...]:
+    group = 1 if isinstance(pattern, Unstructured) else as_pattern(pattern).group
     # Every length is a multiple of 1: by itself, this says what names and shapes say.
     by_name = describe(params, (1, 1), axis=0)
     wanted = [None] * len(by_name) if mask is None else jax.tree.leaves(spread(mask, params))
@@ -197,8 +198,8 @@ def _choose(
             reason = "not in mask"
         elif layout is None:
             reason = f"no Gram: {left_out.get(leaf.path, 'unused')}"
-        elif leaf.shape[axis] % pattern.group:
-            reason = f"axis {axis} is not divisible by {pattern.group}"
+        elif leaf.shape[axis] % group:
+            reason = f"axis {axis} is not divisible by {group}"
         else:
             reason = "default" if wanted is None else "in mask"
             return leaf._replace(axis=axis, pruned=True, reason=reason)
@@ -213,7 +214,7 @@ def _prune(
     grams: dict[str, InputGram],
     solver: Solver,
     refit: Refit | None,
-    pattern: PatternLike,
+    pattern: PatternLike | Unstructured,
     damping: float,
 ) -> tuple[PyTree, list[WeightReport]]:
     """The tree with those of the chosen leaves pruned that have a Gram here."""

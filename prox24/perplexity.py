@@ -3,7 +3,8 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +63,21 @@ def perplexity(
         window_losses(model.config, weights, states, jnp.asarray(tokens))
         for states, tokens in zip(hidden, batches, strict=True)
     ]
+    return from_losses(checkpoint.path, windows, np.concatenate(losses))
+
+
+def from_losses(
+    path: Path, windows: NDArray[np.int32], losses: NDArray[np.floating[Any]]
+) -> Perplexity:
+    """The perplexity of windows (count, length) with these negative log-likelihoods, (count,).
+
+    Raises:
+      CalibrationError: the loss is not finite; names the path of the model.
+    """
     predicted = windows.size - len(windows)
-    mean = np.concatenate(losses).astype(np.float64).sum() / predicted
+    mean = losses.astype(np.float64).sum() / predicted
     if not math.isfinite(mean):
-        raise CalibrationError(f"{checkpoint.path}: the loss on the text is {mean}")
+        raise CalibrationError(f"{path}: the loss on the text is {mean}")
     return Perplexity(math.exp(mean), windows.shape[1], len(windows), predicted)
 
 
@@ -78,8 +90,13 @@ def window_losses(config: Config, weights: dict[str, Array], hidden: Array, toke
 
     def loss(window: tuple[Array, Array]) -> Array:
         states, targets = window
-        scores = decoder.logits(config, weights, states[None, :-1])[0]
-        chosen = jnp.take_along_axis(scores, targets[1:, None], axis=-1)[:, 0]
-        return jnp.sum(jax.nn.logsumexp(scores, axis=-1) - chosen)
+        return sequence_loss(decoder.logits(config, weights, states[None])[0], targets)
 
     return lax.map(loss, (hidden, tokens))
+
+
+def sequence_loss(logits: Array, tokens: Array) -> Array:
+    """Summed negative log-likelihood of tokens (length,), of logits (length, vocabulary)."""
+    scores = logits[:-1]
+    chosen = jnp.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
+    return jnp.sum(jax.nn.logsumexp(scores, axis=-1) - chosen)

@@ -2,10 +2,14 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +67,47 @@ def test_an_nnx_transformer_loses_less_by_the_default_than_by_wanda():
     assert loss["the last, in order"] < loss["wanda"]
 
 
+def test_a_sentence_encoder_keeps_more_of_its_similarities_by_the_default_than_by_wanda():
+    leaves, table = figures(run("examples/minilm.py"))
+    assert leaves in PAGE
+    (wanda, wanda_same, _), (sparsegpt, _, _) = table["wanda"], table["sparsegpt"]
+    correlation, same, _ = table["admm with the prox + refit"]
+    assert correlation > max(sparsegpt, wanda + 0.05, 0.8)
+    assert same > wanda_same + 5
+    losses = [cells[2] for cells in table.values()]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_sentence_embeddings_are_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    tokens = np.random.default_rng(0).integers(50, size=(5, 11))
+    with torch.no_grad():
+        # Biases and norms that are not those of initialisation.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape)
+        mean = model(torch.asarray(tokens)).last_hidden_state.mean(1)
+        expected = torch.nn.functional.normalize(mean).numpy()
+    params = {name: jnp.asarray(tensor.numpy()) for name, tensor in model.state_dict().items()}
+    embed = runpy.run_path(str(ROOT / "examples/minilm.py"))["embed_sentences"]
+    with jax.numpy_rank_promotion("allow"):
+        result = embed(config.to_dict(), params, jnp.asarray(tokens))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
+
+
 def test_the_python_of_the_page_runs_and_prints_what_it_says():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     printed = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
@@ -72,6 +117,6 @@ def test_the_python_of_the_page_runs_and_prints_what_it_says():
         assert without_losses(text) in without_losses(output)
 
 
-@pytest.mark.parametrize("name", ["linen_digits.py", "nnx_characters.py"])
+@pytest.mark.parametrize("name", ["linen_digits.py", "nnx_characters.py", "minilm.py"])
 def test_the_page_shows_the_examples(name):
     assert f"python examples/{name}" in PAGE

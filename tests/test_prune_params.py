@@ -214,6 +214,20 @@ def test_other_patterns(pattern):
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves, pattern)
 
 
+@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT()])
+def test_without_a_pattern_every_matrix_has_its_fraction_of_zeros(solver):
+    # 5 outputs and 6 inputs: no length is a multiple of 4.
+    params, x = {"kernel": normal(6, 5)}, normal(64, 6, seed=1)
+    pattern = prox24.Unstructured(0.7)
+    calibration = prox24.calibrate(lambda params, x: x @ params["kernel"], params, [x])
+    pruned = prox24.prune_params(params, calibration, solver, None, pattern=pattern)
+    gram = jnp.matmul(x.T, x, precision="highest")
+    problem = LayerProblem(params["kernel"].T, gram)
+    expected = prox24.solve(problem, solver, None, pattern=pattern).weight.T
+    assert np.array_equal(pruned.params["kernel"], expected)
+    assert np.count_nonzero(expected) < params["kernel"].size / 2
+
+
 def test_what_is_not_pruned_says_why():
     params = {
         "embed": normal(12, 8),

@@ -68,16 +68,18 @@ class Checkpoint:
         return values
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint:
     """Opens a model and checks names, shapes and dtypes.
 
     Args:
       path: a folder with config.json and weights as safetensors, PyTorch's .bin or Flax's msgpack,
         in one file or with an index of shards; a file that ends in .gguf; or an id of the hub,
         "owner/name" or "owner/name@revision".
+      any_family: opens folders of models without a forward pass here too, for `prox24.torchax`.
 
     Returns:
-      A `Checkpoint` whose tensors are those the model's family computes with, and no fewer.
+      A `Checkpoint` whose tensors are those the model's family computes with, and no fewer; all
+      that the files hold, of any shape, if `any_family`.
 
     Raises:
       CheckpointError: something is missing, truncated, of a wrong shape or of an unsupported
@@ -88,12 +90,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix == ".gguf" and path.is_file():
         checkpoint = _open_gguf(path)
     elif path.is_dir():
-        checkpoint = _open_folder(path)
+        checkpoint = _open_folder(path, any_family)
     elif not path.exists() and hub.is_id(path.as_posix()):
-        checkpoint = _open_folder(hub.download(path.as_posix(), FORMATS))
+        checkpoint = _open_folder(hub.download(path.as_posix(), FORMATS), any_family)
     else:
         raise CheckpointError(f"{path} is neither a folder, nor a .gguf file, nor an id of the hub")
-    _check_tensors(checkpoint)
+    if not any_family:
+        _check_tensors(checkpoint)
     return checkpoint
 
 
@@ -112,13 +115,15 @@ def parameter_shapes(
     return tensor_shapes(config_from_hf(config, stored))
 
 
-def _open_folder(path: Path) -> Checkpoint:
+def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     config = hf_folder.read_json(path / "config.json")
-    parameter_shapes(config, ())  # an unknown model says so before its files are opened
+    if not any_family:
+        parameter_shapes(config, ())  # an unknown model says so before its files are opened
     _check_quantization(path, config)
     shards = hf_folder.open_shards(path, FORMATS)
     tensors = {name: source for shard in shards for name, source in shard.items()}
-    tensors = _without_copies(tensors, parameter_shapes(config, tensors))
+    if not any_family:
+        tensors = _without_copies(tensors, parameter_shapes(config, tensors))
     tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
 
     def load_tokenizer() -> PreTrainedTokenizerBase:

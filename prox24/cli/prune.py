@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prox24 import torchax
 from prox24.calibration.text import (
     spread_windows,
     start_tokens,
     text_or_packaged,
     tokenize,
 )
-from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
@@ -47,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         check_supported(solver, refit, arguments.pattern)
     except ValueError as error:
         raise Prox24Error(str(error)) from error
-    checkpoint = open_checkpoint(arguments.source)
+    checkpoint, native = torchax.open_any(arguments.source)
+    if not native and arguments.targets == "dense":
+        raise Prox24Error("--targets dense is for models with a forward pass of prox24's own")
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
@@ -61,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         damping=arguments.damping,
         pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
         quiet=arguments.quiet,
+        native=native,
     )
     reports: list[LinearReport] = []
     write_checkpoint(
@@ -145,12 +150,14 @@ def prune_with_progress(
     damping: float,
     quiet: bool,
     pull: float | None = None,
+    native: bool = True,
 ) -> Iterator[PrunedLinear]:
-    """`prox24.pipeline.prune` with a progress bar."""
-    count = len(all_linears(load_model(checkpoint).config))
+    """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
+    count = len(all_linears(load_model(checkpoint).config)) if native else None
+    run_layers = functools.partial(prune, pull=pull) if native else torchax.prune
     with progress_bar(title, count, quiet) as advance:
-        for linear in prune(
-            checkpoint, windows, solver, refit, pattern=pattern, damping=damping, pull=pull
+        for linear in run_layers(
+            checkpoint, windows, solver, refit, pattern=pattern, damping=damping
         ):
             yield linear
             advance(linear.report.name, linear.report.statistics.relative_loss)

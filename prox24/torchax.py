@@ -1,0 +1,326 @@
+"""HF's PyTorch models as functions of JAX, by torchax: what has no native forward pass.
+
+torch and torchax are imported when a function of this module is called; the rest of prox24 does
+without them.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from prox24.calibration.calibrate import Calibration, calibrate
+from prox24.calibration.products import Apply
+from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.core.masks import mean_sparsity
+from prox24.core.pattern import PatternLike, Unstructured
+from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
+from prox24.forward import batch_size
+from prox24.params import prune_params
+from prox24.perplexity import Perplexity, from_losses, sequence_loss
+from prox24.pipeline import LinearReport, PrunedLinear
+from prox24.solvers.solve import Refit, Solver
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TorchModel(NamedTuple):
+    """A PyTorch module as a function.
+
+    Attributes:
+      apply: from parameters and a batch to what the module puts out first.
+      params: its parameters by their names, a tied one once.
+    """
+
+    apply: Apply
+    params: dict[str, Array]
+
+
+class Call(NamedTuple):
+    """What a module was called with."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+
+def require() -> tuple[Any, Any]:
+    """The modules torch and torchax.
+
+    Raises:
+      Prox24Error: one is missing, or the releases do not go together.
+    """
+    try:
+        import torch
+        import torchax
+    except ImportError as error:
+        raise Prox24Error(
+            f"{error.name} is not installed: pip install 'prox24[torchax]'"
+        ) from error
+    except AttributeError as error:  # how torchax 0.0.13 ends with torch 2.13
+        raise Prox24Error(
+            f"torchax does not work with torch {torch.__version__} ({error}): "
+            "pip install --upgrade 'prox24[torchax]'"
+        ) from error
+    return torch, torchax
+
+
+def open_any(path: str | Path) -> tuple[Checkpoint, bool]:
+    """Opens a model, and says whether it has a forward pass here; if not, torchax must run it.
+
+    Raises:
+      CheckpointError: see `open_checkpoint`.
+      UnsupportedModelError: it has none, and torchax is missing.
+    """
+    try:
+        return open_checkpoint(path), True
+    except UnsupportedModelError as error:
+        try:
+            require()
+        except Prox24Error as missing:
+            raise UnsupportedModelError(f"{error}; for torchax to run it: {missing}") from error
+        return open_checkpoint(path, any_family=True), False
+
+
+def from_torch(model: "torch.nn.Module") -> TorchModel:
+    """An HF model as a function of JAX, for `prox24.calibrate`, `prune_params`, `prune_in_order`.
+
+    Args:
+      model: in evaluation mode; it is not changed.
+
+    Returns:
+      `apply(params, tokens)`, which computes the logits of a language model, or the last hidden
+      states of an encoder, from tokens of shape (batch, length), with every matrix product at the
+      highest precision. `params` are copies of the parameters in their dtypes.
+
+    Raises:
+      Prox24Error: see `require`. `apply` raises `UnsupportedModelError` if torchax cannot run it.
+    """
+    return _as_function(model, "", Call((), {}))
+
+
+def _as_function(module: "torch.nn.Module", prefix: str, call: Call) -> TorchModel:
+    """The module as a function of its parameters, named with a prefix, and its first argument."""
+    torch, torchax = require()
+    environment = torchax.default_env()
+    params, buffers, rest = environment.t2j_copy(
+        (
+            {prefix + name: values.detach() for name, values in module.named_parameters()},
+            dict(module.named_buffers()),
+            call,
+        )
+    )
+
+    def apply(params: dict[str, Array], batch: Array) -> Array:
+        own = {name.removeprefix(prefix): values for name, values in params.items()}
+        with environment, jax.default_matmul_precision("highest"):
+            state, first, others = environment.j2t_iso((own | buffers, batch, rest))
+            arguments = (first, *others.arguments)
+            try:
+                output = torch.func.functional_call(module, state, arguments, others.keywords)
+            except Exception as error:  # torchax and JAX raise a different type for each cause
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                kind = type(module).__name__
+                raise UnsupportedModelError(f"torchax cannot run {kind}: {reason}") from error
+            return environment.t2j_iso(output if isinstance(output, torch.Tensor) else output[0])
+
+    return TorchModel(apply, params)
+
+
+def prune(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int32],
+    solver: Solver,
+    refit: Refit | None,
+    *,
+    pattern: PatternLike | Unstructured = (2, 4),
+    damping: float = 0.01,
+) -> Iterator[PrunedLinear]:
+    """Prunes the linears of every decoder layer of any HF decoder, as `prox24.pipeline.prune` does.
+
+    The decoder layers are transformers' own modules, each run as a function of JAX. They may depend
+    on the hidden states, and otherwise only on what is the same for all windows: positions, masks.
+
+    Args:
+      checkpoint: the model, as `open_checkpoint(path, any_family=True)` opens it.
+      windows: calibration tokens, shape (windows, length).
+      solver: finds the masks, see `prox24.solve`.
+      refit: updates the kept weights, or None.
+      pattern: (N, M) along the input axis, or unstructured.
+      damping: see `prox24.solve`.
+
+    Yields:
+      Each linear, when it is solved.
+
+    Raises:
+      CheckpointError: a linear's input width is not divisible by M.
+      UnsupportedModelError: transformers or torchax cannot run the model, it is no such decoder, or
+        a linear is used in other ways than by its product.
+      Prox24Error: see `require`.
+      CalibrationError: activations are not finite; names the linear.
+      SolverError: a solution is not finite; names the tensor.
+      ValueError: the solver does not support the pattern.
+    """
+    model = _load(checkpoint.path)
+    prefix, layers = _decoder_layers(model)
+    size = batch_size(*windows.shape)
+    batches = [windows[i : i + size] for i in range(0, len(windows), size)]
+    hidden, calls = _layer_calls(model, layers, batches)
+    for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+        apply, params = _as_function(layer, f"{prefix}.{index}.", call)
+        grams, left_out = calibrate(apply, params, hidden)
+        for name in _linear_axes(layer, f"{prefix}.{index}."):
+            if name not in grams:
+                reason = left_out.get(name, "unused")
+                raise UnsupportedModelError(f"tensor {name} has no Gram: {reason}")
+        for name, gram in grams.items():
+            began = time.perf_counter()
+            one = Calibration({name: gram}, {})
+            pruned = prune_params(params, one, solver, refit, pattern=pattern, damping=damping)
+            leaf = next(leaf for leaf in pruned.leaves if leaf.path == name)
+            if not leaf.pruned or name not in checkpoint.tensors:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {name} cannot be pruned: "
+                    + ("it is not in the files" if leaf.pruned else leaf.reason)
+                )
+            values = np.asarray(pruned.params[name])
+            # What comes after sees the weight as it will be written.
+            written = values.astype(checkpoint.tensors[name].dtype)
+            params = params | {name: jnp.asarray(written, jnp.float32)}
+            [matrix] = pruned.reports
+            report = LinearReport(
+                name=name,
+                status=matrix.status,
+                sparsity=float(mean_sparsity(pruned.params[name])),
+                inputs=matrix.width,
+                tokens=matrix.rows,
+                seconds=time.perf_counter() - began,
+                statistics=matrix.statistics,
+            )
+            yield PrunedLinear(values, report)
+        hidden = list(map(functools.partial(jax.jit(apply), params), hidden))
+
+
+def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
+    """The weights of the linears that `prune` prunes, with the axis that each sums over.
+
+    Raises:
+      UnsupportedModelError: transformers cannot load the model, or it is no such decoder.
+      Prox24Error: see `require`.
+    """
+    prefix, layers = _decoder_layers(_load(checkpoint.path))
+    return {
+        name: axis
+        for index, layer in enumerate(layers)
+        for name, axis in _linear_axes(layer, f"{prefix}.{index}.").items()
+    }
+
+
+def perplexity(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int32],
+    *,
+    on_window: Callable[[int], None] = lambda index: None,
+) -> Perplexity:
+    """`prox24.perplexity.perplexity` of any HF decoder, all of which is in memory.
+
+    Args:
+      checkpoint: the model.
+      windows: token ids of shape (windows, context length).
+      on_window: called after each window, for progress.
+
+    Raises:
+      CalibrationError: the loss is not finite.
+      UnsupportedModelError: transformers or torchax cannot run the model.
+      Prox24Error: see `require`.
+    """
+    apply, params = from_torch(_load(checkpoint.path))
+
+    @jax.jit
+    def loss(params: dict[str, Array], tokens: Array) -> Array:
+        return sequence_loss(apply(params, tokens[None])[0], tokens)
+
+    losses: list[float] = []
+    for index, window in enumerate(windows):
+        losses.append(float(loss(params, jnp.asarray(window))))
+        on_window(index)
+    return from_losses(checkpoint.path, windows, np.array(losses))
+
+
+def _load(path: Path) -> "torch.nn.Module":
+    torch, _ = require()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises a different type for each cause
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{path}: transformers cannot load it: {reason}") from error
+    return model.eval()
+
+
+def _decoder_layers(model: Any) -> tuple[str, list[Any]]:
+    """The name of the list of decoder layers, and the layers."""
+    torch, _ = require()
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return name, list(module)
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} layers")
+
+
+def _linear_axes(layer: Any, prefix: str) -> dict[str, int]:
+    torch, _ = require()
+    from transformers.pytorch_utils import Conv1D
+
+    summed = {torch.nn.Linear: 1, Conv1D: 0}
+    return {
+        f"{prefix}{name}.weight": axis
+        for name, module in layer.named_modules()
+        for kind, axis in summed.items()
+        if isinstance(module, kind)
+    }
+
+
+def _layer_calls(
+    model: Any, layers: list[Any], batches: list[NDArray[np.int32]]
+) -> tuple[list[Array], list[Call]]:
+    """What enters the first layer, batch by batch, and what each is called with besides."""
+    torch, torchax = require()
+    first_inputs: list[Array] = []
+    calls: list[Call] = []
+    for batch in batches:
+        seen: list[tuple[Any, Call]] = []
+
+        def note(module: Any, arguments: Any, keywords: Any, seen: Any = seen) -> None:
+            keywords = dict(keywords)
+            first, *rest = arguments or (keywords.pop("hidden_states"),)
+            seen.append((first, Call(tuple(rest), keywords)))
+
+        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+        with torch.no_grad():
+            model(torch.as_tensor(batch, dtype=torch.long), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        first_inputs.append(torchax.default_env().t2j_copy(seen[0][0]))
+        found = [call for _, call in seen]
+        if calls and not all(map(_equal, jax.tree.leaves(calls), jax.tree.leaves(found))):
+            raise UnsupportedModelError(
+                f"the layers of {type(model).__name__} depend on more than their hidden states"
+            )
+        calls = calls or found
+    return first_inputs, calls
+
+
+def _equal(a: Any, b: Any) -> bool:
+    torch, _ = require()
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -1,0 +1,360 @@
+"""PyTorch models as functions of JAX, and what is said where torchax is not to be had."""
+
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import VOCABULARY, byte_tokenizer, config_dict, tokens, write_folder, write_tiny
+
+import prox24
+from prox24 import torchax
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.cli.main import main
+from prox24.cli.verify import native_axes
+from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
+from prox24.perplexity import perplexity
+from prox24.pipeline import collect, prune
+from prox24.solvers.solve import SparseGPT, Wanda
+
+WINDOWS = tokens(batch=8, length=32)
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+# Families that have no forward pass here, with their own names of the sizes.
+OPENAI = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+FOREIGN = {
+    "stablelm": {"num_key_value_heads": 2},
+    "cohere": {"num_key_value_heads": 4},
+    "gptj": {**OPENAI, "rotary_dim": 4},
+    "biogpt": {},
+    "codegen": {**OPENAI, "n_ctx": 64, "rotary_dim": 4},
+    "ernie4_5": {"num_key_value_heads": 2},
+    "glm": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt_bigcode": OPENAI,
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "nemotron": {"num_key_value_heads": 2},
+    "olmo": {"num_key_value_heads": 2},
+    "persimmon": {},
+    "starcoder2": {"num_key_value_heads": 2},
+    "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
+}
+WRITTEN = ["stablelm", "cohere", "gptj"]
+# What torchax or prox24 cannot run.
+IMPOSSIBLE = {
+    "mamba": {"state_size": 4, "time_step_rank": 4},
+    "qwen2_moe": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+@pytest.fixture
+def works():
+    """Skips where torchax does not run, and lets it promote as it does."""
+    try:
+        torchax.require()
+    except Prox24Error as error:
+        pytest.skip(str(error))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+needs_torchax = pytest.mark.usefixtures("works")
+
+
+def foreign_model(family):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, **(FOREIGN | IMPOSSIBLE)[family])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn(parameter.shape)
+            else:
+                parameter *= 5
+    return model
+
+
+def write_foreign(folder, family):
+    model = foreign_model(family)
+    model.to(dtype=sys.modules["torch"].bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def torch_logits(model, ids):
+    torch = sys.modules["torch"]
+    with torch.no_grad():
+        return model(torch.as_tensor(ids, dtype=torch.long)).logits.numpy()
+
+
+def linears(model):
+    torch = sys.modules["torch"]
+    modules = model.named_modules()
+    return {f"{name}.weight" for name, m in modules if isinstance(m, torch.nn.Linear)}
+
+
+# A whole model
+
+
+@needs_torchax
+@pytest.mark.parametrize("family", FOREIGN)
+def test_logits_are_those_of_pytorch_and_every_linear_is_found(family):
+    model = foreign_model(family)
+    apply, params = torchax.from_torch(model)
+    assert params.keys() == dict(model.named_parameters()).keys()
+    ids = jnp.asarray(WINDOWS)
+    np.testing.assert_allclose(
+        jax.jit(apply)(params, ids), torch_logits(model, WINDOWS), rtol=0, atol=1e-5
+    )
+    found = prox24.calibrate(apply, params, [ids]).grams
+    # A tied head is the embedding, which is no product.
+    assert found.keys() == linears(model) & params.keys()
+
+
+@needs_torchax
+def test_hidden_states_of_an_encoder_are_those_of_pytorch():
+    import torch
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(**SIZES), add_pooling_layer=False).eval()
+    apply, params = torchax.from_torch(model)
+    with torch.no_grad():
+        expected = model(torch.as_tensor(WINDOWS, dtype=torch.long)).last_hidden_state
+    result = apply(params, jnp.asarray(WINDOWS))
+    np.testing.assert_allclose(result, expected.numpy(), rtol=0, atol=1e-5)
+    assert prox24.calibrate(apply, params, [jnp.asarray(WINDOWS)]).grams.keys() == linears(model)
+
+
+@needs_torchax
+def test_a_pruned_tree_goes_back_to_pytorch():
+    model = foreign_model("stablelm")
+    apply, params = torchax.from_torch(model)
+    batches = [jnp.asarray(WINDOWS)]
+    calibration = prox24.calibrate(apply, params, batches)
+    pruned = prox24.prune_params(params, calibration, Wanda(), None)
+    in_order = prox24.prune_in_order(apply, params, batches, Wanda(), None)
+    names = {leaf.path for leaf in pruned.leaves if leaf.pruned}
+    assert names == linears(model) - {"lm_head.weight"}
+    assert {report.name for report in in_order.reports} == names
+    torch = sys.modules["torch"]
+    values = {name: torch.as_tensor(np.array(leaf)) for name, leaf in pruned.params.items()}
+    model.load_state_dict(values, strict=False)
+    result = apply(pruned.params, batches[0])
+    np.testing.assert_allclose(result, torch_logits(model, WINDOWS), rtol=0, atol=1e-5)
+
+
+@needs_torchax
+def test_an_operation_that_torchax_lacks_is_named():
+    apply, params = torchax.from_torch(foreign_model("qwen2_moe"))
+    with pytest.raises(UnsupportedModelError, match=r"torchax cannot run Qwen2Moe.*grouped_mm"):
+        jax.eval_shape(apply, params, jnp.asarray(WINDOWS))
+
+
+@needs_torchax
+def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
+    write_foreign(tmp_path / "model", "stablelm")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/own-model.md").read_text()
+    (block,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    exec(block, {"jax": jax, "prox24": prox24})
+    weights = load_file(tmp_path / "pruned/model.safetensors")
+    assert prox24.is_sparse(jnp.asarray(weights["model.layers.1.mlp.down_proj.weight"]))
+
+
+# Layer by layer
+
+
+@needs_torchax
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("grouped_heads", "float32"), ("gpt2", "bfloat16"), ("gemma2", "float32")],
+)
+def test_layers_are_pruned_as_by_the_native_forward_pass(tmp_path, monkeypatch, variant, dtype):
+    monkeypatch.setattr("prox24.forward.BATCH_TOKENS", 64)  # four batches
+    write_tiny(tmp_path / "model", variant, dtype)
+    native = collect(prune(open_checkpoint(tmp_path / "model"), WINDOWS, SparseGPT(), None))
+    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    reported = []
+    pruned = collect(torchax.prune(checkpoint, WINDOWS, SparseGPT(), None))
+    assert pruned.tensors.keys() == native.tensors.keys()
+    for name, values in native.tensors.items():
+        np.testing.assert_allclose(pruned.tensors[name], values, rtol=0, atol=1e-4)
+    other = {report.name: report for report in native.reports}
+    for report in pruned.reports:
+        expected = other[report.name]
+        assert report[1:5] == expected[1:5]
+        assert report.statistics.relative_loss == pytest.approx(
+            expected.statistics.relative_loss, rel=1e-3
+        )
+
+
+@needs_torchax
+@pytest.mark.parametrize("family", WRITTEN)
+def test_what_is_written_is_sparse_and_loads_in_transformers(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    write_foreign(tmp_path / "model", family)
+    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    pruned = collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None))
+    write_checkpoint(checkpoint, tmp_path / "out", pruned.tensors.items())
+    before = load_file(tmp_path / "model/model.safetensors")
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, values in after.items():
+        assert values.dtype == before[name].dtype
+        if name in pruned.tensors:
+            assert prox24.is_sparse(jnp.asarray(values))
+            assert np.count_nonzero(values) <= values.size // 2
+        else:
+            assert values.tobytes() == before[name].tobytes()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert pruned.tensors.keys() == {name for name in linears(model) if "lm_head" not in name}
+
+
+@needs_torchax
+def test_a_width_that_is_not_divisible_is_named(tmp_path):
+    write_foreign(tmp_path / "model", "gptj")
+    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight .*axis 1 is not divisible by 5"):
+        collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None, pattern=(2, 5)))
+
+
+@needs_torchax
+def test_a_linear_that_is_not_a_plain_product_is_named(tmp_path):
+    write_foreign(tmp_path / "model", "mamba")
+    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    with pytest.raises(UnsupportedModelError, match=r"dt_proj\.weight has no Gram"):
+        collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None))
+
+
+@needs_torchax
+def test_layers_that_depend_on_more_than_hidden_states_are_refused(tmp_path, monkeypatch):
+    model = foreign_model("stablelm")
+
+    def rotate_by_token(module, arguments, keywords):
+        return arguments, keywords | {"position_ids": keywords["input_ids"]}
+
+    model.model.register_forward_pre_hook(rotate_by_token, with_kwargs=True)
+    monkeypatch.setattr(torchax, "_load", lambda path: model)
+    monkeypatch.setattr("prox24.forward.BATCH_TOKENS", 64)
+    write_foreign(tmp_path / "model", "stablelm")
+    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    with pytest.raises(UnsupportedModelError, match="depend on more than their hidden states"):
+        collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None))
+
+
+@needs_torchax
+def test_a_folder_that_transformers_does_not_know_is_refused(tmp_path):
+    write_folder(tmp_path / "model", {"model_type": "unheard_of"}, {"x": np.zeros(4, np.float32)})
+    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    with pytest.raises(UnsupportedModelError, match="transformers cannot load it"):
+        collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None))
+
+
+# The command line
+
+
+def options(folder):
+    (folder / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
+    length = ["--sequence-length", "32", "--samples", "8"]
+    return ["--calibration", str(folder / "text.txt"), *length]
+
+
+@needs_torchax
+def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsys):
+    write_foreign(tmp_path / "model", "gptj")
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    arguments = ["prune", model, out, *options(tmp_path), "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["linears"]) == 12
+    written = load_file(tmp_path / "out/model.safetensors")
+    for linear in report["linears"]:
+        assert prox24.is_sparse(jnp.asarray(written[linear["name"]]))
+
+    assert main(["verify", out, "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["linears"], counts["sparsity"], counts["violations"]) == (12, 0.5, {})
+    assert main(["verify", model, "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["violations"]) == 12
+    assert main(["verify", out, "--pattern", "2:5"]) == 2
+    assert "not divisible by 5" in capsys.readouterr().err
+
+    text = ["--text", str(tmp_path / "text.txt"), "--sequence-length", "48", "--json"]
+    assert main(["eval", out, *text]) == 0
+    assert 1 < json.loads(capsys.readouterr().out)["perplexity"] < 1e6
+
+    assert main([*arguments, "--overwrite", "--targets", "dense"]) == 2
+    assert "--targets dense" in capsys.readouterr().err
+
+
+@needs_torchax
+@pytest.mark.parametrize("variant", ["grouped_heads", "gpt2"])
+def test_perplexity_and_linears_are_those_of_the_native_forward_pass(tmp_path, variant):
+    write_tiny(tmp_path / "model", variant)
+    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    assert torchax.linear_axes(checkpoint) == native_axes(checkpoint)
+    seen = []
+    result = torchax.perplexity(checkpoint, WINDOWS, on_window=seen.append)
+    expected = perplexity(open_checkpoint(tmp_path / "model"), WINDOWS)
+    assert result[1:] == expected[1:]
+    assert result.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    assert seen == list(range(len(WINDOWS)))
+
+
+# Where torchax is not to be had
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.13.0"))
+    monkeypatch.setitem(sys.modules, "torchax", None)
+
+
+def test_a_missing_package_is_named_with_the_extra(missing):
+    with pytest.raises(Prox24Error, match=r"torchax is not installed: .*'prox24\[torchax\]'"):
+        torchax.require()
+
+
+def test_releases_that_do_not_go_together_are_named(missing, monkeypatch, tmp_path):
+    (tmp_path / "torchax.py").write_text("raise AttributeError('no overload name')\n")
+    monkeypatch.delitem(sys.modules, "torchax")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Prox24Error, match=r"does not work with torch 2\.13\.0 \(no overload name"):
+        torchax.require()
+
+
+def test_the_command_line_says_what_would_run_an_unknown_family(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "torchax", None)
+    config = config_dict() | {"model_type": "stablelm"}
+    write_folder(tmp_path / "model", config, {"x": np.zeros(4, np.float32)})
+    arguments = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), *options(tmp_path)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "'stablelm' is not supported" in error
+    assert "pip install 'prox24[torchax]'" in error
+    assert not (tmp_path / "out").exists()
