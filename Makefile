@@ -1,4 +1,4 @@
-# Two environments, each made once and again only when pyproject.toml changes:
+# Environments, each made once and again only when pyproject.toml changes:
 # .venv holds what prox24 needs, and for the tests PyTorch as the parity oracle.
 PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13

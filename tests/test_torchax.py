@@ -198,7 +198,6 @@ def test_layers_are_pruned_as_by_the_native_forward_pass(tmp_path, monkeypatch, 
     write_tiny(tmp_path / "model", variant, dtype)
     native = collect(prune(open_checkpoint(tmp_path / "model"), WINDOWS, SparseGPT(), None))
     checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
-    reported = []
     pruned = collect(torchax.prune(checkpoint, WINDOWS, SparseGPT(), None))
     assert pruned.tensors.keys() == native.tensors.keys()
     for name, values in native.tensors.items():
