@@ -19,3 +19,8 @@ class CalibrationError(Prox24Error):
 
 class SolverError(Prox24Error):
     """A layer for which no solution was found."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -105,30 +105,48 @@ def prune(
       ValueError: the solver does not support the pattern.
     """
     model = load_model(checkpoint)
-    check_widths(model, pattern)
+    widths = {linear.tensor: linear.shape[1] for linear in all_linears(model.config)}
+    check_widths(widths, pattern)
     hidden = embed_windows(model, windows)
     dense_hidden = None if pull is None else list(hidden)
-    for index, layer in enumerate(model.config.layers):
-        dense = layer_weights(model, index)
-        weights = dict(dense)
-        sums = gather_grams(model, index, dense, hidden, dense_hidden)
-        for linear in layer_linears(model.config, index):
-            began = time.perf_counter()
-            given, gram = dense[linear.weight], sums.grams[linear.input]
-            problem = LayerProblem(given.astype(jnp.float32), gram.total)
-            tokens = int(gram.tokens)
-            if not tokens:
-                problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
-            elif pull is not None:
-                problem = correct_inputs(problem, sums.crosses[linear.input].total, pull)
-            solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
-            # What comes after sees the weight as it will be written, unless another dtype is asked.
-            weights[linear.weight] = solution.weight.astype(given.dtype)
-            report = _report(linear, solution, tokens, time.perf_counter() - began)
-            yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
-        run_in_place(layer, weights, hidden)
-        if dense_hidden is not None:
-            run_in_place(layer, dense, dense_hidden)
+    for index in range(len(model.config.layers)):
+        yield from _prune_layer(
+            model, index, hidden, dense_hidden, solver, refit, pattern, damping, pull
+        )
+
+
+def _prune_layer(
+    model: Model,
+    index: int,
+    hidden: list[Array],
+    dense_hidden: list[Array] | None,
+    solver: Solver,
+    refit: Refit | None,
+    pattern: PatternLike | Unstructured,
+    damping: float,
+    pull: float | None,
+) -> Iterator[PrunedLinear]:
+    """Prunes one layer and runs it; what it holds is gone before the next one is read."""
+    layer, dense = model.config.layers[index], layer_weights(model, index)
+    weights = dict(dense)
+    sums = gather_grams(model, index, dense, hidden, dense_hidden)
+    for linear in layer_linears(model.config, index):
+        began = time.perf_counter()
+        given, gram = dense[linear.weight], sums.grams[linear.input]
+        problem = LayerProblem(given.astype(jnp.float32), gram.total)
+        tokens = int(gram.tokens)
+        if not tokens:
+            problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
+        elif pull is not None:
+            problem = correct_inputs(problem, sums.crosses[linear.input].total, pull)
+        solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
+        # What comes after sees the weight as it will be written, unless another dtype is asked.
+        weights[linear.weight] = solution.weight.astype(given.dtype)
+        report = _report(linear, solution, tokens, time.perf_counter() - began)
+        yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
+    run_in_place(layer, weights, hidden)
+    if dense_hidden is not None:
+        run_in_place(layer, dense, dense_hidden)
 
 
 def collect(linears: Iterable[PrunedLinear]) -> PrunedModel:
@@ -139,17 +157,16 @@ def collect(linears: Iterable[PrunedLinear]) -> PrunedModel:
     )
 
 
-def check_widths(model: Model, pattern: PatternLike | Unstructured) -> None:
-    """Raises CheckpointError, naming the tensor, where M does not divide an input width."""
+def check_widths(widths: Mapping[str, int], pattern: PatternLike | Unstructured) -> None:
+    """Raises CheckpointError where M does not divide an input width, given by tensor."""
     if isinstance(pattern, Unstructured):
         return
-    group = as_pattern(pattern).group
-    for linear in all_linears(model.config):
-        width = linear.shape[1]
-        if width % group:
+    pattern = as_pattern(pattern)
+    for name, width in widths.items():
+        if width % pattern.group:
             raise CheckpointError(
-                f"tensor {linear.tensor} has input width {width}, not divisible by {group}: "
-                f"the pattern {as_pattern(pattern)} does not fit"
+                f"tensor {name} has input width {width}, not divisible by {pattern.group}: "
+                f"the pattern {pattern} does not fit"
             )
 
 

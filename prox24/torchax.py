@@ -7,6 +7,7 @@ without them.
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from prox24.calibration.products import Apply
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured
-from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
+from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError, first_line
 from prox24.forward import batch_size
 from prox24.params import prune_params
 from prox24.perplexity import Perplexity, from_losses, sequence_loss
@@ -62,11 +63,11 @@ def require() -> tuple[Any, Any]:
         import torchax
     except ImportError as error:
         raise Prox24Error(
-            f"{error.name} is not installed: pip install 'prox24[torchax]'"
+            f"{error.name or first_line(error)} is not installed: pip install 'prox24[torchax]'"
         ) from error
     except AttributeError as error:  # how torchax 0.0.13 ends with torch 2.13
         raise Prox24Error(
-            f"torchax does not work with torch {torch.__version__} ({error}): "
+            f"torchax does not work with torch {version('torch')} ({first_line(error)}): "
             "pip install --upgrade 'prox24[torchax]'"
         ) from error
     return torch, torchax
@@ -82,6 +83,8 @@ def open_any(path: str | Path) -> tuple[Checkpoint, bool]:
     try:
         return open_checkpoint(path), True
     except UnsupportedModelError as error:
+        if Path(path).suffix == ".gguf":
+            raise
         try:
             require()
         except Prox24Error as missing:
@@ -126,8 +129,7 @@ def _as_function(module: "torch.nn.Module", prefix: str, call: Call) -> TorchMod
             try:
                 output = torch.func.functional_call(module, state, arguments, others.keywords)
             except Exception as error:  # torchax and JAX raise a different type for each cause
-                reason = (str(error).strip() or repr(error)).splitlines()[0]
-                kind = type(module).__name__
+                kind, reason = type(module).__name__, first_line(error)
                 raise UnsupportedModelError(f"torchax cannot run {kind}: {reason}") from error
             return environment.t2j_iso(output if isinstance(output, torch.Tensor) else output[0])
 
@@ -180,16 +182,13 @@ def prune(
             if name not in grams:
                 reason = left_out.get(name, "unused")
                 raise UnsupportedModelError(f"tensor {name} has no Gram: {reason}")
-        for name, gram in grams.items():
             began = time.perf_counter()
-            one = Calibration({name: gram}, {})
+            one = Calibration({name: grams[name]}, {})
             pruned = prune_params(params, one, solver, refit, pattern=pattern, damping=damping)
             leaf = next(leaf for leaf in pruned.leaves if leaf.path == name)
-            if not leaf.pruned or name not in checkpoint.tensors:
-                raise CheckpointError(
-                    f"{checkpoint.path}: tensor {name} cannot be pruned: "
-                    + ("it is not in the files" if leaf.pruned else leaf.reason)
-                )
+            if not leaf.pruned:
+                raise CheckpointError(f"tensor {name} cannot be pruned: {leaf.reason}")
+            _check_stored(checkpoint, name)
             values = np.asarray(pruned.params[name])
             # What comes after sees the weight as it will be written.
             written = values.astype(checkpoint.tensors[name].dtype)
@@ -212,15 +211,24 @@ def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
     """The weights of the linears that `prune` prunes, with the axis that each sums over.
 
     Raises:
+      CheckpointError: the files call a tensor by another name than transformers does.
       UnsupportedModelError: transformers cannot load the model, or it is no such decoder.
       Prox24Error: see `require`.
     """
     prefix, layers = _decoder_layers(_load(checkpoint.path))
-    return {
-        name: axis
-        for index, layer in enumerate(layers)
-        for name, axis in _linear_axes(layer, f"{prefix}.{index}.").items()
-    }
+    axes: dict[str, int] = {}
+    for index, layer in enumerate(layers):
+        axes |= _linear_axes(layer, f"{prefix}.{index}.")
+    for name in axes:
+        _check_stored(checkpoint, name)
+    if not axes:
+        raise UnsupportedModelError(f"{checkpoint.path}: the decoder layers have no linears")
+    return axes
+
+
+def _check_stored(checkpoint: Checkpoint, name: str) -> None:
+    if name not in checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.path}: tensor {name} is not in the files")
 
 
 def perplexity(
@@ -259,19 +267,26 @@ def _load(path: Path) -> "torch.nn.Module":
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises a different type for each cause
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{path}: transformers cannot load it: {reason}") from error
+        raise UnsupportedModelError(
+            f"{path}: transformers cannot load it: {first_line(error)}"
+        ) from error
+    if loading["missing_keys"]:  # which transformers would leave at random
+        raise CheckpointError(f"{path}: tensor {min(loading['missing_keys'])} is missing")
     return model.eval()
 
 
 def _decoder_layers(model: Any) -> tuple[str, list[Any]]:
     """The name of the list of decoder layers, and the layers."""
     torch, _ = require()
-    count = model.config.num_hidden_layers
+    count = getattr(model.config, "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return name, list(module)
@@ -307,13 +322,22 @@ def _layer_calls(
             seen.append((first, Call(tuple(rest), keywords)))
 
         hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-        with torch.no_grad():
-            model(torch.as_tensor(batch, dtype=torch.long), use_cache=False)
-        for hook in hooks:
-            hook.remove()
+        try:
+            with torch.no_grad():
+                model(torch.as_tensor(batch, dtype=torch.long), use_cache=False)
+        except Exception as error:  # of the model's own code
+            kind, reason = type(model).__name__, first_line(error)
+            raise UnsupportedModelError(f"{kind} does not run: {reason}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(seen) != len(layers):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not call each of its {len(layers)} layers once"
+            )
         first_inputs.append(torchax.default_env().t2j_copy(seen[0][0]))
         found = [call for _, call in seen]
-        if calls and not all(map(_equal, jax.tree.leaves(calls), jax.tree.leaves(found))):
+        if calls and not _equal(calls, found):
             raise UnsupportedModelError(
                 f"the layers of {type(model).__name__} depend on more than their hidden states"
             )
@@ -321,6 +345,10 @@ def _layer_calls(
     return first_inputs, calls
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: list[Call], b: list[Call]) -> bool:
     torch, _ = require()
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    values, others = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(values) == len(others) and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(values, others, strict=True)
+    )

@@ -1,5 +1,8 @@
 import json
+import resource
 import shutil
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +90,55 @@ def test_overwriting_keeps_the_old_folder_when_writing_fails(tmp_path):
         write_checkpoint(source, tmp_path / "out", bad, overwrite=True)
     assert (tmp_path / "out" / "precious").read_text() == "x"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("nope", (32, 32)), (Q_PROJ, (1, 1)), (Q_PROJ, (32, 64))]
+)
+def test_a_tensor_that_the_source_has_no_place_for_is_refused(tmp_path, name, shape):
+    write_tiny(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=rf"no place for a tensor {name} of shape"):
+        write_checkpoint(source, tmp_path / "out", [(name, np.zeros(shape, np.float32))])
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_disk_that_is_too_small_says_so_before_the_work(tmp_path, monkeypatch):
+    write_tiny(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+
+    def pruned():
+        pytest.fail("something was pruned")
+        yield
+
+    with pytest.raises(CheckpointError, match=r"its \d+ bytes do not fit"):
+        write_checkpoint(source, tmp_path / "out", pruned())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_more_shards_than_may_be_open_are_written(tmp_path):
+    write_tiny(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = len(list(Path("/proc/self/fd").iterdir())) + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        write_checkpoint(source, tmp_path / "out", max_shard_bytes=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 8
+    read = open_checkpoint(tmp_path / "out")
+    np.testing.assert_array_equal(read.read(Q_PROJ), source.read(Q_PROJ))
+
+
+def test_a_tensor_of_a_dtype_that_is_not_read_is_named(tmp_path):
+    weights = write_tiny(tmp_path / "source")
+    extra = {"model.scale": np.zeros(4, np.complex64)}
+    save_file(weights | extra, tmp_path / "source" / "model.safetensors")
+    source = open_checkpoint(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"model\.scale has a dtype that is not supported"):
+        write_checkpoint(source, tmp_path / "out")
 
 
 def test_the_source_cannot_be_its_own_destination(tmp_path):

@@ -151,7 +151,7 @@ def test_a_text_begins_with_the_start_token_unless_the_file_says_otherwise(said,
     tokenizer = build_tokenizer(SENTENCE_PIECE | said, 64, Path("model.gguf"))
     plain = tokenizer("ab ab", add_special_tokens=False)["input_ids"]
     assert tokenizer("ab ab")["input_ids"] == start + plain
-    assert start_tokens(tokenizer) == start
+    assert start_tokens(tokenizer, len(PIECES) + 2) == start
 
 
 @pytest.mark.parametrize("add_space_prefix", [False, True])

@@ -5,6 +5,7 @@ import math
 import re
 
 import hypothesis.extra.numpy as hnp
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from prox24.core.blocks import join, ranks, split
 from prox24.core.masks import count_violations, is_sparse, mean_sparsity, top_mask
 from prox24.core.pattern import as_pattern
 from prox24.core.penalty import penalty
+from prox24.core.prox import prox
 
 AXES = [-1, 0, 1]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}:{p[1]}")
@@ -174,3 +176,17 @@ def test_as_pattern_names_and_prints_the_pair(pattern):
 def test_indivisible_length_is_named_in_the_error(shape, axis, function):
     with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.* divisible by 4"):
         function(jnp.ones(shape), (2, 4), axis)
+
+
+def test_what_is_computed_from_joined_planes_is_the_same_compiled_or_not():
+    # jaxlib 0.12 once fused all of this wrongly.
+    rng = np.random.default_rng(0)
+    weight, step = (jnp.asarray(rng.normal(size=(16, 64)), jnp.float32) for _ in range(2))
+
+    def landing(weight, step):
+        w = prox(weight + step, 1e6)
+        return jnp.where(w == weight + step, step, w - weight)
+
+    np.testing.assert_allclose(
+        jax.jit(landing)(weight, step), landing(weight, step), rtol=0, atol=1e-6
+    )

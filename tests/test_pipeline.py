@@ -14,7 +14,7 @@ from tiny import (
     write_tiny,
 )
 
-from prox24.calibration.text import first_windows, spread_windows
+from prox24.calibration.text import first_windows, spread_windows, start_tokens
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.masks import is_sparse, top_mask
@@ -239,6 +239,14 @@ def test_every_window_begins_with_the_start_tokens_and_none_of_the_text_is_lost(
     assert np.array_equal(spread_windows(ids, 12, 10, [7, 8]), windows)
     with pytest.raises(CalibrationError, match="windows of 2 have no room beside 2 start tokens"):
         first_windows(ids, 1, 2, [7, 8])
+
+
+def test_a_tokenizer_whose_start_cannot_be_told_apart_is_refused():
+    def tokenizer(text, add_special_tokens=True):
+        return {"input_ids": [1, 9] if add_special_tokens else [8]}
+
+    with pytest.raises(CalibrationError, match=r"encodes 'a' as \[8\], and as \[1, 9\]"):
+        start_tokens(tokenizer, 16)
 
 
 def test_micro_batches_divide_the_windows():

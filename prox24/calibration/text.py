@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
 from prox24.errors import CalibrationError
@@ -48,18 +48,32 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int) -> 
     ids = np.asarray(
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
     )
-    if ids.size and ids.max() >= vocab_size:
-        raise CalibrationError(
-            f"the tokenizer gives id {ids.max()} but the model has {vocab_size} embeddings"
-        )
+    _check_ids(ids, vocab_size)
     return ids
 
 
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts before a text, as `<bos>` of Llama and Gemma; often none."""
+def start_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
+    """The ids that the tokenizer puts before a text, as `<bos>` of Llama and Gemma; often none.
+
+    Raises:
+      CalibrationError: the tokenizer gives ids that the model has no embedding for, or encodes a
+        letter differently behind what it puts before.
+    """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)]
+    for i in range(len(whole)):
+        if whole[i : i + len(plain)] == plain:
+            _check_ids(whole[:i], vocab_size)
+            return whole[:i]
+    raise CalibrationError(f"the tokenizer encodes 'a' as {plain}, and as {whole} at the start")
+
+
+def _check_ids(ids: ArrayLike, vocab_size: int) -> None:
+    largest = np.max(ids, initial=0)
+    if largest >= vocab_size:
+        raise CalibrationError(
+            f"the tokenizer gives id {largest} but the model has {vocab_size} embeddings"
+        )
 
 
 def first_windows(

@@ -21,7 +21,7 @@ from prox24.checkpoints import (
     safetensors_file,
 )
 from prox24.checkpoints.tensors import TensorSource, is_finite
-from prox24.errors import CheckpointError
+from prox24.errors import CheckpointError, first_line
 from prox24.models.decoder import tensor_shapes
 from prox24.models.families import config_from_hf
 
@@ -88,16 +88,12 @@ def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint
     """
     path = Path(path)
     if path.suffix == ".gguf" and path.is_file():
-        checkpoint = _open_gguf(path)
-    elif path.is_dir():
-        checkpoint = _open_folder(path, any_family)
-    elif not path.exists() and hub.is_id(path.as_posix()):
-        checkpoint = _open_folder(hub.download(path.as_posix(), FORMATS), any_family)
-    else:
-        raise CheckpointError(f"{path} is neither a folder, nor a .gguf file, nor an id of the hub")
-    if not any_family:
-        _check_tensors(checkpoint)
-    return checkpoint
+        return _open_gguf(path)
+    if path.is_dir():
+        return _open_folder(path, any_family)
+    if not path.exists() and hub.is_id(path.as_posix()):
+        return _open_folder(hub.download(path.as_posix(), FORMATS), any_family)
+    raise CheckpointError(f"{path} is neither a folder, nor a .gguf file, nor an id of the hub")
 
 
 def parameter_shapes(
@@ -130,10 +126,11 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
         try:
             return AutoTokenizer.from_pretrained(path, local_files_only=True)
         except Exception as error:  # transformers raises a different type for each missing file
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
+            raise CheckpointError(
+                f"{path}: the tokenizer cannot be loaded: {first_line(error)}"
+            ) from error
 
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=path,
         config=config,
         tensors=tensors,
@@ -141,6 +138,9 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
         load_tokenizer=load_tokenizer,
         carried=hf_folder.carried_files(path),
     )
+    if not any_family:
+        _check_tensors(checkpoint)
+    return checkpoint
 
 
 def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
@@ -169,7 +169,7 @@ def _without_copies(
 
 def _open_gguf(path: Path) -> Checkpoint:
     contents = gguf_file.open_gguf(path)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=path,
         config=contents.config,
         tensors=contents.tensors,
@@ -177,6 +177,8 @@ def _open_gguf(path: Path) -> Checkpoint:
         load_tokenizer=contents.load_tokenizer,
         carried=[],
     )
+    _check_tensors(checkpoint)
+    return checkpoint
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

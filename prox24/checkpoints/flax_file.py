@@ -131,7 +131,7 @@ def create_file(path: Path, norm: str) -> Iterator[Put]:
 
     def put(name: str, values: NDArray[Any]) -> None:
         leaf = leaf_path(name, values.ndim, norm)
-        leaves[leaf] = values.T if leaf.endswith("kernel") else values
+        leaves[leaf] = values.T if leaf.endswith("/kernel") else values
 
     yield put
     tree = flax.traverse_util.unflatten_dict(leaves, sep="/")

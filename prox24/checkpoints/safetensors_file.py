@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,7 +74,7 @@ def create_file(
 ) -> Iterator[Put]:
     """A file of tensors whose values are written one by one, in any order.
 
-    The space is taken at once, so that a full disk says so before the work and not after it.
+    It is open only while a tensor is written: a model may have more files than may be open.
 
     Args:
       path: of the file.
@@ -95,16 +94,15 @@ def create_file(
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):  # which macOS lacks
-            os.posix_fallocate(file.fileno(), 0, start + end)
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(start + end)
 
-        def put(name: str, values: NDArray[Any]) -> None:
+    def put(name: str, values: NDArray[Any]) -> None:
+        with path.open("r+b") as file:
             file.seek(start + header[name]["data_offsets"][0])
             file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
-        yield put
+    yield put
 
 
 FILES = WeightFiles("model", ".safetensors", open_file)

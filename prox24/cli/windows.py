@@ -1,0 +1,50 @@
+"""Windows of tokens for the commands, from the text of a file or of the package."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24.calibration.text import (
+    first_windows,
+    spread_windows,
+    start_tokens,
+    text_or_packaged,
+    tokenize,
+)
+from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.errors import UnsupportedModelError
+
+
+def calibration_windows(
+    checkpoint: Checkpoint, file: Path | None, samples: int, length: int
+) -> NDArray[np.int32]:
+    """Windows spread over a text file, or over the speeches that the package carries.
+
+    Raises:
+      CalibrationError: the file cannot be read or is too short.
+      UnsupportedModelError: config.json does not say how many tokens the model knows.
+    """
+    ids, start = _tokens(checkpoint, text_or_packaged(file, "speeches.txt"))
+    return spread_windows(ids, samples, length, start)
+
+
+def evaluation_windows(
+    checkpoint: Checkpoint, file: Path | None, samples: int | None, length: int
+) -> NDArray[np.int32]:
+    """The first windows of a text file, or of the novel that the package carries; all if None.
+
+    Raises:
+      CalibrationError: the file cannot be read or is too short.
+      UnsupportedModelError: config.json does not say how many tokens the model knows.
+    """
+    ids, start = _tokens(checkpoint, text_or_packaged(file, "austen.txt"))
+    return first_windows(ids, samples, length, start)
+
+
+def _tokens(checkpoint: Checkpoint, text: str) -> tuple[NDArray[np.int32], list[int]]:
+    vocabulary = checkpoint.config.get("vocab_size")
+    if vocabulary is None:
+        raise UnsupportedModelError(f"{checkpoint.path}: config.json has no vocab_size")
+    tokenizer = checkpoint.load_tokenizer()
+    return tokenize(tokenizer, text, vocabulary), start_tokens(tokenizer, vocabulary)
