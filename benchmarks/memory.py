@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prox24.checkpoints.safetensors_file import create_file
+from prox24.checkpoints.tensors import Spec
 from prox24.models.decoder import tensor_shapes
 from prox24.models.families import config_from_hf
 
@@ -47,7 +48,7 @@ def write_model(folder: Path, layers: int) -> int:
     (folder / "config.json").write_text(json.dumps(config))
     shapes = tensor_shapes(config_from_hf(config, ()))
     rng = np.random.default_rng(0)
-    specs = {name: (shape, np.dtype(np.float32)) for name, shape in shapes.items()}
+    specs = {name: Spec(shape, np.dtype(np.float32)) for name, shape in shapes.items()}
     with create_file(folder / "model.safetensors", specs) as put:
         for name, shape in shapes.items():
             put(name, rng.standard_normal(shape, np.float32) * np.float32(0.02))

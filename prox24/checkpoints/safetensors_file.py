@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import Put, TensorSource, read_entries
+from prox24.checkpoints.tensors import Put, Spec, TensorSource, read_entries
 from prox24.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -69,16 +69,14 @@ def _source(path: Path, start: int, entry: dict[str, Any]) -> TensorSource:
 
 
 @contextlib.contextmanager
-def create_file(
-    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
-) -> Iterator[Put]:
+def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
     """A file of tensors whose values are written one by one, in any order.
 
     It is open only while a tensor is written: a model may have more files than may be open.
 
     Args:
       path: of the file.
-      shapes: shape and dtype of every tensor, by name.
+      specs: of every tensor, by name; the dtypes are those of `DTYPES`.
 
     Yields:
       What writes a tensor.
@@ -87,7 +85,7 @@ def create_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The largest entries first, so that all are aligned.
-    for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: -item[1][1].itemsize):
+    for name, (shape, dtype) in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": stored[dtype], "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()

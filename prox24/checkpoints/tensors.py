@@ -16,6 +16,13 @@ FINITE_CHECK = 2**22
 """Entries that are checked at a time, so that the copies which that takes stay small."""
 
 
+class Spec(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
 class TensorSource(NamedTuple):
     """Where a tensor's values come from.
 

@@ -15,15 +15,8 @@ from numpy.typing import NDArray
 from prox24.checkpoints import flax_file, safetensors_file
 from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json, parameter_shapes
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import Put, is_finite
+from prox24.checkpoints.tensors import Put, Spec, is_finite
 from prox24.errors import CheckpointError
-
-
-class Spec(NamedTuple):
-    """Shape and dtype of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
 
 
 class Output(NamedTuple):

@@ -1,0 +1,79 @@
+"""Logits of SmolLM2-135M-Instruct against PyTorch's, in float32 and in float64.
+
+    python benchmarks/parity.py
+
+On the first windows of the packaged text. A token agrees if all of its logits do, to 1e-4.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.cli.demo import fetch_model
+from prox24.cli.windows import evaluation_windows
+from prox24.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
+from prox24.models import decoder
+
+AGREEMENT = 1e-4
+
+
+def our_logits(checkpoint: Checkpoint, windows: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Shape (windows, length, vocabulary)."""
+    model = load_model(checkpoint)
+    hidden = embed_windows(model, windows)
+    for index, layer in enumerate(model.config.layers):
+        run_in_place(layer, layer_weights(model, index), hidden)
+    head = head_weights(model)
+    return np.concatenate([decoder.logits(model.config, head, states) for states in hidden])
+
+
+def torch_logits(folder: Path, windows: NDArray[np.int32], dtype: torch.dtype) -> NDArray:
+    """Shape (windows, length, vocabulary)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(windows).long()).logits.numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--length", type=int, default=40)
+    arguments = parser.parse_args()
+    cache = Path(".cache")
+    cache.mkdir(exist_ok=True)
+    checkpoint = open_checkpoint(fetch_model(cache))
+    windows = evaluation_windows(checkpoint, None, arguments.windows, arguments.length)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(checkpoint, Path(folder) / "model")
+        torch32, torch64 = (
+            torch_logits(Path(folder) / "model", windows, dtype)
+            for dtype in (torch.float32, torch.float64)
+        )
+    ours = our_logits(checkpoint, windows)
+    table = Table()
+    for title in ("", "largest difference", "of the largest logit", "tokens that agree"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for title, a, b in (
+        ("prox24, PyTorch float32", ours, torch32),
+        ("prox24, PyTorch float64", ours, torch64),
+        ("PyTorch float32, float64", torch32, torch64),
+    ):
+        worst = np.abs(a - b).max(axis=-1)
+        agree = f"{np.sum(worst <= AGREEMENT)} of {worst.size}"
+        table.add_row(title, f"{worst.max():.2e}", f"{worst.max() / np.abs(b).max():.1e}", agree)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
