@@ -7,7 +7,6 @@ without them.
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,7 +66,7 @@ def require() -> tuple[Any, Any]:
         ) from error
     except AttributeError as error:  # how torchax 0.0.13 ends with torch 2.13
         raise Prox24Error(
-            f"torchax does not work with torch {version('torch')} ({first_line(error)}): "
+            f"torchax does not work with torch {torch.__version__} ({first_line(error)}): "
             "pip install --upgrade 'prox24[torchax]'"
         ) from error
     return torch, torchax

@@ -363,9 +363,7 @@ def test_releases_that_do_not_go_together_are_named(missing, monkeypatch, tmp_pa
     (tmp_path / "torchax.py").write_text("raise AttributeError('no overload name')\n")
     monkeypatch.delitem(sys.modules, "torchax")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(
-        Prox24Error, match=r"does not work with torch 2\.13\.0.* \(no overload name"
-    ):
+    with pytest.raises(Prox24Error, match=r"does not work with torch 2\.13\.0 \(no overload name"):
         torchax.require()
 
 
