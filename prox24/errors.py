@@ -9,6 +9,10 @@ class CheckpointError(Prox24Error):
     """A checkpoint that cannot be read, or a destination that cannot be written."""
 
 
+class DiskError(CheckpointError):
+    """A disk that is full, or fails, or forbids what is asked."""
+
+
 class UnsupportedModelError(Prox24Error):
     """An architecture, or a setting of one, that has no forward pass here."""
 

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram
 from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.errors import CalibrationError, CheckpointError, SolverError
@@ -75,6 +77,8 @@ def prune(
     pattern: PatternLike | Unstructured = (2, 4),
     damping: float = 0.01,
     pull: float | None = None,
+    dtype: np.dtype[Any] | None = None,
+    finished: Mapping[str, TensorSource] = MappingProxyType({}),
 ) -> Iterator[PrunedLinear]:
     """Prunes every linear of every decoder layer; embedding, norms and head are left alone.
 
@@ -94,6 +98,9 @@ def prune(
       pull: None to reproduce each linear's own output on the pruned model's activations; a number
         to reproduce the dense model's, with that pull to the dense weight, see
         `prox24.correct_inputs`. It runs the dense model alongside.
+      dtype: what the weights will be written in, to which the layers after them see them rounded;
+        None for each tensor's own.
+      finished: weights that were pruned and written before, by name. They are run, and not yielded.
 
     Yields:
       Each linear, when it is solved. Of what was yielded nothing is kept.
@@ -111,7 +118,17 @@ def prune(
     dense_hidden = None if pull is None else list(hidden)
     for index in range(len(model.config.layers)):
         yield from _prune_layer(
-            model, index, hidden, dense_hidden, solver, refit, pattern, damping, pull
+            model,
+            index,
+            hidden,
+            dense_hidden,
+            solver,
+            refit,
+            pattern,
+            damping,
+            pull,
+            dtype,
+            finished,
         )
 
 
@@ -125,12 +142,22 @@ def _prune_layer(
     pattern: PatternLike | Unstructured,
     damping: float,
     pull: float | None,
+    dtype: np.dtype[Any] | None,
+    finished: Mapping[str, TensorSource],
 ) -> Iterator[PrunedLinear]:
     """Prunes one layer and runs it; what it holds is gone before the next one is read."""
     layer, dense = model.config.layers[index], layer_weights(model, index)
     weights = dict(dense)
-    sums = gather_grams(model, index, dense, hidden, dense_hidden)
+    remaining = []
     for linear in layer_linears(model.config, index):
+        if linear.tensor in finished:
+            written = oriented(model.config, jnp.asarray(finished[linear.tensor].read()))
+            weights[linear.weight] = written.astype(dense[linear.weight].dtype)
+        else:
+            remaining.append(linear)
+    if remaining:
+        sums = gather_grams(model, index, dense, hidden, dense_hidden)
+    for linear in remaining:
         began = time.perf_counter()
         given, gram = dense[linear.weight], sums.grams[linear.input]
         problem = LayerProblem(given.astype(jnp.float32), gram.total)
@@ -140,8 +167,9 @@ def _prune_layer(
         elif pull is not None:
             problem = correct_inputs(problem, sums.crosses[linear.input].total, pull)
         solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
-        # What comes after sees the weight as it will be written, unless another dtype is asked.
-        weights[linear.weight] = solution.weight.astype(given.dtype)
+        # What comes after sees the weight as it will be written.
+        written = solution.weight.astype(given.dtype if dtype is None else dtype)
+        weights[linear.weight] = written.astype(given.dtype)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
         yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
     run_in_place(layer, weights, hidden)

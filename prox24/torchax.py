@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from prox24.calibration.calibrate import Calibration, calibrate
 from prox24.calibration.products import Apply
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured
 from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError, first_line
@@ -143,6 +145,8 @@ def prune(
     *,
     pattern: PatternLike | Unstructured = (2, 4),
     damping: float = 0.01,
+    dtype: np.dtype[Any] | None = None,
+    finished: Mapping[str, TensorSource] = MappingProxyType({}),
 ) -> Iterator[PrunedLinear]:
     """Prunes the linears of every decoder layer of any HF decoder, as `prox24.pipeline.prune` does.
 
@@ -156,6 +160,8 @@ def prune(
       refit: updates the kept weights, or None.
       pattern: (N, M) along the input axis, or unstructured.
       damping: see `prox24.solve`.
+      dtype: see `prox24.pipeline.prune`.
+      finished: see `prox24.pipeline.prune`.
 
     Yields:
       Each linear, when it is solved.
@@ -176,8 +182,13 @@ def prune(
     hidden, calls = _layer_calls(model, layers, batches)
     for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
         apply, params = _as_function(layer, f"{prefix}.{index}.", call)
-        grams, left_out = calibrate(apply, params, hidden)
-        for name in _linear_axes(layer, f"{prefix}.{index}."):
+        names = list(_linear_axes(layer, f"{prefix}.{index}."))
+        remaining = [name for name in names if name not in finished]
+        if remaining:
+            grams, left_out = calibrate(apply, params, hidden)
+        done = [name for name in names if name in finished]
+        params |= {name: jnp.asarray(finished[name].read(), jnp.float32) for name in done}
+        for name in remaining:
             if name not in grams:
                 reason = left_out.get(name, "unused")
                 raise UnsupportedModelError(f"tensor {name} has no Gram: {reason}")
@@ -190,7 +201,7 @@ def prune(
             _check_stored(checkpoint, name)
             values = np.asarray(pruned.params[name])
             # What comes after sees the weight as it will be written.
-            written = values.astype(checkpoint.tensors[name].dtype)
+            written = values.astype(checkpoint.tensors[name].dtype if dtype is None else dtype)
             params = params | {name: jnp.asarray(written, jnp.float32)}
             [matrix] = pruned.reports
             report = LinearReport(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import Put, TensorSource
+from prox24.checkpoints.tensors import Put, TensorSource, writing
 from prox24.errors import CheckpointError, UnsupportedModelError
 
 NORM_LEAVES: dict[str, str] = {
@@ -135,7 +135,8 @@ def create_file(path: Path, norm: str) -> Iterator[Put]:
 
     yield put
     tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
-    path.write_bytes(flax.serialization.msgpack_serialize(tree, in_place=True))
+    with writing(path):
+        path.write_bytes(flax.serialization.msgpack_serialize(tree, in_place=True))
 
 
 FILES = WeightFiles("flax_model", ".msgpack", open_file, tensor_name)

@@ -9,6 +9,9 @@ from prox24.checkpoints.tensors import TensorSource
 from prox24.errors import CheckpointError
 
 # Weights in other formats would contradict the pruned ones.
+MANIFEST = "prox24.json"
+"""What `prox24 prune` leaves in a folder, see `prox24.checkpoints.manifest`."""
+
 NOT_CARRIED = (
     ".safetensors",
     ".bin",
@@ -138,13 +141,13 @@ def _check_hub_link(path: Path) -> None:
 def carried_files(folder: Path) -> list[Path]:
     """The files that go with a model whatever its weights: tokenizer, generation config, licence.
 
-    config.json is written anew and is not among them.
+    config.json is written anew, the manifest tells of this model alone: they are not among them.
     """
     return sorted(
         path
         for path in folder.iterdir()
         if path.is_file()
-        and path.name != "config.json"
+        and path.name not in ("config.json", MANIFEST)
         and not path.name.startswith(".")
         and not path.name.endswith(NOT_CARRIED)
     )

@@ -72,7 +72,8 @@ def _source(path: Path, start: int, entry: dict[str, Any]) -> TensorSource:
 def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
     """A file of tensors whose values are written one by one, in any order.
 
-    It is open only while a tensor is written: a model may have more files than may be open.
+    Values that were written to such a file before stay. It is open only while a tensor is written:
+    a model may have more files than may be open.
 
     Args:
       path: of the file.
@@ -91,7 +92,8 @@ def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    with path.open("wb") as file:
+    path.touch()
+    with path.open("r+b") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(start + end)
 

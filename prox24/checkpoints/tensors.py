@@ -1,13 +1,14 @@
 """A tensor in a file, known by shape and dtype before it is read."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prox24.errors import CheckpointError
+from prox24.errors import CheckpointError, DiskError
 
 Put = Callable[[str, NDArray[Any]], None]
 """Writes the values of a tensor, by name, to the place that a file has for it."""
@@ -52,10 +53,23 @@ def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> ND
     try:
         content = np.fromfile(path, np.uint8, count=count * dtype.itemsize, offset=start)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise DiskError(f"cannot read {path}: {error.strerror}") from error
     if content.size < count * dtype.itemsize:
         raise CheckpointError(f"{path} became shorter")
     return content.view(dtype)
+
+
+@contextlib.contextmanager
+def writing(destination: Path) -> Iterator[None]:
+    """Names the destination where the disk fails.
+
+    Raises:
+      DiskError: an OSError came.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot write {destination}: {error.strerror or error}") from error
 
 
 def is_finite(values: NDArray[Any]) -> bool:

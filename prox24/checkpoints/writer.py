@@ -2,10 +2,8 @@
 
 import contextlib
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +13,18 @@ from numpy.typing import NDArray
 from prox24.checkpoints import flax_file, safetensors_file
 from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json, parameter_shapes
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import Put, Spec, is_finite
+from prox24.checkpoints.tensors import Put, Spec, is_finite, writing
+from prox24.checkpoints.unfinished import (
+    Unfinished,
+    Written,
+    check_unchanged,
+    sha256,
+    source_files,
+    unfinished_folder,
+)
 from prox24.errors import CheckpointError
+
+MODEL_CARD = "README.md"
 
 
 class Output(NamedTuple):
@@ -90,68 +98,129 @@ def write_checkpoint(
     Args:
       source: gives the names, the order, the config, the tokenizer and every other file.
       destination: a folder that does not exist yet, unless `overwrite`.
-      replaced: names and new values of tensors, each of which is written before the next is asked
-        for; the others are copied bit for bit.
-      dtype: "float32", "float16" or "bfloat16" for every tensor; None keeps each tensor's own.
+      replaced: see `fill_folder`.
+      dtype: see `fill_folder`.
       overwrite: replaces an existing folder, which stays until the new one is complete.
-      max_shard_bytes: of the tensors in one file, unless a single one is larger; None keeps
-        together what is in one file of the source.
-      file_format: one of `OUTPUTS`.
-      note: Markdown that is appended to the model card, README.md.
+      max_shard_bytes: see `fill_folder`.
+      file_format: see `fill_folder`.
+      note: see `fill_folder`.
 
     Returns:
       The names of the tensors that were written: all, but for the buffers that Flax files lack.
 
     Raises:
-      CheckpointError: the destination exists, the source cannot be read, the disk is full or fails,
-        or `replaced` holds a name twice, or one or a shape that the source has not.
+      CheckpointError: the destination exists, or see `fill_folder`.
       UnsupportedModelError: there is no Flax class for the model.
     """
     check_destination(destination, source.path, overwrite)
+    files = source_files(source.path)
+    with unfinished_folder(destination) as unfinished:
+        digests = fill_folder(
+            source,
+            unfinished,
+            replaced,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            file_format=file_format,
+            note=note,
+        )
+        check_unchanged(source.path, files)
+    return list(digests)
+
+
+def fill_folder(
+    source: Checkpoint,
+    unfinished: Unfinished,
+    replaced: Iterable[tuple[str, NDArray[Any]]] = (),
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    file_format: str = "safetensors",
+    note: str | None = None,
+    on_replaced: Callable[[Written], None] = lambda written: None,
+) -> dict[str, str]:
+    """Writes the files of an HF folder.
+
+    Args:
+      source: gives the names, the order, the config, the tokenizer and every other file.
+      unfinished: the folder; what is finished there is left as it is.
+      replaced: names and new values of tensors, each of which is written before the next is asked
+        for; the others are copied bit for bit.
+      dtype: "float32", "float16" or "bfloat16" for every tensor; None keeps each tensor's own.
+      max_shard_bytes: of the tensors in one file, unless a single one is larger; None keeps
+        together what is in one file of the source.
+      file_format: one of `OUTPUTS`.
+      note: Markdown that is appended to the model card, README.md.
+      on_replaced: called when a replaced tensor is written.
+
+    Returns:
+      The SHA-256 of every tensor that the files hold, by name, in their order: of all, but for the
+      buffers that Flax files lack.
+
+    Raises:
+      CheckpointError: the source cannot be read, the disk is full or fails, or `replaced` holds a
+        name twice, or one or a shape that the source has not.
+      UnsupportedModelError: there is no Flax class for the model.
+    """
+    folder = unfinished.folder
     output = OUTPUTS[file_format](source)
-    specs = {name: _spec(source, name, dtype) for name in output.names}
+    specs = {name: written_spec(source, name, dtype) for name in output.names}
     shards = _shards(source, specs, max_shard_bytes)
-    files = output.files.names(len(shards))
-    with _complete_or_absent(destination) as folder:
-        size = sum(map(_bytes, specs.values()))
-        if shutil.disk_usage(folder).free < size:
-            raise CheckpointError(f"cannot write {destination}: its {size} bytes do not fit")
+    files = [folder / file for file in output.files.names(len(shards))]
+    size = sum(map(_bytes, specs.values()))
+    with writing(folder):
+        if shutil.disk_usage(folder).free < size - _allocated(folder):
+            raise CheckpointError(f"cannot write {folder}: its {size} bytes do not fit")
         _write_companions(source, folder, dtype, note)
         if len(shards) > 1:
             weight_map = {
-                output.stored_name(name, len(specs[name].shape)): file
+                output.stored_name(name, len(specs[name].shape)): file.name
                 for file, names in zip(files, shards, strict=True)
                 for name in names
             }
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / output.files.index_file).write_text(config_json(index), encoding="utf-8")
-        with contextlib.ExitStack() as opened:
-            puts: dict[str, Put] = {}
-            for file, names in zip(files, shards, strict=True):
-                own = {name: specs[name] for name in names}
-                put = opened.enter_context(output.create(folder / file, own))
-                puts |= dict.fromkeys(names, put)
-            for name, values in replaced:
-                if name not in puts or values.shape != specs[name].shape:
-                    raise CheckpointError(
-                        f"{source.path} has no place for a tensor {name} of shape {values.shape}"
-                    )
-                puts.pop(name)(name, _converted(name, values, specs[name].dtype))
-            for name, put in puts.items():
-                put(name, _converted(name, source.read(name), specs[name].dtype))
-    return [name for names in shards for name in names]
+    digests = {name: entry["sha256"] for name, entry in unfinished.entries.items()}
+    with contextlib.ExitStack() as opened:
+        places: dict[str, tuple[Path, Put]] = {}
+        for file, names in zip(files, shards, strict=True):
+            with writing(file):
+                put = opened.enter_context(
+                    output.create(file, {name: specs[name] for name in names})
+                )
+            places |= dict.fromkeys(names, (file, put))
+        places = {name: place for name, place in places.items() if name not in digests}
+
+        def write(name: str, values: NDArray[Any]) -> Written:
+            file, put = places.pop(name)
+            converted = np.ascontiguousarray(_converted(name, values, specs[name].dtype))
+            with writing(file):
+                put(name, converted)
+            digests[name] = sha256(converted)
+            return Written(name, file, digests[name])
+
+        for name, values in replaced:
+            if name not in places or values.shape != specs[name].shape:
+                raise CheckpointError(
+                    f"{source.path} has no place for a tensor {name} of shape {values.shape}"
+                )
+            on_replaced(write(name, values))
+        for name in list(places):
+            write(name, source.read(name))
+    return {name: digests[name] for names in shards for name in names}
 
 
 def _write_companions(
     source: Checkpoint, folder: Path, dtype: str | None, note: str | None
 ) -> None:
     """Everything but the weights."""
+    (folder / MODEL_CARD).unlink(missing_ok=True)  # to which a run before this has added
     for carried in source.carried:
         shutil.copyfile(carried, folder / carried.name)
     if source.path.is_file():  # which holds the tokenizer as well
         source.load_tokenizer().save_pretrained(folder)
     if note is not None:
-        with (folder / "README.md").open("ab") as card:
+        with (folder / MODEL_CARD).open("ab") as card:
             card.write(f"\n{note}".encode() if card.tell() else note.encode())
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if dtype is not None:
@@ -159,7 +228,7 @@ def _write_companions(
     (folder / "config.json").write_text(config_json(config), encoding="utf-8")
 
 
-def _spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
+def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
     """Of a tensor as it is written; integer buffers, which nothing is computed with, stay."""
     own = source.tensors[name]
     if not own.dtype.itemsize:
@@ -167,6 +236,11 @@ def _spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
     if dtype is None or own.dtype not in DTYPES.values():
         return Spec(own.shape, own.dtype)
     return Spec(own.shape, DTYPES[dtype])
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes on disk that the files of a folder have already."""
+    return sum(512 * file.stat().st_blocks for file in folder.iterdir())
 
 
 def _bytes(spec: Spec) -> int:
@@ -198,38 +272,3 @@ def _converted(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray
     if not is_finite(converted):
         raise CheckpointError(f"tensor {name} overflows {dtype}; choose another dtype")
     return converted
-
-
-@contextlib.contextmanager
-def _complete_or_absent(destination: Path) -> Iterator[Path]:
-    parent = destination.absolute().parent
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside {destination}: {error.strerror}") from error
-    try:
-        yield folder
-        folder.chmod(0o755)
-        for file in folder.iterdir():
-            _synchronise(file)
-        _synchronise(folder)
-        if destination.exists():
-            replaced = folder.with_name(folder.name + ".replaced")
-            destination.rename(replaced)
-            folder.rename(destination)
-            shutil.rmtree(replaced)
-        else:
-            folder.rename(destination)
-        _synchronise(parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {destination}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,14 @@
 """The `prox24` command: arguments, and errors as one line with exit code 2."""
 
 import argparse
+import contextlib
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from prox24.checkpoints.checkpoint import DTYPES
 from prox24.checkpoints.writer import OUTPUTS
@@ -20,16 +25,47 @@ def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs one command.
 
     Returns:
-      0, or 1 where `verify` finds a tensor that breaks the pattern, or 2 on an error, which is one
-      line on standard error.
+      0, or 1 where `verify` finds a tensor that is not as it should be, or 2 on an error, or 128
+      and the number of the signal that ended it, SIGINT or SIGTERM; but for 0, with one line on
+      standard error.
     """
     parsed = parser().parse_args(arguments)
     try:
-        return int(parsed.run(parsed))
+        with _ended_by(signal.SIGTERM):
+            return int(parsed.run(parsed))
     except Prox24Error as error:
-        message = " ".join(str(error).split())
-        print(f"prox24: error: {message}", file=sys.stderr)
-        return 2
+        return _end(f"error: {error}", error, 2)
+    except Terminated as error:
+        return _end("ended by SIGTERM", error, 128 + signal.SIGTERM)
+    except KeyboardInterrupt as error:
+        return _end("interrupted", error, 128 + signal.SIGINT)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _ended_by(number: signal.Signals) -> Iterator[None]:
+    """Has a signal end the block as Ctrl-C does, so that files and progress are left in order."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone receives signals
+        return
+    before = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _end(message: str, error: BaseException, code: int) -> int:
+    text = "; ".join([message, *getattr(error, "__notes__", ())])
+    print("prox24:", *text.split(), file=sys.stderr)
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,9 +131,11 @@ def _add_eval(commands: "_Commands[argparse.ArgumentParser]") -> None:
 
 
 def _add_verify(commands: "_Commands[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("verify", help="check that every pruned linear is sparse")
+    command = commands.add_parser("verify", help="check a pruned model, its manifest and source")
     command.set_defaults(run=verify.run)
     command.add_argument("model", type=Path, help=MODEL)
+    command.add_argument("--source", type=Path, help="model that it was pruned from")
+    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     _add_pattern(command)
     _add_output(command)
 

@@ -19,7 +19,7 @@ Advance = Callable[[str, float | None], None]
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int | None, quiet: bool) -> Iterator[Advance]:
+def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[Advance]:
     """A bar on standard error with what was done last, its relative loss, and the time left."""
     # A log file has no use for the frames of a bar.
     console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
@@ -31,7 +31,7 @@ def progress_bar(title: str, total: int | None, quiet: bool) -> Iterator[Advance
         TextColumn("{task.fields[latest]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total, latest="")
+        task = progress.add_task(title, total=total, completed=done, latest="")
 
         def advance(name: str, loss: float | None) -> None:
             latest = name if loss is None else f"{name} loss {loss:.4f}"

@@ -7,16 +7,27 @@ import functools
 import json
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from prox24 import torchax
-from prox24.checkpoints.checkpoint import Checkpoint
-from prox24.checkpoints.writer import check_destination, write_checkpoint
+from prox24.checkpoints.checkpoint import DTYPES, Checkpoint
+from prox24.checkpoints.manifest import write_manifest
+from prox24.checkpoints.tensors import TensorSource
+from prox24.checkpoints.unfinished import (
+    Written,
+    check_unchanged,
+    sha256,
+    source_files,
+    unfinished_folder,
+)
+from prox24.checkpoints.writer import check_destination, fill_folder
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
 from prox24.cli.windows import calibration_windows
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
@@ -27,6 +38,19 @@ from prox24.solvers.problem import Status
 from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver, check_supported
 
 DEFAULT_PULL = 1.0
+DECISIVE = (
+    "method",
+    "refit",
+    "pattern",
+    "targets",
+    "pull",
+    "damping",
+    "samples",
+    "sequence_length",
+    "dtype",
+    "shard_size",
+)
+"""Arguments that decide the result, apart from the source and the calibration text."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,32 +72,53 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint, native = torchax.open_any(arguments.source)
     if not native and arguments.targets == "dense":
         raise Prox24Error("--targets dense is for models with a forward pass of prox24's own")
+    files = source_files(checkpoint.path)
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
-    linears = prune_with_progress(
-        checkpoint,
-        windows,
-        solver,
-        refit,
-        title=arguments.method,
-        pattern=arguments.pattern,
-        damping=arguments.damping,
-        pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
-        quiet=arguments.quiet,
-        native=native,
-    )
-    reports: list[LinearReport] = []
-    with contextlib.closing(linears):  # which ends its progress bar before an error is printed
-        write_checkpoint(
+    job = {
+        "arguments": {name: _plain(vars(arguments)[name]) for name in DECISIVE},
+        "solver": _settings(solver),
+        "refit": _settings(refit),
+        "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
+        "source": files,
+        "versions": versions(),
+        "devices": [jax.default_backend(), jax.device_count()],
+    }
+    with unfinished_folder(arguments.destination, job) as unfinished:
+        figures = [entry["figures"] for entry in unfinished.entries.values()]
+        linears = prune_with_progress(
             checkpoint,
-            arguments.destination,
-            tensors_of(linears, reports),
-            dtype=arguments.dtype,
-            overwrite=arguments.overwrite,
-            max_shard_bytes=arguments.shard_size,
-            note=model_card_section(arguments, refit, windows),
+            windows,
+            solver,
+            refit,
+            title=arguments.method,
+            pattern=arguments.pattern,
+            damping=arguments.damping,
+            pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
+            dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+            finished=unfinished.finished,
+            quiet=arguments.quiet,
+            native=native,
         )
+        reports: list[LinearReport] = []
+
+        def record(written: Written) -> None:
+            figures.append({key: _plain(value) for key, value in _figures(reports.pop()).items()})
+            unfinished.record(written, {"figures": figures[-1]})
+
+        with contextlib.closing(linears):  # which ends its progress bar before an error is printed
+            digests = fill_folder(
+                checkpoint,
+                unfinished,
+                tensors_of(linears, reports),
+                dtype=arguments.dtype,
+                max_shard_bytes=arguments.shard_size,
+                note=model_card_section(arguments, refit, windows),
+                on_replaced=record,
+            )
+        check_unchanged(checkpoint.path, files)
+        write_manifest(unfinished.folder, job, digests, figures)
     seconds = time.perf_counter() - began
     report = {
         "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
@@ -81,18 +126,17 @@ def run(arguments: argparse.Namespace) -> int:
         "refit": _settings(refit),
         "versions": versions(),
         "calibration_tokens": windows.size,
+        "resumed_linears": len(unfinished.entries),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
-        "linears": [
-            {key: _plain(value) for key, value in _figures(linear).items()} for linear in reports
-        ],
+        "linears": figures,
     }
     if arguments.report is not None:
         arguments.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if arguments.json:
         print_json(report)
     elif not arguments.quiet:
-        _print_summary(arguments.destination, reports, seconds)
+        _print_summary(arguments.destination, figures, len(unfinished.entries), seconds)
     return 0
 
 
@@ -133,14 +177,23 @@ def prune_with_progress(
     damping: float,
     quiet: bool,
     pull: float | None = None,
+    dtype: np.dtype[Any] | None = None,
+    finished: Mapping[str, TensorSource] = MappingProxyType({}),
     native: bool = True,
 ) -> Generator[PrunedLinear]:
     """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
     count = len(all_linears(load_model(checkpoint).config)) if native else None
     run_layers = functools.partial(prune, pull=pull) if native else torchax.prune
-    with progress_bar(title, count, quiet) as advance:
+    with progress_bar(title, count, quiet, done=len(finished)) as advance:
         for linear in run_layers(
-            checkpoint, windows, solver, refit, pattern=pattern, damping=damping
+            checkpoint,
+            windows,
+            solver,
+            refit,
+            pattern=pattern,
+            damping=damping,
+            dtype=dtype,
+            finished=finished,
         ):
             yield linear
             advance(linear.report.name, linear.report.statistics.relative_loss)
@@ -155,8 +208,10 @@ def tensors_of(
         yield report.name, values
 
 
-def _print_summary(destination: Path, linears: list[LinearReport], seconds: float) -> None:
-    losses = {linear.name: linear.statistics.relative_loss for linear in linears}
+def _print_summary(
+    destination: Path, linears: list[dict[str, Any]], resumed: int, seconds: float
+) -> None:
+    losses = {linear["name"]: linear["relative_loss"] or 0.0 for linear in linears}
     worst = max(losses, key=losses.__getitem__)
     rows = [
         ["written", str(destination)],
@@ -165,16 +220,18 @@ def _print_summary(destination: Path, linears: list[LinearReport], seconds: floa
         ["largest relative loss", f"{losses[worst]:.4f}  {worst}"],
         ["seconds", f"{seconds:.0f}"],
     ]
-    cut = [linear for linear in linears if linear.status is Status.MAX_STEPS]
+    if resumed:
+        rows.append(["done by the run before", f"{resumed} linears"])
+    cut = [linear for linear in linears if linear["status"] == Status.MAX_STEPS.value]
     if cut:
         rows.append(["cut to the pattern at the last step", f"{len(cut)} linears, see the report"])
-    raised = [linear for linear in linears if linear.statistics.damping_raised]
+    raised = [linear for linear in linears if linear["damping_raised"]]
     if raised:
         rows.append(["damping raised to make a Gram definite", f"{len(raised)} linears"])
-    few = [linear for linear in linears if linear.tokens < linear.inputs]
+    few = [linear for linear in linears if linear["tokens"] < linear["inputs"]]
     if few:
         rows.append(["calibrated on fewer tokens than inputs", f"{len(few)} linears"])
-    dead = sum(linear.statistics.dead_features for linear in linears)
+    dead = sum(linear["dead_features"] for linear in linears)
     if dead:
         rows.append(["input features never active", str(dead)])
     print_table(["", ""], rows)

@@ -1,0 +1,60 @@
+"""The manifest of a pruned folder: how it was made, and the hash of every tensor."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prox24.checkpoints.hf_folder import MANIFEST, read_json
+from prox24.checkpoints.tensors import writing
+from prox24.errors import CheckpointError
+
+FIGURES = ("relative_loss", "sparsity", "status", "tokens", "steps")
+
+
+def write_manifest(
+    folder: Path,
+    job: Mapping[str, Any],
+    digests: Mapping[str, str],
+    pruned: Iterable[Mapping[str, Any]],
+) -> None:
+    """Writes the manifest, which depends on nothing but the result.
+
+    Args:
+      folder: of the model.
+      job: what decided the result; the times of change of the source's files are left out.
+      digests: SHA-256 of every tensor, by name.
+      pruned: figures of each pruned linear, with its name.
+    """
+    figures = {
+        linear["name"]: {key: linear[key] for key in FIGURES if key in linear} for linear in pruned
+    }
+    manifest = {
+        **job,
+        "source": {name: size for name, (size, _) in job["source"].items()},
+        "tensors": {
+            name: {"sha256": digest} | ({"pruned": figures[name]} if name in figures else {})
+            for name, digest in digests.items()
+        },
+    }
+    path = folder / MANIFEST
+    with writing(path):
+        path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What the manifest of a folder says of each tensor, or None without one.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    tensors = read_json(path).get("tensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+        for entry in tensors.values()
+    ):
+        raise CheckpointError(f"{path} does not list the tensors with their hashes")
+    return tensors

@@ -1,0 +1,238 @@
+"""A folder that is being written: its destination is complete or absent, and done work is kept.
+
+Beside a destination DST stands DST.unfinished while it is written:
+
+    lock            held by the process that writes
+    job.json        what decides the bytes of the result
+    journal.jsonl   a line for each tensor that is safely on disk
+    model/          the files of the result, which is renamed to DST in the end
+    replaced/       what stood at DST before, for the moment of the renaming
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from prox24.checkpoints import safetensors_file
+from prox24.checkpoints.tensors import TensorSource, writing
+from prox24.errors import CheckpointError, DiskError, Prox24Error
+
+
+class Written(NamedTuple):
+    """A tensor that was written.
+
+    Attributes:
+      name: by HF's names.
+      file: that holds it.
+      sha256: of its bytes.
+    """
+
+    name: str
+    file: Path
+    sha256: str
+
+
+class Unfinished(NamedTuple):
+    """A folder that is being written.
+
+    Attributes:
+      folder: where its files go.
+      entries: what `record` noted before, by tensor, in that order.
+      finished: the tensors that were noted, as they were written.
+      record: notes that a tensor is done, with what else is to be known of it.
+    """
+
+    folder: Path
+    entries: dict[str, dict[str, Any]]
+    finished: dict[str, TensorSource]
+    record: Callable[[Written, Mapping[str, Any]], None]
+
+
+@contextlib.contextmanager
+def unfinished_folder(
+    destination: Path, job: Mapping[str, Any] | None = None
+) -> Iterator[Unfinished]:
+    """Makes a folder that becomes the destination when the block ends without an error.
+
+    Args:
+      destination: a folder; one that stands there is replaced at the end.
+      job: what decides the result, as JSON has it. What `record` noted outlives the end of the
+        process, and the same job goes on where it ended. An error that is the input's would come
+        again: it ends the job, and nothing is kept.
+
+    Yields:
+      An `Unfinished`.
+
+    Raises:
+      CheckpointError: another process writes to the destination, another job is unfinished there,
+        what it wrote is damaged, or the disk fails.
+    """
+    work = destination.absolute().with_name(destination.name + ".unfinished")
+    with writing(destination):
+        work.mkdir(exist_ok=True)
+    lock = FileLock(work / "lock")
+    try:
+        with writing(destination):
+            lock.acquire(blocking=False)
+    except Timeout as error:
+        raise CheckpointError(f"another process is writing {destination}") from error
+    done: dict[str, dict[str, Any]] = {}
+    try:
+        with writing(destination):
+            _put_back(work, destination)
+            done |= _entries(work)
+            if done:
+                _check_job(work, len(done), job)
+            else:
+                shutil.rmtree(work / "model", ignore_errors=True)
+                (work / "model").mkdir()
+                _write_whole(work / "job.json", json.dumps(job, indent=2) + "\n")
+        finished = _finished(work / "model", done)
+        with (work / "journal.jsonl").open("a", encoding="utf-8") as journal:
+
+            def record(written: Written, also: Mapping[str, Any]) -> None:
+                entry = {"sha256": written.sha256, **also}
+                with writing(written.file):
+                    synchronise(written.file)
+                    journal.write(json.dumps({"tensor": written.name, **entry}) + "\n")
+                    journal.flush()
+                    os.fsync(journal.fileno())
+                done[written.name] = entry
+
+            try:
+                yield Unfinished(work / "model", dict(done), finished, record)
+                with writing(destination):
+                    _move_into_place(work, destination)
+                done.clear()
+            except BaseException as error:
+                if isinstance(error, Prox24Error) and not isinstance(error, DiskError):
+                    done.clear()  # The same command would end in the same way.
+                if done:
+                    error.add_note(f"what is done is in {work}: the same command goes on with it")
+                raise
+    finally:
+        _put_back(work, destination)
+        if not done:
+            shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+
+
+def source_files(path: Path) -> dict[str, list[int]]:
+    """Size and time of change, in ns, of every file of a model, by which to know it again."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    return {
+        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(files)
+        if not file.name.startswith(".")
+    }
+
+
+def check_unchanged(path: Path, files: Mapping[str, list[int]]) -> None:
+    """Raises CheckpointError unless `source_files` says the same as before."""
+    now = source_files(path)
+    for name in sorted(files.keys() | now.keys()):
+        if files.get(name) != now.get(name):
+            raise CheckpointError(f"{path}: {name} changed while it was read")
+
+
+def sha256(values: NDArray[Any]) -> str:
+    """Of the entries in memory order."""
+    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _entries(work: Path) -> dict[str, dict[str, Any]]:
+    """Of a journal, whose last line may be cut off, if the files that it tells of are there."""
+    journal = work / "journal.jsonl"
+    if not journal.exists() or not (work / "model").is_dir():
+        journal.unlink(missing_ok=True)
+        return {}
+    text = journal.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(journal, len(whole))
+    entries = [json.loads(line) for line in whole.splitlines()]
+    return {entry.pop("tensor"): entry for entry in entries}
+
+
+def _check_job(work: Path, count: int, job: Mapping[str, Any] | None) -> None:
+    began = json.loads((work / "job.json").read_text(encoding="utf-8"))
+    difference = _difference(began, json.loads(json.dumps(job)))
+    if difference is not None:
+        raise CheckpointError(
+            f"{work} holds {count} tensors of another run: {difference}; "
+            "run as before to go on with it, or delete it to start anew"
+        )
+
+
+def _difference(before: Any, now: Any, name: str = "") -> str | None:
+    """The first value that differs, with its name."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = (
+            _difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            for key in before.keys() | now.keys()
+        )
+        return min(filter(None, found), default=None)
+    return None if before == now else f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
+
+
+def _finished(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
+    tensors: dict[str, TensorSource] = {}
+    for path in sorted(folder.glob("*.safetensors")) if entries else []:
+        tensors |= safetensors_file.open_file(path)
+
+    def source(name: str) -> TensorSource:
+        if name not in tensors:
+            raise CheckpointError(f"{folder} has no tensor {name}; delete {folder.parent}")
+
+        def read() -> NDArray[Any]:
+            values = tensors[name].read()
+            if sha256(values) != entries[name]["sha256"]:
+                raise CheckpointError(f"{folder}: {name} is damaged; delete {folder.parent}")
+            return values
+
+        return tensors[name]._replace(read=read)
+
+    return {name: source(name) for name in entries}
+
+
+def _move_into_place(work: Path, destination: Path) -> None:
+    folder = work / "model"
+    for file in folder.iterdir():
+        synchronise(file)
+    synchronise(folder)
+    if destination.exists():
+        destination.rename(work / "replaced")
+    folder.rename(destination)
+    synchronise(work.parent)
+
+
+def _put_back(work: Path, destination: Path) -> None:
+    """Undoes half of a replacement, which an end of the process may have left."""
+    if (work / "replaced").exists() and not destination.exists():
+        (work / "replaced").rename(destination)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """The file has the whole text, or is not there, whenever the process ends."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    synchronise(new)
+    new.rename(path)
+
+
+def synchronise(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
