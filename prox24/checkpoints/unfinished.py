@@ -80,11 +80,11 @@ def unfinished_folder(
     with writing(destination):
         work.mkdir(exist_ok=True)
     lock = FileLock(work / "lock")
-    try:
-        with writing(destination):
+    with writing(destination):
+        try:
             lock.acquire(blocking=False)
-    except Timeout as error:
-        raise CheckpointError(f"another process is writing {destination}") from error
+        except Timeout as error:
+            raise CheckpointError(f"another process is writing {destination}") from error
     done: dict[str, dict[str, Any]] = {}
     try:
         with writing(destination):
@@ -100,13 +100,13 @@ def unfinished_folder(
         with (work / "journal.jsonl").open("a", encoding="utf-8") as journal:
 
             def record(written: Written, also: Mapping[str, Any]) -> None:
-                entry = {"sha256": written.sha256, **also}
+                done[written.name] = {"sha256": written.sha256, **also}
                 with writing(written.file):
                     synchronise(written.file)
-                    journal.write(json.dumps({"tensor": written.name, **entry}) + "\n")
+                    entry = {"tensor": written.name, **done[written.name]}
+                    journal.write(json.dumps(entry) + "\n")
                     journal.flush()
                     os.fsync(journal.fileno())
-                done[written.name] = entry
 
             try:
                 yield Unfinished(work / "model", dict(done), finished, record)
@@ -185,23 +185,14 @@ def _difference(before: Any, now: Any, name: str = "") -> str | None:
 
 
 def _finished(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
+    """The tensors of the journal, which are read once to see whether they are what was written."""
     tensors: dict[str, TensorSource] = {}
     for path in sorted(folder.glob("*.safetensors")) if entries else []:
         tensors |= safetensors_file.open_file(path)
-
-    def source(name: str) -> TensorSource:
-        if name not in tensors:
-            raise CheckpointError(f"{folder} has no tensor {name}; delete {folder.parent}")
-
-        def read() -> NDArray[Any]:
-            values = tensors[name].read()
-            if sha256(values) != entries[name]["sha256"]:
-                raise CheckpointError(f"{folder}: {name} is damaged; delete {folder.parent}")
-            return values
-
-        return tensors[name]._replace(read=read)
-
-    return {name: source(name) for name in entries}
+    for name, entry in entries.items():
+        if name not in tensors or sha256(tensors[name].read()) != entry["sha256"]:
+            raise CheckpointError(f"{folder}: tensor {name} is damaged; delete {folder.parent}")
+    return {name: tensors[name] for name in entries}
 
 
 def _move_into_place(work: Path, destination: Path) -> None:

@@ -1,0 +1,333 @@
+"""What goes wrong while a model is pruned: nothing is half-written, and nothing is lost."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import killed
+import numpy as np
+import pytest
+from killed import on_change
+from tiny import write_tiny
+
+from prox24.checkpoints import safetensors_file, unfinished
+from prox24.checkpoints.unfinished import unfinished_folder
+from prox24.cli import prune
+from prox24.cli.main import main
+from prox24.errors import DiskError
+
+TEXT = "Calibration text for a model that reads bytes. " * 60
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    write_tiny(tmp_path / "model", dtype="bfloat16")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def command(workspace, destination="out", *more, method="wanda"):
+    options = ["--calibration", workspace / "text.txt", "--sequence-length", "32", "--samples", "8"]
+    every = ["prune", workspace / "model", workspace / destination, "--method", method, *options]
+    return [str(argument) for argument in [*every, "--quiet", *more]]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def interrupt_after(monkeypatch, count, error):
+    """Has the writing of the tensor after so many end with an error."""
+    create_file = safetensors_file.create_file
+    written = iter(range(count))
+
+    @unfinished.contextlib.contextmanager
+    def failing(path, specs):
+        with create_file(path, specs) as put:
+
+            def put_or_fail(name, values):
+                if next(written, None) is None:
+                    raise error
+                put(name, values)
+
+            yield put_or_fail
+
+    monkeypatch.setattr(safetensors_file, "create_file", failing)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("llama1", ["--dtype", "float16"]),
+        ("llama1", ["--method", "admm", "--targets", "dense", "--shard-size", "20KB"]),
+        ("gpt2", []),
+        ("mixtral", ["--method", "sparsegpt"]),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, monkeypatch, variant, options, count):
+    write_tiny(tmp_path / "model", variant)
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main(command(tmp_path, "whole", *options)) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, count, KeyboardInterrupt)
+        assert main(command(tmp_path, "out", *options)) == 130
+    assert not (tmp_path / "out").exists()
+    report = tmp_path / "report.json"
+    assert main(command(tmp_path, "out", *options, "--report", str(report))) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.unfinished").exists()
+    resumed = json.loads(report.read_text())
+    assert resumed["resumed_linears"] == count
+    names = [linear["name"] for linear in resumed["linears"]]
+    assert len(names) == len(set(names)) > count
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Starts the command line in processes that have imported everything before."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed", "transformers.models.auto.tokenization_auto"])
+    started = []
+
+    def start(arguments, place=None):
+        target = (arguments, str(tmp_path / "compiled"), str(tmp_path / "errors.txt"), place)
+        process = context.Process(target=killed.run, args=target)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_a_run_that_ends_at_50_random_places_ends_with_the_same_bytes(workspace, monkeypatch):
+    """What a killed process leaves is what is on disk then, in one process with 50 copies of it."""
+    states = []
+
+    def copy_state():
+        if copying:
+            copying.clear()
+            state = workspace / "states" / str(len(states))
+            for folder in workspace.glob("out*"):
+                shutil.copytree(folder, state / folder.name)
+            states.append(state)
+            copying.append(True)
+
+    copying = []
+    (workspace / "states").mkdir()
+    on_change(str(workspace / "out"), copy_state)
+    copying.append(True)
+    assert main(command(workspace)) == 0
+    copying.clear()
+    expected = contents(workspace / "out")
+    shutil.rmtree(workspace / "out")
+    assert len(states) > 50
+    resumed = 0
+    for state in random.Random(0).sample(states, 50):
+        for folder in state.glob("out*") if state.exists() else []:
+            folder.rename(workspace / folder.name)
+        resumed += (workspace / "out.unfinished" / "model").exists()
+        if not (workspace / "out").exists():
+            assert main(command(workspace)) == 0
+        assert contents(workspace / "out") == expected
+        shutil.rmtree(workspace / "out")
+        shutil.rmtree(workspace / "out.unfinished", ignore_errors=True)
+    assert resumed > 25
+
+
+def test_a_killed_run_ends_with_the_same_bytes(workspace, processes):
+    """PROX24_KILLS=50 kills as many processes, which takes minutes."""
+    process = processes(command(workspace))
+    process.join()
+    assert process.exitcode == 0, (workspace / "errors.txt").read_text()
+    expected = contents(workspace / "out")
+    places = random.Random(0)
+    for _ in range(int(os.environ.get("PROX24_KILLS", "4"))):
+        if (workspace / "out").exists():
+            assert contents(workspace / "out") == expected
+            shutil.rmtree(workspace / "out")
+        process = processes(command(workspace), places.randrange(1, 60))
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)
+    process = processes([*command(workspace), "--overwrite"])
+    process.join()
+    assert process.exitcode == 0, (workspace / "errors.txt").read_text()
+    assert contents(workspace / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGTERM, "ended by SIGTERM"), (signal.SIGINT, "interrupted")]
+)
+def test_a_signal_ends_the_run_in_order(workspace, processes, number, said):
+    process = processes(command(workspace))
+    journal = workspace / "out.unfinished" / "journal.jsonl"
+    while process.is_alive() and not (journal.exists() and journal.read_text()):
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    printed = (workspace / "errors.txt").read_text()
+    assert printed.startswith(f"prox24: {said}; what is done is in {workspace}/out.unfinished: ")
+    assert not (workspace / "out").exists()
+    assert main(command(workspace)) == 0
+
+
+def changed_text(workspace):
+    (workspace / "text.txt").write_text("Another " + TEXT)
+    return [], 'calibration.sha256 was "'
+
+
+def changed_damping(workspace):
+    return ["--damping", "0.5"], "arguments.damping was 0.01, is 0.5"
+
+
+def changed_method(workspace):
+    return ["--method", "magnitude"], 'arguments.method was "wanda", is "magnitude"'
+
+
+def changed_source(workspace):
+    os.utime(workspace / "model" / "model.safetensors", (0, 0))
+    return [], "source.model.safetensors was ["
+
+
+def changed_tensor(workspace):
+    path = workspace / "out.unfinished" / "model" / "model.safetensors"
+    source = safetensors_file.open_file(path)[Q_PROJ].read()
+    place = path.read_bytes().index(source.tobytes())
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\x17")
+    return [], f"{Q_PROJ} is damaged; delete {workspace}/out.unfinished"
+
+
+@pytest.mark.parametrize(
+    "change", [changed_text, changed_damping, changed_method, changed_source, changed_tensor]
+)
+def test_another_run_is_refused_and_the_work_stays(workspace, monkeypatch, capsys, change):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, KeyboardInterrupt)
+        assert main(command(workspace)) == 130
+    capsys.readouterr()
+    options, said = change(workspace)
+    before = contents(workspace / "out.unfinished" / "model")
+    assert main(command(workspace, "out", *options)) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+    assert contents(workspace / "out.unfinished" / "model") == before
+    assert len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_second_run_on_a_destination_is_refused(workspace, capsys):
+    with unfinished_folder(workspace / "out"):
+        assert main(command(workspace)) == 2
+    assert capsys.readouterr().err == (
+        f"prox24: error: another process is writing {workspace}/out\n"
+    )
+
+
+def test_a_full_disk_loses_nothing(workspace, monkeypatch, capsys):
+    assert main(command(workspace, "whole")) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        assert main(command(workspace)) == 2
+    printed = capsys.readouterr().err
+    assert "No space left on device; what is done is in" in printed
+    assert printed.count("\n") == 1
+    assert main(command(workspace)) == 0
+    assert contents(workspace / "out") == contents(workspace / "whole")
+
+
+def test_a_destination_that_cannot_be_written_is_named(workspace, capsys):
+    assert main(command(workspace, "/proc/out")) == 2
+    assert "cannot write /proc/out" in capsys.readouterr().err
+
+
+def test_a_source_that_changes_while_it_is_read_is_named(workspace, monkeypatch, capsys):
+    fill_folder = prune.fill_folder
+
+    def change_after(*arguments, **keywords):
+        digests = fill_folder(*arguments, **keywords)
+        os.utime(workspace / "model" / "model.safetensors", (0, 0))
+        return digests
+
+    monkeypatch.setattr(prune, "fill_folder", change_after)
+    assert main(command(workspace)) == 2
+    assert "model.safetensors changed while it was read" in capsys.readouterr().err
+    assert sorted(path.name for path in workspace.iterdir()) == ["model", "text.txt"]
+
+
+@pytest.mark.parametrize("done", [0, 5])
+def test_the_old_folder_is_put_back_when_the_last_step_fails(workspace, monkeypatch, done):
+    (workspace / "out").mkdir()
+    (workspace / "out" / "precious").write_text("x")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "model":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    def write():
+        with unfinished_folder(workspace / "out", {}) as work:
+            (work.folder / "new").write_text("y")
+            for i in range(done):
+                work.record(unfinished.Written(str(i), work.folder / "new", ""), {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(DiskError, match="Input/output error"):
+            write()
+    assert contents(workspace / "out") == {"precious": b"x"}
+    assert (workspace / "out.unfinished").exists() == (done > 0)
+
+
+def test_a_kill_between_the_two_renamings_loses_no_folder(workspace):
+    (workspace / "out.unfinished" / "replaced").mkdir(parents=True)
+    (workspace / "out.unfinished" / "replaced" / "precious").write_text("x")
+    with pytest.raises(ZeroDivisionError), unfinished_folder(workspace / "out"):
+        raise ZeroDivisionError
+    assert contents(workspace / "out") == {"precious": b"x"}
+
+
+def test_verify_compares_with_the_manifest_and_the_source(workspace, capsys):
+    assert main(command(workspace)) == 0
+    verify = ["verify", str(workspace / "out"), "--source", str(workspace / "model")]
+    report = workspace / "report.json"
+    assert main([*verify, "--report", str(report)]) == 0
+    assert "compared with the manifest" in capsys.readouterr().out
+    assert json.loads(report.read_text())["problems"] == {}
+
+    for name, problem in [
+        (Q_PROJ, f"{Q_PROJ}: is not what the manifest says"),
+        ("model.norm.weight", "model.norm.weight: is not what the source has"),
+    ]:
+        path = workspace / "out" / "model.safetensors"
+        values = safetensors_file.open_file(path)[name].read()
+        content = path.read_bytes()
+        place = content.index(values.tobytes())
+        flipped = np.frombuffer(content, np.uint8).copy()
+        flipped[place + int(np.flatnonzero(values.reshape(-1).astype(np.float32))[0]) * 2] ^= 1
+        path.write_bytes(flipped.tobytes())
+        assert main(verify) == 1
+        assert problem in capsys.readouterr().out
+        path.write_bytes(content)
+    (workspace / "out" / "prox24.json").write_text("{}")
+    assert main(verify) == 2
+    assert "does not list the tensors" in capsys.readouterr().err
+
+
+def test_the_same_command_gives_the_same_bytes(workspace):
+    assert main(command(workspace, "a", method="admm")) == 0
+    assert main(command(workspace, "b", method="admm")) == 0
+    assert contents(workspace / "a") == contents(workspace / "b")
