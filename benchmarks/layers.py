@@ -31,7 +31,7 @@ from prox24 import ADMM, ConjugateGradients, LayerProblem, Prox, SparseGPT, Swap
 from prox24.calibration.text import spread_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.demo import fetch_model
-from prox24.forward import embed_windows, layer_linears, layer_weights, load_model, run_layer
+from prox24.forward import embed_windows, layer_linears, layer_weights, load_model, run_in_place
 from prox24.pipeline import gather_grams
 from prox24.solvers.admm import Projection
 from prox24.solvers.schedules import Adaptive, Cosine, Exponential, Linear
@@ -131,7 +131,7 @@ def linears(layers: list[int], calibration: Path | None, samples: int) -> Iterat
     text = text_or_packaged(calibration, "speeches.txt")
     ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
     model = load_model(checkpoint)
-    hidden = embed_windows(model, spread_windows(ids, samples, 512))
+    hidden = list(embed_windows(model, spread_windows(ids, samples, 512)))
     for index in range(max(layers) + 1):
         weights = layer_weights(model, index)
         if index in layers:
@@ -140,7 +140,7 @@ def linears(layers: list[int], calibration: Path | None, samples: int) -> Iterat
                 weight = weights[linear.weight].astype(jnp.float32)
                 problem = LayerProblem(weight, grams[linear.input].total)
                 yield LayerLinear(index, linear.weight.removesuffix(".weight"), problem)
-        hidden = [run_layer(model.config.layers[index], weights, batch) for batch in hidden]
+        run_in_place(model.config.layers[index], weights, hidden)
 
 
 def one_step(part: object) -> object:

@@ -29,7 +29,7 @@ AGREEMENT = 1e-4
 def our_logits(checkpoint: Checkpoint, windows: NDArray[np.int32]) -> NDArray[np.float32]:
     """Shape (windows, length, vocabulary)."""
     model = load_model(checkpoint)
-    hidden = embed_windows(model, windows)
+    hidden = list(embed_windows(model, windows))
     for index, layer in enumerate(model.config.layers):
         run_in_place(layer, layer_weights(model, index), hidden)
     head = head_weights(model)

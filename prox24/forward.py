@@ -1,7 +1,7 @@
 """Running a checkpoint's layers one after the other over windows of tokens."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,10 @@ from prox24.models.families import config_from_hf
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
+
+
+HiddenStates = NDArray[np.float32]
+"""Of a micro-batch, on the host: shape (windows, length, hidden)."""
 
 
 class Model(NamedTuple):
@@ -99,18 +103,22 @@ def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
 
 def batch_size(windows: int, length: int) -> int:
     """Windows per micro-batch: a divisor of their number, so that one shape is compiled."""
-    largest = max(1, BATCH_TOKENS // length)
-    return max(size for size in range(1, largest + 1) if windows % size == 0)
+    return largest_divisor(windows, max(1, BATCH_TOKENS // length))
 
 
-def embed_windows(model: Model, windows: NDArray[np.int32]) -> list[Array]:
-    """Embeds windows (count, length): hidden states in micro-batches (batch, length, hidden)."""
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return max(size for size in range(1, most + 1) if number % size == 0)
+
+
+def embed_windows(
+    model: Model, windows: NDArray[np.int32], micro_batch: int | None = None
+) -> Iterator[HiddenStates]:
+    """Embeds windows (count, length), a micro-batch at a time."""
     weights = embedding_weights(model)
-    size = batch_size(*windows.shape)
-    return [
-        decoder.embed(model.config, weights, jnp.asarray(windows[i : i + size]))
-        for i in range(0, len(windows), size)
-    ]
+    size = micro_batch or batch_size(*windows.shape)
+    for i in range(0, len(windows), size):
+        yield np.asarray(decoder.embed(model.config, weights, jnp.asarray(windows[i : i + size])))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -119,7 +127,18 @@ def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
     return decoder.layer(layer, weights, hidden, decoder.no_tap)
 
 
-def run_in_place(layer: Layer, weights: dict[str, Array], hidden: list[Array]) -> None:
+def run_in_place(layer: Layer, weights: dict[str, Array], hidden: list[HiddenStates]) -> None:
     """Replaces every micro-batch by what the layer makes of it, so that few are there twice."""
     for i, batch in enumerate(hidden):
-        hidden[i] = run_layer(layer, weights, batch)
+        hidden[i] = np.asarray(run_layer(layer, weights, jnp.asarray(batch)))
+
+
+def run_into(
+    layer: Layer,
+    weights: dict[str, Array],
+    hidden: Iterable[HiddenStates],
+    results: Iterable[HiddenStates],
+) -> None:
+    """Writes what the layer makes of every micro-batch to arrays of the same shapes."""
+    for batch, result in zip(hidden, results, strict=True):
+        result[...] = run_layer(layer, weights, jnp.asarray(batch))

@@ -52,7 +52,7 @@ def perplexity(
       CalibrationError: the loss is not finite.
     """
     model = load_model(checkpoint)
-    hidden = embed_windows(model, windows)
+    hidden = list(embed_windows(model, windows))
     for index, layer in enumerate(model.config.layers):
         weights = layer_weights(model, index)
         run_in_place(layer, weights, hidden)

@@ -1,8 +1,10 @@
 """Pruning a model layer after layer, each calibrated on the output of the pruned ones before it."""
 
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from prox24.activations import ActivationFiles
 from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
@@ -18,15 +21,18 @@ from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import (
+    HiddenStates,
     Linear,
     Model,
     all_linears,
+    batch_size,
     embed_windows,
     layer_linears,
     layer_weights,
     load_model,
     oriented,
     run_in_place,
+    run_into,
 )
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
 from prox24.solvers.solve import Refit, Solver, solve
@@ -79,6 +85,8 @@ def prune(
     pull: float | None = None,
     dtype: np.dtype[Any] | None = None,
     finished: Mapping[str, TensorSource] = MappingProxyType({}),
+    micro_batch: int | None = None,
+    activations: Path | None = None,
 ) -> Iterator[PrunedLinear]:
     """Prunes every linear of every decoder layer; embedding, norms and head are left alone.
 
@@ -101,6 +109,11 @@ def prune(
       dtype: what the weights will be written in, to which the layers after them see them rounded;
         None for each tensor's own.
       finished: weights that were pruned and written before, by name. They are run, and not yielded.
+      micro_batch: windows that go through a layer together, a divisor of their number; None for
+        about `forward.BATCH_TOKENS` tokens.
+      activations: a folder for the hidden states, which are memory-mapped there; None keeps them in
+        memory. With what a run before has left there, layers whose linears are all finished are not
+        run again.
 
     Yields:
       Each linear, when it is solved. Of what was yielded nothing is kept.
@@ -114,40 +127,71 @@ def prune(
     model = load_model(checkpoint)
     widths = {linear.tensor: linear.shape[1] for linear in all_linears(model.config)}
     check_widths(widths, pattern)
-    hidden = embed_windows(model, windows)
-    dense_hidden = None if pull is None else list(hidden)
-    for index in range(len(model.config.layers)):
-        yield from _prune_layer(
+    streams = ["pruned"] if pull is None else ["pruned", "dense"]
+    size = micro_batch or batch_size(*windows.shape)
+    files = None
+    if activations is not None:
+        files = ActivationFiles(activations, (*windows.shape, model.config.hidden), size)
+    first, hidden = _enter(model, windows, size, streams, files)
+    for index in range(first, len(model.config.layers)):
+        layer, dense = model.config.layers[index], layer_weights(model, index)
+        weights = dict(dense)
+        yield from _prune_linears(
             model,
             index,
+            dense,
+            weights,
             hidden,
-            dense_hidden,
-            solver,
-            refit,
-            pattern,
-            damping,
+            functools.partial(solve, solver=solver, refit=refit, pattern=pattern, damping=damping),
             pull,
             dtype,
             finished,
         )
+        for stream, used in zip(streams, (weights, dense), strict=False):
+            if files is None:
+                run_in_place(layer, used, hidden[stream])
+            else:
+                results = files.micro_batches(stream, index + 1)
+                run_into(layer, used, hidden[stream], results)
+                hidden[stream] = results
+        if files is not None:
+            files.complete(index + 1, streams)
+        del dense, weights, used  # before the next ones are read
 
 
-def _prune_layer(
+def _enter(
+    model: Model,
+    windows: NDArray[np.int32],
+    micro_batch: int,
+    streams: Sequence[str],
+    files: ActivationFiles | None,
+) -> tuple[int, dict[str, list[HiddenStates]]]:
+    """The first layer to run, and what enters it, by stream."""
+    if files is not None and files.layer is not None:
+        return files.layer, {name: files.micro_batches(name, files.layer) for name in streams}
+    embedded = embed_windows(model, windows, micro_batch)
+    if files is None:
+        hidden = list(embedded)
+        return 0, {name: list(hidden) for name in streams}
+    entering = {name: files.micro_batches(name, 0) for name in streams}
+    for states, *places in zip(embedded, *entering.values(), strict=True):
+        for place in places:
+            place[...] = states
+    return 0, entering
+
+
+def _prune_linears(
     model: Model,
     index: int,
-    hidden: list[Array],
-    dense_hidden: list[Array] | None,
-    solver: Solver,
-    refit: Refit | None,
-    pattern: PatternLike | Unstructured,
-    damping: float,
+    dense: Mapping[str, Array],
+    weights: dict[str, Array],
+    hidden: Mapping[str, list[HiddenStates]],
+    solve_problem: Callable[[LayerProblem], Solution],
     pull: float | None,
     dtype: np.dtype[Any] | None,
     finished: Mapping[str, TensorSource],
 ) -> Iterator[PrunedLinear]:
-    """Prunes one layer and runs it; what it holds is gone before the next one is read."""
-    layer, dense = model.config.layers[index], layer_weights(model, index)
-    weights = dict(dense)
+    """Prunes the linears of one layer, and puts what will be written into its weights."""
     remaining = []
     for linear in layer_linears(model.config, index):
         if linear.tensor in finished:
@@ -156,7 +200,7 @@ def _prune_layer(
         else:
             remaining.append(linear)
     if remaining:
-        sums = gather_grams(model, index, dense, hidden, dense_hidden)
+        sums = gather_grams(model, index, dense, hidden["pruned"], hidden.get("dense"))
     for linear in remaining:
         began = time.perf_counter()
         given, gram = dense[linear.weight], sums.grams[linear.input]
@@ -166,15 +210,12 @@ def _prune_layer(
             problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
         elif pull is not None:
             problem = correct_inputs(problem, sums.crosses[linear.input].total, pull)
-        solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
+        solution = solve_problem(problem)
         # What comes after sees the weight as it will be written.
         written = solution.weight.astype(given.dtype if dtype is None else dtype)
         weights[linear.weight] = written.astype(given.dtype)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
         yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
-    run_in_place(layer, weights, hidden)
-    if dense_hidden is not None:
-        run_in_place(layer, dense, dense_hidden)
 
 
 def collect(linears: Iterable[PrunedLinear]) -> PrunedModel:
@@ -208,9 +249,9 @@ class LayerSums(NamedTuple):
 def gather_grams(
     model: Model,
     index: int,
-    weights: dict[str, Array],
-    hidden: list[Array],
-    dense_hidden: list[Array] | None = None,
+    weights: Mapping[str, Array],
+    hidden: Sequence[HiddenStates],
+    dense_hidden: Sequence[HiddenStates] | None = None,
 ) -> LayerSums:
     """What the linears of a layer see.
 
@@ -234,7 +275,7 @@ def gather_grams(
     sums = LayerSums(empty(), {} if dense_hidden is None else empty())
     alongside = itertools.repeat(None, len(hidden)) if dense_hidden is None else dense_hidden
     for batch, dense_batch in zip(hidden, alongside, strict=True):
-        sums = LayerSums(*add_layer_inputs(layer, weights, batch, dense_batch, *sums))
+        sums = LayerSums(*add_layer_inputs(layer, dict(weights), batch, dense_batch, *sums))
     for name, gram in [*sums.grams.items(), *sums.crosses.items()]:
         if not jnp.isfinite(jnp.trace(gram.total)):
             raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")

@@ -94,7 +94,9 @@ def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, monkeypatch, variant
 def processes(tmp_path):
     """Starts the command line in processes that have imported everything before."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed", "transformers.models.auto.tokenization_auto"])
+    context.set_forkserver_preload(
+        ["prox24.cli.main", "transformers.models.auto.tokenization_auto"]
+    )
     started = []
 
     def start(arguments, place=None):

@@ -105,7 +105,7 @@ def inspect_layers(model: Model, windows: NDArray[np.int32]) -> Iterator[Row]:
     Raises:
       CalibrationError: activations are not finite; names the input.
     """
-    hidden = embed_windows(model, windows)
+    hidden = list(embed_windows(model, windows))
     for index, layer in enumerate(model.config.layers):
         weights = layer_weights(model, index)
         grams = gather_grams(model, index, weights, hidden).grams

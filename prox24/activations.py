@@ -1,0 +1,54 @@
+"""Hidden states in files: memory for the layers, and a place from which a run can go on."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24.checkpoints.tensors import writing
+
+
+class ActivationFiles:
+    """Streams of hidden states in memory-mapped files of a folder.
+
+    A stream has two files: what enters a layer is read from one while what leaves it is written to
+    the other. A third names the layer that all streams are complete for.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], micro_batch: int):
+        """Opens a folder, or makes it.
+
+        Args:
+          folder: of the files.
+          shape: (windows, length, hidden) of a stream, in float32.
+          micro_batch: windows that go through a layer together.
+        """
+        self._folder, self._shape, self._micro_batch = folder, shape, micro_batch
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+
+    @property
+    def layer(self) -> int | None:
+        """The layer that every stream is complete for, or None at the start."""
+        path = self._folder / "layer"
+        return int(path.read_text()) if path.exists() else None
+
+    def micro_batches(self, stream: str, layer: int) -> list[NDArray[np.float32]]:
+        """What enters a layer, to be read or written, as views into a file."""
+        path, size = self._folder / f"{stream}-{layer % 2}", self._micro_batch
+        with writing(path):
+            path.touch()
+            whole = np.memmap(path, np.float32, "r+", shape=self._shape)
+        return [whole[i : i + size] for i in range(0, len(whole), size)]
+
+    def complete(self, layer: int, streams: Iterable[str]) -> None:
+        """Notes that what enters the layer is written; when it returns, it is on disk."""
+        new = self._folder / "layer.new"
+        with writing(self._folder):
+            new.write_text(str(layer))
+            for path in [*(self._folder / f"{stream}-{layer % 2}" for stream in streams), new]:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            new.rename(self._folder / "layer")
