@@ -103,12 +103,12 @@ def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
 
 def batch_size(windows: int, length: int) -> int:
     """Windows per micro-batch: a divisor of their number, so that one shape is compiled."""
-    return largest_divisor(windows, max(1, BATCH_TOKENS // length))
+    return micro_batches_of(windows, max(1, BATCH_TOKENS // length))[0]
 
 
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that is at most `most`."""
-    return max(size for size in range(1, most + 1) if number % size == 0)
+def micro_batches_of(windows: int, most: int) -> list[int]:
+    """The sizes of micro-batches that divide a number of windows, the largest first."""
+    return [size for size in range(min(most, windows), 0, -1) if windows % size == 0]
 
 
 def embed_windows(

@@ -199,17 +199,20 @@ def _prune_linears(
             weights[linear.weight] = written.astype(dense[linear.weight].dtype)
         else:
             remaining.append(linear)
-    if remaining:
-        sums = gather_grams(model, index, dense, hidden["pruned"], hidden.get("dense"))
+    if not remaining:
+        return
+    sums = gather_grams(model, index, dense, hidden["pruned"], hidden.get("dense"))
+    grams = {name: (gram.total, int(gram.tokens)) for name, gram in sums.grams.items()}
+    crosses = {name: cross.total for name, cross in sums.crosses.items()}
+    del sums  # with what compensates for rounding, which is as large
     for linear in remaining:
         began = time.perf_counter()
-        given, gram = dense[linear.weight], sums.grams[linear.input]
-        problem = LayerProblem(given.astype(jnp.float32), gram.total)
-        tokens = int(gram.tokens)
+        given, (gram, tokens) = dense[linear.weight], grams[linear.input]
+        problem = LayerProblem(given.astype(jnp.float32), gram)
         if not tokens:
             problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
         elif pull is not None:
-            problem = correct_inputs(problem, sums.crosses[linear.input].total, pull)
+            problem = correct_inputs(problem, crosses[linear.input], pull)
         solution = solve_problem(problem)
         # What comes after sees the weight as it will be written.
         written = solution.weight.astype(given.dtype if dtype is None else dtype)

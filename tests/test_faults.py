@@ -16,6 +16,7 @@ import pytest
 from killed import on_change
 from tiny import write_tiny
 
+from prox24 import pipeline
 from prox24.checkpoints import safetensors_file, unfinished
 from prox24.checkpoints.unfinished import unfinished_folder
 from prox24.cli import prune
@@ -67,7 +68,8 @@ def interrupt_after(monkeypatch, count, error):
     [
         ("llama1", ["--dtype", "float16"]),
         ("llama1", ["--method", "admm", "--targets", "dense", "--shard-size", "20KB"]),
-        ("gpt2", []),
+        ("gpt2", ["--activations", "disk"]),
+        ("llama1", ["--activations", "disk", "--targets", "dense"]),
         ("mixtral", ["--method", "sparsegpt"]),
     ],
 )
@@ -88,6 +90,24 @@ def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, monkeypatch, variant
     assert resumed["resumed_linears"] == count
     names = [linear["name"] for linear in resumed["linears"]]
     assert len(names) == len(set(names)) > count
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_hidden_states_on_disk_spare_the_finished_layers(workspace, monkeypatch, place):
+    assert main(command(workspace, "whole")) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9, KeyboardInterrupt)  # in the second of two layers
+        assert main(command(workspace, "out", "--activations", place)) == 130
+    read = []
+    layer_weights = pipeline.layer_weights
+    monkeypatch.setattr(
+        pipeline,
+        "layer_weights",
+        lambda model, index: read.append(index) or layer_weights(model, index),
+    )
+    assert main(command(workspace, "out", "--activations", place)) == 0
+    assert read == ([0, 1] if place == "memory" else [1])
+    assert contents(workspace / "out") == contents(workspace / "whole")
 
 
 @pytest.fixture

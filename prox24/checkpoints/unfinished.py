@@ -5,6 +5,7 @@ Beside a destination DST stands DST.unfinished while it is written:
     lock            held by the process that writes
     job.json        what decides the bytes of the result
     journal.jsonl   a line for each tensor that is safely on disk
+    activations/    hidden states, where they are kept on disk
     model/          the files of the result, which is renamed to DST in the end
     replaced/       what stood at DST before, for the moment of the renaming
 """
@@ -93,7 +94,8 @@ def unfinished_folder(
             if done:
                 _check_job(work, len(done), job)
             else:
-                shutil.rmtree(work / "model", ignore_errors=True)
+                for part in ("model", "activations"):
+                    shutil.rmtree(work / part, ignore_errors=True)
                 (work / "model").mkdir()
                 _write_whole(work / "job.json", json.dumps(job, indent=2) + "\n")
         finished = _finished(work / "model", done)

@@ -12,7 +12,7 @@ from types import FrameType
 
 from prox24.checkpoints.checkpoint import DTYPES
 from prox24.checkpoints.writer import OUTPUTS
-from prox24.cli import convert, demo, evaluate, inspect_model, prune, verify
+from prox24.cli import convert, demo, evaluate, inspect_model, plan, prune, verify
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error
 from prox24.solvers.solve import REFITS, SOLVERS
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_prune(commands)
+    _add_plan(commands)
     _add_eval(commands)
     _add_verify(commands)
     _add_inspect(commands)
@@ -91,14 +92,7 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.set_defaults(run=prune.run)
     command.add_argument("source", type=Path, help=MODEL)
     command.add_argument("destination", type=Path, help="HF folder to write")
-    command.add_argument("--method", choices=SOLVERS, default="admm")
-    command.add_argument(
-        "--refit",
-        choices=[*REFITS, "none"],
-        help="update of the kept weights: conjugate gradients, gradient descent, least squares, "
-        "swaps of kept for pruned weights, or none (default: cg after prox and admm, else none)",
-    )
-    _add_pattern(command)
+    _add_method(command)
     command.add_argument(
         "--targets",
         choices=("pruned", "dense"),
@@ -114,10 +108,45 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     )
     command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
     command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
+    command.add_argument(
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="of the device, as 8GiB: the largest micro-batch that fits is used (default: one of "
+        "about 2,048 tokens)",
+    )
+    command.add_argument(
+        "--activations",
+        choices=("memory", "disk"),
+        default="memory",
+        help="where hidden states are between layers; on disk, an interrupted run goes on without "
+        "running the finished layers again",
+    )
     command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     _add_writing(command)
     _add_length(command)
     _add_output(command)
+
+
+def _add_plan(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("plan", help="estimate the memory and the time of pruning")
+    command.set_defaults(run=plan.run)
+    command.add_argument("source", type=Path, help=MODEL)
+    _add_method(command)
+    command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
+    command.add_argument("--devices", type=_positive, default=1, help="that share the work (1)")
+    command.add_argument(
+        "--memory", type=parse_size, metavar="SIZE", help="of a device, as 80GB: does it fit?"
+    )
+    command.add_argument(
+        "--rate",
+        type=_positive_number,
+        metavar="OPERATIONS",
+        help="per second and device, of float32 products at the highest precision (default: "
+        "measured on this machine)",
+    )
+    _add_length(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_eval(commands: "_Commands[argparse.ArgumentParser]") -> None:
@@ -180,6 +209,17 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     )
     _add_length(command)
     _add_output(command)
+
+
+def _add_method(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", choices=SOLVERS, default="admm")
+    command.add_argument(
+        "--refit",
+        choices=[*REFITS, "none"],
+        help="update of the kept weights: conjugate gradients, gradient descent, least squares, "
+        "swaps of kept for pruned weights, or none (default: cg after prox and admm, else none)",
+    )
+    _add_pattern(command)
 
 
 def _add_pattern(command: argparse.ArgumentParser) -> None:

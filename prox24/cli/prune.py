@@ -34,6 +34,7 @@ from prox24.core.pattern import Pattern, PatternLike, Unstructured
 from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import all_linears, load_model
 from prox24.pipeline import LinearReport, PrunedLinear, prune
+from prox24.plan import fitting_micro_batch
 from prox24.solvers.problem import Status
 from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver, check_supported
 
@@ -70,16 +71,33 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise Prox24Error(str(error)) from error
     checkpoint, native = torchax.open_any(arguments.source)
-    if not native and arguments.targets == "dense":
-        raise Prox24Error("--targets dense is for models with a forward pass of prox24's own")
+    if not native:
+        for option, given in (
+            ("--targets dense", arguments.targets == "dense"),
+            ("--memory", arguments.memory is not None),
+            ("--activations disk", arguments.activations == "disk"),
+        ):
+            if given:
+                raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
     files = source_files(checkpoint.path)
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
+    micro_batch = None
+    if arguments.memory is not None:
+        micro_batch = fitting_micro_batch(
+            load_model(checkpoint),
+            windows.shape,
+            solver,
+            refit,
+            arguments.memory,
+            arguments.pattern,
+        )
     job = {
         "arguments": {name: _plain(vars(arguments)[name]) for name in DECISIVE},
         "solver": _settings(solver),
         "refit": _settings(refit),
+        "micro_batch": micro_batch,
         "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
         "source": files,
         "versions": versions(),
@@ -87,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     with unfinished_folder(arguments.destination, job) as unfinished:
         figures = [entry["figures"] for entry in unfinished.entries.values()]
+        on_disk = arguments.activations == "disk"
         linears = prune_with_progress(
             checkpoint,
             windows,
@@ -98,6 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
             pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
             dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
             finished=unfinished.finished,
+            micro_batch=micro_batch,
+            activations=unfinished.folder.with_name("activations") if on_disk else None,
             quiet=arguments.quiet,
             native=native,
         )
@@ -179,11 +200,14 @@ def prune_with_progress(
     pull: float | None = None,
     dtype: np.dtype[Any] | None = None,
     finished: Mapping[str, TensorSource] = MappingProxyType({}),
+    micro_batch: int | None = None,
+    activations: Path | None = None,
     native: bool = True,
 ) -> Generator[PrunedLinear]:
     """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
     count = len(all_linears(load_model(checkpoint).config)) if native else None
-    run_layers = functools.partial(prune, pull=pull) if native else torchax.prune
+    own = functools.partial(prune, pull=pull, micro_batch=micro_batch, activations=activations)
+    run_layers = own if native else torchax.prune
     with progress_bar(title, count, quiet, done=len(finished)) as advance:
         for linear in run_layers(
             checkpoint,

@@ -104,6 +104,19 @@ def solve(
     return Solution(weight, mask, status, statistics)
 
 
+def lower(
+    problem: LayerProblem,
+    solver: Solver,
+    refit: Refit | None,
+    *,
+    pattern: PatternLike | Unstructured = (2, 4),
+) -> jax.stages.Lowered:
+    """The program of `solve`, to be compiled and looked at; arrays may be `ShapeDtypeStruct`."""
+    pattern = pattern if isinstance(pattern, Unstructured) else as_pattern(pattern)
+    damping = jax.ShapeDtypeStruct((), jnp.asarray(0.0).dtype)
+    return _solve.lower(problem, solver, refit, damping, pattern=pattern)
+
+
 def check_supported(
     solver: Solver, refit: Refit | None, pattern: PatternLike | Unstructured
 ) -> None:
@@ -112,11 +125,9 @@ def check_supported(
     Example:
       >>> check_supported(SparseGPT(), None, (3, 4))
     """
-    pattern = pattern if isinstance(pattern, Unstructured) else as_pattern(pattern)
-    width = 1 if isinstance(pattern, Unstructured) else pattern.group
+    width = 1 if isinstance(pattern, Unstructured) else as_pattern(pattern).group
     problem = LayerProblem(jnp.zeros((1, width)), jnp.zeros((width, width)))
-    program = functools.partial(_solve, pattern=pattern)
-    jax.eval_shape(program, problem, solver, refit, jnp.zeros(()))
+    lower(problem, solver, refit, pattern=pattern)
 
 
 @functools.partial(jax.jit, static_argnames="pattern")

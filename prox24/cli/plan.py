@@ -1,0 +1,107 @@
+"""`prox24 plan`: what pruning a model would take on this machine or another."""
+
+import argparse
+from typing import Any
+
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.output import print_json, print_table
+from prox24.cli.prune import choose
+from prox24.errors import Prox24Error
+from prox24.forward import load_model, micro_batches_of
+from prox24.plan import (
+    distinct_layers,
+    layer_memory,
+    operations,
+    product_rate,
+    solver_steps,
+)
+from prox24.solvers.solve import check_supported
+
+DEVICE_TOKENS = 2048
+"""Tokens of a micro-batch on one device, as `prox24 prune` has them without --memory."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; the exit code."""
+    solver, refit = choose(arguments.method, arguments.refit)
+    try:
+        check_supported(solver, refit, arguments.pattern)
+    except ValueError as error:
+        raise Prox24Error(str(error)) from error
+    checkpoint = open_checkpoint(arguments.source)
+    model = load_model(checkpoint)
+    samples, length, devices = arguments.samples, arguments.sequence_length, arguments.devices
+    share = -(-samples // devices)
+    size = micro_batches_of(share, max(1, DEVICE_TOKENS // length))[0]
+    memories = {
+        index: layer_memory(model, index, (size, length), solver, refit, arguments.pattern, devices)
+        for index in distinct_layers(model)
+    }
+    gather = max(memory.gather for memory in memories.values())
+    heaviest = max(memories.values(), key=lambda memory: memory.solve)
+    peak = max(gather, heaviest.solve)
+    budget = arguments.memory
+    rate = arguments.rate or product_rate()
+    steps = solver_steps(solver, refit, arguments.pattern)
+    counted = operations(model, samples * length, steps)
+    hours = {name: count / rate / devices / 3600 for name, count in counted._asdict().items()}
+    longest = max(hours, key=hours.__getitem__)
+    tensors = checkpoint.tensors.values()
+    stored = sum(_size(tensor) for tensor in tensors)
+    activations = 4 * samples * length * model.config.hidden
+    plan: dict[str, Any] = {
+        "model": str(arguments.source),
+        "devices": devices,
+        "micro_batch_windows": size,
+        "checkpoint_bytes": stored,
+        "activation_bytes": activations,
+        "layer_weight_bytes": max(memory.weights for memory in memories.values()),
+        "layer_gram_bytes": max(memory.grams for memory in memories.values()),
+        "gather_bytes": gather,
+        "solve_bytes": heaviest.solve,
+        "widest_linear": heaviest.widest,
+        "peak_bytes": peak,
+        "memory_bytes": budget,
+        "fits": None if budget is None else peak <= budget,
+        "operations": counted._asdict(),
+        "operations_per_second": rate,
+        "rate_measured": arguments.rate is None,
+        "solver_steps": steps,
+        "hours": hours,
+        "limit": longest,
+    }
+    if arguments.json:
+        print_json(plan)
+        return 0
+    rows = [
+        ["checkpoint, read once and written once", _gigabytes(stored)],
+        ["hidden states, on the host", _gigabytes(activations)],
+        ["a layer's weights", _gigabytes(plan["layer_weight_bytes"])],
+        ["a layer's Grams", _gigabytes(plan["layer_gram_bytes"])],
+        [f"peak on a device, gathering {size} x {length} tokens", _gigabytes(gather)],
+        [f"peak on a device, solving {heaviest.widest}", _gigabytes(heaviest.solve)],
+        *[[f"operations: {name}", f"{count:.3g}"] for name, count in counted._asdict().items()],
+        [
+            f"operations per second and device, {'given' if arguments.rate else 'measured'}",
+            f"{rate:.3g}",
+        ],
+        ["solver, in products of a weight with its Gram", f"{steps:.0f}"],
+        *[[f"hours: {name}", f"{count:.3g}"] for name, count in hours.items()],
+        ["hours in all, without reading and writing", f"{sum(hours.values()):.3g}"],
+        ["what takes most of the time", longest],
+    ]
+    if budget is not None:
+        rows.append([f"fits into {_gigabytes(budget)}", "yes" if peak <= budget else "no"])
+    print_table([f"plan for {devices} device{'s' * (devices > 1)}", str(arguments.source)], rows)
+    return 0
+
+
+def _size(tensor: Any) -> int:
+    count = 1
+    for length in tensor.shape:
+        count *= length
+    return count * int(tensor.dtype.itemsize)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3f} GB"

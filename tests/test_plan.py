@@ -1,0 +1,118 @@
+"""What is said of memory and work before a model is pruned."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import config_dict, write_tiny
+
+from prox24 import plan
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.main import main
+from prox24.errors import Prox24Error
+from prox24.forward import load_model
+from prox24.solvers.solve import ADMM, ConjugateGradients, Wanda
+
+TEXT = "Calibration text for a model that reads bytes. " * 60
+
+
+@pytest.fixture
+def model(tmp_path):
+    write_tiny(tmp_path / "model")
+    return load_model(open_checkpoint(tmp_path / "model"))
+
+
+def test_memory_counts_weights_grams_and_the_micro_batch(model):
+    one, four = (plan.layer_memory(model, 0, (n, 32), Wanda(), None) for n in (1, 4))
+    shapes = {
+        name: tensor.shape
+        for name, tensor in model.checkpoint.tensors.items()
+        if name.startswith("model.layers.0.")
+    }
+    assert one.weights == sum(4 * int(np.prod(shape)) for shape in shapes.values())
+    config = config_dict()
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    assert one.grams == 4 * (3 * hidden**2 + width**2)
+    # The Grams, what compensates for their rounding, and the weights.
+    assert one.gather > 2 * one.grams + one.weights
+    assert four.gather >= one.gather + 3 * 32 * hidden * 4
+    assert one.solve == four.solve > 2 * one.weights + one.grams
+
+
+def test_rows_of_a_weight_are_divided_among_devices(model):
+    one, two = (
+        plan.layer_memory(model, 0, (1, 32), ADMM(), ConjugateGradients(), devices=n)
+        for n in (1, 2)
+    )
+    assert two.solve < one.solve
+
+
+def test_the_largest_micro_batch_that_fits_is_found(model):
+    sizes = (1, 2, 3, 4, 6, 12)
+    needed = {n: plan.layer_memory(model, 0, (n, 32), Wanda(), None).gather for n in sizes}
+    for size in (1, 3, 12):
+        budget = needed[size]
+        assert plan.fitting_micro_batch(model, (12, 32), Wanda(), None, budget) == size
+    with pytest.raises(Prox24Error, match="--memory is too small: one window in layer 0"):
+        plan.fitting_micro_batch(model, (12, 32), Wanda(), None, needed[1] - 1)
+    with pytest.raises(Prox24Error, match=r"--memory is too small: solving model\.layers\.0\."):
+        plan.fitting_micro_batch(model, (12, 32), Wanda(), None, 10)
+
+
+def test_operations_are_those_of_the_products(model):
+    counted = plan.operations(model, 100, steps=7)
+    shapes = [
+        tensor.shape
+        for name, tensor in model.checkpoint.tensors.items()
+        if name.endswith("proj.weight")
+    ]
+    assert counted.forward == 2 * 100 * sum(2 * out * width for out, width in shapes)
+    assert counted.solve == 7 * sum(2 * out * width**2 for out, width in shapes)
+    hidden, width = config_dict()["hidden_size"], config_dict()["intermediate_size"]
+    assert counted.grams == 100 * 2 * (2 * (3 * hidden**2 + width**2))
+
+
+def test_equal_layers_are_looked_at_once(tmp_path):
+    write_tiny(tmp_path / "model", "qwen2")  # whose first layer has no window
+    mixed = load_model(open_checkpoint(tmp_path / "model"))
+    assert plan.distinct_layers(mixed) == [0, 1]
+
+
+def test_measured_rates_are_positive():
+    assert plan.product_rate(size=64, repetitions=1) > 0
+    assert plan.solver_steps(Wanda(), None, shape=(64, 64)) > 0
+
+
+def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):
+    arguments = ["plan", str(tmp_path / "model"), "--method", "wanda", "--rate", "1e9"]
+    arguments += ["--samples", "16", "--sequence-length", "32"]
+    assert main([*arguments, "--json", "--memory", "1GB"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fits"] is True
+    assert said["peak_bytes"] == max(said["gather_bytes"], said["solve_bytes"])
+    assert said["activation_bytes"] == 16 * 32 * 32 * 4
+    assert said["checkpoint_bytes"] == sum(
+        tensor.dtype.itemsize * int(np.prod(tensor.shape))
+        for tensor in model.checkpoint.tensors.values()
+    )
+    assert said["hours"]["forward"] == pytest.approx(said["operations"]["forward"] / 1e9 / 3600)
+    assert main([*arguments, "--memory", "10KB", "--devices", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "fits into 0.000 GB" in printed
+    assert "plan for 2 devices" in printed
+
+
+def test_a_budget_changes_the_micro_batch_and_not_the_masks(model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ["--calibration", tmp_path / "text.txt", "--sequence-length", "32", "--samples", "8"]
+    one = plan.layer_memory(model, 0, (1, 32), Wanda(), None)
+    budget = f"{max(one.gather, one.solve) / 1000 + 0.001:.3f}KB"
+    command = ["prune", tmp_path / "model", "--method", "wanda", "--quiet", *options]
+    for name, more in (("plain", []), ("small", ["--memory", budget])):
+        every = [*command[:2], tmp_path / name, *command[2:], *more]
+        assert main([str(argument) for argument in every]) == 0
+    manifest = json.loads((tmp_path / "small" / "prox24.json").read_text())
+    assert manifest["micro_batch"] == 1
+    plain, small = (open_checkpoint(tmp_path / name) for name in ("plain", "small"))
+    for name in plain.tensors:
+        np.testing.assert_allclose(plain.read(name), small.read(name), rtol=1e-5, atol=1e-6)
