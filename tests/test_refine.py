@@ -1,0 +1,171 @@
+"""Training the kept weights of a block on its output."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import prox24
+from prox24 import refine
+from prox24.refine import Outcome
+
+BATCHES = 6
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's optimizers mix dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def two_layers(params, x):
+    return jnp.tanh(x @ params["first"]["kernel"]) @ params["second"]["kernel"]
+
+
+@pytest.fixture
+def pruned():
+    """A dense block, a pruned one, inputs and what the dense one puts out."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    dense = {
+        "first": {"kernel": jax.random.normal(keys[0], (16, 32), jnp.float32) / 4},
+        "second": {"kernel": jax.random.normal(keys[1], (32, 8), jnp.float32) / 6},
+    }
+
+    def prune(kernel):
+        return jnp.where(prox24.top_mask(jnp.abs(kernel), axis=0), kernel, 0)
+
+    inputs = list(jax.random.normal(keys[2], (BATCHES, 64, 16), jnp.float32))
+    return jax.tree.map(prune, dense), inputs, [two_layers(dense, x) for x in inputs]
+
+
+def test_the_error_falls_and_the_zeros_stay(pruned):
+    params, inputs, targets = pruned
+    refined = refine.block(two_layers, params, inputs, targets, optax.adam(3e-3), passes=20)
+    assert refined.outcome is Outcome.IMPROVED
+    assert refined.steps == 20 * (BATCHES - 1)
+    assert len(refined.losses) == 21
+    assert min(refined.losses) < 0.6 * refined.losses[0]
+    for new, old in zip(jax.tree.leaves(refined.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(new == 0, old == 0)
+    held_out = refine.relative_error(two_layers(refined.params, inputs[-1]), targets[-1])
+    assert float(held_out) == pytest.approx(min(refined.losses), rel=1e-5)
+
+
+def test_a_linear_block_reaches_least_squares():
+    keys = jax.random.split(jax.random.key(1), 2)
+    weight = jax.random.normal(keys[0], (8, 4), jnp.float32)
+    mask = prox24.top_mask(jnp.abs(weight), axis=0)
+    scale = jnp.linspace(1, 3, 8, dtype=jnp.float32)
+    inputs = list(jax.random.normal(keys[1], (5, 2048, 8), jnp.float32) * scale[None, None])
+    targets = [x @ weight for x in inputs]
+
+    def apply(params, x):
+        return x @ params["kernel"]
+
+    refined = refine.block(
+        apply,
+        {"kernel": jnp.where(mask, weight, 0)},
+        inputs,
+        targets,
+        optax.adam(optax.exponential_decay(0.05, 4, 0.97)),
+        passes=200,
+        loss=lambda output, target: jnp.mean(jnp.square(output - target)),
+    )
+    x = np.concatenate(inputs[:-1]).astype(np.float64)
+    y = x @ np.asarray(weight, np.float64)
+    for column in range(4):
+        kept = np.flatnonzero(mask[:, column])
+        exact = np.linalg.lstsq(x[:, kept], y[:, column], rcond=None)[0]
+        np.testing.assert_allclose(refined.params["kernel"][kept, column], exact, atol=5e-2)
+
+
+def test_a_rate_of_zero_changes_nothing(pruned):
+    params, inputs, targets = pruned
+    refined = refine.block(two_layers, params, inputs, targets, optax.sgd(0.0), passes=2)
+    assert refined.outcome is Outcome.UNCHANGED
+    jax.tree.map(np.testing.assert_array_equal, refined.params, params)
+
+
+def test_what_never_improves_is_given_back(pruned):
+    params, inputs, targets = pruned
+    refined = refine.block(two_layers, params, inputs, targets, optax.sgd(-0.1), passes=3)
+    assert refined.outcome is Outcome.UNCHANGED
+    jax.tree.map(np.testing.assert_array_equal, refined.params, params)
+
+
+def test_divergence_rolls_back_to_the_best(pruned):
+    params, inputs, targets = pruned
+    rate = optax.piecewise_constant_schedule(3e-3, {3 * (BATCHES - 1): 1e30})
+    refined = refine.block(two_layers, params, inputs, targets, optax.sgd(rate), passes=9)
+    assert refined.outcome is Outcome.DIVERGED
+    assert not np.isfinite(refined.losses[-1])
+    error = refine.relative_error(two_layers(refined.params, inputs[-1]), targets[-1])
+    assert float(error) == pytest.approx(np.nanmin(refined.losses), rel=1e-5)
+
+
+def test_16_bit_parameters_are_trained_in_float32(pruned):
+    params, inputs, targets = pruned
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+
+    def apply(params, x):
+        return two_layers(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), x)
+
+    # Steps too small for bfloat16 to take one by one.
+    refined = refine.block(apply, half, inputs, targets, optax.sgd(1e-3), passes=60)
+    assert refined.outcome is Outcome.IMPROVED
+    for new, old in zip(jax.tree.leaves(refined.params), jax.tree.leaves(half), strict=True):
+        assert new.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(new == 0, old == 0)
+
+
+def test_what_is_kept_may_be_given(pruned):
+    params, inputs, targets = pruned
+    kept = {"first": False, "second": params["second"]["kernel"] != 0}
+    kept = {"first": {"kernel": jnp.zeros((16, 32), bool)}, "second": {"kernel": kept["second"]}}
+    refined = refine.block(
+        two_layers, params, inputs, targets, optax.adam(3e-3), passes=3, kept=kept
+    )
+    np.testing.assert_array_equal(refined.params["first"]["kernel"], params["first"]["kernel"])
+    assert np.any(refined.params["second"]["kernel"] != params["second"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out", "said"),
+    [(1, 1, "1 batches: 1 held out"), (3, 0, "3 batches: 0 held out"), (3, 3, "3 held out")],
+)
+def test_too_few_batches_are_refused(pruned, count, held_out, said):
+    params, inputs, targets = pruned
+    with pytest.raises(ValueError, match=said):
+        refine.block(
+            two_layers,
+            params,
+            inputs[:count],
+            targets[:count],
+            optax.sgd(0.1),
+            held_out=held_out,
+        )
+
+
+def test_unequal_batches_and_a_mask_of_another_shape_are_refused(pruned):
+    params, inputs, targets = pruned
+    with pytest.raises(ValueError, match="6 batches of inputs, but 5 of targets"):
+        refine.block(two_layers, params, inputs, targets[1:], optax.sgd(0.1))
+    kept = {"first": {"kernel": jnp.ones((3, 3), bool)}, "second": {"kernel": True}}
+    with pytest.raises(ValueError, match="shape"):
+        refine.block(two_layers, params, inputs, targets, optax.sgd(0.1), kept=kept)
+
+
+def test_equal_blocks_share_one_program(pruned):
+    params, inputs, targets = pruned
+    traces = []
+
+    def apply(params, x):
+        traces.append(1)
+        return two_layers(params, x)
+
+    optimizer = optax.adam(1e-3)
+    for _ in range(3):
+        refine.block(apply, params, inputs, targets, optimizer, passes=1)
+    assert len(traces) == 2  # to train and to measure
