@@ -58,7 +58,8 @@ def test_a_linear_block_reaches_least_squares():
     weight = jax.random.normal(keys[0], (8, 4), jnp.float32)
     mask = prox24.top_mask(jnp.abs(weight), axis=0)
     scale = jnp.linspace(1, 3, 8, dtype=jnp.float32)
-    inputs = list(jax.random.normal(keys[1], (5, 2048, 8), jnp.float32) * scale[None, None])
+    # What is held out is what is trained on: the best is the least squares.
+    inputs = [jax.random.normal(keys[1], (256, 8), jnp.float32) * scale[None]] * 2
     targets = [x @ weight for x in inputs]
 
     def apply(params, x):
@@ -69,16 +70,16 @@ def test_a_linear_block_reaches_least_squares():
         {"kernel": jnp.where(mask, weight, 0)},
         inputs,
         targets,
-        optax.adam(optax.exponential_decay(0.05, 4, 0.97)),
-        passes=200,
+        optax.adam(optax.exponential_decay(0.05, 1, 0.98)),
+        passes=300,
         loss=lambda output, target: jnp.mean(jnp.square(output - target)),
     )
-    x = np.concatenate(inputs[:-1]).astype(np.float64)
+    x = np.asarray(inputs[0], np.float64)
     y = x @ np.asarray(weight, np.float64)
     for column in range(4):
         kept = np.flatnonzero(mask[:, column])
         exact = np.linalg.lstsq(x[:, kept], y[:, column], rcond=None)[0]
-        np.testing.assert_allclose(refined.params["kernel"][kept, column], exact, atol=5e-2)
+        np.testing.assert_allclose(refined.params["kernel"][kept, column], exact, atol=2e-3)
 
 
 def test_a_rate_of_zero_changes_nothing(pruned):
