@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.core import planes, tpu
@@ -54,19 +54,14 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
     planes.check_kept(kept, group)
     y, lam = jnp.asarray(y), jnp.asarray(lam)
     if tpu.serves(y, lam, group, axis):
-        return _prox_of_rows(y, lam, kept, group)
+        return _prox_of_rows(y, lam.astype(jnp.float32), kept, group)
     return tpu.planar(y, lam, kept, group, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _prox_of_rows(y: Array, lam: Array, kept: int, group: int) -> Array:
-    return lax.platform_dependent(
-        y,
-        lam,
-        tpu=functools.partial(tpu.prox, kept=kept, group=group),
-        default=functools.partial(tpu.planar, kept=kept, group=group),
-    )
+    return tpu.prox(y, lam, kept, group)
 
 
 @_prox_of_rows.defjvp

@@ -36,7 +36,9 @@ def serves(y: Array, lam: Array, group: int, axis: int) -> bool:
         and axis in (-1, y.ndim - 1)
         and group in (2, 4, 8)
         and _fits(y.shape)
-        and jax.eval_shape(lambda y, lam: y, y, lam) == jax.eval_shape(lambda y, lam: y + lam.astype(y.dtype), y, lam)
+        # In shard_map, lam may vary over axes over which y does not, and the result then does too.
+        and jax.eval_shape(lambda y, lam: y + lam.astype(y.dtype), y, lam)
+        == jax.eval_shape(lambda y: y, y)
     )
 
 
@@ -62,7 +64,7 @@ def planar(y: Array, lam: Array, kept: int, group: int, axis: int = -1) -> Array
     return planes.join(planes.prox(planes.split(y, (kept, group), axis), lam, kept), axis)
 
 
-def _lower(context: Any, *operands: Any, **pattern: int) -> Any:
+def _lower_for_tpu(context: Any, *operands: Any, **pattern: int) -> Any:
     # XLA does not partition a Mosaic kernel, so that it is for programs of one device, and for the
     # insides of shard_map.
     placed = context.module_context.axis_context
@@ -84,7 +86,8 @@ def _map(operands: Any, axes: Any, **pattern: int) -> tuple[Array, int]:
 prox_p = Primitive("prox")
 prox_p.def_abstract_eval(lambda y, lam, **pattern: y)
 prox_p.def_impl(planar)
-mlir.register_lowering(prox_p, _lower, platform="tpu")
+mlir.register_lowering(prox_p, mlir.lower_fun(planar, multiple_results=False))
+mlir.register_lowering(prox_p, _lower_for_tpu, platform="tpu")
 batching.primitive_batchers[prox_p] = _map
 
 
@@ -136,4 +139,6 @@ def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False)
 
 
 def _fits(shape: tuple[int, ...]) -> bool:
+    if not all(isinstance(length, int) for length in shape):
+        return False  # symbolic
     return math.prod(shape[:-1]) >= LANES and shape[-1] > 0 and shape[-1] % (8 * STEP) == 0
