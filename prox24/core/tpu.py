@@ -1,12 +1,13 @@
 """The proximal operator on interleaved blocks as one TPU kernel, which reads and writes once.
 
-The planes of a (rows, columns) array are columns with a stride, and a TPU keeps columns in the lanes
-of its registers, which have no stride: XLA changes the layout in HBM, there and back. The kernel
-transposes a tile in on-chip memory instead, where planes are rows with a stride.
+The planes of a (rows, columns) array are columns with a stride, and a TPU keeps columns in the
+lanes of its registers, which have no stride: XLA changes the layout in HBM, there and back. The
+kernel transposes a tile in on-chip memory instead, where planes are rows with a stride.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,23 +65,23 @@ def planar(y: Array, lam: Array, kept: int, group: int, axis: int = -1) -> Array
     return planes.join(planes.prox(planes.split(y, (kept, group), axis), lam, kept), axis)
 
 
-def _lower_for_tpu(context: Any, *operands: Any, **pattern: int) -> Any:
+def _lower_for_tpu(context: Any, *operands: Any, kept: int, group: int) -> Any:
     # XLA does not partition a Mosaic kernel, so that it is for programs of one device, and for the
     # insides of shard_map.
     placed = context.module_context.axis_context
-    manual = getattr(placed, "manual_axes", None)
+    manual = getattr(placed, "manual_axes", frozenset())
     alone = getattr(placed, "num_devices", None) == 1
-    by_hand = bool(manual) and set(manual) == set(placed.mesh.axis_names)
-    function = kernel if alone or by_hand else planar
-    lower = mlir.lower_fun(functools.partial(function, **pattern), multiple_results=False)
-    return lower(context, *operands)
+    by_hand = len(manual) > 0 and set(manual) == set(placed.mesh.axis_names)
+    chosen: Callable[..., Array] = kernel if alone or by_hand else planar
+    function = functools.partial(chosen, kept=kept, group=group)
+    return mlir.lower_fun(function, multiple_results=False)(context, *operands)
 
 
-def _map(operands: Any, axes: Any, **pattern: int) -> tuple[Array, int]:
+def _map(operands: Any, axes: Any, kept: int, group: int) -> tuple[Array, int]:
     (y, lam), (of_y, of_lam) = operands, axes
     if of_lam is None:
-        return prox(jnp.moveaxis(y, of_y, 0), lam, **pattern), 0
-    return jax.vmap(functools.partial(planar, **pattern), axes)(y, lam), 0
+        return prox(jnp.moveaxis(y, of_y, 0), lam, kept, group), 0
+    return jax.vmap(functools.partial(planar, kept=kept, group=group), axes)(y, lam), 0
 
 
 prox_p = Primitive("prox")
@@ -123,22 +124,24 @@ def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False)
         w_ref[...] = turned[...].T.astype(w_ref.dtype)
 
     block = pl.BlockSpec((LANES, width), lambda i, j: (i, j))
-    w = pl.pallas_call(
-        tile,
-        grid=(pl.cdiv(rows, LANES), pl.cdiv(columns, width)),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
-        out_specs=block,
-        # Inside of shard_map this says over which axes y varies, as well.
-        out_shape=jax.eval_shape(lambda y: y, y),
-        scratch_shapes=[pltpu.VMEM((width, LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        # Roughly, from the instructions of 2:4; XLA schedules by it.
-        cost_estimate=pl.CostEstimate(
-            flops=300 * y.size, transcendentals=12 * y.size, bytes_accessed=2 * y.nbytes
-        ),
-        interpret=interpret,
-        name="prox",
-    )(lam.astype(jnp.float32).reshape(1), y)
+    # Mosaic has no 64-bit integers, which the indices of a grid would be.
+    with jax.enable_x64(False):
+        w = pl.pallas_call(
+            tile,
+            grid=(pl.cdiv(rows, LANES), pl.cdiv(columns, width)),
+            in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
+            out_specs=block,
+            # Inside of shard_map this says over which axes y varies, as well.
+            out_shape=jax.eval_shape(lambda y: y, y),
+            scratch_shapes=[pltpu.VMEM((width, LANES), jnp.float32)],
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+            # Roughly, from the instructions of 2:4; XLA schedules by it.
+            cost_estimate=pl.CostEstimate(
+                flops=300 * y.size, transcendentals=12 * y.size, bytes_accessed=2 * y.nbytes
+            ),
+            interpret=interpret,
+            name="prox",
+        )(lam.astype(jnp.float32).reshape(1), y)
     return w.reshape(shape)
 
 
