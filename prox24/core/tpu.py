@@ -69,7 +69,7 @@ def _lower_for_tpu(context: Any, *operands: Any, kept: int, group: int) -> Any:
     # XLA does not partition a Mosaic kernel, so that it is for programs of one device, and for the
     # insides of shard_map.
     placed = context.module_context.axis_context
-    manual = getattr(placed, "manual_axes", frozenset())
+    manual: frozenset[Any] = getattr(placed, "manual_axes", frozenset())
     alone = getattr(placed, "num_devices", None) == 1
     by_hand = len(manual) > 0 and set(manual) == set(placed.mesh.axis_names)
     chosen: Callable[..., Array] = kernel if alone or by_hand else planar
