@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -105,6 +103,10 @@ def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False)
     Returns:
       Array of the shape and dtype of `y`.
     """
+    # Here, since no other device needs them, and they take a while to import.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     shape = y.shape
     rows, columns = math.prod(shape[:-1]), shape[-1]
     width = min(columns, COLUMNS)
