@@ -1,9 +1,13 @@
 """The exact proximal operator on arrays of any layout."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from prox24.core import planes
+from prox24.core import planes, tpu
 from prox24.core.pattern import PatternLike, as_pattern
 
 
@@ -48,4 +52,20 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
     """
     kept, group = as_pattern(pattern)
     planes.check_kept(kept, group)
-    return planes.join(planes.prox(planes.split(y, pattern, axis), lam, kept), axis)
+    y, lam = jnp.asarray(y), jnp.asarray(lam)
+    if tpu.serves(y, lam, group, axis):
+        return _prox_of_rows(y, lam.astype(jnp.float32), kept, group)
+    return tpu.planar(y, lam, kept, group, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _prox_of_rows(y: Array, lam: Array, kept: int, group: int) -> Array:
+    return tpu.prox(y, lam, kept, group)
+
+
+@_prox_of_rows.defjvp
+def _prox_of_rows_jvp(
+    kept: int, group: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    return jax.jvp(lambda y, lam: tpu.planar(y, lam, kept, group), primals, tangents)

@@ -1,0 +1,76 @@
+"""Compiles the operator ahead of time for v5e and v6e and prints what became of it, as JSON.
+
+A program of its own, since libtpu is loaded once and reads the environment when it is.
+"""
+
+import json
+import os
+
+# These keep libtpu from asking for the machine's.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import prox24
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+SHAPE = (512, 1024)
+PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 2))
+
+
+def report(function, sharding, expected, dtype=jnp.float32):
+    """How many kernels and which collectives a program has, and whether it keeps the sharding."""
+    y = jax.ShapeDtypeStruct(SHAPE, dtype, sharding=sharding)
+    compiled = jax.jit(function).lower(y).compile()
+    text = compiled.as_text()
+    return {
+        "sharding": str(sharding),
+        "expected": expected,
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "collectives": [name for name in COLLECTIVES if name in text],
+        "kept": compiled.output_shardings.is_equivalent_to(sharding, len(SHAPE)),
+    }
+
+
+def reports(devices):
+    """One report for each pattern and dtype on one device, and for each sharding on four."""
+
+    def prox(y):
+        return prox24.prox(y, 0.3)
+
+    one = SingleDeviceSharding(devices[0])
+    for pattern in PATTERNS:
+        yield report(lambda y, pattern=pattern: prox24.prox(y, 0.3, pattern), one, 1)
+    yield report(prox, one, 1, jnp.bfloat16)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = Mesh(np.array(devices).reshape(2, 2), ("x", "y"), axis_types=(kind, kind))
+        with jax.set_mesh(mesh):
+            for spec in (P("x", None), P(None, "y"), P(None, None)):
+                yield report(prox, NamedSharding(mesh, spec), 0)
+    mesh = Mesh(np.array(devices).reshape(2, 2), ("x", "y"))
+    spec = P("x", "y")
+    mapped = jax.shard_map(prox, mesh=mesh, in_specs=spec, out_specs=spec)
+    yield report(mapped, NamedSharding(mesh, spec), 1)
+
+
+def main():
+    """Prints the list of reports."""
+    found = []
+    for chip in ("v5e", "v6e"):
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
+        found += reports(topology.devices)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
