@@ -35,9 +35,7 @@ def serves(y: Array, lam: Array, group: int, axis: int) -> bool:
         and axis in (-1, y.ndim - 1)
         and group in (2, 4, 8)
         and _fits(y.shape)
-        # In shard_map, lam may vary over axes over which y does not, and the result then does too.
-        and jax.eval_shape(lambda y, lam: y + lam.astype(y.dtype), y, lam)
-        == jax.eval_shape(lambda y: y, y)
+        and (not jax.sharding.get_abstract_mesh().manual_axes or _varies_alike(y, lam))
     )
 
 
@@ -145,6 +143,12 @@ def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False)
             name="prox",
         )(lam.astype(jnp.float32).reshape(1), y)
     return w.reshape(shape)
+
+
+def _varies_alike(y: Array, lam: Array) -> bool:
+    """In shard_map, lam may vary over axes over which y does not, and the result then does too."""
+    both = jax.eval_shape(lambda y, lam: y + lam.astype(y.dtype), y, lam)
+    return both == jax.eval_shape(lambda y: y, y)
 
 
 def _fits(shape: tuple[int, ...]) -> bool:
