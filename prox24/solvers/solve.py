@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
 from prox24.solvers.admm import ADMM
@@ -54,6 +55,10 @@ def solve(
     damping: float = 0.01,
 ) -> Solution:
     """Prunes one layer: finds a mask and weights, then refits the kept weights.
+
+    Rows are independent: a weight whose rows are sharded over a mesh, its axes automatic or
+    explicit, gives a weight and a mask that are sharded alike, and devices exchange one number
+    for each look at the stop test. docs/scaling.md says which solvers need more.
 
     Args:
       problem: weight (out, in) and gram (in, in), in any floating dtype; the work is done in
@@ -121,6 +126,22 @@ def check_supported(
 
 @functools.partial(jax.jit, static_argnames="pattern")
 def _solve(
+    given: LayerProblem,
+    solver: Solver,
+    refit: Refit | None,
+    damping: Array,
+    pattern: Pattern | Unstructured,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """`_solve_rows`, to which explicit axes of a mesh are what automatic ones are."""
+    program = functools.partial(_solve_rows, pattern=pattern)
+    placed = jax.typeof(given.weight).sharding
+    if placed.mesh.explicit_axes:
+        everywhere = NamedSharding(placed.mesh, PartitionSpec())
+        program = auto_axes(program, out_sharding=(placed, placed, everywhere))
+    return program(given, solver, refit, damping)
+
+
+def _solve_rows(
     given: LayerProblem,
     solver: Solver,
     refit: Refit | None,
