@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.devices import apart, everywhere, one_axis
 from prox24.models import decoder
 from prox24.models.decoder import Config, Layer
 from prox24.models.families import config_from_hf
@@ -20,10 +22,11 @@ BATCH_TOKENS = 2048
 
 
 class Model(NamedTuple):
-    """A checkpoint and the decoder that computes it."""
+    """A checkpoint, the decoder that computes it, and the devices that share its windows."""
 
     checkpoint: Checkpoint
     config: Config
+    mesh: Mesh | None = None
 
 
 class Linear(NamedTuple):
@@ -42,13 +45,14 @@ class Linear(NamedTuple):
     input: str
 
 
-def load_model(checkpoint: Checkpoint) -> Model:
-    """Finds the decoder of a checkpoint.
+def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Model:
+    """Finds the decoder of a checkpoint; it runs on the devices of a mesh, or on one.
 
     Raises:
       UnsupportedModelError: the architecture, or a setting of it, has no forward pass here.
     """
-    return Model(checkpoint, config_from_hf(checkpoint.config, checkpoint.tensors))
+    config = config_from_hf(checkpoint.config, checkpoint.tensors)
+    return Model(checkpoint, config, one_axis(mesh))
 
 
 def layer_linears(config: Config, index: int) -> list[Linear]:
@@ -76,10 +80,11 @@ def oriented(config: Config, weight: Array) -> Array:
 def layer_weights(model: Model, index: int) -> dict[str, Array]:
     """Reads the tensors of one layer, under the decoder's names, linears as (out, in)."""
     config, read = model.config, model.checkpoint.read
-    return {
+    weights = {
         name: oriented(config, jnp.asarray(read(decoder.layer_tensor(config.names, index, name))))
         for name in decoder.layer_shapes(config.layers[index])
     }
+    return everywhere(weights, model.mesh)
 
 
 def embedding_weights(model: Model) -> dict[str, Array]:
@@ -104,11 +109,18 @@ def batch_size(windows: int, length: int) -> int:
 
 
 def embed_windows(model: Model, windows: NDArray[np.int32]) -> list[Array]:
-    """Embeds windows (count, length): hidden states in micro-batches (batch, length, hidden)."""
+    """Embeds windows (count, length): hidden states in micro-batches (batch, length, hidden).
+
+    Raises:
+      ValueError: the devices of the mesh do not divide the windows.
+    """
     weights = embedding_weights(model)
-    size = batch_size(*windows.shape)
+    devices = 1 if model.mesh is None else model.mesh.size
+    if len(windows) % devices:
+        raise ValueError(f"{len(windows)} windows are not divisible by {devices} devices")
+    size = devices * batch_size(len(windows) // devices, windows.shape[1])
     return [
-        decoder.embed(model.config, weights, jnp.asarray(windows[i : i + size]))
+        apart(decoder.embed(model.config, weights, jnp.asarray(windows[i : i + size])), model.mesh)
         for i in range(0, len(windows), size)
     ]
 

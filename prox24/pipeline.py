@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram
+from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram, over_devices
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
+from prox24.devices import apart, everywhere, parts
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import (
     Linear,
@@ -79,6 +81,7 @@ def prune(
     pull: float | None = None,
     dtype: np.dtype[Any] | None = None,
     finished: Mapping[str, TensorSource] = MappingProxyType({}),
+    mesh: Mesh | None = None,
 ) -> Iterator[PrunedLinear]:
     """Prunes every linear of every decoder layer; embedding, norms and head are left alone.
 
@@ -101,6 +104,8 @@ def prune(
       dtype: what the weights will be written in, to which the layers after them see them rounded;
         None for each tensor's own.
       finished: weights that were pruned and written before, by name. They are run, and not yielded.
+      mesh: devices, all of this process, that share the windows and the rows of every weight; their
+        number divides the windows. Its axes, of either kind, count as one. None for one device.
 
     Yields:
       Each linear, when it is solved. Of what was yielded nothing is kept.
@@ -109,9 +114,9 @@ def prune(
       CheckpointError: a linear's input width is not divisible by M.
       CalibrationError: activations are not finite; names the layer.
       SolverError: a solution is not finite; names the tensor.
-      ValueError: the solver does not support the pattern.
+      ValueError: the solver does not support the pattern, or the mesh does not divide the windows.
     """
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, mesh)
     widths = {linear.tensor: linear.shape[1] for linear in all_linears(model.config)}
     check_widths(widths, pattern)
     hidden = embed_windows(model, windows)
@@ -152,6 +157,7 @@ def _prune_layer(
     for linear in layer_linears(model.config, index):
         if linear.tensor in finished:
             written = oriented(model.config, jnp.asarray(finished[linear.tensor].read()))
+            written = everywhere(written, model.mesh)
             weights[linear.weight] = written.astype(dense[linear.weight].dtype)
         else:
             remaining.append(linear)
@@ -160,7 +166,7 @@ def _prune_layer(
     for linear in remaining:
         began = time.perf_counter()
         given, gram = dense[linear.weight], sums.grams[linear.input]
-        problem = LayerProblem(given.astype(jnp.float32), gram.total)
+        problem = LayerProblem(apart(given.astype(jnp.float32), model.mesh), gram.total)
         tokens = int(gram.tokens)
         if not tokens:
             problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
@@ -169,7 +175,7 @@ def _prune_layer(
         solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
         # What comes after sees the weight as it will be written.
         written = solution.weight.astype(given.dtype if dtype is None else dtype)
-        weights[linear.weight] = written.astype(given.dtype)
+        weights[linear.weight] = everywhere(written.astype(given.dtype), model.mesh)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
         yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
     run_in_place(layer, weights, hidden)
@@ -229,12 +235,17 @@ def gather_grams(
     def empty() -> Sums:
         linears = layer_linears(model.config, index)
         widths = {linear.input: linear.shape[1] for linear in linears}
-        return {name: empty_gram(width) for name, width in widths.items()}
+        shared = None if model.mesh is None else parts(model.mesh)
+        return {name: empty_gram(width, shared) for name, width in widths.items()}
 
     sums = LayerSums(empty(), {} if dense_hidden is None else empty())
     alongside = itertools.repeat(None, len(hidden)) if dense_hidden is None else dense_hidden
     for batch, dense_batch in zip(hidden, alongside, strict=True):
         sums = LayerSums(*add_layer_inputs(layer, weights, batch, dense_batch, *sums))
+    for each in sums:
+        for name in list(each):
+            # One after the other, so that few are there twice.
+            each[name] = everywhere(over_devices(each.pop(name)), model.mesh)
     for name, gram in [*sums.grams.items(), *sums.crosses.items()]:
         if not jnp.isfinite(jnp.trace(gram.total)):
             raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")

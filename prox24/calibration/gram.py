@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
 
 from prox24.core.precision import PRECISION
 from prox24.models import decoder
@@ -14,6 +15,8 @@ from prox24.models.decoder import Layer
 
 class GramSum(NamedTuple):
     """sum of x y^T over tokens, kept as a float32 sum and its rounding error (Kahan's method).
+
+    Devices that share the tokens have a sum each, along a first axis, until `over_devices`.
 
     Attributes:
       total: shape (in, in).
@@ -30,24 +33,36 @@ class GramSum(NamedTuple):
 Sums = dict[str, GramSum]
 
 
-def empty_gram(width: int) -> GramSum:
-    """The Gram of no tokens."""
-    zeros = jnp.zeros((width, width), jnp.float32)
-    return GramSum(zeros, zeros + 0, jnp.zeros((), jnp.int32))
+def empty_gram(width: int, parts: NamedSharding | None = None) -> GramSum:
+    """The Gram of no tokens; with `parts`, which shards a first axis, one on each device."""
+    first = () if parts is None else (parts.mesh.size,)
+
+    def zeros(*shape: int, dtype: type = jnp.float32) -> Array:
+        return jnp.zeros((*first, *shape), dtype, device=parts)
+
+    return GramSum(zeros(width, width), zeros(width, width), zeros(dtype=jnp.int32))
 
 
 def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     """Adds the tokens x and y of shape (..., in); they are the same for a Gram.
 
+    Where there is a Gram for each device, its tokens are an equal share of the leading axes.
+
     The product runs in float32 at the highest precision; the default on accelerators, one bfloat16
     pass or TF32, has errors of 1e-3 and is not enough. Within a micro-batch the rounding error is
     that of a float32 product; across micro-batches it does not grow, thanks to the compensation.
     """
-    x, y = (tokens.reshape(-1, tokens.shape[-1]).astype(jnp.float32) for tokens in (x, y))
-    product = jnp.matmul(x.T, y, precision=PRECISION) - gram.error
+    shape = (*gram.tokens.shape, -1, x.shape[-1])
+    x, y = (tokens.reshape(shape).astype(jnp.float32) for tokens in (x, y))
+    product = jnp.matmul(x.mT, y, precision=PRECISION) - gram.error
     total = gram.total + product
-    tokens = gram.tokens + jnp.sum(jnp.any(y != 0, axis=-1), dtype=jnp.int32)
+    tokens = gram.tokens + jnp.sum(jnp.any(y != 0, axis=-1), axis=-1, dtype=jnp.int32)
     return GramSum(total, (total - gram.total) - product, tokens)
+
+
+def over_devices(gram: GramSum) -> GramSum:
+    """The Gram of the tokens of all devices; the only time that they exchange it."""
+    return GramSum(*(jnp.sum(part, axis=0) for part in gram)) if gram.tokens.ndim else gram
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames=("grams", "crosses"))

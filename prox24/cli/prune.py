@@ -31,6 +31,7 @@ from prox24.checkpoints.writer import check_destination, fill_folder
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
 from prox24.cli.windows import calibration_windows
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
+from prox24.devices import local_mesh
 from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import all_linears, load_model
 from prox24.pipeline import LinearReport, PrunedLinear, prune
@@ -183,7 +184,8 @@ def prune_with_progress(
 ) -> Generator[PrunedLinear]:
     """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
     count = len(all_linears(load_model(checkpoint).config)) if native else None
-    run_layers = functools.partial(prune, pull=pull) if native else torchax.prune
+    own = functools.partial(prune, pull=pull, mesh=local_mesh(len(windows)))
+    run_layers = own if native else torchax.prune
     with progress_bar(title, count, quiet, done=len(finished)) as advance:
         for linear in run_layers(
             checkpoint,

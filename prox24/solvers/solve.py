@@ -89,7 +89,7 @@ def solve(
     pattern = check_problem(problem, pattern)
     if not damping >= 0:
         raise ValueError(f"damping {damping} is not a nonnegative number")
-    weight, mask, figures = _solve(problem, solver, refit, jnp.asarray(damping), pattern)
+    weight, mask, figures = solve_program(problem, solver, refit, jnp.asarray(damping), pattern)
     statistics = Statistics(
         relative_loss=float(figures["relative_loss"]),
         relative_loss_before_refit=float(figures["relative_loss_before_refit"]),
@@ -120,20 +120,20 @@ def check_supported(
     pattern = pattern if isinstance(pattern, Unstructured) else as_pattern(pattern)
     width = 1 if isinstance(pattern, Unstructured) else pattern.group
     problem = LayerProblem(jnp.zeros((1, width)), jnp.zeros((width, width)))
-    program = functools.partial(_solve, pattern=pattern)
+    program = functools.partial(solve_program, pattern=pattern)
     jax.eval_shape(program, problem, solver, refit, jnp.zeros(()))
 
 
 @functools.partial(jax.jit, static_argnames="pattern")
-def _solve(
+def solve_program(
     given: LayerProblem,
     solver: Solver,
     refit: Refit | None,
     damping: Array,
     pattern: Pattern | Unstructured,
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """`_solve_rows`, to which explicit axes of a mesh are what automatic ones are."""
-    program = functools.partial(_solve_rows, pattern=pattern)
+    """What `solve` compiles; to it explicit axes of a mesh are what automatic ones are."""
+    program = functools.partial(_solve, pattern=pattern)
     placed = jax.typeof(given.weight).sharding
     if placed.mesh.explicit_axes:
         everywhere = NamedSharding(placed.mesh, PartitionSpec())
@@ -141,7 +141,7 @@ def _solve(
     return program(given, solver, refit, damping)
 
 
-def _solve_rows(
+def _solve(
     given: LayerProblem,
     solver: Solver,
     refit: Refit | None,
