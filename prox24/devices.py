@@ -25,19 +25,19 @@ def one_axis(mesh: Mesh | None) -> Mesh | None:
     return None if mesh is None else Mesh(mesh.devices.ravel(), (AXIS,))
 
 
-def parts(mesh: Mesh) -> NamedSharding:
-    """One part of the first axis for each device."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+def parts(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One part of an axis for each device."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
-def apart(array: Array, mesh: Mesh | None) -> Array:
-    """The first axis cut among the devices; a copy on each where its length does not divide.
+def apart(array: Array, mesh: Mesh | None, axis: int = 0) -> Array:
+    """An axis cut among the devices; a copy on each of them where its length does not divide.
 
     A linear of few or odd rows is then solved by every device: it takes as long as on one.
     """
-    if mesh is None or len(array) % mesh.size:
+    if mesh is None or array.shape[axis] % mesh.size:
         return everywhere(array, mesh)
-    return jax.device_put(array, parts(mesh))
+    return jax.device_put(array, parts(mesh, axis))
 
 
 def everywhere(arrays: Any, mesh: Mesh | None) -> Any:

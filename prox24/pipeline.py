@@ -17,7 +17,7 @@ from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
-from prox24.devices import apart, everywhere, parts
+from prox24.devices import apart, everywhere
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import (
     Linear,
@@ -235,8 +235,7 @@ def gather_grams(
     def empty() -> Sums:
         linears = layer_linears(model.config, index)
         widths = {linear.input: linear.shape[1] for linear in linears}
-        shared = None if model.mesh is None else parts(model.mesh)
-        return {name: empty_gram(width, shared) for name, width in widths.items()}
+        return {name: empty_gram(width, model.mesh) for name, width in widths.items()}
 
     sums = LayerSums(empty(), {} if dense_hidden is None else empty())
     alongside = itertools.repeat(None, len(hidden)) if dense_hidden is None else dense_hidden
@@ -245,7 +244,7 @@ def gather_grams(
     for each in sums:
         for name in list(each):
             # One after the other, so that few are there twice.
-            each[name] = everywhere(over_devices(each.pop(name)), model.mesh)
+            each[name] = over_devices(each.pop(name), model.mesh)
     for name, gram in [*sums.grams.items(), *sums.crosses.items()]:
         if not jnp.isfinite(jnp.trace(gram.total)):
             raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")

@@ -19,7 +19,6 @@ from prox24 import is_sparse
 from prox24.calibration.gram import add_layer_inputs, empty_gram
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.core.pattern import Pattern
-from prox24.devices import parts
 from prox24.forward import embed_windows, layer_linears, layer_weights, load_model
 from prox24.pipeline import collect, prune
 from prox24.solvers.admm import ADMM
@@ -74,7 +73,9 @@ def collectives(text):
     def visit(loop, names):
         for name in names:
             lines = computations.get(name, [])
-            found.setdefault(loop, []).extend(m.groups() for m in map(COLLECTIVE.search, lines) if m)
+            found.setdefault(loop, []).extend(
+                m.groups() for m in map(COLLECTIVE.search, lines) if m
+            )
             visit(loop, [other for other in called(lines) if other not in bodies])
 
     visit("", re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE))
@@ -146,13 +147,15 @@ def model_reports(folder):
             "tokens": [a.tokens for a in result.reports] == [b.tokens for b in expected.reports],
         }
     again = pruned(mesh)
-    same = [values.tobytes() == again.tensors[name].tobytes() for name, values in result.tensors.items()]
+    same = [
+        values.tobytes() == again.tensors[name].tobytes() for name, values in result.tensors.items()
+    ]
     yield {"devices": count, "again": all(same)}
 
     model = load_model(checkpoint, mesh)
     (hidden,) = embed_windows(model, windows)
     grams = {
-        linear.input: empty_gram(linear.shape[1], parts(model.mesh))
+        linear.input: empty_gram(linear.shape[1], model.mesh)
         for linear in layer_linears(model.config, 0)
     }
     arguments = (model.config.layers[0], layer_weights(model, 0), hidden, None, grams, {})
