@@ -140,7 +140,7 @@ def linears(layers: list[int], calibration: Path | None, samples: int) -> Iterat
                 weight = weights[linear.weight].astype(jnp.float32)
                 problem = LayerProblem(weight, grams[linear.input].total)
                 yield LayerLinear(index, linear.weight.removesuffix(".weight"), problem)
-        run_in_place(model.config.layers[index], weights, hidden)
+        run_in_place(model, index, weights, hidden)
 
 
 def one_step(part: object) -> object:

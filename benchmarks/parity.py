@@ -30,8 +30,8 @@ def our_logits(checkpoint: Checkpoint, windows: NDArray[np.int32]) -> NDArray[np
     """Shape (windows, length, vocabulary)."""
     model = load_model(checkpoint)
     hidden = list(embed_windows(model, windows))
-    for index, layer in enumerate(model.config.layers):
-        run_in_place(layer, layer_weights(model, index), hidden)
+    for index in range(len(model.config.layers)):
+        run_in_place(model, index, layer_weights(model, index), hidden)
     head = head_weights(model)
     return np.concatenate([decoder.logits(model.config, head, states) for states in hidden])
 

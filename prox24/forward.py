@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.devices import everywhere, one_axis, placed
 from prox24.models import decoder
 from prox24.models.decoder import Config, Layer
 from prox24.models.families import config_from_hf
@@ -24,10 +26,11 @@ HiddenStates = NDArray[np.float32]
 
 
 class Model(NamedTuple):
-    """A checkpoint and the decoder that computes it."""
+    """A checkpoint, the decoder that computes it, and the devices that share its windows."""
 
     checkpoint: Checkpoint
     config: Config
+    mesh: Mesh | None = None
 
 
 class Linear(NamedTuple):
@@ -46,13 +49,14 @@ class Linear(NamedTuple):
     input: str
 
 
-def load_model(checkpoint: Checkpoint) -> Model:
-    """Finds the decoder of a checkpoint.
+def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Model:
+    """Finds the decoder of a checkpoint; it runs on the devices of a mesh, or on one.
 
     Raises:
       UnsupportedModelError: the architecture, or a setting of it, has no forward pass here.
     """
-    return Model(checkpoint, config_from_hf(checkpoint.config, checkpoint.tensors))
+    config = config_from_hf(checkpoint.config, checkpoint.tensors)
+    return Model(checkpoint, config, one_axis(mesh))
 
 
 def layer_linears(config: Config, index: int) -> list[Linear]:
@@ -80,10 +84,11 @@ def oriented(config: Config, weight: Array) -> Array:
 def layer_weights(model: Model, index: int) -> dict[str, Array]:
     """Reads the tensors of one layer, under the decoder's names, linears as (out, in)."""
     config, read = model.config, model.checkpoint.read
-    return {
+    weights = {
         name: oriented(config, jnp.asarray(read(decoder.layer_tensor(config.names, index, name))))
         for name in decoder.layer_shapes(config.layers[index])
     }
+    return everywhere(weights, model.mesh)
 
 
 def embedding_weights(model: Model) -> dict[str, Array]:
@@ -101,9 +106,16 @@ def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
     return {name: jnp.asarray(model.checkpoint.read(tensor)) for name, tensor in tensors.items()}
 
 
-def batch_size(windows: int, length: int) -> int:
-    """Windows per micro-batch: a divisor of their number, so that one shape is compiled."""
-    return micro_batches_of(windows, max(1, BATCH_TOKENS // length))[0]
+def batch_size(windows: int, length: int, mesh: Mesh | None = None) -> int:
+    """Windows per micro-batch: a divisor of their number, so that one shape is compiled.
+
+    Raises:
+      ValueError: the devices of the mesh do not divide the windows.
+    """
+    devices = 1 if mesh is None else mesh.size
+    if windows % devices:
+        raise ValueError(f"{windows} windows are not divisible by {devices} devices")
+    return devices * micro_batches_of(windows // devices, max(1, BATCH_TOKENS // length))[0]
 
 
 def micro_batches_of(windows: int, most: int) -> list[int]:
@@ -116,7 +128,7 @@ def embed_windows(
 ) -> Iterator[HiddenStates]:
     """Embeds windows (count, length), a micro-batch at a time."""
     weights = embedding_weights(model)
-    size = micro_batch or batch_size(*windows.shape)
+    size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
     for i in range(0, len(windows), size):
         yield np.asarray(decoder.embed(model.config, weights, jnp.asarray(windows[i : i + size])))
 
@@ -127,18 +139,23 @@ def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
     return decoder.layer(layer, weights, hidden, decoder.no_tap)
 
 
-def run_in_place(layer: Layer, weights: dict[str, Array], hidden: list[HiddenStates]) -> None:
-    """Replaces every micro-batch by what the layer makes of it, so that few are there twice."""
+def run_in_place(
+    model: Model, index: int, weights: dict[str, Array], hidden: list[HiddenStates]
+) -> None:
+    """Replaces every micro-batch by what a layer makes of it, so that few are there twice."""
+    layer = model.config.layers[index]
     for i, batch in enumerate(hidden):
-        hidden[i] = np.asarray(run_layer(layer, weights, jnp.asarray(batch)))
+        hidden[i] = np.asarray(run_layer(layer, weights, placed(batch, model.mesh)))
 
 
 def run_into(
-    layer: Layer,
+    model: Model,
+    index: int,
     weights: dict[str, Array],
     hidden: Iterable[HiddenStates],
     results: Iterable[HiddenStates],
 ) -> None:
-    """Writes what the layer makes of every micro-batch to arrays of the same shapes."""
+    """Writes what a layer makes of every micro-batch to arrays of the same shapes."""
+    layer = model.config.layers[index]
     for batch, result in zip(hidden, results, strict=True):
-        result[...] = run_layer(layer, weights, jnp.asarray(batch))
+        result[...] = run_layer(layer, weights, placed(batch, model.mesh))

@@ -53,9 +53,8 @@ def perplexity(
     """
     model = load_model(checkpoint)
     hidden = list(embed_windows(model, windows))
-    for index, layer in enumerate(model.config.layers):
-        weights = layer_weights(model, index)
-        run_in_place(layer, weights, hidden)
+    for index in range(len(model.config.layers)):
+        run_in_place(model, index, layer_weights(model, index), hidden)
         on_layer(index)
     weights = head_weights(model)
     batches = windows.reshape(len(hidden), -1, windows.shape[1])

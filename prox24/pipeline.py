@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24.activations import ActivationFiles
-from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram
+from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram, over_devices
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
+from prox24.devices import apart, everywhere, placed
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import (
     HiddenStates,
@@ -87,6 +89,7 @@ def prune(
     finished: Mapping[str, TensorSource] = MappingProxyType({}),
     micro_batch: int | None = None,
     activations: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[PrunedLinear]:
     """Prunes every linear of every decoder layer; embedding, norms and head are left alone.
 
@@ -114,6 +117,8 @@ def prune(
       activations: a folder for the hidden states, which are memory-mapped there; None keeps them in
         memory. With what a run before has left there, layers whose linears are all finished are not
         run again.
+      mesh: devices, all of this process, that share the windows and the rows of every weight; their
+        number divides the windows. Its axes, of either kind, count as one. None for one device.
 
     Yields:
       Each linear, when it is solved. Of what was yielded nothing is kept.
@@ -122,19 +127,19 @@ def prune(
       CheckpointError: a linear's input width is not divisible by M.
       CalibrationError: activations are not finite; names the layer.
       SolverError: a solution is not finite; names the tensor.
-      ValueError: the solver does not support the pattern.
+      ValueError: the solver does not support the pattern, or the mesh does not divide the windows.
     """
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, mesh)
     widths = {linear.tensor: linear.shape[1] for linear in all_linears(model.config)}
     check_widths(widths, pattern)
     streams = ["pruned"] if pull is None else ["pruned", "dense"]
-    size = micro_batch or batch_size(*windows.shape)
+    size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
     files = None
     if activations is not None:
         files = ActivationFiles(activations, (*windows.shape, model.config.hidden), size)
     first, hidden = _enter(model, windows, size, streams, files)
     for index in range(first, len(model.config.layers)):
-        layer, dense = model.config.layers[index], layer_weights(model, index)
+        dense = layer_weights(model, index)
         weights = dict(dense)
         yield from _prune_linears(
             model,
@@ -149,10 +154,10 @@ def prune(
         )
         for stream, used in zip(streams, (weights, dense), strict=False):
             if files is None:
-                run_in_place(layer, used, hidden[stream])
+                run_in_place(model, index, used, hidden[stream])
             else:
                 results = files.micro_batches(stream, index + 1)
-                run_into(layer, used, hidden[stream], results)
+                run_into(model, index, used, hidden[stream], results)
                 hidden[stream] = results
         if files is not None:
             files.complete(index + 1, streams)
@@ -196,6 +201,7 @@ def _prune_linears(
     for linear in layer_linears(model.config, index):
         if linear.tensor in finished:
             written = oriented(model.config, jnp.asarray(finished[linear.tensor].read()))
+            written = everywhere(written, model.mesh)
             weights[linear.weight] = written.astype(dense[linear.weight].dtype)
         else:
             remaining.append(linear)
@@ -208,7 +214,7 @@ def _prune_linears(
     for linear in remaining:
         began = time.perf_counter()
         given, (gram, tokens) = dense[linear.weight], grams[linear.input]
-        problem = LayerProblem(given.astype(jnp.float32), gram)
+        problem = LayerProblem(apart(given.astype(jnp.float32), model.mesh), gram)
         if not tokens:
             problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
         elif pull is not None:
@@ -216,7 +222,7 @@ def _prune_linears(
         solution = solve_problem(problem)
         # What comes after sees the weight as it will be written.
         written = solution.weight.astype(given.dtype if dtype is None else dtype)
-        weights[linear.weight] = written.astype(given.dtype)
+        weights[linear.weight] = everywhere(written.astype(given.dtype), model.mesh)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
         yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
 
@@ -273,12 +279,17 @@ def gather_grams(
     def empty() -> Sums:
         linears = layer_linears(model.config, index)
         widths = {linear.input: linear.shape[1] for linear in linears}
-        return {name: empty_gram(width) for name, width in widths.items()}
+        return {name: empty_gram(width, model.mesh) for name, width in widths.items()}
 
     sums = LayerSums(empty(), {} if dense_hidden is None else empty())
     alongside = itertools.repeat(None, len(hidden)) if dense_hidden is None else dense_hidden
     for batch, dense_batch in zip(hidden, alongside, strict=True):
-        sums = LayerSums(*add_layer_inputs(layer, dict(weights), batch, dense_batch, *sums))
+        both = [None if x is None else placed(x, model.mesh) for x in (batch, dense_batch)]
+        sums = LayerSums(*add_layer_inputs(layer, dict(weights), *both, *sums))
+    for each in sums:
+        for name in list(each):
+            # One after the other, so that few are there twice.
+            each[name] = over_devices(each.pop(name), model.mesh)
     for name, gram in [*sums.grams.items(), *sums.crosses.items()]:
         if not jnp.isfinite(jnp.trace(gram.total)):
             raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")

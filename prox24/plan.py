@@ -96,14 +96,14 @@ def fitting_micro_batch(
     budget: int,
     pattern: PatternLike | Unstructured = (2, 4),
 ) -> int:
-    """The most windows that may go through a layer together within a budget of bytes.
+    """The most windows that may go through a layer together within a budget of bytes a device.
 
     Args:
       model: the model, of which nothing is read.
       windows: their number and length.
       solver: see `prox24.solve`.
       refit: see `prox24.solve`.
-      budget: bytes on the device.
+      budget: bytes on each device of the model's mesh.
       pattern: see `prox24.solve`.
 
     Returns:
@@ -112,18 +112,20 @@ def fitting_micro_batch(
     Raises:
       Prox24Error: one window, or the solver, needs more.
     """
-    most, length = windows
+    devices = 1 if model.mesh is None else model.mesh.size
+    share, length = windows[0] // devices, windows[1]
+    most = share
     for index in distinct_layers(model):
-        memory = layer_memory(model, index, (1, length), solver, refit, pattern)
+        memory = layer_memory(model, index, (1, length), solver, refit, pattern, devices)
         for name, needed in (
             (f"solving {memory.widest}", memory.solve),
             (f"one window in layer {index}", memory.gather),
         ):
             if needed > budget:
                 raise Prox24Error(f"--memory is too small: {name} takes {needed / 2**30:.2f} GiB")
-        sizes = micro_batches_of(windows[0], most)
+        sizes = micro_batches_of(share, most)
         most = next(size for size in sizes if _gathering(model, index, (size, length)) <= budget)
-    return most
+    return most * devices
 
 
 def distinct_layers(model: Model) -> list[int]:

@@ -49,14 +49,14 @@ def test_rows_of_a_weight_are_divided_among_devices(model):
 
 def test_the_largest_micro_batch_that_fits_is_found(model):
     sizes = (1, 2, 3, 4, 6, 12)
-    needed = {n: plan.layer_memory(model, 0, (n, 32), Wanda(), None).gather for n in sizes}
+    needed = {n: plan.layer_memory(model, 0, (n, 64), Wanda(), None).gather for n in sizes}
     for size in (1, 3, 12):
         budget = needed[size]
-        assert plan.fitting_micro_batch(model, (12, 32), Wanda(), None, budget) == size
+        assert plan.fitting_micro_batch(model, (12, 64), Wanda(), None, budget) == size
     with pytest.raises(Prox24Error, match="--memory is too small: one window in layer 0"):
-        plan.fitting_micro_batch(model, (12, 32), Wanda(), None, needed[1] - 1)
+        plan.fitting_micro_batch(model, (12, 64), Wanda(), None, needed[1] - 1)
     with pytest.raises(Prox24Error, match=r"--memory is too small: solving model\.layers\.0\."):
-        plan.fitting_micro_batch(model, (12, 32), Wanda(), None, 10)
+        plan.fitting_micro_batch(model, (12, 64), Wanda(), None, 10)
 
 
 def test_operations_are_those_of_the_products(model):

@@ -6,17 +6,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from prox24.core.precision import PRECISION
+from prox24.devices import apart, everywhere, parts
 from prox24.models import decoder
 from prox24.models.decoder import Layer
 
 
 class GramSum(NamedTuple):
-    """sum of x y^T over tokens, kept as a float32 sum and its rounding error (Kahan's method).
+    """sum of x y^T over tokens, kept as a float32 sum and its rounding error.
+
+    The two hold twice the digits of one, so that almost no bit of the total depends on the order in
+    which micro-batches are added, and with it on the number of devices. Devices that share the
+    tokens have a sum each, along a first axis, until `over_devices`.
 
     Attributes:
-      total: shape (in, in).
+      total: shape (in, in), the sum to the nearest float32.
       error: shape (in, in), what `total` has in excess of the exact sum of the micro-batches.
       tokens: int32 scalar, the tokens y that are not all zero. Zeros are what an expert sees of
         the tokens that it does not get.
@@ -30,24 +36,55 @@ class GramSum(NamedTuple):
 Sums = dict[str, GramSum]
 
 
-def empty_gram(width: int) -> GramSum:
-    """The Gram of no tokens."""
-    zeros = jnp.zeros((width, width), jnp.float32)
-    return GramSum(zeros, zeros + 0, jnp.zeros((), jnp.int32))
+def empty_gram(width: int, mesh: Mesh | None = None) -> GramSum:
+    """The Gram of no tokens; with a mesh, one on each of its devices."""
+    first, sharding = ((), None) if mesh is None else ((mesh.size,), parts(mesh))
+
+    def zeros(*shape: int, dtype: type = jnp.float32) -> Array:
+        return jnp.zeros((*first, *shape), dtype, device=sharding)
+
+    return GramSum(zeros(width, width), zeros(width, width), zeros(dtype=jnp.int32))
 
 
 def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     """Adds the tokens x and y of shape (..., in); they are the same for a Gram.
 
+    Where there is a Gram for each device, its tokens are an equal share of the leading axes.
+
     The product runs in float32 at the highest precision; the default on accelerators, one bfloat16
     pass or TF32, has errors of 1e-3 and is not enough. Within a micro-batch the rounding error is
     that of a float32 product; across micro-batches it does not grow, thanks to the compensation.
     """
-    x, y = (tokens.reshape(-1, tokens.shape[-1]).astype(jnp.float32) for tokens in (x, y))
-    product = jnp.matmul(x.T, y, precision=PRECISION) - gram.error
-    total = gram.total + product
-    tokens = gram.tokens + jnp.sum(jnp.any(y != 0, axis=-1), dtype=jnp.int32)
-    return GramSum(total, (total - gram.total) - product, tokens)
+    shape = (*gram.tokens.shape, -1, x.shape[-1])
+    x, y = (tokens.reshape(shape).astype(jnp.float32) for tokens in (x, y))
+    product = jnp.matmul(x.mT, y, precision=PRECISION)
+    tokens = jnp.sum(jnp.any(y != 0, axis=-1), axis=-1, dtype=jnp.int32)
+    return add(gram, GramSum(product, jnp.zeros_like(product), tokens))
+
+
+def add(a: GramSum, b: GramSum) -> GramSum:
+    """The Gram of the tokens of both: Knuth's sum, whose rounding error is known exactly."""
+    total = a.total + b.total
+    of_b = total - a.total
+    missing = (a.total - (total - of_b)) + (b.total - of_b) - (a.error + b.error)
+    nearest = total + missing
+    return GramSum(nearest, (nearest - total) - missing, a.tokens + b.tokens)
+
+
+def over_devices(gram: GramSum, mesh: Mesh | None) -> GramSum:
+    """The Gram of the tokens of all devices, on each of them; the only time that they exchange it.
+
+    Each device adds some rows of all Grams in one order, and sends what it found to the others.
+    """
+    if mesh is None:
+        return gram
+    rows = gram._replace(total=apart(gram.total, mesh, 1), error=apart(gram.error, mesh, 1))
+    return everywhere(_add_parts(rows), mesh)
+
+
+@jax.jit
+def _add_parts(gram: GramSum) -> GramSum:
+    return functools.reduce(add, map(GramSum, *gram))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames=("grams", "crosses"))

@@ -106,7 +106,7 @@ def inspect_layers(model: Model, windows: NDArray[np.int32]) -> Iterator[Row]:
       CalibrationError: activations are not finite; names the input.
     """
     hidden = list(embed_windows(model, windows))
-    for index, layer in enumerate(model.config.layers):
+    for index in range(len(model.config.layers)):
         weights = layer_weights(model, index)
         grams = gather_grams(model, index, weights, hidden).grams
         # In the order of use; a compiled function returns a dict in the order of its keys.
@@ -119,7 +119,7 @@ def inspect_layers(model: Model, windows: NDArray[np.int32]) -> Iterator[Row]:
             place = {"layer": index, "input": name, "features": features}
             chance = others / (int(gram.tokens) + others) if others else 0.0
             yield place | figures | {"chance_mass": chance}
-        run_in_place(layer, weights, hidden)
+        run_in_place(model, index, weights, hidden)
 
 
 def reading(rows: list[Row], tokens: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24 import torchax
@@ -31,6 +32,7 @@ from prox24.checkpoints.writer import check_destination, fill_folder
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
 from prox24.cli.windows import calibration_windows
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
+from prox24.devices import local_mesh
 from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import all_linears, load_model
 from prox24.pipeline import LinearReport, PrunedLinear, prune
@@ -83,10 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
-    micro_batch = None
+    micro_batch, mesh = None, local_mesh(len(windows)) if native else None
     if arguments.memory is not None:
         micro_batch = fitting_micro_batch(
-            load_model(checkpoint),
+            load_model(checkpoint, mesh),
             windows.shape,
             solver,
             refit,
@@ -101,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
         "source": files,
         "versions": versions(),
-        "devices": [jax.default_backend(), jax.device_count()],
+        "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
     }
     with unfinished_folder(arguments.destination, job) as unfinished:
         figures = [entry["figures"] for entry in unfinished.entries.values()]
@@ -118,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
             finished=unfinished.finished,
             micro_batch=micro_batch,
+            mesh=mesh,
             activations=unfinished.folder.with_name("activations") if on_disk else None,
             quiet=arguments.quiet,
             native=native,
@@ -202,11 +205,14 @@ def prune_with_progress(
     finished: Mapping[str, TensorSource] = MappingProxyType({}),
     micro_batch: int | None = None,
     activations: Path | None = None,
+    mesh: Mesh | None = None,
     native: bool = True,
 ) -> Generator[PrunedLinear]:
     """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
     count = len(all_linears(load_model(checkpoint).config)) if native else None
-    own = functools.partial(prune, pull=pull, micro_batch=micro_batch, activations=activations)
+    own = functools.partial(
+        prune, pull=pull, micro_batch=micro_batch, activations=activations, mesh=mesh
+    )
     run_layers = own if native else torchax.prune
     with progress_bar(title, count, quiet, done=len(finished)) as advance:
         for linear in run_layers(

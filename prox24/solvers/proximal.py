@@ -1,6 +1,7 @@
 """Accelerated proximal gradient descent with a growing penalty, in planar layout."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,8 @@ class Prox:
     so that lam has no units. Z extrapolates W with Nesterov's momentum, L bounds the largest
     eigenvalue of the normalized Gram. `Prox.paper()` is the paper's iteration.
 
-    Once at most an eighth of many rows hold a dense block, only those go on.
+    Once at most an eighth of the rows in each of eight parts of a large weight hold a dense block,
+    only those go on.
 
     Attributes:
       penalty: schedule of lam.
@@ -115,15 +117,17 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _Stat
             steps=steps,
         )
 
-    def run(state: _State, rows: int) -> _State:
-        """Until at most `rows` rows hold dense blocks, or the steps are exhausted."""
+    def run(state: _State, few: int) -> _State:
+        """Until at most `few` rows of each part hold dense blocks, or the steps are exhausted."""
 
         def unfinished(state: _State) -> Array:
-            return (jnp.count_nonzero(state.dense_blocks) > rows) & (state.steps < most_steps)
+            most = jnp.max(jnp.count_nonzero(state.dense_blocks.reshape(parts, -1), axis=1))
+            return (most > few) & (state.steps < most_steps)
 
         return lax.while_loop(unfinished, advance, state)
 
     rows, dtype = len(start), start.dtype
+    parts = math.gcd(rows, PARTS)
     magnitude = jnp.mean(jnp.abs(start), axis=1, keepdims=True)
     initial = _State(
         origin=start,
@@ -135,21 +139,38 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _Stat
         penalty=jnp.asarray(solver.penalty.first, dtype),
         steps=jnp.zeros((), jnp.int32),
     )
-    few = rows // 8 if rows >= MANY_ROWS else 0
+    few = rows // (8 * parts) if rows >= MANY_ROWS else 0
     first = run(initial, few)
     if not few:
         return first
     # Rows that are done fill up the places.
-    chosen = jnp.argsort(first.dense_blocks[:, 0] == 0, stable=True)[:few]
-    rest = run(_State(*(part[chosen] if part.ndim else part for part in first)), 0)
+    done = first.dense_blocks.reshape(parts, -1) == 0
+    chosen = jnp.argsort(done, axis=1, stable=True)[:, :few]
+    rest = run(_State(*(_take(part, chosen) if part.ndim else part for part in first)), 0)
     return rest._replace(
-        weight=first.weight.at[chosen].set(rest.weight),
-        dense_blocks=first.dense_blocks.at[chosen].set(rest.dense_blocks),
+        weight=_put(first.weight, chosen, rest.weight),
+        dense_blocks=_put(first.dense_blocks, chosen, rest.dense_blocks),
     )
+
+
+def _take(array: Array, chosen: Array) -> Array:
+    """Rows of each part of an array, by their numbers within it, shape (parts, few)."""
+    split = array.reshape(len(chosen), -1, array.shape[1])
+    return jax.vmap(lambda part, rows: part[rows])(split, chosen).reshape(-1, array.shape[1])
+
+
+def _put(array: Array, chosen: Array, rows: Array) -> Array:
+    """Undoes `_take`: the array with those rows in their places."""
+    split, rows = (x.reshape(len(chosen), -1, array.shape[1]) for x in (array, rows))
+    put = jax.vmap(lambda part, places, values: part.at[places].set(values))
+    return put(split, chosen, rows).reshape(array.shape)
 
 
 MANY_ROWS = 512
 """From this number of rows on it pays to go on with an eighth of them."""
+
+PARTS = 8
+"""Rows are chosen within so many equal parts: on devices that hold whole parts, without moving."""
 
 EIGENVALUE_SQUARINGS = 5
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
 from prox24.solvers.admm import ADMM
@@ -55,6 +56,10 @@ def solve(
 ) -> Solution:
     """Prunes one layer: finds a mask and weights, then refits the kept weights.
 
+    Rows are independent: a weight whose rows are sharded over a mesh, its axes automatic or
+    explicit, gives a weight and a mask that are sharded alike, and devices exchange one number
+    for each look at the stop test. docs/scaling.md says which solvers need more.
+
     Args:
       problem: weight (out, in) and gram (in, in), in any floating dtype; the work is done in
         float32, or in float64 when the Gram is float64.
@@ -84,7 +89,7 @@ def solve(
     pattern = check_problem(problem, pattern)
     if not damping >= 0:
         raise ValueError(f"damping {damping} is not a nonnegative number")
-    weight, mask, figures = _solve(problem, solver, refit, jnp.asarray(damping), pattern)
+    weight, mask, figures = solve_program(problem, solver, refit, jnp.asarray(damping), pattern)
     statistics = Statistics(
         relative_loss=float(figures["relative_loss"]),
         relative_loss_before_refit=float(figures["relative_loss_before_refit"]),
@@ -114,7 +119,7 @@ def lower(
     """The program of `solve`, to be compiled and looked at; arrays may be `ShapeDtypeStruct`."""
     pattern = pattern if isinstance(pattern, Unstructured) else as_pattern(pattern)
     damping = jax.ShapeDtypeStruct((), jnp.asarray(0.0).dtype)
-    return _solve.lower(problem, solver, refit, damping, pattern=pattern)
+    return solve_program.lower(problem, solver, refit, damping, pattern=pattern)
 
 
 def check_supported(
@@ -131,6 +136,22 @@ def check_supported(
 
 
 @functools.partial(jax.jit, static_argnames="pattern")
+def solve_program(
+    given: LayerProblem,
+    solver: Solver,
+    refit: Refit | None,
+    damping: Array,
+    pattern: Pattern | Unstructured,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """What `solve` compiles; to it explicit axes of a mesh are what automatic ones are."""
+    program = functools.partial(_solve, pattern=pattern)
+    placed = jax.typeof(given.weight).sharding
+    if placed.mesh.explicit_axes:
+        everywhere = NamedSharding(placed.mesh, PartitionSpec())
+        program = auto_axes(program, out_sharding=(placed, placed, everywhere))
+    return program(given, solver, refit, damping)
+
+
 def _solve(
     given: LayerProblem,
     solver: Solver,

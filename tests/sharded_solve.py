@@ -1,0 +1,168 @@
+"""Prunes on eight CPU devices and prints what became of shardings and results, as JSON.
+
+A program of its own, since the number of devices is fixed when JAX starts.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny import config_dict, random_weights, tokens, write_folder
+
+from prox24 import is_sparse
+from prox24.calibration.gram import add_layer_inputs, empty_gram
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.core.pattern import Pattern
+from prox24.forward import embed_windows, layer_linears, layer_weights, load_model
+from prox24.pipeline import collect, prune
+from prox24.solvers.admm import ADMM
+from prox24.solvers.problem import LayerProblem
+from prox24.solvers.proximal import Prox
+from prox24.solvers.refit import ConjugateGradients, GradientSteps
+from prox24.solvers.scores import Magnitude, Wanda
+from prox24.solvers.solve import solve, solve_program
+from prox24.solvers.sparsegpt import SparseGPT
+from prox24.solvers.swaps import Swaps
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+ROWS, WIDTH = 512, 32
+"""So many rows that `Prox` goes on with some of them."""
+SOLVERS = {
+    "magnitude": (Magnitude(), None),
+    "wanda": (Wanda(), None),
+    "sparsegpt": (SparseGPT(), None),
+    "prox, swaps": (Prox(restart=True, per_row=True), Swaps(1)),
+    "admm, cg": (ADMM(), ConjugateGradients()),
+    "alps, gradient": (ADMM.alps(), GradientSteps(steps=10)),
+}
+COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+
+
+def collectives(text):
+    """The collectives of an optimized program, by loop: `(shape, operation)`, outside by ""."""
+    computations, current = {}, None
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = computations.setdefault(head[1], [])
+        elif current is not None:
+            current.append(line)
+
+    def called(lines):
+        for line in lines:
+            yield from CALLED.findall(line)
+            for branches in BRANCHES.findall(line):
+                yield from (name.strip(" %") for name in branches.split(","))
+
+    loops = re.findall(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", text)
+    bodies = {name for pair in loops for name in pair}
+    found = {}
+
+    def visit(loop, names):
+        for name in names:
+            lines = computations.get(name, [])
+            found.setdefault(loop, []).extend(
+                m.groups() for m in map(COLLECTIVE.search, lines) if m
+            )
+            visit(loop, [other for other in called(lines) if other not in bodies])
+
+    visit("", re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE))
+    for condition, body in loops:
+        visit(body, [condition, body])
+    return found
+
+
+def same_blocks(mask, expected):
+    """The fraction of blocks with one mask."""
+    return float((np.asarray(mask) == np.asarray(expected)).reshape(-1, 4).all(axis=1).mean())
+
+
+def solver_reports():
+    """One report for each kind of axis and each solver."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    inputs = rng.normal(size=(128, WIDTH)) @ (np.eye(WIDTH) + 0.3 * rng.normal(size=(WIDTH, WIDTH)))
+    gram = (inputs.T @ inputs).astype(np.float32)
+    rest = (jnp.float32(0.01), Pattern(2, 4))
+    for name, methods in SOLVERS.items():
+        expected = solve(LayerProblem(jnp.asarray(weight), jnp.asarray(gram)), *methods)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((8,), ("rows",), axis_types=(kind,))
+            rows = NamedSharding(mesh, P("rows", None))
+            problem = LayerProblem(
+                jax.device_put(weight, rows), jax.device_put(gram, NamedSharding(mesh, P()))
+            )
+            program = solve_program.lower(problem, *methods, *rest).compile()
+            pruned, mask, figures = program(problem, *methods, rest[0])
+            found = collectives(program.as_text())
+            yield {
+                "solver": name,
+                "axes": kind.name,
+                "kept": pruned.sharding == mask.sharding == rows,
+                "outside": found.pop("", []),
+                "loops": list(found.values()),
+                "sparse": bool(is_sparse(pruned)),
+                "same_blocks": same_blocks(mask, expected.mask),
+                "loss": float(figures["relative_loss"]) / expected.statistics.relative_loss - 1,
+            }
+
+
+def model_reports(folder):
+    """One report for each number of devices, against one device; and for the last, done twice."""
+    config = config_dict("mixtral", intermediate_size=44)
+    write_folder(folder, config, random_weights(config))
+    checkpoint, windows = open_checkpoint(folder), tokens(batch=8, length=16)
+
+    def pruned(mesh):
+        return collect(prune(checkpoint, windows, ADMM(), ConjugateGradients(), mesh=mesh))
+
+    expected = pruned(None)
+    for count in (1, 2, 8):
+        mesh = jax.make_mesh((count,), ("any",), devices=jax.devices()[:count])
+        result = pruned(mesh)
+        masks, others = (
+            np.concatenate([values.ravel() for values in model.tensors.values()]) != 0
+            for model in (result, expected)
+        )
+        yield {
+            "devices": count,
+            "sparse": all(bool(is_sparse(values)) for values in result.tensors.values()),
+            "same_blocks": same_blocks(masks, others),
+            "loss": max(
+                abs(a.statistics.relative_loss / b.statistics.relative_loss - 1)
+                for a, b in zip(result.reports, expected.reports, strict=True)
+            ),
+            "tokens": [a.tokens for a in result.reports] == [b.tokens for b in expected.reports],
+        }
+    again = pruned(mesh)
+    same = [
+        values.tobytes() == again.tensors[name].tobytes() for name, values in result.tensors.items()
+    ]
+    yield {"devices": count, "again": all(same)}
+
+    model = load_model(checkpoint, mesh)
+    (hidden,) = embed_windows(model, windows)
+    grams = {
+        linear.input: empty_gram(linear.shape[1], model.mesh)
+        for linear in layer_linears(model.config, 0)
+    }
+    arguments = (model.config.layers[0], layer_weights(model, 0), hidden, None, grams, {})
+    text = add_layer_inputs.lower(*arguments).compile().as_text()
+    yield {"gathering": [kind for kinds in collectives(text).values() for kind in kinds]}
+
+
+if __name__ == "__main__":
+    (folder,) = sys.argv[1:]
+    print(json.dumps([*solver_reports(), *model_reports(Path(folder))]))
