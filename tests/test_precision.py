@@ -7,7 +7,7 @@ from reference import damped, quadratic_loss
 
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.refit import ConjugateGradients
-from prox24.solvers.solve import SOLVERS, _solve, solve
+from prox24.solvers.solve import SOLVERS, solve, solve_program
 from prox24.solvers.swaps import Swaps
 
 CONDITIONS = [1e2, 1e4, 1e6, 1e8]
@@ -65,8 +65,8 @@ def test_rows_of_zeros_stay_zero(method):
 @pytest.mark.parametrize("method", SOLVERS)
 def test_a_model_compiles_each_solver_once_per_shape(method):
     shapes = [(20, 12), (4, 12), (20, 12), (12, 20), (4, 12), (12, 20), (20, 12)]
-    before = _solve._cache_size()
+    before = solve_program._cache_size()
     for index, (rows, width) in enumerate(shapes):
         problem = conditioned(10.0 ** (index + 1), "float32", rows, width)
         solve(problem, SOLVERS[method](), damping=0.01 * (index + 1))
-    assert _solve._cache_size() - before == len(set(shapes))
+    assert solve_program._cache_size() - before == len(set(shapes))

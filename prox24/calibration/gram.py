@@ -55,11 +55,12 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     pass or TF32, has errors of 1e-3 and is not enough. Within a micro-batch the rounding error is
     that of a float32 product; across micro-batches it does not grow, thanks to the compensation.
     """
-    shape = (*gram.tokens.shape, -1, x.shape[-1])
+    # One device has an axis of length 1 for the others, so that XLA makes the same product of it.
+    shape = (*(gram.tokens.shape or (1,)), -1, x.shape[-1])
     x, y = (tokens.reshape(shape).astype(jnp.float32) for tokens in (x, y))
-    product = jnp.matmul(x.mT, y, precision=PRECISION)
+    product = jnp.matmul(x.mT, y, precision=PRECISION).reshape(gram.total.shape)
     tokens = jnp.sum(jnp.any(y != 0, axis=-1), axis=-1, dtype=jnp.int32)
-    return add(gram, GramSum(product, jnp.zeros_like(product), tokens))
+    return add(gram, GramSum(product, jnp.zeros_like(product), tokens.reshape(gram.tokens.shape)))
 
 
 def add(a: GramSum, b: GramSum) -> GramSum:

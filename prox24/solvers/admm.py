@@ -221,7 +221,7 @@ class ADMM:
         curvature = diagonal * (others_free / diagonal) ** self.scaling
         normalized = normalize(problem.weight, gram, curvature)
         start, planar_gram = to_planes(normalized, pattern)
-        final = _iterate(start, planar_gram, pattern, self)
+        final = iterate(start, *jnp.linalg.eigh(planar_gram), pattern, self)
         blocks = jnp.split(final.weight + final.dual, pattern.group, axis=1)
         before = jnp.split(final.sparse, pattern.group, axis=1)
         last = self.sparsify.end(blocks, before, pattern)
@@ -241,8 +241,10 @@ class _State(NamedTuple):
     steps: Array
 
 
-def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State:
-    eigenvalues, basis = jnp.linalg.eigh(gram)
+def iterate(
+    start: Array, eigenvalues: Array, basis: Array, pattern: Pattern, solver: ADMM
+) -> _State:
+    """All steps from a planar weight (out, in), on the eigendecomposition of the planar Gram."""
     eigenvalues = jnp.maximum(eigenvalues, 0)  # Rounding makes small ones negative.
     penalty = solver.sparsify.penalty if isinstance(solver.sparsify, Shrinkage) else None
 

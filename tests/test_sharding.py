@@ -1,0 +1,117 @@
+"""Rows of a weight and windows of a text are independent: eight devices do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from prox24.calibration.gram import GramSum, add
+from prox24.devices import local_mesh, one_axis
+
+SCALARS = {"f32[]", "s32[]", "pred[]"}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    program = Path(__file__).with_name("sharded_solve.py")
+    outcome = subprocess.run(
+        [sys.executable, program, tmp_path_factory.mktemp("sharded") / "model"],
+        capture_output=True,
+        text=True,
+        cwd=program.parents[1],
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return json.loads(outcome.stdout)
+
+
+@pytest.fixture
+def solvers(reports):
+    found = [report for report in reports if "solver" in report]
+    assert {report["axes"] for report in found} == {"Auto", "Explicit"}
+    assert len(found) == 2 * 6
+    return found
+
+
+@pytest.fixture
+def models(reports):
+    found = [report for report in reports if "loss" in report and "devices" in report]
+    assert [report["devices"] for report in found] == [1, 2, 8]
+    return found
+
+
+def test_the_sharding_of_the_rows_is_kept(solvers):
+    assert [report for report in solvers if not report["kept"]] == []
+
+
+def test_loops_communicate_at_most_one_scalar_for_their_stop_test(solvers):
+    for report in solvers:
+        for loop in report["loops"]:
+            assert len(loop) <= 1, report
+            assert all(kind == "all-reduce" and shape in SCALARS for shape, kind in loop), report
+
+
+def test_outside_of_loops_only_scalars_are_reduced(solvers):
+    for report in solvers:
+        for shape, kind in report["outside"]:
+            assert kind == "all-reduce", report
+            assert set(shape.strip("()").split(", ")) <= SCALARS, report
+
+
+def test_some_loop_has_a_stop_test_that_is_reduced(solvers):
+    stopping = {report["solver"] for report in solvers if any(report["loops"])}
+    assert stopping == {"wanda, swaps", "prox", "admm, cg", "alps"}
+
+
+def test_solvers_find_what_they_find_on_one_device(solvers):
+    for report in solvers:
+        assert report["sparse"], report
+        assert report["same_blocks"] >= 0.9999, report
+        assert abs(report["loss"]) <= 1e-5, report
+
+
+def test_a_model_is_pruned_alike_on_one_two_and_eight_devices(models):
+    for report in models:
+        assert report["sparse"], report
+        assert report["tokens"], report
+        assert report["same_blocks"] >= 0.9999, report
+        assert report["loss"] <= 1e-5, report
+
+
+def test_the_same_call_gives_the_same_bytes_on_eight_devices(reports):
+    assert [report["again"] for report in reports if "again" in report] == [True]
+
+
+def test_a_layer_and_its_grams_are_computed_without_communication(reports):
+    assert [report["gathering"] for report in reports if "gathering" in report] == [[]]
+
+
+def test_a_sum_does_not_depend_on_the_order_of_its_terms():
+    generator = np.random.default_rng(0)
+    terms = generator.standard_normal((64, 100)) * np.logspace(-3, 3, 64)[:, None]
+
+    def summed(order):
+        grams = [GramSum(jnp.float32(terms[i]), jnp.zeros(100, jnp.float32), 1) for i in order]
+        total = grams[0]
+        for gram in grams[1:]:
+            total = add(total, gram)
+        return np.asarray(total.total)
+
+    exact = terms.astype(np.float32).astype(np.float64).sum(axis=0).astype(np.float32)
+    np.testing.assert_array_equal(summed(range(64)), exact)
+    np.testing.assert_array_equal(summed(reversed(range(64))), exact)
+
+
+def test_a_machine_with_one_device_has_no_mesh_and_a_mesh_has_one_automatic_axis():
+    assert local_mesh(7) is None
+    devices = np.array(jax.devices()[:1]).reshape(1, 1)
+    mesh = one_axis(Mesh(devices, ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2))
+    assert mesh.axis_names == ("devices",)
+    assert mesh.axis_types == (jax.sharding.AxisType.Auto,)
