@@ -2,8 +2,9 @@
 
 import functools
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,8 +37,29 @@ from prox24.forward import (
     run_in_place,
     run_into,
 )
+from prox24.models import decoder
+from prox24.models.decoder import Layer
+from prox24.refine import BlockRefinement, Outcome, block
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
 from prox24.solvers.solve import Refit, Solver, solve
+
+
+class BlockReport(NamedTuple):
+    """How a layer was refined.
+
+    Attributes:
+      outcome: how it ended.
+      error_before: of the layer's output on held-out windows, see `prox24.refine.relative_error`.
+      error: after.
+      steps: of the optimizer.
+      seconds: wall-clock time, compilation included.
+    """
+
+    outcome: Outcome
+    error_before: float
+    error: float
+    steps: int
+    seconds: float
 
 
 class LinearReport(NamedTuple):
@@ -51,6 +73,7 @@ class LinearReport(NamedTuple):
       tokens: calibration tokens that the linear saw; an expert sees those that are routed to it.
       seconds: wall-clock time of the solver and the refit, compilation included.
       statistics: the losses and what else `prox24.solve` says.
+      block: how the layer was refined afterwards, or None.
     """
 
     name: str
@@ -60,13 +83,21 @@ class LinearReport(NamedTuple):
     tokens: int
     seconds: float
     statistics: Statistics
+    block: BlockReport | None = None
 
 
-class PrunedLinear(NamedTuple):
-    """The new values of a linear's weight, in float32 and the checkpoint's layout, and a report."""
+class PrunedTensor(NamedTuple):
+    """The new values of a tensor.
 
+    Attributes:
+      name: of the tensor, by HF's names.
+      values: in float32 and the checkpoint's layout.
+      report: of a linear; None for a norm or a bias that was refined with it.
+    """
+
+    name: str
     values: NDArray[Any]
-    report: LinearReport
+    report: LinearReport | None
 
 
 class PrunedModel(NamedTuple):
@@ -90,7 +121,8 @@ def prune(
     micro_batch: int | None = None,
     activations: Path | None = None,
     mesh: Mesh | None = None,
-) -> Iterator[PrunedLinear]:
+    refinement: BlockRefinement | None = None,
+) -> Iterator[PrunedTensor]:
     """Prunes every linear of every decoder layer; embedding, norms and head are left alone.
 
     For each layer the Grams of its linears are gathered with the layer still dense, from the
@@ -120,8 +152,13 @@ def prune(
       mesh: devices, all of this process, that share the windows and the rows of every weight; their
         number divides the windows. Its axes, of either kind, count as one. None for one device.
 
+      refinement: after its linears are pruned, trains all tensors of a layer together, zeros kept,
+        to put out on the pruned model's activations what the dense layer puts out on the dense
+        model's, which runs alongside. A layer then counts as finished when all its tensors are.
+
     Yields:
-      Each linear, when it is solved. Of what was yielded nothing is kept.
+      Each linear, when it is solved; with a refinement the tensors of a layer, when it is refined.
+      Of what was yielded nothing is kept.
 
     Raises:
       CheckpointError: a linear's input width is not divisible by M.
@@ -132,36 +169,116 @@ def prune(
     model = load_model(checkpoint, mesh)
     widths = {linear.tensor: linear.shape[1] for linear in all_linears(model.config)}
     check_widths(widths, pattern)
-    streams = ["pruned"] if pull is None else ["pruned", "dense"]
+    streams = ["pruned"] if pull is None and refinement is None else ["pruned", "dense"]
     size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
+    if refinement is not None:
+        devices = 1 if model.mesh is None else model.mesh.size
+        size = devices * refinement.micro_batch(len(windows) // devices, size // devices)
     files = None
     if activations is not None:
         files = ActivationFiles(activations, (*windows.shape, model.config.hidden), size)
     first, hidden = _enter(model, windows, size, streams, files)
+    advance = functools.partial(_advance, model, files, hidden)
+    solve_problem = functools.partial(
+        solve, solver=solver, refit=refit, pattern=pattern, damping=damping
+    )
     for index in range(first, len(model.config.layers)):
         dense = layer_weights(model, index)
         weights = dict(dense)
-        yield from _prune_linears(
-            model,
-            index,
-            dense,
-            weights,
-            hidden,
-            functools.partial(solve, solver=solver, refit=refit, pattern=pattern, damping=damping),
-            pull,
-            dtype,
-            finished,
+        done = _put_finished(model, index, weights, finished)
+        refined = refinement is None or done == weights.keys()
+        if not refined:
+            weights, done = dict(dense), set()
+        linears = _prune_linears(
+            model, index, dense, weights, hidden, solve_problem, pull, dtype, done
         )
-        for stream, used in zip(streams, (weights, dense), strict=False):
-            if files is None:
-                run_in_place(model, index, used, hidden[stream])
-            else:
-                results = files.micro_batches(stream, index + 1)
-                run_into(model, index, used, hidden[stream], results)
-                hidden[stream] = results
+        if refined:
+            yield from linears
+        else:
+            reports = {linear.name: linear.report for linear in linears}
+        if "dense" in streams:
+            advance("dense", index, dense)
+        if refinement is not None and not refined:
+            outcome = _refine_layer(model, index, weights, hidden, refinement, dtype)
+            for name, values in weights.items():
+                tensor = decoder.layer_tensor(model.config.names, index, name)
+                report = reports.get(tensor)
+                yield PrunedTensor(
+                    tensor,
+                    np.asarray(oriented(model.config, values.astype(jnp.float32))),
+                    None if report is None else report._replace(block=outcome),
+                )
+        advance("pruned", index, weights)
         if files is not None:
             files.complete(index + 1, streams)
-        del dense, weights, used  # before the next ones are read
+        del dense, weights, linears  # before the next ones are read
+
+
+def _advance(
+    model: Model,
+    files: ActivationFiles | None,
+    hidden: dict[str, list[HiddenStates]],
+    stream: str,
+    index: int,
+    weights: dict[str, Array],
+) -> None:
+    """Replaces what enters a layer by what leaves it."""
+    if files is None:
+        run_in_place(model, index, weights, hidden[stream])
+    else:
+        results = files.micro_batches(stream, index + 1)
+        run_into(model, index, weights, hidden[stream], results)
+        hidden[stream] = results
+
+
+def _put_finished(
+    model: Model, index: int, weights: dict[str, Array], finished: Mapping[str, TensorSource]
+) -> set[str]:
+    """Puts what was written before into the weights of a layer; the names of what was."""
+    done = set()
+    for name, given in weights.items():
+        tensor = decoder.layer_tensor(model.config.names, index, name)
+        if tensor in finished:
+            written = oriented(model.config, jnp.asarray(finished[tensor].read()))
+            weights[name] = everywhere(written, model.mesh).astype(given.dtype)
+            done.add(name)
+    return done
+
+
+def _refine_layer(
+    model: Model,
+    index: int,
+    weights: dict[str, Array],
+    hidden: Mapping[str, list[HiddenStates]],
+    refinement: BlockRefinement,
+    dtype: np.dtype[Any] | None,
+) -> BlockReport:
+    """Trains the weights of a layer, in place, as they will be written."""
+    began = time.perf_counter()
+    pruned = {linear.weight for linear in layer_linears(model.config, index)}
+    batches = len(hidden["pruned"])
+    refined = block(
+        _layer_function(model.config.layers[index]),
+        weights,
+        hidden["pruned"],
+        hidden["dense"],
+        refinement.optimizer(batches),
+        passes=refinement.passes,
+        held_out=refinement.held_out_of(batches),
+        kept={name: values != 0 if name in pruned else True for name, values in weights.items()},
+    )
+    for name, values in refined.params.items():
+        written = values if dtype is None else values.astype(dtype).astype(values.dtype)
+        weights[name] = written
+    seconds = time.perf_counter() - began
+    best = min(loss for loss in refined.losses if math.isfinite(loss))
+    return BlockReport(refined.outcome, refined.losses[0], best, refined.steps, seconds)
+
+
+@functools.lru_cache
+def _layer_function(layer: Layer) -> Callable[[dict[str, Array], Array], Array]:
+    """One function for equal layers, which is compiled once."""
+    return lambda weights, hidden: decoder.layer(layer, weights, hidden, decoder.no_tap)
 
 
 def _enter(
@@ -194,20 +311,16 @@ def _prune_linears(
     solve_problem: Callable[[LayerProblem], Solution],
     pull: float | None,
     dtype: np.dtype[Any] | None,
-    finished: Mapping[str, TensorSource],
-) -> Iterator[PrunedLinear]:
+    done: Collection[str],
+) -> Iterator[PrunedTensor]:
     """Prunes the linears of one layer, and puts what will be written into its weights."""
-    remaining = []
-    for linear in layer_linears(model.config, index):
-        if linear.tensor in finished:
-            written = oriented(model.config, jnp.asarray(finished[linear.tensor].read()))
-            written = everywhere(written, model.mesh)
-            weights[linear.weight] = written.astype(dense[linear.weight].dtype)
-        else:
-            remaining.append(linear)
+    remaining = [
+        linear for linear in layer_linears(model.config, index) if linear.weight not in done
+    ]
     if not remaining:
         return
-    sums = gather_grams(model, index, dense, hidden["pruned"], hidden.get("dense"))
+    alongside = None if pull is None else hidden["dense"]
+    sums = gather_grams(model, index, dense, hidden["pruned"], alongside)
     grams = {name: (gram.total, int(gram.tokens)) for name, gram in sums.grams.items()}
     crosses = {name: cross.total for name, cross in sums.crosses.items()}
     del sums  # with what compensates for rounding, which is as large
@@ -224,14 +337,16 @@ def _prune_linears(
         written = solution.weight.astype(given.dtype if dtype is None else dtype)
         weights[linear.weight] = everywhere(written.astype(given.dtype), model.mesh)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
-        yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
+        values = np.asarray(oriented(model.config, solution.weight))
+        yield PrunedTensor(linear.tensor, values, report)
 
 
-def collect(linears: Iterable[PrunedLinear]) -> PrunedModel:
+def collect(tensors: Iterable[PrunedTensor]) -> PrunedModel:
     """Holds all that `prune` yields."""
-    held = list(linears)
+    held = list(tensors)
     return PrunedModel(
-        {linear.report.name: linear.values for linear in held}, [linear.report for linear in held]
+        {tensor.name: tensor.values for tensor in held},
+        [tensor.report for tensor in held if tensor.report is not None],
     )
 
 

@@ -5,6 +5,7 @@ norms and biases are trained together on the block's output, by any optax optimi
 stay zeros.
 """
 
+import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Sequence
@@ -16,11 +17,53 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from prox24.errors import CalibrationError
 from prox24.optax import keep_pattern
 
 PyTree = Any
 Apply = Callable[[PyTree, Array], Array]
 Loss = Callable[[Array, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockRefinement:
+    """How `prox24.pipeline.prune` refines a layer after its linears are pruned.
+
+    Adam with a rate that falls to zero along a cosine.
+
+    Attributes:
+      rate: the first.
+      passes: over the calibration windows that are not held out.
+      held_out: the share of micro-batches that decides which pass was best; at least one is.
+    """
+
+    rate: float = 2e-4
+    passes: int = 5
+    held_out: float = 0.125
+
+    def micro_batch(self, windows: int, most: int) -> int:
+        """Windows of a step: a divisor of `most`, so that there are eight micro-batches or more.
+
+        Raises:
+          CalibrationError: there is a single window.
+        """
+        if windows < 2:
+            raise CalibrationError("refining takes two calibration windows or more")
+        fits = max(1, windows // 8)
+        return max(size for size in range(1, most + 1) if most % size == 0 and size <= fits)
+
+    def held_out_of(self, batches: int) -> int:
+        """Micro-batches that are held out."""
+        return max(1, round(self.held_out * batches))
+
+    def optimizer(self, batches: int) -> optax.GradientTransformation:
+        """The same object for the same number of micro-batches, so that it is compiled once."""
+        return _adam(self.rate, self.passes * (batches - self.held_out_of(batches)))
+
+
+@functools.lru_cache
+def _adam(rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(rate, max(1, steps)))
 
 
 class Outcome(enum.Enum):

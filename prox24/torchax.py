@@ -27,7 +27,7 @@ from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError, f
 from prox24.forward import batch_size
 from prox24.params import prune_params
 from prox24.perplexity import Perplexity, from_losses, sequence_loss
-from prox24.pipeline import LinearReport, PrunedLinear
+from prox24.pipeline import LinearReport, PrunedTensor
 from prox24.solvers.solve import Refit, Solver
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def prune(
     damping: float = 0.01,
     dtype: np.dtype[Any] | None = None,
     finished: Mapping[str, TensorSource] = MappingProxyType({}),
-) -> Iterator[PrunedLinear]:
+) -> Iterator[PrunedTensor]:
     """Prunes the linears of every decoder layer of any HF decoder, as `prox24.pipeline.prune` does.
 
     The decoder layers are transformers' own modules, each run as a function of JAX. They may depend
@@ -213,7 +213,7 @@ def prune(
                 seconds=time.perf_counter() - began,
                 statistics=matrix.statistics,
             )
-            yield PrunedLinear(values, report)
+            yield PrunedTensor(name, values, report)
         hidden = list(map(functools.partial(jax.jit(apply), params), hidden))
 
 

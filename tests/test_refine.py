@@ -1,14 +1,23 @@
 """Training the kept weights of a block on its output."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_faults import interrupt_after
+from tiny import tokens, write_tiny
 
 import prox24
 from prox24 import refine
-from prox24.refine import Outcome
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.main import main
+from prox24.forward import all_linears, layer_tensors, load_model
+from prox24.pipeline import collect, prune
+from prox24.refine import BlockRefinement, Outcome
+from prox24.solvers.solve import Wanda
 
 BATCHES = 6
 
@@ -170,3 +179,65 @@ def test_equal_blocks_share_one_program(pruned):
     for _ in range(3):
         refine.block(apply, params, inputs, targets, optimizer, passes=1)
     assert len(traces) == 2  # to train and to measure
+
+
+@pytest.mark.parametrize("variant", ["llama1", "gpt2", "qwen2"])
+def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant):
+    write_tiny(tmp_path / "model", variant)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    config = load_model(checkpoint).config
+    windows = tokens(batch=64, length=64)
+    refinement = BlockRefinement(rate=3e-3, passes=6)
+    model = collect(prune(checkpoint, windows, Wanda(), None, refinement=refinement, micro_batch=4))
+    linears = [linear.tensor for linear in all_linears(config)]
+    assert [report.name for report in model.reports] == linears
+    trained = {name for i in range(len(config.layers)) for name in layer_tensors(config, i)}
+    assert model.tensors.keys() == trained
+    for report in model.reports:
+        assert report.block.outcome is Outcome.IMPROVED
+        assert report.block.error < 0.95 * report.block.error_before
+        assert report.block.steps == 6 * 14
+    plain = collect(prune(checkpoint, windows, Wanda(), None, micro_batch=4))
+    first = linears[0]
+    np.testing.assert_array_equal(model.tensors[first] == 0, plain.tensors[first] == 0)
+    axis = 0 if config.names.transposed else 1
+    for name in linears:
+        assert prox24.is_sparse(model.tensors[name], axis=axis)
+    for name in trained - set(linears):
+        assert np.any(model.tensors[name] != checkpoint.read(name)), name
+
+
+def test_a_refined_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch, capsys):
+    write_tiny(tmp_path / "model", dtype="bfloat16")
+    (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
+
+    def run(name, *more):
+        options = ["--method", "wanda", "--refine", "block", "--refine-passes", "2"]
+        options += ["--refine-rate", "0.01", "--sequence-length", "32", "--samples", "8"]
+        options += ["--memory", "1MB", "--calibration", str(tmp_path / "text.txt"), "--quiet"]
+        return main(["prune", str(tmp_path / "model"), str(tmp_path / name), *options, *more])
+
+    def contents(name):
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    assert run("whole", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {linear["block"]["outcome"] for linear in report["linears"]} <= {"improved", "unchanged"}
+    for count in (3, 12):  # in the middle of the first layer, and of the second
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, count, KeyboardInterrupt)
+            assert run("out") == 130
+        assert run("out") == 0
+        assert contents("out") == contents("whole")
+        (tmp_path / "out").rename(tmp_path / f"out-{count}")
+    assert main(["verify", str(tmp_path / "whole")]) == 0
+
+
+def test_a_single_window_is_refused(tmp_path, capsys):
+    write_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
+    command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--refine", "block"]
+    command += ["--calibration", str(tmp_path / "text.txt"), "--samples", "1", "--quiet"]
+    assert main(command) == 2
+    assert "refining takes two calibration windows or more" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]

@@ -72,18 +72,19 @@ def run(arguments: argparse.Namespace) -> int:
             quiet=arguments.quiet,
         )
         destination = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
-        reports: list[LinearReport] = []
+        reports: list[LinearReport | None] = []
         with contextlib.closing(linears):
             write_checkpoint(checkpoint, destination, tensors_of(linears, reports), overwrite=True)
         # What is measured is what was written, read back.
         result = perplexity(open_checkpoint(destination), evaluation)
-        losses = [report.statistics.relative_loss for report in reports]
+        pruned = [report for report in reports if report is not None]
+        losses = [report.statistics.relative_loss for report in pruned]
         rows.append(
             {
                 "method": TITLES.get(method, method) + ("" if refit is None else " + refit"),
                 **result._asdict(),
                 "mean_relative_loss": sum(losses) / len(losses),
-                "solver_seconds": sum(report.seconds for report in reports),
+                "solver_seconds": sum(report.seconds for report in pruned),
                 "seconds": time.perf_counter() - began,
                 "folder": str(destination),
             }

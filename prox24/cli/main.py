@@ -122,6 +122,18 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="where hidden states are between layers; on disk, an interrupted run goes on without "
         "running the finished layers again",
     )
+    command.add_argument(
+        "--refine",
+        choices=("none", "block"),
+        default="none",
+        help="train what is kept of each layer on the dense layer's output, after it is pruned",
+    )
+    command.add_argument(
+        "--refine-rate", type=_positive_number, default=2e-4, help="first rate of Adam (2e-4)"
+    )
+    command.add_argument(
+        "--refine-passes", type=_positive, default=5, help="over the calibration windows (5)"
+    )
     command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     _add_writing(command)
     _add_length(command)

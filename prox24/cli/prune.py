@@ -22,6 +22,7 @@ from prox24.checkpoints.checkpoint import DTYPES, Checkpoint
 from prox24.checkpoints.manifest import write_manifest
 from prox24.checkpoints.tensors import TensorSource
 from prox24.checkpoints.unfinished import (
+    Unfinished,
     Written,
     check_unchanged,
     sha256,
@@ -34,9 +35,10 @@ from prox24.cli.windows import calibration_windows
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
 from prox24.devices import local_mesh
 from prox24.errors import CheckpointError, Prox24Error
-from prox24.forward import all_linears, load_model
-from prox24.pipeline import LinearReport, PrunedLinear, prune
+from prox24.forward import all_linears, layer_tensors, load_model
+from prox24.pipeline import LinearReport, PrunedTensor, prune
 from prox24.plan import fitting_micro_batch
+from prox24.refine import BlockRefinement
 from prox24.solvers.problem import Status
 from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver, check_supported
 
@@ -52,6 +54,9 @@ DECISIVE = (
     "sequence_length",
     "dtype",
     "shard_size",
+    "refine",
+    "refine_rate",
+    "refine_passes",
 )
 """Arguments that decide the result, apart from the source and the calibration text."""
 
@@ -105,8 +110,16 @@ def run(arguments: argparse.Namespace) -> int:
         "versions": versions(),
         "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
     }
+    refinement = None
+    if arguments.refine == "block":
+        refinement = BlockRefinement(arguments.refine_rate, arguments.refine_passes)
+        if not native:
+            raise Prox24Error("--refine is for models with a forward pass of prox24's own")
     with unfinished_folder(arguments.destination, job) as unfinished:
-        figures = [entry["figures"] for entry in unfinished.entries.values()]
+        if refinement is not None:
+            unfinished = _whole_layers(unfinished, checkpoint)
+        figures = [entry["figures"] for entry in unfinished.entries.values() if "figures" in entry]
+        resumed = len(figures)
         on_disk = arguments.activations == "disk"
         linears = prune_with_progress(
             checkpoint,
@@ -121,15 +134,19 @@ def run(arguments: argparse.Namespace) -> int:
             finished=unfinished.finished,
             micro_batch=micro_batch,
             mesh=mesh,
+            refinement=refinement,
             activations=unfinished.folder.with_name("activations") if on_disk else None,
             quiet=arguments.quiet,
             native=native,
         )
-        reports: list[LinearReport] = []
+        reports: list[LinearReport | None] = []
 
         def record(written: Written) -> None:
-            figures.append({key: _plain(value) for key, value in _figures(reports.pop()).items()})
-            unfinished.record(written, {"figures": figures[-1]})
+            report, also = reports.pop(), {}
+            if report is not None:
+                figures.append({key: _plain(value) for key, value in _figures(report).items()})
+                also = {"figures": figures[-1]}
+            unfinished.record(written, also)
 
         with contextlib.closing(linears):  # which ends its progress bar before an error is printed
             digests = fill_folder(
@@ -150,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         "refit": _settings(refit),
         "versions": versions(),
         "calibration_tokens": windows.size,
-        "resumed_linears": len(unfinished.entries),
+        "resumed_linears": resumed,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "linears": figures,
@@ -160,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report)
     elif not arguments.quiet:
-        _print_summary(arguments.destination, figures, len(unfinished.entries), seconds)
+        _print_summary(arguments.destination, figures, resumed, seconds)
     return 0
 
 
@@ -186,6 +203,7 @@ The linears of the layers were pruned by prox24 {versions()["prox24"]}:
 - pattern: {arguments.pattern}, along the input axis
 - method: {arguments.method}
 - refit: {"none" if refit is None else type(refit).__name__}
+- refined: {arguments.refine}
 - calibration: {windows.shape[0]} windows of {windows.shape[1]} tokens from {text}
 """
 
@@ -206,16 +224,22 @@ def prune_with_progress(
     micro_batch: int | None = None,
     activations: Path | None = None,
     mesh: Mesh | None = None,
+    refinement: BlockRefinement | None = None,
     native: bool = True,
-) -> Generator[PrunedLinear]:
+) -> Generator[PrunedTensor]:
     """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
     count = len(all_linears(load_model(checkpoint).config)) if native else None
     own = functools.partial(
-        prune, pull=pull, micro_batch=micro_batch, activations=activations, mesh=mesh
+        prune,
+        pull=pull,
+        micro_batch=micro_batch,
+        activations=activations,
+        mesh=mesh,
+        refinement=refinement,
     )
     run_layers = own if native else torchax.prune
     with progress_bar(title, count, quiet, done=len(finished)) as advance:
-        for linear in run_layers(
+        for tensor in run_layers(
             checkpoint,
             windows,
             solver,
@@ -225,17 +249,29 @@ def prune_with_progress(
             dtype=dtype,
             finished=finished,
         ):
-            yield linear
-            advance(linear.report.name, linear.report.statistics.relative_loss)
+            yield tensor
+            if tensor.report is not None:
+                advance(tensor.name, tensor.report.statistics.relative_loss)
 
 
 def tensors_of(
-    linears: Iterable[PrunedLinear], reports: list[LinearReport]
+    tensors: Iterable[PrunedTensor], reports: list[LinearReport | None]
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Names and values as they come; the reports are kept, the values are not."""
-    for values, report in linears:
+    for name, values, report in tensors:
         reports.append(report)
-        yield report.name, values
+        yield name, values
+
+
+def _whole_layers(unfinished: Unfinished, checkpoint: Checkpoint) -> Unfinished:
+    """Without the tensors of a layer that is not all there, which is refined anew as a whole."""
+    config = load_model(checkpoint).config
+    layers = [layer_tensors(config, index) for index in range(len(config.layers))]
+    whole = {name for names in layers if names <= unfinished.entries.keys() for name in names}
+    return unfinished._replace(
+        entries={name: entry for name, entry in unfinished.entries.items() if name in whole},
+        finished={name: tensor for name, tensor in unfinished.finished.items() if name in whole},
+    )
 
 
 def _print_summary(
@@ -250,6 +286,10 @@ def _print_summary(
         ["largest relative loss", f"{losses[worst]:.4f}  {worst}"],
         ["seconds", f"{seconds:.0f}"],
     ]
+    blocks = [linear["block"] for linear in linears if linear["block"]]
+    if blocks:
+        errors = [np.mean([block[key] for block in blocks]) for key in ("error_before", "error")]
+        rows.append(["mean error of a layer, refined", f"{errors[0]:.4f} to {errors[1]:.4f}"])
     if resumed:
         rows.append(["done by the run before", f"{resumed} linears"])
     cut = [linear for linear in linears if linear["status"] == Status.MAX_STEPS.value]
@@ -270,7 +310,8 @@ def _print_summary(
 def _figures(linear: LinearReport) -> dict[str, Any]:
     """A linear of the report as one flat object."""
     own = {key: value for key, value in linear._asdict().items() if key != "statistics"}
-    return own | {"status": linear.status.value} | linear.statistics._asdict()
+    block = linear.block and linear.block._asdict() | {"outcome": linear.block.outcome.value}
+    return own | {"status": linear.status.value, "block": block} | linear.statistics._asdict()
 
 
 def _settings(part: Any) -> Any:
