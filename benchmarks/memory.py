@@ -2,19 +2,24 @@
 
     python benchmarks/memory.py --layers 8 16 32
     MALLOC_MMAP_THRESHOLD_=1048576 python benchmarks/memory.py --layers 8 16 32
+    python benchmarks/memory.py --layers 32 --limit 3000000000
 
 A layer has 31 million random weights, 126 MB in float32. Each checkpoint is pruned by Wanda in a
 process of its own, whose peak resident memory its report states. glibc keeps what is freed for
 reuse, in pieces of up to 32 MB that often do not fit; the second command has it give back what is
-larger than 1 MB.
+larger than 1 MB. The third has the kernel end the process if it takes more than the limit, with
+what the kernel caches of its files, in a memory cgroup of its own (which takes root).
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +65,33 @@ def write_model(folder: Path, layers: int) -> int:
     return sum(4 * math.prod(shape) for shape in shapes.values())
 
 
-def prune(folder: Path, layers: int, samples: int) -> dict[str, float]:
+@contextlib.contextmanager
+def cgroup(limit: int | None) -> Iterator[Callable[[], None] | None]:
+    """A memory cgroup of version 1 or 2 with a limit; what a new process calls to join it."""
+    if limit is None:
+        yield None
+        return
+    first = Path("/sys/fs/cgroup/memory")
+    root, file = (
+        (first, "memory.limit_in_bytes") if first.exists() else (first.parent, "memory.max")
+    )
+    group = root / f"prox24-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / file).write_text(str(limit))
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None
+    finally:
+        group.rmdir()
+
+
+def prune(folder: Path, layers: int, samples: int, limit: int | None) -> dict[str, float]:
     """Writes, prunes and deletes a checkpoint; what the process took."""
     size = write_model(folder / "model", layers)
     command = [sys.executable, "-m", "prox24", "prune", "model", "pruned", "--method", "wanda"]
     command += ["--samples", str(samples), "--sequence-length", "128", "--quiet"]
-    subprocess.run([*command, "--report", "report.json"], cwd=folder, check=True)
+    command += ["--report", "report.json"]
+    with cgroup(limit) as join:
+        subprocess.run(command, cwd=folder, check=True, preexec_fn=join)
     report = json.loads((folder / "report.json").read_text())
     return {
         "layers": layers,
@@ -81,12 +107,13 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 128 tokens")
+    parser.add_argument("--limit", type=int, metavar="BYTES", help="of memory, by a cgroup")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     rows = []
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(prune(Path(folder), layers, arguments.samples))
+            rows.append(prune(Path(folder), layers, arguments.samples, arguments.limit))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
     table = Table()
