@@ -30,9 +30,10 @@ import tempfile
 import time
 import traceback
 import tracemalloc
+import types
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,12 +273,7 @@ def gguf_seeds() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         plain, quantised = (gguf_seed(path, "llama", *case) for case in ((LLAMA, 0), (wide, 1)))
-        return [plain, quantised, gguf_seed(path, "qwen2", without_biases(qwen), False)]
-
-
-def without_biases(config: dict[str, Any]) -> dict[str, Any]:
-    """Qwen2 has biases, which `GGUF_NAMES` covers, since they go by their modules."""
-    return config
+        return [plain, quantised, gguf_seed(path, "qwen2", qwen, False)]
 
 
 def msgpack_seeds() -> list[bytes]:
@@ -314,11 +310,46 @@ KEYS = ["__metadata__", "__class__", "__dict__", "attribute_map", "self", "cls",
 KEYS += ["num_hidden_layers", "n_layer", "head_dim", "layer_types", "id2label", "to_dict", "dtype"]
 KEYS += ["rope_parameters", "rope_scaling", "partial_rotary_factor", "quantization_config"]
 KEYS += ["num_experts", "num_key_value_heads", "per_layer_config", "model_type", "mlp_only_layers"]
-TOKENS = [b"\xff" * 8, b"\0" * 8, b"cos\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"(tR", b"\x81"]
-TOKENS += [b"\x82\x01", b"b", b"e", b"u", b"t", b"2", b"0", b"h\x00", b"q\x00", b"j\0\0\0\0", b"\x94"]
+TOKENS = [
+    b"\xff" * 8,
+    b"\0" * 8,
+    b"cos\nsystem\n",
+    b"\x8c\x02os\x8c\x06system\x93",
+    b"(tR",
+    b"\x81",
+]
+TOKENS += [
+    b"\x82\x01",
+    b"b",
+    b"e",
+    b"u",
+    b"t",
+    b"2",
+    b"0",
+    b"h\x00",
+    b"q\x00",
+    b"j\0\0\0\0",
+    b"\x94",
+]
 TOKENS += [b"r\xff\xff\xff\x0f", b"\x96" + b"\xff\xff\xff\x7f\0\0\0\0", b"\x8e" + b"\xff" * 8]
-TOKENS += [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc9\0\0\0\x08\x01", b"\x9a", b"\x85"]
-TOKENS += [b"PK\x01\x02", b"PK\x05\x06", b"PK\x03\x04", b"GGUF", b'"', b"{", b"[", b"\\ud800", b"e999"]
+TOKENS += [
+    b"\xdd\xff\xff\xff\xff",
+    b"\xdf\xff\xff\xff\xff",
+    b"\xc9\0\0\0\x08\x01",
+    b"\x9a",
+    b"\x85",
+]
+TOKENS += [
+    b"PK\x01\x02",
+    b"PK\x05\x06",
+    b"PK\x03\x04",
+    b"GGUF",
+    b'"',
+    b"{",
+    b"[",
+    b"\\ud800",
+    b"e999",
+]
 
 
 class Twin(str):
@@ -459,7 +490,7 @@ class Format(NamedTuple):
     mutate: Callable[[bytes, random.Random], bytes] | None = None
     opened: str = "."
     any_family: bool = True
-    beside: dict[str, bytes] = {}
+    beside: Mapping[str, bytes] = types.MappingProxyType({})
 
 
 def formats() -> dict[str, Format]:
@@ -547,16 +578,6 @@ class Watch:
             self.seen.append(f"{event} {str(arguments)[:200]}")
 
 
-class Tally(NamedTuple):
-    """What came of the files of a format: how many, how many were read whole, the worst."""
-
-    files: int
-    read: int
-    seconds: float
-    slowest: float
-    largest: float
-
-
 def run(name: str, seed: int, start: int, count: int, output: Path, progress: Any) -> int:
     """Reads the files from `start` on, in this process; prints one line and returns failures."""
     case = formats()[name]
@@ -588,7 +609,9 @@ def run(name: str, seed: int, start: int, count: int, output: Path, progress: An
             watch.on, problem = True, None
             clock = time.perf_counter()
             try:
-                whole += read(folder / case.opened, case.any_family, name == "gguf" and not number % 5)
+                whole += read(
+                    folder / case.opened, case.any_family, name == "gguf" and not number % 5
+                )
             except Exception as error:
                 watch.on = False
                 frame = traceback.extract_tb(error.__traceback__)[-1]

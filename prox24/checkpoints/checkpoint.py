@@ -114,7 +114,7 @@ def parameter_shapes(
 def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     config = hf_folder.read_json(path / "config.json")
     if not any_family:
-        parameter_shapes(config, ())  # an unknown model says so before its files are opened
+        config_from_hf(config)  # an unknown model says so before its files are opened
     _check_quantization(path, config)
     shards = hf_folder.open_shards(path, FORMATS)
     tensors = {name: source for shard in shards for name, source in shard.items()}
@@ -145,7 +145,11 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
 
 def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
-    if quantization is not None and quantization.get("quant_method") != "fp8":
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: the quantization_config of config.json is no JSON object")
+    if quantization.get("quant_method") != "fp8":
         raise CheckpointError(
             f"{path}: the weights are quantised ({quantization.get('quant_method')}), "
             "which is read for fp8 only; dequantise the model first"
