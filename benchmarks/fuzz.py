@@ -1,6 +1,6 @@
 """Hostile files: mutates tiny valid ones, and opens each and reads all of its tensors.
 
-    python benchmarks/fuzz.py --count 100000
+    TMPDIR=/dev/shm python benchmarks/fuzz.py --count 100000
     python benchmarks/fuzz.py --count 100000 --format gguf --seed 1
 
 A file may be read, or refused with a `Prox24Error`. A failure is
@@ -11,11 +11,13 @@ A file may be read, or refused with a `Prox24Error`. A failure is
 - a file opened outside the folder, or for writing; a module imported, a process started, anything
   compiled or executed.
 
-Files that fail are kept in the folder `--output`. The same seed makes the same files.
+Files that fail are kept in the folder `--output`. The same seed makes the same files. They are
+written to where temporary files are, which should be memory.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import mmap
 import os
@@ -53,8 +55,9 @@ FACTOR = 64
 """Tensors of a GGUF take up to 20 times the file when they are dequantised."""
 ALLOWANCE = 4 * 2**20
 ADDRESS_SPACE = 2**31
-"""What the process may reserve beyond what it has at the start; for libraries that tracemalloc
-does not see."""
+"""What the process may reserve beyond what it has at the start: for libraries that tracemalloc does
+not see, and for the modules that they import."""
+PROGRESS = struct.Struct("<QQ")
 
 FORBIDDEN = {
     "code.__new__",
@@ -402,23 +405,23 @@ def mutate_tree(tree: Any, chance: random.Random) -> Any:
     for _ in range(chance.choice((1, 1, 2, 3))):
         places = list(places_in(tree))
         if not places:
-            return chance.choice(VALUES)
+            return json_copy(chance.choice(VALUES))
         node, key = chance.choice(places)
         match chance.randrange(8):
             case 0 | 1 | 2:
-                node[key] = chance.choice(VALUES)
+                node[key] = json_copy(chance.choice(VALUES))
             case 3:
                 del node[key]
             case 4 if isinstance(node, dict):
-                node[Twin(key)] = chance.choice([node[key], chance.choice(VALUES)])
+                node[Twin(key)] = json_copy(chance.choice([node[key], chance.choice(VALUES)]))
             case 5 if isinstance(node, dict):
                 name = chance.choice([*KEYS, *map(str, VALUES)])
-                node[name] = chance.choice([node[key], chance.choice(VALUES)])
+                node[name] = json_copy(chance.choice([node[key], chance.choice(VALUES)]))
             case 6:
                 other, place = chance.choice(places)
                 node[key] = json_copy(other[place])
             case _:
-                node[key] = [node[key]] * chance.choice((1, 2, 70))
+                node[key] = [json_copy(node[key]) for _ in range(chance.choice((1, 2, 70)))]
     return tree
 
 
@@ -578,8 +581,11 @@ class Watch:
             self.seen.append(f"{event} {str(arguments)[:200]}")
 
 
-def run(name: str, seed: int, start: int, count: int, output: Path, progress: Any) -> int:
-    """Reads the files from `start` on, in this process; prints one line and returns failures."""
+def run(name: str, seed: int, numbers: range, output: Path, seen: Callable[[int], object]) -> int:
+    """Reads files in this process; prints a line for all, and returns how many failed.
+
+    Each number is told to `seen` before it is read.
+    """
     case = formats()[name]
     failures: Counter[str] = Counter()
     whole, slowest, largest = 0, 0.0, 0.0
@@ -595,13 +601,12 @@ def run(name: str, seed: int, start: int, count: int, output: Path, progress: An
             for _ in range(2):
                 read(folder / case.opened, case.any_family, name == "gguf")
         watch = Watch(folder)
-        limit_address_space()
         tracemalloc.start(1)
         began = time.perf_counter()
-        for number in range(start, start + count):
+        for number in numbers:
             content = mutated(case, seed, number)
             (folder / case.file).write_bytes(content)
-            progress[:8] = struct.pack("<Q", number + 1)
+            seen(number)
             tracemalloc.reset_peak()
             before, _ = tracemalloc.get_traced_memory()
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # which ends the process
@@ -635,8 +640,8 @@ def run(name: str, seed: int, start: int, count: int, output: Path, progress: An
         seconds = time.perf_counter() - began
         tracemalloc.stop()
     print(
-        f"{name}: {count} files, {whole} read, {sum(failures.values())} failed, "
-        f"{count / seconds:.0f} files/s, slowest {slowest:.2f} s, "
+        f"{name}: {len(numbers)} files, {whole} read, {sum(failures.values())} failed, "
+        f"{len(numbers) / seconds:.0f} files/s, slowest {slowest:.2f} s, "
         f"most memory {largest / 2**20:.2f} MiB",
         flush=True,
     )
@@ -655,24 +660,25 @@ def keep(output: Path, name: str, number: int, content: bytes) -> None:
     (output / f"{name}-{number}").write_bytes(content)
 
 
-def supervise(arguments: argparse.Namespace, name: str) -> int:
-    """Runs processes until all files of a format were read; one that ends early is a failure."""
-    failures, start, end = 0, arguments.start, arguments.start + arguments.count
+def supervise(arguments: argparse.Namespace) -> int:
+    """Reads all files in a process of its own, and after its early end those that remain."""
+    names, start, failures = list(arguments.format), arguments.start, 0
     with tempfile.NamedTemporaryFile() as file:
-        file.write(bytes(8))
+        file.write(PROGRESS.pack(0, 0))
         file.flush()
-        while start < end:
-            command = [sys.executable, __file__, "--format", name, "--progress", file.name]
-            command += ["--seed", str(arguments.seed), "--start", str(start)]
-            command += ["--count", str(end - start), "--output", str(arguments.output)]
+        while names:
+            command = [sys.executable, __file__, "--progress", file.name, "--format", *names]
+            command += ["--seed", str(arguments.seed), "--start", str(arguments.start)]
+            command += ["--first", str(start), "--count", str(arguments.count)]
+            command += ["--output", str(arguments.output)]
             status = subprocess.run(command, check=False).returncode
             if status in (0, 1):
                 return failures + status
-            number = struct.unpack("<Q", Path(file.name).read_bytes())[0] - 1
-            if number < start:
-                raise SystemExit(f"{name}: the process ended with {status} before its first file")
-            print(f"{name} {number}: the process ended with {status}", flush=True)
-            keep(arguments.output, name, number, mutated(formats()[name], arguments.seed, number))
+            place, number = PROGRESS.unpack(Path(file.name).read_bytes())
+            names = names[place:]
+            print(f"{names[0]} {number}: the process ended with {status}", flush=True)
+            content = mutated(formats()[names[0]], arguments.seed, number)
+            keep(arguments.output, names[0], number, content)
             failures, start = failures + 1, number + 1
     return failures
 
@@ -688,15 +694,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("fuzz-failures"))
     parser.add_argument("--progress", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     if arguments.progress is None:
-        return min(1, sum(supervise(arguments, name) for name in arguments.format))
-    with open(arguments.progress, "r+b") as file, mmap.mmap(file.fileno(), 8) as progress:
-        [name] = arguments.format
-        failures = run(
-            name, arguments.seed, arguments.start, arguments.count, arguments.output, progress
-        )
+        return min(1, supervise(arguments))
+    failures, end = 0, arguments.start + arguments.count
+    limit_address_space()
+    with open(arguments.progress, "r+b") as file, mmap.mmap(file.fileno(), 16) as progress:
+        for place, name in enumerate(arguments.format):
+            first = arguments.start if place else arguments.first
+            seen = functools.partial(PROGRESS.pack_into, progress, 0, place)
+            failures += run(name, arguments.seed, range(first, end), arguments.output, seen)
     return min(1, failures)
 
 
