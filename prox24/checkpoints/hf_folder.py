@@ -124,7 +124,7 @@ def _open_index(folder: Path, files: WeightFiles) -> list[dict[str, TensorSource
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in (".", ".."):
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
             raise CheckpointError(f"{index} places tensor {name} outside the folder: {shard!r}")
     places = {files.tensor_name(name): shard for name, shard in weight_map.items()}
     shards = {name: _open_file(folder / name, files) for name in sorted(set(places.values()))}
