@@ -138,6 +138,24 @@ def test_a_blob_of_the_hub_that_is_a_link_itself_is_refused(tmp_path):
         open_checkpoint(folder)
 
 
+def test_code_in_a_folder_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    write_tiny(tmp_path / "source")
+    monkeypatch.setattr("builtins.input", lambda *arguments: pytest.fail("a question"))
+    code = f"open({str(tmp_path / 'proof')!r}, 'w')\nclass Own: pass\n"
+    (tmp_path / "source" / "own.py").write_text(code)
+    for name, maps in {
+        "config.json": {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]},
+        "tokenizer_config.json": {"AutoTokenizer": ["own.Own", "own.Own"]},
+    }.items():
+        file = tmp_path / "source" / name
+        settings = json.loads(file.read_text()) | {"auto_map": maps, "tokenizer_class": "Own"}
+        file.write_text(json.dumps(settings))
+    checkpoint = open_checkpoint(tmp_path / "source")
+    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+        checkpoint.load_tokenizer()
+    assert not (tmp_path / "proof").exists()
+
+
 # config.json
 
 WRONG_CONFIGS = {
