@@ -295,7 +295,7 @@ def msgpack_seeds() -> list[bytes]:
 
 
 NUMBERS = [0, 1, 2, 3, 7, 8, 16, 31, 32, 64, 100, 127, 128, 255, 256, 4096, 65535, 65536]
-NUMBERS += [2**n + d for n in (24, 28, 30, 31, 32, 40, 48, 60, 62, 63, 64) for d in (-1, 0, 1)]
+NUMBERS += [2**n + d for n in (9, 10, 20, 24, 28, 30, 31, 32, 40, 48, 60, 62, 63, 64) for d in (-1, 0, 1)]
 DEEP, DIGITS = "@deep", "@digits"
 """Stand for JSON that `json.dumps` does not write."""
 VALUES: list[Any] = [

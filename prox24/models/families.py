@@ -43,12 +43,12 @@ PARALLEL_ONE_NORM = Residual(before_mlp="input_layernorm", parallel=True)
 
 
 LIMITS = {
-    "num_hidden_layers": 2**12,
+    "num_hidden_layers": 2**10,
     "hidden_size": 2**20,
     "num_attention_heads": 2**12,
     "head_dim": 2**16,
 }
-MLPS = 2**16
+MLPS = 2**14
 """Beyond any model, and its experts in all; a small config.json should not take more memory."""
 
 WRONG_VALUE = (
