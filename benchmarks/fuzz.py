@@ -16,6 +16,7 @@ written to where temporary files are, which should be memory.
 """
 
 import argparse
+import codecs
 import contextlib
 import functools
 import json
@@ -600,6 +601,8 @@ def run(name: str, seed: int, numbers: range, output: Path, seen: Callable[[int]
             (folder / case.file).write_bytes(content)
             for _ in range(2):
                 read(folder / case.opened, case.any_family, name == "gguf")
+        for codec in ("cp437", "raw_unicode_escape"):  # of zip files and old pickles
+            codecs.lookup(codec)
         watch = Watch(folder)
         tracemalloc.start(1)
         began = time.perf_counter()
