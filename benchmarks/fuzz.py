@@ -296,7 +296,9 @@ def msgpack_seeds() -> list[bytes]:
 
 
 NUMBERS = [0, 1, 2, 3, 7, 8, 16, 31, 32, 64, 100, 127, 128, 255, 256, 4096, 65535, 65536]
-NUMBERS += [2**n + d for n in (9, 10, 20, 24, 28, 30, 31, 32, 40, 48, 60, 62, 63, 64) for d in (-1, 0, 1)]
+NUMBERS += [
+    2**n + d for n in (9, 10, 20, 24, 28, 30, 31, 32, 40, 48, 60, 62, 63, 64) for d in (-1, 0, 1)
+]
 DEEP, DIGITS = "@deep", "@digits"
 """Stand for JSON that `json.dumps` does not write."""
 VALUES: list[Any] = [
@@ -571,6 +573,28 @@ class Watch:
         self.seen: list[str] = []
         sys.addaudithook(self.hook)
 
+    def read(self, case: Format, tokenizer: bool) -> tuple[str, bool, int]:
+        """Reads a model; returns the problem, whether all was read, and the memory that it took."""
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # which ends the process
+        signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
+        self.on, problem, complete = True, "", False
+        try:
+            complete = read(self.folder / case.opened, case.any_family, tokenizer)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of Rust is no Exception
+            self.on = False
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            problem = f"{error!r:.200} at {frame.filename}:{frame.lineno}"
+        self.on = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        problem = self.seen[0] if self.seen else problem
+        self.seen.clear()
+        return problem, complete, tracemalloc.get_traced_memory()[1] - before
+
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.on:
             return
@@ -610,32 +634,19 @@ def run(name: str, seed: int, numbers: range, output: Path, seen: Callable[[int]
             content = mutated(case, seed, number)
             (folder / case.file).write_bytes(content)
             seen(number)
-            tracemalloc.reset_peak()
-            before, _ = tracemalloc.get_traced_memory()
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # which ends the process
-            signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
-            watch.on, problem = True, None
-            clock = time.perf_counter()
-            try:
-                whole += read(
-                    folder / case.opened, case.any_family, name == "gguf" and not number % 5
-                )
-            except Exception as error:
-                watch.on = False
-                frame = traceback.extract_tb(error.__traceback__)[-1]
-                problem = f"{error!r:.200} at {frame.filename}:{frame.lineno}"
-            watch.on = False
-            slowest = max(slowest, time.perf_counter() - clock)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            taken = tracemalloc.get_traced_memory()[1] - before
+            problem, complete, taken = "", False, 0
+            # Twice where it takes much memory: a table of the interpreter grows at times.
+            for _ in range(2):
+                clock = time.perf_counter()
+                problem, complete, taken = watch.read(case, name == "gguf" and not number % 5)
+                slowest = max(slowest, time.perf_counter() - clock)
+                if taken <= FACTOR * len(content) + ALLOWANCE:
+                    break
+            else:
+                problem = problem or f"{taken} bytes of memory for a file of {len(content)}"
+            whole += complete
             largest = max(largest, taken)
-            if taken > FACTOR * len(content) + ALLOWANCE:
-                problem = f"{taken} bytes of memory for a file of {len(content)}"
-            if watch.seen:
-                problem = watch.seen[0]
-                watch.seen.clear()
-            if problem is not None:
+            if problem:
                 failures[problem] += 1
                 if failures[problem] == 1:
                     print(f"{name} {number}: {problem}", flush=True)

@@ -90,9 +90,9 @@ def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> 
         found = FAMILIES[kind](transformers.AutoConfig.for_model(**given))
     except WRONG_VALUE as error:
         reason = " ".join(str(error).split()) or repr(error)
-        raise UnsupportedModelError(f"config.json of a {kind} model: {reason}") from error
+        raise UnsupportedModelError(f"the config of a {kind} model: {reason}") from error
     if sum(layer.mlp.experts.number if layer.mlp.experts else 1 for layer in found.layers) > MLPS:
-        raise UnsupportedModelError(f"config.json of a {kind} model: more than {MLPS} experts")
+        raise UnsupportedModelError(f"the config of a {kind} model: more than {MLPS} experts")
     bare = found._replace(names=found.names._replace(base=""))
     present = outer_tensor(bare.names, "embed_tokens.weight") in tensors
     return bare if present else found
@@ -101,11 +101,11 @@ def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> 
 def _check_sizes(kind: str, config: Mapping[str, Any]) -> None:
     aliases = CONFIG_MAPPING[kind].attribute_map
     for name, limit in LIMITS.items():
-        for key in {name, aliases.get(name, name)}:
+        for key in sorted({name, aliases.get(name, name)}):
             value = config.get(key)
             if value is not None and not (type(value) is int and 0 < value <= limit):
                 raise UnsupportedModelError(
-                    f"config.json of a {kind} model: {key} is {value!r}, "
+                    f"the config of a {kind} model: {key} is {value!r}, "
                     f"not a number from 1 to {limit}"
                 )
 
