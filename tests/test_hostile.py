@@ -307,6 +307,9 @@ HOSTILE_PICKLES = {
     "gets what was not put": b"h\x07",
     "appends to a dict": b"}" + text("x") + b"a",
     "joins numbers to a name": number(1) + number(2) + b"\x93",
+    "many arguments": entries({"x": call("torch._utils._rebuild_parameter", *[tensor()] * 9)}),
+    "many parts of a storage": entries({"x": tensor(stored=items(*[text("storage")] * 9) + b"Q")}),
+    "many dimensions": entries({"x": tensor((1,) * 65, (1,) * 65)}),
     "calls text": text("x") + items() + b"R",
 }
 

@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import TensorSource, is_possible, read_entries
+from prox24.checkpoints.tensors import MAX_DIMENSIONS, TensorSource, is_possible, read_entries
 from prox24.errors import CheckpointError, first_line
 
 STORAGES: dict[str, np.dtype[Any]] = {
@@ -42,6 +42,8 @@ STORAGES: dict[str, np.dtype[Any]] = {
 ZIP_START = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
+MAX_ARGUMENTS = 8
+"""Of a function; a long tuple of arguments, passed again and again, would take forever."""
 
 
 class _Storage(NamedTuple):
@@ -81,7 +83,7 @@ def _ordered_dict() -> dict[Any, Any]:
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradient: Any) -> _View:
     if not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple:
         raise ValueError("a tensor is described by something else than storage, shape and strides")
-    if len(shape) != len(strides):
+    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
     if not all(
         type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *strides)
@@ -112,10 +114,14 @@ def _find(name: str) -> _Name:
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Name) or function.name not in FUNCTIONS:
         raise ValueError("it calls something else than a function")
+    if type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
+        raise ValueError(f"it calls a function without arguments, or more than {MAX_ARGUMENTS}")
     return FUNCTIONS[function.name](*arguments)
 
 
 def _storage(pid: Any) -> _Storage:
+    if type(pid) is not tuple or len(pid) not in (5, 6):
+        raise ValueError("a storage is described by something else than five or six things")
     # The legacy format adds what part of another storage this is, and torch always writes None.
     kind, storage_type, key, _device, length, *part = pid
     if (
@@ -158,9 +164,9 @@ def _run(file: BinaryIO) -> Any:
         return taken
 
     def fill(keys_and_values: list[Any]) -> None:
-        # Text only: a tuple of the same tuple twice, and so on, takes forever to hash or to print.
-        if not all(type(key) is str for key in keys_and_values[::2]):
-            raise ValueError("a key of a dict is something else than text")
+        # No tuple: one of the same tuple twice, and so on, takes forever to hash or to print.
+        if not all(type(key) in (str, int) for key in keys_and_values[::2]):
+            raise ValueError("a key of a dict is neither text nor a number")
         stack[-1].update(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
 
     argument: Any
@@ -299,7 +305,7 @@ def _views(state: Any) -> dict[str, _View]:
     if not isinstance(state, dict):
         raise ValueError("it holds no dict of tensors")
     for name, view in state.items():
-        if not isinstance(view, _View):
+        if type(name) is not str or not isinstance(view, _View):
             raise ValueError(f"its entry {name!r} is not a tensor")
     return dict(state)
 
