@@ -44,9 +44,9 @@ PARALLEL_ONE_NORM = Residual(before_mlp="input_layernorm", parallel=True)
 
 LIMITS = {
     "num_hidden_layers": 2**10,
-    "hidden_size": 2**20,
+    "hidden_size": 2**16,
     "num_attention_heads": 2**12,
-    "head_dim": 2**16,
+    "head_dim": 2**12,
 }
 MLPS = 2**14
 """Beyond any model, and its experts in all; a small config.json should not take more memory."""
