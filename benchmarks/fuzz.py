@@ -53,7 +53,7 @@ from prox24.errors import CheckpointError, Prox24Error
 
 SECONDS = 2
 FACTOR = 64
-"""Tensors of a GGUF take up to 20 times the file when they are dequantised."""
+"""To dequantise a tensor of a GGUF takes up to 42 times its bytes."""
 ALLOWANCE = 4 * 2**20
 ADDRESS_SPACE = 2**31
 """What the process may reserve beyond what it has at the start: for libraries that tracemalloc does

@@ -197,6 +197,13 @@ def test_the_alias_of_a_number_of_layers_has_the_limit_too():
         config_from_hf({"model_type": "gpt2", "n_layer": 10**9})
 
 
+@pytest.mark.parametrize("field", ["num_key_value_heads", "sliding_window"])
+@pytest.mark.parametrize("value", ["gpt2", 0.5, -1, [1], True])
+def test_a_field_that_a_family_has_not_is_checked_where_it_counts(field, value):
+    with pytest.raises(UnsupportedModelError, match=r"heads of keys|sliding window"):
+        config_from_hf({"model_type": "gpt2", field: value})
+
+
 def test_more_experts_than_any_model_has_are_refused():
     with pytest.raises(UnsupportedModelError, match="more than 16384 experts"):
         config_from_hf(config_dict("olmoe", num_hidden_layers=2) | {"num_experts": 10**6})

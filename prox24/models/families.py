@@ -150,7 +150,14 @@ def _attention(hf: PreTrainedConfig, **changes: Any) -> Callable[[int], Attentio
         }
         if "rope" not in changes:
             settings["rope"] = rope(kind)
-        return Attention(**(settings | changes))
+        found = Attention(**(settings | changes))
+        # Transformers checks the fields of a family, and lets others have any value.
+        keys, window = found.key_value_heads, found.window
+        if type(keys) is not int or keys < 1 or heads % keys:
+            raise UnsupportedModelError(f"{keys!r} heads of keys for {heads} heads of queries")
+        if window is not None and (type(window) is not int or window < 1):
+            raise UnsupportedModelError(f"a sliding window of {window!r} tokens")
+        return found
 
     return of_layer
 
