@@ -323,7 +323,7 @@ NAMED = {
     touch("subprocess.getoutput"): "subprocess.getoutput",
     evaluate: "builtins.eval",
     old_eval: "__builtin__.eval",
-    instance: "os.system",
+    instance: "INST",
     dotted: "OrderedDict.fromkeys",
     of_torch: "torch.load",
     of_this_module: "pickle_file.open_file",
@@ -334,7 +334,7 @@ NAMED = {
 @pytest.mark.parametrize(("make", "refused"), NAMED.items(), ids=list(NAMED.values()))
 def test_no_other_nameis_called(tmp_path, write, make, refused):
     body = make(tmp_path / "proof")
-    with pytest.raises(CheckpointError, match=f"names .*{refused}, which has no place"):
+    with pytest.raises(CheckpointError, match=rf"(names|instruction) .*{refused}, which"):
         pickle_file.open_file(write(tmp_path / "x.bin", body))
     assert not (tmp_path / "proof").exists()
 

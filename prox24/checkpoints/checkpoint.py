@@ -114,17 +114,21 @@ def parameter_shapes(
 def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     config = hf_folder.read_json(path / "config.json")
     if not any_family:
-        parameter_shapes(config, ())  # an unknown model says so before its files are opened
+        config_from_hf(config)  # an unknown model says so before its files are opened
     _check_quantization(path, config)
     shards = hf_folder.open_shards(path, FORMATS)
     tensors = {name: source for shard in shards for name, source in shard.items()}
     if not any_family:
-        tensors = _without_copies(tensors, parameter_shapes(config, tensors))
+        shapes = parameter_shapes(config, tensors)
+        tensors = _without_copies(tensors, shapes)
     tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+            # Not asked whether to trust code in the folder: it is not run.
+            return AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # transformers raises a different type for each missing file
             raise CheckpointError(
                 f"{path}: the tokenizer cannot be loaded: {first_line(error)}"
@@ -139,13 +143,17 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
         carried=hf_folder.carried_files(path),
     )
     if not any_family:
-        _check_tensors(checkpoint)
+        _check_tensors(checkpoint, shapes)
     return checkpoint
 
 
 def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
-    if quantization is not None and quantization.get("quant_method") != "fp8":
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: the quantization_config of config.json is no JSON object")
+    if quantization.get("quant_method") != "fp8":
         raise CheckpointError(
             f"{path}: the weights are quantised ({quantization.get('quant_method')}), "
             "which is read for fp8 only; dequantise the model first"
@@ -177,12 +185,11 @@ def _open_gguf(path: Path) -> Checkpoint:
         load_tokenizer=contents.load_tokenizer,
         carried=[],
     )
-    _check_tensors(checkpoint)
+    _check_tensors(checkpoint, parameter_shapes(contents.config, contents.tensors))
     return checkpoint
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    shapes = parameter_shapes(checkpoint.config, checkpoint.tensors)
+def _check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         if name not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")

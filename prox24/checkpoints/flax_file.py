@@ -6,18 +6,27 @@ class had a norm of its own.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import flax.serialization
 import flax.traverse_util
+import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import Put, TensorSource, writing
-from prox24.errors import CheckpointError, UnsupportedModelError
+from prox24.checkpoints.safetensors_file import DTYPES
+from prox24.checkpoints.tensors import (
+    MAX_DIMENSIONS,
+    Put,
+    TensorSource,
+    is_possible,
+    writing,
+)
+from prox24.errors import CheckpointError, UnsupportedModelError, first_line
 
 NORM_LEAVES: dict[str, str] = {
     "bert": "scale",
@@ -44,6 +53,13 @@ EMBEDDINGS = (
     "wte",
 )
 """Modules whose matrix is an embedding; that of any other is a linear."""
+
+
+DTYPE_NAMES = {dtype.name: dtype for dtype in DTYPES.values()}
+ARRAY = 1
+"""Flax's code for an extension of msgpack that holds shape, dtype and bytes of an array."""
+CHUNKED = "__msgpack_chunked_array__"
+"""Marks a dict that holds an array in pieces, since msgpack has no extension beyond 4 GiB."""
 
 
 def tensor_name(path: str) -> str:
@@ -99,11 +115,43 @@ def open_file(path: Path) -> dict[str, TensorSource]:
       CheckpointError: the file is damaged or holds something else than arrays.
     """
     try:
-        tree = flax.serialization.msgpack_restore(path.read_bytes())
+        # Not by Flax, which believes what a list says of its length, and knows more than arrays.
+        tree = msgpack.unpackb(
+            path.read_bytes(), ext_hook=_array, object_hook=_joined, raw=False, max_array_len=0
+        )
         leaves = flax.traverse_util.flatten_dict(tree, sep="/")
     except Exception as error:  # msgpack, flax and numpy have no exception in common
-        raise CheckpointError(f"{path} cannot be read as msgpack: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as msgpack: {first_line(error)}") from error
     return {tensor_name(leaf): _source(path, leaf, values) for leaf, values in leaves.items()}
+
+
+def _array(code: int, data: bytes) -> NDArray[Any] | None:
+    if code != ARRAY:
+        return None
+    shape, dtype, content = msgpack.unpackb(data, max_array_len=MAX_DIMENSIONS)
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(f"an array has dtype {dtype!r}")
+    return _reshaped(np.frombuffer(content, DTYPE_NAMES[dtype]), tuple(shape))
+
+
+def _joined(tree: dict[str, Any]) -> Any:
+    """An array that Flax cut into chunks, or the dict as it is."""
+    if CHUNKED not in tree:
+        return tree
+    shape, chunks = (
+        tuple(tree[name][str(index)] for index in range(len(tree[name])))
+        for name in ("shape", "chunks")
+    )
+    if len({chunk.dtype for chunk in chunks}) != 1:
+        raise ValueError("the chunks of an array differ in dtype")
+    return _reshaped(np.concatenate(chunks), shape)
+
+
+def _reshaped(values: NDArray[Any], shape: tuple[Any, ...]) -> NDArray[Any]:
+    is_shape = all(type(length) is int and length >= 0 for length in shape)
+    if not is_shape or not is_possible(shape, values.dtype) or math.prod(shape) != values.size:
+        raise ValueError("the shape of an array is not that of its entries")
+    return values.reshape(shape)
 
 
 def _source(path: Path, leaf: str, values: Any) -> TensorSource:

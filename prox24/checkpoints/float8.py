@@ -58,7 +58,9 @@ def dequantise(
 
 
 def _blocks(shape: tuple[int, ...], block: Any) -> tuple[int, ...] | None:
-    if block is None or not len(shape) == len(block) == 2 or min(block) < 1:
+    if not isinstance(block, list) or not len(shape) == len(block) == 2:
+        return None
+    if not all(type(size) is int and size > 0 for size in block):
         return None
     return tuple(-(-length // size) for length, size in zip(shape, block, strict=True))
 
@@ -67,12 +69,16 @@ def _product(
     weight: TensorSource, scale: TensorSource, block: Any, dtype: np.dtype[Any]
 ) -> TensorSource:
     def read() -> NDArray[Any]:
-        factors = scale.read().astype(np.float32)
+        with np.errstate(over="ignore"):
+            factors = scale.read().astype(np.float32)
         if factors.size == 1:
             factors = factors.reshape(())
         else:
-            rows, columns = weight.shape
-            factors = np.repeat(np.repeat(factors, block[0], 0)[:rows], block[1], 1)[:, :columns]
-        return (weight.read().astype(np.float32) * factors).astype(dtype)
+            for axis, length in enumerate(weight.shape):
+                # A block may be larger than the weight, however large.
+                factors = np.repeat(factors, min(block[axis], length), axis)
+            factors = factors[: weight.shape[0], : weight.shape[1]]
+        with np.errstate(all="ignore"):  # who reads it looks for NaN and Inf
+            return (weight.read().astype(np.float32) * factors).astype(dtype)
 
     return TensorSource(weight.shape, dtype, read)

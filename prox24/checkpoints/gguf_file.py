@@ -1,17 +1,18 @@
 """Reading GGUF files: HF's names, layout and config out of llama.cpp's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
-from gguf.quants import dequantize
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quant_shape_to_byte_shape
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from prox24.checkpoints.gguf_header import StoredTensor, read_header
 from prox24.checkpoints.gguf_tokenizer import build_tokenizer
-from prox24.checkpoints.tensors import TensorSource
+from prox24.checkpoints.tensors import TensorSource, read_entries
 from prox24.errors import CheckpointError, UnsupportedModelError
 
 TOP_TENSORS = {
@@ -98,71 +99,97 @@ def open_gguf(path: Path) -> GGUFContents:
       UnsupportedModelError: an architecture that is not in `ARCHITECTURES`.
     """
     try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the reader has no exceptions of its own
+        metadata, stored = read_header(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
     kind = metadata.get("general.architecture")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         supported = ", ".join(map(repr, ARCHITECTURES))
         raise UnsupportedModelError(
             f"GGUF architecture {kind!r} is not supported; supported: {supported}"
         )
     architecture = ARCHITECTURES[kind]
-    try:
-        config = _config(kind, metadata, {tensor.name for tensor in reader.tensors})
-        tensors = {
-            _hf_name(tensor.name, architecture, path): _source(tensor, architecture, config)
-            for tensor in reader.tensors
-            if tensor.name != ROPE_FREQUENCIES
-        }
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks the metadata field {error}") from error
+    config = _config(path, metadata, stored)
+    tensors = {
+        _hf_name(name, architecture, path): _source(path, name, tensor, architecture, config)
+        for name, tensor in stored.items()
+    }
     length = config["max_position_embeddings"]
     return GGUFContents(config, tensors, lambda: build_tokenizer(metadata, length, path))
 
 
-def _config(kind: str, metadata: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    architecture = ARCHITECTURES[kind]
-    own = {
-        name.removeprefix(f"{kind}."): value
-        for name, value in metadata.items()
-        if name.startswith(f"{kind}.")
-    }
-    if ROPE_FREQUENCIES in names or own.get("rope.scaling.type", "none") != "none":
+class _Fields:
+    """The metadata of a file, of the types that they must have."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.prefix = f"{metadata['general.architecture']}."
+
+    def of_type(self, kind: type, name: str, default: Any = None) -> Any:
+        value = self.metadata.get(name, default)
+        if value is None:
+            raise CheckpointError(f"{self.path} lacks the metadata field {name!r}")
+        if type(value) is not kind:
+            raise CheckpointError(f"{self.path}: the metadata field {name!r} is no {kind.__name__}")
+        return value
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """An integer from 1 on, of the architecture."""
+        value: int = self.of_type(int, self.prefix + name, default)
+        if value < 1:
+            raise CheckpointError(
+                f"{self.path}: the metadata field {self.prefix + name} is {value}"
+            )
+        return value
+
+    def real(self, name: str, default: float | None = None) -> float:
+        """A number that may have digits behind the point, of the architecture."""
+        value: float = self.of_type(float, self.prefix + name, default)
+        return value
+
+
+def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    kind = metadata["general.architecture"]
+    architecture, fields = ARCHITECTURES[kind], _Fields(path, metadata)
+    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    if ROPE_FREQUENCIES in names or scaling != "none":
         raise UnsupportedModelError(
             "a GGUF with scaled rope frequencies does not say how they were scaled; "
             "prune the model's HF folder instead"
         )
-    heads, hidden = own["attention.head_count"], own["embedding_length"]
-    head_dim = own.get("attention.key_length") or own.get("rope.dimension_count") or hidden // heads
+    heads, hidden = fields.number("attention.head_count"), fields.number("embedding_length")
+    layers = fields.number("block_count")
+    head_dim = fields.number(
+        "attention.key_length", fields.number("rope.dimension_count", hidden // heads)
+    )
     config = {
         "architectures": [architecture.hf_class],
         "model_type": architecture.model_type,
         "hidden_size": hidden,
-        "intermediate_size": own["feed_forward_length"],
-        "num_hidden_layers": own["block_count"],
+        "intermediate_size": fields.number("feed_forward_length"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": own.get("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.number("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": own["context_length"],
-        "rms_norm_eps": float(np.float32(own["attention.layer_norm_rms_epsilon"])),
-        "rope_theta": own.get("rope.freq_base", 10000.0),
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "max_position_embeddings": fields.number("context_length"),
+        "rms_norm_eps": fields.real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": fields.real("rope.freq_base", 10000.0),
+        "vocab_size": len(fields.of_type(list, "tokenizer.ggml.tokens")),
         "tie_word_embeddings": "output.weight" not in names,
         "torch_dtype": "float32",
         **architecture.settings,
     }
     if kind == "gemma3":
-        config["sliding_window"] = own["attention.sliding_window"]
+        config["sliding_window"] = fields.number("attention.sliding_window")
         # The model of 62 layers is the one that does not scale by the width of its heads.
-        is_27b = own["block_count"] == 62
+        is_27b = layers == 62
         config["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
     for field in ("bos", "eos", "pad"):
         name = "padding" if field == "pad" else field
-        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token is not None:
-            config[f"{field}_token_id"] = token
+        token = f"tokenizer.ggml.{name}_token_id"
+        if token in metadata:
+            config[f"{field}_token_id"] = fields.of_type(int, token)
     return config
 
 
@@ -179,22 +206,35 @@ def _hf_name(name: str, architecture: Architecture, path: Path) -> str:
 
 
 def _source(
-    tensor: gguf.ReaderTensor, architecture: Architecture, config: dict[str, Any]
+    path: Path,
+    name: str,
+    tensor: StoredTensor,
+    architecture: Architecture,
+    config: dict[str, Any],
 ) -> TensorSource:
-    shape = tuple(int(length) for length in reversed(tensor.shape))
-    module = tensor.name.rpartition(".")[0].rpartition(".")[2]
+    module = name.rpartition(".")[0].rpartition(".")[2]
     rotated = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    is_float16 = tensor.tensor_type == gguf.GGMLQuantizationType.F16
+    heads = rotated.get(module) if architecture.pairs else None
+    if heads is not None and tensor.shape[0] % (2 * heads):
+        raise CheckpointError(f"{path}: the {tensor.shape[0]} rows of {name} are not {heads} heads")
+    is_float16 = tensor.kind == GGMLQuantizationType.F16
 
     def read() -> NDArray[Any]:
-        values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        if architecture.pairs and module in rotated:
-            values = _undo_rope_permutation(values, rotated[module])
+        content = read_entries(path, tensor.start, tensor.size, np.dtype(np.uint8))
+        rows = content.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
+        try:
+            with np.errstate(all="ignore"):  # who reads it looks for NaN and Inf
+                values = dequantize(rows, tensor.kind).reshape(tensor.shape)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
+        if heads is not None:
+            values = _undo_rope_permutation(values, heads)
         if module.endswith("norm"):
-            values = values - np.float32(architecture.norm_offset)
+            with np.errstate(all="ignore"):
+                values = values - np.float32(architecture.norm_offset)
         return values.astype(np.float16) if is_float16 else values
 
-    return TensorSource(shape, np.dtype(np.float16 if is_float16 else np.float32), read)
+    return TensorSource(tensor.shape, np.dtype(np.float16 if is_float16 else np.float32), read)
 
 
 def _undo_rope_permutation(values: NDArray[Any], heads: int) -> NDArray[Any]:

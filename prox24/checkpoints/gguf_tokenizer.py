@@ -15,7 +15,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prox24.errors import CheckpointError
+from prox24.errors import CheckpointError, first_line
 
 # How a byte-level vocabulary cuts text before merging, by tokenizer.ggml.pre.
 LLAMA3_SPLIT = (
@@ -38,6 +38,8 @@ PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     ],
 }
 
+MAX_TOKEN = 1024
+"""Characters of a token; the time to find the merges of a longer one grows with its square."""
 CONTROL_TOKEN = 3
 USER_DEFINED_TOKEN = 4
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -53,10 +55,21 @@ def build_tokenizer(
     vocabulary is SentencePiece or Llama 3.
 
     Raises:
-      CheckpointError: another tokenizer.
+      CheckpointError: another tokenizer, or one that its metadata do not describe.
     """
+    try:
+        return _build(metadata, context_length, path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers has no exceptions of its own
+        raise CheckpointError(
+            f"{path}: the tokenizer cannot be built: {first_line(error)}"
+        ) from error
+
+
+def _build(metadata: dict[str, Any], context_length: int, path: Path) -> PreTrainedTokenizerBase:
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind == "gpt2" and split in PRE_TOKENIZERS:
+    if kind == "gpt2" and isinstance(split, str) and split in PRE_TOKENIZERS:
         tokenizer = _byte_level(metadata, PRE_TOKENIZERS[split])
     elif kind == "llama":
         tokenizer = _sentence_piece(metadata)
@@ -96,6 +109,8 @@ def build_tokenizer(
 
 
 def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+    if max(map(len, metadata["tokenizer.ggml.tokens"])) > MAX_TOKEN:
+        raise ValueError(f"a token has more than {MAX_TOKEN} characters")
     return {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
 
 

@@ -27,6 +27,10 @@ NOT_CARRIED = (
 )
 
 
+MAX_DEPTH = 100
+"""Levels of a JSON file; what is much deeper can be neither compared nor printed nor written."""
+
+
 class WeightFiles(NamedTuple):
     """How a format names its files, and what reads one of them.
 
@@ -73,17 +77,32 @@ def read_json(path: Path) -> dict[str, Any]:
     """Decodes a JSON object.
 
     Raises:
-      CheckpointError: the file is missing, is not JSON, or holds something else than an object.
+      CheckpointError: the file is missing, is a link to outside its folder, is not JSON, is nested
+        too deeply, or holds something else than an object.
     """
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: there is no such file")
+    check_inside(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        depth = _depth(value)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError:
+        depth = MAX_DEPTH + 1
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{path} is nested in more than {MAX_DEPTH} levels")
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return value
+
+
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def open_shards(folder: Path, formats: Iterable[WeightFiles]) -> list[dict[str, TensorSource]]:
@@ -108,7 +127,7 @@ def _open_index(folder: Path, files: WeightFiles) -> list[dict[str, TensorSource
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in (".", ".."):
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
             raise CheckpointError(f"{index} places tensor {name} outside the folder: {shard!r}")
     places = {files.tensor_name(name): shard for name, shard in weight_map.items()}
     shards = {name: _open_file(folder / name, files) for name in sorted(set(places.values()))}
@@ -124,26 +143,41 @@ def _open_index(folder: Path, files: WeightFiles) -> list[dict[str, TensorSource
 
 
 def _open_file(path: Path, files: WeightFiles) -> dict[str, TensorSource]:
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name that is too long
+        found = False
+    if not found:
         raise CheckpointError(f"shard {path} is missing")
-    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
-        _check_hub_link(path)
+    check_inside(path)
     return files.open_file(path)
 
 
-def _check_hub_link(path: Path) -> None:
-    """Lets through the links of a hub cache (snapshots/REVISION/FILE to blobs/HASH), no others."""
-    snapshots = path.parent.resolve().parent
-    if snapshots.name != "snapshots" or path.resolve().parent != snapshots.parent / "blobs":
-        raise CheckpointError(f"shard {path} is a link to outside the folder")
+def check_inside(path: Path) -> None:
+    """Refuses a link to outside a file's folder, but for those of a hub cache.
+
+    There snapshots/REVISION/FILE is a link to blobs/HASH.
+
+    Raises:
+      CheckpointError: the file is such a link.
+    """
+    if not path.is_symlink():
+        return
+    target, folder = path.resolve().parent, path.parent.resolve()
+    is_cached = folder.parent.name == "snapshots" and target == folder.parent.parent / "blobs"
+    if target != folder and not is_cached:
+        raise CheckpointError(f"{path} is a link to outside the folder")
 
 
 def carried_files(folder: Path) -> list[Path]:
     """The files that go with a model whatever its weights: tokenizer, generation config, licence.
 
     config.json is written anew, the manifest tells of this model alone: they are not among them.
+
+    Raises:
+      CheckpointError: one is a link to outside the folder, from where it would be copied.
     """
-    return sorted(
+    carried = sorted(
         path
         for path in folder.iterdir()
         if path.is_file()
@@ -151,3 +185,6 @@ def carried_files(folder: Path) -> list[Path]:
         and not path.name.startswith(".")
         and not path.name.endswith(NOT_CARRIED)
     )
+    for path in carried:
+        check_inside(path)
+    return carried

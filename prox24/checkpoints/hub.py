@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.errors import CheckpointError
+from prox24.errors import CheckpointError, first_line
 
 ID = re.compile(r"(?P<model>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?")
 
@@ -57,9 +57,9 @@ def download(text: str, formats: Iterable[WeightFiles]) -> Path:
                 allow_patterns=[*OTHER_FILES, f"{files.stem}*{files.suffix}"],
             )
         except Exception as error:  # the hub has a different type for each failure
-            reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
-                f"{text} is no folder or .gguf file, and cannot be had from the hub: {reason}"
+                f"{text} is no folder or .gguf file, and cannot be had from the hub: "
+                f"{first_line(error)}"
             ) from error
         if files.are_in(Path(folder)):
             return Path(folder)

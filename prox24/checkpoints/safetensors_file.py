@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import Put, Spec, TensorSource, read_entries
+from prox24.checkpoints.tensors import Put, Spec, TensorSource, is_possible, read_entries
 from prox24.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -51,12 +51,14 @@ def open_file(path: Path) -> dict[str, TensorSource]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"shard {path} cannot be read: {error}") from error
     header.pop("__metadata__", None)
-    return {name: _source(path, 8 + length, entry) for name, entry in header.items()}
+    return {name: _source(path, 8 + length, name, entry) for name, entry in header.items()}
 
 
-def _source(path: Path, start: int, entry: dict[str, Any]) -> TensorSource:
+def _source(path: Path, start: int, name: str, entry: dict[str, Any]) -> TensorSource:
     shape = tuple(entry["shape"])
     dtype = DTYPES.get(entry["dtype"], np.dtype(np.void))
+    if not is_possible(shape, dtype):
+        raise CheckpointError(f"shard {path}: tensor {name} has shape {shape}, as no array has")
 
     # Not by safe_open, which has no float8 for numpy.
     def read() -> NDArray[Any]:

@@ -1,6 +1,7 @@
 """A tensor in a file, known by shape and dtype before it is read."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from prox24.errors import CheckpointError, DiskError
 
 Put = Callable[[str, NDArray[Any]], None]
 """Writes the values of a tensor, by name, to the place that a file has for it."""
+
+MAX_DIMENSIONS = 64  # numpy's
 
 FINITE_CHECK = 2**22
 """Entries that are checked at a time, so that the copies which that takes stay small."""
@@ -36,6 +39,17 @@ class TensorSource(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], NDArray[Any]]
+
+
+def is_possible(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether numpy has arrays of a shape, which it has not of all that are empty.
+
+    Example:
+      >>> is_possible((0, 2**40), np.dtype(np.int8)), is_possible((0, 2**63), np.dtype(np.int8))
+      (True, False)
+    """
+    width = max(dtype.itemsize, 1)
+    return len(shape) <= MAX_DIMENSIONS and math.prod(n or 1 for n in shape) * width < 2**63
 
 
 def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -75,7 +89,7 @@ def writing(destination: Path) -> Iterator[None]:
 def is_finite(values: NDArray[Any]) -> bool:
     """Whether no entry is NaN or Inf, in any dtype of numpy or ml_dtypes."""
     entries = values.reshape(-1)
-    return all(
-        np.isfinite(entries[i : i + FINITE_CHECK].astype(np.float32)).all()
-        for i in range(0, entries.size, FINITE_CHECK)
-    )
+    parts = (entries[i : i + FINITE_CHECK] for i in range(0, entries.size, FINITE_CHECK))
+    if values.dtype.kind not in "biuf":  # ml_dtypes's, which float32 holds
+        parts = (part.astype(np.float32) for part in parts)
+    return all(np.isfinite(part).all() for part in parts)

@@ -4,11 +4,13 @@
 `prox24.models.decoder` raises; it is never ignored.
 """
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from prox24.errors import UnsupportedModelError
 from prox24.models.decoder import (
@@ -40,6 +42,30 @@ PARALLEL = Residual(parallel=True)
 PARALLEL_ONE_NORM = Residual(before_mlp="input_layernorm", parallel=True)
 
 
+LIMITS = {
+    "num_hidden_layers": 2**10,
+    "hidden_size": 2**16,
+    "num_attention_heads": 2**12,
+    "head_dim": 2**12,
+}
+MLPS = 2**14
+"""Beyond any model, and its experts in all; a small config.json should not take more memory."""
+
+WRONG_VALUE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers, and a family, run into if a field has a value of another kind."""
+
+UNUSED = ("dtype", "torch_dtype", "id2label", "label2id", "num_labels")
+"""What transformers reads torch for, or makes as many entries of as it is told."""
+
+
 def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Config:
     """Reads HF's config.json.
 
@@ -55,17 +81,33 @@ def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> 
       4096
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
         raise UnsupportedModelError(f"model_type {kind!r} is not supported; supported: {supported}")
+    _check_sizes(kind, config)
+    given = {name: value for name, value in config.items() if name not in UNUSED}
     try:
-        hf = transformers.AutoConfig.for_model(**config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"config.json of a {kind} model: {error}") from error
-    found = FAMILIES[kind](hf)
+        found = FAMILIES[kind](transformers.AutoConfig.for_model(**given))
+    except WRONG_VALUE as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UnsupportedModelError(f"the config of a {kind} model: {reason}") from error
+    if sum(layer.mlp.experts.number if layer.mlp.experts else 1 for layer in found.layers) > MLPS:
+        raise UnsupportedModelError(f"the config of a {kind} model: more than {MLPS} experts")
     bare = found._replace(names=found.names._replace(base=""))
     present = outer_tensor(bare.names, "embed_tokens.weight") in tensors
     return bare if present else found
+
+
+def _check_sizes(kind: str, config: Mapping[str, Any]) -> None:
+    aliases = CONFIG_MAPPING[kind].attribute_map
+    for name, limit in LIMITS.items():
+        for key in sorted({name, aliases.get(name, name)}):
+            value = config.get(key)
+            if value is not None and not (type(value) is int and 0 < value <= limit):
+                raise UnsupportedModelError(
+                    f"the config of a {kind} model: {key} is {value!r}, "
+                    f"not a number from 1 to {limit}"
+                )
 
 
 def _decoder(
@@ -95,6 +137,7 @@ def _attention(hf: PreTrainedConfig, **changes: Any) -> Callable[[int], Attentio
     """Grouped heads, rotary positions, and the windows that the config gives to each layer."""
     heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    rope = functools.cache(functools.partial(read_rope, hf, head_dim))  # by the type of a layer
 
     def of_layer(index: int) -> Attention:
         kind = _layer_type(hf, index)
@@ -106,8 +149,15 @@ def _attention(hf: PreTrainedConfig, **changes: Any) -> Callable[[int], Attentio
             "window": getattr(hf, "sliding_window", None) if kind != "full_attention" else None,
         }
         if "rope" not in changes:
-            settings["rope"] = read_rope(hf, head_dim, kind)
-        return Attention(**(settings | changes))
+            settings["rope"] = rope(kind)
+        found = Attention(**(settings | changes))
+        # Transformers checks the fields of a family, and lets others have any value.
+        keys, window = found.key_value_heads, found.window
+        if type(keys) is not int or keys < 1 or heads % keys:
+            raise UnsupportedModelError(f"{keys!r} heads of keys for {heads} heads of queries")
+        if window is not None and (type(window) is not int or window < 1):
+            raise UnsupportedModelError(f"a sliding window of {window!r} tokens")
+        return found
 
     return of_layer
 

@@ -34,10 +34,17 @@ def read_rope(hf: PreTrainedConfig, head_dim: int, layer_type: str | None = None
         raise UnsupportedModelError(
             f"rope type {kind!r} is not supported; supported are {supported}"
         )
-    rotated = int(head_dim * (given.get("partial_rotary_factor") or 1.0))
+    part = given.get("partial_rotary_factor") or 1.0
+    if not 0 < part <= 1:
+        raise UnsupportedModelError(f"partial_rotary_factor {part} is not supported")
+    rotated = int(head_dim * part)
     exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
-    frequencies = 1 / np.float32(given["rope_theta"]) ** exponents
-    return KINDS[kind](frequencies, given, hf)
+    with np.errstate(all="ignore"):
+        frequencies = 1 / np.float32(given["rope_theta"]) ** exponents
+        rope = KINDS[kind](frequencies, given, hf)
+    if not np.isfinite([rope.scale, *rope.frequencies, *(rope.long or ())]).all():
+        raise UnsupportedModelError(f"the rotary frequencies of rope type {kind!r} are not finite")
+    return rope
 
 
 def _rope(frequencies: Frequencies, scale: float = 1.0) -> Rope:
