@@ -15,10 +15,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import config_dict, random_weights, tokens, write_folder
 
-from prox24 import is_sparse
+from prox24 import forward, is_sparse
 from prox24.calibration.gram import add_layer_inputs, empty_gram
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.core.pattern import Pattern
+from prox24.devices import apart, local_mesh
 from prox24.forward import embed_windows, layer_linears, layer_weights, load_model
 from prox24.pipeline import collect, prune
 from prox24.solvers.admm import ADMM
@@ -121,7 +122,8 @@ def solver_reports():
 
 def model_reports(folder):
     """One report for each number of devices, against one device; and for the last, done twice."""
-    config = config_dict(intermediate_size=44)  # 8 divides some widths and not others.
+    forward.BATCH_TOKENS = 32  # two windows, on each device
+    config = config_dict(intermediate_size=32)  # one shape to compile
     write_folder(folder, config, random_weights(config))
     checkpoint, windows = open_checkpoint(folder), tokens(batch=16, length=16)
 
@@ -129,7 +131,7 @@ def model_reports(folder):
         return collect(prune(checkpoint, windows, ADMM(), ConjugateGradients(), mesh=mesh))
 
     expected = pruned(None)
-    for count in (1, 2, 8):
+    for count in (2, 8):
         mesh = jax.make_mesh((count,), ("any",), devices=jax.devices()[:count])
         result = pruned(mesh)
         masks, others = (
@@ -161,6 +163,9 @@ def model_reports(folder):
     arguments = (model.config.layers[0], layer_weights(model, 0), hidden, None, grams, {})
     text = add_layer_inputs.lower(*arguments).compile().as_text()
     yield {"gathering": [kind for kinds in collectives(text).values() for kind in kinds]}
+    shapes = (8, 4), (44, 4)
+    copies = [apart(jnp.ones(s), model.mesh).sharding.is_fully_replicated for s in shapes]
+    yield {"copied": copies, "odd": local_mesh(windows=12).size}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""Compiles the pruning of a layer of Llama-3.1-8B for TPUs, without a TPU, and counts its memory.
+
+    pip install libtpu && python benchmarks/layer_tpu.py
+
+libtpu holds the compiler; nothing is executed. Each program is compiled for one chip and for a mesh
+of eight, with the rows of weights and the windows of the text sharded and the rest replicated. The
+memory is that of one chip: arguments, results that are not donated arguments, and temporaries, as
+the compiler reports them; and what `prox24.pipeline.prune` holds on the chip beside them. The exit
+code is 1 if a program does not compile or its memory is above 16 GB.
+
+The solver is compiled in its parts, the steps of ADMM and the conjugate gradients. `--whole`
+compiles `prox24.solve` instead, which factors the Gram and has its eigenvectors as well: each
+program then takes many minutes.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# JAX reads these when it is imported. The last three keep libtpu from asking for the machine's, and
+# from the lock of a TPU that is not there.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from prox24.calibration.gram import GramSum, add_layer_inputs
+from prox24.core.pattern import Pattern
+from prox24.devices import AXIS
+from prox24.forward import run_layer
+from prox24.models import decoder
+from prox24.models.families import config_from_hf
+from prox24.solvers.admm import ADMM, iterate
+from prox24.solvers.problem import LayerProblem, Normalized
+from prox24.solvers.refit import ConjugateGradients
+from prox24.solvers.solve import solve_program
+
+CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}
+LIMIT = 16e9
+WINDOWS, LENGTH = 128, 2048
+PATTERN = Pattern(2, 4)
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function, its arguments as shapes, and the bytes that are held beside them."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    held: float
+
+
+def programs(mesh: Mesh, whole: bool) -> Iterator[Program]:
+    """What runs for a layer, on the chips of a mesh."""
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.float32, *axes: str) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    def rows(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
+        return array(shape, dtype, AXIS)
+
+    layer = config_from_hf(LLAMA).layers[0]
+    shapes = decoder.layer_shapes(layer)
+    inputs = decoder.linear_inputs(layer)
+    widths = {source: shapes[f"{name}.weight"][1] for name, source in inputs.items()}
+    weights = {name: array(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    hidden = rows((mesh.size, LENGTH, 4096))
+    grams = {
+        name: GramSum(*(rows((mesh.size, n, n)),) * 2, rows((mesh.size,), jnp.int32))
+        for name, n in widths.items()
+    }
+    states = 4 * 4096 * LENGTH * (WINDOWS // mesh.size - 1)
+    yield Program("layer", run_layer, (layer, weights, hidden), states)
+    yield Program(
+        "layer and Grams", add_layer_inputs, (layer, weights, hidden, None, grams, {}), states
+    )
+    # Hidden states, the layer dense and pruned, and the Grams.
+    held = states + 4 * sum(2 * 2 * np.prod(s) for s in shapes.values()) / 4
+    held += 8 * sum(n * n for n in widths.values())
+    methods = jax.tree.map(
+        lambda x: array((), jnp.result_type(jnp.float32 if isinstance(x, float) else x)),
+        (ADMM(), ConjugateGradients()),
+    )
+    for out, width in sorted({shapes[f"{name}.weight"] for name in inputs}):
+        weight, square, line = rows((out, width)), array((width, width)), array((width,))
+        size = f"{out} x {width}"
+        if whole:
+            problem = LayerProblem(weight, square)
+            yield Program(
+                f"solve, {size}",
+                solve_program,
+                (problem, *methods, array(()), PATTERN),
+                held - 4 * width * width,
+            )
+            continue
+        yield Program(
+            f"steps of ADMM, {size}",
+            jax.jit(iterate, static_argnums=3),
+            (weight, line, square, PATTERN, methods[0]),
+            held,
+        )
+        yield Program(
+            f"conjugate gradients, {size}",
+            jax.jit(lambda refit, *rest: refit(*rest, PATTERN)),
+            (methods[1], Normalized(weight, square, line), weight, rows((out, width), jnp.bool)),
+            held,
+        )
+
+
+def gigabytes(compiled: Any, held: float) -> dict[str, float]:
+    """The memory of one chip."""
+    memory = compiled.memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "held beside": held,
+    }
+    return {name: size / 1e9 for name, size in parts.items()}
+
+
+def main() -> int:
+    """Compiles everything that was asked for, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--whole", action="store_true", help="the solver as one program")
+    parser.add_argument("--chip", choices=CHIPS, action="append", help="both by default")
+    parser.add_argument("--devices", type=int, choices=(1, 8), action="append")
+    parser.add_argument("--only", default="", help="programs whose names begin so")
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("libtpu") is None:
+        print(
+            "libtpu, which holds the TPU compiler, is missing: pip install libtpu", file=sys.stderr
+        )
+        return 2
+    parts = ("arguments", "results", "temporary", "held beside")
+    table = Table(title=f"Llama-3.1-8B, GB of one chip, jax {jax.__version__}")
+    for name in ("chip", "chips", "program", *parts, "in all", "GB accessed"):
+        table.add_column(name, justify="left" if name in ("chip", "program") else "right")
+    console, fits = Console(), True
+    for chip in arguments.chip or CHIPS:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+        for count in arguments.devices or (1, 8):
+            mesh = Mesh(np.array(topology.devices[:count]), (AXIS,))
+            for program in programs(mesh, arguments.whole):
+                if not program.name.startswith(arguments.only):
+                    continue
+                place = [chip, str(count), program.name]
+                try:
+                    compiled = program.function.lower(*program.arguments).compile()
+                except jax.errors.JaxRuntimeError as error:
+                    print(*place, error, file=sys.stderr, sep=": ")
+                    fits = False
+                    continue
+                sizes = gigabytes(compiled, program.held)
+                total = sum(sizes.values())
+                fits &= total * 1e9 <= LIMIT
+                accessed = compiled.cost_analysis()["bytes accessed"] / 1e9
+                cells = [f"{sizes[part]:.2f}" for part in parts]
+                table.add_row(*place, *cells, f"{total:.2f}", f"{accessed:.1f}")
+                print(*place, *cells, f"{total:.2f}", f"{accessed:.1f}", file=sys.stderr)
+    console.print(table)
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
