@@ -55,7 +55,7 @@ SECONDS = 2
 FACTOR = 64
 """To dequantise a tensor of a GGUF takes up to 42 times its bytes."""
 ALLOWANCE = 2**22
-"""Bytes; a config.json may ask for as many experts as any model has, whose names take more."""
+"""Bytes. A config.json may ask for the names of as many experts as a model has, which are more."""
 CONFIG_ALLOWANCE = 3 * 2**23
 ADDRESS_SPACE = 2**31
 """What the process may reserve beyond what it has at the start: for libraries that tracemalloc does
