@@ -221,7 +221,8 @@ class ADMM:
         curvature = diagonal * (others_free / diagonal) ** self.scaling
         normalized = normalize(problem.weight, gram, curvature)
         start, planar_gram = to_planes(normalized, pattern)
-        final = iterate(start, *jnp.linalg.eigh(planar_gram), pattern, self)
+        eigenvalues, basis = jnp.linalg.eigh(planar_gram)
+        final = iterate(start, eigenvalues, basis, pattern, self)
         blocks = jnp.split(final.weight + final.dual, pattern.group, axis=1)
         before = jnp.split(final.sparse, pattern.group, axis=1)
         last = self.sparsify.end(blocks, before, pattern)
