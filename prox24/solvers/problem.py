@@ -244,7 +244,7 @@ def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Nor
     magnitude = jnp.mean(jnp.abs(weight * deviation[None, :]))
     # The last bits of a mean depend on the order of its terms, and with it on the number of devices
     # that share the rows. A unit needs none of them.
-    magnitude = lax.reduce_precision(magnitude, exponent_bits=8, mantissa_bits=10)
+    magnitude = lax.reduce_precision(magnitude, int(jnp.finfo(magnitude.dtype).nexp), 10)
     scale = deviation / jnp.where(magnitude > 0, magnitude, 1)
     scaled = gram / (deviation[:, None] * deviation[None, :])
     return Normalized(weight * scale[None, :], scaled, scale)
