@@ -27,8 +27,9 @@ def reference(problem, solver, sparsify):
     curvature = curvature * np.diagonal(np.linalg.inv(gram)) ** -solver.scaling
     scale = np.sqrt(curvature)
     original = np.asarray(problem.weight)
-    fraction, exponent = np.frexp(np.mean(np.abs(original * scale)))
-    scale = scale / np.ldexp(np.round(fraction * 2**11) / 2**11, exponent)
+    magnitudes = np.abs(original * scale)
+    fraction, exponent = np.frexp(magnitudes.mean() / magnitudes.max())
+    scale = scale / (magnitudes.max() * np.ldexp(np.round(fraction * 2**11) / 2**11, exponent))
     gram = gram / np.sqrt(np.outer(curvature, curvature))
     start = original * scale
     w, u = start, np.zeros_like(start)

@@ -241,10 +241,12 @@ def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Nor
       curvature: shape (in,), positive; the diagonal of the Gram, which becomes 1, if None.
     """
     deviation = jnp.sqrt(jnp.diagonal(gram) if curvature is None else curvature)
-    magnitude = jnp.mean(jnp.abs(weight * deviation[None, :]))
+    magnitudes = jnp.abs(weight * deviation[None, :])
     # The last bits of a mean depend on the order of its terms, and with it on the number of devices
-    # that share the rows. A unit needs none of them.
-    magnitude = lax.reduce_precision(magnitude, int(jnp.finfo(magnitude.dtype).nexp), 10)
+    # that share the rows; a maximum does not. Their ratio has no unit, and needs few bits.
+    largest = jnp.max(magnitudes)
+    ratio = lax.reduce_precision(jnp.mean(magnitudes) / largest, 8, 10)
+    magnitude = ratio * largest
     scale = deviation / jnp.where(magnitude > 0, magnitude, 1)
     scaled = gram / (deviation[:, None] * deviation[None, :])
     return Normalized(weight * scale[None, :], scaled, scale)
