@@ -117,8 +117,10 @@ def prune(
       activations: a folder for the hidden states, which are memory-mapped there; None keeps them in
         memory. With what a run before has left there, layers whose linears are all finished are not
         run again.
-      mesh: devices, all of this process, that share the windows and the rows of every weight; their
-        number divides the windows. Its axes, of either kind, count as one. None for one device.
+      mesh: devices that share the windows and the rows of every weight; their number divides the
+        windows. Its axes, of either kind, count as one. Where they are those of several processes,
+        process after process, each of these calls `prune` with the same arguments and gets all
+        linears. None for one device.
 
     Yields:
       Each linear, when it is solved. Of what was yielded nothing is kept.
@@ -216,15 +218,17 @@ def _prune_linears(
         given, (gram, tokens) = dense[linear.weight], grams[linear.input]
         problem = LayerProblem(apart(given.astype(jnp.float32), model.mesh), gram)
         if not tokens:
-            problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
+            eye = jnp.eye(linear.shape[1], dtype=jnp.float32)
+            problem = problem._replace(gram=everywhere(eye, model.mesh))
         elif pull is not None:
             problem = correct_inputs(problem, crosses[linear.input], pull)
         solution = solve_problem(problem)
+        pruned = everywhere(solution.weight, model.mesh)
         # What comes after sees the weight as it will be written.
-        written = solution.weight.astype(given.dtype if dtype is None else dtype)
-        weights[linear.weight] = everywhere(written.astype(given.dtype), model.mesh)
+        written = pruned.astype(given.dtype if dtype is None else dtype)
+        weights[linear.weight] = written.astype(given.dtype)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
-        yield PrunedLinear(np.asarray(oriented(model.config, solution.weight)), report)
+        yield PrunedLinear(np.asarray(oriented(model.config, pruned)), report)
 
 
 def collect(linears: Iterable[PrunedLinear]) -> PrunedModel:
