@@ -59,8 +59,10 @@ def own_windows(count: int, mesh: Mesh | None) -> slice:
     """Which windows of a micro-batch of so many are kept by this process."""
     if mesh is None:
         return slice(None)
-    cuts = [cut for (cut,) in parts(mesh).addressable_devices_indices_map((count,)).values()]
-    return slice(min(cut.start or 0 for cut in cuts), max(cut.stop or count for cut in cuts))
+    processes = [device.process_index for device in mesh.devices.flat]
+    first = processes.index(jax.process_index())
+    share = count // mesh.size
+    return slice(share * first, share * (first + processes.count(jax.process_index())))
 
 
 def placed(batch: NDArray[Any], mesh: Mesh | None) -> Array:

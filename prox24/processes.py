@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,6 +87,8 @@ def agree(value: Any, error: Prox24Error) -> None:
 def leave(code: int) -> None:
     """Ends a process at once where others may wait for it, so that they notice; else returns."""
     if jax.distributed.is_initialized():
+        if is_first():
+            time.sleep(1)  # The others end with it, and may have an error of their own to print.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
