@@ -55,14 +55,14 @@ def apart(array: Array, mesh: Mesh | None, axis: int = 0) -> Array:
     return _put(array, parts(mesh, axis))
 
 
-def own_windows(count: int, mesh: Mesh | None) -> slice:
+def own_windows(count: int, mesh: Mesh | None) -> range:
     """Which windows of a micro-batch of so many are kept by this process."""
     if mesh is None:
-        return slice(None)
+        return range(count)
     processes = [device.process_index for device in mesh.devices.flat]
     first = processes.index(jax.process_index())
     share = count // mesh.size
-    return slice(share * first, share * (first + processes.count(jax.process_index())))
+    return range(share * first, share * (first + processes.count(jax.process_index())))
 
 
 def placed(batch: NDArray[Any], mesh: Mesh | None) -> Array:

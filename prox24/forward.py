@@ -131,7 +131,7 @@ def embed_windows(
     size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
     own = own_windows(size, model.mesh)
     for i in range(0, len(windows), size):
-        ids = jnp.asarray(windows[i : i + size][own])
+        ids = jnp.asarray(windows[i + own.start : i + own.stop])
         yield np.asarray(decoder.embed(model.config, weights, ids))
 
 

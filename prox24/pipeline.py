@@ -20,7 +20,7 @@ from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
-from prox24.devices import apart, everywhere, placed
+from prox24.devices import apart, everywhere, own_windows, placed
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import (
     HiddenStates,
@@ -114,9 +114,9 @@ def prune(
       finished: weights that were pruned and written before, by name. They are run, and not yielded.
       micro_batch: windows that go through a layer together, a divisor of their number; None for
         about `forward.BATCH_TOKENS` tokens.
-      activations: a folder for the hidden states, which are memory-mapped there; None keeps them in
-        memory. With what a run before has left there, layers whose linears are all finished are not
-        run again.
+      activations: a folder for the hidden states, which are memory-mapped there, of each process
+        another; None keeps them in memory. With what a run before has left there, layers whose
+        linears are all finished are not run again.
       mesh: devices that share the windows and the rows of every weight; their number divides the
         windows. Its axes, of either kind, count as one. Where they are those of several processes,
         process after process, each of these calls `prune` with the same arguments and gets all
@@ -138,7 +138,9 @@ def prune(
     size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
     files = None
     if activations is not None:
-        files = ActivationFiles(activations, (*windows.shape, model.config.hidden), size)
+        own = len(own_windows(size, model.mesh))
+        shape = (len(windows) // size * own, windows.shape[1], model.config.hidden)
+        files = ActivationFiles(activations, shape, own)
     first, hidden = _enter(model, windows, size, streams, files)
     for index in range(first, len(model.config.layers)):
         dense = layer_weights(model, index)

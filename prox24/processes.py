@@ -74,6 +74,14 @@ def meet(place: str) -> None:
         multihost_utils.sync_global_devices(place)
 
 
+def latest(number: int | None) -> int | None:
+    """The largest of the processes' numbers, None being less than all."""
+    if jax.process_count() == 1:
+        return number
+    largest = int(multihost_utils.process_allgather(-1 if number is None else number).max())
+    return None if largest < 0 else largest
+
+
 def agree(value: Any, error: Prox24Error) -> None:
     """Raises an error, in every process, where their values are not the same, as JSON has them."""
     if jax.process_count() == 1:

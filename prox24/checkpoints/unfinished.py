@@ -5,7 +5,7 @@ Beside a destination DST stands DST.unfinished while it is written:
     lock            held by the process that writes
     job.json        what decides the bytes of the result
     journal.jsonl   a line for each tensor that is safely on disk
-    activations/    hidden states, where they are kept on disk
+    activations/    hidden states, where they are kept on disk, by process
     model/          the files of the result, which is renamed to DST in the end
     replaced/       what stood at DST before, for the moment of the renaming
 """

@@ -96,8 +96,6 @@ def _run(arguments: argparse.Namespace) -> int:
         ):
             if given:
                 raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
-    if arguments.distributed and arguments.activations == "disk":
-        raise Prox24Error("--activations disk is for a single process")
     files = source_files(checkpoint.path)
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
@@ -121,10 +119,11 @@ def _run(arguments: argparse.Namespace) -> int:
         "source": files,
         "versions": versions(),
         "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
+        "processes": jax.process_count(),
     }
     with common_folder(arguments.destination, job) as unfinished:
         figures = [entry["figures"] for entry in unfinished.entries.values()]
-        on_disk = arguments.activations == "disk"
+        activations = unfinished.folder.with_name("activations") / str(jax.process_index())
         linears = prune_with_progress(
             checkpoint,
             windows,
@@ -138,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> int:
             finished=unfinished.finished,
             micro_batch=micro_batch,
             mesh=mesh,
-            activations=unfinished.folder.with_name("activations") if on_disk else None,
+            activations=activations if arguments.activations == "disk" else None,
             quiet=arguments.quiet or not is_first(),
             native=native,
         )
