@@ -8,13 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24.checkpoints.tensors import writing
+from prox24.processes import latest, meet
 
 
 class ActivationFiles:
     """Streams of hidden states in memory-mapped files of a folder.
 
     A stream has two files: what enters a layer is read from one while what leaves it is written to
-    the other. A third names the layer that all streams are complete for.
+    the other. A third names the layer that all streams are complete for. Each of several processes
+    has a folder of its own.
+
+    Attributes:
+      layer: that every stream was complete for when the folder was opened; None at the start.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], micro_batch: int):
@@ -27,13 +32,9 @@ class ActivationFiles:
         """
         self._folder, self._shape, self._micro_batch = folder, shape, micro_batch
         with writing(folder):
-            folder.mkdir(exist_ok=True)
-
-    @property
-    def layer(self) -> int | None:
-        """The layer that every stream is complete for, or None at the start."""
-        path = self._folder / "layer"
-        return int(path.read_text()) if path.exists() else None
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "layer"
+        self.layer = latest(int(path.read_text()) if path.exists() else None)
 
     def micro_batches(self, stream: str, layer: int) -> list[NDArray[np.float32]]:
         """What enters a layer, to be read or written, as views into a file."""
@@ -51,4 +52,6 @@ class ActivationFiles:
             for path in [*(self._folder / f"{stream}-{layer % 2}" for stream in streams), new]:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+            # When one process has noted the layer, all have written it.
+            meet(f"layer {layer} is complete")
             new.rename(self._folder / "layer")

@@ -1,6 +1,8 @@
 """Where arrays are kept when devices share the work: windows and rows apart, the rest on all.
 
-Without a mesh everything stays as it is, on one device.
+Without a mesh everything stays as it is, on one device. The devices of a mesh may be those of
+several processes, one process after the other: each then has the windows of its own devices on the
+host, and all of them call what is here together.
 """
 
 from typing import Any
@@ -10,16 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from prox24.errors import Prox24Error
 
 AXIS = "devices"
 
 
-def local_mesh(windows: int) -> Mesh | None:
-    """As many of this machine's devices as divide the number of windows; None for a single one."""
-    devices = jax.local_devices()
-    count = max(count for count in range(1, len(devices) + 1) if windows % count == 0)
-    return None if count == 1 else Mesh(np.array(devices[:count]), (AXIS,))
+def common_mesh(windows: int) -> Mesh | None:
+    """As many devices of every process as divide the number of windows; None for a single one.
+
+    Raises:
+      Prox24Error: the processes alone do not divide it.
+    """
+    processes = jax.process_count()
+    if windows % processes:
+        raise Prox24Error(f"{windows} windows are not divisible by {processes} processes")
+    devices = [jax.local_devices(process_index=index) for index in range(processes)]
+    most = min(map(len, devices))
+    count = max(n for n in range(1, most + 1) if windows % (n * processes) == 0)
+    used = [device for own in devices for device in own[:count]]
+    return None if len(used) == 1 else Mesh(np.array(used), (AXIS,))
 
 
 def one_axis(mesh: Mesh | None) -> Mesh | None:
@@ -39,14 +52,45 @@ def apart(array: Array, mesh: Mesh | None, axis: int = 0) -> Array:
     """
     if mesh is None or array.shape[axis] % mesh.size:
         return everywhere(array, mesh)
-    return jax.device_put(array, parts(mesh, axis))
+    return _put(array, parts(mesh, axis))
 
 
-def placed(batch: ArrayLike, mesh: Mesh | None) -> Array:
-    """A micro-batch from the host, its windows cut among the devices."""
-    return jnp.asarray(batch) if mesh is None else jax.device_put(batch, parts(mesh))
+def own_windows(count: int, mesh: Mesh | None) -> range:
+    """Which windows of a micro-batch of so many are kept by this process."""
+    if mesh is None:
+        return range(count)
+    processes = [device.process_index for device in mesh.devices.flat]
+    first = processes.index(jax.process_index())
+    share = count // mesh.size
+    return range(share * first, share * (first + processes.count(jax.process_index())))
+
+
+def placed(batch: NDArray[Any], mesh: Mesh | None) -> Array:
+    """A micro-batch, of which every process has its own windows, cut among the devices."""
+    if mesh is None:
+        return jnp.asarray(batch)
+    return jax.make_array_from_process_local_data(parts(mesh), batch)
+
+
+def taken(batch: Array, mesh: Mesh | None) -> NDArray[Any]:
+    """This process's own windows of a micro-batch, on the host."""
+    if batch.is_fully_addressable:
+        return np.asarray(batch)
+    shards = apart(batch, mesh).addressable_shards
+    in_order = sorted(shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in in_order])
 
 
 def everywhere(arrays: Any, mesh: Mesh | None) -> Any:
     """A copy of each array of a tree on every device."""
-    return arrays if mesh is None else jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+    if mesh is None:
+        return arrays
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda array: _put(array, sharding), arrays)
+
+
+def _put(array: Array, sharding: NamedSharding) -> Array:
+    """What `jax.device_put` does, which would compare an array that every process has."""
+    if sharding.is_fully_addressable or not array.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
-from prox24.devices import everywhere, one_axis, placed
+from prox24.devices import everywhere, one_axis, own_windows, placed, taken
 from prox24.models import decoder
 from prox24.models.decoder import Config, Layer
 from prox24.models.families import config_from_hf
@@ -22,7 +22,7 @@ BATCH_TOKENS = 2048
 
 
 HiddenStates = NDArray[np.float32]
-"""Of a micro-batch, on the host: shape (windows, length, hidden)."""
+"""Of a micro-batch, on the host: shape (windows, length, hidden), this process's own windows."""
 
 
 class Model(NamedTuple):
@@ -135,8 +135,10 @@ def embed_windows(
     """Embeds windows (count, length), a micro-batch at a time."""
     weights = embedding_weights(model)
     size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
+    own = own_windows(size, model.mesh)
     for i in range(0, len(windows), size):
-        yield np.asarray(decoder.embed(model.config, weights, jnp.asarray(windows[i : i + size])))
+        ids = jnp.asarray(windows[i + own.start : i + own.stop])
+        yield np.asarray(decoder.embed(model.config, weights, ids))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -151,7 +153,7 @@ def run_in_place(
     """Replaces every micro-batch by what a layer makes of it, so that few are there twice."""
     layer = model.config.layers[index]
     for i, batch in enumerate(hidden):
-        hidden[i] = np.asarray(run_layer(layer, weights, placed(batch, model.mesh)))
+        hidden[i] = taken(run_layer(layer, weights, placed(batch, model.mesh)), model.mesh)
 
 
 def run_into(
@@ -164,4 +166,4 @@ def run_into(
     """Writes what a layer makes of every micro-batch to arrays of the same shapes."""
     layer = model.config.layers[index]
     for batch, result in zip(hidden, results, strict=True):
-        result[...] = run_layer(layer, weights, placed(batch, model.mesh))
+        result[...] = taken(run_layer(layer, weights, placed(batch, model.mesh)), model.mesh)

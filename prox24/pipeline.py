@@ -21,7 +21,7 @@ from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
-from prox24.devices import apart, everywhere, placed
+from prox24.devices import apart, everywhere, own_windows, placed
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import (
     HiddenStates,
@@ -146,15 +146,17 @@ def prune(
       finished: weights that were pruned and written before, by name. They are run, and not yielded.
       micro_batch: windows that go through a layer together, a divisor of their number; None for
         about `forward.BATCH_TOKENS` tokens.
-      activations: a folder for the hidden states, which are memory-mapped there; None keeps them in
-        memory. With what a run before has left there, layers whose linears are all finished are not
-        run again.
-      mesh: devices, all of this process, that share the windows and the rows of every weight; their
-        number divides the windows. Its axes, of either kind, count as one. None for one device.
-
+      activations: a folder for the hidden states, which are memory-mapped there, of each process
+        another; None keeps them in memory. With what a run before has left there, layers whose
+        linears are all finished are not run again.
+      mesh: devices that share the windows and the rows of every weight; their number divides the
+        windows. Its axes, of either kind, count as one. Where they are those of several processes,
+        process after process, each of these calls `prune` with the same arguments and gets all
+        linears. None for one device.
       refinement: after its linears are pruned, trains all tensors of a layer together, zeros kept,
         to put out on the pruned model's activations what the dense layer puts out on the dense
-        model's, which runs alongside. A layer then counts as finished when all its tensors are.
+        model's, which runs alongside, in one process. A layer then counts as finished when all its
+        tensors are.
 
     Yields:
       Each linear, when it is solved; with a refinement the tensors of a layer, when it is refined.
@@ -176,7 +178,9 @@ def prune(
         size = devices * refinement.micro_batch(len(windows) // devices, size // devices)
     files = None
     if activations is not None:
-        files = ActivationFiles(activations, (*windows.shape, model.config.hidden), size)
+        own = len(own_windows(size, model.mesh))
+        shape = (len(windows) // size * own, windows.shape[1], model.config.hidden)
+        files = ActivationFiles(activations, shape, own)
     first, hidden = _enter(model, windows, size, streams, files)
     advance = functools.partial(_advance, model, files, hidden)
     solve_problem = functools.partial(
@@ -329,15 +333,17 @@ def _prune_linears(
         given, (gram, tokens) = dense[linear.weight], grams[linear.input]
         problem = LayerProblem(apart(given.astype(jnp.float32), model.mesh), gram)
         if not tokens:
-            problem = problem._replace(gram=jnp.eye(linear.shape[1], dtype=jnp.float32))
+            eye = jnp.eye(linear.shape[1], dtype=jnp.float32)
+            problem = problem._replace(gram=everywhere(eye, model.mesh))
         elif pull is not None:
             problem = correct_inputs(problem, crosses[linear.input], pull)
         solution = solve_problem(problem)
+        pruned = everywhere(solution.weight, model.mesh)
         # What comes after sees the weight as it will be written.
-        written = solution.weight.astype(given.dtype if dtype is None else dtype)
-        weights[linear.weight] = everywhere(written.astype(given.dtype), model.mesh)
+        written = pruned.astype(given.dtype if dtype is None else dtype)
+        weights[linear.weight] = written.astype(given.dtype)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
-        values = np.asarray(oriented(model.config, solution.weight))
+        values = np.asarray(oriented(model.config, pruned))
         yield PrunedTensor(linear.tensor, values, report)
 
 

@@ -23,7 +23,7 @@ def on_change(folder: str, act: Callable[[], None]) -> None:
     sys.addaudithook(hook)
 
 
-def run(arguments: list[str], cache: str, errors: str, place: int | None) -> None:
+def run(arguments: list[str], cache: str, errors: str, place: int | None, devices: int = 1) -> None:
     """The command line, with programs compiled by an earlier process, and its standard error.
 
     Args:
@@ -31,6 +31,7 @@ def run(arguments: list[str], cache: str, errors: str, place: int | None) -> Non
       cache: of compiled programs.
       errors: file for standard error.
       place: before which of its changes of files the process is killed.
+      devices: of the process.
     """
     changes = iter(range(place or 0))
 
@@ -39,6 +40,7 @@ def run(arguments: list[str], cache: str, errors: str, place: int | None) -> Non
             os.kill(os.getpid(), signal.SIGKILL)
 
     on_change(arguments[2], kill)
+    jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -5,7 +5,7 @@ Beside a destination DST stands DST.unfinished while it is written:
     lock            held by the process that writes
     job.json        what decides the bytes of the result
     journal.jsonl   a line for each tensor that is safely on disk
-    activations/    hidden states, where they are kept on disk
+    activations/    hidden states, where they are kept on disk, by process
     model/          the files of the result, which is renamed to DST in the end
     replaced/       what stood at DST before, for the moment of the renaming
 """
@@ -77,7 +77,7 @@ def unfinished_folder(
       CheckpointError: another process writes to the destination, another job is unfinished there,
         what it wrote is damaged, or the disk fails.
     """
-    work = destination.absolute().with_name(destination.name + ".unfinished")
+    work = _work_folder(destination)
     with writing(destination):
         work.mkdir(exist_ok=True)
     lock = FileLock(work / "lock")
@@ -128,6 +128,22 @@ def unfinished_folder(
         lock.release()
 
 
+def opened_by_another(destination: Path) -> Unfinished:
+    """The folder that another process of the same run has open, for what is finished in it.
+
+    Raises:
+      CheckpointError: the files that its journal tells of are not there.
+    """
+    work = _work_folder(destination)
+    entries = _entries(work)
+    tensors = _tensors(work / "model", entries)
+    for name in entries:
+        if name not in tensors:
+            raise CheckpointError(f"{work}: tensor {name} is not there")
+    finished = {name: tensors[name] for name in entries}
+    return Unfinished(work / "model", entries, finished, lambda written, also: None)
+
+
 def source_files(path: Path) -> dict[str, list[int]]:
     """Size and time of change, in ns, of every file of a model, by which to know it again."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
@@ -149,6 +165,10 @@ def check_unchanged(path: Path, files: Mapping[str, list[int]]) -> None:
 def sha256(values: NDArray[Any]) -> str:
     """Of the entries in memory order."""
     return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _work_folder(destination: Path) -> Path:
+    return destination.absolute().with_name(destination.name + ".unfinished")
 
 
 def _entries(work: Path) -> dict[str, dict[str, Any]]:
@@ -186,11 +206,17 @@ def _difference(before: Any, now: Any, name: str = "") -> str | None:
     return None if before == now else f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
 
 
-def _finished(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
-    """The tensors of the journal, which are read once to see whether they are what was written."""
+def _tensors(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
+    """What the files hold, if there is anything in the journal."""
     tensors: dict[str, TensorSource] = {}
     for path in sorted(folder.glob("*.safetensors")) if entries else []:
         tensors |= safetensors_file.open_file(path)
+    return tensors
+
+
+def _finished(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
+    """The tensors of the journal, which are read once to see whether they are what was written."""
+    tensors = _tensors(folder, entries)
     for name, entry in entries.items():
         if name not in tensors or sha256(tensors[name].read()) != entry["sha256"]:
             raise CheckpointError(f"{folder}: tensor {name} is damaged; delete {folder.parent}")

@@ -15,6 +15,7 @@ from prox24.checkpoints.writer import OUTPUTS
 from prox24.cli import convert, demo, evaluate, inspect_model, plan, prune, verify
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error
+from prox24.processes import leave
 from prox24.solvers.solve import REFITS, SOLVERS
 
 MODEL = "HF folder, GGUF file, or the hub's OWNER/NAME[@REVISION]"
@@ -65,6 +66,7 @@ def _ended_by(number: signal.Signals) -> Iterator[None]:
 def _end(message: str, error: BaseException, code: int) -> int:
     text = "; ".join([message, *getattr(error, "__notes__", ())])
     print("prox24:", *text.split(), file=sys.stderr)
+    leave(code)
     return code
 
 
@@ -135,6 +137,15 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "--refine-passes", type=_positive, default=5, help="over the calibration windows (5)"
     )
     command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    command.add_argument(
+        "--distributed",
+        action="store_true",
+        help="share the work with other processes, each of which runs this command; under Slurm, "
+        "GKE, Open MPI or on TPU VMs they find each other, elsewhere give the following three",
+    )
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    command.add_argument("--num-processes", type=_positive, metavar="N", help="that there are")
+    command.add_argument("--process-id", type=_index, metavar="I", help="of this one, from 0")
     _add_writing(command)
     _add_length(command)
     _add_output(command)
@@ -298,6 +309,10 @@ def parse_size(text: str) -> int:
 
 def _positive(text: str) -> int:
     return _at_least(text, 1)
+
+
+def _index(text: str) -> int:
+    return _at_least(text, 0)
 
 
 def _length(text: str) -> int:

@@ -1,6 +1,7 @@
 """`prox24 prune`: a checkpoint in, a sparse one out, and a report."""
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -25,6 +26,7 @@ from prox24.checkpoints.unfinished import (
     Unfinished,
     Written,
     check_unchanged,
+    opened_by_another,
     sha256,
     source_files,
     unfinished_folder,
@@ -33,11 +35,12 @@ from prox24.checkpoints.writer import check_destination, fill_folder
 from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
 from prox24.cli.windows import calibration_windows
 from prox24.core.pattern import Pattern, PatternLike, Unstructured
-from prox24.devices import local_mesh
-from prox24.errors import CheckpointError, Prox24Error
+from prox24.devices import common_mesh
+from prox24.errors import CheckpointError, DiskError, Prox24Error
 from prox24.forward import all_linears, layer_tensors, load_model
 from prox24.pipeline import LinearReport, PrunedTensor, prune
 from prox24.plan import fitting_micro_batch
+from prox24.processes import agree, connected, is_first, meet
 from prox24.refine import BlockRefinement
 from prox24.solvers.problem import Status
 from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver, check_supported
@@ -62,7 +65,17 @@ DECISIVE = (
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; the exit code."""
+    """Carries the command out, with other processes or alone; the exit code."""
+    place = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if arguments.distributed:
+        with connected(*place):
+            return _run(arguments)
+    if place != (None, None, None):
+        raise Prox24Error("--coordinator, --num-processes and --process-id are for --distributed")
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     check_destination(arguments.destination, arguments.source, arguments.overwrite)
     if arguments.report is not None:
@@ -83,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             ("--targets dense", arguments.targets == "dense"),
             ("--memory", arguments.memory is not None),
             ("--activations disk", arguments.activations == "disk"),
+            ("--distributed", arguments.distributed),
         ):
             if given:
                 raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
@@ -90,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
-    micro_batch, mesh = None, local_mesh(len(windows)) if native else None
+    micro_batch, mesh = None, common_mesh(len(windows)) if native else None
     if arguments.memory is not None:
         micro_batch = fitting_micro_batch(
             load_model(checkpoint, mesh),
@@ -109,18 +123,21 @@ def run(arguments: argparse.Namespace) -> int:
         "source": files,
         "versions": versions(),
         "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
+        "processes": jax.process_count(),
     }
     refinement = None
     if arguments.refine == "block":
         refinement = BlockRefinement(arguments.refine_rate, arguments.refine_passes)
         if not native:
             raise Prox24Error("--refine is for models with a forward pass of prox24's own")
-    with unfinished_folder(arguments.destination, job) as unfinished:
+        if jax.process_count() > 1:
+            raise Prox24Error("--refine is for a single process")
+    with common_folder(arguments.destination, job) as unfinished:
         if refinement is not None:
             unfinished = _whole_layers(unfinished, checkpoint)
         figures = [entry["figures"] for entry in unfinished.entries.values() if "figures" in entry]
         resumed = len(figures)
-        on_disk = arguments.activations == "disk"
+        activations = unfinished.folder.with_name("activations") / str(jax.process_index())
         linears = prune_with_progress(
             checkpoint,
             windows,
@@ -135,8 +152,8 @@ def run(arguments: argparse.Namespace) -> int:
             micro_batch=micro_batch,
             mesh=mesh,
             refinement=refinement,
-            activations=unfinished.folder.with_name("activations") if on_disk else None,
-            quiet=arguments.quiet,
+            activations=activations if arguments.activations == "disk" else None,
+            quiet=arguments.quiet or not is_first(),
             native=native,
         )
         reports: list[LinearReport | None] = []
@@ -149,17 +166,24 @@ def run(arguments: argparse.Namespace) -> int:
             unfinished.record(written, also)
 
         with contextlib.closing(linears):  # which ends its progress bar before an error is printed
-            digests = fill_folder(
-                checkpoint,
-                unfinished,
-                tensors_of(linears, reports),
-                dtype=arguments.dtype,
-                max_shard_bytes=arguments.shard_size,
-                note=model_card_section(arguments, refit, windows),
-                on_replaced=record,
-            )
+            if is_first():
+                digests = fill_folder(
+                    checkpoint,
+                    unfinished,
+                    tensors_of(linears, reports),
+                    dtype=arguments.dtype,
+                    max_shard_bytes=arguments.shard_size,
+                    note=model_card_section(arguments, refit, windows),
+                    on_replaced=record,
+                )
+            else:
+                collections.deque(linears, maxlen=0)
         check_unchanged(checkpoint.path, files)
-        write_manifest(unfinished.folder, job, digests, figures)
+        meet("nothing has changed")  # for any of them
+        if is_first():
+            write_manifest(unfinished.folder, job, digests, figures)
+    if not is_first():
+        return 0
     seconds = time.perf_counter() - began
     report = {
         "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
@@ -179,6 +203,29 @@ def run(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         _print_summary(arguments.destination, figures, resumed, seconds)
     return 0
+
+
+@contextlib.contextmanager
+def common_folder(destination: Path, job: Mapping[str, Any]) -> Iterator[Unfinished]:
+    """`unfinished_folder` of the first process, in which the others see what is finished.
+
+    Raises:
+      Prox24Error: see `unfinished_folder`, or the processes do not have the same job.
+    """
+    agree(job, Prox24Error("the processes differ in arguments, packages, devices or source files"))
+    # Not an error of the input, which would end the job.
+    differ = DiskError(f"the processes do not find the same files beside {destination}")
+    if is_first():
+        with unfinished_folder(destination, job) as unfinished:
+            meet("opened")
+            agree(list(unfinished.entries), differ)
+            yield unfinished
+    else:
+        meet("opened")
+        unfinished = opened_by_another(destination)
+        agree(list(unfinished.entries), differ)
+        yield unfinished
+    meet("in place")
 
 
 def choose(method: str, refit: str | None) -> tuple[Solver, Refit | None]:

@@ -1,0 +1,102 @@
+"""Several processes that do one job: how they meet, agree, and end together.
+
+`jax.distributed` is the engine. A single process meets nobody, and everything here does nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from prox24.errors import Prox24Error, first_line
+
+PATIENCE = 60
+"""Seconds without a sign of life after which a process counts as dead, and at the end as late."""
+
+
+@contextlib.contextmanager
+def connected(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> Iterator[None]:
+    """Joins the processes of a run, before JAX has touched a device.
+
+    What is not given, JAX finds in its environment: that of Slurm, Open MPI, GKE or TPU VMs.
+
+    Args:
+      coordinator: HOST:PORT, where the process 0 is and listens.
+      count: of the processes.
+      index: of this one, from 0.
+
+    Raises:
+      Prox24Error: the environment does not say enough, the others do not come, or one of them
+        ends before its time.
+    """
+    # Its handler would take SIGTERM from the command line's.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            heartbeat_timeout_seconds=PATIENCE,
+            shutdown_timeout_seconds=PATIENCE,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise Prox24Error(
+            f"the processes do not find each other: {first_line(error)}; "
+            "--coordinator, --num-processes and --process-id say where they are"
+        ) from error
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        ended = Prox24Error(f"another process has ended, or a device fails: {first_line(error)}")
+        for note in getattr(error, "__notes__", ()):
+            ended.add_note(note)
+        raise ended from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def meet(place: str) -> None:
+    """Waits until every process is at this place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
+
+
+def latest(number: int | None) -> int | None:
+    """The largest of the processes' numbers, None being less than all."""
+    if jax.process_count() == 1:
+        return number
+    largest = int(multihost_utils.process_allgather(-1 if number is None else number).max())
+    return None if largest < 0 else largest
+
+
+def agree(value: Any, error: Prox24Error) -> None:
+    """Raises an error, in every process, where their values are not the same, as JSON has them."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+    others = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (others != others[0]).any():
+        raise error
+
+
+def leave(code: int) -> None:
+    """Ends a process at once where others may wait for it, so that they notice; else returns."""
+    if jax.distributed.is_initialized():
+        if is_first():
+            time.sleep(1)  # The others end with it, and may have an error of their own to print.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

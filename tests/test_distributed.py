@@ -1,0 +1,153 @@
+"""Several processes on this machine prune as one does, and end together."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import killed
+import numpy as np
+import pytest
+from tiny import write_tiny
+
+from prox24.checkpoints import safetensors_file
+
+TEXT = "Calibration text for a model that reads bytes. " * 60
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    write_tiny(folder / "model", dtype="bfloat16", shards=2)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(workspace):
+    """Starts processes that prune together, which have imported everything before."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["prox24.cli.main", "transformers.models.auto.tokenization_auto"]
+    )
+    started = []
+
+    def start(destination, method, *own_options, devices=1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        together = []
+        for index, own in enumerate(own_options):
+            options = ["--method", method, "--samples", "8", "--sequence-length", "32", "--quiet"]
+            options += ["--calibration", workspace / "text.txt", *own]
+            options += ["--report", workspace / f"{destination}.json"]
+            if len(own_options) > 1:
+                options += ["--distributed", "--coordinator", address]
+                options += ["--num-processes", len(own_options), "--process-id", index]
+            arguments = ["prune", workspace / "model", workspace / destination, *options]
+            errors = workspace / f"{destination}-{index}.txt"
+            target = (list(map(str, arguments)), str(workspace / "compiled"), str(errors), None)
+            together.append(context.Process(target=killed.run, args=(*target, devices)))
+            together[-1].start()
+        started.extend(together)
+        return together
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def ended(processes):
+    """Exit codes; of a process that does not end by itself, None."""
+    for process in processes:
+        process.join(90)
+    return [process.exitcode for process in processes]
+
+
+def said(workspace, destination, index):
+    return (workspace / f"{destination}-{index}.txt").read_text()
+
+
+def pruned(workspace, destination):
+    """The tensors and the report that a run wrote."""
+    tensors = {}
+    for path in sorted((workspace / destination).glob("*.safetensors")):
+        tensors |= {
+            name: source.read() for name, source in safetensors_file.open_file(path).items()
+        }
+    return tensors, json.loads((workspace / f"{destination}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(workspace, start):
+    """What one process writes, by method.
+
+    The iterations of ADMM make another mask of another rounding, and the devices of two processes
+    round as two devices of one.
+    """
+    devices = {"wanda": 1, "admm": 2}
+    for method, count in devices.items():
+        assert ended(start(method, method, [], devices=count)) == [0]
+    return {method: pruned(workspace, method) for method in devices}
+
+
+def assert_the_same(ours, expected):
+    """Up to the order in which devices add their tokens."""
+    (tensors, report), (others, other_report) = ours, expected
+    assert list(tensors) == list(others)
+    for name, values in tensors.items():
+        assert values.dtype == others[name].dtype
+        assert np.mean((values == 0) == (others[name] == 0)) > 0.9999, name
+    for linear, other in zip(report["linears"], other_report["linears"], strict=True):
+        assert linear["name"] == other["name"]
+        assert linear["tokens"] == other["tokens"]
+        assert linear["relative_loss"] == pytest.approx(other["relative_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "method"), [(2, "admm"), (4, "wanda")])
+def test_several_processes_write_what_one_does(workspace, start, alone, count, method):
+    destination = f"{method}-{count}"
+    assert ended(start(destination, method, *[[]] * count)) == [0] * count
+    assert_the_same(pruned(workspace, destination), alone[method])
+    assert not (workspace / f"{destination}.unfinished").exists()
+
+
+@pytest.mark.parametrize(("victim", "place"), [(0, "memory"), (1, "disk")])
+def test_a_killed_process_ends_the_others_and_the_rerun_goes_on(
+    workspace, start, alone, victim, place
+):
+    destination, options = f"killed-{victim}", ["--activations", place]
+    processes = start(destination, "wanda", options, options)
+    journal = workspace / f"{destination}.unfinished" / "journal.jsonl"
+    while processes[victim].is_alive() and not (
+        journal.exists() and journal.read_text().count("\n") >= 8
+    ):
+        time.sleep(0.001)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    codes = ended(processes)
+    assert time.monotonic() - began < 60
+    assert codes[victim] == -signal.SIGKILL
+    # JAX's own thread may be the first to notice, and aborts with a message of its own.
+    assert codes[1 - victim] in (2, -signal.SIGABRT)
+    if codes[1 - victim] == 2:
+        printed = said(workspace, destination, 1 - victim)
+        assert "prox24: error: another process has ended" in printed
+        assert printed.count("\n") == 1
+    assert not (workspace / destination).exists()
+
+    assert ended(start(destination, "wanda", options, options)) == [0, 0]
+    result = pruned(workspace, destination)
+    assert result[1]["resumed_linears"] >= 8  # of 14, in the second of two layers
+    assert_the_same(result, alone["wanda"])
+
+
+def test_processes_with_different_commands_are_refused(workspace, start):
+    processes = start("different", "wanda", [], ["--damping", "0.5"])
+    assert ended(processes) == [2, 2]
+    for index in range(2):
+        assert "the processes differ in arguments" in said(workspace, "different", index)
+    assert not (workspace / "different").exists()
