@@ -121,6 +121,10 @@ def _run(arguments: argparse.Namespace) -> int:
         "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
         "processes": jax.process_count(),
     }
+    agree(
+        [job, arguments.activations],
+        Prox24Error("the processes differ in arguments, packages, devices or source files"),
+    )
     with common_folder(arguments.destination, job) as unfinished:
         figures = [entry["figures"] for entry in unfinished.entries.values()]
         activations = unfinished.folder.with_name("activations") / str(jax.process_index())
@@ -192,9 +196,8 @@ def common_folder(destination: Path, job: Mapping[str, Any]) -> Iterator[Unfinis
     """`unfinished_folder` of the first process, in which the others see what is finished.
 
     Raises:
-      Prox24Error: see `unfinished_folder`, or the processes do not have the same job.
+      CheckpointError: see `unfinished_folder`, or the others do not see it.
     """
-    agree(job, Prox24Error("the processes differ in arguments, packages, devices or source files"))
     # Not an error of the input, which would end the job.
     differ = DiskError(f"the processes do not find the same files beside {destination}")
     if is_first():
