@@ -7,8 +7,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,11 +58,32 @@ def connected(
         ) from error
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except Prox24Error:
+        raise
+    except Exception as error:
+        if not is_broken_off(error):
+            traceback.print_exc()
+            leave(1)
         ended = Prox24Error(f"another process has ended, or a device fails: {first_line(error)}")
         for note in getattr(error, "__notes__", ()):
             ended.add_note(note)
         raise ended from error
+
+
+def is_broken_off(error: Exception) -> bool:
+    """Whether a program was broken off: by a device, or by the end of another process.
+
+    What XLA says begins with a status, and comes as a ValueError where a program starts.
+
+    Example:
+      >>> is_broken_off(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
+      True
+      >>> is_broken_off(ValueError("UNKNOWN is not a pattern"))
+      False
+    """
+    if isinstance(error, ValueError):
+        return re.match(r"[A-Z_]+: ", str(error)) is not None
+    return isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def is_first() -> bool:

@@ -132,6 +132,10 @@ def _run(arguments: argparse.Namespace) -> int:
             raise Prox24Error("--refine is for models with a forward pass of prox24's own")
         if jax.process_count() > 1:
             raise Prox24Error("--refine is for a single process")
+    agree(
+        [job, arguments.activations],
+        Prox24Error("the processes differ in arguments, packages, devices or source files"),
+    )
     with common_folder(arguments.destination, job) as unfinished:
         if refinement is not None:
             unfinished = _whole_layers(unfinished, checkpoint)
@@ -210,9 +214,8 @@ def common_folder(destination: Path, job: Mapping[str, Any]) -> Iterator[Unfinis
     """`unfinished_folder` of the first process, in which the others see what is finished.
 
     Raises:
-      Prox24Error: see `unfinished_folder`, or the processes do not have the same job.
+      CheckpointError: see `unfinished_folder`, or the others do not see it.
     """
-    agree(job, Prox24Error("the processes differ in arguments, packages, devices or source files"))
     # Not an error of the input, which would end the job.
     differ = DiskError(f"the processes do not find the same files beside {destination}")
     if is_first():
