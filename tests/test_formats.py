@@ -655,7 +655,8 @@ def test_buffers_are_left_out_of_flax_files(tmp_path):
 
 
 def test_a_model_without_a_flax_class_is_refused(tmp_path):
-    config = LLAMA | {"model_type": "qwen2"}
+    heads = LLAMA["num_attention_heads"]
+    config = LLAMA | {"model_type": "qwen2", "num_key_value_heads": heads}
     write_folder(tmp_path / "source", config, arrays(config))
     source = open_checkpoint(tmp_path / "source")
     with pytest.raises(UnsupportedModelError, match=r"no Flax class .*'qwen2'.*llama"):

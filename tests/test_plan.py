@@ -11,7 +11,7 @@ from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.errors import Prox24Error
 from prox24.forward import load_model
-from prox24.solvers.solve import ADMM, ConjugateGradients, Wanda
+from prox24.solvers.solve import Wanda
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 
@@ -40,10 +40,7 @@ def test_memory_counts_weights_grams_and_the_micro_batch(model):
 
 
 def test_rows_of_a_weight_are_divided_among_devices(model):
-    one, two = (
-        plan.layer_memory(model, 0, (1, 32), ADMM(), ConjugateGradients(), devices=n)
-        for n in (1, 2)
-    )
+    one, two = (plan.layer_memory(model, 0, (1, 32), Wanda(), None, devices=n) for n in (1, 2))
     assert two.solve < one.solve
 
 
