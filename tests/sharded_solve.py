@@ -26,7 +26,7 @@ from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.proximal import Prox
 from prox24.solvers.refit import ConjugateGradients, GradientSteps
-from prox24.solvers.scores import Magnitude, Wanda
+from prox24.solvers.scores import Wanda
 from prox24.solvers.solve import solve, solve_program
 from prox24.solvers.sparsegpt import SparseGPT
 from prox24.solvers.swaps import Swaps
@@ -38,12 +38,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 ROWS, WIDTH = 512, 32
 """So many rows that `Prox` goes on with some of them."""
 SOLVERS = {
-    "magnitude, gradient": (Magnitude(), GradientSteps(steps=10)),
     "wanda, swaps": (Wanda(), Swaps(1)),
     "sparsegpt": (SparseGPT(), None),
     "prox": (Prox(), None),
     "admm, cg": (ADMM(), ConjugateGradients()),
-    "alps": (ADMM.alps(), None),
+    "alps, gradient": (ADMM.alps(), GradientSteps(steps=10)),
 }
 COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("

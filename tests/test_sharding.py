@@ -36,7 +36,7 @@ def reports(tmp_path_factory):
 def solvers(reports):
     found = [report for report in reports if "solver" in report]
     assert {report["axes"] for report in found} == {"Auto", "Explicit"}
-    assert len(found) == 2 * 6
+    assert len(found) == 2 * 5
     return found
 
 
@@ -67,7 +67,7 @@ def test_outside_of_loops_only_scalars_are_reduced(solvers):
 
 def test_some_loop_has_a_stop_test_that_is_reduced(solvers):
     stopping = {report["solver"] for report in solvers if any(report["loops"])}
-    assert stopping == {"wanda, swaps", "prox", "admm, cg", "alps"}
+    assert stopping == {"wanda, swaps", "prox", "admm, cg", "alps, gradient"}
 
 
 def test_solvers_find_what_they_find_on_one_device(solvers):
