@@ -19,7 +19,7 @@ from prox24 import forward, is_sparse
 from prox24.calibration.gram import add_layer_inputs, empty_gram
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.core.pattern import Pattern
-from prox24.devices import apart, local_mesh
+from prox24.devices import apart, common_mesh, placed
 from prox24.forward import embed_windows, layer_linears, layer_weights, load_model
 from prox24.pipeline import collect, prune
 from prox24.solvers.admm import ADMM
@@ -159,12 +159,19 @@ def model_reports(folder):
         linear.input: empty_gram(linear.shape[1], model.mesh)
         for linear in layer_linears(model.config, 0)
     }
-    arguments = (model.config.layers[0], layer_weights(model, 0), hidden, None, grams, {})
+    arguments = (
+        model.config.layers[0],
+        layer_weights(model, 0),
+        placed(hidden, model.mesh),
+        None,
+        grams,
+        {},
+    )
     text = add_layer_inputs.lower(*arguments).compile().as_text()
     yield {"gathering": [kind for kinds in collectives(text).values() for kind in kinds]}
     shapes = (8, 4), (44, 4)
     copies = [apart(jnp.ones(s), model.mesh).sharding.is_fully_replicated for s in shapes]
-    yield {"copied": copies, "odd": local_mesh(windows=12).size}
+    yield {"copied": copies, "odd": common_mesh(windows=12).size}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from prox24.calibration.gram import GramSum, add
-from prox24.devices import local_mesh, one_axis
+from prox24.devices import common_mesh, one_axis
 
 SCALARS = {"f32[]", "s32[]", "pred[]"}
 
@@ -114,7 +114,7 @@ def test_a_sum_does_not_depend_on_the_order_of_its_terms():
 
 
 def test_a_machine_with_one_device_has_no_mesh_and_a_mesh_has_one_automatic_axis():
-    assert local_mesh(7) is None
+    assert common_mesh(7) is None
     devices = np.array(jax.devices()[:1]).reshape(1, 1)
     mesh = one_axis(Mesh(devices, ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2))
     assert mesh.axis_names == ("devices",)
