@@ -110,7 +110,7 @@ def programs(mesh: Mesh, whole: bool) -> Iterator[Program]:
         "layer and Grams", add_layer_inputs, (layer, weights, hidden, None, grams, {}), states
     )
     # Hidden states, the layer dense and pruned, and the Grams.
-    held = states + 4 * sum(2 * 2 * np.prod(s) for s in shapes.values()) / 4
+    held = states + 2 * 2 * sum(float(np.prod(shape)) for shape in shapes.values())
     held += 8 * sum(n * n for n in widths.values())
     methods = jax.tree.map(
         lambda x: array((), jnp.result_type(jnp.float32 if isinstance(x, float) else x)),
