@@ -1,6 +1,7 @@
 """What the processes of tests/test_faults.py do, which end before they are done."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -23,21 +24,29 @@ def on_change(folder: str, act: Callable[[], None]) -> None:
     sys.addaudithook(hook)
 
 
-def run(arguments: list[str], cache: str, errors: str, place: int | None, devices: int = 1) -> None:
+def run(
+    arguments: list[str],
+    cache: str,
+    errors: str,
+    place: int | None,
+    devices: int = 1,
+    number: int = signal.SIGKILL,
+) -> None:
     """The command line, with programs compiled by an earlier process, and its standard error.
 
     Args:
       arguments: of the command; the third is the destination.
       cache: of compiled programs.
       errors: file for standard error.
-      place: before which of its changes of files the process is killed.
+      place: before which of its changes of files the process gets a signal.
       devices: of the process.
+      number: of the signal.
     """
-    changes = iter(range(place or 0))
+    changes = itertools.count(1)
 
     def kill() -> None:
-        if place is not None and next(changes, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if next(changes) == place:
+            os.kill(os.getpid(), number)
 
     on_change(arguments[2], kill)
     jax.config.update("jax_num_cpu_devices", devices)

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import killed
@@ -119,8 +118,9 @@ def processes(tmp_path):
     )
     started = []
 
-    def start(arguments, place=None):
-        target = (arguments, str(tmp_path / "compiled"), str(tmp_path / "errors.txt"), place)
+    def start(arguments, place=None, number=signal.SIGKILL):
+        cache, errors = str(tmp_path / "compiled"), str(tmp_path / "errors.txt")
+        target = (arguments, cache, errors, place, 1, number)
         process = context.Process(target=killed.run, args=target)
         process.start()
         started.append(process)
@@ -191,13 +191,10 @@ def test_a_killed_run_ends_with_the_same_bytes(workspace, processes):
     ("number", "said"), [(signal.SIGTERM, "ended by SIGTERM"), (signal.SIGINT, "interrupted")]
 )
 def test_a_signal_ends_the_run_in_order(workspace, processes, number, said):
-    process = processes(command(workspace))
-    journal = workspace / "out.unfinished" / "journal.jsonl"
-    while process.is_alive() and not (journal.exists() and journal.read_text()):
-        time.sleep(0.001)
-    os.kill(process.pid, number)
+    process = processes(command(workspace), 40, number)
     process.join()
     assert process.exitcode == 128 + number
+    assert (workspace / "out.unfinished" / "journal.jsonl").read_text()
     printed = (workspace / "errors.txt").read_text()
     assert printed.startswith(f"prox24: {said}; what is done is in {workspace}/out.unfinished: ")
     assert not (workspace / "out").exists()
