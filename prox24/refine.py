@@ -201,7 +201,7 @@ def _training(apply: Apply, loss: Loss, optimizer: optax.GradientTransformation)
     # The state holds what is kept, so that the transform's own choice is never asked for here.
     transform = keep_pattern(optimizer)
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @jax.jit
     def advance(params: PyTree, state: PyTree, x: Array, target: Array) -> tuple[PyTree, PyTree]:
         gradient = jax.grad(lambda params: loss(apply(params, x), target))(params)
         updates, state = transform.update(gradient, state, params)
