@@ -16,11 +16,11 @@ from reference import (
 
 from prox24.core.masks import is_sparse
 from prox24.core.pattern import Unstructured
-from prox24.solvers.admm import ADMM
+from prox24.solvers.admm import ADMM, GradualProjection, Projection, Shrinkage
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.proximal import Prox, eigenvalue_bound
-from prox24.solvers.refit import ConjugateGradients, GradientSteps
-from prox24.solvers.schedules import Exponential
+from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+from prox24.solvers.schedules import Cosine, Exponential, Linear
 from prox24.solvers.scores import Magnitude, Wanda
 from prox24.solvers.solve import REFITS, SOLVERS, check_supported, solve
 from prox24.solvers.sparsegpt import SparseGPT
@@ -558,3 +558,13 @@ def test_eigenvalue_bound_is_attained_by_equal_eigenvalues():
     assert float(eigenvalue_bound(3 * jnp.eye(WIDTH, dtype=jnp.float32))) == pytest.approx(
         3 * WIDTH ** (1 / 64), rel=1e-5
     )
+
+
+def test_structures_of_different_parts_are_different():
+    """Or `jax.jit` may run the program of another, which the hashes decide by chance."""
+    parts = [Magnitude(), Wanda(), SparseGPT(), Prox(), ADMM(), ConjugateGradients()]
+    parts += [GradientSteps(), LeastSquares(), Swaps(), Projection(), GradualProjection()]
+    parts += [Shrinkage(), Exponential(1.0, 2.0), Linear(1.0, 2.0), Cosine(1.0, 2.0, 3)]
+    structures = [jax.tree.structure(part) for part in parts]
+    for index, structure in enumerate(structures):
+        assert structures.index(structure) == index, parts[index]

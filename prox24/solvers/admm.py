@@ -1,10 +1,8 @@
 """ADMM between the squared loss and sparsity, by projection or by the exact proximal operator."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -12,6 +10,7 @@ from prox24.core import planes
 from prox24.core.masks import top_mask
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
+from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.planar import changed, check_grouped, from_planes, project, to_planes
 from prox24.solvers.problem import (
     Candidate,
@@ -26,8 +25,7 @@ Planes = Sequence[Array]
 """A weight (out, in) as M arrays (out, in / M): plane i holds the i-th entry of every block."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Projection:
     """Z is the nearest point of the pattern, in every step. Any N:M."""
 
@@ -44,8 +42,7 @@ class Projection:
         return project(blocks, pattern)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class GradualProjection:
     """The N largest of each block stay, and of the others ever fewer. Any N:M.
 
@@ -90,8 +87,7 @@ class GradualProjection:
         return project(kept, pattern)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Shrinkage:
     """Z is prox_{(lam / rho) R}(W + U), with lam / rho as scheduled. 1:M and 2:M.
 
@@ -124,8 +120,7 @@ class Shrinkage:
 Sparsifier = Projection | GradualProjection | Shrinkage
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class ADMM:
     """min 1/2 tr((W - W0) G (W - W0)^T) + lam R(Z) over W = Z, by alternating directions.
 

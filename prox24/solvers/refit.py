@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
+from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.problem import Normalized
 from prox24.solvers.proximal import eigenvalue_bound
 
@@ -28,8 +29,7 @@ class Refitted(NamedTuple):
     steps: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class ConjugateGradients:
     """Preconditioned conjugate gradients on the kept weights, all rows at once.
 
@@ -118,8 +118,7 @@ class _Descent(NamedTuple):
     steps: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class GradientSteps:
     """Any optax transform on the gradient (W - W0) G of half the loss, masked to the kept weights.
 
@@ -160,8 +159,7 @@ class GradientSteps:
         return Refitted(final, mask, jnp.asarray(self.steps, jnp.int32))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class LeastSquares:
     """The exact minimiser on the kept weights: one Cholesky factorization of G_SS for each row.
 

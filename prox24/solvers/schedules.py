@@ -1,11 +1,11 @@
 """How a penalty, or ADMM's rho, moves from step to step. The numbers are traced."""
 
-import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from prox24.solvers.hyperparameters import hyperparameters
 
 
 class Progress(NamedTuple):
@@ -24,8 +24,7 @@ class Progress(NamedTuple):
     changed: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Exponential:
     """first growth^k at move k = 0, 1, ...: the paper's schedule.
 
@@ -52,8 +51,7 @@ class Exponential:
         return progress.value * self.growth
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Linear:
     """first + k increment at move k.
 
@@ -70,8 +68,7 @@ class Linear:
         return progress.value + self.increment
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Cosine:
     """Half a cosine from `first` to `last` over `steps` steps, and `last` from then on.
 
@@ -91,8 +88,7 @@ class Cosine:
         return self.first + (self.last - self.first) * (1 - jnp.cos(angle)) / 2
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Adaptive:
     """Grows slowly while supports change, and fast while they do not.
 
@@ -117,8 +113,7 @@ class Adaptive:
         return progress.value * (self.slowest + (self.fastest - self.slowest) * calm)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class SupportSteps:
     """ALPS's rule for rho: times 1.3, 1.2 or 1.1 as over 10%, over 0.5% or anything changed.
 

@@ -1,18 +1,15 @@
 """Masks by a score for each weight, without a change of the kept weights: magnitude and Wanda."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from prox24.core.masks import largest_mask, top_mask
 from prox24.core.pattern import Pattern, Unstructured
+from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.problem import Candidate, LayerProblem
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Magnitude:
     """Keeps the largest |W| of each block, or of the whole matrix. Does not look at the Gram."""
 
@@ -28,8 +25,7 @@ class Magnitude:
         return Candidate.of(problem.weight, mask, damping)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Wanda:
     """Keeps the largest |W_ij| sqrt(G_jj) of each block, or of each row; uses the undamped Gram.
 

@@ -3,13 +3,13 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24.core.masks import largest_mask, top_mask
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
+from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.problem import (
     Candidate,
     LayerProblem,
@@ -17,8 +17,7 @@ from prox24.solvers.problem import (
 )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class SparseGPT:
     """The optimal-brain-surgeon sweep of SparseGPT. Any N:M, and unstructured sparsity.
 

@@ -1,6 +1,5 @@
 """Local search: block after block takes the best of all its masks while the others stay."""
 
-import dataclasses
 import itertools
 import math
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from jax import Array, lax
 
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
+from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.planar import check_grouped
 from prox24.solvers.problem import Normalized
 from prox24.solvers.refit import ConjugateGradients, Refitted
@@ -21,8 +21,7 @@ COLUMNS = 128
 """Columns whose residuals are kept up to date block by block; the rest follow after them."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Swaps:
     """Sweeps over the blocks that exchange kept for pruned weights, then conjugate gradients.
 
