@@ -48,6 +48,8 @@ def run(
         if next(changes) == place:
             os.kill(os.getpid(), number)
 
+    # A shell has what it runs in the background ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     on_change(arguments[2], kill)
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", cache)
