@@ -18,6 +18,17 @@ settings.load_profile("prox24")
 OPTIMIZED = {"test_gram", "test_precision", "test_prox", "test_prox_properties", "test_smollm2"}
 
 
+# Many modules compile the same programs of the same tiny models.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Of this process alone, since an entry that another one writes could be read half-written."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def optimizations(request):
     """Whether the programs of a module's tests are optimized; none outlives its module."""
