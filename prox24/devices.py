@@ -55,6 +55,11 @@ def apart(array: Array, mesh: Mesh | None, axis: int = 0) -> Array:
     return _put(array, parts(mesh, axis))
 
 
+def in_parts(array: Array, mesh: Mesh | None) -> Array:
+    """The first axis cut among the devices, inside a program."""
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, parts(mesh))
+
+
 def own_windows(count: int, mesh: Mesh | None) -> range:
     """Which windows of a micro-batch of so many are kept by this process."""
     if mesh is None:

@@ -1,7 +1,7 @@
 """The manifest of a pruned folder: how it was made, and the hash of every tensor."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ def write_manifest(
     job: Mapping[str, Any],
     digests: Mapping[str, str],
     pruned: Iterable[Mapping[str, Any]],
+    refined: Collection[str] = (),
 ) -> None:
     """Writes the manifest, which depends on nothing but the result.
 
@@ -25,6 +26,7 @@ def write_manifest(
       job: what decided the result; the times of change of the source's files are left out.
       digests: SHA-256 of every tensor, by name.
       pruned: figures of each pruned linear, with its name.
+      refined: tensors that were trained without being pruned, as norms are.
     """
     figures = {
         linear["name"]: {key: linear[key] for key in FIGURES if key in linear} for linear in pruned
@@ -33,7 +35,9 @@ def write_manifest(
         **job,
         "source": {name: size for name, (size, _) in job["source"].items()},
         "tensors": {
-            name: {"sha256": digest} | ({"pruned": figures[name]} if name in figures else {})
+            name: {"sha256": digest}
+            | ({"pruned": figures[name]} if name in figures else {})
+            | ({"refined": True} if name in refined else {})
             for name, digest in digests.items()
         },
     }

@@ -187,19 +187,19 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
 
 def _check_job(work: Path, count: int, job: Mapping[str, Any] | None) -> None:
     began = json.loads((work / "job.json").read_text(encoding="utf-8"))
-    difference = _difference(began, json.loads(json.dumps(job)))
-    if difference is not None:
+    found = difference(began, json.loads(json.dumps(job)))
+    if found is not None:
         raise CheckpointError(
-            f"{work} holds {count} tensors of another run: {difference}; "
+            f"{work} holds {count} tensors of another run: {found}; "
             "run as before to go on with it, or delete it to start anew"
         )
 
 
-def _difference(before: Any, now: Any, name: str = "") -> str | None:
-    """The first value that differs, with its name."""
+def difference(before: Any, now: Any, name: str = "") -> str | None:
+    """The first value that differs between two jobs, with its name, or None."""
     if isinstance(before, dict) and isinstance(now, dict):
         found = (
-            _difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
             for key in before.keys() | now.keys()
         )
         return min(filter(None, found), default=None)

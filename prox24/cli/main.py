@@ -12,7 +12,7 @@ from types import FrameType
 
 from prox24.checkpoints.checkpoint import DTYPES
 from prox24.checkpoints.writer import OUTPUTS
-from prox24.cli import convert, demo, evaluate, inspect_model, plan, prune, verify
+from prox24.cli import convert, demo, distill, evaluate, inspect_model, plan, prune, verify
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error
 from prox24.processes import leave
@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_prune(commands)
+    _add_distill(commands)
     _add_plan(commands)
     _add_eval(commands)
     _add_verify(commands)
@@ -147,6 +148,39 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("--num-processes", type=_positive, metavar="N", help="that there are")
     command.add_argument("--process-id", type=_index, metavar="I", help="of this one, from 0")
     _add_writing(command)
+    _add_length(command)
+    _add_output(command)
+
+
+def _add_distill(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "distill", help="train what is kept of a pruned model on what the dense one predicts"
+    )
+    command.set_defaults(run=distill.run)
+    command.add_argument("dense", type=Path, help=f"the model that was pruned: {MODEL}")
+    command.add_argument("pruned", type=Path, help="HF folder of the pruned model")
+    command.add_argument("destination", type=Path, help="HF folder to write")
+    command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to train on")
+    command.add_argument("--samples", type=_positive, default=64, help="windows of the text (64)")
+    command.add_argument("--step-windows", type=_positive, default=1, help="windows of a step (1)")
+    command.add_argument("--passes", type=_positive, default=1, help="over the windows (1)")
+    command.add_argument(
+        "--rate", type=_positive_number, default=2e-4, help="first rate of Adam (2e-4)"
+    )
+    command.add_argument(
+        "--cross-entropy",
+        type=_share,
+        default=0.0,
+        help="share of the loss that is the text's own next tokens, from 0 to 1 (0)",
+    )
+    command.add_argument(
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help="where the state of the training is kept; the same command goes on from there",
+    )
+    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    command.add_argument("--overwrite", action="store_true", help="replace the destination")
     _add_length(command)
     _add_output(command)
 
@@ -329,6 +363,13 @@ def _positive_number(text: str) -> float:
     value = _nonnegative(text)
     if not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _nonnegative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 

@@ -161,13 +161,15 @@ def _run(arguments: argparse.Namespace) -> int:
             native=native,
         )
         reports: list[LinearReport | None] = []
+        written = set(unfinished.entries)
 
-        def record(written: Written) -> None:
+        def record(tensor: Written) -> None:
             report, also = reports.pop(), {}
+            written.add(tensor.name)
             if report is not None:
                 figures.append({key: _plain(value) for key, value in _figures(report).items()})
                 also = {"figures": figures[-1]}
-            unfinished.record(written, also)
+            unfinished.record(tensor, also)
 
         with contextlib.closing(linears):  # which ends its progress bar before an error is printed
             if is_first():
@@ -185,7 +187,9 @@ def _run(arguments: argparse.Namespace) -> int:
         check_unchanged(checkpoint.path, files)
         meet("nothing has changed")  # for any of them
         if is_first():
-            write_manifest(unfinished.folder, job, digests, figures)
+            pruned = {figure["name"] for figure in figures}
+            refined = written - pruned
+            write_manifest(unfinished.folder, job, digests, figures, refined)
     if not is_first():
         return 0
     seconds = time.perf_counter() - began

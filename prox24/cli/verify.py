@@ -32,7 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_widths({name: shapes[name][axis] for name, axis in axes.items()}, pattern)
     source = None if arguments.source is None else torchax.open_any(arguments.source)[0]
     manifest = read_manifest(checkpoint.path)
-    hashes = {} if manifest is None else {name: e["sha256"] for name, e in manifest.items()}
+    entries = {} if manifest is None else manifest
+    hashes = {name: entry["sha256"] for name, entry in entries.items()}
+    refined = {name for name, entry in entries.items() if entry.get("refined")}
     given = {} if source is None else source.tensors
     problems = _missing(checkpoint, source, manifest)
     violations: dict[str, int] = {}
@@ -50,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
                 if blocks:
                     violations[name] = blocks
                     problems[name] = f"{blocks} {unit} break the pattern {pattern}"
-            elif name in given and not _equal(values, given[name].read()):
+            elif name in given.keys() - refined and not _equal(values, given[name].read()):
                 problems[name] = "is not what the source has"
             advance(name, None)
     report = {
@@ -60,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         "pattern": str(pattern),
         "tensors": len(checkpoint.tensors),
         "linears": len(axes),
+        "refined": sorted(refined),
         "blocks": int(weights) // group,
         "sparsity": zeros / weights,
         "violations": violations,
@@ -74,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report)
         return 1 if problems else 0
-    others = len(checkpoint.tensors) - len(axes)
+    others = len(checkpoint.tensors.keys() - axes.keys() - refined)
     rows = [
         ["pattern, along the input axis", str(pattern)],
         ["linears", str(len(axes))],
@@ -84,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         ["tensors, all finite", str(len(checkpoint.tensors))],
         ["hashes", "no manifest" if manifest is None else "compared with the manifest"],
         ["other tensors", str(others) if source is None else f"{others}, compared with the source"],
+        ["refined tensors, not compared", str(len(refined))],
         ["tensors with problems", str(len(problems))],
     ]
     if not arguments.quiet:

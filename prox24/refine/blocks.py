@@ -1,28 +1,19 @@
-"""Training what pruning kept: a block of layers to reproduce what the dense block puts out.
-
-The squared error of one linear is not what matters of it. Here all kept weights of a block, its
-norms and biases are trained together on the block's output, by any optax optimizer, and the zeros
-stay zeros.
-"""
+"""Training what is kept of a block of layers to reproduce what the dense block puts out."""
 
 import dataclasses
-import enum
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.errors import CalibrationError
-from prox24.optax import keep_pattern
+from prox24.refine.training import Loss, Project, PyTree, Refined, refine
 
-PyTree = Any
 Apply = Callable[[PyTree, Array], Array]
-Loss = Callable[[Array, Array], Array]
+OutputLoss = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,35 +57,6 @@ def _adam(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(rate, max(1, steps)))
 
 
-class Outcome(enum.Enum):
-    """How a refinement ended.
-
-    IMPROVED: the loss on held-out batches is lower than before.
-    UNCHANGED: it never was; the parameters are those that were given.
-    DIVERGED: a loss was not finite; the parameters are the best before that.
-    """
-
-    IMPROVED = "improved"
-    UNCHANGED = "unchanged"
-    DIVERGED = "diverged"
-
-
-class Refined(NamedTuple):
-    """Parameters after a refinement, and how it went.
-
-    Attributes:
-      params: the best of all passes, in the dtypes that were given.
-      outcome: an `Outcome`.
-      losses: on held-out batches, before the first pass and after each.
-      steps: of the optimizer, over all passes.
-    """
-
-    params: PyTree
-    outcome: Outcome
-    losses: list[float]
-    steps: int
-
-
 def relative_error(output: Array, target: Array) -> Array:
     """Mean over tokens of |output - target|^2 / |target|^2, for arrays (..., features).
 
@@ -119,7 +81,8 @@ def block(
     passes: int = 5,
     held_out: int = 1,
     kept: PyTree | Callable[[PyTree], PyTree] | None = None,
-    loss: Loss = relative_error,
+    project: Project | None = None,
+    loss: OutputLoss = relative_error,
 ) -> Refined:
     """Trains the kept parameters of a block so that it reproduces targets.
 
@@ -138,6 +101,8 @@ def block(
       held_out: batches, from the end.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
         leaves that `prox24.optax.proximal` prunes, and all other leaves.
+      project: None to train what is kept; a function to the pattern lets the mask move, by an
+        optimizer that ends with `prox24.optax.proximal`.
       loss: of an output and its target, a scalar.
 
     Returns:
@@ -148,6 +113,7 @@ def block(
         out; or the shape of an entry of `kept` does not fit.
 
     Example:
+      >>> import jax
       >>> weight = jnp.array([[1.0, 0.0, 0.0, 2.0]])
       >>> inputs = list(jax.random.normal(jax.random.key(0), (8, 16, 4)))
       >>> targets = [x @ jnp.array([[3.0], [0.0], [0.0], [2.0]]) for x in inputs]
@@ -158,53 +124,25 @@ def block(
     """
     if len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} batches of inputs, but {len(targets)} of targets")
-    if not 0 < held_out < len(inputs):
-        raise ValueError(
-            f"{len(inputs)} batches: {held_out} held out leave none to train or measure"
-        )
-    split = len(inputs) - held_out
-    training = _training(apply, loss, optimizer)
-    master = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    state = keep_pattern(optimizer, kept).init(master)
-
-    def rounded(master: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf, given: leaf.astype(given.dtype), master, params)
-
-    def measure(candidate: PyTree) -> float:
-        pairs = zip(inputs[split:], targets[split:], strict=True)
-        return sum(float(training.measure(candidate, x, t)) for x, t in pairs) / held_out
-
-    best, losses, steps = params, [measure(params)], 0
-    for _ in range(passes):
-        for x, target in zip(inputs[:split], targets[:split], strict=True):
-            master, state = training.advance(master, state, x, target)
-            steps += 1
-        candidate = rounded(master)
-        losses.append(measure(candidate))
-        if not jnp.isfinite(losses[-1]):
-            return Refined(best, Outcome.DIVERGED, losses, steps)
-        if losses[-1] == min(losses) < losses[0]:
-            best = candidate
-    outcome = Outcome.IMPROVED if min(losses) < losses[0] else Outcome.UNCHANGED
-    return Refined(best, outcome, losses, steps)
-
-
-class _Training(NamedTuple):
-    """Compiled functions of one block, loss and optimizer."""
-
-    advance: Callable[..., tuple[PyTree, PyTree]]
-    measure: Callable[..., Array]
+    batches = list(zip(inputs, targets, strict=True))
+    return refine(
+        _block_loss(apply, loss),
+        params,
+        None,
+        batches,
+        optimizer,
+        passes=passes,
+        held_out=held_out,
+        kept=kept,
+        project=project,
+    )
 
 
 @functools.lru_cache(maxsize=16)
-def _training(apply: Apply, loss: Loss, optimizer: optax.GradientTransformation) -> _Training:
-    # The state holds what is kept, so that the transform's own choice is never asked for here.
-    transform = keep_pattern(optimizer)
+def _block_loss(apply: Apply, loss: OutputLoss) -> Loss:
+    def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
+        del constants
+        x, target = batch
+        return loss(apply(params, x), target)
 
-    @jax.jit
-    def advance(params: PyTree, state: PyTree, x: Array, target: Array) -> tuple[PyTree, PyTree]:
-        gradient = jax.grad(lambda params: loss(apply(params, x), target))(params)
-        updates, state = transform.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return _Training(advance, jax.jit(lambda params, x, target: loss(apply(params, x), target)))
+    return of_batch

@@ -1,0 +1,191 @@
+"""Perplexity of SmolLM2-135M-Instruct pruned to 2:4 and then refined, against tokens and seconds.
+
+    python benchmarks/refine.py --calibration calib_mix.txt --texts austen.txt sotu.txt
+
+Every mask is found on the first 64 windows of 512 tokens of the calibration text, in an order drawn
+by the seed; the refinements see those and the windows that follow. Each row runs in a process of
+its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
+is there already is skipped, so that an interrupted command can be given again. Pruned models are
+kept in FOLDER/models of the cache.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import math
+import multiprocessing
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from model import drawn_windows, read_rows, with_tensors
+from rich.console import Console
+from rich.table import Table
+
+from prox24 import ADMM, ConjugateGradients, SparseGPT
+from prox24.calibration.text import first_windows, read_text, tokenize
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.cli.demo import fetch_model
+from prox24.cli.output import peak_memory_bytes
+from prox24.distill import ModelRefinement, distill
+from prox24.perplexity import perplexity
+from prox24.pipeline import collect, prune
+from prox24.refine import BlockRefinement
+
+LENGTH = 512
+WINDOWS = 64
+
+
+class Run(NamedTuple):
+    """One line: a pruned model, and what is done to it with how many windows."""
+
+    name: str
+    base: str
+    windows: int = 0
+    refinement: BlockRefinement | ModelRefinement | None = None
+
+
+BASES = {
+    "sparsegpt": (SparseGPT(), None),
+    "sparsegpt + refit": (SparseGPT(), ConjugateGradients(100, 1e-6)),
+    "default": (ADMM(), ConjugateGradients()),
+}
+
+
+def runs() -> list[Run]:
+    """The table."""
+    table = [Run("dense", "dense")]
+    table += [Run(base, base) for base in BASES]
+    table += [Run(f"{base} + block", base, 64, BlockRefinement()) for base in BASES]
+    table += [
+        Run(f"{base} + model", base, windows, ModelRefinement())
+        for windows in (64, 256, 1024)
+        for base in BASES
+    ]
+    return table
+
+
+def measure(
+    run: Run, calibration: Path, texts: list[Path], evaluation_windows: int, seed: int, cache: Path
+) -> dict[str, object]:
+    """Prunes or reads a pruned model, refines it and evaluates it on every text."""
+    dense = open_checkpoint(fetch_model(cache))
+    tokenizer, vocabulary = dense.load_tokenizer(), dense.config["vocab_size"]
+    ids = tokenize(tokenizer, read_text(calibration), vocabulary)
+    windows = drawn_windows(ids, max(WINDOWS, run.windows), LENGTH, seed)
+    model, tokens, error = dense, 0, math.nan
+    start = time.perf_counter()
+    if run.base != "dense":
+        solver, refit = BASES[run.base]
+        block = run.refinement if isinstance(run.refinement, BlockRefinement) else None
+        folder = cache / "models" / f"{run.base}-{seed}"
+        if block is not None or not folder.exists():
+            pruned = collect(prune(dense, windows[:WINDOWS], solver, refit, refinement=block))
+            model = with_tensors(dense, pruned.tensors)
+        if block is not None:
+            tokens = block.passes * windows[:WINDOWS].size
+        elif not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32")
+        if block is None:
+            model = open_checkpoint(folder)
+    if isinstance(run.refinement, ModelRefinement):
+        start = time.perf_counter()  # of the refinement alone
+        distilled = distill(dense, model, windows[: run.windows], run.refinement)
+        model, tokens = with_tensors(dense, dict(distilled.tensors)), distilled.tokens
+        error = min(distilled.refined.losses)
+    row: dict[str, object] = {
+        "distinct_tokens": run.windows * LENGTH,
+        "tokens": tokens,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "held_out_loss": error,
+    }
+    for path in texts:
+        text = tokenize(tokenizer, read_text(path), vocabulary)
+        chosen = first_windows(text, evaluation_windows, LENGTH)
+        row[path.stem] = perplexity(model, chosen).perplexity
+    return row
+
+
+def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
+    """Every row, with the gap in log-perplexity to dense as a share of SparseGPT's."""
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    for title in (*texts, "gap, share of SparseGPT's", "tokens", "seconds", "peak GB"):
+        table.add_column(title, justify="right")
+    found = {row["run"]: row for row in rows if row["distinct_tokens"] == "0"}
+
+    def gap(row: dict[str, str]) -> float:
+        return sum(math.log(float(row[t]) / float(found["dense"][t])) for t in texts)
+
+    for row in rows:
+        share = gap(row) / gap(found["sparsegpt"]) if "sparsegpt" in found else math.nan
+        table.add_row(
+            row["run"],
+            *(f"{float(row[text]):.2f}" for text in texts),
+            f"{share:.2f}",
+            row["tokens"],
+            f"{float(row['seconds']):.0f}",
+            f"{int(row['peak_memory_bytes']) / 1e9:.2f}",
+        )
+    Console(width=130).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--evaluation-windows", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of rows")
+    parser.add_argument("--most-windows", type=int, default=1024, help="skip rows with more")
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), metavar="FOLDER")
+    parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "refine.csv"
+    rows = read_rows(path)
+    for run in runs():
+        key = {
+            "run": run.name,
+            "distinct_tokens": run.windows * LENGTH,
+            "seed": arguments.seed,
+            "calibration": arguments.calibration.stem,
+            "evaluation_windows": arguments.evaluation_windows,
+        }
+        if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
+            continue
+        if arguments.only and run.name not in arguments.only:
+            continue
+        if run.windows > arguments.most_windows:
+            continue
+        with concurrent.futures.ProcessPoolExecutor(
+            max_workers=1, mp_context=multiprocessing.get_context("spawn")
+        ) as pool:
+            row = (
+                key
+                | pool.submit(
+                    measure,
+                    run,
+                    arguments.calibration,
+                    arguments.texts,
+                    arguments.evaluation_windows,
+                    arguments.seed,
+                    arguments.cache,
+                ).result()
+            )
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if not rows:
+                writer.writeheader()
+            writer.writerow(row)
+        rows = read_rows(path)
+    print_table(rows, [text.stem for text in arguments.texts])
+
+
+if __name__ == "__main__":
+    main()

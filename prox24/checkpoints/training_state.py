@@ -1,0 +1,78 @@
+"""The state of a training on disk, written by orbax: complete or absent, the last one kept."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from prox24.checkpoints.unfinished import difference
+from prox24.errors import CheckpointError
+from prox24.refine import Training
+
+
+class States(NamedTuple):
+    """A folder of states.
+
+    Attributes:
+      manager: orbax's.
+      job: what decides the result of the training.
+    """
+
+    manager: ocp.CheckpointManager
+    job: Mapping[str, Any]
+
+    def save(self, state: Training) -> None:
+        """Writes a state; when it returns, the arrays may be overwritten."""
+        arrays = (state.master, state.optimizer, state.best)
+        about = {"job": self.job, "losses": state.losses}
+        self.manager.save(
+            state.steps,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(_numbered(arrays)), about=ocp.args.JsonSave(about)
+            ),
+        )
+        self.manager.wait_until_finished()
+
+    def resume(self, begun: Training) -> Training:
+        """The state that was saved last, with the shapes and the places of this one; or this one.
+
+        Raises:
+          CheckpointError: it is of another job; names the difference.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return begun
+        arrays = (begun.master, begun.optimizer, begun.best)
+        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        found = difference(about["about"]["job"], json.loads(json.dumps(self.job)))
+        if found is not None:
+            raise CheckpointError(
+                f"{self.manager.directory} holds the state of another training: {found}; "
+                "choose another folder, or delete it"
+            )
+        wanted = ocp.args.StandardRestore(jax.tree.map(_like, _numbered(arrays)))
+        saved = self.manager.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
+        leaves = [saved[key] for key in sorted(saved, key=int)]
+        master, optimizer, best = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
+        return Training(master, optimizer, best, list(about["about"]["losses"]), step)
+
+
+@contextlib.contextmanager
+def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
+    """Opens a folder of states, or makes it."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        yield States(manager, job)
+
+
+def _numbered(arrays: Any) -> dict[str, Any]:
+    """The leaves by their place, since orbax has names of its own for what optax keeps."""
+    return {str(place): leaf for place, leaf in enumerate(jax.tree.leaves(arrays))}
+
+
+def _like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -1,0 +1,138 @@
+"""`prox24 distill`: trains what is kept of a pruned model on what the dense model predicts."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.manifest import write_manifest
+from prox24.checkpoints.training_state import states
+from prox24.checkpoints.unfinished import (
+    check_unchanged,
+    sha256,
+    source_files,
+    unfinished_folder,
+)
+from prox24.checkpoints.writer import check_destination, fill_folder
+from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
+from prox24.cli.windows import calibration_windows
+from prox24.core.masks import mean_sparsity
+from prox24.devices import common_mesh
+from prox24.distill import ModelRefinement, distill
+from prox24.errors import CheckpointError
+from prox24.forward import all_linears, load_model
+from prox24.refine import Training
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; the exit code."""
+    began = time.perf_counter()
+    for source in (arguments.dense, arguments.pruned):
+        check_destination(arguments.destination, source, arguments.overwrite)
+    dense, pruned = open_checkpoint(arguments.dense), open_checkpoint(arguments.pruned)
+    refinement = ModelRefinement(
+        rate=arguments.rate,
+        passes=arguments.passes,
+        windows=arguments.step_windows,
+        cross_entropy=arguments.cross_entropy,
+    )
+    windows = calibration_windows(
+        dense, arguments.text, arguments.samples, arguments.sequence_length
+    )
+    models = {"dense": dense, "pruned": pruned}
+    files = {role: source_files(model.path) for role, model in models.items()}
+    job = {
+        "command": "distill",
+        "refinement": dataclasses.asdict(refinement),
+        "text": {"tokens": windows.size, "sha256": sha256(windows)},
+        "dense": files["dense"],
+        "source": files["pruned"],
+        "versions": versions(),
+    }
+    batches = len(windows) // refinement.windows
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(
+            progress_bar("distill", refinement.measurements, arguments.quiet)
+        )
+        saved = None
+        if arguments.state is not None:
+            saved = stack.enter_context(states(arguments.state, job))
+
+        def on_measured(state: Training) -> None:
+            advance(f"step {state.steps} of {refinement.steps(batches)}", state.losses[-1])
+            if saved is not None:
+                saved.save(state)
+
+        distilled = distill(
+            dense,
+            pruned,
+            windows,
+            refinement,
+            mesh=common_mesh(refinement.windows),
+            resume=(lambda begun: begun) if saved is None else saved.resume,
+            on_measured=on_measured,
+        )
+    linears = {linear.tensor for linear in all_linears(load_model(pruned).config)}
+    figures: list[dict[str, Any]] = []
+    trained: set[str] = set()
+
+    def watched() -> Any:
+        for name, values in distilled.tensors:
+            trained.add(name)
+            if name in linears:
+                figures.append({"name": name, "sparsity": float(mean_sparsity(values))})
+            yield name, values
+
+    with unfinished_folder(arguments.destination) as unfinished:
+        digests = fill_folder(pruned, unfinished, watched(), note=_model_card(windows, refinement))
+        for role, model in models.items():
+            check_unchanged(model.path, files[role])
+        write_manifest(unfinished.folder, job, digests, figures, trained - linears)
+    refined = distilled.refined
+    report = {
+        "arguments": {k: _plain(v) for k, v in vars(arguments).items() if k != "run"},
+        "outcome": refined.outcome.value,
+        "losses": refined.losses,
+        "steps": refined.steps,
+        "tokens": distilled.tokens,
+        "seconds": time.perf_counter() - began,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": versions(),
+    }
+    if arguments.report is not None:
+        try:
+            arguments.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {arguments.report}: {error.strerror}") from error
+    if arguments.json:
+        print_json(report)
+    elif not arguments.quiet:
+        rows = [
+            ["outcome", refined.outcome.value],
+            ["loss on held-out windows", f"{refined.losses[0]:.4f} to {min(refined.losses):.4f}"],
+            ["steps", str(refined.steps)],
+            ["tokens", str(distilled.tokens)],
+            ["seconds", f"{report['seconds']:.0f}"],
+            ["peak memory", f"{peak_memory_bytes() / 1e9:.2f} GB"],
+        ]
+        print_table(["written", str(arguments.destination)], rows)
+    return 0
+
+
+def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
+    return f"""## Distillation
+
+What pruning kept was trained by prox24 {versions()["prox24"]} on the dense model's predictions:
+{refinement.passes} passes of {windows.shape[0]} windows of {windows.shape[1]} tokens, Adam from
+{refinement.rate}, a share of {refinement.cross_entropy} of the text's own next tokens.
+"""
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -1,0 +1,21 @@
+"""Training what pruning kept: layer by layer, or the whole model on what the dense one predicts.
+
+The squared error of one linear is not what matters of it. Here all kept weights of a block, its
+norms and biases are trained together on the block's output, or those of a whole model on the dense
+model's predictions, by any optax optimizer, and the zeros stay zeros.
+"""
+
+from prox24.refine.blocks import BlockRefinement, block, relative_error
+from prox24.refine.distillation import distill, divergence
+from prox24.refine.training import Outcome, Refined, Training
+
+__all__ = [
+    "BlockRefinement",
+    "Outcome",
+    "Refined",
+    "Training",
+    "block",
+    "distill",
+    "divergence",
+    "relative_error",
+]

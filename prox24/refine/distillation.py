@@ -1,0 +1,153 @@
+"""Training what is kept of a whole model to predict what the dense model predicts."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from prox24.refine.training import Loss, Project, PyTree, Refined, Resume, Training, refine
+
+Features = Callable[[PyTree, PyTree, Array], Array]
+Logits = Callable[[PyTree, Array], Array]
+
+
+CHUNK = 128
+"""Tokens of each window whose logits are in memory together."""
+
+
+def divergence(logits: Array, target: Array) -> Array:
+    """KL(softmax(target) || softmax(logits)) in nats, over the last axis.
+
+    Example:
+      >>> uniform, certain = jnp.zeros(2), jnp.array([0.0, 100.0])
+      >>> round(float(divergence(uniform, certain)), 6)  # log 2
+      0.693147
+    """
+    surprise = jax.nn.log_softmax(target, axis=-1) - jax.nn.log_softmax(logits, axis=-1)
+    return jnp.sum(jax.nn.softmax(target, axis=-1) * surprise, axis=-1)
+
+
+def distill(
+    features: Features,
+    logits: Logits,
+    params: PyTree,
+    outer: PyTree,
+    tokens: Sequence[ArrayLike],
+    targets: Sequence[ArrayLike],
+    optimizer: optax.GradientTransformation,
+    *,
+    cross_entropy: float = 0.0,
+    passes: int = 1,
+    held_out: int = 1,
+    kept: PyTree | Callable[[PyTree], PyTree] | None = None,
+    project: Project | None = None,
+    measured_every: int | None = None,
+    resume: Resume = lambda state: state,
+    on_measured: Callable[[Training], None] = lambda state: None,
+) -> Refined:
+    """Trains the kept parameters of a model on the predictions of the dense one.
+
+    Minimises, over the tokens of batches,
+
+        (1 - c) KL(softmax(logits(t)) || softmax(logits(h))) - c log p(next token),
+
+    with h = features(params, outer, tokens), t the target and c the share of cross-entropy. What
+    the teacher puts out before its head is all that is kept of it: the hidden width of numbers for
+    a token, where its logits would be as many as the vocabulary. The logits of `CHUNK` tokens of
+    each window are in memory at a time, and computed again for the gradient.
+
+    Args:
+      features: hidden states (windows, length, hidden), of tokens (windows, length).
+      logits: of outer and hidden states.
+      params: pytree of floating-point arrays; trained in float32.
+      outer: what is not trained, such as embeddings and the head.
+      tokens: batches of windows, int32, all of one shape.
+      targets: hidden states of the dense model for each.
+      optimizer: compiled once for each object, and for each pair of functions.
+      cross_entropy: the share c, from 0 to 1.
+      passes: as `prox24.refine.training.refine` has it, and all that follow.
+      held_out: batches, from the end.
+      kept: which entries are trained.
+      project: to the pattern, lets the mask move.
+      measured_every: steps between measurements; None for every pass.
+      resume: the state to begin with, given the one before the first step.
+      on_measured: called after each measurement.
+
+    Returns:
+      A `Refined`.
+
+    Raises:
+      ValueError: there are not as many targets as batches, none is left to train on, or none held
+        out; the share is not from 0 to 1; or the shape of an entry of `kept` does not fit.
+
+    Example:
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> outer = {"embedding": jax.random.normal(keys[0], (16, 8))}
+      >>> def features(params, outer, tokens):
+      ...     return outer["embedding"][tokens] @ params["kernel"]
+      >>> def logits(outer, hidden):
+      ...     return hidden @ outer["embedding"].T
+      >>> dense = {"kernel": jax.random.normal(keys[1], (8, 8))}
+      >>> pruned = {"kernel": dense["kernel"].at[1::2].set(0)}
+      >>> tokens = list(jax.random.randint(keys[2], (9, 4, 8), 0, 16, "int32"))
+      >>> targets = [features(dense, outer, batch) for batch in tokens]
+      >>> refined = distill(features, logits, pruned, outer, tokens, targets, optax.adam(0.03),
+      ...                   passes=4)
+      >>> refined.outcome, bool(jnp.any(refined.params["kernel"][1::2]))
+      (<Outcome.IMPROVED: 'improved'>, False)
+    """
+    if len(tokens) != len(targets):
+        raise ValueError(f"{len(tokens)} batches of tokens, but {len(targets)} of targets")
+    if not 0 <= cross_entropy <= 1:
+        raise ValueError(f"a share of cross-entropy of {cross_entropy} is not from 0 to 1")
+    return refine(
+        _loss(features, logits),
+        params,
+        (outer, jnp.asarray(cross_entropy, jnp.float32)),
+        list(zip(tokens, targets, strict=True)),
+        optimizer,
+        passes=passes,
+        held_out=held_out,
+        kept=kept,
+        project=project,
+        measured_every=measured_every,
+        resume=resume,
+        on_measured=on_measured,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _loss(features: Features, logits: Logits) -> Loss:
+    def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
+        (outer, share), (tokens, targets) = constants, batch
+        windows, length = tokens.shape
+
+        # Chunks run along the windows, which devices may share.
+        @jax.checkpoint
+        def of_chunk(chunk: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array]:
+            hidden, target, following, seen, predicts = chunk
+            own = logits(outer, hidden)
+            entropy = optax.softmax_cross_entropy_with_integer_labels(own, following)
+            gap = divergence(own, logits(outer, target))
+            return jnp.sum(jnp.where(seen, gap, 0)), jnp.sum(jnp.where(predicts, entropy, 0))
+
+        place = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
+        following = jnp.roll(tokens, -1, axis=1)
+        hidden = features(params, outer, tokens)
+        parts = (hidden, targets, following, place < length, place < length - 1)
+        gaps, entropies = lax.map(of_chunk, jax.tree.map(_chunks, parts))
+        gap = jnp.sum(gaps) / (windows * length)
+        return (1 - share) * gap + share * jnp.sum(entropies) / (windows * (length - 1))
+
+    return of_batch
+
+
+def _chunks(x: Array) -> Array:
+    """(windows, length, ...) to (chunks, windows, CHUNK, ...), padded with zeros."""
+    windows, length, *rest = x.shape
+    x = jnp.pad(x, [(0, 0), (0, -length % CHUNK), *[(0, 0)] * len(rest)])
+    return jnp.moveaxis(x.reshape(windows, -1, CHUNK, *rest), 1, 0)

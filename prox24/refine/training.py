@@ -1,0 +1,186 @@
+"""One loop for all training of what pruning kept: masked steps, and the best that was measured."""
+
+import enum
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from prox24.optax import keep_pattern
+
+PyTree = Any
+Loss = Callable[[PyTree, PyTree, PyTree], Array]
+"""Of parameters, of what is not trained, and of a batch: a scalar, to be minimised."""
+Project = Callable[[PyTree], PyTree]
+
+
+class Outcome(enum.Enum):
+    """How a refinement ended.
+
+    IMPROVED: the loss on held-out batches is lower than before.
+    UNCHANGED: it never was; the parameters are those that were given.
+    DIVERGED: a loss was not finite; the parameters are the best before that.
+    """
+
+    IMPROVED = "improved"
+    UNCHANGED = "unchanged"
+    DIVERGED = "diverged"
+
+
+class Refined(NamedTuple):
+    """Parameters after a refinement, and how it went.
+
+    Attributes:
+      params: the best that were measured, in the dtypes that were given.
+      outcome: an `Outcome`.
+      losses: on held-out batches, before the first step and at each measurement.
+      steps: of the optimizer.
+    """
+
+    params: PyTree
+    outcome: Outcome
+    losses: list[float]
+    steps: int
+
+
+class Training(NamedTuple):
+    """A training between two steps, from which it can go on.
+
+    Attributes:
+      master: the parameters, in float32.
+      optimizer: the state of the optimizer.
+      best: the parameters of the lowest loss so far, in the dtypes that were given.
+      losses: as in `Refined`.
+      steps: as in `Refined`.
+    """
+
+    master: PyTree
+    optimizer: PyTree
+    best: PyTree
+    losses: list[float]
+    steps: int
+
+    def diverged(self) -> bool:
+        """Whether the last loss is not finite, which ends a training."""
+        return not bool(jnp.isfinite(self.losses[-1]))
+
+    def refined(self) -> Refined:
+        """The result, if the training ends here."""
+        if self.diverged():
+            outcome = Outcome.DIVERGED
+        elif min(self.losses) < self.losses[0]:
+            outcome = Outcome.IMPROVED
+        else:
+            outcome = Outcome.UNCHANGED
+        return Refined(self.best, outcome, self.losses, self.steps)
+
+
+Resume = Callable[[Training], Training]
+
+
+def refine(
+    loss: Loss,
+    params: PyTree,
+    constants: PyTree,
+    batches: Sequence[PyTree],
+    optimizer: optax.GradientTransformation,
+    *,
+    passes: int,
+    held_out: int,
+    kept: PyTree | Callable[[PyTree], PyTree] | None = None,
+    project: Project | None = None,
+    measured_every: int | None = None,
+    resume: Resume = lambda state: state,
+    on_measured: Callable[[Training], None] = lambda state: None,
+) -> Refined:
+    """Minimises the mean of a loss over batches, one step of the optimizer for each, in order.
+
+    The last batches are held out: the loss is measured on them with the parameters as they would be
+    used, rounded to their dtypes, and the best are returned, which are those that were given if no
+    others are better.
+
+    Args:
+      loss: compiled once for each function object and optimizer object.
+      params: pytree of floating-point arrays; trained in float32.
+      constants: what the loss needs besides, which is not trained.
+      batches: all of one shape.
+      optimizer: `optax.MultiSteps` accumulates gradients.
+      passes: over the batches that are not held out.
+      held_out: batches, from the end.
+      kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
+        leaves that `prox24.optax.proximal` prunes, and all other leaves.
+      project: None to train what is kept. A function of the parameters, to the pattern, lets the
+        mask move: all entries are trained, by an optimizer that ends with `prox24.optax.proximal`,
+        and what is measured and returned is the projection.
+      measured_every: this many steps, and after the last; None for every pass.
+      resume: the state to begin with, given the one before the first step; one that `on_measured`
+        got, to go on with it.
+      on_measured: called after each measurement. The master parameters and the optimizer's state
+        are overwritten by the next step: copy what is to be kept.
+
+    Raises:
+      ValueError: no batch is left to train on, or none held out, or the shape of an entry of `kept`
+        does not fit.
+    """
+    if not 0 < held_out < len(batches):
+        raise ValueError(
+            f"{len(batches)} batches: {held_out} held out leave none to train or measure"
+        )
+    training, measured = batches[:-held_out], batches[-held_out:]
+    steps = passes * len(training)
+    advance = _advance(loss, optimizer, project is None)
+
+    def candidate(master: PyTree) -> PyTree:
+        used = master if project is None else project(master)
+        return jax.tree.map(
+            lambda leaf, given: jnp.array(leaf, given.dtype, copy=True), used, params
+        )
+
+    def measure(candidate: PyTree) -> float:
+        losses = [float(_measure(loss)(candidate, constants, batch)) for batch in measured]
+        return sum(losses) / held_out
+
+    # A copy also of what is float32 already: steps overwrite the master.
+    master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+    best = params if project is None else candidate(master)
+    transform = keep_pattern(optimizer, kept) if project is None else optimizer
+    state = resume(Training(master, transform.init(master), best, [measure(best)], 0))
+    while state.steps < steps and not state.diverged():
+        batch = training[state.steps % len(training)]
+        master, memory = advance(state.master, state.optimizer, constants, batch)
+        taken = state.steps + 1
+        state = state._replace(master=master, optimizer=memory, steps=taken)
+        if taken % (measured_every or len(training)) == 0 or taken == steps:
+            found = candidate(master)
+            losses = [*state.losses, measure(found)]
+            best = found if losses[-1] == min(losses) < losses[0] else state.best
+            state = state._replace(best=best, losses=losses)
+            on_measured(state)
+    return state.refined()
+
+
+@functools.lru_cache(maxsize=16)
+def _measure(loss: Loss) -> Callable[[PyTree, PyTree, PyTree], Array]:
+    return jax.jit(loss)
+
+
+@functools.lru_cache(maxsize=16)
+def _advance(
+    loss: Loss, optimizer: optax.GradientTransformation, fixed: bool
+) -> Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]:
+    # The state holds what is kept, so that the transform's own choice is never asked for here.
+    transform = keep_pattern(optimizer) if fixed else optimizer
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def advance(
+        params: PyTree, state: PyTree, constants: PyTree, batch: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        gradient = jax.grad(loss)(params, constants, batch)
+        updates, state = transform.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return advance

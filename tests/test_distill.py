@@ -1,0 +1,248 @@
+"""Training the kept weights of a whole model on the dense model's predictions."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tokens, write_tiny
+
+import prox24
+from prox24 import distill as model_distillation
+from prox24 import refine
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.main import main
+from prox24.forward import embedding_weights, head_weights, layer_weights, load_model
+from prox24.models import decoder, whole
+from prox24.optax import exponential, proximal
+
+VOCABULARY, WIDTH, LENGTH = 24, 16, 150
+TEXT = "Calibration text for a model that reads bytes. " * 60
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's optimizers mix dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def features(params, outer, ids):
+    return jnp.tanh(outer["embedding"][ids] @ params["kernel"])
+
+
+def logits(outer, hidden):
+    return 4 * hidden @ outer["embedding"].T
+
+
+@pytest.fixture
+def student():
+    """A dense and a pruned model, what both share, windows, and what the dense one puts out."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    outer = {"embedding": jax.random.normal(keys[0], (VOCABULARY, WIDTH), jnp.float32)}
+    dense = {"kernel": jax.random.normal(keys[1], (WIDTH, WIDTH), jnp.float32) / 4}
+    mask = prox24.top_mask(jnp.abs(dense["kernel"]), axis=0)
+    pruned = {"kernel": jnp.where(mask, dense["kernel"], 0)}
+    ids = list(jax.random.randint(keys[2], (6, 2, LENGTH), 0, VOCABULARY, "int32"))
+    return dense, pruned, outer, ids, [features(dense, outer, batch) for batch in ids]
+
+
+def expected_loss(params, outer, ids, target, share):
+    """By the definition, in float64."""
+    table = np.asarray(outer["embedding"], np.float64)
+    hidden = np.tanh(table[ids] @ np.asarray(params["kernel"], np.float64))
+
+    def log_probabilities(hidden):
+        scores = 4 * np.asarray(hidden, np.float64) @ table.T
+        return scores - np.log(np.sum(np.exp(scores), axis=-1, keepdims=True))
+
+    own, dense = log_probabilities(hidden), log_probabilities(target)
+    gap = np.mean(np.sum(np.exp(dense) * (dense - own), axis=-1))
+    next_ids = np.asarray(ids)[:, 1:, None]
+    entropy = -np.mean(np.take_along_axis(own[:, :-1], next_ids, axis=-1))
+    return (1 - share) * gap + share * entropy
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_loss_is_what_is_defined(student, share):
+    _, pruned, outer, ids, targets = student
+    refined = refine.distill(
+        features, logits, pruned, outer, ids, targets, optax.sgd(0.0), cross_entropy=share
+    )
+    expected = expected_loss(pruned, outer, ids[-1], targets[-1], share)
+    np.testing.assert_allclose(refined.losses, expected, rtol=1e-5)
+
+
+def test_the_loss_falls_and_the_zeros_stay(student):
+    _, pruned, outer, ids, targets = student
+    refined = refine.distill(
+        features, logits, pruned, outer, ids, targets, optax.adam(0.01), passes=12
+    )
+    assert refined.outcome is refine.Outcome.IMPROVED
+    assert refined.losses[-1] < 0.6 * refined.losses[0]
+    np.testing.assert_array_equal(refined.params["kernel"] == 0, pruned["kernel"] == 0)
+
+
+def test_a_mask_that_moves_begins_dense_and_ends_in_the_pattern(student):
+    dense, _, outer, ids, targets = student
+
+    def project(params):
+        return jax.tree.map(
+            lambda leaf: jnp.where(prox24.top_mask(jnp.abs(leaf), axis=0), leaf, 0), params
+        )
+
+    optimizer = optax.chain(optax.adam(0.01), proximal(exponential(0.01, 1.2), axis=0))
+    found = []
+    refined = refine.distill(
+        features,
+        logits,
+        dense,
+        outer,
+        ids,
+        targets,
+        optimizer,
+        passes=12,
+        project=project,
+        measured_every=10,
+        on_measured=lambda state: found.append(state.master["kernel"] != 0),
+    )
+    assert refined.outcome is refine.Outcome.IMPROVED
+    assert len(refined.losses) == 1 + 6
+    assert prox24.is_sparse(refined.params["kernel"], axis=0)
+    # At first nothing is zero; at the end the penalty has brought all blocks to the pattern.
+    assert np.mean(found[0]) > 0.9
+    assert prox24.is_sparse(found[-1], axis=0)
+
+
+def test_a_training_goes_on_with_the_same_bits(student):
+    _, pruned, outer, ids, targets = student
+    states = []
+
+    def run(**more):
+        optimizer = optax.adam(optax.cosine_decay_schedule(0.01, 10))
+        return refine.distill(
+            features,
+            logits,
+            pruned,
+            outer,
+            ids,
+            targets,
+            optimizer,
+            passes=2,
+            measured_every=3,
+            **more,
+        )
+
+    whole_run = run(on_measured=lambda state: states.append(jax.tree.map(np.array, state)))
+    assert [int(state.steps) for state in states] == [3, 6, 9, 10]
+    for state in states[:3]:
+        again = run(resume=lambda begun, state=state: restored(state))
+        np.testing.assert_array_equal(again.params["kernel"], whole_run.params["kernel"])
+        assert again.losses == whole_run.losses
+
+
+def restored(state):
+    arrays = jax.tree.map(jnp.asarray, state)
+    losses = [float(loss) for loss in state.losses]
+    return arrays._replace(losses=losses, steps=int(state.steps))
+
+
+def test_unequal_batches_and_a_share_beyond_one_are_refused(student):
+    _, pruned, outer, ids, targets = student
+    with pytest.raises(ValueError, match="6 batches of tokens, but 5 of targets"):
+        refine.distill(features, logits, pruned, outer, ids, targets[1:], optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"a share of cross-entropy of 1.5 is not from 0 to 1"):
+        refine.distill(
+            features, logits, pruned, outer, ids, targets, optax.sgd(0.1), cross_entropy=1.5
+        )
+
+
+@pytest.mark.parametrize("variant", ["llama1", "gpt2", "gemma2"])
+def test_the_whole_model_is_its_layers(tmp_path, variant):
+    write_tiny(tmp_path / "model", variant)
+    model = load_model(open_checkpoint(tmp_path / "model"))
+    ids = jnp.asarray(tokens(batch=2, length=24))
+    layers = [layer_weights(model, index) for index in range(len(model.config.layers))]
+    outer = embedding_weights(model) | head_weights(model)
+    expected = decoder.embed(model.config, outer, ids)
+    for spec, weights in zip(model.config.layers, layers, strict=True):
+        expected = decoder.layer(spec, weights, expected, decoder.no_tap)
+    stacked = whole.stacked(model.config, layers)
+    found = whole.features(model.config, stacked, outer, ids)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for given, back in zip(layers, whole.unstacked(model.config, stacked), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, given, back)
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    write_tiny(tmp_path / "model", dtype="bfloat16")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ["--method", "wanda", "--sequence-length", "32", "--samples", "8", "--quiet"]
+    command = ["prune", tmp_path / "model", tmp_path / "pruned", *options]
+    command += ["--calibration", tmp_path / "text.txt"]
+    assert main([str(argument) for argument in command]) == 0
+    return tmp_path
+
+
+def distilled(workspace, destination="out", *more):
+    options = ["--text", workspace / "text.txt", "--sequence-length", "32", "--samples", "16"]
+    every = [workspace / "model", workspace / "pruned", workspace / destination, *options]
+    return main(["distill", *map(str, every), "--rate", "0.003", "--quiet", *map(str, more)])
+
+
+def test_the_command_trains_every_tensor_of_the_layers(workspace, capsys):
+    assert distilled(workspace, "out", "--passes", "3", "--step-windows", "2", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["outcome"] == "improved"
+    assert min(report["losses"]) < 0.9 * report["losses"][0]
+    assert (report["steps"], report["tokens"]) == (3 * 7, 3 * 7 * 2 * 32)
+    source = str(workspace / "model")
+    assert main(["verify", str(workspace / "out"), "--source", source, "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["problems"] == {}
+    assert any("norm" in name for name in verified["refined"])
+    before, after = open_checkpoint(workspace / "pruned"), open_checkpoint(workspace / "out")
+    for name in before.tensors:
+        old, new = before.read(name), after.read(name)
+        assert new.dtype == old.dtype
+        changed = ".layers." in name
+        assert np.any(new != old) == changed, name
+        if "proj" in name:
+            np.testing.assert_array_equal(new == 0, old == 0)
+
+
+def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypatch, capsys):
+    assert distilled(workspace, "whole") == 0
+    given = model_distillation.distill
+
+    def interrupted(*arguments, on_measured, **keywords):
+        def measured(state):
+            on_measured(state)
+            if len(state.losses) == 3:
+                raise KeyboardInterrupt
+
+        return given(*arguments, on_measured=measured, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prox24.cli.distill.distill", interrupted)
+        assert distilled(workspace, "out", "--state", workspace / "state") == 130
+    assert not (workspace / "out").exists()
+    assert distilled(workspace, "out", "--state", workspace / "state", "--passes", "2") == 2
+    assert "refinement.passes was 1, is 2" in capsys.readouterr().err
+    assert distilled(workspace, "out", "--state", workspace / "state") == 0
+    for path in (workspace / "whole").iterdir():
+        assert path.read_bytes() == (workspace / "out" / path.name).read_bytes(), path.name
+
+
+def test_other_models_and_short_texts_are_refused(workspace, capsys):
+    write_tiny(workspace / "other", "grouped_heads")
+    command = ["distill", str(workspace / "other"), str(workspace / "pruned"), "--quiet"]
+    command += [str(workspace / "out"), "--text", str(workspace / "text.txt")]
+    assert main([*command, "--samples", "4", "--sequence-length", "32"]) == 2
+    assert "are not the same model" in capsys.readouterr().err
+    assert distilled(workspace, "out", "--step-windows", "9") == 2
+    assert "16 windows are too few for steps of 9" in capsys.readouterr().err
+    assert not (workspace / "out").exists()
