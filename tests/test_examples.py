@@ -176,7 +176,7 @@ def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, option
     output = run(["examples/finetune.py", source, destination, *options])
     tokens, table, steps = output.strip().split("\n\n")
     assert tokens == "2432 tokens to train on, 256 held out"
-    assert steps.endswith("steps of 4 windows")
+    assert steps.endswith("steps of 2 windows")
     _, before, after = rows(table)
     assert before[2:] == after[2:] == ["50.00%", "yes"]
     assert float(after[1]) < 0.5 * float(before[1])
