@@ -37,7 +37,7 @@ from prox24.optax import keep_pattern
 from prox24.perplexity import perplexity, window_losses
 
 BATCH = 2  # windows of a step
-RATE, LORA_RATE = 1e-4, 1e-3  # at the start; both fall to zero with the time that is left
+RATE, LORA_RATE = 2e-4, 1e-3  # at the start; both fall to zero with the time that is left
 LORA_SCALE = 2.0
 
 
