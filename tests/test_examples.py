@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import best_mask_by_enumeration
+from tiny import write_tiny
 
 import prox24
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -148,3 +151,39 @@ def test_digits_are_pruned_to_the_pattern_and_retraining_recovers_accuracy(tmp_p
     assert pattern == {"dense": "no", "one-shot": "yes", "fine-tuned": "yes", "prox": "yes"}
     assert min(zeros["one-shot"], zeros["fine-tuned"], zeros["prox"]) >= 50
     assert min(accuracy["fine-tuned"], accuracy["prox"]) >= accuracy["one-shot"]
+
+
+# Fine-tuning what was pruned
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(tmp_path_factory):
+    """A tiny pruned model, and a text to learn."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_tiny(folder / "model", "llama1", "bfloat16")
+    (folder / "text.txt").write_text("One sentence that is to be learned by heart. " * 60)
+    options = ["--method", "magnitude", "--refit", "none", "--samples", "2", "--quiet"]
+    options += ["--sequence-length", "32", "--calibration", str(folder / "text.txt")]
+    assert main(["prune", str(folder / "model"), str(folder / "pruned"), *options]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--lora", "4"]], ids=["kept", "lora"])
+def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, options, tmp_path):
+    source, destination = pruned_folder / "pruned", tmp_path / "tuned"
+    options = [*options, "--text", pruned_folder / "text.txt", "--sequence-length", "32"]
+    options += ["--seconds", "1", "--rate", "0.01"]
+    output = run(["examples/finetune.py", source, destination, *options])
+    tokens, table, steps = output.strip().split("\n\n")
+    assert tokens == "2432 tokens to train on, 256 held out"
+    assert steps.endswith("steps of 2 windows")
+    _, before, after = rows(table)
+    assert before[2:] == after[2:] == ["50.00%", "yes"]
+    assert float(after[1]) < 0.5 * float(before[1])
+    assert main(["verify", str(destination), "--quiet"]) == 0
+    given, tuned = open_checkpoint(source), open_checkpoint(destination)
+    for name in given.tensors:
+        assert np.array_equal(given.read(name) == 0, tuned.read(name) == 0)
+        changed = np.any(given.read(name) != tuned.read(name))
+        trained = "layers" in name and ("--lora" not in options or "norm" not in name)
+        assert changed == trained, name

@@ -1,0 +1,294 @@
+"""Low-rank adapters that keep the pattern: what is trained is what is merged."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_optax_leaves import PRUNED, every_model
+
+import prox24
+from prox24 import lora
+from prox24.lora import Adapter
+from prox24.optax import by_path, describe
+
+jitted_merge = jax.jit(lora.merge)
+
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def normal(shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def pruned(shape, axis, seed=0, dtype=jnp.float32):
+    """The two largest of every four, by NumPy, since the tests have many shapes."""
+    moved = np.moveaxis(np.random.default_rng(seed).normal(size=shape), axis, -1)
+    blocks = moved.reshape(-1, 4)
+    np.put_along_axis(blocks, np.argsort(np.abs(blocks), axis=1)[:, :2], 0, axis=1)
+    return jnp.asarray(np.moveaxis(blocks.reshape(moved.shape), -1, axis), dtype)
+
+
+def is_sparse(weight, axis):
+    blocks = rows(weight, axis).reshape(-1, 4)
+    return np.all(np.count_nonzero(blocks, axis=1) <= 2)
+
+
+def adapter(shape, axis, rank, seed=1):
+    """One that has been trained."""
+    thin = (*shape[:axis], rank, *shape[axis + 1 :])
+    return Adapter(normal((rank, shape[axis]), seed), normal(thin, seed + 1), axis)
+
+
+def rows(tensor, axis):
+    """As a float64 matrix whose columns run along the axis."""
+    moved = np.moveaxis(np.asarray(tensor, np.float64), axis, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def merged_rows(weight, adapter, scale):
+    """The definition, in NumPy and float64."""
+    matrix = rows(weight, adapter.axis)
+    update = rows(adapter.b, adapter.axis) @ np.asarray(adapter.a, np.float64)
+    return matrix + scale * (matrix != 0) * update
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["first"]["kernel"]) @ params["second"]["weight"].T
+
+
+def pruned_network(dtype=jnp.float32):
+    """A Flax kernel (in, out) and a PyTorch weight (out, in)."""
+    return {
+        "first": {"kernel": pruned((16, 32), 0, 0, dtype) / 4, "bias": jnp.zeros(32, dtype)},
+        "second": {"weight": pruned((8, 32), 1, 1, dtype) / 6},
+    }
+
+
+@every_model
+def test_a_new_adapter_changes_nothing_in_the_containers_of_every_library(make):
+    params = make()
+    adapters = lora.init(jax.random.key(0), params, 2)
+    merged = lora.merge(params, adapters, 3.0)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, merged, params)
+    found = jax.tree.leaves(adapters, is_leaf=lambda node: isinstance(node, Adapter))
+    axes = [leaf.axis for leaf in describe(params) if leaf.path in PRUNED[make]]
+    assert [adapter.axis for adapter in found] == axes
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(adapters))
+
+
+def test_adapters_differ_and_are_of_the_size_of_their_inputs():
+    adapters = lora.init(jax.random.key(0), pruned_network(), 8)
+    first, second = adapters["first"]["kernel"], adapters["second"]["weight"]
+    assert first.a.shape == (8, 16)
+    assert first.b.shape == (8, 32)
+    assert second.a.shape == (8, 32)
+    assert second.b.shape == (8, 8)
+    assert adapters["first"]["bias"] is None
+    np.testing.assert_allclose(jnp.std(first.a), 1 / 4, rtol=0.2)
+    np.testing.assert_allclose(jnp.std(second.a), 32**-0.5, rtol=0.2)
+    assert not jnp.any(first.a[:, :8] == second.a[:, :8])
+    assert not jnp.any(first.b)
+
+
+def test_shapes_suffice_to_start():
+    shapes = jax.eval_shape(pruned_network)
+    adapters = lora.init(jax.random.key(0), shapes, 2)
+    expected = lora.init(jax.random.key(0), pruned_network(), 2)
+    jax.tree.map(np.testing.assert_array_equal, adapters, expected)
+
+
+@settings(max_examples=20)
+@given(
+    st.integers(2, 4).flatmap(
+        lambda dimensions: st.tuples(
+            st.lists(st.integers(1, 5), min_size=dimensions, max_size=dimensions),
+            st.integers(0, dimensions - 1),
+        )
+    ),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.sampled_from([-2.0, 0.0, 0.5, 16.0]),
+)
+def test_merging_is_what_numpy_computes_and_keeps_the_pattern(place, blocks, rank, scale):
+    shape, axis = place
+    shape[axis] = 4 * blocks
+    weight, trained = pruned(shape, axis), adapter(shape, axis, rank)
+    merged = np.asarray(jitted_merge(weight, trained, scale))
+    expected = merged_rows(weight, trained, scale)
+    np.testing.assert_allclose(rows(merged, axis), expected, rtol=1e-5, atol=1e-5)
+    assert is_sparse(merged, axis)
+    np.testing.assert_array_equal(merged == 0, np.asarray(weight) == 0)
+
+
+def test_an_attention_is_adapted_along_the_axes_that_describe_gives():
+    attention = {
+        "query": {"kernel": pruned((8, 2, 4), 0)},
+        "out": {"kernel": pruned((2, 4, 8), 1)},
+    }
+    adapters = lora.init(jax.random.key(0), attention, 3)
+    assert adapters["query"]["kernel"].b.shape == (3, 2, 4)
+    assert adapters["out"]["kernel"].a.shape == (3, 4)
+    assert adapters["out"]["kernel"].b.shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_is_rounded_once_to_the_dtype_of_the_weight(dtype):
+    weight, trained = pruned((16, 8), 0, dtype=dtype), adapter((16, 8), 0, 2)
+    merged = lora.merge({"w": weight}, {"w": trained}, 0.25)["w"]
+    assert merged.dtype == dtype
+    whole = lora.merge({"w": weight.astype(jnp.float32)}, {"w": trained}, 0.25)["w"]
+    np.testing.assert_array_equal(merged, whole.astype(dtype))
+    np.testing.assert_array_equal(merged == 0, weight == 0)
+
+
+def test_pruned_entries_stay_zero_beside_an_update_that_is_not_finite():
+    weight = pruned((8, 4), 0)
+    trained = adapter((8, 4), 0, 1)
+    trained = Adapter(trained.a.at[:, 0].set(jnp.inf), trained.b, 0)
+    merged = lora.merge(weight, trained, 1.0)
+    np.testing.assert_array_equal(merged == 0, weight == 0)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((8, 6), 0), ((6, 8), 1), ((2, 8, 3), 1)])
+def test_gradients_are_those_of_the_masked_product(shape, axis):
+    weight, trained = pruned(shape, axis), adapter(shape, axis, 2)
+    cotangent, scale = normal(shape, 5), 0.5
+
+    @jax.grad
+    def gradients(inputs):
+        return jnp.sum(cotangent * lora.merge(inputs["w"], inputs["adapter"], scale))
+
+    found = gradients({"w": weight, "adapter": trained})
+    kept = rows(weight, axis) != 0
+    seen = kept * rows(cotangent, axis)
+    a, b = np.asarray(trained.a, np.float64), rows(trained.b, axis)
+    np.testing.assert_allclose(rows(found["w"], axis), seen)
+    np.testing.assert_allclose(found["adapter"].a, scale * b.T @ seen, rtol=1e-5, atol=1e-5)
+    expected = scale * seen @ a.T
+    np.testing.assert_allclose(rows(found["adapter"].b, axis), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_at_the_start_b_moves_first():
+    params, x = pruned_network(), normal((64, 16), 4)
+    adapters = lora.init(jax.random.key(0), params, 2)
+    gradient = jax.grad(lambda a: jnp.sum(jnp.square(network(lora.merge(params, a, 1.0), x))))(
+        adapters
+    )
+    for found in (gradient["first"]["kernel"], gradient["second"]["weight"]):
+        assert not jnp.any(found.a)
+        assert jnp.all(found.b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_trained_is_what_is_merged(dtype):
+    params, x = pruned_network(dtype), normal((256, 16), 4)
+    target = x @ normal((16, 8), 5) / 8
+    adapters = lora.init(jax.random.key(0), params, 4)
+    optimizer = optax.adam(3e-2)
+    traces = []
+
+    def apply(params, x):
+        return network(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), x)
+
+    @jax.jit
+    def loss(adapters, scale):
+        traces.append(1)
+        return jnp.mean(jnp.square(apply(lora.merge(params, adapters, scale), x) - target))
+
+    @jax.jit
+    def step(adapters, state):
+        updates, state = optimizer.update(jax.grad(loss)(adapters, 2.0), state, adapters)
+        return optax.apply_updates(adapters, updates), state
+
+    state, before = optimizer.init(adapters), loss(adapters, 2.0)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for _ in range(60):
+            adapters, state = step(adapters, state)
+    assert loss(adapters, 2.0) < 0.5 * before
+    assert loss(adapters, 0.0) == before
+    assert len(traces) == 2  # by itself and with its gradient, for every scale
+
+    merged = jitted_merge(params, adapters, 2.0)
+    error = jnp.mean(jnp.square(apply(merged, x) - target))
+    np.testing.assert_allclose(error, loss(adapters, 2.0), rtol=1e-6)
+    for name, axis in (("first", 0), ("second", 1)):
+        (weight,) = (leaf for leaf in jax.tree.leaves(params[name]) if leaf.ndim == 2)
+        (new,) = (leaf for leaf in jax.tree.leaves(merged[name]) if leaf.ndim == 2)
+        assert new.dtype == dtype
+        assert is_sparse(new, axis)
+        np.testing.assert_array_equal(new == 0, weight == 0)
+        assert jnp.all((new != weight) | (weight == 0)) or dtype == "bfloat16"
+    np.testing.assert_array_equal(merged["first"]["bias"], params["first"]["bias"])
+
+
+def test_a_part_is_merged_with_its_own_adapters():
+    params = pruned_network()
+    adapters = lora.init(jax.random.key(0), params, 2)
+    adapters["first"]["kernel"] = adapter((16, 32), 0, 2)
+    whole = lora.merge(params, adapters, 1.0)
+    part = lora.merge(params["first"], adapters["first"], 1.0)
+    jax.tree.map(np.testing.assert_array_equal, whole["first"], part)
+
+
+def test_leaves_and_axes_are_chosen_as_in_the_transforms():
+    params = pruned_network()
+    chosen = by_path(lambda path: path.startswith("first/kernel"))
+    adapters = lora.init(jax.random.key(0), params, 2, (1, 8), axis=1, mask=chosen)
+    assert adapters["second"]["weight"] is None
+    assert adapters["first"]["kernel"].axis == 1
+    assert adapters["first"]["kernel"].a.shape == (2, 32)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 9])
+def test_a_rank_that_a_matrix_cannot_have_is_refused_by_its_name(rank):
+    said = re.escape(
+        f"second/weight of shape (8, 32) has adapters of rank 1 to 8 along axis 1, not {rank}"
+    )
+    with pytest.raises(ValueError, match=said):
+        lora.init(jax.random.key(0), {"second": pruned_network()["second"]}, rank)
+
+
+def test_nothing_to_adapt_is_refused():
+    with pytest.raises(ValueError, match="no leaf is pruned"):
+        lora.init(jax.random.key(0), {"bias": jnp.zeros(8, jnp.float32)}, 1)
+    with pytest.raises(ValueError, match=r"bias of shape .* cannot be pruned"):
+        lora.init(jax.random.key(0), {"bias": jnp.zeros(6, jnp.float32)}, 1, axis=0, mask=True)
+
+
+@pytest.mark.parametrize("other", [adapter((16, 8), 0, 2), adapter((32, 16), 1, 2)])
+def test_adapters_of_another_weight_are_refused_by_its_name(other):
+    params = {"dense": {"kernel": pruned((16, 32), 0)}}
+    with pytest.raises(ValueError, match=re.escape("dense/kernel has shape (16, 32)")):
+        lora.merge(params, {"dense": {"kernel": other}}, 1.0)
+    with pytest.raises(ValueError, match=r"[Kk]ey"):
+        lora.merge(params, {"other": {"kernel": other}}, 1.0)
+
+
+def test_only_thin_arrays_are_kept_for_the_gradient():
+    weight, start = pruned((64, 64), 0), adapter((64, 64), 0, 2)
+    gradient = jax.vjp(functools.partial(lora.merge, weight, scale=2.0), start)[1]
+    kept = [leaf for leaf in jax.tree.leaves(gradient) if leaf.size >= weight.size]
+    for leaf in kept:
+        np.testing.assert_array_equal(leaf, weight)
+
+
+def test_the_python_of_the_page_runs():
+    text = (Path(__file__).parents[1] / "docs/refine.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert any("lora.merge" in block for block in blocks)
+    names = {}
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        exec("\n".join(blocks), names)
+    assert prox24.is_sparse(names["merged"]["first"], axis=0)
