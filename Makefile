@@ -3,13 +3,16 @@
 PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: demo test lint test-newest test-torchax clean
+.PHONY: demo test test-slow lint test-newest test-torchax clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
 
 test: lint
 	.venv/bin/python -m pytest
+
+test-slow: .venv/test.stamp
+	.venv/bin/python -m pytest -m slow
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .

@@ -169,7 +169,14 @@ def main() -> None:
     arguments = parser.parse_args()
     table = Table()
     table.add_column("layer, rate", no_wrap=True)
-    for title in ("sparsegpt", "+ fixed", "default", "+ fixed", "moving, half", "moving, all but one"):
+    for title in (
+        "sparsegpt",
+        "+ fixed",
+        "default",
+        "+ fixed",
+        "moving, half",
+        "moving, all but one",
+    ):
         table.add_column(title, justify="right")
     layers = dense_layers(arguments.layers, arguments.calibration, arguments.samples)
     for index, layer in zip(sorted(arguments.layers), layers, strict=True):

@@ -1,5 +1,6 @@
 """Several processes on this machine prune as one does, and end together."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -83,15 +84,19 @@ def pruned(workspace, destination):
 
 @pytest.fixture(scope="module")
 def alone(workspace, start):
-    """What one process writes, by method.
+    """Tells what one process writes by a method.
 
     The iterations of ADMM make another mask of another rounding, and the devices of two processes
     round as two devices of one.
     """
     devices = {"wanda": 1, "admm": 2}
-    for method, count in devices.items():
-        assert ended(start(method, method, [], devices=count)) == [0]
-    return {method: pruned(workspace, method) for method in devices}
+
+    @functools.cache
+    def alone(method):
+        assert ended(start(method, method, [], devices=devices[method])) == [0]
+        return pruned(workspace, method)
+
+    return alone
 
 
 def assert_the_same(ours, expected):
@@ -107,15 +112,19 @@ def assert_the_same(ours, expected):
         assert linear["relative_loss"] == pytest.approx(other["relative_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("count", "method"), [(2, "admm"), (4, "wanda")])
+@pytest.mark.parametrize(
+    ("count", "method"), [pytest.param(2, "admm", marks=pytest.mark.slow), (4, "wanda")]
+)
 def test_several_processes_write_what_one_does(workspace, start, alone, count, method):
     destination = f"{method}-{count}"
     assert ended(start(destination, method, *[[]] * count)) == [0] * count
-    assert_the_same(pruned(workspace, destination), alone[method])
+    assert_the_same(pruned(workspace, destination), alone(method))
     assert not (workspace / f"{destination}.unfinished").exists()
 
 
-@pytest.mark.parametrize(("victim", "place"), [(0, "memory"), (1, "disk")])
+@pytest.mark.parametrize(
+    ("victim", "place"), [(0, "memory"), pytest.param(1, "disk", marks=pytest.mark.slow)]
+)
 def test_a_killed_process_ends_the_others_and_the_rerun_goes_on(
     workspace, start, alone, victim, place
 ):
@@ -142,7 +151,7 @@ def test_a_killed_process_ends_the_others_and_the_rerun_goes_on(
     assert ended(start(destination, "wanda", options, options)) == [0, 0]
     result = pruned(workspace, destination)
     assert result[1]["resumed_linears"] >= 8  # of 14, in the second of two layers
-    assert_the_same(result, alone["wanda"])
+    assert_the_same(result, alone("wanda"))
 
 
 def test_processes_with_different_commands_are_refused(workspace, start):

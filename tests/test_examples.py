@@ -101,6 +101,7 @@ def test_three_equal_entries_become_two_at_their_known_penalty(c):
 # Correlated features
 
 
+@pytest.mark.slow
 def test_regret_on_correlated_features_is_least_for_prox(tmp_path):
     output = run_with_figure("correlated_regression.py", tmp_path / "regret.svg")
     _, header, *table = rows(output)
@@ -141,6 +142,7 @@ def test_prox_finds_the_best_mask_of_uncorrelated_features(seed):
 # Digits
 
 
+@pytest.mark.slow
 def test_digits_are_pruned_to_the_pattern_and_retraining_recovers_accuracy(tmp_path):
     output = run_with_figure("digits.py", tmp_path / "digits.svg")
     header, *table, _ = rows(output)

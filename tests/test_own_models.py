@@ -42,6 +42,7 @@ def without_losses(text):
     return re.sub(r"loss \d\.\d+", "loss", text)
 
 
+@pytest.mark.slow
 def test_a_linen_network_keeps_more_of_its_accuracy_by_the_default_than_by_wanda():
     leaves, table = figures(run("examples/linen_digits.py"))
     assert leaves in PAGE
@@ -55,6 +56,7 @@ def test_a_linen_network_keeps_more_of_its_accuracy_by_the_default_than_by_wanda
     assert loss["prox + refit"] < 0.8 * loss["wanda"]
 
 
+@pytest.mark.slow
 def test_an_nnx_transformer_loses_less_by_the_default_than_by_wanda():
     leaves, table = figures(run("examples/nnx_characters.py"))
     assert leaves in PAGE
@@ -67,6 +69,7 @@ def test_an_nnx_transformer_loses_less_by_the_default_than_by_wanda():
     assert loss["the last, in order"] < loss["wanda"]
 
 
+@pytest.mark.slow
 def test_a_sentence_encoder_keeps_more_of_its_similarities_by_the_default_than_by_wanda():
     leaves, table = figures(run("examples/minilm.py"))
     assert leaves in PAGE
@@ -108,6 +111,7 @@ def test_sentence_embeddings_are_those_of_pytorch():
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_runs_and_prints_what_it_says():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     printed = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
