@@ -1,5 +1,6 @@
 """Decoding with a cache against full passes, golden files and PyTorch; the drawing of tokens."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,29 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_cli import run_process
-from tiny import (
-    VARIANTS,
-    config_dict,
-    jax_logits,
-    model_weights,
-    random_weights,
-    tokens,
-    write_folder,
-    write_tiny,
-)
+from tiny import VARIANTS, config_dict, model_weights, random_weights, tokens, write_tiny
 
-from prox24.checkpoints.checkpoint import open_checkpoint, stop_tokens
+from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24.cli.main import main
 from prox24.errors import CheckpointError, PromptError
+from prox24.forward import all_weights, load_model
 from prox24.models import decoder
-from prox24.models.generate import advance, choose, empty_cache, generate, step
+from prox24.models.generate import choose, empty_cache, generate, step
 
 GOLDEN = Path(__file__).parent / "golden"
-PROMPT, LENGTH = 44, 48
-# Other numbers of these do not matter to a cache.
-LIKE_LLAMA1 = {"large_theta", "loose_norm", "linear_rope", "llama3_rope", "yarn_rope", "biases"}
-CACHED = sorted(set(VARIANTS) - LIKE_LLAMA1)
+PROMPT, LENGTH = 44, 48  # programs are shared by the tests of these lengths
+COUNT = LENGTH - PROMPT + 1
+# One of each family, and linear biases behind rotary ones; the prompts of some.
+CACHED = [
+    *{config_dict(variant)["model_type"]: variant for variant in reversed(VARIANTS)}.values(),
+    "falcon_alibi",
+]
+PROMPTED = ["grouped_heads", "gemma3", "gpt2", "bloom", "mixtral"]
 
 
 def tiny_model(variant="llama1", **changes):
@@ -37,51 +33,54 @@ def tiny_model(variant="llama1", **changes):
     return model_weights(config, random_weights(config))
 
 
-def continued(model, prompts, count, **options):
+def continued(model, prompts, count=COUNT, **options):
     return np.stack(list(generate(*model, prompts, count, **options)), axis=1)
 
 
-def greedy_by_full_passes(variant, text, first):
-    """The most probable token behind each of the tokens of a text from a position on."""
-    config = config_dict(variant)
-    logits = jax_logits(config, random_weights(config), text)
-    return logits[:, first:].argmax(-1)
+@functools.partial(jax.jit, static_argnums=0)
+def full_pass(config, weights, text):
+    hidden = decoder.embed(config, weights.outer, text)
+    for spec, own in zip(config.layers, weights.layers, strict=True):
+        hidden = decoder.layer(spec, own, hidden, decoder.no_tap)
+    return decoder.logits(config, weights.outer, hidden)
 
 
 @pytest.mark.parametrize("variant", CACHED)
-def test_logits_with_a_cache_agree_with_golden_files(variant):
+def test_logits_of_the_step_are_those_of_full_passes_in_pytorch(variant):
     config, weights = tiny_model(variant)
-    config = decoder.at_length(config, LENGTH)
-    ids, expected = tokens(), np.load(GOLDEN / f"{variant}.npy")
-    cache = empty_cache(config, len(ids), LENGTH)
-    logits, cache = advance(config, weights, cache, ids[:, :PROMPT], np.int32(0))
-    for position in range(PROMPT, LENGTH):
-        last = ids[:, position, None]
-        logits, cache = step(config, weights, cache, last, np.int32(position))
-        np.testing.assert_allclose(logits, expected[:, position - PROMPT], atol=1e-5, rtol=0)
+    expected = np.load(GOLDEN / f"{variant}.npy")
+    config, cache = decoder.at_length(config, LENGTH), empty_cache(config, 2, LENGTH)
+    logits = []
+    for position, last in enumerate(tokens().T):
+        found, cache = step(config, weights, cache, last[:, None], np.int32(position))
+        logits.append(found)
+    logits = np.stack(logits[-4:], axis=1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.parametrize("variant", CACHED)
+@pytest.mark.parametrize("variant", PROMPTED)
 def test_greedy_tokens_are_those_of_full_passes(variant):
-    prompts = tokens()[:, :PROMPT]
-    generated = continued(tiny_model(variant), prompts, LENGTH - PROMPT + 1)
+    model, prompts = tiny_model(variant), tokens()[:, :PROMPT]
+    generated = continued(model, prompts)
     text = np.concatenate([prompts, generated[:, :-1]], axis=1)
-    np.testing.assert_array_equal(generated, greedy_by_full_passes(variant, text, PROMPT - 1))
+    expected = np.asarray(full_pass(*model, text)).argmax(-1)
+    np.testing.assert_array_equal(generated, expected[:, PROMPT - 1 :])
 
 
 def test_a_text_that_outgrows_the_short_frequencies_is_read_anew():
-    # The switch is at 32 tokens: full passes up to there have other frequencies than beyond.
-    prompts = tokens()[:, :31]
-    generated = continued(tiny_model("phi3_long"), prompts, 4)
+    model, prompts = tiny_model("phi3_long", num_hidden_layers=1), tokens()[:, :31]
+    assert model[0].layers[0].attention.rope.switch == 32
+    generated = continued(model, prompts, 4)
     text = np.concatenate([prompts, generated[:, :-1]], axis=1)
-    expected = [
-        greedy_by_full_passes("phi3_long", text[:, :32], 30),
-        greedy_by_full_passes("phi3_long", text, 32),
-    ]
-    np.testing.assert_array_equal(generated, np.concatenate(expected, axis=1))
+    # Full passes up to the switch have other frequencies than those beyond it.
+    short, long = (np.asarray(full_pass(*model, text[:, :end])) for end in (32, 34))
+    expected = np.concatenate([short[:, 30:], long[:, 32:]], axis=1)
+    assert np.abs(long[:, 31] - short[:, 31]).max() > 1e-3
+    np.testing.assert_array_equal(generated, expected.argmax(-1))
 
 
-@pytest.mark.parametrize("variant", ["grouped_heads", "gemma3", "gpt2", "opt", "bloom", "mixtral"])
+@pytest.mark.parametrize("variant", PROMPTED)
 def test_greedy_tokens_are_those_of_pytorch(tmp_path, variant):
     make_golden = pytest.importorskip("make_golden", exc_type=ImportError)
     torch = pytest.importorskip("torch")
@@ -90,11 +89,10 @@ def test_greedy_tokens_are_those_of_pytorch(tmp_path, variant):
     model.generation_config.eos_token_id = None
     prompts = tokens()[:, :PROMPT]
     ids = torch.from_numpy(prompts).long()
-    count = LENGTH - PROMPT + 1
     expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=COUNT
     )
-    generated = continued(tiny_model(variant), prompts, count)
+    generated = continued(tiny_model(variant), prompts)
     np.testing.assert_array_equal(generated, expected[:, PROMPT:].numpy())
 
 
@@ -123,35 +121,33 @@ def test_the_cache_is_donated():
 
 def test_texts_of_a_batch_do_not_depend_on_each_other():
     model, prompts = tiny_model(), tokens()[:, :PROMPT]
-    both = continued(model, prompts, LENGTH - PROMPT + 1)
-    one = continued(model, prompts[1:], LENGTH - PROMPT + 1)
-    np.testing.assert_array_equal(one, both[1:])
+    both = continued(model, prompts)
+    np.testing.assert_array_equal(continued(model, prompts[1:]), both[1:])
 
 
 def test_weights_in_bfloat16_are_multiplied_in_float32():
-    config, weights = tiny_model()
-    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
-    rounded = jax.tree.map(lambda w: w.astype(jnp.float32), half)
-    first, _ = advance(config, half, empty_cache(config, 2, 8), tokens()[:, :8], np.int32(0))
-    second, _ = advance(config, rounded, empty_cache(config, 2, 8), tokens()[:, :8], np.int32(0))
-    np.testing.assert_array_equal(first, second)
+    x, weight = jax.random.normal(jax.random.key(0), (2, 1, 3, 8), jnp.float32)
+    half = weight[0].astype(jnp.bfloat16)
+    product = decoder.linear(x, half)
+    assert product.dtype == jnp.float32
+    np.testing.assert_array_equal(product, decoder.linear(x, half.astype(jnp.float32)))
 
 
 def test_a_text_ends_with_a_stop_token_and_repeats_it_until_all_have_ended():
     model, prompts = tiny_model(), tokens()[:, :PROMPT]
-    free = continued(model, prompts, 5)
-    assert free[0, 1] not in [*free[0, :1], *free[1]]
-    stopped = continued(model, prompts, 5, stop=[free[0, 1]])
-    np.testing.assert_array_equal(stopped[0], [free[0, 0], *[free[0, 1]] * 4])
+    free = continued(model, prompts, temperature=1.0)
+    assert len({*free[0, :2].tolist(), *free[1].tolist()}) == 2 + COUNT
+    stopped = continued(model, prompts, temperature=1.0, stop=[free[0, 1]])
+    np.testing.assert_array_equal(stopped[0], [free[0, 0], *[free[0, 1]] * (COUNT - 1)])
     np.testing.assert_array_equal(stopped[1], free[1])
-    alone = continued(model, prompts[:1], 5, stop=[free[0, 1]])
-    np.testing.assert_array_equal(alone, free[:1, :2])
+    both = continued(model, prompts, temperature=1.0, stop=[free[0, 1], free[1, 2]])
+    np.testing.assert_array_equal(both[:, 1:], [[free[0, 1]] * 2, free[1, 1:3]])
 
 
 def test_a_seed_decides_what_is_drawn():
     model, prompts = tiny_model(), tokens()[:, :PROMPT]
     first, again, other = (
-        continued(model, prompts, 5, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+        continued(model, prompts, temperature=1.0, seed=seed) for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
@@ -216,30 +212,51 @@ def test_numbers_out_of_range_raise(count, options):
 # The command
 
 
-def test_the_command_as_a_process_agrees_with_the_function(tmp_path):
-    write_tiny(tmp_path / "model", dtype="bfloat16")
-    arguments = ["generate", tmp_path / "model", "--prompt", "Once", "--tokens", "5", "--json"]
-    outcome = run_process(*arguments, "--dtype", "float32")
-    assert outcome.returncode == 0, outcome.stderr
-    printed = json.loads(outcome.stdout)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    ids = checkpoint.load_tokenizer()("Once")["input_ids"]
-    weights = {name: checkpoint.read(name).astype(np.float32) for name in checkpoint.tensors}
-    model = model_weights(checkpoint.config, weights)
-    assert printed["tokens"] == continued(model, [ids], 5)[0].tolist()
-    assert printed["prompt_tokens"] == 4
+TEXT = "It is a truth universally acknowledged, that"
+assert len(TEXT) == PROMPT  # of bytes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tiny(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def printed_json(capsys, folder, *options):
+    options = ["--prompt", TEXT, "--tokens", str(COUNT), "--json", *options]
+    assert main(["generate", str(folder), *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_agrees_with_the_function(folder, capsys):
+    printed = printed_json(capsys, folder)
+    tokenizer = open_checkpoint(folder).load_tokenizer()
+    ids = tokenizer(TEXT)["input_ids"]
+    assert printed["tokens"] == continued(tiny_model(), [ids])[0].tolist()
+    assert printed["text"] == tokenizer.decode(ids + printed["tokens"])[PROMPT:]
+    assert printed["prompt_tokens"] == PROMPT
     assert printed["seconds"] > 0
     assert printed["tokens_per_second"] > 0
 
 
-def test_the_command_prints_the_prompt_and_what_follows(tmp_path, capsys):
-    write_tiny(tmp_path / "model")
-    arguments = ["generate", str(tmp_path / "model"), "--prompt", "Once", "--tokens", "3"]
-    drawn = [*arguments, "--temperature", "0.8", "--top-p", "0.9", "--seed", "4"]
-    assert main([*drawn, "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert main(drawn) == 0
-    assert capsys.readouterr().out == f"Once{printed['text']}\n"
+def test_the_command_prints_the_prompt_and_what_follows(folder, capsys):
+    options = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "4"]
+    text = printed_json(capsys, folder, *options)["text"]
+    arguments = ["generate", str(folder), "--prompt", TEXT, "--tokens", str(COUNT), *options]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{TEXT}{text}\n"
+
+
+def test_the_weights_have_the_dtype_that_is_asked_for(folder):
+    model = load_model(open_checkpoint(folder))
+    for given, expected in ((None, jnp.float32), (DTYPES["bfloat16"], jnp.bfloat16)):
+        assert {leaf.dtype for leaf in jax.tree.leaves(all_weights(model, given))} == {expected}
+
+
+def test_the_command_ends_with_a_stop_token(folder, capsys):
+    free = printed_json(capsys, folder, "--temperature", "1")["tokens"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[1]}))
+    assert printed_json(capsys, folder, "--temperature", "1")["tokens"] == free[:2]
 
 
 @pytest.mark.parametrize(
@@ -252,32 +269,19 @@ def test_the_command_prints_the_prompt_and_what_follows(tmp_path, capsys):
     ],
 )
 def test_stop_tokens_are_of_the_generation_config_or_else_of_the_config(
-    tmp_path, generation, config, expected
+    folder, generation, config, expected
 ):
-    folder = tmp_path / "model"
-    write_folder(folder, config_dict() | config, random_weights(config_dict()))
+    (folder / "config.json").write_text(json.dumps(config_dict() | config))
     (folder / "generation_config.json").unlink()
     if generation is not None:
         (folder / "generation_config.json").write_text(generation)
     assert stop_tokens(open_checkpoint(folder)) == expected
 
 
-def test_stop_tokens_that_are_no_ids_are_refused(tmp_path):
-    write_tiny(tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+def test_stop_tokens_that_are_no_ids_are_refused(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(CheckpointError, match="'</s>' is no id"):
-        stop_tokens(open_checkpoint(tmp_path / "model"))
-
-
-def test_the_command_ends_with_a_stop_token(tmp_path, capsys):
-    write_tiny(tmp_path / "model")
-    arguments = ["generate", str(tmp_path / "model"), "--prompt", "Once", "--json"]
-    assert main([*arguments, "--tokens", "3"]) == 0
-    free = json.loads(capsys.readouterr().out)["tokens"]
-    ends = json.dumps({"eos_token_id": free[1]})
-    (tmp_path / "model" / "generation_config.json").write_text(ends)
-    assert main([*arguments, "--tokens", "3"]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == free[:2]
+        stop_tokens(open_checkpoint(folder))
 
 
 @pytest.mark.parametrize(
@@ -287,9 +291,8 @@ def test_the_command_ends_with_a_stop_token(tmp_path, capsys):
         (["--prompt", "word " * 30], "150 tokens and 64 to generate are more than the model's 128"),
     ],
 )
-def test_a_prompt_that_does_not_do_is_one_line(tmp_path, capsys, options, named):
-    write_tiny(tmp_path / "model")
-    assert main(["generate", str(tmp_path / "model"), *options]) == 2
+def test_a_prompt_that_does_not_do_is_one_line(folder, capsys, options, named):
+    assert main(["generate", str(folder), *options]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("prox24: error: ")
