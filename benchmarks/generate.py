@@ -5,9 +5,9 @@
     python benchmarks/generate.py --synthetic
 
 The model is SmolLM2-135M-Instruct, or a checkpoint, or random weights in the shape of Llama-3.2-1B.
-Each form of the weights has a process of its own, which goes on from the same prompt: the time of
-the step is that of all tokens but the first, which is the prompt's, and the second, for which the
-step is compiled. Resident memory is what the process has after the last token, on Linux.
+Each form of the weights has a process of its own, which goes on from the same prompt. The rate is
+that of all tokens but the first, which is the prompt's, and the second, for which programs are
+compiled. Resident memory is what the process has after the last token, on Linux.
 """
 
 import argparse

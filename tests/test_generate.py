@@ -15,7 +15,7 @@ from prox24.cli.main import main
 from prox24.errors import CheckpointError, PromptError
 from prox24.forward import all_weights, load_model
 from prox24.models import decoder
-from prox24.models.generate import choose, empty_cache, generate, step
+from prox24.models.generate import advance, choose, empty_cache, generate
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT, LENGTH = 44, 48  # programs are shared by the tests of these lengths
@@ -46,13 +46,13 @@ def full_pass(config, weights, text):
 
 
 @pytest.mark.parametrize("variant", CACHED)
-def test_logits_of_the_step_are_those_of_full_passes_in_pytorch(variant):
+def test_logits_token_by_token_are_those_of_full_passes_in_pytorch(variant):
     config, weights = tiny_model(variant)
     expected = np.load(GOLDEN / f"{variant}.npy")
     config, cache = decoder.at_length(config, LENGTH), empty_cache(config, 2, LENGTH)
     logits = []
     for position, last in enumerate(tokens().T):
-        found, cache = step(config, weights, cache, last[:, None], np.int32(position))
+        found, cache = advance(config, weights, cache, last[:, None], np.int32(position))
         logits.append(found)
     logits = np.stack(logits[-4:], axis=1)
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
@@ -96,7 +96,7 @@ def test_greedy_tokens_are_those_of_pytorch(tmp_path, variant):
     np.testing.assert_array_equal(generated, expected[:, PROMPT:].numpy())
 
 
-def test_equal_layers_are_traced_once_for_the_prompt_and_once_for_the_step(monkeypatch):
+def test_equal_layers_are_compiled_once_for_the_prompt_and_once_for_all_tokens(monkeypatch):
     traced = []
 
     def counted(spec, weights, hidden, *rest, layer=decoder.layer):
@@ -105,18 +105,22 @@ def test_equal_layers_are_traced_once_for_the_prompt_and_once_for_the_step(monke
 
     monkeypatch.setattr(decoder, "layer", counted)
     model = tiny_model(intermediate_size=40)  # of no other test
-    before = step._cache_size()
     for options in ({}, {"temperature": 0.7, "top_p": 0.9, "seed": 3}, {"temperature": 2.0}):
         assert continued(model, tokens()[:, :4], 6, **options).shape == (2, 6)
     assert traced == [4, 1]
-    assert step._cache_size() - before == 1
 
 
-def test_the_cache_is_donated():
-    config, weights = tiny_model()
-    cache = empty_cache(config, 2, LENGTH)
-    step(config, weights, cache, tokens()[:, :1], np.int32(0))
-    assert all(part.is_deleted() for part in jax.tree.leaves(cache))
+def test_a_token_can_be_one_program_and_the_cache_is_donated():
+    (config, weights), ids = tiny_model(num_hidden_layers=1), tokens()[:, :1]
+    one_program = jax.jit(advance, static_argnums=0, donate_argnums=2)
+    caches = [empty_cache(config, 2, LENGTH) for _ in range(2)]
+    found, expected = (
+        run(config, weights, cache, ids, np.int32(0))
+        for run, cache in zip((one_program, advance), caches, strict=True)
+    )
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6, rtol=0)
+    assert all(part.is_deleted() for part in jax.tree.leaves(caches))
 
 
 def test_texts_of_a_batch_do_not_depend_on_each_other():

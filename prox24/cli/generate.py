@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
 def decoding_rate(times: list[float]) -> float | None:
     """Tokens a second, of the times in seconds at the start and after each token.
 
-    The prompt makes the first token, and the step is compiled for the second; what remains counts.
-    None if nothing does.
+    The prompt makes the first token, and the second one's programs are compiled; what remains
+    counts. None if nothing does.
 
     Example:
       >>> decoding_rate([0.0, 3.0, 5.0, 5.5, 6.0])

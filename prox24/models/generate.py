@@ -1,10 +1,10 @@
 """Text that goes on: one token after the other, with the keys and values of all before in a cache.
 
-The step of one token is one compiled function, called from Python for each: the caller has every
-token as it comes and ends where it likes, one program serves any number of tokens, and weights in
-half precision are not converted and kept for a whole loop, as XLA may do inside of one. The prompt
-goes through the same code with one program for each kind of layer, since it is run once and would
-take as long to compile again as the step.
+A pass of `advance` runs a few compiled functions: the embedding, one for each kind of layer, the
+head. They are compiled for the prompt and for single tokens, and serve any number of tokens and of
+equal layers; a loop over tokens or layers within one program would take as many times longer to
+compile as there are layers, and XLA would convert the weights of all layers to float32 at once. The
+caller has every token as it comes, and ends where it likes.
 """
 
 import functools
@@ -63,6 +63,8 @@ def advance(
 ) -> tuple[Array, Cache]:
     """Runs a decoder on the next tokens of texts.
 
+    It can be compiled as one program, with `jax.jit(advance, static_argnums=0, donate_argnums=2)`.
+
     Args:
       config: of texts of the cache's capacity, see `decoder.at_length`.
       weights: of the model.
@@ -82,9 +84,6 @@ def advance(
     return _logits(config, weights.outer, hidden[:, -1:])[:, 0], extended
 
 
-step = jax.jit(advance, static_argnums=0, donate_argnums=2)
-"""`advance` as one program, for single tokens."""
-
 _embed = jax.jit(decoder.embed, static_argnums=0)
 _logits = jax.jit(decoder.logits, static_argnums=0)
 
@@ -93,7 +92,7 @@ _logits = jax.jit(decoder.logits, static_argnums=0)
 def _layer(
     layer: Layer, weights: dict[str, Array], hidden: Array, cached: KeysValues, start: Array
 ) -> tuple[Array, KeysValues]:
-    """Traced once for equal layers, also within `step`."""
+    """Compiled once for equal layers."""
     joined: list[KeysValues] = []
 
     def join(keys: Array, values: Array) -> KeysValues:
@@ -196,9 +195,11 @@ def generate(
     for capacity in _capacities(config, text.shape[1], text.shape[1] + tokens - 1):
         fixed = decoder.at_length(config, capacity)
         cache = empty_cache(config, len(text), capacity)
-        logits, cache = advance(fixed, weights, cache, text, np.int32(0))
-        while True:
+        unseen = text
+        while text.shape[1] <= capacity:
             length = text.shape[1]
+            start = np.int32(length - unseen.shape[1])
+            logits, cache = advance(fixed, weights, cache, unseen, start)
             drawn = choose(logits, jax.random.fold_in(key, length), temperature, top_p)
             last = np.where(ended, text[:, -1], drawn)
             yield last
@@ -206,9 +207,7 @@ def generate(
             text = np.concatenate([text, last[:, None]], axis=1)
             if ended.all():
                 return
-            if length == capacity:
-                break
-            logits, cache = step(fixed, weights, cache, last[:, None], np.int32(length))
+            unseen = last[:, None]
 
 
 def check_prompts(config: Config, prompts: NDArray[np.int32], tokens: int) -> None:
