@@ -25,7 +25,7 @@ CACHED = [
     *{config_dict(variant)["model_type"]: variant for variant in reversed(VARIANTS)}.values(),
     "falcon_alibi",
 ]
-PROMPTED = ["grouped_heads", "gemma3", "gpt2", "bloom", "mixtral"]
+PROMPTED = ["grouped_heads", "gemma3", "gpt2", "bloom"]
 
 
 def tiny_model(variant="llama1", **changes):

@@ -107,7 +107,7 @@ def _layer(
 
 
 @jax.jit
-def choose(logits: Array, key: Array, temperature: ArrayLike, top_p: ArrayLike) -> Array:
+def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array | float) -> Array:
     """The next token of each text, int32 of shape (batch,).
 
     The most probable token at temperature 0. Otherwise one that is drawn with the probabilities
@@ -144,7 +144,7 @@ def choose(logits: Array, key: Array, temperature: ArrayLike, top_p: ArrayLike) 
     return lax.cond(temperature > 0, drawn, most_probable)
 
 
-def _nucleus(logits: Array, top_p: ArrayLike) -> Array:
+def _nucleus(logits: Array, top_p: Array | float) -> Array:
     """Logits with -inf for the tokens outside the nucleus."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
