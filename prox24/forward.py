@@ -119,10 +119,10 @@ def all_weights(model: Model, dtype: np.dtype[Any] | None = None) -> ModelWeight
     def cast(weights: dict[str, Array]) -> dict[str, Array]:
         return weights if dtype is None else jax.tree.map(lambda w: w.astype(dtype), weights)
 
-    outer = embedding_weights(model)
-    outer |= {name: w for name, w in head_weights(model).items() if name not in outer}
-    layers = range(len(model.config.layers))
-    return ModelWeights(cast(outer), [cast(layer_weights(model, index)) for index in layers])
+    config = model.config
+    names = decoder.embedding_shapes(config) | decoder.head_shapes(config)
+    layers = [cast(layer_weights(model, index)) for index in range(len(config.layers))]
+    return ModelWeights(cast(_outer_weights(model, names)), layers)
 
 
 def batch_size(windows: int, length: int, mesh: Mesh | None = None) -> int:
