@@ -21,6 +21,10 @@ class CalibrationError(Prox24Error):
     """Text that cannot calibrate or evaluate, or activations that are not finite."""
 
 
+class PromptError(Prox24Error):
+    """A prompt that a model cannot go on from."""
+
+
 class SolverError(Prox24Error):
     """A layer for which no solution was found."""
 

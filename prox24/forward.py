@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from prox24.devices import everywhere, one_axis, own_windows, placed, taken
 from prox24.models import decoder
 from prox24.models.decoder import Config, Layer
 from prox24.models.families import config_from_hf
+from prox24.models.generate import ModelWeights
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
@@ -110,6 +111,18 @@ def head_weights(model: Model) -> dict[str, Array]:
 def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
     tensors = {name: decoder.outer_tensor(model.config.names, name) for name in names}
     return {name: jnp.asarray(model.checkpoint.read(tensor)) for name, tensor in tensors.items()}
+
+
+def all_weights(model: Model, dtype: np.dtype[Any] | None = None) -> ModelWeights:
+    """Reads every tensor that the model computes with, in a dtype, or in the checkpoint's."""
+
+    def cast(weights: dict[str, Array]) -> dict[str, Array]:
+        return weights if dtype is None else jax.tree.map(lambda w: w.astype(dtype), weights)
+
+    config = model.config
+    names = decoder.embedding_shapes(config) | decoder.head_shapes(config)
+    layers = [cast(layer_weights(model, index)) for index in range(len(config.layers))]
+    return ModelWeights(cast(_outer_weights(model, names)), layers)
 
 
 def batch_size(windows: int, length: int, mesh: Mesh | None = None) -> int:

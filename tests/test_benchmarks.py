@@ -240,3 +240,14 @@ def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full(
         assert seconds > 0
         expected = solve(problem, contender.solver, contender.refit)
         assert np.array_equal(solution.weight, expected.weight)
+
+
+def test_generation_is_measured_for_each_form_of_the_weights(tmp_path):
+    write_tiny(tmp_path / "model")
+    benchmark = runpy.run_path(str(BENCHMARKS / "generate.py"))
+    rows = [benchmark["measure"](form, tmp_path / "model", 4, 4) for form in benchmark["FORMS"]]
+    sizes = {row["form"]: row["weights_bytes"] for row in rows}
+    assert sizes["float32"] == 2 * sizes["bfloat16"]
+    for row in rows:
+        assert min(row["resident_bytes"], row["peak_bytes"]) > row["weights_bytes"]
+        assert row["tokens_per_second"] > 0

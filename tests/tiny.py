@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from prox24.models import decoder
 from prox24.models.families import config_from_hf
+from prox24.models.generate import ModelWeights
 
 VOCABULARY = 260
 LLAMA3_ROPE = {
@@ -234,6 +235,13 @@ def jax_logits(config_json: dict, weights: dict, token_ids: np.ndarray) -> np.nd
     return np.asarray(decoder.logits(config, outer, hidden))
 
 
+def model_weights(config_json: dict, weights: dict) -> tuple[decoder.Config, ModelWeights]:
+    """The decoder, and its weights as `prox24.models.generate` takes them."""
+    config = config_from_hf(config_json, weights)
+    layers = [_layer_weights(config, weights, index) for index in range(len(config.layers))]
+    return config, ModelWeights(_outer_weights(config, weights), layers)
+
+
 def seen_by_linears(config_json: dict, weights: dict, token_ids: np.ndarray, index: int) -> dict:
     """What the linears of a layer see, (tokens, in) in float64, by the checkpoint's names."""
     config = config_from_hf(config_json, weights)
@@ -251,11 +259,15 @@ def seen_by_linears(config_json: dict, weights: dict, token_ids: np.ndarray, ind
 
 
 def _embed(config: decoder.Config, weights: dict, token_ids: np.ndarray):
-    outer = {
+    outer = _outer_weights(config, weights)
+    return outer, decoder.embed(config, outer, jnp.asarray(token_ids))
+
+
+def _outer_weights(config: decoder.Config, weights: dict) -> dict:
+    return {
         name: jnp.asarray(weights[decoder.outer_tensor(config.names, name)])
         for name in decoder.embedding_shapes(config) | decoder.head_shapes(config)
     }
-    return outer, decoder.embed(config, outer, jnp.asarray(token_ids))
 
 
 def _layer_weights(config: decoder.Config, weights: dict, index: int) -> dict:

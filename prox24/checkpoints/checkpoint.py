@@ -96,6 +96,23 @@ def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint
     raise CheckpointError(f"{path} is neither a folder, nor a .gguf file, nor an id of the hub")
 
 
+def stop_tokens(checkpoint: Checkpoint) -> list[int]:
+    """The ids that end a text: of generation_config.json, or else of config.json; often one.
+
+    Raises:
+      CheckpointError: generation_config.json cannot be read, or what is given are no ids.
+    """
+    path = checkpoint.path / "generation_config.json"
+    found = hf_folder.read_json(path).get("eos_token_id") if path.exists() else None
+    given = checkpoint.config.get("eos_token_id") if found is None else found
+    if given is None:
+        return []
+    ids = given if isinstance(given, list) else [given]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{checkpoint.path}: eos_token_id {given!r} is no id or list of ids")
+    return ids
+
+
 def parameter_shapes(
     config: Mapping[str, Any], stored: Collection[str]
 ) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,17 @@ from types import FrameType
 
 from prox24.checkpoints.checkpoint import DTYPES
 from prox24.checkpoints.writer import OUTPUTS
-from prox24.cli import convert, demo, distill, evaluate, inspect_model, plan, prune, verify
+from prox24.cli import (
+    convert,
+    demo,
+    distill,
+    evaluate,
+    generate,
+    inspect_model,
+    plan,
+    prune,
+    verify,
+)
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error
 from prox24.processes import leave
@@ -80,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     _add_distill(commands)
     _add_plan(commands)
     _add_eval(commands)
+    _add_generate(commands)
     _add_verify(commands)
     _add_inspect(commands)
     _add_convert(commands)
@@ -213,6 +224,29 @@ def _add_eval(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
     command.add_argument("--samples", type=_positive, help="windows (default: the whole text)")
     _add_length(command)
+    _add_output(command, quiet="no progress bar")
+
+
+def _add_generate(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("generate", help="go on from a prompt")
+    command.set_defaults(run=generate.run)
+    command.add_argument("model", type=Path, help=MODEL)
+    command.add_argument("--prompt", required=True, metavar="TEXT")
+    command.add_argument("--tokens", type=_positive, default=64, help="to generate at most (64)")
+    command.add_argument(
+        "--temperature", type=_nonnegative, default=0.0, help="0 for the most probable tokens (0)"
+    )
+    command.add_argument(
+        "--top-p",
+        type=_probability,
+        default=1.0,
+        metavar="P",
+        help="draw from the most probable tokens that have this probability together (1)",
+    )
+    command.add_argument("--seed", type=_index, default=0, help="of the random draws (0)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights in memory (default: the checkpoint's)"
+    )
     _add_output(command, quiet="no progress bar")
 
 
@@ -370,6 +404,13 @@ def _share(text: str) -> float:
     value = _nonnegative(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = _positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 1")
     return value
 
 

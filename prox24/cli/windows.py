@@ -1,4 +1,4 @@
-"""Windows of tokens for the commands, from the text of a file or of the package."""
+"""Tokens for the commands: windows of a file's or the package's text, and prompts."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from prox24.calibration.text import (
     tokenize,
 )
 from prox24.checkpoints.checkpoint import Checkpoint
-from prox24.errors import UnsupportedModelError
+from prox24.errors import PromptError, UnsupportedModelError
 
 
 def calibration_windows(
@@ -40,6 +40,20 @@ def evaluation_windows(
     """
     ids, start = _tokens(checkpoint, text_or_packaged(file, "austen.txt"))
     return first_windows(ids, samples, length, start)
+
+
+def prompt_tokens(checkpoint: Checkpoint, text: str) -> NDArray[np.int32]:
+    """A prompt behind the tokens that the tokenizer puts before a text, shape (1, length).
+
+    Raises:
+      CalibrationError: the tokenizer gives ids that the model has no embedding for.
+      PromptError: the text has no tokens.
+      UnsupportedModelError: config.json does not say how many tokens the model knows.
+    """
+    ids, start = _tokens(checkpoint, text)
+    if not ids.size:
+        raise PromptError("the prompt is empty")
+    return np.concatenate([np.asarray(start, np.int32), ids])[None]
 
 
 def _tokens(checkpoint: Checkpoint, text: str) -> tuple[NDArray[np.int32], list[int]]:

@@ -59,6 +59,12 @@ class Rope(NamedTuple):
     long: tuple[float, ...] | None = None
     switch: int = 0
 
+    def at_length(self, length: int) -> "Rope":
+        """What it is in a text of so many tokens, whatever the length of a pass."""
+        if self.long is None or length <= self.switch:
+            return Rope(self.frequencies, self.scale)
+        return Rope(self.long, self.scale)
+
 
 class Alibi(NamedTuple):
     """scale slope_h j is added to the score of a key at position j in head h.
@@ -225,7 +231,18 @@ class Names(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A decoder; hashable."""
+    """A decoder; hashable.
+
+    Attributes:
+      vocabulary: rows of the embedding.
+      hidden: width of the hidden states.
+      norm: every norm of the model.
+      layers: in order.
+      embedding: what comes before them.
+      head: what comes after them.
+      names: what a checkpoint calls the weights.
+      positions: the most tokens of a text; None if the config does not say.
+    """
 
     vocabulary: int
     hidden: int
@@ -234,6 +251,24 @@ class Config(NamedTuple):
     embedding: Embedding
     head: Head
     names: Names
+    positions: int | None = None
+
+
+class Past(NamedTuple):
+    """What comes before the tokens of a pass.
+
+    Attributes:
+      length: tokens before them, the position of the first of them; an int32 scalar if traced.
+      join: from their keys and values, each (batch, key heads, length, head_dim), to those of all
+        positions from 0. What is behind theirs is not seen.
+    """
+
+    length: Array | int
+    join: Callable[[Array, Array], tuple[Array, Array]]
+
+
+NO_PAST = Past(0, lambda keys, values: (keys, values))
+"""Of the tokens of whole texts."""
 
 
 def linear_inputs(layer: Layer) -> dict[str, str]:
@@ -359,11 +394,17 @@ def outer_tensor(names: Names, name: str) -> str:
     return f"{base}{dict(names.outer).get(module, module)}.{part}"
 
 
-def embed(config: Config, weights: Weights, tokens: Array) -> Array:
+def embed(config: Config, weights: Weights, tokens: Array, start: Array | int = 0) -> Array:
     """Token ids (batch, length) to hidden states (batch, length, hidden), float32.
 
+    Args:
+      config: static.
+      weights: as `embedding_shapes` lists them.
+      tokens: integers.
+      start: the position of the first token.
+
     Raises:
-      UnsupportedModelError: the sequence is longer than the table of positions.
+      UnsupportedModelError: there are more tokens than rows in the table of positions.
     """
     length, embedding = tokens.shape[1], config.embedding
     hidden = weights["embed_tokens.weight"][tokens].astype(jnp.float32) * embedding.scale
@@ -373,12 +414,13 @@ def embed(config: Config, weights: Weights, tokens: Array) -> Array:
                 f"windows of {length} tokens are longer than the model's "
                 f"{embedding.positions - embedding.offset} positions"
             )
-        rows = weights["embed_positions.weight"][embedding.offset : embedding.offset + length]
+        table = weights["embed_positions.weight"]
+        rows = jax.lax.dynamic_slice_in_dim(table, embedding.offset + start, length)
         hidden = hidden + rows.astype(jnp.float32)[None]
     return _norm(config.norm, weights, "embed_norm" if embedding.norm else None, hidden)
 
 
-def layer(spec: Layer, weights: Weights, hidden: Array, tap: Tap) -> Array:
+def layer(spec: Layer, weights: Weights, hidden: Array, tap: Tap, past: Past = NO_PAST) -> Array:
     """One decoder layer.
 
     Args:
@@ -388,6 +430,7 @@ def layer(spec: Layer, weights: Weights, hidden: Array, tap: Tap) -> Array:
       tap: called with the name and the value (batch, length, in) of every input of a linear, as
         `linear_inputs` names them; tokens that an expert does not get are zero in its inputs. Pass
         `no_tap` to observe nothing.
+      past: what comes before; nothing if `hidden` is of whole texts.
 
     Returns:
       Hidden states of the same shape.
@@ -399,9 +442,9 @@ def layer(spec: Layer, weights: Weights, hidden: Array, tap: Tap) -> Array:
 
     x = norm(residual.before_attention, hidden)
     tap("attention_input", x)
-    x = _attention(spec.attention, spec.norm, weights, x)
+    x = _attention(spec.attention, spec.norm, weights, x, past)
     tap("attention_output", x)
-    x = _linear(weights, "self_attn.o_proj", x)
+    x = _affine(weights, "self_attn.o_proj", x)
     attended = hidden + residual.scale * norm(residual.after_attention, x)
 
     x = norm(residual.before_mlp, hidden if residual.parallel else attended)
@@ -418,18 +461,26 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
     """Hidden states (batch, length, hidden) to float32 logits (batch, length, vocabulary)."""
     head = config.head
     x = _norm(config.norm, weights, "norm", hidden)
-    y = _product(weights["embed_tokens.weight" if head.tied else "lm_head.weight"], x)
+    y = linear(x, weights["embed_tokens.weight" if head.tied else "lm_head.weight"])
     if head.bias:
         y = y + weights["lm_head.bias"].astype(jnp.float32)[None, None, :]
     return _softcap(y / head.divisor, head.softcap)
 
 
-def _product(weight: Array, x: Array) -> Array:
+def linear(x: Array, weight: Array) -> Array:
+    """x W^T of x (batch, length, in) and W (out, in), in float32.
+
+    Nothing else multiplies with the weight of a linear.
+
+    Example:
+      >>> linear(jnp.ones((1, 3, 4)), jnp.ones((2, 4), jnp.bfloat16)).shape
+      (1, 3, 2)
+    """
     return jnp.einsum("bti,oi->bto", x, weight.astype(jnp.float32), precision=PRECISION)
 
 
-def _linear(weights: Weights, name: str, x: Array) -> Array:
-    y = _product(weights[f"{name}.weight"], x)
+def _affine(weights: Weights, name: str, x: Array) -> Array:
+    y = linear(x, weights[f"{name}.weight"])
     bias = weights.get(f"{name}.bias")
     return y if bias is None else y + bias.astype(jnp.float32)[None, None, :]
 
@@ -458,20 +509,20 @@ def _mlp(mlp: MLP, weights: Weights, x: Array, tap: Tap, name: str = "mlp") -> A
     tap(f"{prefix}input", x)
     activation = ACTIVATIONS[mlp.activation]
     if mlp.fused:
-        gate, up = jnp.split(_linear(weights, f"{name}.gate_up_proj", x), 2, axis=-1)
+        gate, up = jnp.split(_affine(weights, f"{name}.gate_up_proj", x), 2, axis=-1)
     else:
-        up = _linear(weights, f"{name}.up_proj", x)
-        gate = _linear(weights, f"{name}.gate_proj", x) if mlp.gated else up
+        up = _affine(weights, f"{name}.up_proj", x)
+        gate = _affine(weights, f"{name}.gate_proj", x) if mlp.gated else up
     x = activation(gate) * up if mlp.gated else activation(up)
     tap(f"{prefix}activation", x)
-    return _linear(weights, f"{name}.down_proj", x)
+    return _affine(weights, f"{name}.down_proj", x)
 
 
 def _mixture(mlp: MLP, weights: Weights, x: Array, tap: Tap) -> Array:
     """Every expert computes every token: simple, at experts / per_token times the least work."""
     experts = mlp.experts
     assert experts is not None
-    probabilities = jax.nn.softmax(_linear(weights, "mlp.router", x), axis=-1)
+    probabilities = jax.nn.softmax(_affine(weights, "mlp.router", x), axis=-1)
     chosen, indices = jax.lax.top_k(probabilities, experts.per_token)
     if experts.normalised:
         chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
@@ -484,7 +535,7 @@ def _mixture(mlp: MLP, weights: Weights, x: Array, tap: Tap) -> Array:
     return total
 
 
-def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array) -> Array:
+def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array, past: Past) -> Array:
     """Mixed values (batch, length, heads head_dim), before the output projection."""
     batch, length, _ = x.shape
     heads, key_heads, width = attention.heads, attention.key_value_heads, attention.head_dim
@@ -504,18 +555,21 @@ def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array) -> 
             jnp.clip(part, -attention.clip, attention.clip) for part in (queries, keys, values)
         )
     queries, keys, values = (part.transpose(0, 2, 1, 3) for part in (queries, keys, values))
+    positions = past.length + jnp.arange(length, dtype=jnp.int32)
     if attention.rope is not None:
-        cosines, sines = _rope(attention.rope, length)
+        cosines, sines = _angles(attention.rope.at_length(length), positions)
         queries, keys = _rotate(queries, cosines, sines), _rotate(keys, cosines, sines)
+    keys, values = past.join(keys, values)
+    seen = keys.shape[2]
     # The queries that share a key head are rows of one matrix product.
     shared = (batch, key_heads, heads // key_heads * length)
     queries = queries.reshape(*shared, width) * attention.scale
     scores = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, precision=PRECISION)
-    scores = _softcap(scores.reshape(batch, heads, length, length), attention.softcap)
+    scores = _softcap(scores.reshape(batch, heads, length, seen), attention.softcap)
     if attention.alibi is not None:
-        scores = scores + _alibi(attention.alibi, length)
-    scores = jnp.where(_visible(length, attention.window), scores, -jnp.inf)
-    probabilities = jax.nn.softmax(scores, axis=-1).reshape(*shared, length)
+        scores = scores + _alibi(attention.alibi, seen)
+    scores = jnp.where(_visible(positions, seen, attention.window), scores, -jnp.inf)
+    probabilities = jax.nn.softmax(scores, axis=-1).reshape(*shared, seen)
     mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, values, precision=PRECISION)
     mixed = mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
     return mixed.reshape(batch, length, heads * width)
@@ -533,10 +587,10 @@ def _queries_keys_values(
 
     if attention.fused is None:
         queries, keys, values = (
-            by_heads(_linear(weights, f"self_attn.{part}_proj", x)) for part in "qkv"
+            by_heads(_affine(weights, f"self_attn.{part}_proj", x)) for part in "qkv"
         )
         return queries, keys, values
-    fused = by_heads(_linear(weights, "self_attn.qkv_proj", x))
+    fused = by_heads(_affine(weights, "self_attn.qkv_proj", x))
     if attention.fused == "rows":
         queries, keys, values = jnp.split(fused, (heads, heads + key_heads), axis=2)
         return queries, keys, values
@@ -546,27 +600,26 @@ def _queries_keys_values(
     return by_heads(queries), by_heads(keys), by_heads(values)
 
 
-def _visible(length: int, window: int | None) -> Array:
-    """Whether a query (row) sees a key (column); bool, shape (1, 1, length, length)."""
-    ahead = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+def _visible(positions: Array, keys: int, window: int | None) -> Array:
+    """Whether a query (row) sees a key (column); bool, shape (1, 1, queries, keys)."""
+    ahead = positions[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :]
     visible = ahead >= 0
     if window is not None:
         visible = visible & (ahead < window)
     return visible[None, None]
 
 
-def _alibi(alibi: Alibi, length: int) -> Array:
-    """Shape (1, heads, 1, length)."""
+def _alibi(alibi: Alibi, keys: int) -> Array:
+    """Shape (1, heads, 1, keys)."""
     slopes = jnp.asarray(alibi.slopes, jnp.float32).astype(alibi.dtype)
-    bias = slopes[:, None] * jnp.arange(length).astype(alibi.dtype)[None, :]
+    bias = slopes[:, None] * jnp.arange(keys).astype(alibi.dtype)[None, :]
     return alibi.scale * bias.astype(jnp.float32)[None, :, None, :]
 
 
-def _rope(rope: Rope, length: int) -> tuple[Array, Array]:
-    """Cosines and sines, shape (1, 1, length, rotated entries / 2), of positions from 0."""
-    longer = rope.long is not None and length > rope.switch
-    frequencies = jnp.asarray(rope.long if longer else rope.frequencies, jnp.float32)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None, :]
+def _angles(rope: Rope, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines, shape (1, 1, positions, rotated entries / 2)."""
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
     angles = angles[None, None]
     return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
 
@@ -577,6 +630,17 @@ def _rotate(x: Array, cosines: Array, sines: Array) -> Array:
     first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
     rotated = [first * cosines - second * sines, second * cosines + first * sines, rest]
     return jnp.concatenate(rotated, axis=-1)
+
+
+def at_length(config: Config, length: int) -> Config:
+    """The decoder of texts of so many tokens, however many of them a pass has; see `Rope`."""
+
+    def fixed(layer: Layer) -> Layer:
+        rope = layer.attention.rope
+        rope = None if rope is None else rope.at_length(length)
+        return layer._replace(attention=layer.attention._replace(rope=rope))
+
+    return config._replace(layers=tuple(map(fixed, config.layers)))
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:

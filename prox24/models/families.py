@@ -126,7 +126,10 @@ def _decoder(
         for index in range(hf.num_hidden_layers)
     )
     head = head or Head(hf.tie_word_embeddings)
-    return Config(hf.vocab_size, hf.hidden_size, norm, layers, embedding, head, names)
+    positions = getattr(hf, "max_position_embeddings", None)
+    if positions is not None and (type(positions) is not int or positions < 1):
+        raise UnsupportedModelError(f"max_position_embeddings {positions!r} is not a number")
+    return Config(hf.vocab_size, hf.hidden_size, norm, layers, embedding, head, names, positions)
 
 
 def _rms(hf: PreTrainedConfig, offset: float = 0.0) -> Norm:

@@ -1,0 +1,152 @@
+"""Tokens a second and resident memory of generation, for each form of the weights.
+
+    python benchmarks/generate.py
+    python benchmarks/generate.py --model FOLDER
+    python benchmarks/generate.py --synthetic
+
+The model is SmolLM2-135M-Instruct, or a checkpoint, or random weights in the shape of Llama-3.2-1B.
+Each form of the weights has a process of its own, which goes on from the same prompt. The rate is
+that of all tokens but the first, which is the prompt's, and the second, for which programs are
+compiled. Resident memory is what the process has after the last token, on Linux.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from rich.console import Console
+from rich.table import Table
+
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.demo import fetch_model
+from prox24.cli.generate import decoding_rate
+from prox24.cli.output import peak_memory_bytes
+from prox24.forward import embedding_weights, head_weights, layer_weights, load_model
+from prox24.models import decoder
+from prox24.models.decoder import Config
+from prox24.models.families import config_from_hf
+from prox24.models.generate import ModelWeights, generate
+
+Weights = dict[str, Array]
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+
+
+def cast(dtype: Any, weights: Weights) -> Weights:
+    return {name: w.astype(dtype) for name, w in weights.items()}
+
+
+FORMS: dict[str, Callable[[Weights], Weights]] = {
+    "float32": partial(cast, jnp.float32),
+    "bfloat16": partial(cast, jnp.bfloat16),
+}
+"""What is made of the weights of a layer, or of the embedding and head, when they are read."""
+
+
+def from_checkpoint(path: Path, form: Callable[[Weights], Weights]) -> tuple[Config, ModelWeights]:
+    model = load_model(open_checkpoint(path))
+    outer = form(embedding_weights(model) | head_weights(model))
+    layers = range(len(model.config.layers))
+    return model.config, ModelWeights(outer, [form(layer_weights(model, i)) for i in layers])
+
+
+def synthetic(form: Callable[[Weights], Weights]) -> tuple[Config, ModelWeights]:
+    config, rng = config_from_hf(LLAMA), np.random.default_rng(0)
+
+    def random(shapes: dict[str, tuple[int, ...]]) -> Weights:
+        scale = np.float32(0.02)
+        return form(
+            {
+                name: jnp.asarray(scale * rng.standard_normal(shape, np.float32))
+                for name, shape in shapes.items()
+            }
+        )
+
+    outer = random(decoder.embedding_shapes(config) | decoder.head_shapes(config))
+    layers = [random(decoder.layer_shapes(layer)) for layer in config.layers]
+    return config, ModelWeights(outer, layers)
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(form: str, path: Path | None, prompt: int, tokens: int) -> dict[str, Any]:
+    """One line of the table; without a path, of the synthetic model."""
+    make = FORMS[form]
+    config, weights = synthetic(make) if path is None else from_checkpoint(path, make)
+    ids = np.random.default_rng(1).integers(0, config.vocabulary, (1, prompt))
+    times = [time.perf_counter()]
+    for _ in generate(config, weights, ids, tokens):
+        times.append(time.perf_counter())
+    return {
+        "form": form,
+        "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(weights)),
+        "resident_bytes": resident_bytes(),
+        "peak_bytes": peak_memory_bytes(),
+        "first_token_seconds": times[1] - times[0],
+        "second_token_seconds": times[2] - times[1],
+        "tokens_per_second": decoding_rate(times),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", type=Path, help="as the commands of prox24 take it")
+    source.add_argument("--synthetic", action="store_true", help="random weights of Llama-3.2-1B")
+    parser.add_argument("--form", choices=FORMS, action="append", help="all by default")
+    parser.add_argument("--prompt", type=int, default=32, help="random tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="to generate, three or more")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.tokens < 3:
+        parser.error(f"argument --tokens: {arguments.tokens} are too few to measure")
+    path = arguments.model
+    if path is None and not arguments.synthetic:
+        cache = Path(".cache")
+        cache.mkdir(exist_ok=True)
+        path = fetch_model(cache)
+    rows = []
+    for form in arguments.form or FORMS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(measure, (form, path, arguments.prompt, arguments.tokens)))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    table = Table()
+    titles = ["weights", "GB", "resident, GB", "peak, GB", "first s", "second s", "tokens / s"]
+    for title in titles:
+        table.add_column(title, justify="left" if title == "weights" else "right")
+    for row in rows:
+        sizes = ("weights_bytes", "resident_bytes", "peak_bytes")
+        cells = [f"{row[name] / 1e9:.2f}" for name in sizes]
+        seconds = [f"{row[f'{which}_token_seconds']:.1f}" for which in ("first", "second")]
+        table.add_row(row["form"], *cells, *seconds, f"{row['tokens_per_second']:.2f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Decoding with a cache against full passes, golden files and PyTorch; the drawing of tokens."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import VARIANTS, config_dict, model_weights, random_weights, tokens, write_tiny
+
+from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
+from prox24.cli.main import main
+from prox24.errors import CheckpointError, PromptError
+from prox24.forward import all_weights, load_model
+from prox24.models import decoder
+from prox24.models.generate import advance, choose, empty_cache, generate
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPT, LENGTH = 44, 48  # programs are shared by the tests of these lengths
+COUNT = LENGTH - PROMPT + 1
+# One of each family, and linear biases behind rotary ones; the prompts of some.
+CACHED = [
+    *{config_dict(variant)["model_type"]: variant for variant in reversed(VARIANTS)}.values(),
+    "falcon_alibi",
+]
+PROMPTED = ["grouped_heads", "gemma3", "gpt2", "bloom"]
+
+
+def tiny_model(variant="llama1", **changes):
+    config = config_dict(variant, **changes)
+    return model_weights(config, random_weights(config))
+
+
+def continued(model, prompts, count=COUNT, **options):
+    return np.stack(list(generate(*model, prompts, count, **options)), axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_pass(config, weights, text):
+    hidden = decoder.embed(config, weights.outer, text)
+    for spec, own in zip(config.layers, weights.layers, strict=True):
+        hidden = decoder.layer(spec, own, hidden, decoder.no_tap)
+    return decoder.logits(config, weights.outer, hidden)
+
+
+@pytest.mark.parametrize("variant", CACHED)
+def test_logits_token_by_token_are_those_of_full_passes_in_pytorch(variant):
+    config, weights = tiny_model(variant)
+    expected = np.load(GOLDEN / f"{variant}.npy")
+    config, cache = decoder.at_length(config, LENGTH), empty_cache(config, 2, LENGTH)
+    logits = []
+    for position, last in enumerate(tokens().T):
+        found, cache = advance(config, weights, cache, last[:, None], np.int32(position))
+        logits.append(found)
+    logits = np.stack(logits[-4:], axis=1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("variant", PROMPTED)
+def test_greedy_tokens_are_those_of_full_passes(variant):
+    model, prompts = tiny_model(variant), tokens()[:, :PROMPT]
+    generated = continued(model, prompts)
+    text = np.concatenate([prompts, generated[:, :-1]], axis=1)
+    expected = np.asarray(full_pass(*model, text)).argmax(-1)
+    np.testing.assert_array_equal(generated, expected[:, PROMPT - 1 :])
+
+
+def test_a_text_that_outgrows_the_short_frequencies_is_read_anew():
+    model, prompts = tiny_model("phi3_long", num_hidden_layers=1), tokens()[:, :31]
+    assert model[0].layers[0].attention.rope.switch == 32
+    generated = continued(model, prompts, 4)
+    text = np.concatenate([prompts, generated[:, :-1]], axis=1)
+    # Full passes up to the switch have other frequencies than those beyond it.
+    short, long = (np.asarray(full_pass(*model, text[:, :end])) for end in (32, 34))
+    expected = np.concatenate([short[:, 30:], long[:, 32:]], axis=1)
+    assert np.abs(long[:, 31] - short[:, 31]).max() > 1e-3
+    np.testing.assert_array_equal(generated, expected.argmax(-1))
+
+
+@pytest.mark.parametrize("variant", PROMPTED)
+def test_greedy_tokens_are_those_of_pytorch(tmp_path, variant):
+    make_golden = pytest.importorskip("make_golden", exc_type=ImportError)
+    torch = pytest.importorskip("torch")
+    write_tiny(tmp_path / "model", variant)
+    model = make_golden.torch_model(tmp_path / "model")
+    model.generation_config.eos_token_id = None
+    prompts = tokens()[:, :PROMPT]
+    ids = torch.from_numpy(prompts).long()
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=COUNT
+    )
+    generated = continued(tiny_model(variant), prompts)
+    np.testing.assert_array_equal(generated, expected[:, PROMPT:].numpy())
+
+
+def test_equal_layers_are_compiled_once_for_the_prompt_and_once_for_all_tokens(monkeypatch):
+    traced = []
+
+    def counted(spec, weights, hidden, *rest, layer=decoder.layer):
+        traced.append(hidden.shape[1])
+        return layer(spec, weights, hidden, *rest)
+
+    monkeypatch.setattr(decoder, "layer", counted)
+    model = tiny_model(intermediate_size=40)  # of no other test
+    for options in ({}, {"temperature": 0.7, "top_p": 0.9, "seed": 3}, {"temperature": 2.0}):
+        assert continued(model, tokens()[:, :4], 6, **options).shape == (2, 6)
+    assert traced == [4, 1]
+
+
+def test_a_token_can_be_one_program_and_the_cache_is_donated():
+    (config, weights), ids = tiny_model(num_hidden_layers=1), tokens()[:, :1]
+    one_program = jax.jit(advance, static_argnums=0, donate_argnums=2)
+    caches = [empty_cache(config, 2, LENGTH) for _ in range(2)]
+    found, expected = (
+        run(config, weights, cache, ids, np.int32(0))
+        for run, cache in zip((one_program, advance), caches, strict=True)
+    )
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6, rtol=0)
+    assert all(part.is_deleted() for part in jax.tree.leaves(caches))
+
+
+def test_texts_of_a_batch_do_not_depend_on_each_other():
+    model, prompts = tiny_model(), tokens()[:, :PROMPT]
+    both = continued(model, prompts)
+    np.testing.assert_array_equal(continued(model, prompts[1:]), both[1:])
+
+
+def test_weights_in_bfloat16_are_multiplied_in_float32():
+    x, weight = jax.random.normal(jax.random.key(0), (2, 1, 3, 8), jnp.float32)
+    half = weight[0].astype(jnp.bfloat16)
+    product = decoder.linear(x, half)
+    assert product.dtype == jnp.float32
+    np.testing.assert_array_equal(product, decoder.linear(x, half.astype(jnp.float32)))
+
+
+def test_a_text_ends_with_a_stop_token_and_repeats_it_until_all_have_ended():
+    model, prompts = tiny_model(), tokens()[:, :PROMPT]
+    free = continued(model, prompts, temperature=1.0)
+    assert len({*free[0, :2].tolist(), *free[1].tolist()}) == 2 + COUNT
+    stopped = continued(model, prompts, temperature=1.0, stop=[free[0, 1]])
+    np.testing.assert_array_equal(stopped[0], [free[0, 0], *[free[0, 1]] * (COUNT - 1)])
+    np.testing.assert_array_equal(stopped[1], free[1])
+    both = continued(model, prompts, temperature=1.0, stop=[free[0, 1], free[1, 2]])
+    np.testing.assert_array_equal(both[:, 1:], [[free[0, 1]] * 2, free[1, 1:3]])
+
+
+def test_a_seed_decides_what_is_drawn():
+    model, prompts = tiny_model(), tokens()[:, :PROMPT]
+    first, again, other = (
+        continued(model, prompts, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+
+
+PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
+
+
+def drawn_shares(temperature, top_p, count=20_000):
+    logits = np.tile(np.log(PROBABILITIES).astype(np.float32), (count, 1))
+    drawn = choose(logits, jax.random.key(24), temperature, top_p)
+    return np.bincount(drawn, minlength=5) / count
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(temperature):
+    expected = PROBABILITIES ** (1 / temperature)
+    expected /= expected.sum()
+    shares = drawn_shares(temperature, 1.0)
+    # Pearson's statistic: above 23.5 once in 10,000 seeds, with 4 degrees of freedom.
+    assert 20_000 * np.sum((shares - expected) ** 2 / expected) < 23.5
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.3, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]), (0.96, [0, 1, 2, 3, 4])]
+)
+def test_the_nucleus_has_the_fewest_tokens_that_reach_top_p(top_p, kept):
+    expected = np.where(np.isin(np.arange(5), kept), PROBABILITIES, 0)
+    shares = drawn_shares(1.0, top_p)
+    assert np.flatnonzero(shares).tolist() == kept
+    np.testing.assert_allclose(shares, expected / expected.sum(), atol=0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30])
+def test_the_most_probable_token_is_chosen_at_the_lowest_temperatures(temperature):
+    assert drawn_shares(temperature, 1.0, 100).tolist() == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "named"),
+    [
+        (np.zeros((1, 0), np.int32), 1, "the prompt is empty"),
+        (np.array([[3, 260]]), 1, "not among the 260 tokens"),
+        (np.array([[3, -1]]), 1, "not among the 260 tokens"),
+        (np.zeros((1, 100), np.int32), 29, "100 tokens and 29 to generate .* 128 positions"),
+    ],
+)
+def test_prompts_that_a_model_cannot_go_on_from(prompts, count, named):
+    with pytest.raises(PromptError, match=named):
+        next(generate(*tiny_model(), prompts, count))
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(0, {}), (1, {"temperature": -0.1}), (1, {"top_p": 0.0}), (1, {"top_p": 1.1})],
+)
+def test_numbers_out_of_range_raise(count, options):
+    with pytest.raises(ValueError, match=r"fewer than one|negative|not above 0"):
+        next(generate(*tiny_model(), tokens(), count, **options))
+
+
+# The command
+
+
+TEXT = "It is a truth universally acknowledged, that"
+assert len(TEXT) == PROMPT  # of bytes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tiny(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def printed_json(capsys, folder, *options):
+    options = ["--prompt", TEXT, "--tokens", str(COUNT), "--json", *options]
+    assert main(["generate", str(folder), *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_agrees_with_the_function(folder, capsys):
+    printed = printed_json(capsys, folder)
+    tokenizer = open_checkpoint(folder).load_tokenizer()
+    ids = tokenizer(TEXT)["input_ids"]
+    assert printed["tokens"] == continued(tiny_model(), [ids])[0].tolist()
+    assert printed["text"] == tokenizer.decode(ids + printed["tokens"])[PROMPT:]
+    assert printed["prompt_tokens"] == PROMPT
+    assert printed["seconds"] > 0
+    assert printed["tokens_per_second"] > 0
+
+
+def test_the_command_prints_the_prompt_and_what_follows(folder, capsys):
+    options = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "4"]
+    text = printed_json(capsys, folder, *options)["text"]
+    arguments = ["generate", str(folder), "--prompt", TEXT, "--tokens", str(COUNT), *options]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{TEXT}{text}\n"
+
+
+def test_the_weights_have_the_dtype_that_is_asked_for(folder):
+    model = load_model(open_checkpoint(folder))
+    for given, expected in ((None, "float32"), (DTYPES["bfloat16"], "bfloat16")):
+        leaves = jax.tree.leaves(all_weights(model, given))
+        assert {str(leaf.dtype) for leaf in leaves} == {expected}
+
+
+def test_the_command_ends_with_a_stop_token(folder, capsys):
+    free = printed_json(capsys, folder, "--temperature", "1")["tokens"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[1]}))
+    assert printed_json(capsys, folder, "--temperature", "1")["tokens"] == free[:2]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ('{"eos_token_id": [5, 6]}', {"eos_token_id": 2}, [5, 6]),
+        ('{"do_sample": false}', {"eos_token_id": 2}, [2]),
+        (None, {"eos_token_id": [2, 3]}, [2, 3]),
+        (None, {"eos_token_id": None}, []),
+    ],
+)
+def test_stop_tokens_are_of_the_generation_config_or_else_of_the_config(
+    folder, generation, config, expected
+):
+    (folder / "config.json").write_text(json.dumps(config_dict() | config))
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(generation)
+    assert stop_tokens(open_checkpoint(folder)) == expected
+
+
+def test_stop_tokens_that_are_no_ids_are_refused(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(CheckpointError, match="'</s>' is no id"):
+        stop_tokens(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "word " * 30], "150 tokens and 64 to generate are more than the model's 128"),
+    ],
+)
+def test_a_prompt_that_does_not_do_is_one_line(folder, capsys, options, named):
+    assert main(["generate", str(folder), *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("prox24: error: ")
+    assert printed.err.count("\n") == 1
+    assert named in printed.err
+
+
+def test_an_unsupported_model_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    assert main(["generate", str(tmp_path), "--prompt", "Once"]) == 2
+    assert "'mamba' is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--tokens", "0"), ("--temperature", "-1"), ("--top-p", "0"), ("--top-p", "1.5")],
+)
+def test_bad_values_of_options_exit_2(capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "model", "--prompt", "Once", option, value])
+    assert option in capsys.readouterr().err
