@@ -1,6 +1,6 @@
-"""A program for 8 CPU devices that packs and multiplies under each sharding; prints JSON.
+"""Packs and multiplies on eight CPU devices and prints what became of shardings, as JSON.
 
-It is a process of its own, since the number of devices is fixed when JAX starts.
+A program of its own, since the number of devices is fixed when JAX starts.
 """
 
 import json
@@ -12,12 +12,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-jax.config.update("jax_num_cpu_devices", 8)
-
 from prox24.packed import Packed24, matmul, native, pack, table, unpack
 from prox24.packed.implementation import Case
 from prox24.packed.table import Measurement
 from prox24.packed.tuning import random_packed
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 OUTPUTS, INPUTS, BATCH = 16, 512, 2
 ROWS, COLUMNS, BOTH = P("rows", None), P(None, "columns"), P("rows", "columns")
@@ -31,13 +33,17 @@ def report(name, function, placed, expected, spec=None):
     leaves = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     return {
         "name": name,
-        "error": max(float(jnp.max(jnp.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32))))
-                     for a, b in leaves),
+        "error": max(
+            float(jnp.max(jnp.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32))))
+            for a, b in leaves
+        ),
         "collectives": sorted(set(COLLECTIVES.findall(compiled.as_text()))),
         "kernel": native.TARGET in compiled.as_text(),
         "kept": spec is None
-        or all(a.sharding.is_equivalent_to(NamedSharding(a.sharding.mesh, spec), a.ndim)
-               for a, _ in leaves),
+        or all(
+            a.sharding.is_equivalent_to(NamedSharding(a.sharding.mesh, spec), a.ndim)
+            for a, _ in leaves
+        ),
     }
 
 
@@ -59,6 +65,7 @@ def reports():
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(kind, kind))
         for label, spec in (("rows", ROWS), ("columns", COLUMNS), ("both", BOTH)):
+
             def place(array, spec=spec, mesh=mesh):
                 return jax.device_put(array, NamedSharding(mesh, spec))
 

@@ -1,5 +1,6 @@
 """The benchmarks run, show no speed without accuracy, and time rivals that do what they say."""
 
+import csv
 import importlib.util
 import json
 import runpy
@@ -240,3 +241,18 @@ def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full(
         assert seconds > 0
         expected = solve(problem, contender.solver, contender.refit)
         assert np.array_equal(solution.weight, expected.weight)
+
+
+def test_the_benchmark_of_packed_products_compares_correct_ones_and_says_what_it_scaled(tmp_path):
+    sizes = ("--scale", 0.02, "--repetitions", 1, "--linears", "8B o,8B down", "--seconds", 1e-4)
+    outcome = run("benchmarks/matmul.py", "--batches", "1,3", *sizes, "--output", tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    with (tmp_path / "matmul.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["contender"] for row in rows} >= {"dense", "unpack"}
+    assert {(row["linear"], row["batch"]) for row in rows} == {
+        (linear, batch) for linear in ("8B o", "8B down") for batch in ("1", "3")
+    }
+    assert max(float(row["error"]) for row in rows) < 1e-5
+    assert "scaled by" in outcome.stdout
+    assert (tmp_path / "matmul.png").stat().st_size > 0

@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from safetensors.numpy import load, save
+from safetensors.flax import load
+from safetensors.numpy import save
 
 from prox24.errors import CheckpointError
 from prox24.packed import Packed24, from_arrays, pack, to_arrays, unpack
@@ -31,19 +31,20 @@ def scatter(values, pairs):
     """The dense array of any dtype, by another algorithm: entries are put where they belong."""
     dense = np.zeros((*pairs.shape, 4), values.dtype)
     np.put_along_axis(dense, PLACES[pairs], values.reshape(*pairs.shape, 2), axis=-1)
-    return dense.reshape(*pairs.shape[:-1], -1)
+    return dense.reshape(*pairs.shape[:-1], 4 * pairs.shape[-1])
 
 
 def decode(w):
     """The dense array, from the bytes of a packed one."""
     codes = np.asarray(w.codes).view(np.uint8)
-    code = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    code = np.stack([codes & 15, codes >> 4], axis=-1)
+    code = code.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
     values = np.asarray(w.values)
     code = code[..., : values.shape[-1] // 2]
     dense = np.zeros((*code.shape, 4), values.dtype)
     places = np.stack([code & 3, code >> 2], axis=-1).astype(int)
     np.put_along_axis(dense, places, values.reshape(*code.shape, 2), axis=-1)
-    return np.moveaxis(dense.reshape(*code.shape[:-1], -1), -1, w.axis)
+    return np.moveaxis(dense.reshape(*code.shape[:-1], 4 * code.shape[-1]), -1, w.axis)
 
 
 def random_24(shape=(ROWS, WIDTH), axis=-1, dtype=np.float32, seed=0):
@@ -91,7 +92,8 @@ def test_blocks_run_along_any_axis(shape, axis):
 
 def codes_of(packed):
     words = np.asarray(packed.codes)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
-    return words.reshape(*packed.codes.shape[:-1], -1)[..., : packed.values.shape[-1] // 2]
+    words = words.reshape(*packed.codes.shape[:-1], 8 * packed.codes.shape[-1])
+    return words[..., : packed.values.shape[-1] // 2]
 
 
 @pytest.mark.parametrize(("dtype", "ratio"), [("bfloat16", 9 / 16), ("float32", 17 / 32)])
@@ -120,10 +122,10 @@ def test_which_entries_of_a_block_are_kept(block, values, places):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis", "index", "block"), [((3, 64), 1, (2, 5), "(2, 5)"), ((64, 3), 0, (5, 2), "(5, 2)")]
+    ("shape", "axis", "block"), [((3, 64), 1, "(2, 5)"), ((64, 3), 0, "(5, 2)")]
 )
 @pytest.mark.parametrize("third", [1.0, np.nan, 1e-40])
-def test_a_block_with_three_nonzeros_is_named(shape, axis, index, block, third):
+def test_a_block_with_three_nonzeros_is_named(shape, axis, block, third):
     w = np.zeros(shape, np.float32)
     np.moveaxis(w, axis, -1)[2, 20:23] = 1.0, 2.0, third
     with pytest.raises(ValueError, match="1 blocks have more than two nonzeros") as error:
@@ -143,14 +145,13 @@ def test_under_jit_the_values_of_such_a_block_become_nan_and_no_others():
 @pytest.mark.parametrize(
     ("w", "words"),
     [
-        (np.zeros((2, 6), np.float32), "(2, 6) is not divisible by 4"),
+        (np.zeros((2, 6), np.float32), "is not divisible by 4"),
         (np.zeros((2, 8), np.int32), "not int32"),
     ],
 )
 def test_what_cannot_be_packed_is_named(w, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=words):
         pack(w)
-    assert words in str(error.value)
 
 
 # Transformations
@@ -222,8 +223,8 @@ def test_safetensors_give_back_what_they_were_given(dtype, shape, axis):
         ("axis", lambda a: a.astype(np.int64), "up.axis"),
         ("axis", lambda a: a - 2, "up.axis"),
         ("axis", lambda a: a + 1, "up.axis"),
-        ("codes", lambda a: np.where([[False, False]] * 2 + [[True, False]], a & 0xFFFFF0FF, a), "(2, 2)"),
-        ("codes", lambda a: a | [0, np.uint32(1 << 8)], "the code 1 of block (0, 10)"),
+        ("codes", lambda a: a & np.uint32(0xFFFFF0FF), "the code 0 of block (0, 2)"),
+        ("codes", lambda a: a | np.array([0, 1 << 8], np.uint32), "the code 1 of block (0, 10)"),
     ],
 )
 def test_damaged_arrays_are_named(part, change, words):
@@ -243,7 +244,8 @@ def test_codes_are_read_exactly_if_every_one_is_a_pair(words, valid):
     nibbles = [int(word) >> shift & 15 for word in words[0] for shift in range(0, 32, 4)]
     if valid:
         nibbles = [PAIRS[nibble % 6] for nibble in nibbles]
-        words = np.array([[sum(n << 4 * i for i, n in enumerate(nibbles[j : j + 8])) for j in (0, 8)]])
+        halves = (nibbles[:8], nibbles[8:])
+        words = np.array([[sum(n << 4 * i for i, n in enumerate(half)) for half in halves]])
     stored = {
         "up.values": np.ones((1, 32), np.float32),
         "up.codes": words.astype(np.uint32),

@@ -1,4 +1,4 @@
-"""Products with packed weights: each implementation against float64, choosing one, and its cache."""
+"""Products with packed weights against float64, the choice of an implementation, the caches."""
 
 import dataclasses
 import functools
@@ -203,8 +203,10 @@ def test_products_are_mapped_over_vectors_weights_and_both():
     stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), w, operands(4, 5, 64, seed=1)[1])
     expected = matmul(x, w)
     np.testing.assert_array_equal(jax.vmap(matmul, (0, None))(x, w), expected)
-    np.testing.assert_array_equal(jax.vmap(matmul, (1, None))(x.reshape(2, 2, 64), w),
-                                  jnp.swapaxes(expected.reshape(2, 2, 5), 0, 1))
+    np.testing.assert_array_equal(
+        jax.vmap(matmul, (1, None))(x.reshape(2, 2, 64), w),
+        jnp.swapaxes(expected.reshape(2, 2, 5), 0, 1),
+    )
     each = [matmul(x, jax.tree.map(lambda array, i=i: array[i], stack)) for i in range(2)]
     np.testing.assert_allclose(jax.vmap(matmul, (None, 0))(x, stack), each, atol=1e-5)
     pairs = jax.vmap(matmul)(jnp.stack([x, x]), stack)
@@ -217,7 +219,7 @@ def test_products_are_mapped_over_vectors_weights_and_both():
     ("change", "words"),
     [
         (lambda x, w: (x[:, :-4], w), "does not end in the 64 inputs"),
-        (lambda x, w: (x[0, 0], w), "shape ()"),
+        (lambda x, w: (x[0, 0], w), "does not end in"),
         (lambda x, w: (x.astype(jnp.bfloat16), w), "x is bfloat16 and w is float32"),
         (lambda x, w: (x, jax.tree.map(lambda a: a[None], w)), "two axes"),
         (lambda x, w: (x, jax.tree.map(lambda a: a[0], w)), "two axes"),
@@ -225,9 +227,8 @@ def test_products_are_mapped_over_vectors_weights_and_both():
     ],
 )
 def test_what_does_not_fit_is_named(change, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=words):
         matmul(*change(*operands(2, 5, 64)))
-    assert words in str(error.value)
 
 
 # The table

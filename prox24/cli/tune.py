@@ -11,6 +11,7 @@ from prox24.core.pattern import Pattern
 from prox24.errors import DiskError
 from prox24.packed import table
 from prox24.packed.implementation import Case
+from prox24.packed.table import Measurement
 from prox24.packed.tuning import measure
 from prox24.pipeline import check_widths
 
@@ -42,15 +43,16 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({"table": str(path), "measurements": found})
     elif not arguments.quiet:
         names = sorted({name for measured in measurements for name in measured.seconds})
-        rows = [
-            [f"{measured.case.outputs}x{measured.case.inputs}", str(measured.case.batch)]
-            + [f"{1e3 * measured.seconds[n]:.3g} ms" if n in measured.seconds else "" for n in names]
-            + [measured.fastest]
-            for measured in measurements
-        ]
+        rows = [_row(measured, names) for measured in measurements]
         print_table([arguments.dtype, "batch", *names, "fastest"], rows)
         print(f"written to {path}")
     return 0
+
+
+def _row(measured: Measurement, names: list[str]) -> list[str]:
+    case, seconds = measured
+    times = [f"{1e3 * seconds[name]:.3g} ms" if name in seconds else "" for name in names]
+    return [f"{case.outputs}x{case.inputs}", str(case.batch), *times, measured.fastest]
 
 
 def linear_shapes(source: str) -> list[tuple[int, int]]:

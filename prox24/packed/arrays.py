@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from prox24.errors import CheckpointError
@@ -42,7 +43,7 @@ def to_arrays(name: str, w: Packed24) -> dict[str, NDArray[Any]]:
     return {f"{name}.{part}": array for part, array in zip(PARTS, parts, strict=True)}
 
 
-def from_arrays(name: str, arrays: Mapping[str, NDArray[Any]]) -> Packed24:
+def from_arrays(name: str, arrays: Mapping[str, ArrayLike]) -> Packed24:
     """Reads what `to_arrays` gave, from among other arrays too, and checks every code.
 
     Args:
@@ -86,10 +87,10 @@ def from_arrays(name: str, arrays: Mapping[str, NDArray[Any]]) -> Packed24:
     )
 
 
-def _find(name: str, part: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+def _find(name: str, part: str, arrays: Mapping[str, ArrayLike]) -> NDArray[Any]:
     if f"{name}.{part}" not in arrays:
         raise CheckpointError(f"tensor {name}.{part} is missing")
-    return arrays[f"{name}.{part}"]
+    return np.asarray(arrays[f"{name}.{part}"])
 
 
 def _check_codes(name: str, codes: NDArray[np.uint32], blocks: int) -> None:

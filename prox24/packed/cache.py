@@ -25,9 +25,8 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    told = {
-        line.strip() for line in lines if line.startswith(("model name", "flags", "CPU", "Features"))
-    }
+    wanted = ("model name", "flags", "CPU", "Features")
+    told = {line.strip() for line in lines if line.startswith(wanted)}
     return "\n".join([platform.machine(), platform.processor(), *sorted(told)])
 
 

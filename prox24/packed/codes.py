@@ -5,7 +5,11 @@ which comes later, in its two high bits. Eight codes make a word, the first in i
 that a word tells of 32 entries; where the last word has fewer, the rest of it is zero.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from prox24.core.blocks import join, ranks, split
@@ -30,6 +34,7 @@ def words_of(entries: int) -> int:
     return -(-entries // ENTRIES_PER_WORD)
 
 
+@jax.custom_jvp
 def compress(w: Array) -> tuple[Array, Array, Array]:
     """Values and codes of every block, and which blocks have more than two nonzeros.
 
@@ -49,24 +54,31 @@ def compress(w: Array) -> tuple[Array, Array, Array]:
       >>> values.tolist(), bin(codes[0]), excess.tolist()
       ([2.0, 3.0], '0b1101', [False])
     """
-    planes = split(w)
-    sign = 1 << (8 * w.dtype.itemsize - 1)
-    integer = jnp.dtype(f"uint{8 * w.dtype.itemsize}")
-    bits = [lax.bitcast_convert_type(plane, integer) for plane in planes]
-    nonzero = [(b & (sign - 1)) != 0 for b in bits]
+    planes = split(_bits(w))
+    sign = planes[0].dtype.type(1 << (8 * w.dtype.itemsize - 1))
+    nonzero = [(plane & ~sign) != 0 for plane in planes]
     scores = [
-        2 * here.astype(jnp.int32) + (b == sign).astype(jnp.int32)
-        for here, b in zip(nonzero, bits, strict=True)
+        2 * here.astype(jnp.int32) + (plane == sign).astype(jnp.int32)
+        for here, plane in zip(nonzero, planes, strict=True)
     ]
     kept = [rank < KEPT for rank in ranks(scores)]
     places = [jnp.full(kept[0].shape, i, jnp.uint32) for i in range(BLOCK)]
-    excess = sum(here.astype(jnp.int32) for here in nonzero) > KEPT
-    first, second = _pick(kept, planes)
-    values = join([jnp.where(excess, jnp.nan, entry) for entry in (first, second)])
     first, second = _pick(kept, places)
+    excess = sum(here.astype(jnp.int32) for here in nonzero) > KEPT
+    nan = _bits(jnp.array(jnp.nan, w.dtype))
+    values = join([jnp.where(excess, nan, entry) for entry in _pick(kept, planes)])
+    values = lax.bitcast_convert_type(values, w.dtype)
     return values, _to_words(first | second << 2), excess
 
 
+@compress.defjvp
+def _compress_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    values, codes, excess = compress(*primals)
+    none = [np.zeros(array.shape, jax.dtypes.float0) for array in (codes, excess)]
+    return (values, codes, excess), (gather(*tangents, codes), *none)
+
+
+@jax.custom_jvp
 def expand(values: Array, codes: Array) -> Array:
     """Undoes `compress`: every value in its place, and zeros.
 
@@ -81,15 +93,12 @@ def expand(values: Array, codes: Array) -> Array:
       >>> expand(jnp.array([2.0, 3.0]), jnp.array([0b1101], jnp.uint32)).tolist()
       [0.0, 2.0, 0.0, 3.0]
     """
-    first, second = split(values, (1, KEPT))
-    code = from_words(codes, first.shape[-1])
-    zero = jnp.zeros((), values.dtype)
-    return join(
-        [
-            jnp.where((code & 3) == i, first, jnp.where((code >> 2) == i, second, zero))
-            for i in range(BLOCK)
-        ]
-    )
+    return lax.bitcast_convert_type(_place(_bits(values), codes), values.dtype)
+
+
+@expand.defjvp
+def _expand_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    return expand(*primals), _place(tangents[0], primals[1])
 
 
 def gather(dense: Array, codes: Array) -> Array:
@@ -137,6 +146,24 @@ def _to_words(code: Array) -> Array:
     for i, plane in enumerate(planes[1:], 1):
         word = word | plane << (BITS * i)
     return word
+
+
+def _bits(x: Array) -> Array:
+    """As unsigned integers, which are moved as they are: XLA moves bfloat16 by way of float32."""
+    return lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _place(values: Array, codes: Array) -> Array:
+    """`expand` of any dtype, as arithmetic that JAX knows how to transpose."""
+    first, second = split(values, (1, KEPT))
+    code = from_words(codes, first.shape[-1])
+    zero = jnp.zeros((), values.dtype)
+    return join(
+        [
+            jnp.where((code & 3) == i, first, jnp.where((code >> 2) == i, second, zero))
+            for i in range(BLOCK)
+        ]
+    )
 
 
 def _pick(kept: list[Array], planes: list[Array]) -> list[Array]:

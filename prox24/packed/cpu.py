@@ -28,9 +28,7 @@ def run(x: Array, values: Array, codes: Array, instructions: str = INSTRUCTIONS[
     """
     outputs = len(values)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    call = jax.ffi.ffi_call(
-        native.TARGET, jax.ShapeDtypeStruct((len(flat), outputs), x.dtype)
-    )
+    call = jax.ffi.ffi_call(native.TARGET, jax.ShapeDtypeStruct((len(flat), outputs), x.dtype))
     found = call(flat, values, codes, instructions=np.int32(INSTRUCTIONS.index(instructions)))
     return found.reshape(*x.shape[:-1], outputs)
 

@@ -52,7 +52,9 @@ def matmul(x: ArrayLike, w: Packed24) -> Array:
     x = jnp.asarray(x)
     check_words(w)
     if w.values.ndim != 2:
-        raise ValueError(f"matmul takes a packed weight of two axes, not of shape {w.shape}; map it")
+        raise ValueError(
+            f"matmul takes a packed weight of two axes, not of shape {w.shape}; map it"
+        )
     inputs = w.values.shape[-1] // KEPT * BLOCK
     if not x.ndim or x.shape[-1] != inputs:
         raise ValueError(f"x of shape {x.shape} does not end in the {inputs} inputs of w")
@@ -67,7 +69,8 @@ def _matmul(x: Array, values: Array, codes: Array) -> Array:
 
 
 def _forward(x: Array, values: Array, codes: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _product(x, values, codes), (x, values, codes)
+    # Not _product, which has no derivative: this one may be differentiated again.
+    return _matmul(x, values, codes), (x, values, codes)
 
 
 def _backward(saved: tuple[Array, ...], slope: Array) -> tuple[Array, Array, None]:
@@ -94,7 +97,11 @@ def _varying_alike(*arrays: Array) -> list[Array]:
 
 product_p = Primitive("matmul24")
 product_p.def_impl(unpacked.run)
-_product = jax.jit(product_p.bind)
+
+
+@jax.jit
+def _product(x: Array, values: Array, codes: Array) -> Array:
+    return product_p.bind(x, values, codes)
 
 
 @product_p.def_abstract_eval
@@ -107,7 +114,7 @@ def _lower(platform: str, context: Any, *operands: Any) -> Any:
     if is_on_one_device(context):
         x, values, _ = context.avals_in
         name = table.choose(
-            Case(platform, x.dtype.name, len(values), x.shape[-1], math.prod(x.shape[:-1]))
+            Case(platform, x.dtype.name, values.shape[0], x.shape[-1], math.prod(x.shape[:-1]))
         )
     lowering = mlir.lower_fun(IMPLEMENTATIONS[name].run, multiple_results=False)
     return lowering(context, *operands)

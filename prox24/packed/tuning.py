@@ -60,7 +60,8 @@ def random_packed(rng: np.random.Generator, outputs: int, inputs: int, dtype: st
 
     Args:
       rng: what is drawn from.
-      outputs, inputs: its shape; `inputs` is a multiple of four.
+      outputs: rows.
+      inputs: columns, a multiple of four.
       dtype: one of those that `pack` takes.
 
     Example:
@@ -71,7 +72,9 @@ def random_packed(rng: np.random.Generator, outputs: int, inputs: int, dtype: st
     codes = np.zeros((outputs, words_of(inputs), CODES_PER_WORD), np.uint32)
     every = codes.reshape(outputs, -1)[:, : inputs // BLOCK]
     every[...] = rng.choice(np.array(PAIRS, np.uint32), every.shape)
-    words = np.bitwise_or.reduce(codes << BITS * np.arange(CODES_PER_WORD, dtype=np.uint32), axis=-1)
+    words = np.bitwise_or.reduce(
+        codes << BITS * np.arange(CODES_PER_WORD, dtype=np.uint32), axis=-1
+    )
     return Packed24(
         jnp.asarray(values, dtype), jnp.asarray(words), remainder=inputs % ENTRIES_PER_WORD
     )

@@ -15,7 +15,7 @@ def run(x: Array, values: Array, codes: Array) -> Array:
 
 def multiply(x: Array, y: Array) -> Array:
     """The product of two arrays of one dtype, rounded to it once."""
-    sums = jnp.promote_types(x.dtype, jnp.float32)
+    sums = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     return jnp.matmul(x, y, precision=PRECISION, preferred_element_type=sums).astype(x.dtype)
 
 
