@@ -362,7 +362,7 @@ def test_the_kernel_is_built_once_and_for_one_cpu(tmp_path, monkeypatch):
 def test_another_compiler_or_jaxlib_or_source_is_another_file(monkeypatch, tmp_path):
     paths = {native.library_path("1.0"), native.library_path("2.0")}
     with monkeypatch.context() as patch:
-        patch.setattr(native.jaxlib, "__version__", "0.0")
+        patch.setattr(native.jaxlib.version, "__version__", "0.0")
         paths.add(native.library_path("1.0"))
     source = tmp_path / "other.cc"
     source.write_text("//")

@@ -62,7 +62,7 @@ def compress(w: Array) -> tuple[Array, Array, Array]:
         for here, plane in zip(nonzero, planes, strict=True)
     ]
     kept = [rank < KEPT for rank in ranks(scores)]
-    places = [jnp.full(kept[0].shape, i, jnp.uint32) for i in range(BLOCK)]
+    places = [jnp.full_like(kept[0], i, jnp.uint32) for i in range(BLOCK)]
     first, second = _pick(kept, places)
     excess = sum(here.astype(jnp.int32) for here in nonzero) > KEPT
     nan = _bits(jnp.array(jnp.nan, w.dtype))
@@ -93,12 +93,25 @@ def expand(values: Array, codes: Array) -> Array:
       >>> expand(jnp.array([2.0, 3.0]), jnp.array([0b1101], jnp.uint32)).tolist()
       [0.0, 2.0, 0.0, 3.0]
     """
-    return lax.bitcast_convert_type(_place(_bits(values), codes), values.dtype)
+    return lax.bitcast_convert_type(place(_bits(values), codes), values.dtype)
 
 
 @expand.defjvp
 def _expand_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    return expand(*primals), _place(tangents[0], primals[1])
+    return expand(*primals), place(tangents[0], primals[1])
+
+
+def place(values: Array, codes: Array) -> Array:
+    """`expand` as arithmetic, which is linear in the values and which JAX can transpose."""
+    first, second = split(values, (1, KEPT))
+    code = from_words(codes, first.shape[-1])
+    zero = jnp.zeros((), values.dtype)
+    return join(
+        [
+            jnp.where((code & 3) == i, first, jnp.where((code >> 2) == i, second, zero))
+            for i in range(BLOCK)
+        ]
+    )
 
 
 def gather(dense: Array, codes: Array) -> Array:
@@ -151,19 +164,6 @@ def _to_words(code: Array) -> Array:
 def _bits(x: Array) -> Array:
     """As unsigned integers, which are moved as they are: XLA moves bfloat16 by way of float32."""
     return lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
-
-
-def _place(values: Array, codes: Array) -> Array:
-    """`expand` of any dtype, as arithmetic that JAX knows how to transpose."""
-    first, second = split(values, (1, KEPT))
-    code = from_words(codes, first.shape[-1])
-    zero = jnp.zeros((), values.dtype)
-    return join(
-        [
-            jnp.where((code & 3) == i, first, jnp.where((code >> 2) == i, second, zero))
-            for i in range(BLOCK)
-        ]
-    )
 
 
 def _pick(kept: list[Array], planes: list[Array]) -> list[Array]:

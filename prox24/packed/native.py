@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxlib
+import jaxlib.version
 
 from prox24.packed.cache import cache_folder, digest, processor
 
@@ -46,7 +46,7 @@ def library_path(compiler: str) -> Path:
     Args:
       compiler: what it says of its version.
     """
-    made_for = (SOURCE.read_bytes(), *FLAGS, compiler, processor(), jaxlib.__version__)
+    made_for = (SOURCE.read_bytes(), *FLAGS, compiler, processor(), jaxlib.version.__version__)
     return cache_folder() / f"{TARGET}-{digest(made_for)}.so"
 
 

@@ -75,9 +75,12 @@ def _forward(x: Array, values: Array, codes: Array) -> tuple[Array, tuple[Array,
 
 def _backward(saved: tuple[Array, ...], slope: Array) -> tuple[Array, Array, None]:
     x, values, codes = saved
-    of_x = unpacked.multiply(slope, blocks.expand(values, codes))
-    rows, columns = slope.reshape(-1, slope.shape[-1]), x.reshape(-1, x.shape[-1])
-    return of_x, blocks.gather(unpacked.multiply(rows.T, columns), codes), None
+    # The product is linear in each of the two.
+    of_x = jax.linear_transpose(lambda x: unpacked.run(x, values, codes), x)
+    of_values = jax.linear_transpose(
+        lambda values: unpacked.multiply(x, blocks.place(values, codes)), values
+    )
+    return *of_x(slope), *of_values(slope), None
 
 
 _matmul.defvjp(_forward, _backward)
@@ -104,7 +107,6 @@ def _product(x: Array, values: Array, codes: Array) -> Array:
     return product_p.bind(x, values, codes)
 
 
-@product_p.def_abstract_eval
 def _shape_of_product(x: Any, values: Any, codes: Any) -> Any:
     return jax.make_jaxpr(unpacked.run)(x, values, codes).out_avals[0]
 
@@ -127,6 +129,7 @@ def _map(operands: Any, axes: Any) -> tuple[Array, int]:
     return jax.vmap(unpacked.run, axes)(x, values, codes), 0
 
 
+product_p.def_abstract_eval(_shape_of_product)
 mlir.register_lowering(product_p, mlir.lower_fun(unpacked.run, multiple_results=False))
 for _platform in PLATFORMS:
     mlir.register_lowering(product_p, functools.partial(_lower, _platform), platform=_platform)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jaxlib
+import jaxlib.version
 
 from prox24.packed.cache import cache_folder, digest, processor
 from prox24.packed.implementation import Case
@@ -95,7 +95,7 @@ def made_for(platform: str) -> dict[str, str]:
     sources = sorted(Path(__file__).parent.glob("*.[pc]*"))
     return {
         "device": digest([device]),
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "sources": digest(path.read_bytes() for path in sources if path.is_file()),
     }
 
