@@ -31,7 +31,7 @@ def reports(tmp_path_factory):
 
 
 def test_every_function_ran_under_every_sharding(reports):
-    assert len(reports) == 2 * 3 * 2 + (3 + 1) * 2 + 5
+    assert len(reports) == 2 * 2 * 2 + (2 + 1) * 2 + 5
 
 
 def test_the_results_are_those_of_one_device(reports):
@@ -44,7 +44,9 @@ def test_packing_and_unpacking_keep_the_sharding_and_communicate_nothing(reports
 
 
 def test_products_with_shards_of_rows_communicate_nothing(reports):
-    products = [r for name, r in reports.items() if name.startswith("matmul") and "rows" in name]
+    products = [
+        r for name, r in reports.items() if name.startswith("matmul") and name.endswith(", rows")
+    ]
     assert [r["name"] for r in products if r["collectives"]] == []
 
 
