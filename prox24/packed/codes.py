@@ -103,15 +103,19 @@ def _expand_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tu
 
 def place(values: Array, codes: Array) -> Array:
     """`expand` as arithmetic, which is linear in the values and which JAX can transpose."""
-    first, second = split(values, (1, KEPT))
-    code = from_words(codes, first.shape[-1])
-    zero = jnp.zeros((), values.dtype)
-    return join(
-        [
-            jnp.where((code & 3) == i, first, jnp.where((code >> 2) == i, second, zero))
-            for i in range(BLOCK)
-        ]
-    )
+    *shape, count = values.shape
+    words = codes.shape[-1]
+    rest = words * VALUES_PER_WORD - count
+    if rest:
+        values = jnp.pad(values, [(0, 0)] * len(shape) + [(0, rest)])
+    # By broadcasting, not by planes: one loop, in which XLA's CPU backend is twice as fast.
+    pairs = values.reshape(*shape, words, CODES_PER_WORD, KEPT)
+    code = _split_words(codes)[..., None]
+    lane = np.arange(BLOCK, dtype=np.uint32).reshape(*[1] * codes.ndim, 1, BLOCK)
+    first = jnp.where((code & 3) == lane, pairs[..., :1], jnp.zeros((), values.dtype))
+    dense = jnp.where((code >> 2) == lane, pairs[..., 1:], first)
+    dense = dense.reshape(*shape, words * ENTRIES_PER_WORD)
+    return dense[..., : count // KEPT * BLOCK] if rest else dense
 
 
 def gather(dense: Array, codes: Array) -> Array:
@@ -145,9 +149,14 @@ def from_words(codes: Array, blocks: int) -> Array:
       >>> from_words(jnp.array([0x4E], jnp.uint32), 2).tolist()
       [14, 4]
     """
-    planes = [(codes >> (BITS * i)) & (2**BITS - 1) for i in range(CODES_PER_WORD)]
-    every = join(planes)
+    every = _split_words(codes).reshape(*codes.shape[:-1], codes.shape[-1] * CODES_PER_WORD)
     return every if every.shape[-1] == blocks else every[..., :blocks]
+
+
+def _split_words(codes: Array) -> Array:
+    """The codes of each word, (..., words, 8)."""
+    shifts = BITS * np.arange(CODES_PER_WORD, dtype=np.uint32)
+    return codes[..., None] >> shifts.reshape(*[1] * codes.ndim, -1) & (2**BITS - 1)
 
 
 def _to_words(code: Array) -> Array:
