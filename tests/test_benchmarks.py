@@ -243,7 +243,8 @@ def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full(
         assert np.array_equal(solution.weight, expected.weight)
 
 
-def test_the_benchmark_of_packed_products_compares_correct_ones_and_says_what_it_scaled(tmp_path):
+def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
     sizes = ("--scale", 0.02, "--repetitions", 1, "--linears", "8B o,8B down", "--seconds", 1e-4)
     outcome = run("benchmarks/matmul.py", "--batches", "1,3", *sizes, "--output", tmp_path)
     assert outcome.returncode == 0, outcome.stderr

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +84,7 @@ def write(measurements: Iterable[Measurement]) -> None:
         )
         path = table_path(platform)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = path.with_suffix(".writing")
+        partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
     _read.cache_clear()
