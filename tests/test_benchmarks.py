@@ -1,5 +1,6 @@
 """The benchmarks run, show no speed without accuracy, and time rivals that do what they say."""
 
+import csv
 import importlib.util
 import json
 import runpy
@@ -251,3 +252,19 @@ def test_generation_is_measured_for_each_form_of_the_weights(tmp_path):
     for row in rows:
         assert min(row["resident_bytes"], row["peak_bytes"]) > row["weights_bytes"]
         assert row["tokens_per_second"] > 0
+
+
+def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
+    sizes = ("--scale", 0.02, "--repetitions", 1, "--linears", "8B o,8B down", "--seconds", 1e-4)
+    outcome = run("benchmarks/matmul.py", "--batches", "1,3", *sizes, "--output", tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    with (tmp_path / "matmul.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["contender"] for row in rows} >= {"dense x W^T", "unpack"}
+    assert {(row["linear"], row["batch"]) for row in rows} == {
+        (linear, batch) for linear in ("8B o", "8B down") for batch in ("1", "3")
+    }
+    assert max(float(row["error"]) for row in rows) < 1e-5
+    assert "scaled by" in outcome.stdout
+    assert (tmp_path / "matmul.png").stat().st_size > 0

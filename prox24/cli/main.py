@@ -21,10 +21,12 @@ from prox24.cli import (
     inspect_model,
     plan,
     prune,
+    tune,
     verify,
 )
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error
+from prox24.packed.codes import BLOCK
 from prox24.processes import leave
 from prox24.solvers.solve import REFITS, SOLVERS
 
@@ -94,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_inspect(commands)
     _add_convert(commands)
+    _add_tune(commands)
     _add_demo(commands)
     return top
 
@@ -287,6 +290,25 @@ def _add_convert(commands: "_Commands[argparse.ArgumentParser]") -> None:
     _add_output(command, quiet="no summary")
 
 
+def _add_tune(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("tune", help="measure products with packed weights")
+    command.set_defaults(run=tune.run)
+    shapes = command.add_mutually_exclusive_group(required=True)
+    shapes.add_argument("source", nargs="?", type=Path, help=f"of whose linears: {MODEL}")
+    shapes.add_argument(
+        "--shapes", type=parse_shapes, metavar="OUTxIN,...", help="of weights, as 4096x4096,64x32"
+    )
+    command.add_argument(
+        "--batches",
+        type=parse_batches,
+        default=[1, 4, 16],
+        metavar="N,...",
+        help="vectors that are multiplied at once (1,4,16)",
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
+    _add_output(command)
+
+
 def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("demo", help="prune SmolLM2-135M and compare methods")
     command.set_defaults(run=demo.run)
@@ -373,6 +395,35 @@ def parse_size(text: str) -> int:
     if not size:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MiB")
     return size
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """Reads shapes (out, in) whose inputs are blocks of four.
+
+    Example:
+      >>> parse_shapes("64x32,16x96")
+      [(64, 32), (16, 96)]
+    """
+    shapes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)x(\d+)", part)
+        outputs, inputs = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not outputs or not inputs or inputs % BLOCK:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not OUTxIN with a multiple of {BLOCK} inputs"
+            )
+        shapes.append((outputs, inputs))
+    return shapes
+
+
+def parse_batches(text: str) -> list[int]:
+    """Reads positive integers.
+
+    Example:
+      >>> parse_batches("1,16")
+      [1, 16]
+    """
+    return [_positive(part) for part in text.split(",")]
 
 
 def _positive(text: str) -> int:

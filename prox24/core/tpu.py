@@ -17,6 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from prox24.core import planes
+from prox24.core.placement import is_on_one_device
 
 # Mosaic loads rows with a stride only from arrays of one register's width.
 LANES = 128
@@ -62,13 +63,7 @@ def planar(y: Array, lam: Array, kept: int, group: int, axis: int = -1) -> Array
 
 
 def _lower_for_tpu(context: Any, *operands: Any, kept: int, group: int) -> Any:
-    # XLA does not partition a Mosaic kernel, so that it is for programs of one device, and for the
-    # insides of shard_map.
-    placed = context.module_context.axis_context
-    manual: frozenset[Any] = getattr(placed, "manual_axes", frozenset())
-    alone = getattr(placed, "num_devices", None) == 1
-    by_hand = len(manual) > 0 and set(manual) == set(placed.mesh.axis_names)
-    chosen: Callable[..., Array] = kernel if alone or by_hand else planar
+    chosen: Callable[..., Array] = kernel if is_on_one_device(context) else planar
     function = functools.partial(chosen, kept=kept, group=group)
     return mlir.lower_fun(function, multiple_results=False)(context, *operands)
 

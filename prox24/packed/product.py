@@ -1,0 +1,136 @@
+"""The product with a packed weight, and its derivatives."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.typing import ArrayLike
+
+from prox24.core.placement import is_on_one_device
+from prox24.packed import codes as blocks
+from prox24.packed import table, unpacked
+from prox24.packed.codes import BLOCK, KEPT
+from prox24.packed.format import Packed24, check_words
+from prox24.packed.implementation import Case
+from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def matmul(x: ArrayLike, w: Packed24) -> Array:
+    """x W^T for a packed W (out, in), without W in memory where an implementation can do that.
+
+    Which implementation runs is read from the table that `prox24 tune` writes, when the product is
+    compiled: one that was measured to be the fastest for the platform, dtype, shape and batch, else
+    `unpack` and XLA's product. So it is in programs for one device and inside of `shard_map`;
+    XLA partitions no kernel, and other programs unpack.
+
+    Differentiable in `x` and in the values of `w`, in reverse mode, once or more. Sums are of
+    float32 products at the highest precision, in float64 where `x` is; the result is rounded once.
+
+    Args:
+      x: shape (..., in), of the dtype of `w`.
+      w: two axes, packed along the one that is summed over: a weight (out, in) along -1, or a Flax
+        kernel (in, out) along -2. More axes are for `jax.vmap` or `jax.lax.scan`.
+
+    Returns:
+      Array (..., out) of that dtype.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+
+    Example:
+      >>> from prox24.packed import pack
+      >>> matmul(jnp.arange(4.0), pack(jnp.array([[0.0, 1.0, 0.0, 2.0]]))).tolist()
+      [7.0]
+    """
+    x = jnp.asarray(x)
+    check_words(w)
+    if w.values.ndim != 2:
+        raise ValueError(
+            f"matmul takes a packed weight of two axes, not of shape {w.shape}; map it"
+        )
+    inputs = w.values.shape[-1] // KEPT * BLOCK
+    if not x.ndim or x.shape[-1] != inputs:
+        raise ValueError(f"x of shape {x.shape} does not end in the {inputs} inputs of w")
+    if x.dtype != w.dtype:
+        raise ValueError(f"x is {x.dtype} and w is {w.dtype}; convert one of them")
+    return _matmul(*_varying_alike(x, w.values, w.codes))
+
+
+@jax.custom_vjp
+def _matmul(x: Array, values: Array, codes: Array) -> Array:
+    return _product(x, values, codes)
+
+
+def _forward(x: Array, values: Array, codes: Array) -> tuple[Array, tuple[Array, ...]]:
+    # Not _product, which has no derivative: this one may be differentiated again.
+    return _matmul(x, values, codes), (x, values, codes)
+
+
+def _backward(saved: tuple[Array, ...], slope: Array) -> tuple[Array, Array, None]:
+    x, values, codes = saved
+    # The product is linear in each of the two.
+    of_x = jax.linear_transpose(lambda x: unpacked.run(x, values, codes), x)
+    of_values = jax.linear_transpose(
+        lambda values: unpacked.multiply(x, blocks.place(values, codes)), values
+    )
+    return *of_x(slope), *of_values(slope), None
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """In shard_map, has every array vary over the axes over which any does, as the result will.
+
+    Arithmetic does that by itself, and then knows to sum the derivatives; a primitive does not.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return list(arrays)
+    # XLA folds these zeros away.
+    zero = sum(lax.stop_gradient(array).astype(jnp.int32).ravel()[:1].sum() * 0 for array in arrays)
+    return [jnp.where(zero == 0, array, jnp.zeros_like(array)) for array in arrays]
+
+
+product_p = Primitive("matmul24")
+product_p.def_impl(unpacked.run)
+
+
+@jax.jit
+def _product(x: Array, values: Array, codes: Array) -> Array:
+    return product_p.bind(x, values, codes)
+
+
+def _shape_of_product(x: Any, values: Any, codes: Any) -> Any:
+    return jax.make_jaxpr(unpacked.run)(x, values, codes).out_avals[0]
+
+
+def _lower(platform: str, context: Any, *operands: Any) -> Any:
+    name = FALLBACK
+    if is_on_one_device(context):
+        x, values, _ = context.avals_in
+        name = table.choose(
+            Case(platform, x.dtype.name, values.shape[0], x.shape[-1], math.prod(x.shape[:-1]))
+        )
+    lowering = mlir.lower_fun(IMPLEMENTATIONS[name].run, multiple_results=False)
+    return lowering(context, *operands)
+
+
+def _map(operands: Any, axes: Any) -> tuple[Array, int]:
+    (x, values, codes), (of_x, of_values, of_codes) = operands, axes
+    if of_values is None and of_codes is None:
+        return _product(jnp.moveaxis(x, of_x, 0), values, codes), 0
+    return jax.vmap(unpacked.run, axes)(x, values, codes), 0
+
+
+product_p.def_abstract_eval(_shape_of_product)
+mlir.register_lowering(product_p, mlir.lower_fun(unpacked.run, multiple_results=False))
+for _platform in PLATFORMS:
+    mlir.register_lowering(product_p, functools.partial(_lower, _platform), platform=_platform)
+batching.primitive_batchers[product_p] = _map

@@ -1,0 +1,10 @@
+"""The implementations of the product by name, one of which is right everywhere."""
+
+from prox24.packed.cpu import CPU
+from prox24.packed.implementation import Implementation
+from prox24.packed.unpacked import UNPACKED
+
+FALLBACK = "unpack"
+"""What runs unless another one was measured to be faster."""
+
+IMPLEMENTATIONS: dict[str, Implementation] = {FALLBACK: UNPACKED, "cpu": CPU}

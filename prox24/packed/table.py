@@ -1,0 +1,126 @@
+"""Which implementation runs a case: what was measured on this machine, kept in the cache folder."""
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jaxlib.version
+
+from prox24.packed.cache import cache_folder, digest, processor
+from prox24.packed.implementation import Case
+from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
+
+logger = logging.getLogger("prox24.packed")
+
+
+class Measurement(NamedTuple):
+    """Seconds that each implementation took for a case, by name."""
+
+    case: Case
+    seconds: dict[str, float]
+
+    @property
+    def fastest(self) -> str:
+        """The implementation that is to run the case: the fallback unless another is faster."""
+        return min(self.seconds, key=lambda name: (self.seconds[name], name != FALLBACK))
+
+
+def table_path(platform: str) -> Path:
+    """The file of a platform's table."""
+    return cache_folder() / f"matmul-{platform}.json"
+
+
+def choose(case: Case) -> str:
+    """The name of the implementation that runs a case.
+
+    It is that which was fastest for this dtype and shape at this batch, or at the measured batches
+    next below and above it, if that is one and the same. It is the fallback everywhere else.
+    """
+    fastest = {
+        measured.case.batch: measured.fastest
+        for measured in read(case.platform)
+        if measured.case._replace(batch=case.batch) == case
+    }
+    below = max((batch for batch in fastest if batch <= case.batch), default=None)
+    above = min((batch for batch in fastest if batch >= case.batch), default=None)
+    if below is None or above is None or fastest[below] != fastest[above]:
+        return FALLBACK
+    name = fastest[below]
+    return name if IMPLEMENTATIONS[name].serves(case) else FALLBACK
+
+
+def read(platform: str) -> tuple[Measurement, ...]:
+    """The table of a platform as it was when this process first asked; empty if there is none.
+
+    One that was made for another device, jaxlib or source of the implementations is not used, and
+    a line is logged that says so.
+    """
+    return _read(table_path(platform), platform)
+
+
+def write(measurements: Iterable[Measurement]) -> None:
+    """Adds measurements to the tables of their platforms, in place of earlier ones of these cases.
+
+    Programs that are compiled already stay what they are.
+    """
+    measurements = list(measurements)
+    for platform in sorted({new.case.platform for new in measurements}):
+        entries = {old.case: old for old in read(platform)}
+        entries |= {new.case: new for new in measurements if new.case.platform == platform}
+        text = json.dumps(
+            {
+                "made_for": made_for(platform),
+                "measurements": [
+                    {**entry.case._asdict(), "seconds": entry.seconds}
+                    for entry in sorted(entries.values(), key=lambda entry: entry.case)
+                ],
+            },
+            indent=1,
+        )
+        path = table_path(platform)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    _read.cache_clear()
+
+
+def made_for(platform: str) -> dict[str, str]:
+    """What the times of a table depend on."""
+    device = processor() if platform == "cpu" else jax.devices(platform)[0].device_kind
+    sources = sorted(Path(__file__).parent.glob("*.[pc]*"))
+    return {
+        "device": digest([device]),
+        "jaxlib": jaxlib.version.__version__,
+        "sources": digest(path.read_bytes() for path in sources if path.is_file()),
+    }
+
+
+@functools.cache
+def _read(path: Path, platform: str) -> tuple[Measurement, ...]:
+    if not path.exists():
+        return ()
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        now = made_for(platform)
+        stale = [name for name in now if table["made_for"][name] != now[name]]
+        found = tuple(
+            Measurement(Case(*(entry[field] for field in Case._fields)), dict(entry["seconds"]))
+            for entry in table["measurements"]
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is no table of measurements and is not used: %r", path, error)
+        return ()
+    if stale:
+        logger.warning(
+            "%s was made for another %s and is not used; run `prox24 tune` again",
+            path,
+            " and ".join(stale),
+        )
+        return ()
+    return found

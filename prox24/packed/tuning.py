@@ -1,0 +1,80 @@
+"""Measures the implementations against each other, for the table that `matmul` chooses by."""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prox24.packed.codes import (
+    BITS,
+    BLOCK,
+    CODES_PER_WORD,
+    ENTRIES_PER_WORD,
+    KEPT,
+    PAIRS,
+    words_of,
+)
+from prox24.packed.format import Packed24
+from prox24.packed.implementation import Case
+from prox24.packed.registry import IMPLEMENTATIONS
+from prox24.packed.table import Measurement
+
+
+def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
+    """Median seconds of each implementation that serves a case, on random data.
+
+    Each is run twice to warm up. Every repetition then runs all of them, starting one further than
+    the last, so that a change in the machine's speed meets all.
+
+    Args:
+      case: its platform has a device here.
+      repetitions: timings of each.
+      seed: of the data.
+    """
+    rng = np.random.default_rng(seed)
+    w = random_packed(rng, case.outputs, case.inputs, case.dtype)
+    x = jnp.asarray(rng.standard_normal((case.batch, case.inputs), np.float32), case.dtype)
+    device = jax.devices(case.platform)[0]
+    operands = jax.device_put((x, w.values, w.codes), device)
+    programs = {
+        name: jax.jit(implementation.run)
+        for name, implementation in IMPLEMENTATIONS.items()
+        if implementation.serves(case)
+    }
+    names = list(programs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(-2, repetitions):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            jax.block_until_ready(programs[name](*operands))
+            if repetition >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return Measurement(case, {name: statistics.median(times) for name, times in seconds.items()})
+
+
+def random_packed(rng: np.random.Generator, outputs: int, inputs: int, dtype: str) -> Packed24:
+    """A weight of standard normal values in random places.
+
+    Args:
+      rng: what is drawn from.
+      outputs: rows.
+      inputs: columns, a multiple of four.
+      dtype: one of those that `pack` takes.
+
+    Example:
+      >>> random_packed(np.random.default_rng(0), 2, 64, "float32").shape
+      (2, 64)
+    """
+    values = rng.standard_normal((outputs, inputs // BLOCK * KEPT), np.float32)
+    codes = np.zeros((outputs, words_of(inputs), CODES_PER_WORD), np.uint32)
+    every = codes.reshape(outputs, -1)[:, : inputs // BLOCK]
+    every[...] = rng.choice(np.array(PAIRS, np.uint32), every.shape)
+    words = np.bitwise_or.reduce(
+        codes << BITS * np.arange(CODES_PER_WORD, dtype=np.uint32), axis=-1
+    )
+    return Packed24(
+        jnp.asarray(values, dtype), jnp.asarray(words), remainder=inputs % ENTRIES_PER_WORD
+    )

@@ -1,0 +1,149 @@
+"""Packs and multiplies on eight CPU devices and prints what became of shardings, as JSON.
+
+A program of its own, since the number of devices is fixed when JAX starts.
+"""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prox24.packed import Packed24, matmul, native, pack, table, unpack
+from prox24.packed.implementation import Case
+from prox24.packed.table import Measurement
+from prox24.packed.tuning import random_packed
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+OUTPUTS, INPUTS, BATCH = 16, 512, 2
+ROWS, BOTH = P("rows", None), P("rows", "columns")
+COLLECTIVES = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
+
+
+def report(name, function, placed, expected, spec=None):
+    """The largest error, the collectives, and whether the result is sharded as it should be."""
+    compiled = jax.jit(function).lower(*placed).compile()
+    found = compiled(*placed)
+    leaves = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    return {
+        "name": name,
+        "error": max(
+            float(jnp.max(jnp.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32))))
+            for a, b in leaves
+        ),
+        "collectives": sorted(set(COLLECTIVES.findall(compiled.as_text()))),
+        "kernel": native.TARGET in compiled.as_text(),
+        "kept": spec is None
+        or all(
+            a.sharding.is_equivalent_to(NamedSharding(a.sharding.mesh, spec), a.ndim)
+            for a, _ in leaves
+        ),
+    }
+
+
+def loss(x, w):
+    return jnp.sum(jnp.sin(matmul(x, w)))
+
+
+def gradients(x, values, codes):
+    return jax.grad(lambda x, values: loss(x, Packed24(values, codes)), argnums=(0, 1))(x, values)
+
+
+def reports():
+    """One report for each function, kind of mesh and sharding."""
+    rng = np.random.default_rng(0)
+    w = random_packed(rng, OUTPUTS, INPUTS, "float32")
+    x = jnp.asarray(rng.normal(size=(BATCH, INPUTS)), jnp.float32)
+    dense = unpack(w)
+    product, slopes = matmul(x, w), gradients(x, w.values, w.codes)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(kind, kind))
+        for label, spec in (("rows", ROWS), ("rows and columns", BOTH)):
+
+            def place(array, spec=spec, mesh=mesh):
+                return jax.device_put(array, NamedSharding(mesh, spec))
+
+            where = f"{kind.name}, {label}"
+            packed = jax.tree.map(place, w)
+            with jax.set_mesh(mesh):
+                yield report(f"pack, {where}", jax.vmap(pack), [place(dense)], w, spec)
+                yield report(f"unpack, {where}", unpack, [packed], dense, spec)
+                if kind == AxisType.Explicit and label != "rows":
+                    continue  # where JAX wants to be told how a sum over shards is sharded
+                there = place(x, P(None, spec[1]))
+                yield report(f"matmul, {where}", matmul, [there, packed], product)
+                arguments = [there, packed.values, packed.codes]
+                yield report(f"gradients, {where}", gradients, arguments, slopes)
+    yield from mapped(x, w, product, slopes)
+
+
+def mapped(x, w, product, slopes):
+    """The reports inside of shard_map, where the table says that the kernel is faster."""
+    for outputs, inputs in ((OUTPUTS // 8, INPUTS), (OUTPUTS, INPUTS // 8)):
+        case = Case("cpu", "float32", outputs, inputs, BATCH)
+        table.write([Measurement(case, {"unpack": 2.0, "cpu": 1.0})])
+    mesh = jax.make_mesh((8,), ("all",), axis_types=(AxisType.Auto,))
+    rows, columns = P("all", None), P(None, "all")
+
+    def summed(x, w):
+        return jax.lax.psum(matmul(x, w), "all")
+
+    def summed_gradients(x, values, codes):
+        def total(x, values):
+            return jnp.sum(jnp.sin(summed(x, Packed24(values, codes))))
+
+        return jax.grad(total, argnums=(0, 1))(x, values)
+
+    def row_gradients(x, values, codes):
+        def total(x, values):
+            return jax.lax.psum(loss(x, Packed24(values, codes)), "all")
+
+        return jax.grad(total, argnums=(0, 1))(x, values)
+
+    def shard(function, of_x, of_w, out, results):
+        specs = (of_x, *[of_w] * results)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
+
+    def place(array, spec):
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    for label, of_x, of_w, out, function, of_slopes in (
+        ("rows", P(), rows, columns, matmul, row_gradients),
+        ("columns", columns, columns, P(), summed, summed_gradients),
+    ):
+        packed = jax.tree.map(lambda array, of_w=of_w: place(array, of_w), w)
+        there = place(x, of_x)
+        yield report(
+            f"matmul, shard_map, {label}",
+            shard(function, of_x, of_w, out, 1),
+            [there, packed],
+            product,
+        )
+        yield report(
+            f"gradients, shard_map, {label}",
+            shard(of_slopes, of_x, of_w, (of_x, of_w), 2),
+            [there, packed.values, packed.codes],
+            slopes,
+        )
+    yield report(
+        "unpack, shard_map, columns",
+        jax.shard_map(unpack, mesh=mesh, in_specs=columns, out_specs=columns),
+        [jax.tree.map(lambda array: place(array, columns), w)],
+        unpack(w),
+        columns,
+    )
+
+
+def main():
+    """Prints the list of reports."""
+    print(json.dumps(list(reports())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Packed weights keep the sharding that arrives, and shards of them are multiplied in place."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prox24.packed import native
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    program = Path(__file__).with_name("sharded_packed.py")
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PROX24_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
+    outcome = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        cwd=program.parents[1],
+        env=environment,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return {report["name"]: report for report in json.loads(outcome.stdout)}
+
+
+def test_every_function_ran_under_every_sharding(reports):
+    assert len(reports) == 2 * 2 * 2 + (2 + 1) * 2 + 5
+
+
+def test_the_results_are_those_of_one_device(reports):
+    assert {name: r["error"] for name, r in reports.items() if r["error"] > 1e-4} == {}
+
+
+def test_packing_and_unpacking_keep_the_sharding_and_communicate_nothing(reports):
+    formats = {name: r for name, r in reports.items() if "pack" in name.split(",")[0]}
+    assert [name for name, r in formats.items() if not r["kept"] or r["collectives"]] == []
+
+
+def test_products_with_shards_of_rows_communicate_nothing(reports):
+    products = [
+        r for name, r in reports.items() if name.startswith("matmul") and name.endswith(", rows")
+    ]
+    assert [r["name"] for r in products if r["collectives"]] == []
+
+
+def test_sums_over_shards_of_columns_are_all_that_is_communicated(reports):
+    products = [r for name, r in reports.items() if name.startswith("matmul") and "columns" in name]
+    assert [r["name"] for r in products if r["collectives"] != ["all-reduce"]] == []
+
+
+def test_the_kernel_runs_in_shard_map_and_in_no_program_that_xla_partitions(reports):
+    if not any(shutil.which(name) for name in native.COMPILERS):
+        pytest.skip("there is no C++ compiler")
+    with_kernel = {name for name, report in reports.items() if report["kernel"]}
+    assert with_kernel == {
+        f"{what}, shard_map, {label}"
+        for what in ("matmul", "gradients")
+        for label in ("rows", "columns")
+    }
