@@ -5,9 +5,10 @@
     python benchmarks/generate.py --synthetic
 
 The model is SmolLM2-135M-Instruct, or a checkpoint, or random weights in the shape of Llama-3.2-1B.
-Each form of the weights has a process of its own, which goes on from the same prompt. The rate is
-that of all tokens but the first, which is the prompt's, and the second, for which programs are
-compiled. Resident memory is what the process has after the last token, on Linux.
+Packed forms run what `prox24 tune` has measured to be the fastest, or else unpack every weight for
+every token. Each form of the weights has a process of its own, which goes on from the same prompt.
+The rate is that of all tokens but the first, which is the prompt's, and the second, for which
+programs are compiled. Resident memory is what the process has after the last token, on Linux.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from jax import Array
 from rich.console import Console
 from rich.table import Table
 
+import prox24.packed
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.demo import fetch_model
 from prox24.cli.generate import decoding_rate
@@ -56,9 +58,23 @@ def cast(dtype: Any, weights: Weights) -> Weights:
     return {name: w.astype(dtype) for name, w in weights.items()}
 
 
-FORMS: dict[str, Callable[[Weights], Weights]] = {
+def packed(dtype: Any, weights: Weights) -> dict[str, Any]:
+    """Cut to the two largest of each block, where the model is not 2:4 already."""
+
+    def pack_linear(w: Array) -> prox24.packed.Packed24:
+        return prox24.packed.pack(jnp.where(prox24.top_mask(jnp.abs(w)), w, 0))
+
+    return {
+        name: pack_linear(w) if "_proj." in name and w.ndim == 2 else w
+        for name, w in cast(dtype, weights).items()
+    }
+
+
+FORMS: dict[str, Callable[[Weights], dict[str, Any]]] = {
     "float32": partial(cast, jnp.float32),
+    "float32, packed": partial(packed, jnp.float32),
     "bfloat16": partial(cast, jnp.bfloat16),
+    "bfloat16, packed": partial(packed, jnp.bfloat16),
 }
 """What is made of the weights of a layer, or of the embedding and head, when they are read."""
 

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.devices import everywhere, one_axis, own_windows, placed, taken
+from prox24.errors import CheckpointError
 from prox24.models import decoder
 from prox24.models.decoder import Config, Layer
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights
+from prox24.packed import pack
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
@@ -113,15 +115,33 @@ def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
     return {name: jnp.asarray(model.checkpoint.read(tensor)) for name, tensor in tensors.items()}
 
 
-def all_weights(model: Model, dtype: np.dtype[Any] | None = None) -> ModelWeights:
-    """Reads every tensor that the model computes with, in a dtype, or in the checkpoint's."""
+def all_weights(
+    model: Model, dtype: np.dtype[Any] | None = None, *, packed: bool = False
+) -> ModelWeights:
+    """Reads every tensor that the model computes with.
+
+    Args:
+      model: the model.
+      dtype: of all; None for the checkpoint's.
+      packed: packs the weight of every pruned linear when it is read, see `prox24.packed.pack`.
+
+    Raises:
+      CheckpointError: a linear that is to be packed is not 2:4; names the tensor.
+    """
 
     def cast(weights: dict[str, Array]) -> dict[str, Array]:
         return weights if dtype is None else jax.tree.map(lambda w: w.astype(dtype), weights)
 
     config = model.config
     names = decoder.embedding_shapes(config) | decoder.head_shapes(config)
-    layers = [cast(layer_weights(model, index)) for index in range(len(config.layers))]
+    layers: list[dict[str, Any]] = []
+    for index in range(len(config.layers)):
+        layers.append(dict(cast(layer_weights(model, index))))
+        for linear in layer_linears(config, index) if packed else ():
+            try:
+                layers[index][linear.weight] = pack(layers[index][linear.weight])
+            except ValueError as error:
+                raise CheckpointError(f"tensor {linear.tensor}: {error}") from error
     return ModelWeights(cast(_outer_weights(model, names)), layers)
 
 

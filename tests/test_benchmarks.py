@@ -249,6 +249,7 @@ def test_generation_is_measured_for_each_form_of_the_weights(tmp_path):
     rows = [benchmark["measure"](form, tmp_path / "model", 4, 4) for form in benchmark["FORMS"]]
     sizes = {row["form"]: row["weights_bytes"] for row in rows}
     assert sizes["float32"] == 2 * sizes["bfloat16"]
+    assert sizes["float32, packed"] < sizes["float32"]
     for row in rows:
         assert min(row["resident_bytes"], row["peak_bytes"]) > row["weights_bytes"]
         assert row["tokens_per_second"] > 0

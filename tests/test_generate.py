@@ -319,3 +319,22 @@ def test_bad_values_of_options_exit_2(capsys, option, value):
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "model", "--prompt", "Once", option, value])
     assert option in capsys.readouterr().err
+
+
+def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, capsys):
+    write_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
+    command = ["prune", str(tmp_path / "model"), str(tmp_path / "pruned"), "--method", "wanda"]
+    command += ["--calibration", str(tmp_path / "text.txt"), "--samples", "4", "--quiet"]
+    assert main([*command, "--sequence-length", "32"]) == 0
+
+    def generated(folder, *more):
+        command = ["generate", str(tmp_path / folder), "--prompt", "Once", "--tokens", "6"]
+        return main([*command, "--json", "--quiet", *more]), capsys.readouterr()
+
+    (_, dense), (code, packed) = generated("pruned"), generated("pruned", "--packed")
+    assert code == 0
+    assert json.loads(packed.out)["tokens"] == json.loads(dense.out)["tokens"]
+    code, refused = generated("model", "--packed")
+    assert code == 2
+    assert "tensor model.layers.0.self_attn.q_proj.weight: w is not 2:4" in refused.err

@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = prompt_tokens(checkpoint, arguments.prompt)
     check_prompts(model.config, prompt, arguments.tokens)
     stop = stop_tokens(checkpoint)
-    weights = all_weights(model, DTYPES.get(arguments.dtype))
+    weights = all_weights(model, DTYPES.get(arguments.dtype), packed=arguments.packed)
     tokens: list[int] = []
     times = [time.perf_counter()]
     with progress_bar("generate", arguments.tokens, arguments.quiet) as advance:

@@ -250,6 +250,9 @@ def _add_generate(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument(
         "--dtype", choices=DTYPES, help="of the weights in memory (default: the checkpoint's)"
     )
+    command.add_argument(
+        "--packed", action="store_true", help="keep the linears of a 2:4 model packed in memory"
+    )
     _add_output(command, quiet="no progress bar")
 
 

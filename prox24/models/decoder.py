@@ -16,6 +16,7 @@ from jax import Array
 
 from prox24.core.precision import PRECISION
 from prox24.errors import UnsupportedModelError
+from prox24.packed import Packed24, matmul
 
 Weights = Mapping[str, Array]
 Tap = Callable[[str, Array], None]
@@ -467,15 +468,18 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
     return _softcap(y / head.divisor, head.softcap)
 
 
-def linear(x: Array, weight: Array) -> Array:
+def linear(x: Array, weight: Array | Packed24) -> Array:
     """x W^T of x (batch, length, in) and W (out, in), in float32.
 
-    Nothing else multiplies with the weight of a linear.
+    Nothing else multiplies with the weight of a linear. With a packed one `x` is rounded to its
+    dtype, and so is the product: kernels read both in one dtype.
 
     Example:
       >>> linear(jnp.ones((1, 3, 4)), jnp.ones((2, 4), jnp.bfloat16)).shape
       (1, 3, 2)
     """
+    if isinstance(weight, Packed24):
+        return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
     return jnp.einsum("bti,oi->bto", x, weight.astype(jnp.float32), precision=PRECISION)
 
 

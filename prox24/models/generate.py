@@ -9,7 +9,7 @@ caller has every token as it comes, and ends where it likes.
 
 import functools
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,11 @@ class ModelWeights(NamedTuple):
     Attributes:
       outer: of the embedding and the head, as `decoder.embedding_shapes` and `decoder.head_shapes`
         list them.
-      layers: of each layer, as `decoder.layer_shapes` lists them.
+      layers: of each layer, as `decoder.layer_shapes` lists them; those of linears may be packed.
     """
 
     outer: dict[str, Array]
-    layers: list[dict[str, Array]]
+    layers: list[dict[str, Any]]
 
 
 class KeysValues(NamedTuple):
