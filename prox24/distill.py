@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from prox24 import refine
 from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.core.masks import top_mask
 from prox24.devices import apart, everywhere, in_parts
 from prox24.errors import CalibrationError, CheckpointError
 from prox24.forward import (
@@ -31,9 +32,37 @@ from prox24.forward import (
 )
 from prox24.models import decoder, whole
 from prox24.models.decoder import Config, Weights
+from prox24.optax import exponential, proximal
 from prox24.refine import Refined, Training
 from prox24.refine.distillation import Features, Logits
 from prox24.refine.training import Resume
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingMask:
+    """How a mask is found while a dense model is trained: by a proximal step after each of Adam.
+
+    Attributes:
+      first: lam of the first step.
+      last: lam of the last step, to which it grows by the same factor in each.
+      normalised: takes every linear in units of its mean magnitude, in which rate and lam then are.
+      scaled: multiplies lam by the rate of the step, as proximal gradient descent does.
+    """
+
+    first: float = 0.1
+    last: float = 1e5
+    normalised: bool = True
+    scaled: bool = True
+
+    @classmethod
+    def constant(cls, lam: float) -> "MovingMask":
+        """As in ProxSparse: the same lam in every step, whatever the rate and the weights.
+
+        References:
+          "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained LLMs",
+          arXiv 2502.00258.
+        """
+        return cls(lam, lam, normalised=False, scaled=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +77,8 @@ class ModelRefinement:
         step's are.
       cross_entropy: the share of the loss that is the text's own, see `prox24.refine.distill`.
       measurements: of the loss on what is held out, evenly over the steps.
+      mask: None to train what is kept; else the mask is found as well, and every measurement is of
+        the two largest of each block.
     """
 
     rate: float = 2e-4
@@ -56,6 +87,7 @@ class ModelRefinement:
     held_out: float = 0.0625
     cross_entropy: float = 0.0
     measurements: int = 4
+    mask: MovingMask | None = None
 
     def held_out_of(self, batches: int) -> int:
         """Batches that are held out."""
@@ -115,24 +147,30 @@ def distill(
     if config != teacher.config:
         raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
     size = refinement.windows
-    batches = len(windows) // size
+    batches, mask = len(windows) // size, refinement.mask
     held_out = refinement.held_out_of(batches)
     if batches <= held_out:
         raise CalibrationError(
             f"{len(windows)} windows are too few for steps of {size} and as many held out"
         )
     windows = windows[: batches * size]
+    params = _place(whole.stacked(config, _layers(student)), student.mesh)
+    units = None
+    if mask is not None and mask.normalised:
+        units = _mean_magnitudes(config, params)
+        params = jax.tree.map(jnp.divide, params, units)
     trained = refine.distill(
         *_functions(config, student.mesh),
-        _place(whole.stacked(config, _layers(student)), student.mesh),
-        everywhere(embedding_weights(student) | head_weights(student), student.mesh),
+        params,
+        (everywhere(embedding_weights(student) | head_weights(student), student.mesh), units),
         list(windows.reshape(batches, size, -1)),
         _targets(teacher, windows, size),
-        _adam(refinement.rate, refinement.steps(batches)),
+        _optimizer(config, refinement, refinement.steps(batches)),
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
         held_out=held_out,
         kept=functools.partial(_kept, config),
+        project=None if mask is None else functools.partial(_two_largest, config),
         measured_every=math.ceil(refinement.steps(batches) / refinement.measurements),
         resume=resume,
         on_measured=on_measured,
@@ -140,7 +178,8 @@ def distill(
     if not math.isfinite(trained.losses[0]):
         raise CalibrationError(f"{pruned.path}: the loss on the text is {trained.losses[0]}")
     tokens = trained.steps * size * windows.shape[1]
-    return Distilled(_named(config, trained.params), trained, tokens)
+    found = trained.params if units is None else jax.tree.map(jnp.multiply, trained.params, units)
+    return Distilled(_named(config, found), trained, tokens)
 
 
 def _layers(model: Model) -> list[Weights]:
@@ -155,22 +194,40 @@ def _targets(model: Model, windows: NDArray[np.int32], size: int) -> list[NDArra
     return hidden
 
 
+_Outer = tuple[Weights, whole.Stacked | None]
+"""What is before and behind the layers, and the units of their tensors."""
+
+
 @functools.lru_cache(maxsize=4)
 def _functions(config: Config, mesh: Mesh | None) -> tuple[Features, Logits]:
     """Objects that are the same for the same model, so that they are compiled once."""
 
-    def features(params: whole.Stacked, outer: Weights, tokens: Array) -> Array:
-        return whole.features(config, params, outer, in_parts(tokens, mesh))
+    def features(params: whole.Stacked, outer: _Outer, tokens: Array) -> Array:
+        weights, units = outer
+        if units is not None:
+            params = jax.tree.map(jnp.multiply, params, units)
+        return whole.features(config, params, weights, in_parts(tokens, mesh))
 
-    def logits(outer: Weights, hidden: Array) -> Array:
-        return decoder.logits(config, outer, hidden)
+    def logits(outer: _Outer, hidden: Array) -> Array:
+        return decoder.logits(config, outer[0], hidden)
 
     return features, logits
 
 
 @functools.lru_cache(maxsize=4)
-def _adam(rate: float, steps: int) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(rate, steps))
+def _optimizer(
+    config: Config, refinement: ModelRefinement, steps: int
+) -> optax.GradientTransformation:
+    rate, mask = optax.cosine_decay_schedule(refinement.rate, steps), refinement.mask
+    if mask is None:
+        return optax.adam(rate)
+    lam = exponential(mask.first, (mask.last / mask.first) ** (1 / steps))
+
+    def pruned(params: whole.Stacked) -> list[dict[str, bool]]:
+        return [{name: name in _linears(config) for name in run} for run in params]
+
+    step = proximal(lam, axis=-1, learning_rate=rate if mask.scaled else 1.0, mask=pruned)
+    return optax.chain(optax.adam(rate), step)
 
 
 def _place(params: whole.Stacked, mesh: Mesh | None) -> whole.Stacked:
@@ -178,17 +235,46 @@ def _place(params: whole.Stacked, mesh: Mesh | None) -> whole.Stacked:
     return jax.tree.map(lambda leaf: apart(leaf, mesh, axis=1), params)
 
 
-def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
-    """The nonzeros of linears, and every entry of the other tensors."""
-    linears = {
-        linear.weight
-        for index in range(len(config.layers))
-        for linear in layer_linears(config, index)
-    }
+@functools.lru_cache(maxsize=4)
+def _linears(config: Config) -> frozenset[str]:
+    """The names of linears among the tensors of layers."""
+    indices = range(len(config.layers))
+    return frozenset(linear.weight for i in indices for linear in layer_linears(config, i))
+
+
+def _of_linears(
+    config: Config,
+    of_linear: Callable[[Array], Array],
+    of_other: Callable[[Array], Array],
+    params: whole.Stacked,
+) -> whole.Stacked:
+    linears = _linears(config)
     return [
-        {name: values != 0 if name in linears else jnp.array(True) for name, values in run.items()}
+        {name: (of_linear if name in linears else of_other)(leaf) for name, leaf in run.items()}
         for run in params
     ]
+
+
+def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
+    """The nonzeros of linears, and every entry of the other tensors."""
+    return _of_linears(config, lambda w: w != 0, lambda other: jnp.array(True), params)
+
+
+def _two_largest(config: Config, params: whole.Stacked) -> whole.Stacked:
+    """Linears with the two largest of each block."""
+    return _of_linears(
+        config, lambda w: jnp.where(top_mask(jnp.abs(w)), w, 0), lambda other: other, params
+    )
+
+
+def _mean_magnitudes(config: Config, params: whole.Stacked) -> whole.Stacked:
+    """Of the linears of each layer, to be multiplied with; 1 for the other tensors."""
+    return _of_linears(
+        config,
+        lambda w: jnp.mean(jnp.abs(w.astype(jnp.float32)), axis=(1, 2), keepdims=True),
+        lambda other: jnp.ones((), jnp.float32),
+        params,
+    )
 
 
 def _named(config: Config, params: whole.Stacked) -> Iterator[tuple[str, NDArray[Any]]]:

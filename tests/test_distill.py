@@ -19,6 +19,7 @@ from prox24.models import decoder, whole
 from prox24.optax import exponential, proximal
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 TEXT = "Calibration text for a model that reads bytes. " * 60
 
 
@@ -212,6 +213,27 @@ def test_the_command_trains_every_tensor_of_the_layers(workspace, capsys):
         assert np.any(new != old) == changed, name
         if "proj" in name:
             np.testing.assert_array_equal(new == 0, old == 0)
+
+
+@pytest.mark.parametrize("mask", [["growing"], ["constant", "--penalty", "0.5"]])
+def test_the_mask_is_found_from_the_dense_model(workspace, mask, capsys):
+    dense = workspace / "model"
+    command = ["distill", dense, dense, workspace / "out", "--text", workspace / "text.txt"]
+    command += ["--sequence-length", "32", "--samples", "16", "--passes", "4", "--rate", "0.01"]
+    assert main([*map(str, command), "--json", "--quiet", "--mask", *mask]) == 0
+    report = json.loads(capsys.readouterr().out)
+    # Before the first step it is the dense model's two largest weights of each block.
+    assert report["outcome"] == "improved"
+    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
+    kept = open_checkpoint(workspace / "out").read(Q_PROJ) != 0
+    largest = prox24.top_mask(np.abs(open_checkpoint(dense).read(Q_PROJ)))
+    assert np.any(kept != largest)
+
+
+def test_a_penalty_goes_with_a_constant_one(workspace, capsys):
+    assert distilled(workspace, "out", "--penalty", "0.5") == 2
+    assert distilled(workspace, "out", "--mask", "constant") == 2
+    assert capsys.readouterr().err.count("--penalty and --mask constant go together") == 2
 
 
 def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypatch, capsys):

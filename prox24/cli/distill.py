@@ -24,8 +24,8 @@ from prox24.cli.output import peak_memory_bytes, print_json, print_table, progre
 from prox24.cli.windows import calibration_windows
 from prox24.core.masks import mean_sparsity
 from prox24.devices import common_mesh
-from prox24.distill import ModelRefinement, distill
-from prox24.errors import CheckpointError
+from prox24.distill import ModelRefinement, MovingMask, distill
+from prox24.errors import CheckpointError, Prox24Error
 from prox24.forward import all_linears, load_model
 from prox24.refine import Training
 
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         passes=arguments.passes,
         windows=arguments.step_windows,
         cross_entropy=arguments.cross_entropy,
+        mask=moving_mask(arguments),
     )
     windows = calibration_windows(
         dense, arguments.text, arguments.samples, arguments.sequence_length
@@ -123,6 +124,19 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         print_table(["written", str(arguments.destination)], rows)
     return 0
+
+
+def moving_mask(arguments: argparse.Namespace) -> MovingMask | None:
+    """What the arguments say of the mask; None if it is kept.
+
+    Raises:
+      Prox24Error: a penalty without a mask that is found with it, or the reverse.
+    """
+    if (arguments.mask == "constant") != (arguments.penalty is not None):
+        raise Prox24Error("--penalty and --mask constant go together")
+    if arguments.mask == "constant":
+        return MovingMask.constant(arguments.penalty)
+    return MovingMask() if arguments.mask == "growing" else None
 
 
 def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
