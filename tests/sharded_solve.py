@@ -4,6 +4,7 @@ A program of its own, since the number of devices is fixed when JAX starts.
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ from tiny import config_dict, random_weights, tokens, write_folder
 from prox24 import forward, is_sparse
 from prox24.calibration.gram import add_layer_inputs, empty_gram
 from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.pattern import Pattern
 from prox24.devices import apart, common_mesh, placed
+from prox24.distill import ModelRefinement, distill
 from prox24.forward import embed_windows, layer_linears, layer_weights, load_model
 from prox24.pipeline import collect, prune
 from prox24.solvers.admm import ADMM
@@ -174,6 +177,36 @@ def model_reports(folder):
     yield {"copied": copies, "odd": common_mesh(windows=12).size}
 
 
+def distillation_reports(folder):
+    """What eight devices train, against one device; and the sharding of it while it is trained."""
+    checkpoint, windows = open_checkpoint(folder), tokens(batch=48, length=16)
+    pruned = folder.with_name("pruned")
+    tensors = collect(prune(checkpoint, windows[:8], Wanda(), None)).tensors
+    write_checkpoint(checkpoint, pruned, tensors.items())
+    refinement, shardings = ModelRefinement(rate=1e-3, windows=8), []
+
+    def trained(mesh):
+        def look(state):
+            weight = state.master[0]["mlp.up_proj.weight"]
+            shardings.append((weight.shape, weight.sharding.shard_shape(weight.shape)))
+
+        arguments = (checkpoint, open_checkpoint(pruned), windows, refinement)
+        # Optax's optimizers mix dtypes and ranks.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            result = distill(*arguments, mesh=mesh, on_measured=look)
+        return result.refined, dict(result.tensors)
+
+    (alone, expected), (together, found) = trained(None), trained(common_mesh(8))
+    whole, part = shardings[-1]
+    yield {
+        "distilled": together.outcome.value,
+        "losses": max(abs(a / b - 1) for a, b in zip(together.losses, alone.losses, strict=True)),
+        "weights": max(float(np.abs(found[n] - expected[n]).max()) for n in found),
+        "parts": math.prod(whole) / math.prod(part),
+    }
+
+
 if __name__ == "__main__":
-    (folder,) = sys.argv[1:]
-    print(json.dumps([*solver_reports(), *model_reports(Path(folder))]))
+    (folder,) = map(Path, sys.argv[1:])
+    reports = [*solver_reports(), *model_reports(folder), *distillation_reports(folder)]
+    print(json.dumps(reports))
