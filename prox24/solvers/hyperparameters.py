@@ -14,9 +14,9 @@ def hyperparameters(cls: type[T]) -> type[T]:
     """Makes a class a frozen dataclass and a pytree: one program serves all values of its fields.
 
     Fields with metadata {"static": True} are compiled in. The class takes part in the comparison of
-    structures, which it does not with `jax.tree_util.register_dataclass` (jaxlib 0.10.2): there
-    classes with equally many fields have equal structures, and where the hashes of two of them
-    begin alike, once in a hundred times, `jax.jit` runs the program of the other.
+    structures, which it does not with `jax.tree_util.register_dataclass` (jaxlib 0.10.2, 0.12.0).
+    There classes with equally many fields have equal structures, and where the hashes of two begin
+    alike, once in a hundred times, `jax.jit` runs the program of the other.
 
     Example:
       >>> @hyperparameters
