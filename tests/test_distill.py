@@ -267,4 +267,6 @@ def test_other_models_and_short_texts_are_refused(workspace, capsys):
     assert "are not the same model" in capsys.readouterr().err
     assert distilled(workspace, "out", "--step-windows", "9") == 2
     assert "16 windows are too few for steps of 9" in capsys.readouterr().err
+    assert distilled(workspace, "out", "--report", workspace / "no" / "report.json") == 2
+    assert f"the folder of {workspace}/no/report.json does not exist" in capsys.readouterr().err
     assert not (workspace / "out").exists()

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import time
 from typing import Any
 
@@ -20,12 +19,21 @@ from prox24.checkpoints.unfinished import (
     unfinished_folder,
 )
 from prox24.checkpoints.writer import check_destination, fill_folder
-from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
+from prox24.cli.output import (
+    check_report,
+    peak_memory_bytes,
+    plain,
+    print_json,
+    print_table,
+    progress_bar,
+    versions,
+    write_report,
+)
 from prox24.cli.windows import calibration_windows
 from prox24.core.masks import mean_sparsity
 from prox24.devices import common_mesh
 from prox24.distill import ModelRefinement, MovingMask, distill
-from prox24.errors import CheckpointError, Prox24Error
+from prox24.errors import Prox24Error
 from prox24.forward import all_linears, load_model
 from prox24.refine import Training
 
@@ -35,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     for source in (arguments.dense, arguments.pruned):
         check_destination(arguments.destination, source, arguments.overwrite)
+    check_report(arguments.report)
     dense, pruned = open_checkpoint(arguments.dense), open_checkpoint(arguments.pruned)
     refinement = ModelRefinement(
         rate=arguments.rate,
@@ -97,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_manifest(unfinished.folder, job, digests, figures, trained - linears)
     refined = distilled.refined
     report = {
-        "arguments": {k: _plain(v) for k, v in vars(arguments).items() if k != "run"},
+        "arguments": {k: plain(v) for k, v in vars(arguments).items() if k != "run"},
         "outcome": refined.outcome.value,
         "losses": refined.losses,
         "steps": refined.steps,
@@ -106,11 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": versions(),
     }
-    if arguments.report is not None:
-        try:
-            arguments.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {arguments.report}: {error.strerror}") from error
+    write_report(arguments.report, report)
     if arguments.json:
         print_json(report)
     elif not arguments.quiet:
@@ -146,7 +151,3 @@ What pruning kept was trained by prox24 {versions()["prox24"]} on the dense mode
 {refinement.passes} passes of {windows.shape[0]} windows of {windows.shape[1]} tokens, Adam from
 {refinement.rate}, a share of {refinement.cross_entropy} of the text's own next tokens.
 """
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str | None) else str(value)

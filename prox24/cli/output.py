@@ -3,15 +3,19 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from prox24.errors import CheckpointError
 
 PACKAGES = ("prox24", "jax", "jaxlib", "optax", "numpy", "transformers", "safetensors", "gguf")
 
@@ -43,6 +47,33 @@ def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> I
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output."""
     print(json.dumps(value, allow_nan=False))
+
+
+def check_report(path: Path | None) -> None:
+    """Raises CheckpointError where a report could not be written, before hours are spent."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise CheckpointError(f"the report {path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise CheckpointError(f"the folder of {path} does not exist")
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Writes a JSON report, if one is asked for."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: text for paths and patterns, nothing for an infinite ratio."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | str | list | dict | None) else str(value)
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:

@@ -5,8 +5,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
-import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,11 +30,20 @@ from prox24.checkpoints.unfinished import (
     unfinished_folder,
 )
 from prox24.checkpoints.writer import check_destination, fill_folder
-from prox24.cli.output import peak_memory_bytes, print_json, print_table, progress_bar, versions
+from prox24.cli.output import (
+    check_report,
+    peak_memory_bytes,
+    plain,
+    print_json,
+    print_table,
+    progress_bar,
+    versions,
+    write_report,
+)
 from prox24.cli.windows import calibration_windows
-from prox24.core.pattern import Pattern, PatternLike, Unstructured
+from prox24.core.pattern import PatternLike, Unstructured
 from prox24.devices import common_mesh
-from prox24.errors import CheckpointError, DiskError, Prox24Error
+from prox24.errors import DiskError, Prox24Error
 from prox24.forward import all_linears, layer_tensors, load_model
 from prox24.pipeline import LinearReport, PrunedTensor, prune
 from prox24.plan import fitting_micro_batch
@@ -78,11 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     check_destination(arguments.destination, arguments.source, arguments.overwrite)
-    if arguments.report is not None:
-        if arguments.report.is_dir():
-            raise CheckpointError(f"the report {arguments.report} is a folder")
-        if not arguments.report.absolute().parent.is_dir():
-            raise CheckpointError(f"the folder of {arguments.report} does not exist")
+    check_report(arguments.report)
     if arguments.pull is not None and arguments.targets != "dense":
         raise Prox24Error("--pull is for --targets dense")
     solver, refit = choose(arguments.method, arguments.refit)
@@ -115,7 +118,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.pattern,
         )
     job = {
-        "arguments": {name: _plain(vars(arguments)[name]) for name in DECISIVE},
+        "arguments": {name: plain(vars(arguments)[name]) for name in DECISIVE},
         "solver": _settings(solver),
         "refit": _settings(refit),
         "micro_batch": micro_batch,
@@ -167,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> int:
             report, also = reports.pop(), {}
             written.add(tensor.name)
             if report is not None:
-                figures.append({key: _plain(value) for key, value in _figures(report).items()})
+                figures.append({key: plain(value) for key, value in _figures(report).items()})
                 also = {"figures": figures[-1]}
             unfinished.record(tensor, also)
 
@@ -194,7 +197,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     seconds = time.perf_counter() - began
     report = {
-        "arguments": {key: _plain(value) for key, value in vars(arguments).items() if key != "run"},
+        "arguments": {key: plain(value) for key, value in vars(arguments).items() if key != "run"},
         "solver": _settings(solver),
         "refit": _settings(refit),
         "versions": versions(),
@@ -204,8 +207,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "peak_memory_bytes": peak_memory_bytes(),
         "linears": figures,
     }
-    if arguments.report is not None:
-        arguments.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(arguments.report, report)
     if arguments.json:
         print_json(report)
     elif not arguments.quiet:
@@ -377,10 +379,3 @@ def _settings(part: Any) -> Any:
         "name": type(part).__name__,
         **{name: _settings(value) for name, value in fields.items()},
     }
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: text for paths and patterns, nothing for an infinite ratio."""
-    if isinstance(value, Path | Pattern | Unstructured):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,6 @@
 """`prox24 verify`: whether a pruned model is what it should be, tensor by tensor."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +12,9 @@ from prox24 import torchax
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.manifest import read_manifest
 from prox24.checkpoints.unfinished import sha256
-from prox24.cli.output import print_json, print_table, progress_bar, versions
+from prox24.cli.output import print_json, print_table, progress_bar, versions, write_report
 from prox24.core.masks import count_violations, mean_sparsity
 from prox24.core.pattern import Unstructured
-from prox24.errors import CheckpointError
 from prox24.forward import all_linears, load_model
 from prox24.pipeline import check_widths
 
@@ -69,11 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         "problems": problems,
         "versions": versions(),
     }
-    if arguments.report is not None:
-        try:
-            arguments.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {arguments.report}: {error.strerror}") from error
+    write_report(arguments.report, report)
     if arguments.json:
         print_json(report)
         return 1 if problems else 0
