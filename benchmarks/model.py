@@ -159,6 +159,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def add_row(path: Path, row: dict[str, object]) -> list[dict[str, str]]:
+    """Appends a line, and the titles before the first; all lines that are there then."""
+    new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    return read_rows(path)
+
+
 def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
     """Means over the seeds, and the range of the perplexities."""
     table = Table()
@@ -228,12 +239,7 @@ def main() -> None:
             windows = drawn_windows(calibration, count, arguments.length, seed)
             row = dict(key)
             row |= measure(run, checkpoint, windows, texts)
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if not rows:
-                    writer.writeheader()
-                writer.writerow(row)
-            rows = read_rows(path)
+            rows = add_row(path, row)
     print_table(rows, list(texts))
 
 

@@ -11,14 +11,13 @@ kept in FOLDER/models of the cache.
 
 import argparse
 import concurrent.futures
-import csv
 import math
 import multiprocessing
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from model import drawn_windows, read_rows, with_tensors
+from model import add_row, drawn_windows, read_rows, with_tensors
 from rich.console import Console
 from rich.table import Table
 
@@ -178,12 +177,7 @@ def main() -> None:
                     arguments.cache,
                 ).result()
             )
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if not rows:
-                writer.writeheader()
-            writer.writerow(row)
-        rows = read_rows(path)
+        rows = add_row(path, row)
     print_table(rows, [text.stem for text in arguments.texts])
 
 

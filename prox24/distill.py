@@ -137,6 +137,9 @@ def distill(
       resume: the state to begin with, given the one before the first step.
       on_measured: see `prox24.refine.distill`.
 
+    Returns:
+      A `Distilled`.
+
     Raises:
       CheckpointError: the models differ in more than their weights.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before

@@ -1,33 +1,17 @@
 """Packed weights keep the sharding that arrives, and shards of them are multiplied in place."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from programs import output_of
 
 from prox24.packed import native
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    program = Path(__file__).with_name("sharded_packed.py")
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PROX24_CACHE": str(tmp_path_factory.mktemp("cache")),
-    }
-    outcome = subprocess.run(
-        [sys.executable, program],
-        capture_output=True,
-        text=True,
-        cwd=program.parents[1],
-        env=environment,
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    return {report["name"]: report for report in json.loads(outcome.stdout)}
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return {report["name"]: report for report in output_of("sharded_packed.py", PROX24_CACHE=cache)}
 
 
 def test_every_function_ran_under_every_sharding(reports):

@@ -1,28 +1,12 @@
 """Blocks are independent: the operator keeps the sharding that arrives and communicates nothing."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from programs import output_of
 
 
 @pytest.fixture(scope="module")
 def reports():
-    program = Path(__file__).with_name("sharded_prox.py")
-    # What becomes of shardings is decided before machine code is made, which need not be fast.
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    outcome = subprocess.run(
-        [sys.executable, program],
-        capture_output=True,
-        text=True,
-        cwd=program.parents[1],
-        env=environment,
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    return json.loads(outcome.stdout)
+    return output_of("sharded_prox.py")
 
 
 def test_every_function_ran_on_every_mesh(reports):

@@ -1,16 +1,11 @@
 """Rows of a weight and windows of a text are independent: eight devices do what one does."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from programs import output_of
 
 from prox24.calibration.gram import GramSum, add
 from prox24.devices import common_mesh, one_axis
@@ -20,16 +15,7 @@ SCALARS = {"f32[]", "s32[]", "pred[]"}
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    program = Path(__file__).with_name("sharded_solve.py")
-    outcome = subprocess.run(
-        [sys.executable, program, tmp_path_factory.mktemp("sharded") / "model"],
-        capture_output=True,
-        text=True,
-        cwd=program.parents[1],
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    return json.loads(outcome.stdout)
+    return output_of("sharded_solve.py", tmp_path_factory.mktemp("sharded") / "model")
 
 
 @pytest.fixture

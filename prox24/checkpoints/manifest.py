@@ -23,7 +23,7 @@ def write_manifest(
 
     Args:
       folder: of the model.
-      job: what decided the result; the times of change of the source's files are left out.
+      job: what decided the result; times of change of "source" and "dense" files are left out.
       digests: SHA-256 of every tensor, by name.
       pruned: figures of each pruned linear, with its name.
       refined: tensors that were trained without being pruned, as norms are.
@@ -33,7 +33,11 @@ def write_manifest(
     }
     manifest = {
         **job,
-        "source": {name: size for name, (size, _) in job["source"].items()},
+        **{
+            role: {name: size for name, (size, _) in job[role].items()}
+            for role in ("source", "dense")
+            if role in job
+        },
         "tensors": {
             name: {"sha256": digest}
             | ({"pruned": figures[name]} if name in figures else {})
