@@ -3,16 +3,23 @@
 PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
 
+# Most of the time of the tests is XLA's. Programs are optimized, as users have them, where the
+# subject is rounding or a real model, and compiled in half of the time elsewhere.
+define run-tests
+	$(1)/bin/python -m pytest -m "optimized and $(2)"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(1)/bin/python -m pytest -m "not optimized and $(2)"
+endef
+
 .PHONY: demo test test-slow lint test-newest test-torchax clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
 
 test: lint
-	.venv/bin/python -m pytest
+	$(call run-tests,.venv,not slow)
 
 test-slow: .venv/test.stamp
-	.venv/bin/python -m pytest -m slow
+	$(call run-tests,.venv,slow)
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .
@@ -22,7 +29,7 @@ lint: .venv/test.stamp
 
 # The newest JAX, without PyTorch: parity is held against the golden files.
 test-newest: .venv-newest/test.stamp
-	.venv-newest/bin/python -m pytest
+	$(call run-tests,.venv-newest,not slow)
 
 # The models that torchax runs. Its releases that work are previews, which `make test` does without.
 test-torchax: .venv-torchax/test.stamp

@@ -1,10 +1,18 @@
 """Strict JAX modes and a deterministic hypothesis profile for every test."""
 
 import os
+from importlib.metadata import version
 
 import jax
 import pytest
 from hypothesis import settings
+
+# Two test processes keep two cores busy, and compile faster without threads of their own. The older
+# code generator, which jaxlib 0.10 still has, takes half the time where programs may be slow.
+XLA_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ and version("jaxlib").startswith("0.10."):
+    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS])
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -12,11 +20,6 @@ jax.config.update("jax_enable_x64", True)
 
 settings.register_profile("prox24", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("prox24")
-
-# Most of the time of the tests is XLA's. Programs are optimized, as users have them, where the
-# subject is rounding or a real model, and compiled in half of the time elsewhere.
-OPTIMIZED = {"test_gram", "test_precision", "test_prox", "test_prox_properties", "test_smollm2"}
-
 
 # Many modules compile the same programs of the same tiny models.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -30,10 +33,7 @@ def compilation_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def optimizations(request):
-    """Whether the programs of a module's tests are optimized; none outlives its module."""
-    quick = request.module.__name__ not in OPTIMIZED
-    jax.config.update("jax_disable_most_optimizations", quick)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))  # for processes
+def forgotten_programs():
+    """A long session does not keep the programs of every module."""
     yield
     jax.clear_caches()

@@ -18,7 +18,7 @@ def output_of(name, *arguments, **environment):
         capture_output=True,
         text=True,
         cwd=program.parents[1],
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment,
     )
     assert outcome.returncode == 0, outcome.stderr
     return json.loads(outcome.stdout)

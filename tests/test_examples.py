@@ -170,7 +170,13 @@ def pruned_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("options", [[], ["--lora", "4"]], ids=["kept", "lora"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="kept"),
+        pytest.param(["--lora", "4"], id="lora", marks=pytest.mark.slow),
+    ],
+)
 def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, options, tmp_path):
     source, destination = pruned_folder / "pruned", tmp_path / "tuned"
     options = [*options, "--text", pruned_folder / "text.txt", "--sequence-length", "32"]

@@ -1,7 +1,10 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from prox24.calibration.gram import GramSum, add_tokens, empty_gram
+
+pytestmark = pytest.mark.optimized
 
 
 def relative_error(gram: GramSum, exact: np.ndarray) -> float:

@@ -30,6 +30,7 @@ from prox24.solvers.solve import Magnitude
 SAME_TENSORS = {"phi3_short", "phi3_long", "falcon_one_key_head", "gpt_neox_sequential", "gemma"}
 GOLDEN = Path(__file__).parent / "golden"
 LLAMA = ["grouped_heads", "tied_head", "biases"]
+QUICK = {"grouped_heads", "gpt2", "qwen3_moe", "gemma3"}
 OTHER_FAMILIES = [variant for variant, changes in VARIANTS.items() if "model_type" in changes]
 
 
@@ -54,7 +55,13 @@ def test_logits_agree_with_golden_files(variant):
     np.testing.assert_allclose(logits[:, -4:], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("variant", [*LLAMA, *sorted(set(OTHER_FAMILIES) - SAME_TENSORS)])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant if variant in QUICK else pytest.param(variant, marks=pytest.mark.slow)
+        for variant in [*LLAMA, *sorted(set(OTHER_FAMILIES) - SAME_TENSORS)]
+    ],
+)
 def test_a_pruned_model_in_bfloat16_agrees_with_pytorch(tmp_path, variant):
     make_golden = pytest.importorskip("make_golden", exc_type=ImportError)
     torch = pytest.importorskip("torch")

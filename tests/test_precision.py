@@ -29,6 +29,7 @@ def loss(solution, problem, damping):
     return quadratic_loss(solution.weight, problem.weight, gram) / total
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("refit", [None, ConjugateGradients(100, 0.0)], ids=["none", "cg"])
 @pytest.mark.parametrize("damping", [0.01, 1e-4])

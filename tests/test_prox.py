@@ -17,8 +17,11 @@ from prox24 import planes, prox
 
 jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
 
+pytestmark = pytest.mark.optimized
+
 DTYPES = ["float32", "float64"]
-OTHER_PATTERNS = [(1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 3), (2, 5), (2, 6), (2, 8), (2, 12)]
+OTHER_PATTERNS = [(1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 3), (2, 5), (2, 6), (2, 8)]
+OTHER_PATTERNS.append(pytest.param((2, 12), marks=pytest.mark.slow))
 PATTERNS = [(2, 4), *OTHER_PATTERNS]
 
 GAP = {"float32": 1e-6, "float64": 1e-12}

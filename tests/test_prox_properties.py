@@ -13,6 +13,8 @@ from reference import largest, prox_objective
 
 from prox24 import planes, prox
 
+pytestmark = pytest.mark.optimized
+
 PATTERNS = [(2, 4), (1, 4), (2, 8)]
 
 jitted = jax.jit(prox, static_argnames=("pattern", "axis"))

@@ -22,6 +22,8 @@ from prox24.forward import (
 from prox24.models import decoder
 from prox24.perplexity import perplexity
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[1]
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"
 

@@ -16,6 +16,8 @@ from jax import export
 import prox24
 from prox24.core import tpu
 
+pytestmark = pytest.mark.optimized
+
 PATTERNS = [(2, 4), (1, 4), (2, 8), (1, 2)]
 
 
