@@ -301,6 +301,7 @@ def landed(params, updates, penalty):
     return np.asarray(optax.apply_updates(params, landing))
 
 
+@pytest.mark.optimized
 @given(wild_arrays, wild_arrays, wild_penalties)
 def test_updates_land_on_the_proximal_operator_to_rounding(params, updates, penalty):
     w = np.asarray(jitted_prox(params + updates, penalty, axis=1))

@@ -55,10 +55,23 @@ def join(planes: Sequence[Array], axis: int = -1) -> Array:
     """
     shape = list(planes[0].shape)
     axis = range(len(shape))[axis]
+    # XLA's CPU backend computes what it fuses into a stack once for each plane, and entry by entry
+    # where blocks are its rows; what it fuses into an update it computes once, in vectors.
+    blocks = lax.platform_dependent(
+        *planes,
+        cpu=lambda *planes: _updated(planes, axis + 1),
+        default=lambda *planes: jnp.stack(planes, axis + 1),
+    )
     shape[axis] *= len(planes)
-    # Without the barrier XLA's CPU backend computes what is fused into the stack once for each
-    # plane, and that of jaxlib 0.12 computes some of it wrongly.
-    return jnp.stack(lax.optimization_barrier(tuple(planes)), axis + 1).reshape(shape)
+    return blocks.reshape(shape)
+
+
+def _updated(planes: Sequence[Array], axis: int) -> Array:
+    """`jnp.stack`, one plane after the other."""
+    blocks = jnp.stack([jnp.zeros_like(planes[0])] * len(planes), axis)
+    for i, plane in enumerate(planes):
+        blocks = lax.dynamic_update_index_in_dim(blocks, plane, i, axis)
+    return blocks
 
 
 def ranks(planes: Sequence[Array]) -> list[Array]:
