@@ -1,14 +1,12 @@
 """Peak memory of `prox24 prune` on synthetic Llama checkpoints of more and more layers.
 
     python benchmarks/memory.py --layers 8 16 32
-    MALLOC_MMAP_THRESHOLD_=1048576 python benchmarks/memory.py --layers 8 16 32
     python benchmarks/memory.py --layers 32 --limit 3000000000
 
 A layer has 31 million random weights, 126 MB in float32. Each checkpoint is pruned by Wanda in a
-process of its own, whose peak resident memory its report states. glibc keeps what is freed for
-reuse, in pieces of up to 32 MB that often do not fit; the second command has it give back what is
-larger than 1 MB. The third has the kernel end the process if it takes more than the limit, with
-what the kernel caches of its files, in a memory cgroup of its own (which takes root).
+process of its own, whose peak resident memory its report states. The second command has the kernel
+end the process if it takes more than the limit, with what the kernel caches of its files, in a
+memory cgroup of its own (which takes root).
 """
 
 import argparse

@@ -79,12 +79,6 @@ def all_linears(config: Config) -> list[Linear]:
     return [linear for i in range(len(config.layers)) for linear in layer_linears(config, i)]
 
 
-def layer_tensors(config: Config, index: int) -> set[str]:
-    """The checkpoint's names of all tensors of a layer."""
-    names = decoder.layer_shapes(config.layers[index])
-    return {decoder.layer_tensor(config.names, index, name) for name in names}
-
-
 def oriented(config: Config, weight: Array) -> Array:
     """A tensor of a layer from the checkpoint's layout to (out, in), or back."""
     return weight.T if config.names.transposed else weight

@@ -38,7 +38,7 @@ from prox24.forward import (
     run_into,
 )
 from prox24.models import decoder
-from prox24.models.decoder import Layer
+from prox24.models.decoder import Config, Layer
 from prox24.refine import BlockRefinement, Outcome, block
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
 from prox24.solvers.solve import Refit, Solver, solve
@@ -153,13 +153,13 @@ def prune(
         windows. Its axes, of either kind, count as one. Where they are those of several processes,
         process after process, each of these calls `prune` with the same arguments and gets all
         linears. None for one device.
-      refinement: after its linears are pruned, trains all tensors of a layer together, zeros kept,
+      refinement: after its linears are pruned, trains the tensors of a layer together, zeros kept,
         to put out on the pruned model's activations what the dense layer puts out on the dense
-        model's, which runs alongside, in one process. A layer then counts as finished when all its
-        tensors are.
+        model's, which runs alongside, in one process. A layer then counts as finished when all
+        that are trained are.
 
     Yields:
-      Each linear, when it is solved; with a refinement the tensors of a layer, when it is refined.
+      Each linear, when it is solved; with a refinement what was trained of a layer, afterwards.
       Of what was yielded nothing is kept.
 
     Raises:
@@ -190,7 +190,8 @@ def prune(
         dense = layer_weights(model, index)
         weights = dict(dense)
         done = _put_finished(model, index, weights, finished)
-        refined = refinement is None or done == weights.keys()
+        trained = refined_tensors(model.config, index, refinement)
+        refined = done.issuperset(trained)
         if not refined:
             weights, done = dict(dense), set()
         linears = _prune_linears(
@@ -204,12 +205,11 @@ def prune(
             advance("dense", index, dense)
         if refinement is not None and not refined:
             outcome = _refine_layer(model, index, weights, hidden, refinement, dtype)
-            for name, values in weights.items():
-                tensor = decoder.layer_tensor(model.config.names, index, name)
+            for name, tensor in trained.items():
                 report = reports.get(tensor)
                 yield PrunedTensor(
                     tensor,
-                    np.asarray(oriented(model.config, values.astype(jnp.float32))),
+                    np.asarray(oriented(model.config, weights[name].astype(jnp.float32))),
                     None if report is None else report._replace(block=outcome),
                 )
         advance("pruned", index, weights)
@@ -249,6 +249,20 @@ def _put_finished(
     return done
 
 
+def refined_tensors(
+    config: Config, index: int, refinement: BlockRefinement | None
+) -> dict[str, str]:
+    """The checkpoint's names of what a refinement trains of a layer, by the decoder's names."""
+    if refinement is None:
+        return {}
+    linears = {linear.weight for linear in layer_linears(config, index)}
+    return {
+        name: decoder.layer_tensor(config.names, index, name)
+        for name in decoder.layer_shapes(config.layers[index])
+        if name in linears or not refinement.linears_only
+    }
+
+
 def _refine_layer(
     model: Model,
     index: int,
@@ -269,7 +283,10 @@ def _refine_layer(
         refinement.optimizer(batches),
         passes=refinement.passes,
         held_out=refinement.held_out_of(batches),
-        kept={name: values != 0 if name in pruned else True for name, values in weights.items()},
+        kept={
+            name: values != 0 if name in pruned else not refinement.linears_only
+            for name, values in weights.items()
+        },
     )
     for name, values in refined.params.items():
         written = values if dtype is None else values.astype(dtype).astype(values.dtype)

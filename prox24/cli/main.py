@@ -166,6 +166,9 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument(
         "--refine-passes", type=_positive, default=5, help="over the calibration windows (5)"
     )
+    command.add_argument(
+        "--refine-linears-only", action="store_true", help="leave norms and biases as they are"
+    )
     command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     command.add_argument(
         "--distributed",

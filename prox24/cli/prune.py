@@ -44,8 +44,8 @@ from prox24.cli.windows import calibration_windows
 from prox24.core.pattern import PatternLike, Unstructured
 from prox24.devices import common_mesh
 from prox24.errors import DiskError, Prox24Error
-from prox24.forward import all_linears, layer_tensors, load_model
-from prox24.pipeline import LinearReport, PrunedTensor, prune
+from prox24.forward import all_linears, load_model
+from prox24.pipeline import LinearReport, PrunedTensor, prune, refined_tensors
 from prox24.plan import fitting_micro_batch
 from prox24.processes import agree, connected, is_first, meet
 from prox24.refine import BlockRefinement
@@ -67,6 +67,7 @@ DECISIVE = (
     "refine",
     "refine_rate",
     "refine_passes",
+    "refine_linears_only",
 )
 """Arguments that decide the result, apart from the source and the calibration text."""
 
@@ -130,7 +131,11 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     refinement = None
     if arguments.refine == "block":
-        refinement = BlockRefinement(arguments.refine_rate, arguments.refine_passes)
+        refinement = BlockRefinement(
+            arguments.refine_rate,
+            arguments.refine_passes,
+            linears_only=arguments.refine_linears_only,
+        )
         if not native:
             raise Prox24Error("--refine is for models with a forward pass of prox24's own")
         if jax.process_count() > 1:
@@ -141,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     with common_folder(arguments.destination, job) as unfinished:
         if refinement is not None:
-            unfinished = _whole_layers(unfinished, checkpoint)
+            unfinished = _whole_layers(unfinished, checkpoint, refinement)
         figures = [entry["figures"] for entry in unfinished.entries.values() if "figures" in entry]
         resumed = len(figures)
         activations = unfinished.folder.with_name("activations") / str(jax.process_index())
@@ -319,10 +324,15 @@ def tensors_of(
         yield name, values
 
 
-def _whole_layers(unfinished: Unfinished, checkpoint: Checkpoint) -> Unfinished:
+def _whole_layers(
+    unfinished: Unfinished, checkpoint: Checkpoint, refinement: BlockRefinement
+) -> Unfinished:
     """Without the tensors of a layer that is not all there, which is refined anew as a whole."""
     config = load_model(checkpoint).config
-    layers = [layer_tensors(config, index) for index in range(len(config.layers))]
+    layers = [
+        set(refined_tensors(config, index, refinement).values())
+        for index in range(len(config.layers))
+    ]
     whole = {name for names in layers if names <= unfinished.entries.keys() for name in names}
     return unfinished._replace(
         entries={name: entry for name, entry in unfinished.entries.items() if name in whole},

@@ -26,11 +26,13 @@ class BlockRefinement:
       rate: the first.
       passes: over the calibration windows that are not held out.
       held_out: the share of micro-batches that decides which pass was best; at least one is.
+      linears_only: leaves norms and biases as they are.
     """
 
     rate: float = 2e-4
     passes: int = 5
     held_out: float = 0.125
+    linears_only: bool = False
 
     def micro_batch(self, windows: int, most: int) -> int:
         """Windows of a step: a divisor of `most`, so that there are eight micro-batches or more.
