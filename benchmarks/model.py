@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--evaluation-windows", type=int, default=16)
+    parser.add_argument("--only", nargs="+", default=[""], help="runs whose names begin so")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
     arguments = parser.parse_args()
@@ -225,6 +226,8 @@ def main() -> None:
         parser.error(f"{path} has no column for {', '.join(texts)}: give another --output")
     for seed in arguments.seeds:
         for run in TABLES[arguments.table]():
+            if not run.name.startswith(tuple(arguments.only)):
+                continue
             count = run.windows or arguments.windows
             key = {
                 "run": run.name,
