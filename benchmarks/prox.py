@@ -74,13 +74,14 @@ class Row:
 
 
 def contenders(y: np.ndarray, with_rivals: bool) -> dict[str, Contender]:
-    """The copy, prox24's two forms, and, if asked for, the rivals, each with its input in place.
+    """The copy, prox24's forms, and, if asked for, the rivals, each with its input in place.
 
     Args:
       y: float32 array whose rows are whole blocks of four.
       with_rivals: whether to take part those of `rivals`, which needs PyTorch.
     """
     interleaved = jax.device_put(y)
+    rows_of_four = jax.device_put(y.reshape(-1, 4))
     planar = jax.block_until_ready(planes.split(interleaved))
     copy = jax.jit(lambda y: y * 1.5)
     prox, planar_prox = jax.jit(prox24.prox), jax.jit(planes.prox)
@@ -92,6 +93,9 @@ def contenders(y: np.ndarray, with_rivals: bool) -> dict[str, Contender]:
         COPY: Contender(lambda lam: jax.block_until_ready(copy(interleaved)), as_blocks),
         "prox24.prox": Contender(
             lambda lam: jax.block_until_ready(prox(interleaved, lam)), as_blocks
+        ),
+        "prox24.prox, rows of one block": Contender(
+            lambda lam: jax.block_until_ready(prox(rows_of_four, lam)), as_blocks
         ),
         "prox24.planes.prox": Contender(
             lambda lam: jax.block_until_ready(planar_prox(planar, lam)),

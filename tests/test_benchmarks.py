@@ -23,7 +23,7 @@ from prox24.solvers.solve import solve
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RIVALS = runpy.run_path(str(BENCHMARKS / "rivals.py"))
-FORMS = {"prox24.prox", "prox24.planes.prox"}
+FORMS = {"prox24.prox", "prox24.prox, rows of one block", "prox24.planes.prox"}
 
 
 def run(*arguments):
@@ -50,6 +50,7 @@ def test_no_block_of_prox_is_worse_than_that_of_the_best_rival(tmp_path):
     assert names == [
         "copy",
         "prox24.prox",
+        "prox24.prox, rows of one block",
         "prox24.planes.prox",
         "alternating minimisation",
         "alternating minimisation, tuned",
