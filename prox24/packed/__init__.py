@@ -1,7 +1,17 @@
 """2:4 weights at run time: a packed format, and products with it."""
 
 from prox24.packed.arrays import from_arrays, to_arrays
+from prox24.packed.exports import to_bitmask, to_cutlass
 from prox24.packed.format import Packed24, pack, unpack
 from prox24.packed.product import matmul
 
-__all__ = ["Packed24", "from_arrays", "matmul", "pack", "to_arrays", "unpack"]
+__all__ = [
+    "Packed24",
+    "from_arrays",
+    "matmul",
+    "pack",
+    "to_arrays",
+    "to_bitmask",
+    "to_cutlass",
+    "unpack",
+]
