@@ -5,12 +5,13 @@ import math
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prox24.checkpoints import flax_file, safetensors_file
+from prox24.checkpoints import bitmask_file, flax_file, safetensors_file
 from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json, parameter_shapes
 from prox24.checkpoints.hf_folder import WeightFiles
 from prox24.checkpoints.tensors import Put, Spec, is_finite, writing
@@ -23,6 +24,7 @@ from prox24.checkpoints.unfinished import (
     unfinished_folder,
 )
 from prox24.errors import CheckpointError
+from prox24.models.families import config_from_hf
 
 MODEL_CARD = "README.md"
 
@@ -33,21 +35,25 @@ class Output(NamedTuple):
     Attributes:
       files: how they are called.
       names: of the tensors that it holds, by HF's names.
-      stored_name: what a file calls a tensor, by HF's name and its number of dimensions.
+      stored_names: what a file calls a tensor or its parts, by HF's name and its dimensions.
       create: a file for tensors of those names, and what writes one of them to it.
+      config: what config.json says besides.
+      remark: what someone who writes it should know.
     """
 
     files: WeightFiles
     names: Collection[str]
-    stored_name: Callable[[str, int], str]
+    stored_names: Callable[[str, int], list[str]]
     create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
+    config: Mapping[str, Any] = MappingProxyType({})
+    remark: str | None = None
 
 
 def _safetensors(source: Checkpoint) -> Output:
     return Output(
         files=safetensors_file.FILES,
         names=source.tensors.keys(),
-        stored_name=lambda name, dimensions: name,
+        stored_names=lambda name, dimensions: [name],
         create=safetensors_file.create_file,
     )
 
@@ -58,13 +64,30 @@ def _flax(source: Checkpoint) -> Output:
         files=flax_file.FILES,
         # Flax classes had no buffers.
         names=parameter_shapes(source.config, source.tensors).keys(),
-        stored_name=lambda name, dimensions: flax_file.leaf_path(name, dimensions, norm),
+        stored_names=lambda name, dimensions: [flax_file.leaf_path(name, dimensions, norm)],
         create=lambda path, specs: flax_file.create_file(path, norm),
     )
 
 
-OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {"safetensors": _safetensors, "flax": _flax}
-"""The formats to write in: safetensors, and the msgpack files of transformers' Flax classes."""
+def _bitmask(source: Checkpoint) -> Output:
+    linears = bitmask_file.packed_linears(config_from_hf(source.config, source.tensors))
+    return Output(
+        files=safetensors_file.FILES,
+        names=source.tensors.keys(),
+        stored_names=lambda name, dimensions: bitmask_file.stored_names(name, linears),
+        create=lambda path, specs: bitmask_file.create_file(path, specs, linears),
+        config=bitmask_file.CONFIG,
+        remark=bitmask_file.REMARK,
+    )
+
+
+OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {
+    "safetensors": _safetensors,
+    "flax": _flax,
+    "sparse-24-bitmask": _bitmask,
+}
+"""The formats to write in: safetensors, the msgpack files of transformers' Flax classes, and the
+archival format of compressed-tensors."""
 
 
 def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
@@ -171,12 +194,13 @@ def fill_folder(
     with writing(folder):
         if shutil.disk_usage(folder).free < size - _allocated(folder):
             raise CheckpointError(f"cannot write {folder}: its {size} bytes do not fit")
-        _write_companions(source, folder, dtype, note)
+        _write_companions(source, folder, dtype, note, output.config)
         if len(shards) > 1:
             weight_map = {
-                output.stored_name(name, len(specs[name].shape)): file.name
+                stored: file.name
                 for file, names in zip(files, shards, strict=True)
                 for name in names
+                for stored in output.stored_names(name, len(specs[name].shape))
             }
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / output.files.index_file).write_text(config_json(index), encoding="utf-8")
@@ -211,7 +235,11 @@ def fill_folder(
 
 
 def _write_companions(
-    source: Checkpoint, folder: Path, dtype: str | None, note: str | None
+    source: Checkpoint,
+    folder: Path,
+    dtype: str | None,
+    note: str | None,
+    config_of_format: Mapping[str, Any],
 ) -> None:
     """Everything but the weights."""
     (folder / MODEL_CARD).unlink(missing_ok=True)  # to which a run before this has added
@@ -223,6 +251,7 @@ def _write_companions(
         with (folder / MODEL_CARD).open("ab") as card:
             card.write(f"\n{note}".encode() if card.tell() else note.encode())
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    config |= config_of_format
     if dtype is not None:
         config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
     (folder / "config.json").write_text(config_json(config), encoding="utf-8")

@@ -3,7 +3,7 @@
 import argparse
 
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import check_destination, write_checkpoint
+from prox24.checkpoints.writer import OUTPUTS, check_destination, write_checkpoint
 from prox24.cli.output import print_json, print_table
 
 
@@ -19,6 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_shard_bytes=arguments.shard_size,
         file_format=arguments.format,
     )
+    remark = OUTPUTS[arguments.format](checkpoint).remark
     left_out = [name for name in checkpoint.tensors if name not in set(written)]
     if arguments.json:
         print_json(
@@ -28,11 +29,14 @@ def run(arguments: argparse.Namespace) -> int:
                 "format": arguments.format,
                 "tensors": len(written),
                 "left_out": left_out,
+                "remark": remark,
             }
         )
     elif not arguments.quiet:
         rows = [["format", arguments.format], ["tensors", str(len(written))]]
         if left_out:
             rows.append(["buffers left out", f"{len(left_out)}, {left_out[0]} and so on"])
+        if remark:
+            rows.append(["remark", remark])
         print_table(["written", str(arguments.destination)], rows)
     return 0
