@@ -61,7 +61,7 @@ test-bitmask: .venv/test.stamp .venv-bitmask/test.stamp
 .venv-bitmask/test.stamp:
 	$(PYTHON) -m venv .venv-bitmask
 	.venv-bitmask/bin/python -m pip install --quiet \
-		compressed-tensors==0.14.0.1 'transformers<5' psutil torch
+		compressed-tensors==0.14.0.1 'transformers<5' accelerate psutil torch
 	touch $@
 
 clean:
