@@ -1,4 +1,4 @@
-"""Compiles the operator ahead of time for v5e and v6e and prints what became of it, as JSON.
+"""Compiles the kernels ahead of time for v5e and v6e and prints what became of it, as JSON.
 
 A program of its own, since libtpu is loaded once and reads the environment when it is.
 """
@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import prox24
+from prox24.packed import tpu as packed_tpu
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 SHAPE = (512, 1024)
@@ -63,12 +64,43 @@ def reports(devices):
     yield report(mapped, NamedSharding(mesh, spec), 1)
 
 
+def products(devices):
+    """The packed product on one device, and for rows of the weight on four."""
+    inputs, outputs = 1024, 512
+    mesh = Mesh(np.array(devices), ("x",))
+    split, whole = P("x"), P()
+    mapped = jax.shard_map(
+        packed_tpu.run, mesh=mesh, in_specs=(whole, split, split), out_specs=P(None, "x")
+    )
+    one = SingleDeviceSharding(devices[0])
+    for function, of_x, of_weight in (
+        (packed_tpu.run, one, one),
+        (mapped, NamedSharding(mesh, whole), NamedSharding(mesh, split)),
+    ):
+        for dtype in ("float32", "bfloat16"):
+            compiled = (
+                jax.jit(function)
+                .lower(
+                    jax.ShapeDtypeStruct((3, inputs), dtype, sharding=of_x),
+                    jax.ShapeDtypeStruct((outputs, inputs // 2), dtype, sharding=of_weight),
+                    jax.ShapeDtypeStruct((outputs, inputs // 32), "uint32", sharding=of_weight),
+                )
+                .compile()
+            )
+            text = compiled.as_text()
+            yield {
+                "kernels": text.count('custom_call_target="tpu_custom_call"'),
+                "collectives": [name for name in COLLECTIVES if name in text],
+            }
+
+
 def main():
-    """Prints the list of reports."""
-    found = []
+    """Prints the lists of reports."""
+    found = {"prox": [], "matmul": []}
     for chip in ("v5e", "v6e"):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
-        found += reports(topology.devices)
+        found["prox"] += reports(topology.devices)
+        found["matmul"] += products(topology.devices)
     print(json.dumps(found))
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import write_tiny
 
 from prox24.cli.main import main
-from prox24.packed import cpu, matmul, native, pack, table, unpack
+from prox24.packed import cpu, matmul, native, pack, table, tpu, unpack
 from prox24.packed.implementation import Case
 from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 from prox24.packed.table import Measurement
@@ -73,6 +73,39 @@ def test_unpacking_multiplies_as_float64_does(shape, dtype):
     found = matmul(x, w)
     assert found.dtype == dtype
     assert_product(found, x, w)
+
+
+@pytest.mark.parametrize("dtype", tpu.DTYPES)
+@pytest.mark.parametrize("shape", [(1, 128, 512), (5, 256, 1536), (64, 128, 1024)])
+def test_the_kernel_for_tpus_multiplies_as_float64_does(shape, dtype):
+    x, w = operands(*shape, dtype=dtype)
+    assert tpu.serves(Case("tpu", dtype, *w.shape, len(x)))
+    assert_product(tpu.run(x, w.values, w.codes, interpret=True), x, w)
+
+
+def test_the_kernel_for_tpus_takes_any_number_of_leading_axes():
+    x, w = operands(6, 128, 512)
+    found = tpu.run(x.reshape(2, 3, 512), w.values, w.codes, interpret=True)
+    assert_product(found.reshape(6, 128), x, w)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"platform": "cpu"},
+        {"dtype": "float16"},
+        {"outputs": 192},
+        {"outputs": 0},
+        {"inputs": 640},
+        {"inputs": 28672},
+        {"batch": 65},
+    ],
+    ids=str,
+)
+def test_the_kernel_for_tpus_refuses_what_it_cannot_do(change):
+    case = Case("tpu", "float32", 128, 512, 1)
+    assert tpu.serves(case)
+    assert not tpu.serves(case._replace(**change))
 
 
 @needs_compiler

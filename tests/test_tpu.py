@@ -112,7 +112,9 @@ def test_compiled_for_tpus_it_moves_the_least_and_keeps_shardings():
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert outcome.returncode == 0, outcome.stderr
-    reports = json.loads(outcome.stdout)
+    found = json.loads(outcome.stdout)
+    assert found["matmul"] == 2 * 4 * [{"kernels": 1, "collectives": []}]
+    reports = found["prox"]
     assert len(reports) == 2 * (len(PATTERNS) + 1 + 7)
     assert [report for report in reports if report["kernels"] != report["expected"]] == []
     assert [report for report in reports if report["collectives"] or not report["kept"]] == []

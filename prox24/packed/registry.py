@@ -2,9 +2,10 @@
 
 from prox24.packed.cpu import CPU
 from prox24.packed.implementation import Implementation
+from prox24.packed.tpu import TPU
 from prox24.packed.unpacked import UNPACKED
 
 FALLBACK = "unpack"
 """What runs unless another one was measured to be faster."""
 
-IMPLEMENTATIONS: dict[str, Implementation] = {FALLBACK: UNPACKED, "cpu": CPU}
+IMPLEMENTATIONS: dict[str, Implementation] = {FALLBACK: UNPACKED, "cpu": CPU, "tpu": TPU}

@@ -1,0 +1,100 @@
+"""Compiles the product with packed weights for TPUs, without a TPU, and counts its bytes.
+
+    pip install libtpu && python benchmarks/matmul_tpu.py
+
+libtpu holds the compiler; nothing is executed, and nothing is said of speed. The shapes are those
+of the linears of Llama 8B and 70B. "Bytes" are those of the arguments and results, and twice those
+that the program keeps for itself between its steps, over the same for XLA's product with a dense
+weight; a dash is where the kernel does not serve. The exit code is 1 if a program does not compile.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# JAX reads these when it is imported. The last two only keep libtpu from asking for the machine's.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from rich.console import Console
+from rich.table import Table
+
+from prox24.packed import tpu, unpacked
+from prox24.packed.codes import words_of
+from prox24.packed.implementation import Case
+
+CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+SHAPES = (
+    (6144, 4096),
+    (4096, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (10240, 8192),
+    (8192, 8192),
+    (57344, 8192),
+    (8192, 28672),
+)
+
+
+def bytes_moved(function: Callable[..., Any], *arguments: Any) -> float:
+    """Of a compiled program, at the least."""
+    memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return float(outside + 2 * memory.temp_size_in_bytes)
+
+
+def main() -> int:
+    """Compiles every case and prints a table."""
+    if importlib.util.find_spec("libtpu") is None:
+        print(
+            "libtpu, which holds the TPU compiler, is missing: pip install libtpu", file=sys.stderr
+        )
+        return 2
+    table = Table(title=f"jax {jax.__version__}")
+    for name in ("chip", "dtype", "weight", "batch 1", "batch 64"):
+        table.add_column(name, justify="right" if name.startswith("batch") else "left")
+    compiled = True
+    for chip, name in CHIPS.items():
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        sharding = SingleDeviceSharding(topology.devices[0])
+
+        def array(*shape: int, dtype: Any, sharding: Any = sharding) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        for dtype in ("bfloat16", "float32"):
+            for out, width in SHAPES:
+                cells = []
+                for batch in (1, 64):
+                    if not tpu.serves(Case("tpu", dtype, out, width, batch)):
+                        cells.append("-")
+                        continue
+                    x, dense = array(batch, width, dtype=dtype), array(out, width, dtype=dtype)
+                    packed = (
+                        array(out, width // 2, dtype=dtype),
+                        array(out, words_of(width), dtype=jnp.uint32),
+                    )
+                    try:
+                        ours = bytes_moved(tpu.run, x, *packed)
+                    except jax.errors.JaxRuntimeError as error:
+                        print(chip, dtype, out, width, batch, error, file=sys.stderr)
+                        compiled = False
+                        cells.append("fails")
+                        continue
+                    cells.append(f"{ours / bytes_moved(unpacked.multiply, x, dense):.3f}")
+                table.add_row(chip, dtype, f"{out} x {width}", *cells)
+    Console(width=80).print(table)
+    return 0 if compiled else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
