@@ -187,7 +187,7 @@ def test_a_layer_that_cannot_be_measured_is_one_line_with_its_name(option, value
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-@pytest.mark.parametrize("name", ["prox_tpu", "layer_tpu"])
+@pytest.mark.parametrize("name", ["prox_tpu", "layer_tpu", "matmul_tpu"])
 def test_compiling_for_tpus_without_libtpu_is_one_line_that_says_what_to_install(name):
     outcome = run(f"benchmarks/{name}.py")
     assert outcome.returncode == 2
