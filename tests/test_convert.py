@@ -64,6 +64,7 @@ def test_a_bitmask_places_the_kept_values_of_every_linear(pruned, capsys):
     expected, read = read_all(pruned), read_all(packed)
     index = json.loads((packed / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == read.keys()
+    assert index["metadata"]["total_size"] == sum(values.nbytes for values in read.values())
     linears = [name for name in expected if name.endswith("proj.weight")]
     for name in linears:
         module = name.removesuffix(".weight")

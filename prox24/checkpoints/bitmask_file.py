@@ -17,6 +17,7 @@ from prox24.checkpoints.tensors import Put, Spec
 from prox24.errors import CheckpointError, UnsupportedModelError
 from prox24.models import decoder
 from prox24.packed import pack, to_bitmask
+from prox24.packed.codes import BLOCK, KEPT
 
 CONFIG = {
     "quantization_config": {
@@ -37,7 +38,6 @@ REMARK = (
     "transformers 4, unpacks it when it is loaded"
 )
 WEIGHT = ".weight"
-PARTS = ("shape", "compressed", "bitmask")
 
 
 def packed_linears(config: decoder.Config) -> set[str]:
@@ -58,16 +58,27 @@ def packed_linears(config: decoder.Config) -> set[str]:
     }
 
 
-def stored_names(name: str, linears: Collection[str]) -> list[str]:
-    """What a file calls a tensor, or the parts of a linear.
+def stored(name: str, spec: Spec, linears: Collection[str]) -> dict[str, Spec]:
+    """What a file holds of a tensor: itself, or the parts of a linear.
+
+    Raises:
+      CheckpointError: the width of a linear is not divisible by four.
 
     Example:
-      >>> stored_names("up.weight", {"up.weight"})
+      >>> list(stored("up.weight", Spec((8, 16), np.dtype(np.float32)), {"up.weight"}))
       ['up.shape', 'up.compressed', 'up.bitmask']
     """
     if name not in linears:
-        return [name]
-    return [f"{name.removesuffix(WEIGHT)}.{part}" for part in PARTS]
+        return {name: spec}
+    rows, columns = spec.shape
+    if columns % BLOCK:
+        raise CheckpointError(f"tensor {name} of shape {spec.shape} has no 2:4 blocks")
+    module = name.removesuffix(WEIGHT)
+    return {
+        f"{module}.shape": Spec((2, 1), np.dtype(np.int64)),
+        f"{module}.compressed": Spec((rows, columns // BLOCK * KEPT), spec.dtype),
+        f"{module}.bitmask": Spec((rows, -(-columns // 8)), np.dtype(np.uint8)),
+    }
 
 
 @contextlib.contextmanager
@@ -82,29 +93,16 @@ def create_file(path: Path, specs: Mapping[str, Spec], linears: Collection[str])
     Yields:
       What writes a tensor. It raises CheckpointError for a linear that is not 2:4.
     """
-    stored: dict[str, Spec] = {}
-    for name, spec in specs.items():
-        parts = _part_specs(name, spec) if name in linears else [spec]
-        stored |= dict(zip(stored_names(name, linears), parts, strict=True))
-    with safetensors_file.create_file(path, stored) as put_stored:
+    parts = {name: stored(name, spec, linears) for name, spec in specs.items()}
+    held = {part: spec for of_tensor in parts.values() for part, spec in of_tensor.items()}
+    with safetensors_file.create_file(path, held) as put_part:
 
         def put(name: str, values: NDArray[Any]) -> None:
-            parts = _packed(name, values) if name in linears else [values]
-            for part, array in zip(stored_names(name, linears), parts, strict=True):
-                put_stored(part, array)
+            arrays = _packed(name, values) if name in linears else [values]
+            for part, array in zip(parts[name], arrays, strict=True):
+                put_part(part, array)
 
         yield put
-
-
-def _part_specs(name: str, spec: Spec) -> list[Spec]:
-    rows, columns = spec.shape
-    if columns % 4:
-        raise CheckpointError(f"tensor {name} of shape {spec.shape} has no 2:4 blocks")
-    return [
-        Spec((2, 1), np.dtype(np.int64)),
-        Spec((rows, columns // 2), spec.dtype),
-        Spec((rows, -(-columns // 8)), np.dtype(np.uint8)),
-    ]
 
 
 def _packed(name: str, values: NDArray[Any]) -> list[NDArray[Any]]:

@@ -35,7 +35,7 @@ class Output(NamedTuple):
     Attributes:
       files: how they are called.
       names: of the tensors that it holds, by HF's names.
-      stored_names: what a file calls a tensor or its parts, by HF's name and its dimensions.
+      stored: what a file holds of a tensor, which may be in parts, by HF's name.
       create: a file for tensors of those names, and what writes one of them to it.
       config: what config.json says besides.
       remark: what someone who writes it should know.
@@ -43,7 +43,7 @@ class Output(NamedTuple):
 
     files: WeightFiles
     names: Collection[str]
-    stored_names: Callable[[str, int], list[str]]
+    stored: Callable[[str, Spec], Mapping[str, Spec]]
     create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
     config: Mapping[str, Any] = MappingProxyType({})
     remark: str | None = None
@@ -53,7 +53,7 @@ def _safetensors(source: Checkpoint) -> Output:
     return Output(
         files=safetensors_file.FILES,
         names=source.tensors.keys(),
-        stored_names=lambda name, dimensions: [name],
+        stored=lambda name, spec: {name: spec},
         create=safetensors_file.create_file,
     )
 
@@ -64,7 +64,7 @@ def _flax(source: Checkpoint) -> Output:
         files=flax_file.FILES,
         # Flax classes had no buffers.
         names=parameter_shapes(source.config, source.tensors).keys(),
-        stored_names=lambda name, dimensions: [flax_file.leaf_path(name, dimensions, norm)],
+        stored=lambda name, spec: {flax_file.leaf_path(name, len(spec.shape), norm): spec},
         create=lambda path, specs: flax_file.create_file(path, norm),
     )
 
@@ -74,7 +74,7 @@ def _bitmask(source: Checkpoint) -> Output:
     return Output(
         files=safetensors_file.FILES,
         names=source.tensors.keys(),
-        stored_names=lambda name, dimensions: bitmask_file.stored_names(name, linears),
+        stored=lambda name, spec: bitmask_file.stored(name, spec, linears),
         create=lambda path, specs: bitmask_file.create_file(path, specs, linears),
         config=bitmask_file.CONFIG,
         remark=bitmask_file.REMARK,
@@ -190,7 +190,7 @@ def fill_folder(
     specs = {name: written_spec(source, name, dtype) for name in output.names}
     shards = _shards(source, specs, max_shard_bytes)
     files = [folder / file for file in output.files.names(len(shards))]
-    size = sum(map(_bytes, specs.values()))
+    size = sum(_bytes(part) for name in specs for part in output.stored(name, specs[name]).values())
     with writing(folder):
         if shutil.disk_usage(folder).free < size - _allocated(folder):
             raise CheckpointError(f"cannot write {folder}: its {size} bytes do not fit")
@@ -200,7 +200,7 @@ def fill_folder(
                 stored: file.name
                 for file, names in zip(files, shards, strict=True)
                 for name in names
-                for stored in output.stored_names(name, len(specs[name].shape))
+                for stored in output.stored(name, specs[name])
             }
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / output.files.index_file).write_text(config_json(index), encoding="utf-8")
