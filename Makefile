@@ -6,7 +6,7 @@ NEWEST_PYTHON ?= python3.13
 # Most of the time of the tests is XLA's. Programs are optimized, as users have them, where the
 # subject is rounding or a real model, and compiled in half of the time elsewhere.
 define run-tests
-	$(1)/bin/python -m pytest -m "optimized and $(2)"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(1)/bin/python -m pytest -m "optimized and $(2)"
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(1)/bin/python -m pytest -m "not optimized and $(2)"
 endef
 

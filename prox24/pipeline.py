@@ -289,8 +289,9 @@ def _refine_layer(
         },
     )
     for name, values in refined.params.items():
-        written = values if dtype is None else values.astype(dtype).astype(values.dtype)
-        weights[name] = written
+        if dtype is not None and (name in pruned or not refinement.linears_only):
+            values = values.astype(dtype).astype(values.dtype)
+        weights[name] = values
     seconds = time.perf_counter() - began
     best = min(loss for loss in refined.losses if math.isfinite(loss))
     return BlockReport(refined.outcome, refined.losses[0], best, refined.steps, seconds)

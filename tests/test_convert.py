@@ -46,9 +46,9 @@ def test_to_flax_and_back(tmp_path, capsys):
         assert read[name].tobytes() == values.tobytes()
 
 
-@pytest.fixture
-def pruned(tmp_path):
-    write_tiny(tmp_path / "model", "qwen2", dtype="bfloat16")
+@pytest.fixture(params=["qwen2", "gpt_neox"])
+def pruned(tmp_path, request):
+    write_tiny(tmp_path / "model", request.param, dtype="bfloat16")
     (tmp_path / "text.txt").write_text(TEXT)
     options = ["--samples", "2", "--sequence-length", "32", "--method", "magnitude", "--quiet"]
     options += ["--refit", "none", "--calibration", str(tmp_path / "text.txt")]
@@ -65,7 +65,8 @@ def test_a_bitmask_places_the_kept_values_of_every_linear(pruned, capsys):
     index = json.loads((packed / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == read.keys()
     assert index["metadata"]["total_size"] == sum(values.nbytes for values in read.values())
-    linears = [name for name in expected if name.endswith("proj.weight")]
+    linears = [name for name in expected if name.removesuffix("weight") + "bitmask" in read]
+    assert len(linears) == (14 if "model.norm.weight" in expected else 8)
     for name in linears:
         module = name.removesuffix(".weight")
         shape, values, bits = (

@@ -60,6 +60,7 @@ def bits(x):
     return x.view(f"uint{8 * x.dtype.itemsize}")
 
 
+@pytest.mark.optimized
 @dtypes
 @given(data=st.data())
 def test_every_bit_comes_back(dtype, data):

@@ -212,15 +212,20 @@ def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears
         assert np.any(model.tensors[name] != checkpoint.read(name)), name
 
 
-def test_a_refined_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch, capsys):
-    write_tiny(tmp_path / "model", dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [("bfloat16", []), ("float32", ["--refine-linears-only", "--dtype", "bfloat16"])],
+)
+def test_a_refined_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch, capsys, dtype, more):
+    write_tiny(tmp_path / "model", dtype=dtype)
     (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
 
-    def run(name, *more):
+    def run(name, *output):
         options = ["--method", "wanda", "--refine", "block", "--refine-passes", "2"]
         options += ["--refine-rate", "0.01", "--sequence-length", "32", "--samples", "8"]
         options += ["--memory", "1MB", "--calibration", str(tmp_path / "text.txt"), "--quiet"]
-        return main(["prune", str(tmp_path / "model"), str(tmp_path / name), *options, *more])
+        options += [*more, *output]
+        return main(["prune", str(tmp_path / "model"), str(tmp_path / name), *options])
 
     def contents(name):
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
@@ -246,3 +251,9 @@ def test_a_single_window_is_refused(tmp_path, capsys):
     assert main(command) == 2
     assert "refining takes two calibration windows or more" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_linears_only_without_a_refinement_is_refused(tmp_path, capsys):
+    command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--refine-linears-only"]
+    assert main(command) == 2
+    assert "--refine-linears-only is for --refine block" in capsys.readouterr().err

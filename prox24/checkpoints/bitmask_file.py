@@ -19,25 +19,30 @@ from prox24.models import decoder
 from prox24.packed import pack, to_bitmask
 from prox24.packed.codes import BLOCK, KEPT
 
-CONFIG = {
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "version": "0.14.0.1",
-        "sparsity_config": {
-            "format": "sparse-24-bitmask",
-            "sparsity_structure": "2:4",
-            "global_sparsity": 0.5,
-            "targets": ["Linear"],
-            "ignore": ["lm_head"],
-        },
-    }
-}
-"""What config.json says besides."""
 REMARK = (
     "no runtime of today multiplies with this file: compressed-tensors 0.14.0.1, with "
     "transformers 4, unpacks it when it is loaded"
 )
 WEIGHT = ".weight"
+
+
+def config_entries(config: decoder.Config) -> dict[str, Any]:
+    """What config.json says besides."""
+    head = decoder.outer_tensor(config.names, f"lm_head{WEIGHT}").removesuffix(WEIGHT)
+    sparsity = {
+        "format": "sparse-24-bitmask",
+        "sparsity_structure": "2:4",
+        "global_sparsity": 0.5,
+        "targets": ["Linear"],
+        "ignore": [head],
+    }
+    return {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "version": "0.14.0.1",
+            "sparsity_config": sparsity,
+        }
+    }
 
 
 def packed_linears(config: decoder.Config) -> set[str]:

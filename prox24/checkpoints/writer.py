@@ -70,13 +70,14 @@ def _flax(source: Checkpoint) -> Output:
 
 
 def _bitmask(source: Checkpoint) -> Output:
-    linears = bitmask_file.packed_linears(config_from_hf(source.config, source.tensors))
+    config = config_from_hf(source.config, source.tensors)
+    linears = bitmask_file.packed_linears(config)
     return Output(
         files=safetensors_file.FILES,
         names=source.tensors.keys(),
         stored=lambda name, spec: bitmask_file.stored(name, spec, linears),
         create=lambda path, specs: bitmask_file.create_file(path, specs, linears),
-        config=bitmask_file.CONFIG,
+        config=bitmask_file.config_entries(config),
         remark=bitmask_file.REMARK,
     )
 
@@ -188,9 +189,12 @@ def fill_folder(
     folder = unfinished.folder
     output = OUTPUTS[file_format](source)
     specs = {name: written_spec(source, name, dtype) for name in output.names}
-    shards = _shards(source, specs, max_shard_bytes)
+    sizes = {
+        name: sum(map(_bytes, output.stored(name, spec).values())) for name, spec in specs.items()
+    }
+    shards = _shards(source, sizes, max_shard_bytes)
     files = [folder / file for file in output.files.names(len(shards))]
-    size = sum(_bytes(part) for name in specs for part in output.stored(name, specs[name]).values())
+    size = sum(sizes.values())
     with writing(folder):
         if shutil.disk_usage(folder).free < size - _allocated(folder):
             raise CheckpointError(f"cannot write {folder}: its {size} bytes do not fit")
@@ -276,22 +280,19 @@ def _bytes(spec: Spec) -> int:
     return math.prod(spec.shape) * spec.dtype.itemsize
 
 
-def _shards(
-    source: Checkpoint, specs: Mapping[str, Spec], max_bytes: int | None
-) -> list[list[str]]:
+def _shards(source: Checkpoint, sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
     """Names of tensors, file by file, in the order of the source."""
-    kept = [[name for name in shard if name in specs] for shard in source.shards]
+    kept = [[name for name in shard if name in sizes] for shard in source.shards]
     if max_bytes is None:
         return [shard for shard in kept if shard]
     shards: list[list[str]] = [[]]
     size = 0
     for name in (name for shard in kept for name in shard):
-        length = _bytes(specs[name])
-        if shards[-1] and size + length > max_bytes:
+        if shards[-1] and size + sizes[name] > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += length
+        size += sizes[name]
     return shards
 
 

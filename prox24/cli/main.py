@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import os
 import re
 import signal
 import sys
@@ -64,7 +65,9 @@ def _give_back_memory() -> None:
     By itself it comes to keep pieces of up to 32 MB that often do not fit the next array, and the
     peak of memory then depends on the sizes that went before.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**20)
 
@@ -167,7 +170,9 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "--refine-passes", type=_positive, default=5, help="over the calibration windows (5)"
     )
     command.add_argument(
-        "--refine-linears-only", action="store_true", help="leave norms and biases as they are"
+        "--refine-linears-only",
+        action="store_true",
+        help="leave norms, biases and routers as they are",
     )
     command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     command.add_argument(

@@ -89,6 +89,8 @@ def _run(arguments: argparse.Namespace) -> int:
     check_report(arguments.report)
     if arguments.pull is not None and arguments.targets != "dense":
         raise Prox24Error("--pull is for --targets dense")
+    if arguments.refine_linears_only and arguments.refine == "none":
+        raise Prox24Error("--refine-linears-only is for --refine block")
     solver, refit = choose(arguments.method, arguments.refit)
     try:
         check_supported(solver, refit, arguments.pattern)
@@ -264,7 +266,7 @@ The linears of the layers were pruned by prox24 {versions()["prox24"]}:
 - pattern: {arguments.pattern}, along the input axis
 - method: {arguments.method}
 - refit: {"none" if refit is None else type(refit).__name__}
-- refined: {arguments.refine}
+- refined: {arguments.refine}{", linears only" if arguments.refine_linears_only else ""}
 - calibration: {windows.shape[0]} windows of {windows.shape[1]} tokens from {text}
 """
 

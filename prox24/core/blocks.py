@@ -43,7 +43,7 @@ def join(planes: Sequence[Array], axis: int = -1) -> Array:
     """Undoes `split`: interleaves the M planes along `axis`.
 
     Args:
-      planes: M arrays of one shape, the entries of each block.
+      planes: M arrays of one shape and dtype, the entries of each block.
       axis: the axis along which the blocks run.
 
     Returns:

@@ -2,10 +2,12 @@
 
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from prox24.packed.codes import (
     BITS,
@@ -18,15 +20,16 @@ from prox24.packed.codes import (
 )
 from prox24.packed.format import Packed24
 from prox24.packed.implementation import Case
-from prox24.packed.registry import IMPLEMENTATIONS
+from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 from prox24.packed.table import Measurement
 
 
 def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
     """Median seconds of each implementation that serves a case, on random data.
 
-    Each is run twice to warm up. Every repetition then runs all of them, starting one further than
-    the last, so that a change in the machine's speed meets all.
+    Each is run three times to warm up; one that the device cannot run is left out. Every repetition
+    then runs all of them, starting one further than the last, so that a change in the machine's
+    speed meets all.
 
     Args:
       case: its platform has a device here.
@@ -43,7 +46,7 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
         for name, implementation in IMPLEMENTATIONS.items()
         if implementation.serves(case)
     }
-    names = list(programs)
+    names = [name for name in programs if name == FALLBACK or _runs(programs[name], operands)]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(-2, repetitions):
         first = repetition % len(names)
@@ -53,6 +56,14 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
             if repetition >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return Measurement(case, {name: statistics.median(times) for name, times in seconds.items()})
+
+
+def _runs(program: Callable[..., Array], operands: tuple[Array, ...]) -> bool:
+    try:
+        jax.block_until_ready(program(*operands))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def random_packed(rng: np.random.Generator, outputs: int, inputs: int, dtype: str) -> Packed24:

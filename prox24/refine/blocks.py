@@ -26,7 +26,7 @@ class BlockRefinement:
       rate: the first.
       passes: over the calibration windows that are not held out.
       held_out: the share of micro-batches that decides which pass was best; at least one is.
-      linears_only: leaves norms and biases as they are.
+      linears_only: leaves norms, biases and routers as they are.
     """
 
     rate: float = 2e-4
