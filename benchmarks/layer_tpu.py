@@ -14,27 +14,15 @@ program then takes many minutes.
 """
 
 import argparse
-import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# JAX reads these when it is imported. The last three keep libtpu from asking for the machine's, and
-# from the lock of a TPU that is not there.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
+import tpu_compiler
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -51,7 +39,6 @@ from prox24.solvers.problem import LayerProblem, Normalized
 from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.solve import solve_program
 
-CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}
 LIMIT = 16e9
 WINDOWS, LENGTH = 128, 2048
 PATTERN = Pattern(2, 4)
@@ -158,24 +145,23 @@ def main() -> int:
     """Compiles everything that was asked for, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--whole", action="store_true", help="the solver as one program")
-    parser.add_argument("--chip", choices=CHIPS, action="append", help="both by default")
+    parser.add_argument(
+        "--chip", choices=tpu_compiler.CHIPS, action="append", help="both by default"
+    )
     parser.add_argument("--devices", type=int, choices=(1, 8), action="append")
     parser.add_argument("--only", default="", help="programs whose names begin so")
     arguments = parser.parse_args()
-    if importlib.util.find_spec("libtpu") is None:
-        print(
-            "libtpu, which holds the TPU compiler, is missing: pip install libtpu", file=sys.stderr
-        )
+    if not tpu_compiler.is_installed():
         return 2
     parts = ("arguments", "results", "temporary", "held beside")
     table = Table(title=f"Llama-3.1-8B, GB of one chip, jax {jax.__version__}")
     for name in ("chip", "chips", "program", *parts, "in all", "GB accessed"):
         table.add_column(name, justify="left" if name in ("chip", "program") else "right")
     console, fits = Console(), True
-    for chip in arguments.chip or CHIPS:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    for chip in arguments.chip or tpu_compiler.CHIPS:
+        chips = tpu_compiler.devices(chip)
         for count in arguments.devices or (1, 8):
-            mesh = Mesh(np.array(topology.devices[:count]), (AXIS,))
+            mesh = Mesh(np.array(chips[:count]), (AXIS,))
             for program in programs(mesh, arguments.whole):
                 if not program.name.startswith(arguments.only):
                     continue

@@ -8,23 +8,13 @@ that the program keeps for itself between its steps, over the same for XLA's pro
 weight; a dash is where the kernel does not serve. The exit code is 1 if a program does not compile.
 """
 
-import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-# JAX reads these when it is imported. The last two only keep libtpu from asking for the machine's.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+import tpu_compiler
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +23,6 @@ from prox24.packed import tpu, unpacked
 from prox24.packed.codes import words_of
 from prox24.packed.implementation import Case
 
-CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 SHAPES = (
     (6144, 4096),
     (4096, 4096),
@@ -55,18 +44,14 @@ def bytes_moved(function: Callable[..., Any], *arguments: Any) -> float:
 
 def main() -> int:
     """Compiles every case and prints a table."""
-    if importlib.util.find_spec("libtpu") is None:
-        print(
-            "libtpu, which holds the TPU compiler, is missing: pip install libtpu", file=sys.stderr
-        )
+    if not tpu_compiler.is_installed():
         return 2
     table = Table(title=f"jax {jax.__version__}")
     for name in ("chip", "dtype", "weight", "batch 1", "batch 64"):
         table.add_column(name, justify="right" if name.startswith("batch") else "left")
     compiled = True
-    for chip, name in CHIPS.items():
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-        sharding = SingleDeviceSharding(topology.devices[0])
+    for chip in tpu_compiler.CHIPS:
+        sharding = SingleDeviceSharding(tpu_compiler.devices(chip)[0])
 
         def array(*shape: int, dtype: Any, sharding: Any = sharding) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

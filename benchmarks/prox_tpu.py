@@ -10,26 +10,16 @@ estimates, summed over the instructions that carry one; copies between memories 
 layout carry none, and a kernel of our own carries none either, so that its line shows a dash.
 """
 
-import importlib.util
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# JAX reads these when it is imported. The last two only keep libtpu from asking for the machine's.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+import tpu_compiler
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +27,6 @@ from rich.table import Table
 import prox24
 from prox24 import planes
 
-CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 ROWS = COLUMNS = 4096
 LAM = 0.3
 
@@ -133,18 +122,15 @@ def figures(program: Program, compiled: Any) -> list[str]:
 
 
 def main() -> int:
-    if importlib.util.find_spec("libtpu") is None:
-        print(
-            "libtpu, which holds the TPU compiler, is missing: pip install libtpu", file=sys.stderr
-        )
+    if not tpu_compiler.is_installed():
         return 2
     table = Table(title=f"{ROWS} x {COLUMNS}, jax {jax.__version__}", title_justify="left")
     table.add_column("chip")
     table.add_column("program")
     for name in ("MB least", "accessed", "HBM", "MB temporary", "fusions", "million cycles"):
         table.add_column(name, justify="right")
-    for chip, topology in CHIPS.items():
-        device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    for chip in tpu_compiler.CHIPS:
+        device = tpu_compiler.devices(chip)[0]
         for program in programs():
             table.add_row(chip, *figures(program, compile_for(program, device)))
     Console().print(table)
