@@ -57,8 +57,9 @@ def join(planes: Sequence[Array], axis: int = -1) -> Array:
     axis = range(len(shape))[axis]
     # XLA's CPU backend computes what it fuses into a stack once for each plane, and entry by entry
     # where blocks are its rows; what it fuses into an update it computes once, in vectors.
+    # Without the barrier that of jaxlib 0.12 computes wrongly what depends on the result.
     blocks = lax.platform_dependent(
-        *planes,
+        *lax.optimization_barrier(tuple(planes)),
         cpu=lambda *planes: _updated(planes, axis + 1),
         default=lambda *planes: jnp.stack(planes, axis + 1),
     )
