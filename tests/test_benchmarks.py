@@ -256,6 +256,7 @@ def test_generation_is_measured_for_each_form_of_the_weights(tmp_path):
         assert row["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
     sizes = ("--scale", 0.02, "--repetitions", 1, "--linears", "8B o,8B down", "--seconds", 1e-4)

@@ -307,6 +307,7 @@ def inputs_by_tap(index: int) -> dict:
     return {linear.input: seen[linear.tensor] for linear in linears}
 
 
+@pytest.mark.slow
 def test_inspect_as_a_process_measures_what_the_linears_see(workspace):
     figure = workspace / "figure.svg"
     arguments = command(workspace, "--json", "--figure", figure)

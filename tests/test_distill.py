@@ -215,7 +215,9 @@ def test_the_command_trains_every_tensor_of_the_layers(workspace, capsys):
             np.testing.assert_array_equal(new == 0, old == 0)
 
 
-@pytest.mark.parametrize("mask", [["growing"], ["constant", "--penalty", "0.5"]])
+@pytest.mark.parametrize(
+    "mask", [["growing"], pytest.param(["constant", "--penalty", "0.5"], marks=pytest.mark.slow)]
+)
 def test_the_mask_is_found_from_the_dense_model(workspace, mask, capsys):
     dense = workspace / "model"
     command = ["distill", dense, dense, workspace / "out", "--text", workspace / "text.txt"]

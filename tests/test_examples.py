@@ -37,6 +37,7 @@ def rows(table):
     return [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
 
 
+@pytest.mark.slow
 def test_pruning_one_layer():
     losses = {
         line.split()[0]: float(line.split()[-1])
@@ -170,13 +171,8 @@ def pruned_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param([], id="kept"),
-        pytest.param(["--lora", "4"], id="lora", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--lora", "4"]], ids=["kept", "lora"])
 def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, options, tmp_path):
     source, destination = pruned_folder / "pruned", tmp_path / "tuned"
     options = [*options, "--text", pruned_folder / "text.txt", "--sequence-length", "32"]

@@ -72,7 +72,7 @@ def interrupt_after(monkeypatch, count, error):
         ("mixtral", ["--method", "sparsegpt"]),
     ],
 )
-@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, monkeypatch, variant, options, count):
     write_tiny(tmp_path / "model", variant)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -167,6 +167,7 @@ def test_a_run_that_ends_at_50_random_places_ends_with_the_same_bytes(workspace,
     assert resumed > 25
 
 
+@pytest.mark.slow  # beside one that is cut off at 50 places
 def test_a_killed_run_ends_with_the_same_bytes(workspace, processes):
     """PROX24_KILLS=50 kills as many processes, which takes minutes."""
     process = processes(command(workspace))

@@ -64,6 +64,7 @@ def test_prox_ends_sparse_under_every_schedule(penalty):
 @pytest.mark.parametrize(
     "options", [{"restart": True}, {"per_row": True}, {"momentum": 0.5}], ids=str
 )
+@pytest.mark.slow
 def test_options_of_prox_end_sparse_and_near_the_default(options, rows):
     problem = make_problem("power_law", rows=rows, width=32)
     default, other = solve(problem, Prox()), solve(problem, Prox(**options))
