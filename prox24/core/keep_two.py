@@ -6,6 +6,7 @@ their v. Everything is planar: each name is an array over all blocks. docs/theor
 derives the equations.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,19 +25,19 @@ class Support(NamedTuple):
 
     Attributes:
       size: k, a Python int or a float array.
-      spread: 1 / (k - 2).
       root: of the equation for k.
       root_is_sum: whether the root is s; if not, it is D_k, and 2 u_3 - v_3 for k = 3.
       smallest: v_k.
-      total: Y.
+      s: sum of the entries, where k is four or more.
+      e2: E there.
     """
 
     size: int | Array
-    spread: float | Array
     root: Array
     root_is_sum: Array
     smallest: Array
-    total: Array
+    s: Array
+    e2: Array
 
 
 def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
@@ -50,27 +51,26 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
       M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`. A block
       is NaN where one of its entries or its lam is.
     """
-    tiny, epsilon = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).eps
+    values = [jnp.minimum(lam * magnitude, 2 * LARGEST_SOLVABLE) for magnitude in magnitudes]
+    v = descending(values)
+    size, root, root_is_sum, total = _choose(v)
+    places = [rank.astype(lam.dtype) for rank in ranks(magnitudes)]
+    # Not from v, so that its memory is free from here on.
+    kept_values = [
+        jnp.where(place < size, x, jnp.inf) for x, place in zip(values, places, strict=True)
+    ]
+    smallest = functools.reduce(jnp.minimum, kept_values)
+    chosen = _support(size, root, root_is_sum, smallest, total)
+    unit = 1 / jnp.maximum(lam, jnp.finfo(lam.dtype).tiny)
 
-    def scaled(magnitude: Array) -> Array:
-        return jnp.minimum(lam * magnitude, 2 * LARGEST_SOLVABLE)
-
-    v = descending([scaled(magnitude) for magnitude in magnitudes])
-    chosen = _choose(v)
-    s = _sum_of_entries(chosen)
-    unit = 1 / jnp.maximum(lam, tiny)
-
-    def restore(magnitude: Array, rank: Array) -> Array:
-        value = scaled(magnitude)
-        place = rank.astype(lam.dtype)
-        lost = _loss(value, place == chosen.size - 1, chosen, s)
+    def restore(magnitude: Array, value: Array, place: Array) -> Array:
+        lost = _loss(value, place == size - 1, chosen)
         w = jnp.where(lost < value, magnitude - lost * unit, 0)
-        kept = jnp.where(place < chosen.size, jnp.where(chosen.size == 2, magnitude, w), 0)
-        # Below this nothing moves by a digit of the largest entry, and products above would
-        # underflow. The difference is zero, or NaN where an entry or lam is.
-        return jnp.where(v[0] > epsilon**2, kept, magnitude + (v[0] - v[0]))
+        kept = jnp.where(place < size, jnp.where(size == 2, magnitude, w), 0)
+        # Zero where nothing moves, and NaN where an entry or lam is.
+        return jnp.where(size > 0, kept, magnitude + size)
 
-    return [restore(*pair) for pair in zip(magnitudes, ranks(magnitudes), strict=True)]
+    return [restore(*entry) for entry in zip(magnitudes, values, places, strict=True)]
 
 
 def gradient(w: Sequence[Array]) -> list[Array]:
@@ -149,63 +149,70 @@ def solve(
     ]
 
 
-def _choose(v: Sequence[Array]) -> Support:
-    """The candidate of least objective among the support sizes 2..M of each block."""
+def _choose(v: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
+    """The candidate of least objective among the support sizes 2..M of each block.
+
+    Returns:
+      Its size, root, root_is_sum and total, as `_support` takes them. The size is 0 where v1 is so
+      small that the penalty moves no entry by a digit of the largest, and NaN where an entry is.
+    """
+    tiny, epsilon = jnp.finfo(v[0].dtype).tiny, jnp.finfo(v[0].dtype).eps
     # In units of v1, so that no square underflows.
-    unit = 1 / jnp.maximum(v[0], jnp.finfo(v[0].dtype).tiny)
+    unit = 1 / jnp.maximum(v[0], tiny)
     least = sum((jnp.square(x * unit) for x in v[2:]), jnp.zeros_like(unit)) / 2
     square = jnp.full_like(unit, 4)
-    candidates = {}
+    roots = {}
     for k in range(3, len(v) + 1):
         root, root_is_sum = _root_of_three(v[:3]) if k == 3 else _root_of_many(v[:k])
-        candidate = Support(k, 1 / (k - 2), root, root_is_sum, v[k - 1], _add(v[:k]))
-        candidates[k] = candidate
-        s = _sum_of_entries(candidate)
-        lost = [_loss(x, x is v[k - 1], candidate, s) for x in v[:k]]
+        roots[k] = root
+        candidate = _support(k, root, root_is_sum, v[k - 1], _add(v[:k]))
+        lost = [_loss(x, x is v[k - 1], candidate) for x in v[:k]]
         objective = _objective(v, lost, unit)
         # Every candidate is a feasible point, so one found where no stationary point exists only
         # loses. NaN loses too, and the sparser wins a tie.
         better = (objective < least) & (v[0] < LARGEST_SOLVABLE)
         least = jnp.where(better, objective, least)
         square = jnp.where(better, jnp.where(root_is_sum, (k + 0.5) ** 2, k**2), square)
+    # Products of less than epsilon squared could underflow.
+    square = jnp.where(v[0] > epsilon**2, square, v[0] - v[0])
     # Size and kind of root are one number, k or k + 1/2, and it comes out of a square root, which
     # is exact: XLA repeats cheap operations in each consumer, here all of the above, but computes
     # and stores an expensive one once.
     code = jnp.sqrt(square)
     size = jnp.floor(code)
-
-    def pick(field: str) -> Array:
-        picked = jnp.zeros_like(unit)
-        for k, candidate in candidates.items():
-            picked = jnp.where(size == k, getattr(candidate, field), picked)
-        return picked
-
-    root_is_sum = code > size
-    return Support(size, pick("spread"), pick("root"), root_is_sum, pick("smallest"), pick("total"))
+    root = total = jnp.zeros_like(unit)
+    for k in roots:
+        root = jnp.where(size == k, roots[k], root)
+        total = jnp.where(size == k, _add(v[:k]), total)
+    # The divisor is one, which XLA does not know: the root is stored, and those of the candidates
+    # are not kept.
+    return size, root / jnp.where(code < 0, 2, 1), code > size, total
 
 
-def _sum_of_entries(support: Support) -> Array:
-    """s of a support of four or more."""
-    spread = support.spread
-    offset = 4 * spread * (1 - spread) + 4 * support.smallest - 4 * spread * support.total
-    t = jnp.sqrt(jnp.square(support.root) - offset)
-    return jnp.where(support.root_is_sum, support.root, t + 1 - 2 * spread)
+def _support(
+    size: int | Array, root: Array, root_is_sum: Array, smallest: Array, total: Array
+) -> Support:
+    """The support of which `total` is the sum of v."""
+    others = jnp.maximum(size - 2, 1).astype(root.dtype)
+    offset = 4 * (others - 1) / (others * others) + 4 * smallest - 4 * total / others
+    t = jnp.sqrt(jnp.square(root) - offset)
+    s = jnp.where(root_is_sum, root, t + 1 - 2 / others)
+    return Support(size, root, root_is_sum, smallest, s, (total - s) / others)
 
 
-def _loss(v: Array, is_smallest: Array | bool, support: Support, s: Array) -> Array:
+def _loss(v: Array, is_smallest: Array | bool, support: Support) -> Array:
     """v_i - u_i of an entry, from its own v_i and what the support has in common.
 
     On three, u_i = (v_i + d_i) / 2 with d_i^2 = d^2 + v_i^2 - v_3^2. On more,
     u_i = (D_i + s - 1) / 2 with D_i^2 = (1 - s)^2 + 4 (v_i - E), or D_k^2 + 4 (v_i - v_k), which is
     the same number; its error of one rounding of 1 is taken out by v_i - u_i = E - u_i (s - u_i).
     """
-    three = jnp.asarray(support.size == 3)
-    e2 = (support.total - s) * support.spread
-    base = jnp.where(support.root_is_sum, 1 - s, support.root)
-    gap = v - jnp.where(support.root_is_sum, e2, support.smallest)
-    square = jnp.square(base) + gap * jnp.where(three, v + support.smallest, 4)
-    is_root = is_smallest & ~support.root_is_sum
-    d = jnp.where(is_root, support.root, jnp.sqrt(square))
+    size, root, root_is_sum, smallest, s, e2 = support
+    three = jnp.asarray(size == 3)
+    base = jnp.where(root_is_sum, 1 - s, root)
+    gap = v - jnp.where(root_is_sum, e2, smallest)
+    square = jnp.square(base) + gap * jnp.where(three, v + smallest, 4)
+    d = jnp.where(is_smallest & ~root_is_sum, root, jnp.sqrt(square))
     u = (d + s - 1) / 2
     return jnp.clip(jnp.where(three, (v - d) / 2, e2 - u * (s - u)), 0, v)
 
@@ -224,8 +231,8 @@ def _root_of_three(v: Sequence[Array]) -> tuple[Array, Array]:
     """d = 2 u_3 - v_3, the larger root of (v1 + a)(v2 + b) = 2 (v3 - d); Newton descends to it."""
     v1, v2, v3 = v
     tiny, steps = jnp.finfo(v1.dtype).tiny, NEWTON_STEPS[v1.dtype.name]
-    a_offset = jnp.maximum((v1 - v3) * (v1 + v3), tiny)
-    b_offset = jnp.maximum((v2 - v3) * (v2 + v3), tiny)
+    a_offset = jnp.maximum(_repeatable(v1 - v3) * _repeatable(v1 + v3), tiny)
+    b_offset = jnp.maximum(_repeatable(v2 - v3) * _repeatable(v2 + v3), tiny)
     # u_3 + u_3^2 <= v_3 bounds the root, and is it where the three are equal.
     d = 4 * v3 / (1 + jnp.sqrt(1 + 4 * v3)) - v3
     for _ in range(steps):
@@ -245,9 +252,9 @@ def _root_of_many(v: Sequence[Array]) -> tuple[Array, Array]:
     Newton starts above the larger root and descends.
     """
     k = len(v)
-    dtype, total = v[0].dtype, _add(v)
+    dtype, total = v[0].dtype, _repeatable(_add(v))
     tiny, steps = jnp.finfo(dtype).tiny, NEWTON_STEPS[dtype.name]
-    c_k = 4 * (k - 3) / (k - 2) ** 2 + 4 * v[-1] - 4 / (k - 2) * total
+    c_k = 4 * (k - 3) / (k - 2) ** 2 + _repeatable(4 * v[-1]) - _repeatable(4 / (k - 2) * total)
     in_t = c_k >= 0
     offsets = [jnp.maximum(jnp.where(in_t, c_k, 0) + 4 * (x - v[-1]), tiny) for x in v[:-1]]
     last_offset = jnp.maximum(jnp.abs(c_k), tiny)
@@ -293,14 +300,14 @@ def _sum_of_fractions(fractions: Sequence[tuple[Array | int, Array]]) -> tuple[A
 
 
 def _repeatable(x: Array) -> Array:
-    """x, which is between -8 and 8, marked as cheap to compute again.
+    """x, far below a million, marked as cheap to compute again.
 
     XLA's CPU backend stores the result of a binary operation whose consumers meet again behind a
     square root; it repeats a clipped value in each. Between Newton steps the store is welcome: each
     step is a chain of slow operations, and a processor overlaps many blocks' short chains but not
-    long ones. Within a step it only costs memory traffic.
+    long ones. Within a step it only costs memory, and the traffic to it.
     """
-    return jnp.clip(x, -8, 8)
+    return jnp.clip(x, -1e6, 1e6)
 
 
 def _add(terms: Sequence[Array]) -> Array:
