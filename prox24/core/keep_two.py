@@ -6,7 +6,6 @@ their v. Everything is planar: each name is an array over all blocks. docs/theor
 derives the equations.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,24 +51,18 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
       is NaN where one of its entries or its lam is.
     """
     values = [jnp.minimum(lam * magnitude, 2 * LARGEST_SOLVABLE) for magnitude in magnitudes]
-    v = descending(values)
-    size, root, root_is_sum, total = _choose(v)
-    places = [rank.astype(lam.dtype) for rank in ranks(magnitudes)]
-    # Not from v, so that its memory is free from here on.
-    kept_values = [
-        jnp.where(place < size, x, jnp.inf) for x, place in zip(values, places, strict=True)
-    ]
-    smallest = functools.reduce(jnp.minimum, kept_values)
-    chosen = _support(size, root, root_is_sum, smallest, total)
+    chosen = _choose(descending(values))
+    size = chosen.size
     unit = 1 / jnp.maximum(lam, jnp.finfo(lam.dtype).tiny)
 
     def restore(magnitude: Array, value: Array, place: Array) -> Array:
         lost = _loss(value, place == size - 1, chosen)
         w = jnp.where(lost < value, magnitude - lost * unit, 0)
         kept = jnp.where(place < size, jnp.where(size == 2, magnitude, w), 0)
-        # Zero where nothing moves, and NaN where an entry or lam is.
+        # A size of 0, where nothing moves, or of NaN.
         return jnp.where(size > 0, kept, magnitude + size)
 
+    places = [rank.astype(lam.dtype) for rank in ranks(magnitudes)]
     return [restore(*entry) for entry in zip(magnitudes, values, places, strict=True)]
 
 
@@ -149,23 +142,23 @@ def solve(
     ]
 
 
-def _choose(v: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
+def _choose(v: Sequence[Array]) -> Support:
     """The candidate of least objective among the support sizes 2..M of each block.
 
-    Returns:
-      Its size, root, root_is_sum and total, as `_support` takes them. The size is 0 where v1 is so
-      small that the penalty moves no entry by a digit of the largest, and NaN where an entry is.
+    Its size is 0 where v1 is so small that the penalty moves no entry by a digit of the largest,
+    and NaN where an entry is.
     """
     tiny, epsilon = jnp.finfo(v[0].dtype).tiny, jnp.finfo(v[0].dtype).eps
     # In units of v1, so that no square underflows.
     unit = 1 / jnp.maximum(v[0], tiny)
     least = sum((jnp.square(x * unit) for x in v[2:]), jnp.zeros_like(unit)) / 2
     square = jnp.full_like(unit, 4)
-    roots = {}
+    candidates = {}
     for k in range(3, len(v) + 1):
         root, root_is_sum = _root_of_three(v[:3]) if k == 3 else _root_of_many(v[:k])
-        roots[k] = root
-        candidate = _support(k, root, root_is_sum, v[k - 1], _add(v[:k]))
+        total = _add(v[:k])
+        candidates[k] = root, v[k - 1], total
+        candidate = _support(k, root, root_is_sum, v[k - 1], total)
         lost = [_loss(x, x is v[k - 1], candidate) for x in v[:k]]
         objective = _objective(v, lost, unit)
         # Every candidate is a feasible point, so one found where no stationary point exists only
@@ -180,13 +173,13 @@ def _choose(v: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
     # and stores an expensive one once.
     code = jnp.sqrt(square)
     size = jnp.floor(code)
-    root = total = jnp.zeros_like(unit)
-    for k in roots:
-        root = jnp.where(size == k, roots[k], root)
-        total = jnp.where(size == k, _add(v[:k]), total)
-    # The divisor is one, which XLA does not know: the root is stored, and those of the candidates
-    # are not kept.
-    return size, root / jnp.where(code < 0, 2, 1), code > size, total
+    root, smallest, total = [jnp.zeros_like(unit)] * 3
+    for k, of_k in candidates.items():
+        root, smallest, total = (
+            jnp.where(size == k, new, old)
+            for new, old in zip(of_k, (root, smallest, total), strict=True)
+        )
+    return _support(size, root, code > size, smallest, total)
 
 
 def _support(
