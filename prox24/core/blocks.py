@@ -1,7 +1,9 @@
 """Blocks in planar form: plane i holds the i-th entry of every block."""
 
+import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -36,7 +38,24 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
     if length % group:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {group}")
     blocks = w.reshape(*w.shape[:axis], length // group, group, *w.shape[axis + 1 :])
-    return [lax.index_in_dim(blocks, i, axis + 1, keepdims=False) for i in range(group)]
+    return _unstack(blocks, axis + 1)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _unstack(blocks: Array, axis: int) -> list[Array]:
+    return [lax.index_in_dim(blocks, i, axis, keepdims=False) for i in range(blocks.shape[axis])]
+
+
+@_unstack.defjvp
+def _unstack_jvp(
+    axis: int, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[list[Array], list[Array]]:
+    # The same as a sum over the block with one term, whose transpose is `_selected`, not a sum of
+    # padded planes, which XLA's CPU backend computes entry by entry.
+    (blocks,), (d,) = primals, tangents
+    place = lax.broadcasted_iota(jnp.int32, blocks.shape, axis)
+    planes = [jnp.sum(jnp.where(place == i, d, 0), axis) for i in range(blocks.shape[axis])]
+    return _unstack(blocks, axis), planes
 
 
 def join(planes: Sequence[Array], axis: int = -1) -> Array:
@@ -66,21 +85,20 @@ def join(planes: Sequence[Array], axis: int = -1) -> Array:
 
 def _selected(planes: Sequence[Array], axis: int) -> Array:
     """`jnp.stack` for XLA's CPU backend, which stacks entry by entry, but selects in vectors."""
-    dtype = planes[0].dtype
-    if not jnp.issubdtype(dtype, jnp.integer):
-        # The divisor is one, which XLA does not know: what a division gives is computed once and
-        # stored, not computed again for each of the places. In 16 bits it would lose subnormals.
-        wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-        one = jnp.ones((), wide)
-        *planes, one = lax.optimization_barrier([*(plane.astype(wide) for plane in planes), one])
-        planes = [plane / one for plane in planes]
-    spread = [lax.expand_dims(plane, [axis]) for plane in planes]
-    shape = (*planes[0].shape[:axis], len(planes), *planes[0].shape[axis:])
-    place = lax.broadcasted_iota(jnp.int32, shape, axis)
-    blocks = jnp.broadcast_to(spread[-1], shape)
-    for i, plane in enumerate(spread[:-1]):
-        blocks = jnp.where(place == i, plane, blocks)
-    return blocks.astype(dtype)
+
+    def interleave(planes: Sequence[Array]) -> Array:
+        shape = (*planes[0].shape[:axis], len(planes), *planes[0].shape[axis:])
+        place = lax.broadcasted_iota(jnp.int32, shape, axis)
+        first, *others = (lax.expand_dims(plane, [axis]) for plane in planes)
+        blocks = jnp.broadcast_to(first, shape)
+        for i, plane in enumerate(others, start=1):
+            blocks = jnp.where(place == i, plane, blocks)
+        return blocks
+
+    # XLA does not know which branch is taken, always the first, so that it computes the planes
+    # before and stores them; it would compute them again for each of the places.
+    taken = lax.optimization_barrier(jnp.ones((), bool))
+    return lax.cond(taken, interleave, lambda planes: interleave(planes[:1] * len(planes)), planes)
 
 
 def ranks(planes: Sequence[Array]) -> list[Array]:
