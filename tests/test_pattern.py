@@ -1,6 +1,7 @@
 """N:M patterns, and the penalty whose zeros they are."""
 
 import itertools
+import logging
 import math
 import re
 
@@ -190,3 +191,28 @@ def test_what_is_computed_from_joined_planes_is_the_same_compiled_or_not():
     np.testing.assert_allclose(
         jax.jit(landing)(weight, step), landing(weight, step), rtol=0, atol=1e-6
     )
+
+
+def test_planes_that_vary_over_fewer_axes_are_joined_in_shard_map():
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("rows")
+    same, varying = jnp.ones((4,)), jnp.arange(4.0)
+    joined = jax.shard_map(
+        lambda varying: join([jnp.ones((4,)), varying]), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    assert joined(varying).tolist() == join([same, varying]).tolist()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [prox, top_mask, lambda y: jax.grad(lambda y: prox(y, 0.3).sum())(y)],
+    ids=["prox", "top_mask", "gradient"],
+)
+def test_a_second_call_outside_of_jit_compiles_nothing(function, caplog):
+    arguments = (jnp.ones((3, 8)), 0.3) if function is prox else (jnp.ones((3, 8)),)
+    function(*arguments)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        function(*arguments)
+        assert not caplog.messages
+        jax.jit(lambda y: y + 1)(arguments[0])
+        assert caplog.messages

@@ -50,12 +50,23 @@ def _unstack(blocks: Array, axis: int) -> list[Array]:
 def _unstack_jvp(
     axis: int, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[list[Array], list[Array]]:
-    # The same as a sum over the block with one term, whose transpose is `_selected`, not a sum of
-    # padded planes, which XLA's CPU backend computes entry by entry.
-    (blocks,), (d,) = primals, tangents
-    place = lax.broadcasted_iota(jnp.int32, blocks.shape, axis)
-    planes = [jnp.sum(jnp.where(place == i, d, 0), axis) for i in range(blocks.shape[axis])]
-    return _unstack(blocks, axis), planes
+    return _unstack(*primals, axis), _unstack_linear(*tangents, axis)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack_linear(blocks: Array, axis: int) -> list[Array]:
+    """`_unstack` whose transpose is fast too, at the expense of its own speed on CPUs."""
+
+    def by_sums(blocks: Array) -> list[Array]:
+        # Sums of one term and zeros: the transpose adds selects, in vectors. That of slices adds
+        # padded planes, which XLA's CPU backend computes entry by entry.
+        place = lax.broadcasted_iota(jnp.int32, blocks.shape, axis)
+        planes = range(blocks.shape[axis])
+        return [jnp.sum(jnp.where(place == i, blocks, 0), axis) for i in planes]
+
+    return lax.platform_dependent(
+        blocks, cpu=by_sums, default=functools.partial(_unstack, axis=axis)
+    )
 
 
 def join(planes: Sequence[Array], axis: int = -1) -> Array:
@@ -74,19 +85,33 @@ def join(planes: Sequence[Array], axis: int = -1) -> Array:
     """
     shape = list(planes[0].shape)
     axis = range(len(shape))[axis]
-    blocks = lax.platform_dependent(
-        *planes,
-        cpu=lambda *planes: _selected(planes, axis + 1),
-        default=lambda *planes: jnp.stack(planes, axis + 1),
-    )
+    blocks = _stack(tuple(planes), axis + 1)
     shape[axis] *= len(planes)
     return blocks.reshape(shape)
 
 
-def _selected(planes: Sequence[Array], axis: int) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
+def _stack(planes: tuple[Array, ...], axis: int) -> Array:
+    return lax.platform_dependent(
+        *planes,
+        cpu=lambda *planes: _stack_by_selects(planes, axis),
+        default=lambda *planes: jnp.stack(planes, axis),
+    )
+
+
+@_stack.defjvp
+def _stack_jvp(
+    axis: int, primals: tuple[tuple[Array, ...]], tangents: tuple[tuple[Array, ...]]
+) -> tuple[Array, Array]:
+    # The transpose of a plain stack is plain slices, without a branch and masks to remember.
+    return _stack(*primals, axis), jnp.stack(lax.optimization_barrier(*tangents), axis)
+
+
+def _stack_by_selects(planes: tuple[Array, ...], axis: int) -> Array:
     """`jnp.stack` for XLA's CPU backend, which stacks entry by entry, but selects in vectors."""
 
-    def interleave(planes: Sequence[Array]) -> Array:
+    def interleave(planes: tuple[Array, ...]) -> Array:
         shape = (*planes[0].shape[:axis], len(planes), *planes[0].shape[axis:])
         place = lax.broadcasted_iota(jnp.int32, shape, axis)
         first, *others = (lax.expand_dims(plane, [axis]) for plane in planes)
@@ -98,7 +123,7 @@ def _selected(planes: Sequence[Array], axis: int) -> Array:
     # XLA does not know which branch is taken, always the first, so that it computes the planes
     # before and stores them; it would compute them again for each of the places.
     taken = lax.optimization_barrier(jnp.ones((), bool))
-    return lax.cond(taken, interleave, lambda planes: interleave(planes[:1] * len(planes)), planes)
+    return lax.cond(taken, interleave, lambda planes: interleave(planes[::-1]), planes)
 
 
 def ranks(planes: Sequence[Array]) -> list[Array]:

@@ -166,7 +166,7 @@ def _choose(v: Sequence[Array]) -> Support:
         better = (objective < least) & (v[0] < LARGEST_SOLVABLE)
         least = jnp.where(better, objective, least)
         square = jnp.where(better, jnp.where(root_is_sum, (k + 0.5) ** 2, k**2), square)
-    # Products of less than epsilon squared could underflow.
+    # Products of smaller v could underflow. The difference is 0, or NaN where v1 is.
     square = jnp.where(v[0] > epsilon**2, square, v[0] - v[0])
     # Size and kind of root are one number, k or k + 1/2, and it comes out of a square root, which
     # is exact: XLA repeats cheap operations in each consumer, here all of the above, but computes
@@ -186,6 +186,7 @@ def _support(
     size: int | Array, root: Array, root_is_sum: Array, smallest: Array, total: Array
 ) -> Support:
     """The support of which `total` is the sum of v."""
+    # Sizes of 0 and 2 come too, and their numbers are not used.
     others = jnp.maximum(size - 2, 1).astype(root.dtype)
     offset = 4 * (others - 1) / (others * others) + 4 * smallest - 4 * total / others
     t = jnp.sqrt(jnp.square(root) - offset)
