@@ -3,6 +3,7 @@
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import (
@@ -14,6 +15,7 @@ from reference import (
 )
 
 from prox24 import planes, prox
+from prox24.core import keep_two
 
 jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
 
@@ -243,3 +245,15 @@ def test_known_minimisers_of_one_of_four():
     y = np.array([0.0, 1.0, 0.0, -0.8], np.float32)
     assert np.allclose(jitted(y, 0.5, (1, 4)), (0, 0.8, 0, -0.4), rtol=0, atol=1e-6)
     assert np.array_equal(jitted(y, 1.0, (1, 4)), (0, 1, 0, 0))
+
+
+@pytest.mark.parametrize("factor", [1 - 1e-6, 1 + 1e-6])
+def test_square_roots_need_not_be_exact(factor, monkeypatch):
+    # Those of a TPU are not, and the size of a support comes out of one.
+    rng = np.random.default_rng(0)
+    magnitudes = list(jnp.asarray(np.abs(rng.normal(size=(4, 1000))), jnp.float32))
+    lam, sqrt = jnp.float32(0.3), jnp.sqrt
+    exact = keep_two.shrink(magnitudes, lam)
+    monkeypatch.setattr(keep_two.jnp, "sqrt", lambda x: sqrt(x) * jnp.asarray(factor, x.dtype))
+    inexact = keep_two.shrink(magnitudes, lam)
+    np.testing.assert_allclose(np.stack(inexact), np.stack(exact), rtol=0, atol=1e-4)

@@ -168,18 +168,19 @@ def _choose(v: Sequence[Array]) -> Support:
         square = jnp.where(better, jnp.where(root_is_sum, (k + 0.5) ** 2, k**2), square)
     # Products of smaller v could underflow. The difference is 0, or NaN where v1 is.
     square = jnp.where(v[0] > epsilon**2, square, v[0] - v[0])
-    # Size and kind of root are one number, k or k + 1/2, and it comes out of a square root, which
-    # is exact: XLA repeats cheap operations in each consumer, here all of the above, but computes
-    # and stores an expensive one once.
+    # Size and kind of root are one number, k or k + 1/2, and it comes out of a square root: XLA
+    # repeats cheap operations in each consumer, here all of the above, but computes and stores an
+    # expensive one once. The quarters are for square roots that are not exact, like a TPU's.
     code = jnp.sqrt(square)
-    size = jnp.floor(code)
+    size = jnp.floor(code + 0.25)
+    root_is_sum = code > size + 0.25
     root, smallest, total = [jnp.zeros_like(unit)] * 3
     for k, of_k in candidates.items():
         root, smallest, total = (
             jnp.where(size == k, new, old)
             for new, old in zip(of_k, (root, smallest, total), strict=True)
         )
-    return _support(size, root, code > size, smallest, total)
+    return _support(size, root, root_is_sum, smallest, total)
 
 
 def _support(
