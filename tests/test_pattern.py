@@ -198,7 +198,7 @@ def test_planes_that_vary_over_fewer_axes_are_joined_in_shard_map():
     spec = jax.sharding.PartitionSpec("rows")
     same, varying = jnp.ones((4,)), jnp.arange(4.0)
     joined = jax.shard_map(
-        lambda varying: join([jnp.ones((4,)), varying]), mesh=mesh, in_specs=spec, out_specs=spec
+        lambda varying: join([same, varying]), mesh=mesh, in_specs=spec, out_specs=spec
     )
     assert joined(varying).tolist() == join([same, varying]).tolist()
 

@@ -249,7 +249,7 @@ def test_known_minimisers_of_one_of_four():
 
 @pytest.mark.parametrize("factor", [1 - 1e-6, 1 + 1e-6])
 def test_square_roots_need_not_be_exact(factor, monkeypatch):
-    # Those of a TPU are not, and the size of a support comes out of one.
+    # Accelerators need not round them correctly, and the size of a support comes out of one.
     rng = np.random.default_rng(0)
     magnitudes = list(jnp.asarray(np.abs(rng.normal(size=(4, 1000))), jnp.float32))
     lam, sqrt = jnp.float32(0.3), jnp.sqrt

@@ -170,7 +170,7 @@ def _choose(v: Sequence[Array]) -> Support:
     square = jnp.where(v[0] > epsilon**2, square, v[0] - v[0])
     # Size and kind of root are one number, k or k + 1/2, and it comes out of a square root: XLA
     # repeats cheap operations in each consumer, here all of the above, but computes and stores an
-    # expensive one once. The quarters are for square roots that are not exact, like a TPU's.
+    # expensive one once. The quarters are for backends whose square roots are not exact.
     code = jnp.sqrt(square)
     size = jnp.floor(code + 0.25)
     root_is_sum = code > size + 0.25
