@@ -1,25 +1,30 @@
 """Perplexity of SmolLM2-135M-Instruct pruned to 2:4, and the ablations of the method.
 
     python benchmarks/model.py main --calibration calib_mix.txt --texts austen.txt sotu.txt
-    python benchmarks/model.py samples --length 128 ...
-    python benchmarks/model.py refit ...
-    python benchmarks/model.py growth ...
+    python benchmarks/model.py samples --length 64 ...
+    python benchmarks/model.py refit --windows 16 ...
+    python benchmarks/model.py growth --windows 16 ...
 
 main: every method, with and without a refit. samples: 1 to 2,048 calibration windows. refit:
 gradient steps after masking. growth: of lambda, with and without a refit. Calibration windows are
 drawn at random from the text by the seed, without overlap; evaluation is on the first windows of
 512 tokens of each text. A line is appended to FOLDER/model-TABLE.csv after each run, and a run
-that is there already is skipped, so that an interrupted command can be given again.
+that is there already is skipped, so that an interrupted command can be given again. The last three
+are drawn in FOLDER/model-TABLE.png, all lines of the file together.
 """
 
 import argparse
 import csv
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib.ticker import NullLocator, ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -33,17 +38,28 @@ from prox24.perplexity import perplexity
 from prox24.pipeline import collect, prune
 from prox24.solvers.schedules import Exponential
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 EVALUATION_LENGTH = 512
 
 
-class Run(NamedTuple):
-    """One line of a table."""
+VARIED = {
+    "samples": ("windows", "calibration windows"),
+    "refit": ("gradient_steps", "gradient steps"),
+    "growth": ("growth", "growth of lambda per step"),
+}
+"""What an ablation varies: a column of its lines, and how a figure calls it."""
 
-    name: str
+
+class Run(NamedTuple):
+    """One line of a table; in an ablation, with the number that it varies by its column."""
+
+    method: str
     solver: object
     refit: object = None
     pull: float | None = None
-    windows: int | None = None
+    varied: Mapping[str, float] = MappingProxyType({})
 
 
 CONVERGED = ConjugateGradients(100, 1e-6)
@@ -82,28 +98,24 @@ def samples_table() -> list[Run]:
         DEFAULT,
     ]
     return [
-        method._replace(windows=2**power, name=f"{method.name}, {2**power} windows")
-        for power in range(12)
-        for method in methods
+        method._replace(varied={"windows": 2**power}) for power in range(12) for method in methods
     ]
 
 
 def refit_table() -> list[Run]:
-    """Gradient steps after masking."""
-    steps = (0, 50, 100, 200, 400, 800, 1600)
+    """Gradient steps after masking; none is the proximal gradient method with no refit."""
     return [
-        Run(f"{name}, {count} gradient steps", solver, GradientSteps(steps=count))
-        for name, solver in (("prox", Prox()), ("sparsegpt", SparseGPT()))
-        for count in steps
+        Run("prox", Prox(), GradientSteps(steps=steps), varied={"gradient_steps": steps})
+        for steps in (0, 50, 100, 200, 400, 800, 1600)
     ]
 
 
 def growth_table() -> list[Run]:
     """How fast lambda grows."""
     return [
-        Run(f"prox, growth {growth}{title}", Prox(Exponential(0.01, growth)), refit)
+        Run(method, Prox(Exponential(0.01, growth)), refit, varied={"growth": growth})
         for growth in (1.5, 1.2, 1.1, 1.05, 1.02, 1.01)
-        for title, refit in (("", None), (" + refit", ConjugateGradients()))
+        for method, refit in (("prox", None), ("prox + refit", ConjugateGradients()))
     ]
 
 
@@ -170,27 +182,57 @@ def add_row(path: Path, row: dict[str, object]) -> list[dict[str, str]]:
     return read_rows(path)
 
 
-def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
-    """Means over the seeds, and the range of the perplexities."""
+def mean_and_spread(rows: list[dict[str, str]], field: str, form: str) -> str:
+    """The mean over seeds, and half of the range where there are several."""
+    found = [float(row[field]) for row in rows if row[field]]
+    if not found:
+        return ""
+    half = (max(found) - min(found)) / 2
+    return f"{np.mean(found):{form}}" + (f" ± {half:{form}}" if len(found) > 1 else "")
+
+
+def print_table(rows: list[dict[str, str]], texts: list[str], column: str | None) -> None:
+    """One line for all seeds of a run."""
     table = Table()
     table.add_column("method", no_wrap=True)
-    for title in (*texts, "mean loss", "solver s", "seeds"):
+    for title in (column or "", *texts, "mean loss", "solver s", "seeds"):
         table.add_column(title, justify="right")
-    for name in dict.fromkeys(row["run"] for row in rows):
-        same = [row for row in rows if row["run"] == name]
-
-        def cell(field: str, form: str, same: list[dict[str, str]] = same) -> str:
-            found = [float(row[field]) for row in same if row[field]]
-            if not found:
-                return ""
-            half = (max(found) - min(found)) / 2
-            spread = f" ± {half:{form}}" if len(found) > 1 else ""
-            return f"{np.mean(found):{form}}{spread}"
-
-        cells = [cell(text, ".2f") for text in texts]
-        losses = [cell("mean_relative_loss", ".4f"), cell("solver_seconds", ".0f")]
-        table.add_row(name, *cells, *losses, str(len(same)))
+    for method, value in dict.fromkeys((row["run"], row.get(column, "")) for row in rows):
+        same = [r for r in rows if (r["run"], r.get(column, "")) == (method, value)]
+        cells = [mean_and_spread(same, text, ".2f") for text in texts]
+        losses = mean_and_spread(same, "mean_relative_loss", ".4f")
+        seconds = mean_and_spread(same, "solver_seconds", ".0f")
+        table.add_row(method, value, *cells, losses, seconds, str(len(same)))
     Console(width=130).print(table)
+
+
+def draw(rows: list[dict[str, str]], texts: list[str], column: str, title: str, path: Path) -> None:
+    """Perplexity against what was varied, means over the seeds, a line for each method."""
+    figure, panels = plt.subplots(
+        1, len(texts), figsize=(4.5 * len(texts), 4), layout="tight", squeeze=False
+    )
+    values = sorted({float(row[column]) for row in rows})
+    for axes, text in zip(panels[0], texts, strict=True):
+        for method in dict.fromkeys(row["run"] for row in rows):
+            measured: dict[float, list[float]] = {}
+            for row in rows:
+                if row["run"] == method:
+                    measured.setdefault(float(row[column]), []).append(float(row[text]))
+            points = [(value, np.mean(measured[value])) for value in sorted(measured)]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method)
+        # A linear part up to the first positive value has room for zero.
+        axes.set_xscale("symlog", linthresh=min(value for value in values if value > 0))
+        axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=7)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(title)
+        axes.set_title(text, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("perplexity")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -226,24 +268,27 @@ def main() -> None:
         parser.error(f"{path} has no column for {', '.join(texts)}: give another --output")
     for seed in arguments.seeds:
         for run in TABLES[arguments.table]():
-            if not run.name.startswith(tuple(arguments.only)):
+            if not run.method.startswith(tuple(arguments.only)):
                 continue
-            count = run.windows or arguments.windows
             key = {
-                "run": run.name,
+                "run": run.method,
                 "seed": seed,
                 "calibration": arguments.calibration.stem,
-                "windows": count,
+                "windows": arguments.windows,
                 "length": arguments.length,
                 "evaluation_windows": arguments.evaluation_windows,
+                **run.varied,
             }
             if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
                 continue
-            windows = drawn_windows(calibration, count, arguments.length, seed)
+            windows = drawn_windows(calibration, key["windows"], arguments.length, seed)
             row = dict(key)
             row |= measure(run, checkpoint, windows, texts)
             rows = add_row(path, row)
-    print_table(rows, list(texts))
+    column, title = VARIED.get(arguments.table, (None, ""))
+    print_table(rows, list(texts), column)
+    if column is not None:
+        draw(rows, list(texts), column, title, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

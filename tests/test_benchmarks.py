@@ -226,8 +226,25 @@ def test_a_run_of_the_model_benchmark_measures_the_pruned_model(tmp_path):
 
 def test_the_tables_of_the_model_benchmark_name_each_run_once():
     for table in runpy.run_path(str(BENCHMARKS / "model.py"))["TABLES"].values():
-        names = [run.name for run in table()]
-        assert len(set(names)) == len(names)
+        runs = [(run.method, *run.varied.items()) for run in table()]
+        assert len(set(runs)) == len(runs)
+
+
+def test_an_ablation_varies_a_column_and_is_drawn_with_the_mean_over_seeds(tmp_path, capsys):
+    benchmark = runpy.run_path(str(BENCHMARKS / "model.py"))
+    rows = [
+        {"run": "prox", "growth": value, "text": text, "mean_relative_loss": "", "seed": seed}
+        | {"solver_seconds": "1"}
+        for value, text, seed in (("1.5", "20", "0"), ("1.1", "10", "0"), ("1.1", "12", "1"))
+    ]
+    for table, (column, title) in benchmark["VARIED"].items():
+        assert all(column in run.varied for run in benchmark["TABLES"][table]())
+        assert title
+    benchmark["print_table"](rows, ["text"], "growth")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "1.1" in line]
+    assert "11.00 ± 1.00" in line
+    benchmark["draw"](rows, ["text"], "growth", "growth of lambda", tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 5000
 
 
 def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full():
