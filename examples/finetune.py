@@ -104,7 +104,7 @@ def main():
     arguments = parser.parse_args()
 
     checkpoint = open_checkpoint(arguments.source)
-    check_destination(arguments.destination, checkpoint.path, overwrite=False)
+    check_destination(arguments.destination, [checkpoint.path])
     windows = evaluation_windows(checkpoint, arguments.text, None, arguments.sequence_length)
     held_out = max(1, len(windows) // 10)
     if held_out == len(windows):

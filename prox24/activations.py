@@ -1,5 +1,6 @@
 """Hidden states in files: memory for the layers, and a place from which a run can go on."""
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24.checkpoints.tensors import writing
+from prox24.checkpoints.unfinished import synchronise
 from prox24.processes import latest, meet
 
 
@@ -40,7 +42,10 @@ class ActivationFiles:
         """What enters a layer, to be read or written, as views into a file."""
         path, size = self._folder / f"{stream}-{layer % 2}", self._micro_batch
         with writing(path):
-            path.touch()
+            with path.open("ab") as file:
+                # Where a disk is full, a mapped file that has no place there ends the process.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, 4 * math.prod(self._shape))
             whole = np.memmap(path, np.float32, "r+", shape=self._shape)
         return [whole[i : i + size] for i in range(0, len(whole), size)]
 
@@ -50,8 +55,8 @@ class ActivationFiles:
         with writing(self._folder):
             new.write_text(str(layer))
             for path in [*(self._folder / f"{stream}-{layer % 2}" for stream in streams), new]:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                synchronise(path)
             # When one process has noted the layer, all have written it.
             meet(f"layer {layer} is complete")
             new.rename(self._folder / "layer")
+            synchronise(self._folder)

@@ -21,6 +21,8 @@ from prox24.devices import apart, everywhere, in_parts
 from prox24.errors import CalibrationError, CheckpointError
 from prox24.forward import (
     Model,
+    all_linears,
+    check_widths,
     embed_windows,
     embedding_weights,
     head_weights,
@@ -141,7 +143,8 @@ def distill(
       A `Distilled`.
 
     Raises:
-      CheckpointError: the models differ in more than their weights.
+      CheckpointError: the models differ in more than their weights, or a mask is to be found and
+        a linear's input width is not divisible by 4.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
     """
@@ -151,6 +154,9 @@ def distill(
         raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
     size = refinement.windows
     batches, mask = len(windows) // size, refinement.mask
+    if mask is not None:
+        linears = {linear.tensor: linear.shape[1] for linear in all_linears(config)}
+        check_widths(linears, (2, 4))
     held_out = refinement.held_out_of(batches)
     if batches <= held_out:
         raise CalibrationError(
@@ -224,7 +230,7 @@ def _optimizer(
     rate, mask = optax.cosine_decay_schedule(refinement.rate, steps), refinement.mask
     if mask is None:
         return optax.adam(rate)
-    lam = exponential(mask.first, (mask.last / mask.first) ** (1 / steps))
+    lam = exponential(mask.first, (mask.last / mask.first) ** (1 / max(1, steps - 1)))
 
     def pruned(params: whole.Stacked) -> list[dict[str, bool]]:
         return [{name: name in _linears(config) for name in run} for run in params]
@@ -274,10 +280,14 @@ def _mean_magnitudes(config: Config, params: whole.Stacked) -> whole.Stacked:
     """Of the linears of each layer, to be multiplied with; 1 for the other tensors."""
     return _of_linears(
         config,
-        lambda w: jnp.mean(jnp.abs(w.astype(jnp.float32)), axis=(1, 2), keepdims=True),
+        lambda w: _unit(jnp.mean(jnp.abs(w.astype(jnp.float32)), axis=(1, 2), keepdims=True)),
         lambda other: jnp.ones((), jnp.float32),
         params,
     )
+
+
+def _unit(size: Array) -> Array:
+    return jnp.where(size > 0, size, 1)
 
 
 def _named(config: Config, params: whole.Stacked) -> Iterator[tuple[str, NDArray[Any]]]:

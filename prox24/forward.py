@@ -1,7 +1,7 @@
 """Running a checkpoint's layers one after the other over windows of tokens."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.devices import everywhere, one_axis, own_windows, placed, taken
 from prox24.errors import CheckpointError
 from prox24.models import decoder
@@ -77,6 +78,19 @@ def layer_linears(config: Config, index: int) -> list[Linear]:
 def all_linears(config: Config) -> list[Linear]:
     """The linears of every layer, in the order of pruning."""
     return [linear for i in range(len(config.layers)) for linear in layer_linears(config, i)]
+
+
+def check_widths(widths: Mapping[str, int], pattern: PatternLike | Unstructured) -> None:
+    """Raises CheckpointError where M does not divide an input width, given by tensor."""
+    if isinstance(pattern, Unstructured):
+        return
+    pattern = as_pattern(pattern)
+    for name, width in widths.items():
+        if width % pattern.group:
+            raise CheckpointError(
+                f"tensor {name} has input width {width}, not divisible by {pattern.group}: "
+                f"the pattern {pattern} does not fit"
+            )
 
 
 def oriented(config: Config, weight: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from prox24.errors import CalibrationError
 from prox24.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
 from prox24.models import decoder
 from prox24.models.decoder import Config
+
+LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 class Perplexity(NamedTuple):
@@ -75,7 +78,7 @@ def from_losses(
     """
     predicted = windows.size - len(windows)
     mean = losses.astype(np.float64).sum() / predicted
-    if not math.isfinite(mean):
+    if not mean < LARGEST_LOSS:
         raise CalibrationError(f"{path}: the loss on the text is {mean}")
     return Perplexity(math.exp(mean), windows.shape[1], len(windows), predicted)
 

@@ -20,7 +20,7 @@ from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram, over_dev
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
-from prox24.core.pattern import PatternLike, Unstructured, as_pattern
+from prox24.core.pattern import PatternLike, Unstructured
 from prox24.devices import apart, everywhere, own_windows, placed
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import (
@@ -29,6 +29,7 @@ from prox24.forward import (
     Model,
     all_linears,
     batch_size,
+    check_widths,
     embed_windows,
     layer_linears,
     layer_weights,
@@ -141,8 +142,8 @@ def prune(
       pull: None to reproduce each linear's own output on the pruned model's activations; a number
         to reproduce the dense model's, with that pull to the dense weight, see
         `prox24.correct_inputs`. It runs the dense model alongside.
-      dtype: what the weights will be written in, to which the layers after them see them rounded;
-        None for each tensor's own.
+      dtype: what the weights will be written in, to which the layers after them see what was
+        pruned or trained rounded; None for each tensor's own.
       finished: weights that were pruned and written before, by name. They are run, and not yielded.
       micro_batch: windows that go through a layer together, a divisor of their number; None for
         about `forward.BATCH_TOKENS` tokens.
@@ -240,11 +241,11 @@ def _put_finished(
 ) -> set[str]:
     """Puts what was written before into the weights of a layer; the names of what was."""
     done = set()
-    for name, given in weights.items():
+    for name in list(weights):
         tensor = decoder.layer_tensor(model.config.names, index, name)
         if tensor in finished:
             written = oriented(model.config, jnp.asarray(finished[tensor].read()))
-            weights[name] = everywhere(written, model.mesh).astype(given.dtype)
+            weights[name] = everywhere(written, model.mesh)
             done.add(name)
     return done
 
@@ -274,6 +275,9 @@ def _refine_layer(
     """Trains the weights of a layer, in place, as they will be written."""
     began = time.perf_counter()
     pruned = {linear.weight for linear in layer_linears(model.config, index)}
+    if dtype is not None:
+        trained = refined_tensors(model.config, index, refinement)
+        weights |= {name: weights[name].astype(dtype) for name in trained}
     batches = len(hidden["pruned"])
     refined = block(
         _layer_function(model.config.layers[index]),
@@ -288,11 +292,10 @@ def _refine_layer(
             for name, values in weights.items()
         },
     )
-    for name, values in refined.params.items():
-        if dtype is not None and (name in pruned or not refinement.linears_only):
-            values = values.astype(dtype).astype(values.dtype)
-        weights[name] = values
+    weights |= refined.params
     seconds = time.perf_counter() - began
+    if not math.isfinite(refined.losses[0]):
+        raise CalibrationError(f"NaN or Inf in what the pruned layer {index} puts out")
     best = min(loss for loss in refined.losses if math.isfinite(loss))
     return BlockReport(refined.outcome, refined.losses[0], best, refined.steps, seconds)
 
@@ -359,8 +362,12 @@ def _prune_linears(
         pruned = everywhere(solution.weight, model.mesh)
         # What comes after sees the weight as it will be written.
         written = pruned.astype(given.dtype if dtype is None else dtype)
-        weights[linear.weight] = written.astype(given.dtype)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
+        if not jnp.isfinite(written).all():
+            raise CheckpointError(
+                f"tensor {linear.tensor} overflows {written.dtype}; choose another dtype"
+            )
+        weights[linear.weight] = written
         values = np.asarray(oriented(model.config, pruned))
         yield PrunedTensor(linear.tensor, values, report)
 
@@ -372,19 +379,6 @@ def collect(tensors: Iterable[PrunedTensor]) -> PrunedModel:
         {tensor.name: tensor.values for tensor in held},
         [tensor.report for tensor in held if tensor.report is not None],
     )
-
-
-def check_widths(widths: Mapping[str, int], pattern: PatternLike | Unstructured) -> None:
-    """Raises CheckpointError where M does not divide an input width, given by tensor."""
-    if isinstance(pattern, Unstructured):
-        return
-    pattern = as_pattern(pattern)
-    for name, width in widths.items():
-        if width % pattern.group:
-            raise CheckpointError(
-                f"tensor {name} has input width {width}, not divisible by {pattern.group}: "
-                f"the pattern {pattern} does not fit"
-            )
 
 
 class LayerSums(NamedTuple):

@@ -15,7 +15,7 @@ from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram
 from prox24.core.pattern import PatternLike, Unstructured
 from prox24.core.precision import PRECISION
 from prox24.errors import Prox24Error
-from prox24.forward import Linear, Model, layer_linears, micro_batches_of
+from prox24.forward import Linear, Model, check_widths, layer_linears, micro_batches_of
 from prox24.models import decoder
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.solve import Refit, Solver, lower, solve
@@ -76,6 +76,7 @@ def layer_memory(
       devices: among which the rows of a weight are divided.
     """
     linears = layer_linears(model.config, index)
+    check_widths({linear.tensor: linear.shape[1] for linear in linears}, pattern)
     held = sum(map(_bytes, _weights(model, index).values()))
     grams = sum(4 * width**2 for width in _widths(linears).values())
     by_shape = {linear.shape: linear for linear in linears}
@@ -111,6 +112,7 @@ def fitting_micro_batch(
 
     Raises:
       Prox24Error: one window, or the solver, needs more.
+      CheckpointError: a linear's input width is not divisible by M.
     """
     devices = 1 if model.mesh is None else model.mesh.size
     share, length = windows[0] // devices, windows[1]

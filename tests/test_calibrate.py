@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from prox24 import calibrate, tap
-from prox24.calibration.layout import from_matrices, to_matrices
+from prox24.calibration.layout import Layout, from_matrices, to_matrices
 from prox24.calibration.products import find_products
 from prox24.errors import CalibrationError
 
@@ -468,6 +468,27 @@ def test_a_tap_says_what_a_weight_is_multiplied_with():
         assert (rows, layout.summed, layout.outputs) == ((15,), (0,), (1,))
         assert relative_error(gram[0], exact.T @ exact) < 1e-6
         assert found.left_out == {}
+
+
+def test_a_tap_of_a_weight_that_a_scan_runs_over_has_a_gram_for_each_slice():
+    def apply(params, x):
+        def layer(x, w):
+            return jnp.tanh(tap("kernel", x, axis=2) @ (2 * w).T), None
+
+        return jax.lax.scan(layer, x, params["kernel"])[0]
+
+    def seen(params, x):
+        def layer(x, w):
+            return jnp.tanh(x @ (2 * w).T), x
+
+        return jax.lax.scan(layer, x, params["kernel"])[1]
+
+    params, x = {"kernel": normal(3, 8, 8) / 4}, normal(20, 8, seed=1)
+    gram, rows, layout = calibrate(apply, params, [x]).grams["kernel"]
+    assert (rows, layout) == ((20, 20, 20), Layout((0,), (1,), (2,)))
+    for own, inputs in zip(gram, seen(params, x), strict=True):
+        exact = np.asarray(inputs, np.float64)
+        assert relative_error(own, exact.T @ exact) < 1e-6
 
 
 def test_a_tap_takes_the_place_of_what_would_be_found():

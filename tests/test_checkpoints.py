@@ -12,7 +12,7 @@ from tiny import config_dict, random_weights, write_folder, write_tiny
 from prox24.checkpoints import gguf_file
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
-from prox24.errors import CheckpointError, UnsupportedModelError
+from prox24.errors import CheckpointError, DiskError, UnsupportedModelError
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -141,10 +141,32 @@ def test_a_tensor_of_a_dtype_that_is_not_read_is_named(tmp_path):
         write_checkpoint(source, tmp_path / "out")
 
 
-def test_the_source_cannot_be_its_own_destination(tmp_path):
+@pytest.mark.parametrize("destination", ["models/source", "models"])
+def test_the_source_is_not_overwritten_nor_what_it_lies_in(tmp_path, destination):
+    (tmp_path / "models").mkdir()
+    write_tiny(tmp_path / "models" / "source")
+    source = open_checkpoint(tmp_path / "models" / "source")
+    with pytest.raises(CheckpointError, match=r"is or holds .*/models/source; choose another"):
+        write_checkpoint(source, tmp_path / destination, overwrite=True)
+    assert open_checkpoint(tmp_path / "models" / "source").tensors.keys() == source.tensors.keys()
+
+
+def test_a_file_that_goes_along_and_cannot_be_read_is_named(tmp_path, monkeypatch):
     write_tiny(tmp_path / "source")
-    with pytest.raises(CheckpointError, match="is the source"):
-        write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "source", overwrite=True)
+    (tmp_path / "source" / "notes.txt").write_text("x")
+    source = open_checkpoint(tmp_path / "source")
+    opened = Path.open
+
+    def forbidden(path, *arguments, **keywords):
+        if path.name == "notes.txt":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", forbidden)
+        with pytest.raises(DiskError, match=r"cannot read .*/source/notes\.txt: Permission denied"):
+            write_checkpoint(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def _index(folder):

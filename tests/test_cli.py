@@ -3,10 +3,12 @@ import subprocess
 import sys
 from unittest.mock import ANY
 
+import jax
 import numpy as np
 import pytest
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
+from prox24.cli import evaluate
 from prox24.cli.main import main
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
@@ -153,6 +155,19 @@ def width_not_divisible(workspace):
     return [*arguments, *options(workspace), "--method", "wanda"], "q_proj.weight"
 
 
+def width_not_divisible_within_a_memory(workspace):
+    arguments, named = width_not_divisible(workspace)
+    return [*arguments, "--memory", "1GB"], named
+
+
+def name_that_is_too_long(workspace):
+    return ["eval", workspace / ("x" * 300)], "File name too long"
+
+
+def report_that_is_a_folder(workspace):
+    return ["verify", workspace / "model", "--report", workspace], "is a folder"
+
+
 def nan_weight(workspace):
     weights = random_weights(config_dict())
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
@@ -178,6 +193,9 @@ ERRORS = [
     truncated_shard,
     pattern_prox_cannot_do,
     width_not_divisible,
+    width_not_divisible_within_a_memory,
+    name_that_is_too_long,
+    report_that_is_a_folder,
     nan_weight,
     missing_tokenizer,
 ]
@@ -194,6 +212,35 @@ def test_an_error_is_one_line_and_leaves_nothing_behind(workspace, capsys, make)
     assert printed.err.startswith("prox24: error: ")
     assert named in printed.err
     assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
+            "a device fails: RE",
+        ),
+        (MemoryError("cannot allocate 8 GB"), "out of memory: cannot allocate 8 GB"),
+        (PermissionError(13, "Permission denied", "/root/model"), "denied: '/root/model'"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(workspace, monkeypatch, capsys, error, said):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(evaluate, "run", fail)
+    assert main(["eval", str(workspace / "model")]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_path_is_printed_as_it_is(workspace, capsys):
+    for name in ("llama[wanda]", "out[", "x:smile:"):
+        out = workspace / name
+        assert main(["convert", str(workspace / "model"), str(out), "--shard-size", "1GB"]) == 0
+        assert name in "".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

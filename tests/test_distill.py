@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tokens, write_tiny
+from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 import prox24
 from prox24 import distill as model_distillation
@@ -259,6 +259,47 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
     assert distilled(workspace, "out", "--state", workspace / "state") == 0
     for path in (workspace / "whole").iterdir():
         assert path.read_bytes() == (workspace / "out" / path.name).read_bytes(), path.name
+
+
+def test_a_training_that_diverges_is_reported_as_json(workspace, capsys):
+    assert distilled(workspace, "out", "--rate", "1e15", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["outcome"] == "diverged"
+    assert report["losses"][-1] is None
+    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
+
+
+def test_a_mask_does_not_fit_every_width(workspace, capsys):
+    config = config_dict(intermediate_size=46)
+    write_folder(workspace / "narrow", config, random_weights(config))
+    command = ["distill", *[str(workspace / "narrow")] * 2, str(workspace / "out"), "--quiet"]
+    command += ["--text", str(workspace / "text.txt"), "--sequence-length", "32"]
+    assert main([*command, "--samples", "16", "--mask", "growing"]) == 2
+    assert "down_proj.weight has input width 46" in capsys.readouterr().err
+
+
+def test_a_linear_of_zeros_stays_so_where_the_mask_is_found(workspace):
+    config = config_dict()
+    weights = random_weights(config)
+    weights["model.layers.0.self_attn.o_proj.weight"][:] = 0
+    write_folder(workspace / "zeros", config, weights)
+    command = ["distill", *[str(workspace / "zeros")] * 2, str(workspace / "out"), "--quiet"]
+    command += ["--text", str(workspace / "text.txt"), "--sequence-length", "32"]
+    assert main([*command, "--samples", "16", "--mask", "growing", "--rate", "0.01"]) == 0
+    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
+
+
+def test_the_destination_is_looked_at_before_the_training(workspace, monkeypatch, capsys):
+    def trained(*arguments, **keywords):
+        pytest.fail("it was trained")
+
+    monkeypatch.setattr("prox24.cli.distill.distill", trained)
+    (workspace / "out.unfinished" / "model").mkdir(parents=True)
+    (workspace / "out.unfinished" / "job.json").write_text("{}")
+    (workspace / "out.unfinished" / "journal.jsonl").write_text('{"tensor": "a", "sha256": ""}\n')
+    assert distilled(workspace) == 2
+    printed = capsys.readouterr().err
+    assert "holds 1 tensors of another run: of another command; run as before" in printed
 
 
 def test_other_models_and_short_texts_are_refused(workspace, capsys):

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import killed
@@ -16,7 +17,7 @@ from killed import on_change
 from tiny import write_tiny
 
 from prox24 import pipeline
-from prox24.checkpoints import safetensors_file, unfinished
+from prox24.checkpoints import safetensors_file, unfinished, writer
 from prox24.checkpoints.unfinished import unfinished_folder
 from prox24.cli import prune
 from prox24.cli.main import main
@@ -268,6 +269,58 @@ def test_a_full_disk_loses_nothing(workspace, monkeypatch, capsys):
     assert contents(workspace / "out") == contents(workspace / "whole")
 
 
+def test_a_disk_that_is_still_full_loses_nothing(workspace, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        assert main(command(workspace)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+        patch.setattr(writer, "_allocated", lambda folder: 0)
+        assert main(command(workspace)) == 2
+    assert "bytes do not fit; what is done is in" in capsys.readouterr().err
+    assert len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call here")
+def test_activations_that_do_not_fit_the_disk_are_named(workspace, monkeypatch, capsys):
+    def full(descriptor, start, size):
+        assert size == 8 * 32 * 32 * 4
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert main(command(workspace, "out", "--activations", "disk")) == 2
+    assert "activations/0/pruned-0: No space left on device" in capsys.readouterr().err
+
+
+def test_what_came_to_stand_at_the_destination_is_kept(workspace, monkeypatch, capsys):
+    fill_folder = prune.fill_folder
+
+    def meanwhile(*arguments, **keywords):
+        (workspace / "out").mkdir()
+        (workspace / "out" / "precious").write_text("x")
+        return fill_folder(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "fill_folder", meanwhile)
+        assert main(command(workspace)) == 2
+    assert f"{workspace}/out came to exist meanwhile; move it away" in capsys.readouterr().err
+    assert contents(workspace / "out") == {"precious": b"x"}
+    (workspace / "out").rename(workspace / "away")
+    assert main(command(workspace)) == 0
+    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--calibration", "source"])
+def test_overwriting_what_holds_an_input_is_refused(workspace, capsys, option):
+    (workspace / "all").mkdir()
+    kept = workspace / ("text.txt" if option == "--calibration" else "model")
+    kept.rename(workspace / "all" / kept.name)
+    (workspace / kept.name).symlink_to(workspace / "all" / kept.name)
+    assert main(command(workspace, "all", "--overwrite")) == 2
+    assert f"{workspace}/all is or holds {kept}" in capsys.readouterr().err
+    assert (workspace / "all" / kept.name).exists()
+
+
 def test_a_destination_that_cannot_be_written_is_named(workspace, capsys):
     assert main(command(workspace, "/proc/out")) == 2
     assert "cannot write /proc/out" in capsys.readouterr().err
@@ -299,7 +352,7 @@ def test_the_old_folder_is_put_back_when_the_last_step_fails(workspace, monkeypa
         return rename(path, target)
 
     def write():
-        with unfinished_folder(workspace / "out", {}) as work:
+        with unfinished_folder(workspace / "out", {}, overwrite=True) as work:
             (work.folder / "new").write_text("y")
             for i in range(done):
                 work.record(unfinished.Written(str(i), work.folder / "new", ""), {})

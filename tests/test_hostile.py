@@ -172,7 +172,8 @@ WRONG_CONFIGS = {
     "theta of text": {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
     "negative theta": {"rope_parameters": {"rope_type": "default", "rope_theta": -2.0}},
     "more rotation than a head": {
-        "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1e9}
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        | {"partial_rotary_factor": 1e9}
     },
     "circle of aliases": {"attribute_map": {"hidden_size": "a", "a": "hidden_size"}},
     "dict replaced": {"__dict__": {}},
@@ -198,10 +199,24 @@ def test_the_alias_of_a_number_of_layers_has_the_limit_too():
 
 
 @pytest.mark.parametrize("field", ["num_key_value_heads", "sliding_window"])
-@pytest.mark.parametrize("value", ["gpt2", 0.5, -1, [1], True])
-def test_a_field_that_a_family_has_not_is_checked_where_it_counts(field, value):
-    with pytest.raises(UnsupportedModelError, match=r"heads of keys|sliding window"):
-        config_from_hf({"model_type": "gpt2", field: value})
+@pytest.mark.parametrize("value", ["gpt2", 0.5, -1, [1], True, 4])
+def test_a_field_that_a_family_has_not_means_nothing(field, value):
+    plain = {"model_type": "gpt2", "n_head": 8, "n_embd": 64}
+    assert config_from_hf(plain | {field: value}) == config_from_hf(plain)
+
+
+def test_a_llama_has_no_windows_and_rotates_whole_heads():
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    changed = {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}
+    plain = config_dict() | {"rope_parameters": {"rope_theta": 1e4}}
+    assert config_from_hf(plain | changed) == config_from_hf(plain)
+    assert config_from_hf(plain | {"rope_parameters": rope}) == config_from_hf(plain)
+
+
+@pytest.mark.parametrize("value", ["gpt2", 0.5, -1, [1], True, 3])
+def test_a_number_of_key_heads_is_checked(value):
+    with pytest.raises(UnsupportedModelError, match=r"heads of keys|llama"):
+        config_from_hf(config_dict() | {"num_key_value_heads": value})
 
 
 def test_more_experts_than_any_model_has_are_refused():

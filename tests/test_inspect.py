@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
 from prox24.checkpoints.checkpoint import open_checkpoint
@@ -52,6 +53,16 @@ def test_every_decision_has_its_reason(tmp_path):
     narrow = decisions[f"{layer}block_sparse_moe.experts.3.w2.weight"]
     assert narrow == "dense: width 46 does not fit 2:4"
     assert decisions["buffer"] == "dense: not used by the computation"
+
+
+def test_a_tensor_of_an_unknown_dtype_is_listed(tmp_path, capsys):
+    weights = write_tiny(tmp_path / "model")
+    extra = {"model.scale": np.zeros(4, np.complex64)}
+    save_file(weights | extra, tmp_path / "model" / "model.safetensors")
+    assert main(["inspect", str(tmp_path / "model")]) == 0
+    assert "model.scale" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "model"), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_linears_stored_the_other_way_are_pruned_along_their_input(tmp_path):

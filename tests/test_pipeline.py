@@ -14,6 +14,7 @@ from tiny import (
     write_tiny,
 )
 
+from prox24 import pipeline
 from prox24.calibration.text import first_windows, spread_windows, start_tokens
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
@@ -48,6 +49,23 @@ def test_every_linear_is_sparse_and_nothing_else_changes(tmp_path, method):
             assert np.count_nonzero(written[name]) == values.size // 2
         else:
             assert written[name].tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_layers_see_the_weights_before_them_as_they_are_written(tmp_path, monkeypatch, dtype):
+    write_tiny(tmp_path / "source", dtype="bfloat16")
+    seen = []
+
+    def run_in_place(model, index, weights, hidden):
+        seen.append(weights)
+        pipeline_run_in_place(model, index, weights, hidden)
+
+    pipeline_run_in_place = pipeline.run_in_place
+    monkeypatch.setattr(pipeline, "run_in_place", run_in_place)
+    pruned = prune_folder(tmp_path / "source", Wanda(), ConjugateGradients(), dtype=np.dtype(dtype))
+    for name, values in pruned.tensors.items():
+        index, weight = name.removeprefix("model.layers.").split(".", 1)
+        np.testing.assert_array_equal(seen[int(index)][weight], values.astype(dtype))
 
 
 def relative_losses_by_hand(weights, pruned, config_json, layer_index):

@@ -56,6 +56,13 @@ def test_the_largest_micro_batch_that_fits_is_found(model):
         plan.fitting_micro_batch(model, (12, 64), Wanda(), None, 10)
 
 
+def test_a_width_that_does_not_fit_the_pattern_is_named(tmp_path, capsys):
+    write_tiny(tmp_path / "model")
+    command = ["plan", str(tmp_path / "model"), "--method", "wanda", "--pattern", "2:5"]
+    assert main(command) == 2
+    assert "q_proj.weight has input width 32, not divisible by 5" in capsys.readouterr().err
+
+
 def test_operations_are_those_of_the_products(model):
     counted = plan.operations(model, 100, steps=7)
     shapes = [

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 from test_faults import interrupt_after
-from tiny import tokens, write_tiny
+from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 import prox24
 from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
+from prox24.errors import CheckpointError
 from prox24.forward import all_linears, load_model
 from prox24.models import decoder
 from prox24.pipeline import collect, prune
@@ -143,6 +144,28 @@ def test_what_is_kept_may_be_given(pruned):
     assert np.any(refined.params["second"]["kernel"] != params["second"]["kernel"])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_the_error_is_computed_in_float32(dtype):
+    target = jnp.full((1, 4096), 4, dtype)
+    assert float(refine.relative_error(target / 2, target)) == 0.25
+    assert refine.relative_error(target / 2, target).dtype == jnp.float32
+
+
+def test_a_target_of_zero_counts_by_the_size_of_the_others():
+    target = jnp.array([[2.0, 0.0], [0.0, 0.0], [0.0, 4.0]])  # sizes 4, 0, 16: mean 20 / 3
+    output = target + jnp.array([[1.0, 1.0]])
+    expected = (2 / 4 + 2 / (20 / 3) + 2 / 16) / 3
+    assert float(refine.relative_error(output, target)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("make", [optax.contrib.prodigy, optax.contrib.madgrad, optax.contrib.dog])
+def test_optimizers_that_keep_the_first_parameters(pruned, make):
+    params, inputs, targets = pruned
+    refined = refine.block(two_layers, params, inputs, targets, make(1e-2), passes=3)
+    assert refined.outcome is not Outcome.DIVERGED
+    assert refined.steps == 3 * (BATCHES - 1)
+
+
 @pytest.mark.parametrize(
     ("count", "held_out", "said"),
     [(1, 1, "1 batches: 1 held out"), (3, 0, "3 batches: 0 held out"), (3, 3, "3 held out")],
@@ -241,6 +264,22 @@ def test_a_refined_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch, capsys
         assert contents("out") == contents("whole")
         (tmp_path / "out").rename(tmp_path / f"out-{count}")
     assert main(["verify", str(tmp_path / "whole")]) == 0
+
+
+def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path):
+    weights = random_weights(config_dict())
+    weights["model.layers.1.self_attn.v_proj.weight"][0, 0] = 1e5
+    write_folder(tmp_path / "source", config_dict(), weights)
+    pruned = prune(
+        open_checkpoint(tmp_path / "source"),
+        tokens(batch=8, length=32),
+        Wanda(),
+        None,
+        dtype=np.dtype(np.float16),
+        refinement=refine.BlockRefinement(passes=1),
+    )
+    with pytest.raises(CheckpointError, match=r"1\.self_attn\.v_proj\.weight overflows float16"):
+        collect(pruned)
 
 
 def test_a_single_window_is_refused(tmp_path, capsys):

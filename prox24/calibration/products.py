@@ -306,9 +306,10 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
         equation.params["length"],
         equation.params["reverse"],
     )
-    within, run_over = bodies[-1], {view.path for view in views if view is not None}
+    within = bodies[-1]
+    run_over = {view.path: view.stacked[-1] for view in views if view is not None}
     for product, stack in zip(within.products, rows, strict=True):
-        found.products.append(_merge(product, stack, product.path in run_over))
+        found.products.append(_merge(product, stack, run_over.get(product.path)))
     found.other_uses = within.other_uses | found.other_uses
     return [Operand(value) for value in (*final, *stacks)]
 
@@ -323,11 +324,22 @@ def _sliced(view: View) -> View:
     return View(view.path, view.axes[1:], view.stacked + view.axes[:1])
 
 
-def _merge(product: Product, stack: Array, is_run_over: bool) -> Product:
-    """The product with its rows of all steps, shape (steps, problems, rows, in)."""
+def _merge(product: Product, stack: Array, run_over: int | None) -> Product:
+    """The product with its rows of all steps, shape (steps, problems, rows, in).
+
+    A weight whose axis `run_over` numbers the steps has problems of its own for each of them.
+    """
     _, problems, _, width = stack.shape
-    rows = stack if is_run_over else jnp.moveaxis(stack, 0, 1).reshape(problems, -1, width)
-    return product._replace(rows=rows.reshape(-1, *rows.shape[-2:]))
+    if run_over is None:
+        rows = jnp.moveaxis(stack, 0, 1).reshape(problems, -1, width)
+        return product._replace(rows=rows)
+    layout = product.layout
+    if product.tapped:  # by the axes of the whole weight, of which a tap knows no stacked ones
+        layout = layout._replace(
+            stacked=(run_over, *layout.stacked),
+            outputs=tuple(axis for axis in layout.outputs if axis != run_over),
+        )
+    return product._replace(rows=stack.reshape(-1, *stack.shape[-2:]), layout=layout)
 
 
 # What other primitives do with a weight is no product with inputs.

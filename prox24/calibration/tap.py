@@ -16,7 +16,9 @@ def tap(name: str, x: Array, axis: int | tuple[int, ...] = 0) -> Array:
     """Returns x, and tells `prox24.calibrate` that the weight called `name` is multiplied with it.
 
     Needed only where `prox24.calibrate` cannot see the product by itself: the weight is reshaped,
-    sliced, masked or unpacked before, or enters a kernel written by hand. Outside of a calibration
+    sliced, masked or unpacked before, or enters a kernel written by hand. A weight that `lax.scan`
+    runs over has a Gram for each of its slices; all other rows, those of every index that
+    `jax.vmap` maps over too, belong to the weight as a whole. Outside of a calibration
     it costs nothing, and `jax.jit`, `jax.grad` and `jax.vmap` see an identity.
 
     Args:

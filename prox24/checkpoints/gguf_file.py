@@ -81,8 +81,8 @@ class GGUFContents(NamedTuple):
 
     Attributes:
       config: what HF's config.json would say.
-      tensors: by HF's names, in HF's layout, dequantised to float32 when read (float16 and
-        bfloat16 tensors as they are).
+      tensors: by HF's names, in HF's layout, dequantised to float32 when read (float16 tensors
+        as they are).
       load_tokenizer: builds the tokenizer from the metadata.
     """
 

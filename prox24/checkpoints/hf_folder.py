@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from prox24.checkpoints.tensors import TensorSource
 from prox24.errors import CheckpointError
 
-# Weights in other formats would contradict the pruned ones.
 MANIFEST = "prox24.json"
 """What `prox24 prune` leaves in a folder, see `prox24.checkpoints.manifest`."""
 
+# Weights in other formats would contradict the pruned ones.
 NOT_CARRIED = (
     ".safetensors",
     ".bin",

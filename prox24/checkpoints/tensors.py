@@ -41,6 +41,16 @@ class TensorSource(NamedTuple):
     read: Callable[[], NDArray[Any]]
 
 
+def byte_count(tensor: Spec | TensorSource) -> int:
+    """Of the values.
+
+    Example:
+      >>> byte_count(Spec((3, 4), np.dtype(np.float16)))
+      24
+    """
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
 def is_possible(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     """Whether numpy has arrays of a shape, which it has not of all that are empty.
 

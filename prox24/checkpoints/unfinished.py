@@ -60,22 +60,23 @@ class Unfinished(NamedTuple):
 
 @contextlib.contextmanager
 def unfinished_folder(
-    destination: Path, job: Mapping[str, Any] | None = None
+    destination: Path, job: Mapping[str, Any] | None = None, *, overwrite: bool = False
 ) -> Iterator[Unfinished]:
     """Makes a folder that becomes the destination when the block ends without an error.
 
     Args:
-      destination: a folder; one that stands there is replaced at the end.
+      destination: a folder.
       job: what decides the result, as JSON has it. What `record` noted outlives the end of the
         process, and the same job goes on where it ended. An error that is the input's would come
         again: it ends the job, and nothing is kept.
+      overwrite: replaces what stands at the destination in the end.
 
     Yields:
       An `Unfinished`.
 
     Raises:
       CheckpointError: another process writes to the destination, another job is unfinished there,
-        what it wrote is damaged, or the disk fails.
+        what it wrote is damaged, or the disk fails, or something came to stand at the destination.
     """
     work = _work_folder(destination)
     with writing(destination):
@@ -113,7 +114,7 @@ def unfinished_folder(
             try:
                 yield Unfinished(work / "model", dict(done), finished, record)
                 with writing(destination):
-                    _move_into_place(work, destination)
+                    _move_into_place(work, destination, overwrite)
                 done.clear()
             except BaseException as error:
                 if isinstance(error, Prox24Error) and not isinstance(error, DiskError):
@@ -188,6 +189,8 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
 def _check_job(work: Path, count: int, job: Mapping[str, Any] | None) -> None:
     began = json.loads((work / "job.json").read_text(encoding="utf-8"))
     found = difference(began, json.loads(json.dumps(job)))
+    if job is None:
+        found = "of another command"
     if found is not None:
         raise CheckpointError(
             f"{work} holds {count} tensors of another run: {found}; "
@@ -223,12 +226,14 @@ def _finished(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[st
     return {name: tensors[name] for name in entries}
 
 
-def _move_into_place(work: Path, destination: Path) -> None:
+def _move_into_place(work: Path, destination: Path, overwrite: bool) -> None:
     folder = work / "model"
     for file in folder.iterdir():
         synchronise(file)
     synchronise(folder)
     if destination.exists():
+        if not overwrite:
+            raise DiskError(f"{destination} came to exist meanwhile; move it away")
         destination.rename(work / "replaced")
     folder.rename(destination)
     synchronise(work.parent)

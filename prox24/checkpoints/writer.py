@@ -1,7 +1,6 @@
 """Writing HF folders that are complete or absent."""
 
 import contextlib
-import math
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from prox24.checkpoints import bitmask_file, flax_file, safetensors_file
 from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json, parameter_shapes
 from prox24.checkpoints.hf_folder import WeightFiles
-from prox24.checkpoints.tensors import Put, Spec, is_finite, writing
+from prox24.checkpoints.tensors import Put, Spec, byte_count, is_finite, writing
 from prox24.checkpoints.unfinished import (
     Unfinished,
     Written,
@@ -23,7 +22,7 @@ from prox24.checkpoints.unfinished import (
     source_files,
     unfinished_folder,
 )
-from prox24.errors import CheckpointError
+from prox24.errors import CheckpointError, DiskError
 from prox24.models.families import config_from_hf
 
 MODEL_CARD = "README.md"
@@ -91,10 +90,19 @@ OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {
 archival format of compressed-tensors."""
 
 
-def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
-    """Raises CheckpointError where writing to `destination` would fail or lose something."""
-    if destination.exists() and source.exists() and destination.samefile(source):
-        raise CheckpointError(f"{destination} is the source; choose another destination")
+def check_destination(
+    destination: Path, inputs: Iterable[Path | None], overwrite: bool = False
+) -> None:
+    """Raises CheckpointError where writing to `destination` would fail or lose something.
+
+    Args:
+      destination: a folder to write.
+      inputs: what is read, or kept for another run; None is passed over.
+      overwrite: whether the destination may stand there, to be replaced.
+    """
+    for path in inputs if destination.exists() else ():
+        if path is not None and destination.resolve() in (path.resolve(), *path.resolve().parents):
+            raise CheckpointError(f"{destination} is or holds {path}; choose another destination")
     if destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; pass --overwrite to replace it")
     if destination.exists() and not destination.is_dir():
@@ -136,9 +144,9 @@ def write_checkpoint(
       CheckpointError: the destination exists, or see `fill_folder`.
       UnsupportedModelError: there is no Flax class for the model.
     """
-    check_destination(destination, source.path, overwrite)
+    check_destination(destination, [source.path], overwrite)
     files = source_files(source.path)
-    with unfinished_folder(destination) as unfinished:
+    with unfinished_folder(destination, overwrite=overwrite) as unfinished:
         digests = fill_folder(
             source,
             unfinished,
@@ -190,14 +198,15 @@ def fill_folder(
     output = OUTPUTS[file_format](source)
     specs = {name: written_spec(source, name, dtype) for name in output.names}
     sizes = {
-        name: sum(map(_bytes, output.stored(name, spec).values())) for name, spec in specs.items()
+        name: sum(map(byte_count, output.stored(name, spec).values()))
+        for name, spec in specs.items()
     }
     shards = _shards(source, sizes, max_shard_bytes)
     files = [folder / file for file in output.files.names(len(shards))]
     size = sum(sizes.values())
     with writing(folder):
         if shutil.disk_usage(folder).free < size - _allocated(folder):
-            raise CheckpointError(f"cannot write {folder}: its {size} bytes do not fit")
+            raise DiskError(f"cannot write {folder}: its {size} bytes do not fit")
         _write_companions(source, folder, dtype, note, output.config)
         if len(shards) > 1:
             weight_map = {
@@ -248,7 +257,12 @@ def _write_companions(
     """Everything but the weights."""
     (folder / MODEL_CARD).unlink(missing_ok=True)  # to which a run before this has added
     for carried in source.carried:
-        shutil.copyfile(carried, folder / carried.name)
+        try:
+            file = carried.open("rb")
+        except OSError as error:
+            raise DiskError(f"cannot read {carried}: {error.strerror}") from error
+        with file, (folder / carried.name).open("wb") as copy:
+            shutil.copyfileobj(file, copy)
     if source.path.is_file():  # which holds the tokenizer as well
         source.load_tokenizer().save_pretrained(folder)
     if note is not None:
@@ -274,10 +288,6 @@ def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
 def _allocated(folder: Path) -> int:
     """Bytes on disk that the files of a folder have already."""
     return sum(512 * file.stat().st_blocks for file in folder.iterdir())
-
-
-def _bytes(spec: Spec) -> int:
-    return math.prod(spec.shape) * spec.dtype.itemsize
 
 
 def _shards(source: Checkpoint, sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:

@@ -9,7 +9,7 @@ from prox24.cli.output import print_json, print_table
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
-    check_destination(arguments.destination, arguments.source, arguments.overwrite)
+    check_destination(arguments.destination, [arguments.source], arguments.overwrite)
     checkpoint = open_checkpoint(arguments.source)
     written = write_checkpoint(
         checkpoint,

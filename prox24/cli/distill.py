@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,13 +38,14 @@ from prox24.distill import ModelRefinement, MovingMask, distill
 from prox24.errors import Prox24Error
 from prox24.forward import all_linears, load_model
 from prox24.refine import Training
+from prox24.refine.training import Resume
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
     began = time.perf_counter()
-    for source in (arguments.dense, arguments.pruned):
-        check_destination(arguments.destination, source, arguments.overwrite)
+    inputs = (arguments.dense, arguments.pruned, arguments.text, arguments.state)
+    check_destination(arguments.destination, inputs, arguments.overwrite)
     check_report(arguments.report)
     dense, pruned = open_checkpoint(arguments.dense), open_checkpoint(arguments.pruned)
     refinement = ModelRefinement(
@@ -57,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     models = {"dense": dense, "pruned": pruned}
     files = {role: source_files(model.path) for role, model in models.items()}
+    mesh = common_mesh(refinement.windows)
     job = {
         "command": "distill",
         "refinement": dataclasses.asdict(refinement),
@@ -64,43 +68,33 @@ def run(arguments: argparse.Namespace) -> int:
         "dense": files["dense"],
         "source": files["pruned"],
         "versions": versions(),
+        "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
     }
-    batches = len(windows) // refinement.windows
-    with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(
-            progress_bar("distill", refinement.measurements, arguments.quiet)
-        )
-        saved = None
-        if arguments.state is not None:
-            saved = stack.enter_context(states(arguments.state, job))
-
-        def on_measured(state: Training) -> None:
-            advance(f"step {state.steps} of {refinement.steps(batches)}", state.losses[-1])
-            if saved is not None:
-                saved.save(state)
-
-        distilled = distill(
-            dense,
-            pruned,
-            windows,
-            refinement,
-            mesh=common_mesh(refinement.windows),
-            resume=(lambda begun: begun) if saved is None else saved.resume,
-            on_measured=on_measured,
-        )
     linears = {linear.tensor for linear in all_linears(load_model(pruned).config)}
     figures: list[dict[str, Any]] = []
     trained: set[str] = set()
 
-    def watched() -> Any:
-        for name, values in distilled.tensors:
+    def watched(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        for name, values in tensors:
             trained.add(name)
             if name in linears:
                 figures.append({"name": name, "sparsity": float(mean_sparsity(values))})
             yield name, values
 
-    with unfinished_folder(arguments.destination) as unfinished:
-        digests = fill_folder(pruned, unfinished, watched(), note=_model_card(windows, refinement))
+    # Opened before hours are spent.
+    with unfinished_folder(arguments.destination, overwrite=arguments.overwrite) as unfinished:
+        with _training(arguments, job, refinement, len(windows)) as (resume, on_measured):
+            distilled = distill(
+                dense,
+                pruned,
+                windows,
+                refinement,
+                mesh=mesh,
+                resume=resume,
+                on_measured=on_measured,
+            )
+        tensors, note = watched(distilled.tensors), _model_card(windows, refinement)
+        digests = fill_folder(pruned, unfinished, tensors, note=note)
         for role, model in models.items():
             check_unchanged(model.path, files[role])
         write_manifest(unfinished.folder, job, digests, figures, trained - linears)
@@ -108,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = {
         "arguments": {k: plain(v) for k, v in vars(arguments).items() if k != "run"},
         "outcome": refined.outcome.value,
-        "losses": refined.losses,
+        "losses": plain(refined.losses),
         "steps": refined.steps,
         "tokens": distilled.tokens,
         "seconds": time.perf_counter() - began,
@@ -129,6 +123,28 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         print_table(["written", str(arguments.destination)], rows)
     return 0
+
+
+@contextlib.contextmanager
+def _training(
+    arguments: argparse.Namespace, job: Mapping[str, Any], refinement: ModelRefinement, windows: int
+) -> Iterator[tuple[Resume, Callable[[Training], None]]]:
+    """Where the training begins, and what is done at each measurement: progress, and the state."""
+    steps = refinement.steps(windows // refinement.windows)
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(
+            progress_bar("distill", refinement.measurements, arguments.quiet)
+        )
+        saved = None
+        if arguments.state is not None:
+            saved = stack.enter_context(states(arguments.state, job))
+
+        def on_measured(state: Training) -> None:
+            advance(f"step {state.steps} of {steps}", state.losses[-1])
+            if saved is not None:
+                saved.save(state)
+
+        yield (lambda begun: begun) if saved is None else saved.resume, on_measured
 
 
 def moving_mask(arguments: argparse.Namespace) -> MovingMask | None:

@@ -6,6 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.checkpoints.tensors import byte_count
 from prox24.cli import inspect_grams
 from prox24.cli.output import print_json, print_table
 from prox24.core.pattern import Pattern, Unstructured
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
         return 0
+    if arguments.quiet:
+        return 0
     rows = [
         ["model_type", checkpoint.config["model_type"]],
         ["layers", str(len(config.layers))],
@@ -76,18 +79,10 @@ def list_tensors(checkpoint: Checkpoint, pattern: Pattern | Unstructured) -> lis
     entries = []
     for name, source in checkpoint.tensors.items():
         decision = decisions.get(name, DENSE + "not used by the computation")
-        size = math.prod(source.shape) * source.dtype.itemsize
-        sparse = sparse_bytes(size, source.dtype.itemsize, pattern)
-        entries.append(
-            Entry(
-                name,
-                source.shape,
-                str(source.dtype),
-                decision,
-                size,
-                sparse if decision == "pruned" else size,
-            )
-        )
+        size = sparse = byte_count(source)
+        if decision == "pruned":
+            sparse = sparse_bytes(size, source.dtype.itemsize, pattern)
+        entries.append(Entry(name, source.shape, str(source.dtype), decision, size, sparse))
     return entries
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import jax
+
 from prox24.checkpoints.checkpoint import DTYPES
 from prox24.checkpoints.writer import OUTPUTS
 from prox24.cli import (
@@ -27,7 +29,7 @@ from prox24.cli import (
     verify,
 )
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
-from prox24.errors import Prox24Error
+from prox24.errors import Prox24Error, first_line
 from prox24.packed.codes import BLOCK
 from prox24.processes import leave
 from prox24.solvers.solve import REFITS, SOLVERS
@@ -53,6 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
             return int(parsed.run(parsed))
     except Prox24Error as error:
         return _end(f"error: {error}", error, 2)
+    except jax.errors.JaxRuntimeError as error:
+        return _end(f"error: a device fails: {first_line(error)}", error, 2)
+    except OSError as error:
+        return _end(f"error: {error}", error, 2)
+    except MemoryError as error:
+        return _end(f"error: out of memory: {error}", error, 2)
     except Terminated as error:
         return _end("ended by SIGTERM", error, 128 + signal.SIGTERM)
     except KeyboardInterrupt as error:

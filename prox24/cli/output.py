@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
 import sys
@@ -57,6 +58,8 @@ def check_report(path: Path | None) -> None:
         raise CheckpointError(f"the report {path} is a folder")
     if not path.absolute().parent.is_dir():
         raise CheckpointError(f"the folder of {path} does not exist")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise CheckpointError(f"the report {path} cannot be written: permission denied")
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:
@@ -73,6 +76,8 @@ def plain(value: Any) -> Any:
     """The value as JSON has it: text for paths and patterns, nothing for an infinite ratio."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return value if isinstance(value, bool | int | str | list | dict | None) else str(value)
 
 
@@ -83,8 +88,9 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Without a terminal there is no width to fit into.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    # Without a terminal there is no width to fit into. A path is no markup.
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def versions() -> dict[str, str]:

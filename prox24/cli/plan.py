@@ -4,10 +4,11 @@ import argparse
 from typing import Any
 
 from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.tensors import byte_count
 from prox24.cli.output import print_json, print_table
 from prox24.cli.prune import choose
 from prox24.errors import Prox24Error
-from prox24.forward import load_model, micro_batches_of
+from prox24.forward import BATCH_TOKENS, load_model, micro_batches_of
 from prox24.plan import (
     distinct_layers,
     layer_memory,
@@ -16,9 +17,6 @@ from prox24.plan import (
     solver_steps,
 )
 from prox24.solvers.solve import check_supported
-
-DEVICE_TOKENS = 2048
-"""Tokens of a micro-batch on one device, as `prox24 prune` has them without --memory."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(checkpoint)
     samples, length, devices = arguments.samples, arguments.sequence_length, arguments.devices
     share = -(-samples // devices)
-    size = micro_batches_of(share, max(1, DEVICE_TOKENS // length))[0]
+    size = micro_batches_of(share, max(1, BATCH_TOKENS // length))[0]
     memories = {
         index: layer_memory(model, index, (size, length), solver, refit, arguments.pattern, devices)
         for index in distinct_layers(model)
@@ -47,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     hours = {name: count / rate / devices / 3600 for name, count in counted._asdict().items()}
     longest = max(hours, key=hours.__getitem__)
     tensors = checkpoint.tensors.values()
-    stored = sum(_size(tensor) for tensor in tensors)
+    stored = sum(map(byte_count, tensors))
     activations = 4 * samples * length * model.config.hidden
     plan: dict[str, Any] = {
         "model": str(arguments.source),
@@ -94,13 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append([f"fits into {_gigabytes(budget)}", "yes" if peak <= budget else "no"])
     print_table([f"plan for {devices} device{'s' * (devices > 1)}", str(arguments.source)], rows)
     return 0
-
-
-def _size(tensor: Any) -> int:
-    count = 1
-    for length in tensor.shape:
-        count *= length
-    return count * int(tensor.dtype.itemsize)
 
 
 def _gigabytes(count: int) -> str:

@@ -85,7 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
-    check_destination(arguments.destination, arguments.source, arguments.overwrite)
+    inputs = (arguments.source, arguments.calibration)
+    check_destination(arguments.destination, inputs, arguments.overwrite)
     check_report(arguments.report)
     if arguments.pull is not None and arguments.targets != "dense":
         raise Prox24Error("--pull is for --targets dense")
@@ -146,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
         [job, arguments.activations],
         Prox24Error("the processes differ in arguments, packages, devices or source files"),
     )
-    with common_folder(arguments.destination, job) as unfinished:
+    with common_folder(arguments.destination, job, arguments.overwrite) as unfinished:
         if refinement is not None:
             unfinished = _whole_layers(unfinished, checkpoint, refinement)
         figures = [entry["figures"] for entry in unfinished.entries.values() if "figures" in entry]
@@ -223,7 +224,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def common_folder(destination: Path, job: Mapping[str, Any]) -> Iterator[Unfinished]:
+def common_folder(
+    destination: Path, job: Mapping[str, Any], overwrite: bool
+) -> Iterator[Unfinished]:
     """`unfinished_folder` of the first process, in which the others see what is finished.
 
     Raises:
@@ -232,7 +235,7 @@ def common_folder(destination: Path, job: Mapping[str, Any]) -> Iterator[Unfinis
     # Not an error of the input, which would end the job.
     differ = DiskError(f"the processes do not find the same files beside {destination}")
     if is_first():
-        with unfinished_folder(destination, job) as unfinished:
+        with unfinished_folder(destination, job, overwrite=overwrite) as unfinished:
             meet("opened")
             agree(list(unfinished.entries), differ)
             yield unfinished

@@ -9,11 +9,11 @@ from prox24.cli.output import print_json, print_table, progress_bar
 from prox24.cli.verify import native_axes
 from prox24.core.pattern import Pattern
 from prox24.errors import DiskError
+from prox24.forward import check_widths
 from prox24.packed import table
 from prox24.packed.implementation import Case
 from prox24.packed.table import Measurement
 from prox24.packed.tuning import measure
-from prox24.pipeline import check_widths
 
 
 def run(arguments: argparse.Namespace) -> int:

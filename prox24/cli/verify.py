@@ -5,22 +5,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from numpy.typing import NDArray
 
 from prox24 import torchax
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.manifest import read_manifest
 from prox24.checkpoints.unfinished import sha256
-from prox24.cli.output import print_json, print_table, progress_bar, versions, write_report
+from prox24.cli.output import (
+    check_report,
+    print_json,
+    print_table,
+    progress_bar,
+    versions,
+    write_report,
+)
 from prox24.core.masks import count_violations, mean_sparsity
 from prox24.core.pattern import Unstructured
-from prox24.forward import all_linears, load_model
-from prox24.pipeline import check_widths
+from prox24.forward import all_linears, check_widths, load_model
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; 0 if every tensor is as it should be, else 1."""
+    check_report(arguments.report)
     pattern = arguments.pattern
     group = 1 if isinstance(pattern, Unstructured) else pattern.group
     unit = "weights" if isinstance(pattern, Unstructured) else f"blocks of {group}"
@@ -121,6 +127,6 @@ def _missing(
 
 def _equal(values: NDArray[Any], source: NDArray[Any]) -> bool:
     """Bit for bit, after the change of dtype that a user may have asked for."""
-    return values.shape == source.shape and np.array_equal(
-        values, source.astype(values.dtype, copy=False)
+    return values.shape == source.shape and sha256(values) == sha256(
+        source.astype(values.dtype, copy=False)
     )

@@ -26,6 +26,7 @@ from prox24.models.decoder import (
     Names,
     Norm,
     Residual,
+    Rope,
     alibi_slopes,
     outer_tensor,
 )
@@ -136,25 +137,29 @@ def _rms(hf: PreTrainedConfig, offset: float = 0.0) -> Norm:
     return Norm("rms", hf.rms_norm_eps, offset)
 
 
-def _attention(hf: PreTrainedConfig, **changes: Any) -> Callable[[int], Attention]:
+def _attention(
+    hf: PreTrainedConfig, *, partly_rotated: bool = False, **changes: Any
+) -> Callable[[int], Attention]:
     """Grouped heads, rotary positions, and the windows that the config gives to each layer."""
     heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-    rope = functools.cache(functools.partial(read_rope, hf, head_dim))  # by the type of a layer
+
+    @functools.cache
+    def rope(kind: str | None) -> Rope:
+        return read_rope(hf, head_dim, kind, partly_rotated=partly_rotated)
 
     def of_layer(index: int) -> Attention:
         kind = _layer_type(hf, index)
         settings: dict[str, Any] = {
             "heads": heads,
-            "key_value_heads": getattr(hf, "num_key_value_heads", None) or heads,
+            "key_value_heads": _declared(hf, "num_key_value_heads") or heads,
             "head_dim": head_dim,
             "scale": head_dim**-0.5,
-            "window": getattr(hf, "sliding_window", None) if kind != "full_attention" else None,
+            "window": _declared(hf, "sliding_window") if kind != "full_attention" else None,
         }
         if "rope" not in changes:
             settings["rope"] = rope(kind)
         found = Attention(**(settings | changes))
-        # Transformers checks the fields of a family, and lets others have any value.
         keys, window = found.key_value_heads, found.window
         if type(keys) is not int or keys < 1 or heads % keys:
             raise UnsupportedModelError(f"{keys!r} heads of keys for {heads} heads of queries")
@@ -165,8 +170,13 @@ def _attention(hf: PreTrainedConfig, **changes: Any) -> Callable[[int], Attentio
     return of_layer
 
 
+def _declared(hf: PreTrainedConfig, field: str) -> Any:
+    """A field of the family's config class; others may stand in a config, and mean nothing."""
+    return getattr(hf, field) if hasattr(type(hf), field) else None
+
+
 def _layer_type(hf: PreTrainedConfig, index: int) -> str | None:
-    kinds = getattr(hf, "layer_types", None)
+    kinds = _declared(hf, "layer_types")
     if kinds is None:
         return None
     if kinds[index] not in ("full_attention", "sliding_attention"):
@@ -255,7 +265,8 @@ def olmo2(hf: PreTrainedConfig) -> Config:
 
 def phi3(hf: PreTrainedConfig) -> Config:
     """Phi-3 and Phi-4: q, k and v are one linear, and so are gate and up."""
-    return _decoder(hf, _attention(hf, fused="rows"), _gated(hf, fused=True), _rms(hf))
+    attention = _attention(hf, partly_rotated=True, fused="rows")
+    return _decoder(hf, attention, _gated(hf, fused=True), _rms(hf))
 
 
 def gemma(hf: PreTrainedConfig) -> Config:
@@ -390,7 +401,7 @@ def gpt_neox(hf: PreTrainedConfig) -> Config:
     bias = hf.attention_bias
     return _decoder(
         hf,
-        _attention(hf, fused="groups", bias=bias, output_bias=bias),
+        _attention(hf, partly_rotated=True, fused="groups", bias=bias, output_bias=bias),
         _mlp(hf.intermediate_size, hf.hidden_act, gated=False, bias=True),
         Norm("layer", hf.layer_norm_eps),
         residual=PARALLEL if hf.use_parallel_residual else Residual(),
@@ -418,7 +429,7 @@ def falcon(hf: PreTrainedConfig) -> Config:
     else:
         key_heads = 1 if hf.multi_query else hf.num_attention_heads
     alibi = Alibi(alibi_slopes(hf.num_attention_heads), width**-0.5, "bfloat16")
-    positions = {"alibi": alibi, "rope": None} if hf.alibi else {}
+    positions: dict[str, Any] = {"alibi": alibi, "rope": None} if hf.alibi else {}
     two_norms = hf.num_ln_in_parallel_attn == 2 or (
         hf.num_ln_in_parallel_attn is None and hf.new_decoder_architecture
     )
@@ -492,7 +503,7 @@ def phi(hf: PreTrainedConfig) -> Config:
     _must_be(hf, qk_layernorm=False)
     return _decoder(
         hf,
-        _attention(hf, bias=True, output_bias=True),
+        _attention(hf, partly_rotated=True, bias=True, output_bias=True),
         _mlp(hf.intermediate_size, hf.hidden_act, gated=False, bias=True),
         Norm("layer", hf.layer_norm_eps),
         residual=PARALLEL_ONE_NORM,

@@ -15,13 +15,21 @@ Parameters = Mapping[str, Any]
 Frequencies = NDArray[Any]
 
 
-def read_rope(hf: PreTrainedConfig, head_dim: int, layer_type: str | None = None) -> Rope:
+def read_rope(
+    hf: PreTrainedConfig,
+    head_dim: int,
+    layer_type: str | None = None,
+    *,
+    partly_rotated: bool = False,
+) -> Rope:
     """The rotary positions that a config asks for.
 
     Args:
       hf: the config, whose rope_parameters are one set, or one for each layer type.
       head_dim: entries of a head.
       layer_type: which set.
+      partly_rotated: whether the family has a part of each head rotate with frequencies that are
+        not scaled; others have so only with scaled ones, and rotate whole heads.
 
     Raises:
       UnsupportedModelError: a rope type without implementation; names the supported ones.
@@ -34,7 +42,8 @@ def read_rope(hf: PreTrainedConfig, head_dim: int, layer_type: str | None = None
         raise UnsupportedModelError(
             f"rope type {kind!r} is not supported; supported are {supported}"
         )
-    part = given.get("partial_rotary_factor") or 1.0
+    is_read = partly_rotated or kind != "default"
+    part = (given.get("partial_rotary_factor") if is_read else None) or 1.0
     if not 0 < part <= 1:
         raise UnsupportedModelError(f"partial_rotary_factor {part} is not supported")
     rotated = int(head_dim * part)

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.errors import CalibrationError
-from prox24.refine.training import Loss, Project, PyTree, Refined, refine
+from prox24.refine.training import Loss, Project, PyTree, Refined, at_least_float32, refine
 
 Apply = Callable[[PyTree, Array], Array]
 OutputLoss = Callable[[Array, Array], Array]
@@ -62,14 +62,17 @@ def _adam(rate: float, steps: int) -> optax.GradientTransformation:
 def relative_error(output: Array, target: Array) -> Array:
     """Mean over tokens of |output - target|^2 / |target|^2, for arrays (..., features).
 
-    The plain squared error is that of a few tokens whose activations are huge.
+    The plain squared error is that of a few tokens whose activations are huge. A target of zero
+    has the mean of |target|^2 in its place. Computed in float32, or float64 if an array is.
 
     Example:
       >>> float(relative_error(jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 1.0]])))
       0.5
     """
+    output, target = at_least_float32(output), at_least_float32(target)
     error = jnp.sum(jnp.square(output - target), axis=-1)
     size = jnp.sum(jnp.square(target), axis=-1)
+    size = jnp.where(size > 0, size, jnp.mean(size))
     return jnp.mean(error / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
 
 

@@ -9,7 +9,16 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from prox24.refine.training import Loss, Project, PyTree, Refined, Resume, Training, refine
+from prox24.refine.training import (
+    Loss,
+    Project,
+    PyTree,
+    Refined,
+    Resume,
+    Training,
+    at_least_float32,
+    refine,
+)
 
 Features = Callable[[PyTree, PyTree, Array], Array]
 Logits = Callable[[PyTree, Array], Array]
@@ -20,13 +29,14 @@ CHUNK = 128
 
 
 def divergence(logits: Array, target: Array) -> Array:
-    """KL(softmax(target) || softmax(logits)) in nats, over the last axis.
+    """KL(softmax(target) || softmax(logits)) in nats, over the last axis, in float32 or float64.
 
     Example:
       >>> uniform, certain = jnp.zeros(2), jnp.array([0.0, 100.0])
       >>> round(float(divergence(uniform, certain)), 6)  # log 2
       0.693147
     """
+    logits, target = at_least_float32(logits), at_least_float32(target)
     surprise = jax.nn.log_softmax(target, axis=-1) - jax.nn.log_softmax(logits, axis=-1)
     return jnp.sum(jax.nn.softmax(target, axis=-1) * surprise, axis=-1)
 
@@ -131,7 +141,9 @@ def _loss(features: Features, logits: Logits) -> Loss:
         def of_chunk(chunk: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array]:
             hidden, target, following, seen, predicts = chunk
             own = logits(outer, hidden)
-            entropy = optax.softmax_cross_entropy_with_integer_labels(own, following)
+            entropy = optax.softmax_cross_entropy_with_integer_labels(
+                at_least_float32(own), following
+            )
             gap = divergence(own, logits(outer, target))
             return jnp.sum(jnp.where(seen, gap, 0)), jnp.sum(jnp.where(predicts, entropy, 0))
 

@@ -18,6 +18,11 @@ Loss = Callable[[PyTree, PyTree, PyTree], Array]
 Project = Callable[[PyTree], PyTree]
 
 
+def at_least_float32(x: Array) -> Array:
+    """The array in float32, or in float64 if it is: what a loss is computed in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Outcome(enum.Enum):
     """How a refinement ended.
 
@@ -148,7 +153,11 @@ def refine(
     master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     best = params if project is None else candidate(master)
     transform = keep_pattern(optimizer, kept) if project is None else optimizer
-    state = resume(Training(master, transform.init(master), best, [measure(best)], 0))
+    # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
+    memory = jax.tree.map(
+        lambda leaf: leaf.copy() if isinstance(leaf, Array) else leaf, transform.init(master)
+    )
+    state = resume(Training(master, memory, best, [measure(best)], 0))
     while state.steps < steps and not state.diverged():
         batch = training[state.steps % len(training)]
         master, memory = advance(state.master, state.optimizer, constants, batch)
