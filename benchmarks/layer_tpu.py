@@ -40,7 +40,7 @@ from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.solve import solve_program
 
 LIMIT = 16e9
-WINDOWS, LENGTH = 128, 2048
+LENGTH = 2048
 PATTERN = Pattern(2, 4)
 LLAMA = {
     "model_type": "llama",
@@ -91,13 +91,12 @@ def programs(mesh: Mesh, whole: bool) -> Iterator[Program]:
         name: GramSum(*(rows((mesh.size, n, n)),) * 2, rows((mesh.size,), jnp.int32))
         for name, n in widths.items()
     }
-    states = 4 * 4096 * LENGTH * (WINDOWS // mesh.size - 1)
-    yield Program("layer", run_layer, (layer, weights, hidden), states)
+    yield Program("layer", run_layer, (layer, weights, hidden), 0.0)
     yield Program(
-        "layer and Grams", add_layer_inputs, (layer, weights, hidden, None, grams, {}), states
+        "layer and Grams", add_layer_inputs, (layer, weights, hidden, None, grams, {}), 0.0
     )
-    # Hidden states, the layer dense and pruned, and the Grams.
-    held = states + 2 * 2 * sum(float(np.prod(shape)) for shape in shapes.values())
+    # The layer dense and pruned, and the Grams; hidden states are on the host.
+    held = 2 * 2 * sum(float(np.prod(shape)) for shape in shapes.values())
     held += 8 * sum(n * n for n in widths.values())
     methods = jax.tree.map(
         lambda x: array((), jnp.result_type(jnp.float32 if isinstance(x, float) else x)),

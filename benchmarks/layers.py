@@ -82,6 +82,9 @@ def contenders() -> dict[str, Contender]:
         )
         for steps in (12, 24, 96)
     }
+    projected["admm, projection, scaling 1/2"] = Contender(
+        dataclasses.replace(ADMM(), sparsify=Projection()), ConjugateGradients()
+    )
     slower = {
         f"prox, growth {growth}": Contender(
             Prox(Exponential(0.01, growth)), ConjugateGradients(), curve="prox"
