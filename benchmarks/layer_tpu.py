@@ -97,7 +97,7 @@ def programs(mesh: Mesh, whole: bool) -> Iterator[Program]:
     )
     # The layer dense and pruned, and the Grams; hidden states are on the host.
     held = 2 * 2 * sum(float(np.prod(shape)) for shape in shapes.values())
-    held += 8 * sum(n * n for n in widths.values())
+    held += 4 * sum(n * n for n in widths.values())
     methods = jax.tree.map(
         lambda x: array((), jnp.result_type(jnp.float32 if isinstance(x, float) else x)),
         (ADMM(), ConjugateGradients()),

@@ -1,5 +1,6 @@
 """Hidden states in files: memory for the layers, and a place from which a run can go on."""
 
+import errno
 import math
 import os
 from collections.abc import Iterable
@@ -42,10 +43,8 @@ class ActivationFiles:
         """What enters a layer, to be read or written, as views into a file."""
         path, size = self._folder / f"{stream}-{layer % 2}", self._micro_batch
         with writing(path):
-            with path.open("ab") as file:
-                # Where a disk is full, a mapped file that has no place there ends the process.
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, 4 * math.prod(self._shape))
+            path.touch()
+            _allocate(path, 4 * math.prod(self._shape))
             whole = np.memmap(path, np.float32, "r+", shape=self._shape)
         return [whole[i : i + size] for i in range(0, len(whole), size)]
 
@@ -60,3 +59,18 @@ class ActivationFiles:
             meet(f"layer {layer} is complete")
             new.rename(self._folder / "layer")
             synchronise(self._folder)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Takes a file's place on the disk: where there is none later, a mapped file ends the process.
+
+    Some systems and file systems cannot.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise

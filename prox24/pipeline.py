@@ -164,7 +164,8 @@ def prune(
       Of what was yielded nothing is kept.
 
     Raises:
-      CheckpointError: a linear's input width is not divisible by M.
+      CheckpointError: a linear's input width is not divisible by M, or a tensor overflows the
+        dtype.
       CalibrationError: activations are not finite; names the layer.
       SolverError: a solution is not finite; names the tensor.
       ValueError: the solver does not support the pattern, or the mesh does not divide the windows.
@@ -277,7 +278,7 @@ def _refine_layer(
     pruned = {linear.weight for linear in layer_linears(model.config, index)}
     if dtype is not None:
         trained = refined_tensors(model.config, index, refinement)
-        weights |= {name: weights[name].astype(dtype) for name in trained}
+        weights |= {name: _rounded(trained[name], weights[name], dtype) for name in trained}
     batches = len(hidden["pruned"])
     refined = block(
         _layer_function(model.config.layers[index]),
@@ -361,15 +362,19 @@ def _prune_linears(
         solution = solve_problem(problem)
         pruned = everywhere(solution.weight, model.mesh)
         # What comes after sees the weight as it will be written.
-        written = pruned.astype(given.dtype if dtype is None else dtype)
         report = _report(linear, solution, tokens, time.perf_counter() - began)
-        if not jnp.isfinite(written).all():
-            raise CheckpointError(
-                f"tensor {linear.tensor} overflows {written.dtype}; choose another dtype"
-            )
-        weights[linear.weight] = written
+        weights[linear.weight] = _rounded(
+            linear.tensor, pruned, given.dtype if dtype is None else dtype
+        )
         values = np.asarray(oriented(model.config, pruned))
         yield PrunedTensor(linear.tensor, values, report)
+
+
+def _rounded(tensor: str, values: Array, dtype: np.dtype[Any]) -> Array:
+    rounded = values.astype(dtype)
+    if not jnp.isfinite(rounded).all():
+        raise CheckpointError(f"tensor {tensor} overflows {dtype}; choose another dtype")
+    return rounded
 
 
 def collect(tensors: Iterable[PrunedTensor]) -> PrunedModel:

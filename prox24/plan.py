@@ -63,6 +63,7 @@ def layer_memory(
     refit: Refit | None,
     pattern: PatternLike | Unstructured = (2, 4),
     devices: int = 1,
+    dtype: np.dtype[Any] | None = None,
 ) -> Memory:
     """Bytes that XLA's compiler reserves for the programs of one layer, which are not run.
 
@@ -74,10 +75,16 @@ def layer_memory(
       refit: see `prox24.solve`.
       pattern: see `prox24.solve`.
       devices: among which the rows of a weight are divided.
+      dtype: of the pruned weights; None for the checkpoint's.
     """
     linears = layer_linears(model.config, index)
     check_widths({linear.tensor: linear.shape[1] for linear in linears}, pattern)
-    held = sum(map(_bytes, _weights(model, index).values()))
+    weights = _weights(model, index)
+    held = sum(map(_bytes, weights.values()))
+    if dtype is not None:
+        names = {linear.weight for linear in linears}
+        weights |= {name: Spec(weights[name].shape, dtype) for name in names}
+    pruned = sum(map(_bytes, weights.values()))
     grams = sum(4 * width**2 for width in _widths(linears).values())
     by_shape = {linear.shape: linear for linear in linears}
     solving = {
@@ -86,7 +93,7 @@ def layer_memory(
     }
     widest = max(solving, key=solving.__getitem__)
     gather = _gathering(model, index, micro_batch)
-    return Memory(held, grams, gather, 2 * held + grams + solving[widest], widest)
+    return Memory(held, grams, gather, held + pruned + grams + solving[widest], widest)
 
 
 def fitting_micro_batch(
@@ -96,6 +103,7 @@ def fitting_micro_batch(
     refit: Refit | None,
     budget: int,
     pattern: PatternLike | Unstructured = (2, 4),
+    dtype: np.dtype[Any] | None = None,
 ) -> int:
     """The most windows that may go through a layer together within a budget of bytes a device.
 
@@ -106,6 +114,7 @@ def fitting_micro_batch(
       refit: see `prox24.solve`.
       budget: bytes on each device of the model's mesh.
       pattern: see `prox24.solve`.
+      dtype: of the pruned weights; None for the checkpoint's.
 
     Returns:
       A divisor of the number of windows.
@@ -118,7 +127,7 @@ def fitting_micro_batch(
     share, length = windows[0] // devices, windows[1]
     most = share
     for index in distinct_layers(model):
-        memory = layer_memory(model, index, (1, length), solver, refit, pattern, devices)
+        memory = layer_memory(model, index, (1, length), solver, refit, pattern, devices, dtype)
         for name, needed in (
             (f"solving {memory.widest}", memory.solve),
             (f"one window in layer {index}", memory.gather),

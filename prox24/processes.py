@@ -58,7 +58,7 @@ def connected(
         ) from error
     try:
         yield
-    except Prox24Error:
+    except (Prox24Error, OSError, MemoryError):
         raise
     except Exception as error:
         if not is_broken_off(error):

@@ -491,6 +491,17 @@ def test_a_tap_of_a_weight_that_a_scan_runs_over_has_a_gram_for_each_slice():
         assert relative_error(own, exact.T @ exact) < 1e-6
 
 
+def test_a_tap_counts_the_axes_of_the_whole_weight():
+    def apply(params, x):
+        def layer(x, w):
+            return jnp.tanh(tap("kernel", x) @ (2 * w)), None
+
+        return jax.lax.scan(layer, x, params["kernel"])[0]
+
+    with pytest.raises(CalibrationError, match="kernel sums over axis 0, which a scan runs over"):
+        calibrate(apply, {"kernel": normal(8, 8, 8)}, [normal(20, 8)])
+
+
 def test_a_tap_takes_the_place_of_what_would_be_found():
     x = normal(5, 8)
 

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from unittest.mock import ANY
@@ -10,6 +12,7 @@ from tiny import config_dict, random_weights, write_folder, write_tiny
 
 from prox24.cli import evaluate
 from prox24.cli.main import main
+from prox24.cli.output import print_table
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 
@@ -160,10 +163,6 @@ def width_not_divisible_within_a_memory(workspace):
     return [*arguments, "--memory", "1GB"], named
 
 
-def name_that_is_too_long(workspace):
-    return ["eval", workspace / ("x" * 300)], "File name too long"
-
-
 def report_that_is_a_folder(workspace):
     return ["verify", workspace / "model", "--report", workspace], "is a folder"
 
@@ -194,7 +193,6 @@ ERRORS = [
     pattern_prox_cannot_do,
     width_not_divisible,
     width_not_divisible_within_a_memory,
-    name_that_is_too_long,
     report_that_is_a_folder,
     nan_weight,
     missing_tokenizer,
@@ -236,11 +234,22 @@ def test_what_the_machine_refuses_is_one_line(workspace, monkeypatch, capsys, er
     assert printed.count("\n") == 1
 
 
-def test_a_path_is_printed_as_it_is(workspace, capsys):
-    for name in ("llama[wanda]", "out[", "x:smile:"):
-        out = workspace / name
-        assert main(["convert", str(workspace / "model"), str(out), "--shard-size", "1GB"]) == 0
-        assert name in "".join(capsys.readouterr().out.split())
+def test_a_path_is_printed_as_it_is(capsys):
+    names = ["llama[wanda]", "out[/b]", "x:smile:"]
+    print_table(["written", names[0]], [["a", names[1]], ["b", names[2]]])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_reader_that_has_ended_is_no_error(workspace, form):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "prox24", "inspect", str(workspace / "model"), *form]
+    outcome = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=300)
+    os.close(write)
+    assert outcome.returncode == 128 + signal.SIGPIPE
+    assert outcome.stderr == b""
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,12 @@ def test_a_linear_of_zeros_stays_so_where_the_mask_is_found(workspace):
     assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
 
 
+def test_the_state_is_not_in_the_destination(workspace, capsys):
+    assert distilled(workspace, "out", "--state", workspace / "out" / "state") == 2
+    assert "out is or holds" in capsys.readouterr().err
+    assert not (workspace / "out").exists()
+
+
 def test_the_destination_is_looked_at_before_the_training(workspace, monkeypatch, capsys):
     def trained(*arguments, **keywords):
         pytest.fail("it was trained")

@@ -1,6 +1,7 @@
 """What goes wrong while a model is pruned: nothing is half-written, and nothing is lost."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from prox24.checkpoints import safetensors_file, unfinished, writer
 from prox24.checkpoints.unfinished import unfinished_folder
 from prox24.cli import prune
 from prox24.cli.main import main
-from prox24.errors import DiskError
+from prox24.errors import CheckpointError, DiskError
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -292,6 +293,15 @@ def test_activations_that_do_not_fit_the_disk_are_named(workspace, monkeypatch, 
     assert "activations/0/pruned-0: No space left on device" in capsys.readouterr().err
 
 
+def test_a_file_system_that_gives_no_place_before_is_taken_as_it_is(workspace, monkeypatch):
+    def unsupported(descriptor, start, size):
+        assert not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported, raising=False)
+    assert main(command(workspace, "out", "--activations", "disk")) == 0
+
+
 def test_what_came_to_stand_at_the_destination_is_kept(workspace, monkeypatch, capsys):
     fill_folder = prune.fill_folder
 
@@ -303,11 +313,47 @@ def test_what_came_to_stand_at_the_destination_is_kept(workspace, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(prune, "fill_folder", meanwhile)
         assert main(command(workspace)) == 2
-    assert f"{workspace}/out came to exist meanwhile; move it away" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"{workspace}/out came to exist meanwhile; the result is {workspace}/out.new" in printed
     assert contents(workspace / "out") == {"precious": b"x"}
-    (workspace / "out").rename(workspace / "away")
-    assert main(command(workspace)) == 0
+    assert not (workspace / "out.unfinished").exists()
+    assert main(command(workspace, "whole")) == 0
+    assert contents(workspace / "out.new") == contents(workspace / "whole")
+
+
+def test_what_is_done_outlives_a_destination_that_exists(workspace, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, KeyboardInterrupt)
+        assert main(command(workspace)) == 130
+    (workspace / "out").mkdir()
+    with (
+        pytest.raises(CheckpointError, match="pass --overwrite"),
+        unfinished_folder(workspace / "out", {}),
+    ):
+        pytest.fail("it was opened")
+    assert len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines()) == 5
+    assert main(command(workspace, "out", "--overwrite")) == 0
     assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("left", ["replaced", "old"])
+def test_an_old_folder_that_was_not_deleted_whole_is_no_hindrance(workspace, left):
+    assert main(command(workspace)) == 0
+    (workspace / "out.unfinished" / left).mkdir(parents=True)
+    (workspace / "out.unfinished" / left / "half").write_text("x")
+    assert main(command(workspace, "out", "--overwrite")) == 0
+    assert sorted(path.name for path in workspace.iterdir()) == ["model", "out", "text.txt"]
+    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
+
+
+def test_an_old_folder_is_kept_beside_what_took_its_place(workspace, capsys):
+    for folder in ("model", "replaced"):
+        (workspace / "out.unfinished" / folder).mkdir(parents=True)
+    (workspace / "out.unfinished" / "replaced" / "precious").write_text("x")
+    (workspace / "out").mkdir()
+    assert main(command(workspace, "out", "--overwrite")) == 2
+    assert "out.unfinished/replaced stood at" in capsys.readouterr().err
+    assert contents(workspace / "out.unfinished" / "replaced") == {"precious": b"x"}
 
 
 @pytest.mark.parametrize("option", ["--calibration", "source"])
@@ -368,7 +414,7 @@ def test_the_old_folder_is_put_back_when_the_last_step_fails(workspace, monkeypa
 def test_a_kill_between_the_two_renamings_loses_no_folder(workspace):
     (workspace / "out.unfinished" / "replaced").mkdir(parents=True)
     (workspace / "out.unfinished" / "replaced" / "precious").write_text("x")
-    with pytest.raises(ZeroDivisionError), unfinished_folder(workspace / "out"):
+    with pytest.raises(ZeroDivisionError), unfinished_folder(workspace / "out", overwrite=True):
         raise ZeroDivisionError
     assert contents(workspace / "out") == {"precious": b"x"}
 

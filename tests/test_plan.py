@@ -10,7 +10,7 @@ from prox24 import plan
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.errors import Prox24Error
-from prox24.forward import load_model
+from prox24.forward import layer_linears, load_model
 from prox24.solvers.solve import Wanda
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
@@ -54,6 +54,14 @@ def test_the_largest_micro_batch_that_fits_is_found(model):
         plan.fitting_micro_batch(model, (12, 64), Wanda(), None, needed[1] - 1)
     with pytest.raises(Prox24Error, match=r"--memory is too small: solving model\.layers\.0\."):
         plan.fitting_micro_batch(model, (12, 64), Wanda(), None, 10)
+
+
+def test_pruned_weights_count_in_their_own_dtype(tmp_path):
+    write_tiny(tmp_path / "model", dtype="bfloat16")
+    model = load_model(open_checkpoint(tmp_path / "model"))
+    linears = sum(int(np.prod(linear.shape)) for linear in layer_linears(model.config, 0))
+    wide = plan.layer_memory(model, 0, (1, 32), Wanda(), None, dtype=np.dtype(np.float32))
+    assert wide.solve - plan.layer_memory(model, 0, (1, 32), Wanda(), None).solve == 2 * linears
 
 
 def test_a_width_that_does_not_fit_the_pattern_is_named(tmp_path, capsys):

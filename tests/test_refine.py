@@ -147,8 +147,11 @@ def test_what_is_kept_may_be_given(pruned):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_the_error_is_computed_in_float32(dtype):
     target = jnp.full((1, 4096), 4, dtype)
-    assert float(refine.relative_error(target / 2, target)) == 0.25
-    assert refine.relative_error(target / 2, target).dtype == jnp.float32
+    with jax.numpy_dtype_promotion("strict"):
+        error = refine.relative_error(jnp.full((1, 4096), 2, dtype), target)
+        gap = refine.divergence(target, target)
+    assert (float(error), float(gap[0])) == (0.25, 0)
+    assert error.dtype == gap.dtype == jnp.float32
 
 
 def test_a_target_of_zero_counts_by_the_size_of_the_others():

@@ -334,6 +334,11 @@ def _merge(product: Product, stack: Array, run_over: int | None) -> Product:
         rows = jnp.moveaxis(stack, 0, 1).reshape(problems, -1, width)
         return product._replace(rows=rows)
     layout = product.layout
+    if product.tapped and run_over in layout.summed:
+        raise CalibrationError(
+            f"tap of {product.path} sums over axis {run_over}, which a scan runs over: count the "
+            "axes of the whole weight"
+        )
     if product.tapped:  # by the axes of the whole weight, of which a tap knows no stacked ones
         layout = layout._replace(
             stacked=(run_over, *layout.stacked),

@@ -8,10 +8,12 @@ Beside a destination DST stands DST.unfinished while it is written:
     activations/    hidden states, where they are kept on disk, by process
     model/          the files of the result, which is renamed to DST in the end
     replaced/       what stood at DST before, for the moment of the renaming
+    old/            the same afterwards, until it is deleted
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -91,7 +93,12 @@ def unfinished_folder(
     try:
         with writing(destination):
             _put_back(work, destination)
+            shutil.rmtree(work / "old", ignore_errors=True)
             done |= _entries(work)
+            if (work / "replaced").exists():
+                raise DiskError(f"{work}/replaced stood at {destination} before; move one away")
+            if destination.exists() and not overwrite:
+                raise CheckpointError(f"{destination} exists; pass --overwrite to replace it")
             if done:
                 _check_job(work, len(done), job)
             else:
@@ -124,7 +131,7 @@ def unfinished_folder(
                 raise
     finally:
         _put_back(work, destination)
-        if not done:
+        if not done and not (work / "replaced").exists():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
 
@@ -231,18 +238,30 @@ def _move_into_place(work: Path, destination: Path, overwrite: bool) -> None:
     for file in folder.iterdir():
         synchronise(file)
     synchronise(folder)
+    replaced = work / "replaced"
+    if destination.exists() and not overwrite:
+        names = (f"{destination.name}.new{number or ''}" for number in itertools.count())
+        free = next(filter(lambda path: not path.exists(), map(destination.with_name, names)))
+        folder.rename(free)
+        raise CheckpointError(f"{destination} came to exist meanwhile; the result is {free}")
     if destination.exists():
-        if not overwrite:
-            raise DiskError(f"{destination} came to exist meanwhile; move it away")
-        destination.rename(work / "replaced")
+        destination.rename(replaced)
     folder.rename(destination)
+    if replaced.exists():
+        replaced.rename(work / "old")
     synchronise(work.parent)
 
 
 def _put_back(work: Path, destination: Path) -> None:
-    """Undoes half of a replacement, which an end of the process may have left."""
-    if (work / "replaced").exists() and not destination.exists():
-        (work / "replaced").rename(destination)
+    """Undoes half of a replacement, which an end of the process may have left, or ends a whole one.
+
+    Between the two, where something else came to stand at the destination, both stay.
+    """
+    replaced = work / "replaced"
+    if replaced.exists() and not destination.exists():
+        replaced.rename(destination)
+    elif replaced.exists() and not (work / "model").exists():
+        replaced.rename(work / "old")
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -100,15 +100,25 @@ def check_destination(
       inputs: what is read, or kept for another run; None is passed over.
       overwrite: whether the destination may stand there, to be replaced.
     """
-    for path in inputs if destination.exists() else ():
-        if path is not None and destination.resolve() in (path.resolve(), *path.resolve().parents):
-            raise CheckpointError(f"{destination} is or holds {path}; choose another destination")
+    for path in inputs:
+        if path is not None and path.exists():
+            check_outside(destination, path)
     if destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; pass --overwrite to replace it")
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; choose a folder")
     if not destination.absolute().parent.is_dir():
         raise CheckpointError(f"the folder of {destination} does not exist")
+
+
+def check_outside(destination: Path, path: Path) -> None:
+    """Raises CheckpointError where a path is the destination, or lies in it; neither need exist."""
+    whole = path.resolve()
+    for place in (whole, *whole.parents):
+        if place == destination.resolve() or (
+            place.exists() and destination.exists() and place.samefile(destination)
+        ):
+            raise CheckpointError(f"{destination} is or holds {path}; choose another destination")
 
 
 def write_checkpoint(

@@ -20,7 +20,7 @@ from prox24.checkpoints.unfinished import (
     source_files,
     unfinished_folder,
 )
-from prox24.checkpoints.writer import check_destination, fill_folder
+from prox24.checkpoints.writer import check_destination, check_outside, fill_folder
 from prox24.cli.output import (
     check_report,
     peak_memory_bytes,
@@ -44,8 +44,10 @@ from prox24.refine.training import Resume
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
     began = time.perf_counter()
-    inputs = (arguments.dense, arguments.pruned, arguments.text, arguments.state)
+    inputs = (arguments.dense, arguments.pruned, arguments.text)
     check_destination(arguments.destination, inputs, arguments.overwrite)
+    if arguments.state is not None:
+        check_outside(arguments.destination, arguments.state)
     check_report(arguments.report)
     dense, pruned = open_checkpoint(arguments.dense), open_checkpoint(arguments.pruned)
     refinement = ModelRefinement(

@@ -52,11 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     _give_back_memory()
     try:
         with _ended_by(signal.SIGTERM):
-            return int(parsed.run(parsed))
+            code = int(parsed.run(parsed))
+            sys.stdout.flush()
+            return code
     except Prox24Error as error:
         return _end(f"error: {error}", error, 2)
     except jax.errors.JaxRuntimeError as error:
         return _end(f"error: a device fails: {first_line(error)}", error, 2)
+    except BrokenPipeError:  # whoever read what was printed has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return _end(f"error: {error}", error, 2)
     except MemoryError as error:

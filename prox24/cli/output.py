@@ -90,7 +90,10 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     # Without a terminal there is no width to fit into. A path is no markup.
     width = None if sys.stdout.isatty() else 120
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    with console.capture() as capture:  # since rich ends the process where a pipe is closed
+        console.print(table)
+    print(capture.get(), end="")
 
 
 def versions() -> dict[str, str]:

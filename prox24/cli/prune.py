@@ -111,6 +111,7 @@ def _run(arguments: argparse.Namespace) -> int:
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
     micro_batch, mesh = None, common_mesh(len(windows)) if native else None
     if arguments.memory is not None:
         micro_batch = fitting_micro_batch(
@@ -120,6 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
             refit,
             arguments.memory,
             arguments.pattern,
+            dtype,
         )
     job = {
         "arguments": {name: plain(vars(arguments)[name]) for name in DECISIVE},
@@ -162,7 +164,7 @@ def _run(arguments: argparse.Namespace) -> int:
             pattern=arguments.pattern,
             damping=arguments.damping,
             pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
-            dtype=None if arguments.dtype is None else DTYPES[arguments.dtype],
+            dtype=dtype,
             finished=unfinished.finished,
             micro_batch=micro_batch,
             mesh=mesh,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -20,7 +21,7 @@ Project = Callable[[PyTree], PyTree]
 
 def at_least_float32(x: Array) -> Array:
     """The array in float32, or in float64 if it is: what a loss is computed in."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 class Outcome(enum.Enum):
@@ -154,9 +155,7 @@ def refine(
     best = params if project is None else candidate(master)
     transform = keep_pattern(optimizer, kept) if project is None else optimizer
     # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
-    memory = jax.tree.map(
-        lambda leaf: leaf.copy() if isinstance(leaf, Array) else leaf, transform.init(master)
-    )
+    memory = transform.init(jax.tree.map(jnp.copy, master))
     state = resume(Training(master, memory, best, [measure(best)], 0))
     while state.steps < steps and not state.diverged():
         batch = training[state.steps % len(training)]
