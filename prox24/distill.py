@@ -26,6 +26,7 @@ from prox24.forward import (
     embed_windows,
     embedding_weights,
     head_weights,
+    input_widths,
     layer_linears,
     layer_weights,
     load_model,
@@ -155,8 +156,7 @@ def distill(
     size = refinement.windows
     batches, mask = len(windows) // size, refinement.mask
     if mask is not None:
-        linears = {linear.tensor: linear.shape[1] for linear in all_linears(config)}
-        check_widths(linears, (2, 4))
+        check_widths(input_widths(all_linears(config)), (2, 4))
     held_out = refinement.held_out_of(batches)
     if batches <= held_out:
         raise CalibrationError(

@@ -80,6 +80,11 @@ def all_linears(config: Config) -> list[Linear]:
     return [linear for i in range(len(config.layers)) for linear in layer_linears(config, i)]
 
 
+def input_widths(linears: Iterable[Linear]) -> dict[str, int]:
+    """Of linears, by tensor."""
+    return {linear.tensor: linear.shape[1] for linear in linears}
+
+
 def check_widths(widths: Mapping[str, int], pattern: PatternLike | Unstructured) -> None:
     """Raises CheckpointError where M does not divide an input width, given by tensor."""
     if isinstance(pattern, Unstructured):

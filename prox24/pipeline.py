@@ -31,6 +31,7 @@ from prox24.forward import (
     batch_size,
     check_widths,
     embed_windows,
+    input_widths,
     layer_linears,
     layer_weights,
     load_model,
@@ -171,8 +172,7 @@ def prune(
       ValueError: the solver does not support the pattern, or the mesh does not divide the windows.
     """
     model = load_model(checkpoint, mesh)
-    widths = {linear.tensor: linear.shape[1] for linear in all_linears(model.config)}
-    check_widths(widths, pattern)
+    check_widths(input_widths(all_linears(model.config)), pattern)
     streams = ["pruned"] if pull is None and refinement is None else ["pruned", "dense"]
     size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
     if refinement is not None:

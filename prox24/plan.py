@@ -15,7 +15,14 @@ from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram
 from prox24.core.pattern import PatternLike, Unstructured
 from prox24.core.precision import PRECISION
 from prox24.errors import Prox24Error
-from prox24.forward import Linear, Model, check_widths, layer_linears, micro_batches_of
+from prox24.forward import (
+    Linear,
+    Model,
+    check_widths,
+    input_widths,
+    layer_linears,
+    micro_batches_of,
+)
 from prox24.models import decoder
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.solve import Refit, Solver, lower, solve
@@ -78,7 +85,7 @@ def layer_memory(
       dtype: of the pruned weights; None for the checkpoint's.
     """
     linears = layer_linears(model.config, index)
-    check_widths({linear.tensor: linear.shape[1] for linear in linears}, pattern)
+    check_widths(input_widths(linears), pattern)
     weights = _weights(model, index)
     held = sum(map(_bytes, weights.values()))
     if dtype is not None:

@@ -333,18 +333,23 @@ def _merge(product: Product, stack: Array, run_over: int | None) -> Product:
     if run_over is None:
         rows = jnp.moveaxis(stack, 0, 1).reshape(problems, -1, width)
         return product._replace(rows=rows)
-    layout = product.layout
-    if product.tapped and run_over in layout.summed:
-        raise CalibrationError(
-            f"tap of {product.path} sums over axis {run_over}, which a scan runs over: count the "
-            "axes of the whole weight"
-        )
-    if product.tapped:  # by the axes of the whole weight, of which a tap knows no stacked ones
-        layout = layout._replace(
-            stacked=(run_over, *layout.stacked),
-            outputs=tuple(axis for axis in layout.outputs if axis != run_over),
-        )
+    layout = _stacked(product.path, product.layout, run_over) if product.tapped else product.layout
     return product._replace(rows=stack.reshape(-1, *stack.shape[-2:]), layout=layout)
+
+
+def _stacked(path: str, layout: Layout, axis: int) -> Layout:
+    """The layout of a tap, which knows no stacked axes, within a scan over an axis of the weight.
+
+    Raises:
+      CalibrationError: the tap sums over that axis.
+    """
+    if axis in layout.summed:
+        raise CalibrationError(
+            f"tap of {path} sums over axis {axis}, which a scan runs over: count the axes of the "
+            "whole weight"
+        )
+    outputs = tuple(other for other in layout.outputs if other != axis)
+    return layout._replace(stacked=(axis, *layout.stacked), outputs=outputs)
 
 
 # What other primitives do with a weight is no product with inputs.

@@ -195,9 +195,7 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
 
 def _check_job(work: Path, count: int, job: Mapping[str, Any] | None) -> None:
     began = json.loads((work / "job.json").read_text(encoding="utf-8"))
-    found = difference(began, json.loads(json.dumps(job)))
-    if job is None:
-        found = "of another command"
+    found = "of another command" if job is None else difference(began, json.loads(json.dumps(job)))
     if found is not None:
         raise CheckpointError(
             f"{work} holds {count} tensors of another run: {found}; "
