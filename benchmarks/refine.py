@@ -6,17 +6,21 @@ Every mask is found on the first 64 windows of 512 tokens of the calibration tex
 by the seed; the refinements see those and the windows that follow. Each row runs in a process of
 its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
 is there already is skipped, so that an interrupted command can be given again. Pruned models are
-kept in FOLDER/models of the cache.
+kept in FOLDER/models of the cache. FOLDER/refine.png shows the gap in log-perplexity to the dense
+model against the tokens trained on and the seconds, pruning included.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import math
 import multiprocessing
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
+import numpy as np
 from model import add_row, drawn_windows, read_rows, with_tensors
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +35,9 @@ from prox24.distill import ModelRefinement, distill
 from prox24.perplexity import perplexity
 from prox24.pipeline import collect, prune
 from prox24.refine import BlockRefinement
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 LENGTH = 512
 WINDOWS = 64
@@ -108,28 +115,59 @@ def measure(
     return row
 
 
+def gaps(rows: list[dict[str, str]], texts: list[str]) -> list[float]:
+    """Of each row: its gap in log-perplexity to dense, all texts together, over SparseGPT's."""
+    logs = {row["run"]: sum(math.log(float(row[text])) for text in texts) for row in rows}
+    dense, reference = logs.get("dense", math.nan), logs.get("sparsegpt", math.nan)
+    return [
+        (sum(math.log(float(row[text])) for text in texts) - dense) / (reference - dense)
+        for row in rows
+    ]
+
+
 def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
-    """Every row, with the gap in log-perplexity to dense as a share of SparseGPT's."""
+    """Every row."""
     table = Table()
     table.add_column("method", no_wrap=True)
     for title in (*texts, "gap, share of SparseGPT's", "tokens", "seconds", "peak GB"):
         table.add_column(title, justify="right")
-    found = {row["run"]: row for row in rows if row["distinct_tokens"] == "0"}
-
-    def gap(row: dict[str, str]) -> float:
-        return sum(math.log(float(row[t]) / float(found["dense"][t])) for t in texts)
-
-    for row in rows:
-        share = gap(row) / gap(found["sparsegpt"]) if "sparsegpt" in found else math.nan
+    for row, gap in zip(rows, gaps(rows, texts), strict=True):
         table.add_row(
             row["run"],
             *(f"{float(row[text]):.2f}" for text in texts),
-            f"{share:.2f}",
+            f"{gap:.2f}",
             row["tokens"],
             f"{float(row['seconds']):.0f}",
             f"{int(row['peak_memory_bytes']) / 1e9:.2f}",
         )
     Console(width=130).print(table)
+
+
+def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
+    """The gap against tokens and seconds, a line for each way to refine each pruned model."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="tight", sharey=True)
+    found = [
+        (row["run"], float(row["tokens"]), float(row["seconds"]), gap)
+        for row, gap in zip(rows, gaps(rows, texts), strict=True)
+    ]
+    for base, suffix in itertools.product(BASES, (" + block", " + model")):
+        pruned = [point for run, *point in found if run == base]
+        refined = sorted(point for run, *point in found if run == base + suffix)
+        if not (pruned and refined):
+            continue
+        tokens, seconds, shares = np.transpose([*pruned, *refined])
+        # A model is refined after it is pruned, its blocks while it is.
+        seconds = seconds + (np.arange(len(seconds)) > 0) * seconds[0] * (suffix == " + model")
+        for axes, values in zip(panels, (tokens, seconds), strict=True):
+            axes.plot(values, shares, marker="o", markersize=4, label=base + suffix)
+    panels[0].set_xscale("symlog", linthresh=1e4)
+    for axes, title in zip(panels, ("tokens trained on", "seconds"), strict=True):
+        axes.set_xlabel(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("gap in log-perplexity, SparseGPT's is 1")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -178,7 +216,9 @@ def main() -> None:
                 ).result()
             )
         rows = add_row(path, row)
-    print_table(rows, [text.stem for text in arguments.texts])
+    texts = [text.stem for text in arguments.texts]
+    print_table(rows, texts)
+    draw(rows, texts, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
