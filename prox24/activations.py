@@ -22,29 +22,47 @@ class ActivationFiles:
     has a folder of its own.
 
     Attributes:
-      layer: that every stream was complete for when the folder was opened; None at the start.
+      layer: that every stream was complete for when the folder was opened; None at the start, or
+        where a file is missing or of another length.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, ...], micro_batch: int):
+    def __init__(
+        self, folder: Path, shape: tuple[int, ...], micro_batch: int, streams: Iterable[str]
+    ):
         """Opens a folder, or makes it.
 
         Args:
           folder: of the files.
           shape: (windows, length, hidden) of a stream, in float32.
           micro_batch: windows that go through a layer together.
+          streams: names of all streams.
         """
         self._folder, self._shape, self._micro_batch = folder, shape, micro_batch
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / "layer"
-        self.layer = latest(int(path.read_text()) if path.exists() else None)
+        text = path.read_text() if path.exists() else ""
+        self.layer = latest(int(text) if text.isdigit() else None)
+        if self.layer is not None:
+            paths = [self._path(stream, self.layer) for stream in streams]
+            whole = all(path.is_file() and path.stat().st_size == self._size for path in paths)
+            # A process that lacks a file sends all of them back to the start.
+            if latest(None if whole else self.layer) is not None:
+                self.layer = None
+
+    @property
+    def _size(self) -> int:
+        return 4 * math.prod(self._shape)
+
+    def _path(self, stream: str, layer: int) -> Path:
+        return self._folder / f"{stream}-{layer % 2}"
 
     def micro_batches(self, stream: str, layer: int) -> list[NDArray[np.float32]]:
         """What enters a layer, to be read or written, as views into a file."""
-        path, size = self._folder / f"{stream}-{layer % 2}", self._micro_batch
+        path, size = self._path(stream, layer), self._micro_batch
         with writing(path):
             path.touch()
-            _allocate(path, 4 * math.prod(self._shape))
+            _allocate(path, self._size)
             whole = np.memmap(path, np.float32, "r+", shape=self._shape)
         return [whole[i : i + size] for i in range(0, len(whole), size)]
 
@@ -53,7 +71,7 @@ class ActivationFiles:
         new = self._folder / "layer.new"
         with writing(self._folder):
             new.write_text(str(layer))
-            for path in [*(self._folder / f"{stream}-{layer % 2}" for stream in streams), new]:
+            for path in [*(self._path(stream, layer) for stream in streams), new]:
                 synchronise(path)
             # When one process has noted the layer, all have written it.
             meet(f"layer {layer} is complete")

@@ -182,7 +182,7 @@ def prune(
     if activations is not None:
         own = len(own_windows(size, model.mesh))
         shape = (len(windows) // size * own, windows.shape[1], model.config.hidden)
-        files = ActivationFiles(activations, shape, own)
+        files = ActivationFiles(activations, shape, own, streams)
     first, hidden = _enter(model, windows, size, streams, files)
     advance = functools.partial(_advance, model, files, hidden)
     solve_problem = functools.partial(
@@ -368,6 +368,7 @@ def _prune_linears(
         )
         values = np.asarray(oriented(model.config, pruned))
         yield PrunedTensor(linear.tensor, values, report)
+        del problem, solution, pruned, values  # before the next linear needs their place
 
 
 def _rounded(tensor: str, values: Array, dtype: np.dtype[Any]) -> Array:

@@ -111,6 +111,21 @@ def test_hidden_states_on_disk_spare_the_finished_layers(workspace, monkeypatch,
     assert contents(workspace / "out") == contents(workspace / "whole")
 
 
+@pytest.mark.parametrize("left", [None, 100])
+def test_hidden_states_that_were_lost_are_computed_again(workspace, monkeypatch, left):
+    assert main(command(workspace, "whole")) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9, KeyboardInterrupt)
+        assert main(command(workspace, "out", "--activations", "disk")) == 130
+    path = workspace / "out.unfinished" / "activations" / "0" / "pruned-1"
+    if left is None:
+        path.unlink()
+    else:
+        os.truncate(path, left)
+    assert main(command(workspace, "out", "--activations", "disk")) == 0
+    assert contents(workspace / "out") == contents(workspace / "whole")
+
+
 @pytest.fixture
 def processes(tmp_path):
     """Starts the command line in processes that have imported everything before."""
@@ -232,8 +247,25 @@ def changed_tensor(workspace):
     return [], f"{Q_PROJ} is damaged; delete {workspace}/out.unfinished"
 
 
+def changed_journal(workspace):
+    path = workspace / "out.unfinished" / "journal.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], lines[2][:-9], *lines[3:], ""]))
+    return [], f"{path} is damaged; delete {path.parent} to start anew"
+
+
+def changed_job(workspace):
+    path = workspace / "out.unfinished" / "job.json"
+    path.write_text(path.read_text()[:-9])
+    return [], f"{path} is damaged; delete {path.parent} to start anew"
+
+
 @pytest.mark.parametrize(
-    "change", [changed_text, changed_damping, changed_method, changed_source, changed_tensor]
+    "change",
+    [
+        *(changed_text, changed_damping, changed_method, changed_source),
+        *(changed_tensor, changed_journal, changed_job),
+    ],
 )
 def test_another_run_is_refused_and_the_work_stays(workspace, monkeypatch, capsys, change):
     with monkeypatch.context() as patch:
@@ -279,6 +311,21 @@ def test_a_disk_that_is_still_full_loses_nothing(workspace, monkeypatch, capsys)
         patch.setattr(writer, "_allocated", lambda folder: 0)
         assert main(command(workspace)) == 2
     assert "bytes do not fit; what is done is in" in capsys.readouterr().err
+    assert len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
+def test_what_is_done_outlives_a_journal_that_cannot_be_read(workspace, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, KeyboardInterrupt)
+        assert main(command(workspace)) == 130
+
+    def fail(path):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert main(command(workspace)) in (2, 130)
     assert len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines()) == 5
 
 
@@ -372,18 +419,34 @@ def test_a_destination_that_cannot_be_written_is_named(workspace, capsys):
     assert "cannot write /proc/out" in capsys.readouterr().err
 
 
-def test_a_source_that_changes_while_it_is_read_is_named(workspace, monkeypatch, capsys):
+def change_after_filling(monkeypatch, path):
     fill_folder = prune.fill_folder
 
     def change_after(*arguments, **keywords):
         digests = fill_folder(*arguments, **keywords)
-        os.utime(workspace / "model" / "model.safetensors", (0, 0))
+        path.touch()
+        os.utime(path, (0, 0))
         return digests
 
     monkeypatch.setattr(prune, "fill_folder", change_after)
+
+
+@pytest.mark.parametrize(("name", "left"), [("model.safetensors", []), ("config.json", ["out"])])
+def test_a_source_that_changes_while_it_is_read_is_named(
+    workspace, monkeypatch, capsys, name, left
+):
+    change_after_filling(monkeypatch, workspace / "model" / name)
     assert main(command(workspace)) == 2
-    assert "model.safetensors changed while it was read" in capsys.readouterr().err
-    assert sorted(path.name for path in workspace.iterdir()) == ["model", "text.txt"]
+    assert f"{name} changed while it was read" in capsys.readouterr().err
+    # What was done of the right weights is kept.
+    kept = [f"{name}.unfinished" for name in left]
+    assert sorted(path.name for path in workspace.iterdir()) == ["model", *kept, "text.txt"]
+
+
+def test_a_file_that_is_put_beside_the_source_is_no_change_of_it(workspace, monkeypatch):
+    change_after_filling(monkeypatch, workspace / "model" / "notes.txt")
+    assert main(command(workspace)) == 0
+    assert not (workspace / "out" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("done", [0, 5])
@@ -444,6 +507,27 @@ def test_verify_compares_with_the_manifest_and_the_source(workspace, capsys):
     (workspace / "out" / "prox24.json").write_text("{}")
     assert main(verify) == 2
     assert "does not list the tensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        (b'"BF16"', b'"F16" ', "is float16, the manifest says bfloat16"),
+        (b"\x80\x3f", b"\x80\x7f", "holds NaN or Inf"),  # 1.0, of a norm
+    ],
+)
+def test_verify_goes_on_after_what_is_wrong_and_reports_it(
+    workspace, capsys, before, after, problem
+):
+    assert main(command(workspace)) == 0
+    path = workspace / "out" / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(before, after))
+    report = workspace / "report.json"
+    assert main(["verify", str(workspace / "out"), "--report", str(report)]) == 1
+    problems = json.loads(report.read_text())["problems"]
+    name = "model.layers.0.input_layernorm.weight"
+    assert problems[name] == problem
+    assert f"{name}: {problem}" in capsys.readouterr().out
 
 
 def test_the_same_command_gives_the_same_bytes(workspace):

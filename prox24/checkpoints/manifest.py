@@ -1,10 +1,11 @@
-"""The manifest of a pruned folder: how it was made, and the hash of every tensor."""
+"""The manifest of a pruned folder: how it was made, and the dtype and hash of every tensor."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from prox24.checkpoints import safetensors_file
 from prox24.checkpoints.hf_folder import MANIFEST, read_json
 from prox24.checkpoints.tensors import writing
 from prox24.errors import CheckpointError
@@ -22,7 +23,7 @@ def write_manifest(
     """Writes the manifest, which depends on nothing but the result.
 
     Args:
-      folder: of the model.
+      folder: of the model, whose tensors are written.
       job: what decided the result; times of change of "source" and "dense" files are left out.
       digests: SHA-256 of every tensor, by name.
       pruned: figures of each pruned linear, with its name.
@@ -30,6 +31,11 @@ def write_manifest(
     """
     figures = {
         linear["name"]: {key: linear[key] for key in FIGURES if key in linear} for linear in pruned
+    }
+    written = {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in safetensors_file.open_file(path).items()
     }
     manifest = {
         **job,
@@ -39,7 +45,7 @@ def write_manifest(
             if role in job
         },
         "tensors": {
-            name: {"sha256": digest}
+            name: {"dtype": written[name].dtype.name, "sha256": digest}
             | ({"pruned": figures[name]} if name in figures else {})
             | ({"refined": True} if name in refined else {})
             for name, digest in digests.items()

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from prox24.checkpoints import safetensors_file
+from prox24.checkpoints.hf_folder import NOT_CARRIED
 from prox24.checkpoints.tensors import TensorSource, writing
 from prox24.errors import CheckpointError, DiskError, Prox24Error
 
@@ -90,11 +91,13 @@ def unfinished_folder(
         except Timeout as error:
             raise CheckpointError(f"another process is writing {destination}") from error
     done: dict[str, dict[str, Any]] = {}
+    read = False
     try:
         with writing(destination):
             _put_back(work, destination)
             shutil.rmtree(work / "old", ignore_errors=True)
             done |= _entries(work)
+            read = True
             if (work / "replaced").exists():
                 raise DiskError(f"{work}/replaced stood at {destination} before; move one away")
             if destination.exists() and not overwrite:
@@ -131,7 +134,7 @@ def unfinished_folder(
                 raise
     finally:
         _put_back(work, destination)
-        if not done and not (work / "replaced").exists():
+        if read and not done and not (work / "replaced").exists():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
 
@@ -163,11 +166,17 @@ def source_files(path: Path) -> dict[str, list[int]]:
 
 
 def check_unchanged(path: Path, files: Mapping[str, list[int]]) -> None:
-    """Raises CheckpointError unless `source_files` says the same as before."""
+    """Looks whether every file is what `source_files` said; what is new since was not read.
+
+    Raises:
+      CheckpointError: a file of weights is not, so that what was made of it is worth nothing.
+      DiskError: another file is not.
+    """
     now = source_files(path)
-    for name in sorted(files.keys() | now.keys()):
-        if files.get(name) != now.get(name):
-            raise CheckpointError(f"{path}: {name} changed while it was read")
+    changed = [name for name in files if now.get(name) != files[name]]
+    for name in sorted(changed, key=lambda name: not name.endswith(NOT_CARRIED)):
+        kind = CheckpointError if name.endswith(NOT_CARRIED) else DiskError
+        raise kind(f"{path}: {name} changed while it was read")
 
 
 def sha256(values: NDArray[Any]) -> str:
@@ -180,7 +189,11 @@ def _work_folder(destination: Path) -> Path:
 
 
 def _entries(work: Path) -> dict[str, dict[str, Any]]:
-    """Of a journal, whose last line may be cut off, if the files that it tells of are there."""
+    """Of a journal, whose last line may be cut off, if the files that it tells of are there.
+
+    Raises:
+      CheckpointError: another line is damaged.
+    """
     journal = work / "journal.jsonl"
     if not journal.exists() or not (work / "model").is_dir():
         journal.unlink(missing_ok=True)
@@ -189,12 +202,26 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         os.truncate(journal, len(whole))
-    entries = [json.loads(line) for line in whole.splitlines()]
-    return {entry.pop("tensor"): entry for entry in entries}
+    found: dict[str, dict[str, Any]] = {}
+    with _intact(journal):
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            found[entry.pop("tensor")] = {"sha256": entry["sha256"], **entry}
+    return found
+
+
+@contextlib.contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Names a file of the folder that does not hold what was written to it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged; delete {path.parent} to start anew") from error
 
 
 def _check_job(work: Path, count: int, job: Mapping[str, Any] | None) -> None:
-    began = json.loads((work / "job.json").read_text(encoding="utf-8"))
+    with _intact(work / "job.json"):
+        began = json.loads((work / "job.json").read_text(encoding="utf-8"))
     found = "of another command" if job is None else difference(began, json.loads(json.dumps(job)))
     if found is not None:
         raise CheckpointError(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from prox24 import torchax
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.manifest import read_manifest
+from prox24.checkpoints.tensors import is_finite
 from prox24.checkpoints.unfinished import sha256
 from prox24.cli.output import (
     check_report,
@@ -45,8 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     zeros = weights = 0.0
     with progress_bar("verify", len(checkpoint.tensors), arguments.quiet) as advance:
         for name in checkpoint.tensors:
-            values = checkpoint.read(name)
-            if name in hashes and sha256(values) != hashes[name]:
+            values = checkpoint.tensors[name].read()
+            promised = entries.get(name, {}).get("dtype", values.dtype.name)
+            if values.dtype.name != promised:
+                problems[name] = f"is {values.dtype}, the manifest says {promised}"
+            elif name in hashes and sha256(values) != hashes[name]:
                 problems[name] = "is not what the manifest says"
             if name in axes:
                 weight = jnp.asarray(values)
@@ -58,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
                     problems[name] = f"{blocks} {unit} break the pattern {pattern}"
             elif name in given.keys() - refined and not _equal(values, given[name].read()):
                 problems[name] = "is not what the source has"
+            if not is_finite(values):
+                problems[name] = "holds NaN or Inf"
             advance(name, None)
     report = {
         "model": str(arguments.model),
@@ -84,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         [unit, str(int(weights) // group)],
         ["exact zeros", f"{zeros / weights:.2%}"],
         ["linears that break the pattern", str(len(violations))],
-        ["tensors, all finite", str(len(checkpoint.tensors))],
+        ["tensors", str(len(checkpoint.tensors))],
         ["hashes", "no manifest" if manifest is None else "compared with the manifest"],
         ["other tensors", str(others) if source is None else f"{others}, compared with the source"],
         ["refined tensors, not compared", str(len(refined))],
