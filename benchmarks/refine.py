@@ -6,8 +6,9 @@ Every mask is found on the first 64 windows of 512 tokens of the calibration tex
 by the seed; the refinements see those and the windows that follow. Each row runs in a process of
 its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
 is there already is skipped, so that an interrupted command can be given again. Pruned models are
-kept in FOLDER/models of the cache. FOLDER/refine.png shows the gap in log-perplexity to the dense
-model against the tokens trained on and the seconds, pruning included.
+kept in FOLDER/models of the cache, by calibration text, windows and seed. FOLDER/refine.png shows
+the gap in log-perplexity to the dense model against the tokens trained on and the seconds, pruning
+included.
 """
 
 import argparse
@@ -85,12 +86,13 @@ def measure(
     if run.base != "dense":
         solver, refit = BASES[run.base]
         block = run.refinement if isinstance(run.refinement, BlockRefinement) else None
-        folder = cache / "models" / f"{run.base}-{seed}"
+        folder = cache / "models" / f"{run.base}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
         if block is not None or not folder.exists():
             pruned = collect(prune(dense, windows[:WINDOWS], solver, refit, refinement=block))
             model = with_tensors(dense, pruned.tensors)
         if block is not None:
-            tokens = block.passes * windows[:WINDOWS].size
+            trained = WINDOWS - block.held_out_of(WINDOWS)  # a step has one window
+            tokens = block.passes * trained * LENGTH
         elif not folder.exists():
             folder.parent.mkdir(exist_ok=True)
             write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32")
@@ -117,12 +119,21 @@ def measure(
 
 def gaps(rows: list[dict[str, str]], texts: list[str]) -> list[float]:
     """Of each row: its gap in log-perplexity to dense, all texts together, over SparseGPT's."""
-    logs = {row["run"]: sum(math.log(float(row[text])) for text in texts) for row in rows}
-    dense, reference = logs.get("dense", math.nan), logs.get("sparsegpt", math.nan)
-    return [
-        (sum(math.log(float(row[text])) for text in texts) - dense) / (reference - dense)
-        for row in rows
-    ]
+
+    def place(row: dict[str, str]) -> tuple[str, ...]:
+        return row["seed"], row["calibration"], row["evaluation_windows"]
+
+    def log(row: dict[str, str]) -> float:
+        return sum(math.log(float(row[text])) for text in texts)
+
+    logs = {(row["run"], *place(row)): log(row) for row in rows}
+    found = []
+    for row in rows:
+        dense, reference = (
+            logs.get((run, *place(row)), math.nan) for run in ("dense", "sparsegpt")
+        )
+        found.append((log(row) - dense) / (reference - dense))
+    return found
 
 
 def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:

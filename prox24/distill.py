@@ -133,7 +133,8 @@ def distill(
 
     Args:
       dense: the teacher.
-      pruned: with the same config; its zeros stay zeros.
+      pruned: with the same config; its zeros stay zeros. Where its embeddings or head differ from
+        the dense model's, each has its own.
       windows: tokens, shape (windows, length).
       refinement: see there.
       mesh: devices that share the windows of a step and the parts of every weight.
@@ -144,8 +145,8 @@ def distill(
       A `Distilled`.
 
     Raises:
-      CheckpointError: the models differ in more than their weights, or a mask is to be found and
-        a linear's input width is not divisible by 4.
+      CheckpointError: the models differ in more than their weights, no linear of the pruned one has
+        a zero, or a mask is to be found and a linear's input width is not divisible by 4.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
     """
@@ -164,6 +165,9 @@ def distill(
         )
     windows = windows[: batches * size]
     params = _place(whole.stacked(config, _layers(student)), student.mesh)
+    if mask is None and not _has_zeros(config, params):
+        raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
+    outer = everywhere(embedding_weights(student) | head_weights(student), student.mesh)
     units = None
     if mask is not None and mask.normalised:
         units = _mean_magnitudes(config, params)
@@ -171,10 +175,11 @@ def distill(
     trained = refine.distill(
         *_functions(config, student.mesh),
         params,
-        (everywhere(embedding_weights(student) | head_weights(student), student.mesh), units),
+        (outer, units),
         list(windows.reshape(batches, size, -1)),
         _targets(teacher, windows, size),
         _optimizer(config, refinement, refinement.steps(batches)),
+        teacher=(_shared(everywhere(head_weights(teacher), teacher.mesh), outer), None),
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
         held_out=held_out,
@@ -193,6 +198,15 @@ def distill(
 
 def _layers(model: Model) -> list[Weights]:
     return [layer_weights(model, index) for index in range(len(model.config.layers))]
+
+
+def _shared(weights: Weights, others: Weights) -> Weights:
+    """The weights, of which those that equal the others' are not in memory twice."""
+
+    def equal(a: Array, b: Array) -> bool:
+        return a.dtype == b.dtype and bool(jnp.all(a == b))
+
+    return {name: others[name] if equal(w, others[name]) else w for name, w in weights.items()}
 
 
 def _targets(model: Model, windows: NDArray[np.int32], size: int) -> list[NDArray[np.float32]]:
@@ -262,6 +276,13 @@ def _of_linears(
         {name: (of_linear if name in linears else of_other)(leaf) for name, leaf in run.items()}
         for run in params
     ]
+
+
+def _has_zeros(config: Config, params: whole.Stacked) -> bool:
+    linears = _linears(config)
+    return any(
+        bool(jnp.any(leaf == 0)) for run in params for name, leaf in run.items() if name in linears
+    )
 
 
 def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:

@@ -14,6 +14,7 @@ from prox24 import distill as model_distillation
 from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
+from prox24.cli.windows import shuffled
 from prox24.forward import embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
 from prox24.optax import exponential, proximal
@@ -50,16 +51,16 @@ def student():
     return dense, pruned, outer, ids, [features(dense, outer, batch) for batch in ids]
 
 
-def expected_loss(params, outer, ids, target, share):
+def expected_loss(params, outer, teacher, ids, target, share):
     """By the definition, in float64."""
-    table = np.asarray(outer["embedding"], np.float64)
+    table, head = (np.asarray(part["embedding"], np.float64) for part in (outer, teacher))
     hidden = np.tanh(table[ids] @ np.asarray(params["kernel"], np.float64))
 
-    def log_probabilities(hidden):
-        scores = 4 * np.asarray(hidden, np.float64) @ table.T
+    def log_probabilities(hidden, head):
+        scores = 4 * np.asarray(hidden, np.float64) @ head.T
         return scores - np.log(np.sum(np.exp(scores), axis=-1, keepdims=True))
 
-    own, dense = log_probabilities(hidden), log_probabilities(target)
+    own, dense = log_probabilities(hidden, table), log_probabilities(target, head)
     gap = np.mean(np.sum(np.exp(dense) * (dense - own), axis=-1))
     next_ids = np.asarray(ids)[:, 1:, None]
     entropy = -np.mean(np.take_along_axis(own[:, :-1], next_ids, axis=-1))
@@ -67,12 +68,22 @@ def expected_loss(params, outer, ids, target, share):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_loss_is_what_is_defined(student, share):
+@pytest.mark.parametrize("other_head", [False, True])
+def test_the_loss_is_what_is_defined(student, share, other_head):
     _, pruned, outer, ids, targets = student
+    teacher = jax.tree.map(lambda table: table[::-1] / 2, outer) if other_head else None
     refined = refine.distill(
-        features, logits, pruned, outer, ids, targets, optax.sgd(0.0), cross_entropy=share
+        features,
+        logits,
+        pruned,
+        outer,
+        ids,
+        targets,
+        optax.sgd(0.0),
+        teacher=teacher,
+        cross_entropy=share,
     )
-    expected = expected_loss(pruned, outer, ids[-1], targets[-1], share)
+    expected = expected_loss(pruned, outer, teacher or outer, ids[-1], targets[-1], share)
     np.testing.assert_allclose(refined.losses, expected, rtol=1e-5)
 
 
@@ -230,6 +241,37 @@ def test_the_mask_is_found_from_the_dense_model(workspace, mask, capsys):
     kept = open_checkpoint(workspace / "out").read(Q_PROJ) != 0
     largest = prox24.top_mask(np.abs(open_checkpoint(dense).read(Q_PROJ)))
     assert np.any(kept != largest)
+
+
+def test_the_dense_model_predicts_by_its_own_head(workspace, capsys):
+    config = config_dict()
+    weights = random_weights(config)
+    write_folder(workspace / "dense", config, weights)
+    weights["lm_head.weight"] = np.zeros_like(weights["lm_head.weight"])
+    weights[Q_PROJ][0, 0] = 0
+    write_folder(workspace / "student", config, weights)
+    command = ["distill", *(str(workspace / name) for name in ("dense", "student", "out"))]
+    command += ["--text", str(workspace / "text.txt"), "--sequence-length", "32", "--json"]
+    assert main([*command, "--samples", "16", "--quiet"]) == 0
+    # Of the student all tokens are as probable, whatever it computes.
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert losses[0] > 0.01
+    assert losses == pytest.approx([losses[0]] * len(losses))
+
+
+def test_a_model_without_zeros_is_not_trained_as_a_pruned_one(workspace, capsys):
+    command = ["distill", workspace / "model", workspace / "model", workspace / "out", "--quiet"]
+    command += ["--text", workspace / "text.txt", "--sequence-length", "32", "--samples", "16"]
+    assert main([*map(str, command)]) == 2
+    assert "model has no zeros to keep in its linears: prune it first" in capsys.readouterr().err
+    assert not (workspace / "out").exists()
+
+
+def test_windows_are_taken_in_an_order_of_their_own():
+    windows = np.arange(40).reshape(20, 2)
+    found = shuffled(windows)
+    assert found.tolist() == shuffled(windows).tolist() != windows.tolist()
+    assert sorted(found.tolist()) == windows.tolist()
 
 
 def test_a_penalty_goes_with_a_constant_one(workspace, capsys):

@@ -31,7 +31,7 @@ from prox24.cli.output import (
     versions,
     write_report,
 )
-from prox24.cli.windows import calibration_windows
+from prox24.cli.windows import calibration_windows, shuffled
 from prox24.core.masks import mean_sparsity
 from prox24.devices import common_mesh
 from prox24.distill import ModelRefinement, MovingMask, distill
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         cross_entropy=arguments.cross_entropy,
         mask=moving_mask(arguments),
     )
-    windows = calibration_windows(
-        dense, arguments.text, arguments.samples, arguments.sequence_length
+    windows = shuffled(
+        calibration_windows(dense, arguments.text, arguments.samples, arguments.sequence_length)
     )
     models = {"dense": dense, "pruned": pruned}
     files = {role: source_files(model.path) for role, model in models.items()}

@@ -48,7 +48,7 @@ from prox24.forward import all_linears, load_model
 from prox24.pipeline import LinearReport, PrunedTensor, prune, refined_tensors
 from prox24.plan import fitting_micro_batch
 from prox24.processes import agree, connected, is_first, meet
-from prox24.refine import BlockRefinement
+from prox24.refine import BlockRefinement, Outcome
 from prox24.solvers.problem import Status
 from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver, check_supported
 
@@ -363,6 +363,9 @@ def _print_summary(
     if blocks:
         errors = [np.mean([block[key] for block in blocks]) for key in ("error_before", "error")]
         rows.append(["mean error of a layer, refined", f"{errors[0]:.4f} to {errors[1]:.4f}"])
+        diverged = [block for block in blocks if block["outcome"] == Outcome.DIVERGED.value]
+        if diverged:
+            rows.append(["of layers that diverged while refined", f"{len(diverged)} linears"])
     if resumed:
         rows.append(["done by the run before", f"{resumed} linears"])
     cut = [linear for linear in linears if linear["status"] == Status.MAX_STEPS.value]

@@ -29,6 +29,14 @@ def calibration_windows(
     return spread_windows(ids, samples, length, start)
 
 
+def shuffled(windows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Windows in an order that has nothing to do with the text's, the same every time.
+
+    What a training sees last, and is measured on, is then not one end of the text.
+    """
+    return np.random.default_rng(0).permutation(windows)
+
+
 def evaluation_windows(
     checkpoint: Checkpoint, file: Path | None, samples: int | None, length: int
 ) -> NDArray[np.int32]:

@@ -50,6 +50,7 @@ def distill(
     targets: Sequence[ArrayLike],
     optimizer: optax.GradientTransformation,
     *,
+    teacher: PyTree = None,
     cross_entropy: float = 0.0,
     passes: int = 1,
     held_out: int = 1,
@@ -63,7 +64,7 @@ def distill(
 
     Minimises, over the tokens of batches,
 
-        (1 - c) KL(softmax(logits(t)) || softmax(logits(h))) - c log p(next token),
+        (1 - c) KL(softmax(logits(teacher, t)) || softmax(logits(outer, h))) - c log p(next token),
 
     with h = features(params, outer, tokens), t the target and c the share of cross-entropy. What
     the teacher puts out before its head is all that is kept of it: the hidden width of numbers for
@@ -78,6 +79,7 @@ def distill(
       tokens: batches of windows, int32, all of one shape.
       targets: hidden states of the dense model for each.
       optimizer: compiled once for each object, and for each pair of functions.
+      teacher: what `outer` is in the dense model; None if it is the same.
       cross_entropy: the share c, from 0 to 1.
       passes: as `prox24.refine.training.refine` has it, and all that follow.
       held_out: batches, from the end.
@@ -117,7 +119,7 @@ def distill(
     return refine(
         _loss(features, logits),
         params,
-        (outer, jnp.asarray(cross_entropy, jnp.float32)),
+        (outer, outer if teacher is None else teacher, jnp.asarray(cross_entropy, jnp.float32)),
         list(zip(tokens, targets, strict=True)),
         optimizer,
         passes=passes,
@@ -133,7 +135,7 @@ def distill(
 @functools.lru_cache(maxsize=16)
 def _loss(features: Features, logits: Logits) -> Loss:
     def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
-        (outer, share), (tokens, targets) = constants, batch
+        (outer, teacher, share), (tokens, targets) = constants, batch
         windows, length = tokens.shape
 
         # Chunks run along the windows, which devices may share.
@@ -144,7 +146,7 @@ def _loss(features: Features, logits: Logits) -> Loss:
             entropy = optax.softmax_cross_entropy_with_integer_labels(
                 at_least_float32(own), following
             )
-            gap = divergence(own, logits(outer, target))
+            gap = divergence(own, logits(teacher, target))
             return jnp.sum(jnp.where(seen, gap, 0)), jnp.sum(jnp.where(predicts, entropy, 0))
 
         place = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
