@@ -39,7 +39,7 @@ from rich.table import Table
 
 from prox24.packed import unpack
 from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT
-from prox24.packed.implementation import Case
+from prox24.packed.implementation import Case, default_platform
 from prox24.packed.registry import IMPLEMENTATIONS
 from prox24.packed.tuning import random_packed
 
@@ -311,7 +311,7 @@ def main() -> None:
         writer.writeheader()
         for batch in arguments.batches:
             for linear in linears:
-                case = Case(jax.default_backend(), arguments.dtype, *SHAPES[linear], batch)
+                case = Case(default_platform(), arguments.dtype, *SHAPES[linear], batch)
                 case, scale = fitting(case, arguments.scale, machine, arguments.seconds)
                 found = measure(linear, case, scale, machine, arguments.repetitions)
                 writer.writerows(dataclasses.asdict(row) for row in found)

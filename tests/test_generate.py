@@ -16,6 +16,7 @@ from prox24.errors import CheckpointError, PromptError
 from prox24.forward import all_weights, load_model
 from prox24.models import decoder
 from prox24.models.generate import advance, choose, empty_cache, generate
+from prox24.packed import table
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT, LENGTH = 44, 48  # programs are shared by the tests of these lengths
@@ -176,7 +177,8 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(temperature):
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.3, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]), (0.96, [0, 1, 2, 3, 4])]
+    ("top_p", "kept"),
+    [(1e-50, [1]), (0.3, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]), (0.96, [0, 1, 2, 3, 4])],
 )
 def test_the_nucleus_has_the_fewest_tokens_that_reach_top_p(top_p, kept):
     expected = np.where(np.isin(np.arange(5), kept), PROBABILITIES, 0)
@@ -321,7 +323,8 @@ def test_bad_values_of_options_exit_2(capsys, option, value):
     assert option in capsys.readouterr().err
 
 
-def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, capsys):
+def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
     write_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
     command = ["prune", str(tmp_path / "model"), str(tmp_path / "pruned"), "--method", "wanda"]
@@ -329,12 +332,25 @@ def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, capsys):
     assert main([*command, "--sequence-length", "32"]) == 0
 
     def generated(folder, *more):
+        jax.clear_caches()
         command = ["generate", str(tmp_path / folder), "--prompt", "Once", "--tokens", "6"]
-        return main([*command, "--json", "--quiet", *more]), capsys.readouterr()
+        return main([*command, "--json", *more]), capsys.readouterr()
 
     (_, dense), (code, packed) = generated("pruned"), generated("pruned", "--packed")
     assert code == 0
+    assert "run `prox24 tune MODEL --dtype float32`" in packed.err
     assert json.loads(packed.out)["tokens"] == json.loads(dense.out)["tokens"]
+    assert main(["tune", str(tmp_path / "pruned"), "--batches", "1", "--quiet"]) == 0
+    # Has the kernel, if there is one, run for every token.
+    faster = [
+        measured._replace(seconds=dict.fromkeys(measured.seconds, 1.0) | {"unpack": 2.0})
+        for measured in table.read("cpu")
+    ]
+    table.write(faster)
+    capsys.readouterr()
+    _, kernel = generated("pruned", "--packed")
+    assert "tune" not in kernel.err
+    assert json.loads(kernel.out)["tokens"] == json.loads(dense.out)["tokens"]
     code, refused = generated("model", "--packed")
     assert code == 2
     assert "tensor model.layers.0.self_attn.q_proj.weight: w is not 2:4" in refused.err

@@ -5,6 +5,8 @@ import functools
 import json
 import logging
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 from tiny import write_tiny
 
 from prox24.cli.main import main
@@ -342,6 +345,78 @@ def test_a_damaged_table_is_not_used_and_one_line_says_so(tables, caplog, text):
     assert "no table of measurements" in message
 
 
+def entry(**changes):
+    return {**CASE._asdict(), "seconds": {"unpack": 2.0, "cpu": 1.0}, **changes}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *({"seconds": {}}, {"seconds": {"cpu": 1.0}}, {"seconds": 3}, {"batch": "1"}),
+        *(
+            {"seconds": {"unpack": 1.0, **more}}
+            for more in ({"other": 0.5}, {"cpu": None}, {"cpu": "1 s"}, {"cpu": 0.0}, {"cpu": -1.0})
+        ),
+    ],
+    ids=str,
+)
+def test_a_table_with_a_damaged_measurement_is_not_used(tables, serving, caplog, damaged):
+    table.write([measured(1, unpack=2.0, cpu=1.0)])
+    path = table.table_path("cpu")
+    stored = json.loads(path.read_text())
+    assert stored["measurements"] == [entry()]
+    stored["measurements"].append(entry(outputs=16, **damaged))
+    path.write_text(json.dumps(stored))
+    table._read.cache_clear()
+    with caplog.at_level(logging.WARNING, "prox24.packed"):
+        assert [table.choose(CASE) for _ in range(2)] == [FALLBACK] * 2
+    (message,) = caplog.messages
+    assert "no table of measurements" in message
+
+
+def test_a_table_for_what_is_not_here_is_not_used(tables, caplog):
+    table.table_path("tpu").write_text('{"made_for": {}, "measurements": []}')
+    with caplog.at_level(logging.WARNING, "prox24.packed"):
+        assert table.choose(CASE._replace(platform="tpu")) == FALLBACK
+    assert "matmul-tpu.json is no table" in caplog.messages[0]
+
+
+def test_without_a_home_folder_products_are_as_right(monkeypatch, capsys):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PROX24_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    jax.clear_caches()
+    x, w = operands(1, 8, 64)
+    assert_product(jax.jit(matmul)(x, w), x, w)
+    assert not native._load.__wrapped__()
+    assert main(["tune", "--shapes", "8x36", "--quiet"]) == 2
+    assert "there is no home folder; set PROX24_CACHE" in capsys.readouterr().err
+
+
+def test_what_another_process_measured_meanwhile_is_kept(tables, serving):
+    table.write([measured(1, unpack=2.0, cpu=1.0)])
+    assert table.choose(CASE) == "cpu"
+    path = table.table_path("cpu")
+    stored = json.loads(path.read_text())
+    stored["measurements"].append(entry(batch=2))
+    path.write_text(json.dumps(stored))
+    table.write([measured(4, unpack=2.0, cpu=1.0)])
+    assert [table.choose(CASE._replace(batch=b)) for b in (1, 2, 4)] == ["cpu"] * 3
+
+
+def test_what_is_exported_has_no_kernel_of_this_process(tables, serving):
+    table.write([measured(batch, unpack=2.0, cpu=1.0) for batch in (1, 64)])
+    jax.clear_caches()
+    x, w = operands(4, 8, 64)
+    for rows in (4, export.symbolic_shape("rows")[0]):
+        exported = export.export(jax.jit(matmul))(jax.ShapeDtypeStruct((rows, 64), x.dtype), w)
+        assert native.TARGET not in exported.mlir_module()
+        assert_product(exported.call(x, w), x, w)
+
+
 @needs_compiler
 def test_the_product_runs_what_the_table_says(tables):
     x, w = operands(1, 8, 64)
@@ -406,7 +481,7 @@ def test_another_compiler_or_jaxlib_or_source_is_another_file(monkeypatch, tmp_p
 def not_ready(caplog):
     """What is_ready says, asked anew, when there is no kernel."""
     with caplog.at_level(logging.WARNING, "prox24.packed"):
-        assert not native.is_ready.__wrapped__()
+        assert not native._load.__wrapped__()
     (message,) = caplog.messages
     assert "\n" not in message
     return message
@@ -435,7 +510,22 @@ def test_a_cache_that_is_no_library_is_one_line(monkeypatch, caplog, tmp_path):
     compiler = next(found for name in native.COMPILERS if (found := shutil.which(name)))
     path = native.library_path(native._output([compiler, "--version"]))
     path.write_text("no library")
-    assert path.name in not_ready(caplog)
+    assert f"delete {path}, which cannot be loaded" in not_ready(caplog)
+
+
+@needs_compiler
+def test_threads_that_ask_first_together_build_one_kernel(monkeypatch, tmp_path):
+    loaded = []
+
+    def slowly():
+        time.sleep(0.1)
+        loaded.append(True)
+        return True
+
+    monkeypatch.setattr(native, "_load", functools.cache(slowly))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: native.is_ready(), range(4)))
+    assert len(loaded) == 1
 
 
 # The command
@@ -460,11 +550,12 @@ def test_tune_measures_shapes_and_writes_the_table(tables, capsys):
 
 
 def test_tune_measures_the_linears_of_a_checkpoint(tables, capsys, tmp_path):
-    write_tiny(tmp_path / "model")
+    write_tiny(tmp_path / "model", dtype="bfloat16")
     assert main(["tune", str(tmp_path / "model"), "--batches", "1"]) == 0
     printed = capsys.readouterr().out
     shapes = {(m.case.outputs, m.case.inputs) for m in table.read("cpu")}
     assert len(shapes) > 1
+    assert {m.case.dtype for m in table.read("cpu")} == {"bfloat16"}  # the model's
     assert all(f"{outputs}x{inputs}" in printed for outputs, inputs in shapes)
 
 

@@ -1,13 +1,16 @@
 """`prox24 generate`: what a model makes of a prompt."""
 
 import argparse
+import sys
 import time
 
 from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24.cli.output import peak_memory_bytes, print_json, progress_bar
 from prox24.cli.windows import prompt_tokens
 from prox24.forward import all_weights, load_model
-from prox24.models.generate import check_prompts, generate
+from prox24.models.generate import ModelWeights, check_prompts, generate
+from prox24.packed import Packed24, table
+from prox24.packed.implementation import Case, default_platform
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -18,6 +21,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_prompts(model.config, prompt, arguments.tokens)
     stop = stop_tokens(checkpoint)
     weights = all_weights(model, DTYPES.get(arguments.dtype), packed=arguments.packed)
+    if arguments.packed and not arguments.quiet:
+        warn_of_unmeasured(weights)
     tokens: list[int] = []
     times = [time.perf_counter()]
     with progress_bar("generate", arguments.tokens, arguments.quiet) as advance:
@@ -57,6 +62,23 @@ def run(arguments: argparse.Namespace) -> int:
         }
     )
     return 0
+
+
+def warn_of_unmeasured(weights: ModelWeights) -> None:
+    """Says so where a packed weight is unpacked for every token, as no product was measured."""
+    platform = default_platform()
+    measured = {entry.case for entry in table.read(platform)}
+    for layer in weights.layers:
+        for weight in layer.values():
+            if isinstance(weight, Packed24):
+                outputs, inputs = weight.shape
+                if Case(platform, weight.dtype.name, outputs, inputs, 1) not in measured:
+                    print(
+                        "prox24: products with packed weights are slow until they are measured: "
+                        f"run `prox24 tune MODEL --dtype {weight.dtype}`",
+                        file=sys.stderr,
+                    )
+                    return
 
 
 def decoding_rate(times: list[float]) -> float | None:

@@ -354,7 +354,7 @@ def _add_tune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         metavar="N,...",
         help="vectors that are multiplied at once (1,4,16)",
     )
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
+    command.add_argument("--dtype", choices=DTYPES, help="(the model's, or float32 for --shapes)")
     _add_output(command)
 
 

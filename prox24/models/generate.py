@@ -112,7 +112,7 @@ def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array |
 
     The most probable token at temperature 0. Otherwise one that is drawn with the probabilities
     softmax(logits / temperature), from the nucleus: the fewest of the most probable tokens whose
-    probabilities sum to `top_p`.
+    probabilities sum to `top_p`, and those as probable as the last of them.
 
     Args:
       logits: shape (batch, vocabulary).
@@ -149,7 +149,9 @@ def _nucleus(logits: Array, top_p: Array | float) -> Array:
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    # Nothing is before the most probable token, and a number below float32's smallest is zero.
+    within = before < jnp.maximum(top_p, jnp.finfo(before.dtype).tiny)
+    least = jnp.min(jnp.where(within, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)
 
 

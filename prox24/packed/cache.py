@@ -1,5 +1,6 @@
 """Where what was built and measured for this machine is kept, and what it was made for."""
 
+import errno
 import functools
 import hashlib
 import os
@@ -11,11 +12,20 @@ FOLDER = "PROX24_CACHE"
 
 
 def cache_folder() -> Path:
-    """PROX24_CACHE, or prox24 in XDG_CACHE_HOME, or ~/.cache/prox24; need not exist."""
+    """PROX24_CACHE, or prox24 in XDG_CACHE_HOME, or ~/.cache/prox24; need not exist.
+
+    Raises:
+      OSError: the user has no home folder, and the environment names none.
+    """
     if FOLDER in os.environ:
         return Path(os.environ[FOLDER])
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prox24"
+    if base:
+        return Path(base) / "prox24"
+    try:
+        return Path.home() / ".cache" / "prox24"
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, "there is no home folder") from error
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 from jax import Array
 
 
@@ -21,6 +22,12 @@ class Case(NamedTuple):
     outputs: int
     inputs: int
     batch: int
+
+
+def default_platform() -> str:
+    """What a `Case` calls the platform that JAX runs programs on unless told otherwise."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
 
 
 class Implementation(NamedTuple):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -23,13 +24,24 @@ logger = logging.getLogger("prox24.packed")
 """Says, once and in one line, why the kernel is not used; silenced by its level."""
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def is_ready() -> bool:
-    """Builds and loads the kernel, and tells whether XLA may call it; logs why not."""
+    """Whether XLA may call the kernel, which the first call builds and loads; it logs why not."""
+    with _loading:  # A target can be registered once.
+        return _load()
+
+
+@functools.cache
+def _load() -> bool:
     try:
-        library = ctypes.CDLL(str(_built()))
-        target = jax.ffi.pycapsule(library[TARGET])
-    except (NoKernelError, OSError, AttributeError) as error:
+        path = _built()
+        try:
+            target = jax.ffi.pycapsule(ctypes.CDLL(str(path))[TARGET])
+        except (OSError, AttributeError) as error:
+            raise NoKernelError(f"delete {path}, which cannot be loaded: {error}") from error
+    except (NoKernelError, OSError) as error:
         logger.warning("no kernel for CPUs, XLA multiplies instead: %s", error)
         return False
     jax.ffi.register_ffi_target(TARGET, target, platform="cpu")
@@ -66,6 +78,8 @@ def _built() -> Path:
     try:
         headers = f"-I{jax.ffi.include_dir()}"
         _output([compiler, *FLAGS, headers, str(SOURCE), "-o", str(partial)])
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # Half of a library would never be built again.
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -28,10 +28,12 @@ def matmul(x: ArrayLike, w: Packed24) -> Array:
     Which implementation runs is read from the table that `prox24 tune` writes, when the product is
     compiled: one that was measured to be the fastest for the platform, dtype, shape and batch, else
     `unpack` and XLA's product. So it is in programs for one device and inside of `shard_map`;
-    XLA partitions no kernel, and other programs unpack.
+    XLA partitions no kernel, and other programs unpack. So do exported ones, which run elsewhere.
 
     Differentiable in `x` and in the values of `w`, in reverse mode, once or more. Sums are of
     float32 products at the highest precision, in float64 where `x` is; the result is rounded once.
+    Where an entry of `x` is not finite, implementations differ: those that unpack multiply the
+    pruned zeros as well, and then put out NaN.
 
     Args:
       x: shape (..., in), of the dtype of `w`.
@@ -113,8 +115,11 @@ def _shape_of_product(x: Any, values: Any, codes: Any) -> Any:
 
 def _lower(platform: str, context: Any, *operands: Any) -> Any:
     name = FALLBACK
-    if is_on_one_device(context):
-        x, values, _ = context.avals_in
+    x, values, _ = context.avals_in
+    # Exported programs run elsewhere, and have no kernel of this process; some have no one shape.
+    exported = context.module_context.lowering_parameters.for_export
+    known = all(isinstance(size, int) for size in (*x.shape, *values.shape))
+    if known and not exported and is_on_one_device(context):
         name = table.choose(
             Case(platform, x.dtype.name, values.shape[0], x.shape[-1], math.prod(x.shape[:-1]))
         )

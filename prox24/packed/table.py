@@ -3,10 +3,11 @@
 import functools
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib.version
@@ -57,10 +58,14 @@ def choose(case: Case) -> str:
 def read(platform: str) -> tuple[Measurement, ...]:
     """The table of a platform as it was when this process first asked; empty if there is none.
 
-    One that was made for another device, jaxlib or source of the implementations is not used, and
-    a line is logged that says so.
+    One that was made for another device, jaxlib or source of the implementations is not used, nor
+    one that cannot be read, and a line is logged that says so.
     """
-    return _read(table_path(platform), platform)
+    try:
+        path = table_path(platform)
+    except OSError:
+        return ()  # Without a folder there is no table.
+    return _read(path, platform)
 
 
 def write(measurements: Iterable[Measurement]) -> None:
@@ -69,6 +74,7 @@ def write(measurements: Iterable[Measurement]) -> None:
     Programs that are compiled already stay what they are.
     """
     measurements = list(measurements)
+    _read.cache_clear()  # Another process may have written since.
     for platform in sorted({new.case.platform for new in measurements}):
         entries = {old.case: old for old in read(platform)}
         entries |= {new.case: new for new in measurements if new.case.platform == platform}
@@ -103,17 +109,15 @@ def made_for(platform: str) -> dict[str, str]:
 
 @functools.cache
 def _read(path: Path, platform: str) -> tuple[Measurement, ...]:
-    if not path.exists():
-        return ()
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         now = made_for(platform)
         stale = [name for name in now if table["made_for"][name] != now[name]]
-        found = tuple(
-            Measurement(Case(*(entry[field] for field in Case._fields)), dict(entry["seconds"]))
-            for entry in table["measurements"]
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = tuple(map(_measurement, table["measurements"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    # A RuntimeError is JAX's, where there is no device of the platform.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         logger.warning("%s is no table of measurements and is not used: %r", path, error)
         return ()
     if stale:
@@ -124,3 +128,17 @@ def _read(path: Path, platform: str) -> tuple[Measurement, ...]:
         )
         return ()
     return found
+
+
+def _measurement(entry: dict[str, Any]) -> Measurement:
+    case = Case(*(entry[field] for field in Case._fields))
+    seconds = {name: float(value) for name, value in entry["seconds"].items()}
+    numbers = (case.outputs, case.inputs, case.batch)
+    if not (
+        all(isinstance(number, int) for number in numbers)
+        and FALLBACK in seconds
+        and seconds.keys() <= IMPLEMENTATIONS.keys()
+        and all(0 < value < math.inf for value in seconds.values())
+    ):
+        raise ValueError(f"{entry} is no measurement")
+    return Measurement(case, seconds)
