@@ -41,7 +41,7 @@ from prox24.packed import unpack
 from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT
 from prox24.packed.implementation import Case, default_platform
 from prox24.packed.registry import IMPLEMENTATIONS
-from prox24.packed.tuning import random_packed
+from prox24.packed.tuning import DENSE, random_packed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -58,10 +58,6 @@ SHAPES = {
     "70B down": (8192, 28672),
 }
 BATCHES = (1, 16, 32, 8192, 16384, 32768)
-DENSE = {
-    "dense x W^T": lambda x, w: x @ w.T,
-    "dense W x^T": lambda x, w: (w @ x.T).T,
-}
 NEGATED_BYTES = 1 << 28
 PEAK_WIDTH = 2048
 CHECKED_VECTORS, CHECKED_ROWS = 8, 64

@@ -1,7 +1,7 @@
 """Running a checkpoint's layers one after the other over windows of tokens."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from prox24.models import decoder
 from prox24.models.decoder import Config, Layer
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights
-from prox24.packed import pack
+from prox24.packed import Packed24
 
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
@@ -129,14 +129,17 @@ def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
 
 
 def all_weights(
-    model: Model, dtype: np.dtype[Any] | None = None, *, packed: bool = False
+    model: Model,
+    dtype: np.dtype[Any] | None = None,
+    *,
+    packed: Callable[[Array], Array | Packed24] | None = None,
 ) -> ModelWeights:
     """Reads every tensor that the model computes with.
 
     Args:
       model: the model.
       dtype: of all; None for the checkpoint's.
-      packed: packs the weight of every pruned linear when it is read, see `prox24.packed.pack`.
+      packed: what packs the weight of a pruned linear when it is read, as `prox24.packed.pack`.
 
     Raises:
       CheckpointError: a linear that is to be packed is not 2:4; names the tensor.
@@ -150,9 +153,11 @@ def all_weights(
     layers: list[dict[str, Any]] = []
     for index in range(len(config.layers)):
         layers.append(dict(cast(layer_weights(model, index))))
-        for linear in layer_linears(config, index) if packed else ():
+        if packed is None:
+            continue
+        for linear in layer_linears(config, index):
             try:
-                layers[index][linear.weight] = pack(layers[index][linear.weight])
+                layers[index][linear.weight] = packed(layers[index][linear.weight])
             except ValueError as error:
                 raise CheckpointError(f"tensor {linear.tensor}: {error}") from error
     return ModelWeights(cast(_outer_weights(model, names)), layers)

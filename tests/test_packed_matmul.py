@@ -18,7 +18,17 @@ from jax import export
 from tiny import write_tiny
 
 from prox24.cli.main import main
-from prox24.packed import cpu, matmul, native, pack, table, tpu, unpack
+from prox24.packed import (
+    Packed24,
+    cpu,
+    matmul,
+    native,
+    pack,
+    packed_or_dense,
+    table,
+    tpu,
+    unpack,
+)
 from prox24.packed.implementation import Case
 from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 from prox24.packed.table import Measurement
@@ -272,8 +282,8 @@ def test_what_does_not_fit_is_named(change, words):
 CASE = Case("cpu", "float32", 8, 64, 1)
 
 
-def measured(batch, **seconds):
-    return Measurement(CASE._replace(batch=batch), seconds)
+def measured(batch, dense=1.5, **seconds):
+    return Measurement(CASE._replace(batch=batch), seconds, dense)
 
 
 @pytest.fixture
@@ -346,13 +356,15 @@ def test_a_damaged_table_is_not_used_and_one_line_says_so(tables, caplog, text):
 
 
 def entry(**changes):
-    return {**CASE._asdict(), "seconds": {"unpack": 2.0, "cpu": 1.0}, **changes}
+    seconds = {"unpack": 2.0, "cpu": 1.0}
+    return {**CASE._asdict(), "seconds": seconds, "dense": 1.5, **changes}
 
 
 @pytest.mark.parametrize(
     "damaged",
     [
         *({"seconds": {}}, {"seconds": {"cpu": 1.0}}, {"seconds": 3}, {"batch": "1"}),
+        *({"dense": 0.0}, {"dense": None}),
         *(
             {"seconds": {"unpack": 1.0, **more}}
             for more in ({"other": 0.5}, {"cpu": None}, {"cpu": "1 s"}, {"cpu": 0.0}, {"cpu": -1.0})
@@ -372,6 +384,30 @@ def test_a_table_with_a_damaged_measurement_is_not_used(tables, serving, caplog,
         assert [table.choose(CASE) for _ in range(2)] == [FALLBACK] * 2
     (message,) = caplog.messages
     assert "no table of measurements" in message
+
+
+@pytest.mark.parametrize(
+    ("dense", "batches", "packed"),
+    [
+        (1.5, [1], True),
+        (0.981, [1], True),
+        (0.979, [1], False),
+        (1.5, [1, 4], True),
+        (1.5, [1, 8], False),  # where the fallback was measured to be the fastest, and slower
+        (1.5, [1, 2], False),  # not measured
+    ],
+)
+def test_a_weight_stays_packed_where_that_was_measured_to_keep_up(
+    tables, serving, dense, batches, packed
+):
+    table.write([measured(batch, dense, unpack=2.0, cpu=1.0) for batch in (1, 4)])
+    table.write([measured(8, dense, unpack=2.0, cpu=3.0)])
+    _, w = operands(1, 8, 64)
+    found = packed_or_dense(w, batches)
+    assert isinstance(found, Packed24) == packed
+    assert (found.shape, found.dtype) == (w.shape, w.dtype)
+    if not packed:
+        np.testing.assert_array_equal(found, unpack(w))
 
 
 def test_a_table_for_what_is_not_here_is_not_used(tables, caplog):
@@ -546,6 +582,7 @@ def test_tune_measures_shapes_and_writes_the_table(tables, capsys):
     for entry in read:
         served = {FALLBACK} | ({"cpu"} if HAS_COMPILER and entry.case.inputs % 32 == 0 else set())
         assert set(entry.seconds) == served
+        assert entry.dense > 0
         assert table.choose(entry.case) == entry.fastest
 
 

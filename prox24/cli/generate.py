@@ -3,14 +3,23 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
+
+from jax import Array
 
 from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24.cli.output import peak_memory_bytes, print_json, progress_bar
 from prox24.cli.windows import prompt_tokens
-from prox24.forward import all_weights, load_model
+from prox24.forward import Model, all_weights, layer_linears, load_model
 from prox24.models.generate import ModelWeights, check_prompts, generate
-from prox24.packed import Packed24, table
+from prox24.packed import Packed24, pack, packed_or_dense, table
 from prox24.packed.implementation import Case, default_platform
+
+PACKED: dict[str, Callable[[Array], Array | Packed24]] = {
+    "all": pack,
+    "faster": lambda weight: packed_or_dense(pack(weight)),
+}
+"""How the weight of a linear is kept."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,9 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = prompt_tokens(checkpoint, arguments.prompt)
     check_prompts(model.config, prompt, arguments.tokens)
     stop = stop_tokens(checkpoint)
-    weights = all_weights(model, DTYPES.get(arguments.dtype), packed=arguments.packed)
+    packed = PACKED.get(arguments.packed)
+    weights = all_weights(model, DTYPES.get(arguments.dtype), packed=packed)
     if arguments.packed and not arguments.quiet:
-        warn_of_unmeasured(weights)
+        warn_of_unmeasured(model, weights)
     tokens: list[int] = []
     times = [time.perf_counter()]
     with progress_bar("generate", arguments.tokens, arguments.quiet) as advance:
@@ -64,21 +74,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def warn_of_unmeasured(weights: ModelWeights) -> None:
-    """Says so where a packed weight is unpacked for every token, as no product was measured."""
+def warn_of_unmeasured(model: Model, weights: ModelWeights) -> None:
+    """Says so where a weight is unpacked, at once or every time, as no product was measured."""
     platform = default_platform()
     measured = {entry.case for entry in table.read(platform)}
-    for layer in weights.layers:
-        for weight in layer.values():
-            if isinstance(weight, Packed24):
-                outputs, inputs = weight.shape
-                if Case(platform, weight.dtype.name, outputs, inputs, 1) not in measured:
-                    print(
-                        "prox24: products with packed weights are slow until they are measured: "
-                        f"run `prox24 tune MODEL --dtype {weight.dtype}`",
-                        file=sys.stderr,
-                    )
-                    return
+    for index, layer in enumerate(weights.layers):
+        for linear in layer_linears(model.config, index):
+            dtype, (outputs, inputs) = layer[linear.weight].dtype, linear.shape
+            if Case(platform, dtype.name, outputs, inputs, 1) not in measured:
+                print(
+                    "prox24: products with packed weights were not measured here, so the weights "
+                    f"are unpacked: run `prox24 tune MODEL --dtype {dtype}`",
+                    file=sys.stderr,
+                )
+                return
 
 
 def decoding_rate(times: list[float]) -> float | None:

@@ -297,7 +297,12 @@ def _add_generate(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "--dtype", choices=DTYPES, help="of the weights in memory (default: the checkpoint's)"
     )
     command.add_argument(
-        "--packed", action="store_true", help="keep the linears of a 2:4 model packed in memory"
+        "--packed",
+        nargs="?",
+        const="all",
+        choices=list(generate.PACKED),
+        help="keep the linears of a 2:4 model packed in memory: all, or those whose products were "
+        "measured to be as fast as dense ones or faster (all)",
     )
     _add_output(command, quiet="no progress bar")
 

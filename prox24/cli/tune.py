@@ -38,21 +38,28 @@ def run(arguments: argparse.Namespace) -> int:
         raise DiskError(f"cannot write the table: {error}; set PROX24_CACHE") from error
     if arguments.json:
         found = [
-            {**measured.case._asdict(), "fastest": measured.fastest, "seconds": measured.seconds}
+            {
+                **measured.case._asdict(),
+                "fastest": measured.fastest,
+                "seconds": measured.seconds,
+                "dense": measured.dense,
+            }
             for measured in measurements
         ]
         print_json({"table": str(path), "measurements": found})
     elif not arguments.quiet:
         names = sorted({name for measured in measurements for name in measured.seconds})
         rows = [_row(measured, names) for measured in measurements]
-        print_table(["linear", "batch", *names, "fastest"], rows)
+        print_table(["linear", "batch", "dense", *names, "fastest packed"], rows)
         print(f"written to {path}")
     return 0
 
 
 def _row(measured: Measurement, names: list[str]) -> list[str]:
-    case, seconds = measured
-    times = [f"{1e3 * seconds[name]:.3g} ms" if name in seconds else "" for name in names]
+    case, seconds = measured.case, {"dense": measured.dense, **measured.seconds}
+    times = [
+        f"{1e3 * seconds[name]:.3g} ms" if name in seconds else "" for name in ("dense", *names)
+    ]
     linear = f"{case.outputs}x{case.inputs}, {case.dtype}"
     return [linear, str(case.batch), *times, measured.fastest]
 

@@ -1,6 +1,7 @@
 """2:4 weights at run time: a packed format, and products with it."""
 
 from prox24.packed.arrays import from_arrays, to_arrays
+from prox24.packed.choice import packed_or_dense
 from prox24.packed.exports import to_bitmask, to_cutlass
 from prox24.packed.format import Packed24, pack, unpack
 from prox24.packed.product import matmul
@@ -10,6 +11,7 @@ __all__ = [
     "from_arrays",
     "matmul",
     "pack",
+    "packed_or_dense",
     "to_arrays",
     "to_bitmask",
     "to_cutlass",

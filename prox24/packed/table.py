@@ -20,10 +20,17 @@ logger = logging.getLogger("prox24.packed")
 
 
 class Measurement(NamedTuple):
-    """Seconds that each implementation took for a case, by name."""
+    """What was measured of a case.
+
+    Attributes:
+      case: the product.
+      seconds: of each implementation, by name.
+      dense: seconds of the faster one of XLA's products with the dense weight.
+    """
 
     case: Case
     seconds: dict[str, float]
+    dense: float
 
     @property
     def fastest(self) -> str:
@@ -55,6 +62,18 @@ def choose(case: Case) -> str:
     return name if IMPLEMENTATIONS[name].serves(case) else FALLBACK
 
 
+SLOWER = 1.02
+"""How long a product may take with a packed weight, in units of the dense one, to be as fast."""
+
+
+def keeps_up(case: Case) -> bool:
+    """Whether what runs a case was measured to be as fast as the dense product."""
+    return any(
+        measured.case == case and measured.seconds[choose(case)] <= SLOWER * measured.dense
+        for measured in read(case.platform)
+    )
+
+
 def read(platform: str) -> tuple[Measurement, ...]:
     """The table of a platform as it was when this process first asked; empty if there is none.
 
@@ -82,7 +101,7 @@ def write(measurements: Iterable[Measurement]) -> None:
             {
                 "made_for": made_for(platform),
                 "measurements": [
-                    {**entry.case._asdict(), "seconds": entry.seconds}
+                    {**entry.case._asdict(), "seconds": entry.seconds, "dense": entry.dense}
                     for entry in sorted(entries.values(), key=lambda entry: entry.case)
                 ],
             },
@@ -133,12 +152,12 @@ def _read(path: Path, platform: str) -> tuple[Measurement, ...]:
 def _measurement(entry: dict[str, Any]) -> Measurement:
     case = Case(*(entry[field] for field in Case._fields))
     seconds = {name: float(value) for name, value in entry["seconds"].items()}
-    numbers = (case.outputs, case.inputs, case.batch)
+    dense, numbers = float(entry["dense"]), (case.outputs, case.inputs, case.batch)
     if not (
         all(isinstance(number, int) for number in numbers)
         and FALLBACK in seconds
         and seconds.keys() <= IMPLEMENTATIONS.keys()
-        and all(0 < value < math.inf for value in seconds.values())
+        and all(0 < value < math.inf for value in (dense, *seconds.values()))
     ):
         raise ValueError(f"{entry} is no measurement")
-    return Measurement(case, seconds)
+    return Measurement(case, seconds, dense)

@@ -1,5 +1,6 @@
 """Measures the implementations against each other, for the table that `matmul` chooses by."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,14 +19,20 @@ from prox24.packed.codes import (
     PAIRS,
     words_of,
 )
-from prox24.packed.format import Packed24
+from prox24.packed.format import Packed24, unpack
 from prox24.packed.implementation import Case
 from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 from prox24.packed.table import Measurement
 
+DENSE: dict[str, Callable[[Array, Array], Array]] = {
+    "dense x W^T": lambda x, w: x @ w.T,
+    "dense W x^T": lambda x, w: (w @ x.T).T,
+}
+"""XLA's products with a dense weight, either of which may be the faster one."""
+
 
 def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
-    """Median seconds of each implementation that serves a case, on random data.
+    """Median seconds of each implementation that serves a case, and of dense, on random data.
 
     Each is run three times to warm up; one that the device cannot run is left out. Every repetition
     then runs all of them, starting one further than the last, so that a change in the machine's
@@ -41,26 +48,30 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
     x = jnp.asarray(rng.standard_normal((case.batch, case.inputs), np.float32), case.dtype)
     device = jax.devices(case.platform)[0]
     operands = jax.device_put((x, w.values, w.codes), device)
-    programs = {
-        name: jax.jit(implementation.run)
-        for name, implementation in IMPLEMENTATIONS.items()
-        if implementation.serves(case)
-    }
-    names = [name for name in programs if name == FALLBACK or _runs(programs[name], operands)]
+    dense = jax.device_put((x, unpack(w)), device)
+    programs = {name: functools.partial(jax.jit(form), *dense) for name, form in DENSE.items()}
+    for name, implementation in IMPLEMENTATIONS.items():
+        if implementation.serves(case):
+            program = functools.partial(jax.jit(implementation.run), *operands)
+            if name == FALLBACK or _runs(program):
+                programs[name] = program
+    names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(-2, repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            jax.block_until_ready(programs[name](*operands))
+            jax.block_until_ready(programs[name]())
             if repetition >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    return Measurement(case, {name: statistics.median(times) for name, times in seconds.items()})
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    fastest_dense = min(medians.pop(name) for name in DENSE)
+    return Measurement(case, medians, fastest_dense)
 
 
-def _runs(program: Callable[..., Array], operands: tuple[Array, ...]) -> bool:
+def _runs(program: Callable[[], Array]) -> bool:
     try:
-        jax.block_until_ready(program(*operands))
+        jax.block_until_ready(program())
     except jax.errors.JaxRuntimeError:
         return False
     return True

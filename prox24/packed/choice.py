@@ -1,0 +1,37 @@
+"""Whether a weight is better kept packed or dense: what was measured on this machine."""
+
+from collections.abc import Iterable
+
+from jax import Array
+
+from prox24.packed import table
+from prox24.packed.codes import BLOCK, KEPT
+from prox24.packed.format import Packed24, unpack
+from prox24.packed.implementation import Case, default_platform
+
+
+def packed_or_dense(w: Packed24, batches: Iterable[int] = (1,)) -> Packed24 | Array:
+    """The weight as it is, or unpacked for good where its products would be slower than dense ones.
+
+    It stays packed if what `matmul` runs was measured by `prox24 tune`, for every batch, to take at
+    most 2% longer than the faster of XLA's dense products. So nothing that was measured runs slower
+    than dense by more than that, and the dense weights take their memory.
+
+    Args:
+      w: packed, (out, in) along -1 or (in, out) along -2.
+      batches: numbers of vectors that it will be multiplied with, on the default platform.
+
+    Returns:
+      `w`, or an array of its shape and dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from prox24.packed import pack
+      >>> packed_or_dense(pack(jnp.array([[0.0, 1.0, 0.0, 2.0]]))).tolist()  # was never measured
+      [[0.0, 1.0, 0.0, 2.0]]
+    """
+    outputs, half = w.values.shape
+    case = Case(default_platform(), w.dtype.name, outputs, half // KEPT * BLOCK, 1)
+    if all(table.keeps_up(case._replace(batch=batch)) for batch in batches):
+        return w
+    return unpack(w)
