@@ -183,19 +183,35 @@ def micro_batches_of(windows: int, most: int) -> list[int]:
 def embed_windows(
     model: Model, windows: NDArray[np.int32], micro_batch: int | None = None
 ) -> Iterator[HiddenStates]:
-    """Embeds windows (count, length), a micro-batch at a time."""
-    weights = embedding_weights(model)
+    """Embeds windows (count, length), a micro-batch at a time.
+
+    The table of the tokens stays on the host, where it is read: on the device are the rows of a
+    micro-batch.
+    """
+    config, tokens = model.config, "embed_tokens.weight"
+    table = model.checkpoint.read(decoder.outer_tensor(config.names, tokens))
+    others = _outer_weights(
+        model, [name for name in decoder.embedding_shapes(config) if name != tokens]
+    )
     size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
     own = own_windows(size, model.mesh)
     for i in range(0, len(windows), size):
-        ids = jnp.asarray(windows[i + own.start : i + own.stop])
-        yield np.asarray(decoder.embed(model.config, weights, ids))
+        ids = windows[i + own.start : i + own.stop]
+        rows = others | {tokens: jnp.asarray(table[ids.ravel()])}
+        places = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
+        yield np.asarray(decoder.embed(config, rows, places))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
     """One layer on one micro-batch, compiled once for all equal layers of a model."""
     return decoder.layer(layer, weights, hidden, decoder.no_tap)
+
+
+@functools.lru_cache
+def layer_function(layer: Layer) -> Callable[[dict[str, Array], Array], Array]:
+    """One function for equal layers, which is compiled once."""
+    return lambda weights, hidden: decoder.layer(layer, weights, hidden, decoder.no_tap)
 
 
 def run_in_place(

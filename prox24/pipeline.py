@@ -32,6 +32,7 @@ from prox24.forward import (
     check_widths,
     embed_windows,
     input_widths,
+    layer_function,
     layer_linears,
     layer_weights,
     load_model,
@@ -40,7 +41,7 @@ from prox24.forward import (
     run_into,
 )
 from prox24.models import decoder
-from prox24.models.decoder import Config, Layer
+from prox24.models.decoder import Config
 from prox24.refine import BlockRefinement, Outcome, block
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
 from prox24.solvers.solve import Refit, Solver, solve
@@ -281,7 +282,7 @@ def _refine_layer(
         weights |= {name: _rounded(trained[name], weights[name], dtype) for name in trained}
     batches = len(hidden["pruned"])
     refined = block(
-        _layer_function(model.config.layers[index]),
+        layer_function(model.config.layers[index]),
         weights,
         hidden["pruned"],
         hidden["dense"],
@@ -299,12 +300,6 @@ def _refine_layer(
         raise CalibrationError(f"NaN or Inf in what the pruned layer {index} puts out")
     best = min(loss for loss in refined.losses if math.isfinite(loss))
     return BlockReport(refined.outcome, refined.losses[0], best, refined.steps, seconds)
-
-
-@functools.lru_cache
-def _layer_function(layer: Layer) -> Callable[[dict[str, Array], Array], Array]:
-    """One function for equal layers, which is compiled once."""
-    return lambda weights, hidden: decoder.layer(layer, weights, hidden, decoder.no_tap)
 
 
 def _enter(

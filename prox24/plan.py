@@ -4,7 +4,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +20,37 @@ from prox24.forward import (
     Model,
     check_widths,
     input_widths,
+    layer_function,
     layer_linears,
     micro_batches_of,
 )
 from prox24.models import decoder
-from prox24.solvers.problem import LayerProblem
+from prox24.refine import BlockRefinement
+from prox24.refine.blocks import block_step
+from prox24.solvers.problem import LayerProblem, correct_inputs
 from prox24.solvers.solve import Refit, Solver, lower, solve
 
 Spec = jax.ShapeDtypeStruct
+
+
+class Method(NamedTuple):
+    """What is done to every layer.
+
+    Attributes:
+      solver: see `prox24.solve`.
+      refit: see `prox24.solve`.
+      pattern: see `prox24.solve`.
+      dtype: of the pruned weights; None for the checkpoint's.
+      dense_targets: whether linears reproduce what the dense model puts out, which runs alongside.
+      refinement: trains the layer afterwards; None does not.
+    """
+
+    solver: Solver
+    refit: Refit | None
+    pattern: PatternLike | Unstructured = (2, 4)
+    dtype: np.dtype[Any] | None = None
+    dense_targets: bool = False
+    refinement: BlockRefinement | None = None
 
 
 class Memory(NamedTuple):
@@ -39,6 +62,7 @@ class Memory(NamedTuple):
       gather: the most while its Grams are gathered: weights, Grams and a micro-batch.
       solve: the most while a linear is solved: weights twice, Grams, and what the solver needs.
       widest: the linear that needs most.
+      refine: the most while the layer is trained; 0 if it is not.
     """
 
     weights: int
@@ -46,6 +70,7 @@ class Memory(NamedTuple):
     gather: int
     solve: int
     widest: str
+    refine: int
 
 
 class Operations(NamedTuple):
@@ -54,23 +79,25 @@ class Operations(NamedTuple):
     Attributes:
       forward: two passes of the calibration tokens through every layer.
       grams: their Grams.
+      factor: of the Grams, for every linear, which each device does by itself.
       solve: steps of the solver and the refit, as products of each weight with its Gram.
     """
 
     forward: float
     grams: float
+    factor: float
     solve: float
+
+    def seconds(self, rate: float, devices: int) -> dict[str, float]:
+        """Of each part, at so many operations a second on each device."""
+        return {
+            name: count / rate / (1 if name == "factor" else devices)
+            for name, count in self._asdict().items()
+        }
 
 
 def layer_memory(
-    model: Model,
-    index: int,
-    micro_batch: tuple[int, int],
-    solver: Solver,
-    refit: Refit | None,
-    pattern: PatternLike | Unstructured = (2, 4),
-    devices: int = 1,
-    dtype: np.dtype[Any] | None = None,
+    model: Model, index: int, micro_batch: tuple[int, int], method: Method, devices: int = 1
 ) -> Memory:
     """Bytes that XLA's compiler reserves for the programs of one layer, which are not run.
 
@@ -78,50 +105,39 @@ def layer_memory(
       model: the model, of which nothing is read.
       index: of the layer.
       micro_batch: windows on one device and their length.
-      solver: see `prox24.solve`.
-      refit: see `prox24.solve`.
-      pattern: see `prox24.solve`.
-      devices: among which the rows of a weight are divided.
-      dtype: of the pruned weights; None for the checkpoint's.
+      method: what is done to the layer.
+      devices: among which the rows of a weight are divided, where they divide them.
     """
     linears = layer_linears(model.config, index)
-    check_widths(input_widths(linears), pattern)
-    weights = _weights(model, index)
-    held = sum(map(_bytes, weights.values()))
-    if dtype is not None:
-        names = {linear.weight for linear in linears}
-        weights |= {name: Spec(weights[name].shape, dtype) for name in names}
-    pruned = sum(map(_bytes, weights.values()))
+    check_widths(input_widths(linears), method.pattern)
+    held = _held(_weights(model, index))
+    pruned = _held(_pruned_weights(model, index, method))
     grams = sum(4 * width**2 for width in _widths(linears).values())
     by_shape = {linear.shape: linear for linear in linears}
-    solving = {
-        linear.tensor: _solving(linear, solver, refit, pattern, devices)
-        for linear in by_shape.values()
-    }
+    solving = {linear.tensor: _solving(linear, method, devices) for linear in by_shape.values()}
     widest = max(solving, key=solving.__getitem__)
-    gather = _gathering(model, index, micro_batch)
-    return Memory(held, grams, gather, held + pruned + grams + solving[widest], widest)
+    sums = grams * (2 if method.dense_targets else 1)
+    return Memory(
+        weights=held,
+        grams=grams,
+        gather=_gathering(model, index, micro_batch, method),
+        solve=held + pruned + sums + solving[widest],
+        widest=widest,
+        refine=_refining(model, index, micro_batch, method),
+    )
 
 
 def fitting_micro_batch(
-    model: Model,
-    windows: tuple[int, int],
-    solver: Solver,
-    refit: Refit | None,
-    budget: int,
-    pattern: PatternLike | Unstructured = (2, 4),
-    dtype: np.dtype[Any] | None = None,
+    model: Model, windows: tuple[int, int], method: Method, budget: int, devices: int = 1
 ) -> int:
     """The most windows that may go through a layer together within a budget of bytes a device.
 
     Args:
       model: the model, of which nothing is read.
       windows: their number and length.
-      solver: see `prox24.solve`.
-      refit: see `prox24.solve`.
-      budget: bytes on each device of the model's mesh.
-      pattern: see `prox24.solve`.
-      dtype: of the pruned weights; None for the checkpoint's.
+      method: what is done to every layer.
+      budget: bytes on each device.
+      devices: a divisor of the windows.
 
     Returns:
       A divisor of the number of windows.
@@ -130,19 +146,26 @@ def fitting_micro_batch(
       Prox24Error: one window, or the solver, needs more.
       CheckpointError: a linear's input width is not divisible by M.
     """
-    devices = 1 if model.mesh is None else model.mesh.size
     share, length = windows[0] // devices, windows[1]
     most = share
+
+    def needed(index: int, size: int) -> int:
+        if method.refinement is not None:
+            size = method.refinement.micro_batch(share, size)
+        return max(part(model, index, (size, length), method) for part in (_gathering, _refining))
+
     for index in distinct_layers(model):
-        memory = layer_memory(model, index, (1, length), solver, refit, pattern, devices, dtype)
-        for name, needed in (
+        memory = layer_memory(model, index, (1, length), method, devices)
+        for name, bytes_needed in (
             (f"solving {memory.widest}", memory.solve),
-            (f"one window in layer {index}", memory.gather),
+            (f"one window in layer {index}", max(memory.gather, memory.refine)),
         ):
-            if needed > budget:
-                raise Prox24Error(f"--memory is too small: {name} takes {needed / 2**30:.2f} GiB")
+            if bytes_needed > budget:
+                raise Prox24Error(
+                    f"--memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
+                )
         sizes = micro_batches_of(share, most)
-        most = next(size for size in sizes if _gathering(model, index, (size, length)) <= budget)
+        most = next(size for size in sizes if needed(index, size) <= budget)
     return most * devices
 
 
@@ -152,21 +175,36 @@ def distinct_layers(model: Model) -> list[int]:
     return sorted({layer: index for index, layer in reversed(list(enumerate(layers)))}.values())
 
 
-def operations(model: Model, tokens: int, steps: float) -> Operations:
+class SolverCost(NamedTuple):
+    """What one linear costs, in products of a square weight with its Gram.
+
+    Attributes:
+      factor: for the Gram, whatever the number of rows.
+      steps: for the rows.
+    """
+
+    factor: float
+    steps: float
+
+
+def operations(model: Model, tokens: int, cost: SolverCost) -> Operations:
     """Counts, with 2 for a multiplication and an addition; attention and norms are left out.
 
     Args:
       model: the model, of which nothing is read.
       tokens: of calibration.
-      steps: of the solver and the refit together.
+      cost: of the solver and the refit together.
     """
-    forward = grams = solving = 0.0
+    forward = grams = factor = solving = 0.0
     for index in range(len(model.config.layers)):
         linears = layer_linears(model.config, index)
         forward += sum(2.0 * math.prod(linear.shape) for linear in linears)
         grams += sum(2.0 * width**2 for width in _widths(linears).values())
+        factor += sum(2.0 * linear.shape[1] ** 3 for linear in linears)
         solving += sum(2.0 * math.prod(linear.shape) * linear.shape[1] for linear in linears)
-    return Operations(2 * tokens * forward, tokens * grams, steps * solving)
+    return Operations(
+        2 * tokens * forward, tokens * grams, cost.factor * factor, cost.steps * solving
+    )
 
 
 def product_rate(size: int = 2048, repetitions: int = 5) -> float:
@@ -176,27 +214,28 @@ def product_rate(size: int = 2048, repetitions: int = 5) -> float:
     return 2.0 * size**3 / _median_seconds(lambda: product(x, x), repetitions)
 
 
-def solver_steps(
-    solver: Solver,
-    refit: Refit | None,
-    pattern: PatternLike | Unstructured = (2, 4),
-    shape: tuple[int, int] = (1024, 1024),
-) -> float:
-    """What one linear costs, in products of its weight with its Gram, measured on random numbers.
+def solver_cost(method: Method, width: int = 1024) -> SolverCost:
+    """What one linear costs, measured on random numbers with all rows and with a quarter of them.
 
     Args:
-      solver: see `prox24.solve`.
-      refit: see `prox24.solve`.
-      pattern: see `prox24.solve`.
-      shape: of the weight.
+      method: whose solver and refit are run.
+      width: inputs and outputs.
     """
     rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((2 * shape[1], shape[1]), np.float32)
-    weight = jnp.asarray(rng.standard_normal(shape, np.float32))
-    problem = LayerProblem(weight, jnp.asarray(inputs.T @ inputs))
+    inputs = rng.standard_normal((2 * width, width), np.float32)
+    gram = jnp.asarray(inputs.T @ inputs)
+    weight = jnp.asarray(rng.standard_normal((width, width), np.float32))
     product = jax.jit(lambda w, g: jnp.matmul(w, g, precision=PRECISION))
-    one = _median_seconds(lambda: product(*problem), 5)
-    return _median_seconds(lambda: solve(problem, solver, refit, pattern=pattern).weight, 1) / one
+    one = _median_seconds(lambda: product(weight, gram), 5)
+
+    def solving(rows: int) -> float:
+        problem = LayerProblem(weight[:rows], gram)
+        run = functools.partial(solve, problem, method.solver, method.refit, pattern=method.pattern)
+        return _median_seconds(lambda: run().weight, 3) / one
+
+    whole, quarter = solving(width), solving(width // 4)
+    steps = min(max(0.0, (whole - quarter) * 4 / 3), whole)
+    return SolverCost(whole - steps, steps)
 
 
 def _median_seconds(run: Any, repetitions: int) -> float:
@@ -217,30 +256,57 @@ def _weights(model: Model, index: int) -> dict[str, Spec]:
     }
 
 
+def _pruned_weights(model: Model, index: int, method: Method) -> dict[str, Spec]:
+    weights = _weights(model, index)
+    if method.dtype is not None:
+        for linear in layer_linears(model.config, index):
+            weights[linear.weight] = Spec(linear.shape, method.dtype)
+    return weights
+
+
 def _widths(linears: Iterable[Linear]) -> dict[str, int]:
     return {linear.input: linear.shape[1] for linear in linears}
 
 
-def _gathering(model: Model, index: int, micro_batch: tuple[int, int]) -> int:
+def _gathering(model: Model, index: int, micro_batch: tuple[int, int], method: Method) -> int:
     layer, widths = model.config.layers[index], _widths(layer_linears(model.config, index))
     hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
     sums: Sums = jax.eval_shape(lambda: {name: empty_gram(w) for name, w in widths.items()})
-    weights = _weights(model, index)
-    return _needed(add_layer_inputs.lower(layer, weights, hidden, None, sums, {}))
+    alongside = (hidden, sums, sums) if method.dense_targets else (None, sums, {})
+    return _needed(add_layer_inputs.lower(layer, _weights(model, index), hidden, *alongside))
 
 
-def _solving(
-    linear: Linear,
-    solver: Solver,
-    refit: Refit | None,
-    pattern: PatternLike | Unstructured,
-    devices: int,
-) -> int:
-    """Beside the Gram."""
-    rows, width = -(-linear.shape[0] // devices), linear.shape[1]
-    program = functools.partial(lower, solver=solver, refit=refit, pattern=pattern)
-    weight, gram = Spec((rows, width), jnp.float32), Spec((width, width), jnp.float32)
-    return _needed(program(LayerProblem(weight, gram))) - _bytes(gram)  # type: ignore[arg-type]
+def _solving(linear: Linear, method: Method, devices: int) -> int:
+    """Beside the Gram, and the cross-Gram."""
+    outputs, width = linear.shape
+    # What the devices do not divide is solved by each.
+    rows = outputs if outputs % devices else outputs // devices
+    gram = Spec((width, width), jnp.float32)
+    problem = LayerProblem(Spec((rows, width), jnp.float32), gram)  # type: ignore[arg-type]
+    program = lower(problem, method.solver, method.refit, pattern=method.pattern)
+    needed = _needed(program) - _bytes(gram)
+    if method.dense_targets:
+        pull = Spec((), jnp.float32)
+        corrected = _needed(correct_inputs.lower(problem, gram, pull)) - 2 * _bytes(gram)
+        needed = max(needed, corrected)
+    return needed
+
+
+def _refining(model: Model, index: int, micro_batch: tuple[int, int], method: Method) -> int:
+    """Of all that is there while a layer is trained; 0 if it is not."""
+    if method.refinement is None:
+        return 0
+    weights = _pruned_weights(model, index, method)
+    hidden = Spec((*micro_batch, model.config.layers[index].hidden), jnp.float32)
+    step = block_step(
+        layer_function(model.config.layers[index]), weights, hidden, hidden, method.refinement
+    )
+    # The weights of the dense layer, those to begin with and the best ones are kept besides.
+    return _held(_weights(model, index)) + 2 * _held(weights) + _needed(step)
+
+
+def _held(weights: Mapping[str, Spec]) -> int:
+    return sum(map(_bytes, weights.values()))
 
 
 def _needed(lowered: Any) -> int:

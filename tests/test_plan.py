@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from tiny import config_dict, write_tiny
@@ -11,8 +12,10 @@ from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.errors import Prox24Error
 from prox24.forward import layer_linears, load_model
-from prox24.solvers.solve import Wanda
+from prox24.refine import BlockRefinement
+from prox24.solvers.solve import SparseGPT, Wanda
 
+WANDA = plan.Method(Wanda(), None)
 TEXT = "Calibration text for a model that reads bytes. " * 60
 
 
@@ -23,7 +26,7 @@ def model(tmp_path):
 
 
 def test_memory_counts_weights_grams_and_the_micro_batch(model):
-    one, four = (plan.layer_memory(model, 0, (n, 32), Wanda(), None) for n in (1, 4))
+    one, four = (plan.layer_memory(model, 0, (n, 32), WANDA) for n in (1, 4))
     shapes = {
         name: tensor.shape
         for name, tensor in model.checkpoint.tensors.items()
@@ -40,28 +43,59 @@ def test_memory_counts_weights_grams_and_the_micro_batch(model):
 
 
 def test_rows_of_a_weight_are_divided_among_devices(model):
-    one, two = (plan.layer_memory(model, 0, (1, 32), Wanda(), None, devices=n) for n in (1, 2))
+    one, two = (plan.layer_memory(model, 0, (1, 32), WANDA, n) for n in (1, 2))
     assert two.solve < one.solve
+    # Which none of the numbers of rows is divisible by.
+    assert plan.layer_memory(model, 0, (1, 32), WANDA, 7).solve == one.solve
 
 
 def test_the_largest_micro_batch_that_fits_is_found(model):
     sizes = (1, 2, 3, 4, 6, 12)
-    needed = {n: plan.layer_memory(model, 0, (n, 64), Wanda(), None).gather for n in sizes}
+    needed = {n: plan.layer_memory(model, 0, (n, 64), WANDA).gather for n in sizes}
     for size in (1, 3, 12):
         budget = needed[size]
-        assert plan.fitting_micro_batch(model, (12, 64), Wanda(), None, budget) == size
+        assert plan.fitting_micro_batch(model, (12, 64), WANDA, budget) == size
     with pytest.raises(Prox24Error, match="--memory is too small: one window in layer 0"):
-        plan.fitting_micro_batch(model, (12, 64), Wanda(), None, needed[1] - 1)
+        plan.fitting_micro_batch(model, (12, 64), WANDA, needed[1] - 1)
     with pytest.raises(Prox24Error, match=r"--memory is too small: solving model\.layers\.0\."):
-        plan.fitting_micro_batch(model, (12, 64), Wanda(), None, 10)
+        plan.fitting_micro_batch(model, (12, 64), WANDA, 10)
 
 
 def test_pruned_weights_count_in_their_own_dtype(tmp_path):
     write_tiny(tmp_path / "model", dtype="bfloat16")
     model = load_model(open_checkpoint(tmp_path / "model"))
     linears = sum(int(np.prod(linear.shape)) for linear in layer_linears(model.config, 0))
-    wide = plan.layer_memory(model, 0, (1, 32), Wanda(), None, dtype=np.dtype(np.float32))
-    assert wide.solve - plan.layer_memory(model, 0, (1, 32), Wanda(), None).solve == 2 * linears
+    wide = WANDA._replace(dtype=np.dtype(np.float32))
+    both = [plan.layer_memory(model, 0, (1, 32), method).solve for method in (wide, WANDA)]
+    assert both[0] - both[1] == 2 * linears
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax's optimizers mix dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_a_dense_model_alongside_and_a_training_count(model, standard_promotion):
+    plain, alongside, refined = (
+        plan.layer_memory(model, 0, (1, 32), WANDA._replace(**more))
+        for more in ({}, {"dense_targets": True}, {"refinement": BlockRefinement()})
+    )
+    # Cross-Grams, and what compensates for their rounding.
+    assert alongside.gather >= plain.gather + 2 * plain.grams
+    assert alongside.solve >= plain.solve + plain.grams
+    assert plain.refine == 0
+    assert refined.gather == plain.gather
+    # Dense, pruned, best, master, two moments and a gradient.
+    assert refined.refine > 7 * plain.weights
+    for method, needed in (
+        (WANDA._replace(dense_targets=True), alongside.gather),
+        (WANDA._replace(refinement=BlockRefinement()), refined.refine),
+    ):
+        assert plan.fitting_micro_batch(model, (16, 32), method, needed) == 1
+        with pytest.raises(Prox24Error, match="one window in layer 0 takes"):
+            plan.fitting_micro_batch(model, (16, 32), method, needed - 1)
 
 
 def test_a_width_that_does_not_fit_the_pattern_is_named(tmp_path, capsys):
@@ -72,16 +106,21 @@ def test_a_width_that_does_not_fit_the_pattern_is_named(tmp_path, capsys):
 
 
 def test_operations_are_those_of_the_products(model):
-    counted = plan.operations(model, 100, steps=7)
+    counted = plan.operations(model, 100, plan.SolverCost(factor=3, steps=7))
     shapes = [
         tensor.shape
         for name, tensor in model.checkpoint.tensors.items()
         if name.endswith("proj.weight")
     ]
     assert counted.forward == 2 * 100 * sum(2 * out * width for out, width in shapes)
+    assert counted.factor == 3 * sum(2 * width**3 for _, width in shapes)
     assert counted.solve == 7 * sum(2 * out * width**2 for out, width in shapes)
     hidden, width = config_dict()["hidden_size"], config_dict()["intermediate_size"]
     assert counted.grams == 100 * 2 * (2 * (3 * hidden**2 + width**2))
+    # Every device factors by itself what all of them share otherwise.
+    one, eight = (counted.seconds(1e6, devices) for devices in (1, 8))
+    assert one == {name: count / 1e6 for name, count in counted._asdict().items()}
+    assert eight == {name: taken / (1 if name == "factor" else 8) for name, taken in one.items()}
 
 
 def test_equal_layers_are_looked_at_once(tmp_path):
@@ -92,7 +131,9 @@ def test_equal_layers_are_looked_at_once(tmp_path):
 
 def test_measured_rates_are_positive():
     assert plan.product_rate(size=64, repetitions=1) > 0
-    assert plan.solver_steps(Wanda(), None, shape=(64, 64)) > 0
+    cost = plan.solver_cost(plan.Method(SparseGPT(), None), width=64)
+    assert min(cost) >= 0
+    assert sum(cost) > 0
 
 
 def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):
@@ -112,12 +153,18 @@ def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "fits into 0.000 GB" in printed
     assert "plan for 2 devices" in printed
+    # As many devices as divide the windows, and windows as many as fit.
+    four = plan.layer_memory(model, 0, (2, 32), WANDA)
+    budget = f"{max(four.gather, four.solve) / 1000 + 0.001:.3f}KB"
+    assert main([*arguments, "--json", "--memory", budget, "--devices", "7"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["devices"], said["micro_batch_windows"], said["fits"]) == (4, 2, True)
 
 
 def test_a_budget_changes_the_micro_batch_and_not_the_masks(model, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     options = ["--calibration", tmp_path / "text.txt", "--sequence-length", "32", "--samples", "8"]
-    one = plan.layer_memory(model, 0, (1, 32), Wanda(), None)
+    one = plan.layer_memory(model, 0, (1, 32), WANDA)
     budget = f"{max(one.gather, one.solve) / 1000 + 0.001:.3f}KB"
     command = ["prune", tmp_path / "model", "--method", "wanda", "--quiet", *options]
     for name, more in (("plain", []), ("small", ["--memory", budget])):

@@ -1,6 +1,7 @@
 """`prox24 plan`: what pruning a model would take on this machine or another."""
 
 import argparse
+import contextlib
 from typing import Any
 
 from prox24.checkpoints.checkpoint import open_checkpoint
@@ -10,11 +11,13 @@ from prox24.cli.prune import choose
 from prox24.errors import Prox24Error
 from prox24.forward import BATCH_TOKENS, load_model, micro_batches_of
 from prox24.plan import (
+    Method,
     distinct_layers,
+    fitting_micro_batch,
     layer_memory,
     operations,
     product_rate,
-    solver_steps,
+    solver_cost,
 )
 from prox24.solvers.solve import check_supported
 
@@ -28,21 +31,25 @@ def run(arguments: argparse.Namespace) -> int:
         raise Prox24Error(str(error)) from error
     checkpoint = open_checkpoint(arguments.source)
     model = load_model(checkpoint)
-    samples, length, devices = arguments.samples, arguments.sequence_length, arguments.devices
-    share = -(-samples // devices)
-    size = micro_batches_of(share, max(1, BATCH_TOKENS // length))[0]
+    method = Method(solver, refit, arguments.pattern)
+    samples, length, budget = arguments.samples, arguments.sequence_length, arguments.memory
+    # As many as divide the windows, as `prune` uses.
+    devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
+    size = micro_batches_of(samples // devices, max(1, BATCH_TOKENS // length))[0]
+    if budget is not None:
+        with contextlib.suppress(Prox24Error):  # which `fits` tells of
+            size = fitting_micro_batch(model, (samples, length), method, budget, devices) // devices
     memories = {
-        index: layer_memory(model, index, (size, length), solver, refit, arguments.pattern, devices)
+        index: layer_memory(model, index, (size, length), method, devices)
         for index in distinct_layers(model)
     }
     gather = max(memory.gather for memory in memories.values())
     heaviest = max(memories.values(), key=lambda memory: memory.solve)
     peak = max(gather, heaviest.solve)
-    budget = arguments.memory
     rate = arguments.rate or product_rate()
-    steps = solver_steps(solver, refit, arguments.pattern)
-    counted = operations(model, samples * length, steps)
-    hours = {name: count / rate / devices / 3600 for name, count in counted._asdict().items()}
+    cost = solver_cost(method)
+    counted = operations(model, samples * length, cost)
+    hours = {part: taken / 3600 for part, taken in counted.seconds(rate, devices).items()}
     longest = max(hours, key=hours.__getitem__)
     tensors = checkpoint.tensors.values()
     stored = sum(map(byte_count, tensors))
@@ -64,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         "operations": counted._asdict(),
         "operations_per_second": rate,
         "rate_measured": arguments.rate is None,
-        "solver_steps": steps,
+        "solver_products": cost._asdict(),
         "hours": hours,
         "limit": longest,
     }
@@ -83,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"operations per second and device, {'given' if arguments.rate else 'measured'}",
             f"{rate:.3g}",
         ],
-        ["solver, in products of a weight with its Gram", f"{steps:.0f}"],
+        ["solver, in products of a weight with its Gram", f"{cost.steps:.0f}"],
+        ["its factors of a Gram, in products of two", f"{cost.factor:.0f}"],
         *[[f"hours: {name}", f"{count:.3g}"] for name, count in hours.items()],
         ["hours in all, without reading and writing", f"{sum(hours.values()):.3g}"],
         ["what takes most of the time", longest],

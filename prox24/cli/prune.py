@@ -46,7 +46,7 @@ from prox24.devices import common_mesh
 from prox24.errors import DiskError, Prox24Error
 from prox24.forward import all_linears, load_model
 from prox24.pipeline import LinearReport, PrunedTensor, prune, refined_tensors
-from prox24.plan import fitting_micro_batch
+from prox24.plan import Method, fitting_micro_batch
 from prox24.processes import agree, connected, is_first, meet
 from prox24.refine import BlockRefinement, Outcome
 from prox24.solvers.problem import Status
@@ -112,16 +112,25 @@ def _run(arguments: argparse.Namespace) -> int:
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
     dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    refinement = None
+    if arguments.refine == "block":
+        refinement = BlockRefinement(
+            arguments.refine_rate,
+            arguments.refine_passes,
+            linears_only=arguments.refine_linears_only,
+        )
+        if not native:
+            raise Prox24Error("--refine is for models with a forward pass of prox24's own")
+        if jax.process_count() > 1:
+            raise Prox24Error("--refine is for a single process")
     micro_batch, mesh = None, common_mesh(len(windows)) if native else None
     if arguments.memory is not None:
+        method = Method(
+            solver, refit, arguments.pattern, dtype, arguments.targets == "dense", refinement
+        )
+        devices = 1 if mesh is None else mesh.size
         micro_batch = fitting_micro_batch(
-            load_model(checkpoint, mesh),
-            windows.shape,
-            solver,
-            refit,
-            arguments.memory,
-            arguments.pattern,
-            dtype,
+            load_model(checkpoint, mesh), windows.shape, method, arguments.memory, devices
         )
     job = {
         "arguments": {name: plain(vars(arguments)[name]) for name in DECISIVE},
@@ -134,17 +143,6 @@ def _run(arguments: argparse.Namespace) -> int:
         "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
         "processes": jax.process_count(),
     }
-    refinement = None
-    if arguments.refine == "block":
-        refinement = BlockRefinement(
-            arguments.refine_rate,
-            arguments.refine_passes,
-            linears_only=arguments.refine_linears_only,
-        )
-        if not native:
-            raise Prox24Error("--refine is for models with a forward pass of prox24's own")
-        if jax.process_count() > 1:
-            raise Prox24Error("--refine is for a single process")
     agree(
         [job, arguments.activations],
         Prox24Error("the processes differ in arguments, packages, devices or source files"),

@@ -3,14 +3,24 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.errors import CalibrationError
-from prox24.refine.training import Loss, Project, PyTree, Refined, at_least_float32, refine
+from prox24.refine.training import (
+    Loss,
+    Project,
+    PyTree,
+    Refined,
+    at_least_float32,
+    lower_step,
+    refine,
+)
 
 Apply = Callable[[PyTree, Array], Array]
 OutputLoss = Callable[[Array, Array], Array]
@@ -140,6 +150,15 @@ def block(
         held_out=held_out,
         kept=kept,
         project=project,
+    )
+
+
+def block_step(
+    apply: Apply, params: PyTree, inputs: Any, targets: Any, refinement: BlockRefinement
+) -> jax.stages.Lowered:
+    """The program of one step of `block`, to be compiled and looked at; arrays may be specs."""
+    return lower_step(
+        _block_loss(apply, relative_error), params, (inputs, targets), refinement.optimizer(8)
     )
 
 

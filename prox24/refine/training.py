@@ -171,6 +171,22 @@ def refine(
     return state.refined()
 
 
+def lower_step(
+    loss: Loss, params: PyTree, batch: PyTree, optimizer: optax.GradientTransformation
+) -> jax.stages.Lowered:
+    """The program of one step on what is kept, without constants; arrays may be specs."""
+
+    def kept(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf != 0, params)
+
+    def begun(params: PyTree) -> tuple[PyTree, PyTree]:
+        master = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return master, keep_pattern(optimizer, kept).init(master)
+
+    master, state = jax.eval_shape(begun, params)
+    return _advance(loss, optimizer, True).lower(master, state, None, batch)
+
+
 @functools.lru_cache(maxsize=16)
 def _measure(loss: Loss) -> Callable[[PyTree, PyTree, PyTree], Array]:
     return jax.jit(loss)
@@ -179,7 +195,7 @@ def _measure(loss: Loss) -> Callable[[PyTree, PyTree, PyTree], Array]:
 @functools.lru_cache(maxsize=16)
 def _advance(
     loss: Loss, optimizer: optax.GradientTransformation, fixed: bool
-) -> Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]:
+) -> jax.stages.Wrapped:
     # The state holds what is kept, so that the transform's own choice is never asked for here.
     transform = keep_pattern(optimizer) if fixed else optimizer
 

@@ -3,6 +3,7 @@
 import enum
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -260,6 +261,7 @@ def quadratic_loss(difference: Array, gram: Array) -> Array:
     return jnp.sum(jnp.where(difference != 0, image, 0) * difference)
 
 
+@jax.jit
 def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> LayerProblem:
     """The problem whose layer also makes up for what pruning did to its inputs.
 
