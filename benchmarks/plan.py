@@ -90,7 +90,8 @@ def main() -> None:
     table = Table()
     table.add_column("model")
     table.add_column("machine")
-    for title in ("gather, GB", "solve, GB", "fits", "forward, h", "Grams, h", "solve, h"):
+    parts = ("forward", "grams", "factor", "solve")
+    for title in ("gather, GB", "solve, GB", "fits", *(f"{part}, h" for part in parts)):
         table.add_column(title, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
@@ -99,12 +100,12 @@ def main() -> None:
                 said = plan(Path(folder) / name, machine, more)
                 plans.append(said | {"model": name, "machine": machine[0]})
                 memory = [f"{said[key] / 1e9:.1f}" for key in ("gather_bytes", "solve_bytes")]
-                hours = [f"{said['hours'][key]:.3g}" for key in ("forward", "grams", "solve")]
+                hours = [f"{said['hours'][part]:.3g}" for part in parts]
                 fits = "yes" if said["fits"] else "no"
                 table.add_row(name, machine[0], *memory, fits, *hours)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(plans, indent=2) + "\n")
-    Console(width=100).print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from prox24.checkpoints.tensors import byte_count
 from prox24.cli.output import print_json, print_table
 from prox24.cli.prune import choose
 from prox24.errors import Prox24Error
-from prox24.forward import BATCH_TOKENS, load_model, micro_batches_of
+from prox24.forward import BATCH_TOKENS, Model, load_model, micro_batches_of
 from prox24.plan import (
+    Memory,
     Method,
     distinct_layers,
     fitting_micro_batch,
@@ -36,15 +37,14 @@ def run(arguments: argparse.Namespace) -> int:
     # As many as divide the windows, as `prune` uses.
     devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
     size = micro_batches_of(samples // devices, max(1, BATCH_TOKENS // length))[0]
-    if budget is not None:
-        with contextlib.suppress(Prox24Error):  # which `fits` tells of
+    memories = layer_memories(model, (size, length), method, devices)
+    gather = max(memory.gather for memory in memories)
+    if budget is not None and gather > budget:
+        with contextlib.suppress(Prox24Error):  # Nothing fits.
             size = fitting_micro_batch(model, (samples, length), method, budget, devices) // devices
-    memories = {
-        index: layer_memory(model, index, (size, length), method, devices)
-        for index in distinct_layers(model)
-    }
-    gather = max(memory.gather for memory in memories.values())
-    heaviest = max(memories.values(), key=lambda memory: memory.solve)
+            memories = layer_memories(model, (size, length), method, devices)
+            gather = max(memory.gather for memory in memories)
+    heaviest = max(memories, key=lambda memory: memory.solve)
     peak = max(gather, heaviest.solve)
     rate = arguments.rate or product_rate()
     cost = solver_cost(method)
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         "micro_batch_windows": size,
         "checkpoint_bytes": stored,
         "activation_bytes": activations,
-        "layer_weight_bytes": max(memory.weights for memory in memories.values()),
-        "layer_gram_bytes": max(memory.grams for memory in memories.values()),
+        "layer_weight_bytes": max(memory.weights for memory in memories),
+        "layer_gram_bytes": max(memory.grams for memory in memories),
         "gather_bytes": gather,
         "solve_bytes": heaviest.solve,
         "widest_linear": heaviest.widest,
@@ -100,6 +100,15 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append([f"fits into {_gigabytes(budget)}", "yes" if peak <= budget else "no"])
     print_table([f"plan for {devices} device{'s' * (devices > 1)}", str(arguments.source)], rows)
     return 0
+
+
+def layer_memories(
+    model: Model, micro_batch: tuple[int, int], method: Method, devices: int
+) -> list[Memory]:
+    """Of each layer that differs from those before it."""
+    return [
+        layer_memory(model, index, micro_batch, method, devices) for index in distinct_layers(model)
+    ]
 
 
 def _gigabytes(count: int) -> str:
