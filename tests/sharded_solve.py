@@ -55,7 +55,10 @@ BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 
 
 def collectives(text):
-    """The collectives of an optimized program, by loop: `(shape, operation)`, outside by ""."""
+    """The collectives of an optimized program, by loop: `(shape, operation)`, outside by "".
+
+    Also those of loops that are in other loops, together.
+    """
     computations, current = {}, None
     for line in text.splitlines():
         if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -84,12 +87,30 @@ def collectives(text):
     visit("", re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE))
     for condition, body in loops:
         visit(body, [condition, body])
-    return found
+    inner = []
+
+    def descend(name, depth):
+        lines = computations.get(name, [])
+        if depth > 1:
+            inner.extend(m.groups() for m in map(COLLECTIVE.search, lines) if m)
+        for other in called(lines):
+            descend(other, depth + (other in bodies))
+
+    for name in re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE):
+        descend(name, 0)
+    return found, inner
 
 
 def same_blocks(mask, expected):
     """The fraction of blocks with one mask."""
     return float((np.asarray(mask) == np.asarray(expected)).reshape(-1, 4).all(axis=1).mean())
+
+
+def relative_difference(values, expected):
+    """The largest, as a share of the largest entry, in rows that have one mask."""
+    values, expected = np.asarray(values), np.asarray(expected)
+    same = ((values != 0) == (expected != 0)).all(axis=1)
+    return float(np.abs(values - expected)[same].max() / np.abs(expected).max())
 
 
 def solver_reports():
@@ -109,15 +130,17 @@ def solver_reports():
             )
             program = solve_program.lower(problem, *methods, *rest).compile()
             pruned, mask, figures = program(problem, *methods, rest[0])
-            found = collectives(program.as_text())
+            found, inner = collectives(program.as_text())
             yield {
                 "solver": name,
                 "axes": kind.name,
                 "kept": pruned.sharding == mask.sharding == rows,
                 "outside": found.pop("", []),
                 "loops": list(found.values()),
+                "inner": inner,
                 "sparse": bool(is_sparse(pruned)),
                 "same_blocks": same_blocks(mask, expected.mask),
+                "weights": relative_difference(pruned, expected.weight),
                 "loss": float(figures["relative_loss"]) / expected.statistics.relative_loss - 1,
             }
 
@@ -144,6 +167,10 @@ def model_reports(folder):
             "devices": count,
             "sparse": all(bool(is_sparse(values)) for values in result.tensors.values()),
             "same_blocks": same_blocks(masks, others),
+            "weights": max(
+                relative_difference(values, expected.tensors[name])
+                for name, values in result.tensors.items()
+            ),
             "loss": max(
                 abs(a.statistics.relative_loss / b.statistics.relative_loss - 1)
                 for a, b in zip(result.reports, expected.reports, strict=True)
@@ -171,7 +198,7 @@ def model_reports(folder):
         {},
     )
     text = add_layer_inputs.lower(*arguments).compile().as_text()
-    yield {"gathering": [kind for kinds in collectives(text).values() for kind in kinds]}
+    yield {"gathering": [kind for kinds in collectives(text)[0].values() for kind in kinds]}
     shapes = (8, 4), (44, 4)
     copies = [apart(jnp.ones(s), model.mesh).sharding.is_fully_replicated for s in shapes]
     yield {"copied": copies, "odd": common_mesh(windows=12).size}

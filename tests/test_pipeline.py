@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny import (
+    byte_tokenizer,
     config_dict,
     random_weights,
     seen_by_linears,
@@ -18,6 +19,7 @@ from prox24 import pipeline
 from prox24.calibration.text import first_windows, spread_windows, start_tokens
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
+from prox24.cli.main import main
 from prox24.core.masks import is_sparse, top_mask
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import all_linears, batch_size, load_model
@@ -134,6 +136,23 @@ def test_activations_that_are_not_finite_are_named(tmp_path):
     write_folder(tmp_path / "source", config_dict(), weights)
     with pytest.raises(CalibrationError, match="attention_input of layer 1"):
         prune_folder(tmp_path / "source", Magnitude())
+
+
+def test_one_window_that_is_not_finite_is_enough_to_be_named(tmp_path, capsys):
+    config = config_dict("gemma")  # which scales its embeddings
+    weights = random_weights(config)
+    (token,) = byte_tokenizer()("~")["input_ids"]
+    weights["model.embed_tokens.weight"][token] = 3e38
+    write_folder(tmp_path / "source", config, weights)
+    text = "Calibration text for a model that reads bytes. " * 20
+    (tmp_path / "text.txt").write_text("~" + text)
+    command = ["prune", tmp_path / "source", tmp_path / "out", "--method", "magnitude", "--quiet"]
+    command += ["--calibration", tmp_path / "text.txt", "--sequence-length", "32"]
+    assert main([*map(str, command), "--samples", "28"]) == 2
+    printed = capsys.readouterr().err
+    assert "NaN or Inf in the activations attention_input of layer 0" in printed
+    assert printed.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
 
 
 def test_fewer_tokens_than_features_need_damping(tmp_path):
