@@ -36,16 +36,19 @@ class Output(NamedTuple):
       names: of the tensors that it holds, by HF's names.
       stored: what a file holds of a tensor, which may be in parts, by HF's name.
       create: a file for tensors of those names, and what writes one of them to it.
+      remark: what runs faster for it.
       config: what config.json says besides.
-      remark: what someone who writes it should know.
     """
 
     files: WeightFiles
     names: Collection[str]
     stored: Callable[[str, Spec], Mapping[str, Spec]]
     create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
+    remark: str
     config: Mapping[str, Any] = MappingProxyType({})
-    remark: str | None = None
+
+
+ZEROS_ARE_STORED = "zeros are stored like other weights: no runtime skips them by itself"
 
 
 def _safetensors(source: Checkpoint) -> Output:
@@ -54,6 +57,7 @@ def _safetensors(source: Checkpoint) -> Output:
         names=source.tensors.keys(),
         stored=lambda name, spec: {name: spec},
         create=safetensors_file.create_file,
+        remark=f"{ZEROS_ARE_STORED}; PyTorch's to_sparse_semi_structured packs a loaded linear",
     )
 
 
@@ -65,6 +69,7 @@ def _flax(source: Checkpoint) -> Output:
         names=parameter_shapes(source.config, source.tensors).keys(),
         stored=lambda name, spec: {flax_file.leaf_path(name, len(spec.shape), norm): spec},
         create=lambda path, specs: flax_file.create_file(path, norm),
+        remark=ZEROS_ARE_STORED,
     )
 
 
@@ -76,8 +81,8 @@ def _bitmask(source: Checkpoint) -> Output:
         names=source.tensors.keys(),
         stored=lambda name, spec: bitmask_file.stored(name, spec, linears),
         create=lambda path, specs: bitmask_file.create_file(path, specs, linears),
-        config=bitmask_file.config_entries(config),
         remark=bitmask_file.REMARK,
+        config=bitmask_file.config_entries(config),
     )
 
 

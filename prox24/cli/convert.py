@@ -36,7 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [["format", arguments.format], ["tensors", str(len(written))]]
         if left_out:
             rows.append(["buffers left out", f"{len(left_out)}, {left_out[0]} and so on"])
-        if remark:
-            rows.append(["remark", remark])
+        rows.append(["at run time", remark])
         print_table(["written", str(arguments.destination)], rows)
     return 0
