@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
+import time
 import types
 from pathlib import Path
 
@@ -191,12 +193,21 @@ def test_a_killed_run_ends_with_the_same_bytes(workspace, processes):
     process.join()
     assert process.exitcode == 0, (workspace / "errors.txt").read_text()
     expected = contents(workspace / "out")
+    shutil.rmtree(workspace / "out")
+    began = time.perf_counter()
+    processes(command(workspace)).join()
+    took = time.perf_counter() - began
     places = random.Random(0)
-    for _ in range(int(os.environ.get("PROX24_KILLS", "4"))):
+    for index in range(int(os.environ.get("PROX24_KILLS", "6"))):
         if (workspace / "out").exists():
             assert contents(workspace / "out") == expected
             shutil.rmtree(workspace / "out")
-        process = processes(command(workspace), places.randrange(1, 60))
+        if index % 2:  # at a change of a file, or at any time
+            process = processes(command(workspace), places.randrange(1, 60))
+        else:
+            process = processes(command(workspace))
+            process.join(places.uniform(0, took))
+            process.kill()
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)
     process = processes([*command(workspace), "--overwrite"])
@@ -312,6 +323,21 @@ def test_a_disk_that_is_still_full_loses_nothing(workspace, monkeypatch, capsys)
         assert main(command(workspace)) == 2
     assert "bytes do not fit; what is done is in" in capsys.readouterr().err
     assert len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_file_that_the_system_does_not_let_grow_loses_nothing(workspace, capsys):
+    assert main(command(workspace, "whole")) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    half = (workspace / "whole" / "model.safetensors").stat().st_size // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))
+    try:
+        assert main(command(workspace)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "model.safetensors: File too large" in capsys.readouterr().err
+    assert not (workspace / "out").exists()
+    assert main(command(workspace)) == 0
+    assert contents(workspace / "out") == contents(workspace / "whole")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
