@@ -32,12 +32,12 @@ from prox24.packed import (
 from prox24.packed.implementation import Case
 from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 from prox24.packed.table import Measurement
-from prox24.packed.tuning import random_packed
+from prox24.packed.tuning import measure, random_packed
 
 SHAPES = [(1, 1, 32), (2, 4, 96), (7, 13, 160)]
 LARGE = (3, 1030, 1024)
 """Enough for several threads, and rows that neither four nor the threads divide."""
-HAS_COMPILER = any(shutil.which(name) for name in native.COMPILERS)
+HAS_COMPILER = any(shutil.which(name) for name in native.CPU.compilers)
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
 
 
@@ -54,7 +54,7 @@ def cache(tmp_path_factory):
 def tables(tmp_path, monkeypatch):
     """A folder without tables; the kernel, which is loaded already, stays."""
     if HAS_COMPILER:
-        assert native.is_ready()
+        assert native.is_ready(native.CPU)
     monkeypatch.setenv("PROX24_CACHE", str(tmp_path))
     jax.clear_caches()
     return tmp_path
@@ -140,7 +140,7 @@ def test_the_kernel_multiplies_as_float64_does(shape, dtype, instructions):
 def test_the_kernel_agrees_with_float64_on_any_codes_and_values(instructions, seed, scale):
     x, w = operands(2, 5, 64, seed=seed)
     w = dataclasses.replace(w, values=w.values * jnp.float32(scale))
-    assert native.is_ready()
+    assert native.is_ready(native.CPU)
     assert_product(run_kernel(x, w.values, w.codes, instructions), x, w)
 
 
@@ -153,7 +153,7 @@ run_kernel = jax.jit(cpu.run, static_argnames="instructions")
 def test_what_is_not_finite_stays_in_its_row(dtype, instructions):
     x, w = operands(1, 6, 64, dtype)
     w = dataclasses.replace(w, values=w.values.at[2, 3].set(jnp.nan).at[4, 5].set(jnp.inf))
-    assert native.is_ready()
+    assert native.is_ready(native.CPU)
     found = np.asarray(run_kernel(x, w.values, w.codes, instructions), np.float32)[0]
     assert np.isnan(found[2])
     assert np.isinf(found[4])
@@ -179,7 +179,7 @@ def test_the_kernel_says_what_it_does_not_serve(change):
 @needs_compiler
 def test_the_kernel_refuses_arrays_that_do_not_fit():
     x, w = operands(1, 6, 64)
-    assert native.is_ready()
+    assert native.is_ready(native.CPU)
     with pytest.raises(Exception, match="do not fit"):
         run_kernel(x, w.values[:, :-16], w.codes, cpu.INSTRUCTIONS[-1]).block_until_ready()
 
@@ -427,7 +427,7 @@ def test_without_a_home_folder_products_are_as_right(monkeypatch, capsys):
     jax.clear_caches()
     x, w = operands(1, 8, 64)
     assert_product(jax.jit(matmul)(x, w), x, w)
-    assert not native._load.__wrapped__()
+    assert not native._load.__wrapped__(native.CPU)
     assert main(["tune", "--shapes", "8x36", "--quiet"]) == 2
     assert "there is no home folder; set PROX24_CACHE" in capsys.readouterr().err
 
@@ -449,7 +449,7 @@ def test_what_is_exported_has_no_kernel_of_this_process(tables, serving):
     x, w = operands(4, 8, 64)
     for rows in (4, export.symbolic_shape("rows")[0]):
         exported = export.export(jax.jit(matmul))(jax.ShapeDtypeStruct((rows, 64), x.dtype), w)
-        assert native.TARGET not in exported.mlir_module()
+        assert native.CPU.target not in exported.mlir_module()
         assert_product(exported.call(x, w), x, w)
 
 
@@ -460,18 +460,18 @@ def test_the_product_runs_what_the_table_says(tables):
     def lowered():
         return jax.jit(matmul).lower(x, w).as_text()
 
-    assert native.TARGET not in lowered()
+    assert native.CPU.target not in lowered()
     table.write([measured(1, unpack=2.0, cpu=1.0)])
     jax.clear_caches()
-    assert native.TARGET in lowered()
+    assert native.CPU.target in lowered()
     assert_product(matmul(x, w), x, w)
     gradient = jax.grad(lambda x: jnp.sum(matmul(x, w)))(x)
     np.testing.assert_allclose(gradient[0], jnp.sum(unpack(w), axis=0), atol=1e-5)
     # The rows of x that are mapped over make the batch.
     table.write([measured(2, unpack=2.0, cpu=1.0)])
     mapped = jax.jit(jax.vmap(functools.partial(matmul, w=w)))
-    assert native.TARGET in mapped.lower(jnp.stack([x[0], x[0]])).as_text()
-    assert native.TARGET not in jax.jit(matmul).lower(jnp.stack([x[0]] * 3), w).as_text()
+    assert native.CPU.target in mapped.lower(jnp.stack([x[0], x[0]])).as_text()
+    assert native.CPU.target not in jax.jit(matmul).lower(jnp.stack([x[0]] * 3), w).as_text()
 
 
 # The kernel's cache
@@ -493,7 +493,7 @@ def test_the_kernel_is_built_once_and_for_one_cpu(tmp_path, monkeypatch):
     paths = []
     for processor in ("one", "two", "one", "two"):
         monkeypatch.setattr(native, "processor", lambda processor=processor: processor)
-        paths.append(native._built())
+        paths.append(native._built(native.CPU))
         assert paths[-1].read_text() == processor
     assert len(built) == 2
     assert paths[:2] == paths[2:]
@@ -503,21 +503,20 @@ def test_the_kernel_is_built_once_and_for_one_cpu(tmp_path, monkeypatch):
 
 
 def test_another_compiler_or_jaxlib_or_source_is_another_file(monkeypatch, tmp_path):
-    paths = {native.library_path("1.0"), native.library_path("2.0")}
+    paths = {native.CPU.path("1.0"), native.CPU.path("2.0")}
     with monkeypatch.context() as patch:
         patch.setattr(native.jaxlib.version, "__version__", "0.0")
-        paths.add(native.library_path("1.0"))
+        paths.add(native.CPU.path("1.0"))
     source = tmp_path / "other.cc"
     source.write_text("//")
-    monkeypatch.setattr(native, "SOURCE", source)
-    paths.add(native.library_path("1.0"))
+    paths.add(native.CPU._replace(source=source).path("1.0"))
     assert len(paths) == 4
 
 
-def not_ready(caplog):
+def not_ready(caplog, library=native.CPU):
     """What is_ready says, asked anew, when there is no kernel."""
     with caplog.at_level(logging.WARNING, "prox24.packed"):
-        assert not native._load.__wrapped__()
+        assert not native._load.__wrapped__(library)
     (message,) = caplog.messages
     assert "\n" not in message
     return message
@@ -535,16 +534,15 @@ def test_a_source_that_does_not_compile_leaves_nothing_and_is_one_line(
     monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "broken.cc"
     source.write_text("#error no\n")
-    monkeypatch.setattr(native, "SOURCE", source)
-    assert "failed: " in not_ready(caplog)
+    assert "failed: " in not_ready(caplog, native.CPU._replace(source=source))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 @needs_compiler
 def test_a_cache_that_is_no_library_is_one_line(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("PROX24_CACHE", str(tmp_path))
-    compiler = next(found for name in native.COMPILERS if (found := shutil.which(name)))
-    path = native.library_path(native._output([compiler, "--version"]))
+    compiler = next(found for name in native.CPU.compilers if (found := shutil.which(name)))
+    path = native.CPU.path(native._output([compiler, "--version"]))
     path.write_text("no library")
     assert f"delete {path}, which cannot be loaded" in not_ready(caplog)
 
@@ -553,14 +551,14 @@ def test_a_cache_that_is_no_library_is_one_line(monkeypatch, caplog, tmp_path):
 def test_threads_that_ask_first_together_build_one_kernel(monkeypatch, tmp_path):
     loaded = []
 
-    def slowly():
+    def slowly(library):
         time.sleep(0.1)
         loaded.append(True)
         return True
 
     monkeypatch.setattr(native, "_load", functools.cache(slowly))
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(lambda _: native.is_ready(), range(4)))
+        assert all(pool.map(lambda _: native.is_ready(native.CPU), range(4)))
     assert len(loaded) == 1
 
 
@@ -584,6 +582,18 @@ def test_tune_measures_shapes_and_writes_the_table(tables, capsys):
         assert set(entry.seconds) == served
         assert entry.dense > 0
         assert table.choose(entry.case) == entry.fastest
+
+
+def test_an_implementation_that_multiplies_wrongly_is_not_measured(tables, monkeypatch):
+    def wrong(x, values, codes):
+        return IMPLEMENTATIONS[FALLBACK].run(x, values, codes).at[0, 0].add(1)
+
+    broken = IMPLEMENTATIONS["cpu"]._replace(run=wrong, serves=lambda case: True)
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", broken)
+    assert set(measure(CASE, 1).seconds) == {FALLBACK}
+    right = broken._replace(run=IMPLEMENTATIONS[FALLBACK].run)
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", right)
+    assert set(measure(CASE, 1).seconds) == {FALLBACK, "cpu"}
 
 
 def test_tune_measures_the_linears_of_a_checkpoint(tables, capsys, tmp_path):

@@ -28,7 +28,7 @@ def run(x: Array, values: Array, codes: Array, instructions: str = INSTRUCTIONS[
     """
     outputs = len(values)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    call = jax.ffi.ffi_call(native.TARGET, jax.ShapeDtypeStruct((len(flat), outputs), x.dtype))
+    call = jax.ffi.ffi_call(native.CPU.target, jax.ShapeDtypeStruct((len(flat), outputs), x.dtype))
     found = call(flat, values, codes, instructions=np.int32(INSTRUCTIONS.index(instructions)))
     return found.reshape(*x.shape[:-1], outputs)
 
@@ -41,7 +41,7 @@ def serves(case: Case) -> bool:
         and case.inputs % ENTRIES_PER_WORD == 0
         and 1 <= case.batch <= LARGEST_BATCH
         and case.outputs > 0
-        and native.is_ready()
+        and native.is_ready(native.CPU)
     )
 
 

@@ -1,4 +1,4 @@
-"""Builds the kernel for CPUs with the system's compiler, once for each machine, and loads it."""
+"""Builds kernels with the machine's compilers, once for each machine, and loads them."""
 
 import ctypes
 import functools
@@ -9,42 +9,102 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jaxlib.version
 
 from prox24.packed.cache import cache_folder, digest, processor
 
-TARGET = "prox24_matmul"
-SOURCE = Path(__file__).with_name("matmul_cpu.cc")
-COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
-
 logger = logging.getLogger("prox24.packed")
-"""Says, once and in one line, why the kernel is not used; silenced by its level."""
+"""Says, once and in one line, why a kernel is not used; silenced by its level."""
 
+
+class Library(NamedTuple):
+    """A kernel in a language of its own.
+
+    Attributes:
+      target: the function, and what XLA calls it.
+      platform: on which it runs, as in a `Case`.
+      source: the file, which is compiled.
+      headers: files of its folder that it includes.
+      compilers: of which the first that is there compiles it.
+      flags: for any of them.
+    """
+
+    target: str
+    platform: str
+    source: Path
+    headers: tuple[Path, ...]
+    compilers: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    def command(self, compiler: str, library: Path) -> list[str]:
+        """What compiles it into a file."""
+        headers = f"-I{jax.ffi.include_dir()}"
+        return [compiler, *self.flags, headers, str(self.source), "-o", str(library)]
+
+    def path(self, compiler: str) -> Path:
+        """The file in the cache for these sources, compiler, machine and jaxlib, and for no other.
+
+        Args:
+          compiler: what it says of its version.
+        """
+        made_for: list[str | bytes] = [file.read_bytes() for file in (self.source, *self.headers)]
+        made_for += [*self.flags, compiler, self.machine(), jaxlib.version.__version__]
+        return cache_folder() / f"{self.target}-{digest(made_for)}.so"
+
+    def machine(self) -> str:
+        """Model of the processor, or of the GPU."""
+        if self.platform == "cpu":
+            return processor()
+        return jax.devices(self.platform)[0].device_kind
+
+
+FOLDER = Path(__file__).parent
+CPU = Library(
+    target="prox24_matmul",
+    platform="cpu",
+    source=FOLDER / "matmul_cpu.cc",
+    headers=(),
+    compilers=("g++", "clang++", "c++"),
+    flags=("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
+)
+CUDA = Library(
+    target="prox24_matmul_cuda",
+    platform="cuda",
+    source=FOLDER / "matmul_cuda.cu",
+    headers=(FOLDER / "fragments.h",),
+    compilers=("nvcc", "/usr/local/cuda/bin/nvcc"),
+    flags=("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch=native"),
+)
 
 _loading = threading.Lock()
 
 
-def is_ready() -> bool:
-    """Whether XLA may call the kernel, which the first call builds and loads; it logs why not."""
+def is_ready(library: Library) -> bool:
+    """Whether XLA may call a kernel, which the first call builds and loads; it logs why not."""
     with _loading:  # A target can be registered once.
-        return _load()
+        return _load(library)
 
 
 @functools.cache
-def _load() -> bool:
+def _load(library: Library) -> bool:
     try:
-        path = _built()
+        path = _built(library)
         try:
-            target = jax.ffi.pycapsule(ctypes.CDLL(str(path))[TARGET])
+            target = jax.ffi.pycapsule(ctypes.CDLL(str(path))[library.target])
         except (OSError, AttributeError) as error:
             raise NoKernelError(f"delete {path}, which cannot be loaded: {error}") from error
-    except (NoKernelError, OSError) as error:
-        logger.warning("no kernel for CPUs, XLA multiplies instead: %s", error)
+    # A RuntimeError is JAX's, where there is no device of the platform.
+    except (NoKernelError, OSError, RuntimeError) as error:
+        logger.warning(
+            "no kernel for %s, XLA multiplies instead: %s", library.platform.upper(), error
+        )
         return False
-    jax.ffi.register_ffi_target(TARGET, target, platform="cpu")
+    # XLA spells these names as it likes.
+    platform = {"cpu": "cpu", "cuda": "CUDA"}[library.platform]
+    jax.ffi.register_ffi_target(library.target, target, platform=platform)
     return True
 
 
@@ -52,22 +112,12 @@ class NoKernelError(Exception):
     """The kernel cannot be built."""
 
 
-def library_path(compiler: str) -> Path:
-    """The file in the cache for this source, compiler, CPU and jaxlib, and for no other.
-
-    Args:
-      compiler: what it says of its version.
-    """
-    made_for = (SOURCE.read_bytes(), *FLAGS, compiler, processor(), jaxlib.version.__version__)
-    return cache_folder() / f"{TARGET}-{digest(made_for)}.so"
-
-
-def _built() -> Path:
-    """The library, compiled unless the cache has it."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+def _built(library: Library) -> Path:
+    """The file, compiled unless the cache has it."""
+    compiler = next(filter(None, map(shutil.which, library.compilers)), None)
     if compiler is None:
-        raise NoKernelError(f"there is no compiler; install one of {', '.join(COMPILERS)}")
-    path = library_path(_output([compiler, "--version"]))
+        raise NoKernelError(f"there is no compiler; install one of {', '.join(library.compilers)}")
+    path = library.path(_output([compiler, "--version"]))
     if path.exists():
         return path
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -76,8 +126,7 @@ def _built() -> Path:
     os.close(handle)
     partial = Path(name)
     try:
-        headers = f"-I{jax.ffi.include_dir()}"
-        _output([compiler, *FLAGS, headers, str(SOURCE), "-o", str(partial)])
+        _output(library.command(compiler, partial))
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # Half of a library would never be built again.
         partial.replace(path)

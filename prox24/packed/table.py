@@ -118,7 +118,7 @@ def write(measurements: Iterable[Measurement]) -> None:
 def made_for(platform: str) -> dict[str, str]:
     """What the times of a table depend on."""
     device = processor() if platform == "cpu" else jax.devices(platform)[0].device_kind
-    sources = sorted(Path(__file__).parent.glob("*.[pc]*"))
+    sources = sorted(Path(__file__).parent.glob("*.[pch]*"))
     return {
         "device": digest([device]),
         "jaxlib": jaxlib.version.__version__,

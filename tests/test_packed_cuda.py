@@ -1,0 +1,99 @@
+"""The kernel for GPUs, which none has run: its layouts on a CPU, its machine code, its lowering."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prox24.packed import cuda, matmul, native, table, unpack
+from prox24.packed.implementation import Case
+from prox24.packed.table import Measurement
+from prox24.packed.tuning import random_packed
+
+COMPILER = next(filter(None, map(shutil.which, native.CPU.compilers)), None)
+NVCC = next(filter(None, map(shutil.which, native.CUDA.compilers)), None)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+CASE = Case("cuda", "bfloat16", 32, 128, 4)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_what_lanes_hold_makes_the_product(tmp_path):
+    library = tmp_path / "emulate.so"
+    source = Path(__file__).with_name("emulate_mma.cc")
+    folder = native.CUDA.source.parent
+    command = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{folder}", source]
+    subprocess.run([*command, "-o", library], check=True)
+    emulate = ctypes.CDLL(str(library)).emulate
+    rng = np.random.default_rng(0)
+    w = random_packed(rng, 48, 192, "float32")
+    x = rng.standard_normal((8, 192), np.float32)
+    found = np.full((8, 48), np.nan)
+    arrays = [np.ascontiguousarray(array) for array in (x, w.values, w.codes)]
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, found)]
+    emulate(*pointers, ctypes.c_int64(48), ctypes.c_int64(192))
+    expected = x.astype(np.float64) @ np.asarray(unpack(w), np.float64).T
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+def test_it_compiles_for_every_architecture_without_spilled_registers(tmp_path):
+    command = native.CUDA.command(NVCC, tmp_path / "kernel.so")
+    command = [part for part in command if not part.startswith("-arch")]
+    every = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    done = subprocess.run(
+        [*command, *every, "-Xptxas", "-v"], capture_output=True, text=True, check=True
+    )
+    said = done.stdout + done.stderr
+    kernels = re.findall(r"(\d+) bytes spill stores", said)
+    assert len(kernels) == len(ARCHITECTURES) * 2 * 4
+    assert set(kernels) == {"0"}
+    disassembler = shutil.which("cuobjdump")
+    if disassembler is not None:
+        code = subprocess.run(
+            [disassembler, "-sass", tmp_path / "kernel.so"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert code.stdout.count("HMMA.SP") >= len(kernels) * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"platform": "cpu"},
+        {"dtype": "float32"},
+        {"inputs": 96},
+        {"outputs": 24},
+        {"outputs": 0},
+        {"batch": 0},
+        {"batch": 65},
+    ],
+    ids=str,
+)
+def test_it_says_what_it_does_not_serve(monkeypatch, change):
+    monkeypatch.setattr(native, "is_ready", lambda library: library is native.CUDA)
+    assert cuda.serves(CASE)
+    assert not cuda.serves(CASE._replace(**change))
+
+
+def test_a_program_for_gpus_calls_it_where_it_was_measured_to_be_faster(monkeypatch):
+    monkeypatch.setattr(native, "is_ready", lambda library: library is native.CUDA)
+    w = random_packed(np.random.default_rng(0), CASE.outputs, CASE.inputs, CASE.dtype)
+    x = jnp.ones((CASE.batch, CASE.inputs), CASE.dtype)
+
+    def lowered(*measured):
+        monkeypatch.setattr(table, "read", lambda platform: measured)
+        jax.clear_caches()
+        return jax.jit(matmul).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert native.CUDA.target not in lowered()
+    assert native.CUDA.target in lowered(Measurement(CASE, {"unpack": 2.0, "cuda": 1.0}, 3.0))
+    assert native.CUDA.target not in lowered(Measurement(CASE, {"unpack": 1.0, "cuda": 2.0}, 3.0))
