@@ -33,6 +33,7 @@ from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo import fetch_model
 from prox24.cli.output import peak_memory_bytes
 from prox24.distill import ModelRefinement, distill
+from prox24.forward import batch_size
 from prox24.perplexity import perplexity
 from prox24.pipeline import collect, prune
 from prox24.refine import BlockRefinement
@@ -83,30 +84,34 @@ def measure(
     windows = drawn_windows(ids, max(WINDOWS, run.windows), LENGTH, seed)
     model, tokens, error = dense, 0, math.nan
     start = time.perf_counter()
-    if run.base != "dense":
+    seconds = None
+    if isinstance(run.refinement, BlockRefinement):
         solver, refit = BASES[run.base]
-        block = run.refinement if isinstance(run.refinement, BlockRefinement) else None
+        pruned = collect(prune(dense, windows[:WINDOWS], solver, refit, refinement=run.refinement))
+        model = with_tensors(dense, pruned.tensors)
+        size = run.refinement.micro_batch(WINDOWS, batch_size(WINDOWS, LENGTH))
+        batches = WINDOWS // size
+        trained = size * (batches - run.refinement.held_out_of(batches))
+        tokens = run.refinement.passes * trained * LENGTH
+    elif run.base != "dense":
         folder = cache / "models" / f"{run.base}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
-        if block is not None or not folder.exists():
-            pruned = collect(prune(dense, windows[:WINDOWS], solver, refit, refinement=block))
-            model = with_tensors(dense, pruned.tensors)
-        if block is not None:
-            trained = WINDOWS - block.held_out_of(WINDOWS)  # a step has one window
-            tokens = block.passes * trained * LENGTH
-        elif not folder.exists():
+        took = folder.with_suffix(".seconds")
+        if not took.exists():
+            solver, refit = BASES[run.base]
+            pruned = collect(prune(dense, windows[:WINDOWS], solver, refit))
             folder.parent.mkdir(exist_ok=True)
-            write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32")
-        if block is None:
-            model = open_checkpoint(folder)
+            write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32", overwrite=True)
+            took.write_text(str(time.perf_counter() - start))
+        model, seconds = open_checkpoint(folder), float(took.read_text())
     if isinstance(run.refinement, ModelRefinement):
-        start = time.perf_counter()  # of the refinement alone
+        start, seconds = time.perf_counter(), None  # of the refinement alone
         distilled = distill(dense, model, windows[: run.windows], run.refinement)
         model, tokens = with_tensors(dense, dict(distilled.tensors)), distilled.tokens
         error = min(distilled.refined.losses)
     row: dict[str, object] = {
         "distinct_tokens": run.windows * LENGTH,
         "tokens": tokens,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds or time.perf_counter() - start,
         "peak_memory_bytes": peak_memory_bytes(),
         "held_out_loss": error,
     }
@@ -117,20 +122,22 @@ def measure(
     return row
 
 
+def setting(row: dict[str, str]) -> tuple[str, ...]:
+    """What rows must share to be compared."""
+    return row["seed"], row["calibration"], row["evaluation_windows"]
+
+
 def gaps(rows: list[dict[str, str]], texts: list[str]) -> list[float]:
     """Of each row: its gap in log-perplexity to dense, all texts together, over SparseGPT's."""
-
-    def place(row: dict[str, str]) -> tuple[str, ...]:
-        return row["seed"], row["calibration"], row["evaluation_windows"]
 
     def log(row: dict[str, str]) -> float:
         return sum(math.log(float(row[text])) for text in texts)
 
-    logs = {(row["run"], *place(row)): log(row) for row in rows}
+    logs = {(row["run"], *setting(row)): log(row) for row in rows}
     found = []
     for row in rows:
         dense, reference = (
-            logs.get((run, *place(row)), math.nan) for run in ("dense", "sparsegpt")
+            logs.get((run, *setting(row)), math.nan) for run in ("dense", "sparsegpt")
         )
         found.append((log(row) - dense) / (reference - dense))
     return found
@@ -155,22 +162,24 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
 
 
 def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
-    """The gap against tokens and seconds, a line for each way to refine each pruned model."""
+    """The gap against tokens and seconds, a line for each refinement of a pruned model."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="tight", sharey=True)
     found = [
-        (row["run"], float(row["tokens"]), float(row["seconds"]), gap)
+        (setting(row), row["run"], [float(row["tokens"]), float(row["seconds"]), gap])
         for row, gap in zip(rows, gaps(rows, texts), strict=True)
     ]
-    for base, suffix in itertools.product(BASES, (" + block", " + model")):
-        pruned = [point for run, *point in found if run == base]
-        refined = sorted(point for run, *point in found if run == base + suffix)
+    settings = dict.fromkeys(map(setting, rows))
+    for place, base, suffix in itertools.product(settings, BASES, (" + block", " + model")):
+        pruned = [point for at, run, point in found if (at, run) == (place, base)]
+        refined = sorted(point for at, run, point in found if (at, run) == (place, base + suffix))
         if not (pruned and refined):
             continue
         tokens, seconds, shares = np.transpose([*pruned, *refined])
         # A model is refined after it is pruned, its blocks while it is.
         seconds = seconds + (np.arange(len(seconds)) > 0) * seconds[0] * (suffix == " + model")
         for axes, values in zip(panels, (tokens, seconds), strict=True):
-            axes.plot(values, shares, marker="o", markersize=4, label=base + suffix)
+            label = base + suffix + (f", {', '.join(place)}" if len(settings) > 1 else "")
+            axes.plot(values, shares, marker="o", markersize=4, label=label)
     panels[0].set_xscale("symlog", linthresh=1e4)
     for axes, title in zip(panels, ("tokens trained on", "seconds"), strict=True):
         axes.set_xlabel(title)

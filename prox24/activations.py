@@ -23,11 +23,16 @@ class ActivationFiles:
 
     Attributes:
       layer: that every stream was complete for when the folder was opened; None at the start, or
-        where a file is missing or of another length.
+        where a file is missing, damaged or of another length.
     """
 
     def __init__(
-        self, folder: Path, shape: tuple[int, ...], micro_batch: int, streams: Iterable[str]
+        self,
+        folder: Path,
+        shape: tuple[int, ...],
+        micro_batch: int,
+        streams: Iterable[str],
+        layers: int,
     ):
         """Opens a folder, or makes it.
 
@@ -36,19 +41,28 @@ class ActivationFiles:
           shape: (windows, length, hidden) of a stream, in float32.
           micro_batch: windows that go through a layer together.
           streams: names of all streams.
+          layers: of the model.
         """
         self._folder, self._shape, self._micro_batch = folder, shape, micro_batch
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "layer"
-        text = path.read_text() if path.exists() else ""
+        note = folder / "layer"
+        text = note.read_bytes() if note.exists() else b""
         self.layer = latest(int(text) if text.isdigit() else None)
         if self.layer is not None:
             paths = [self._path(stream, self.layer) for stream in streams]
-            whole = all(path.is_file() and path.stat().st_size == self._size for path in paths)
+            whole = self.layer <= layers and all(
+                path.is_file() and path.stat().st_size == self._size for path in paths
+            )
             # A process that lacks a file sends all of them back to the start.
             if latest(None if whole else self.layer) is not None:
                 self.layer = None
+        if self.layer is None:
+            with writing(folder):
+                # What it says is true no more when the first file is written.
+                note.unlink(missing_ok=True)
+                synchronise(folder)
+            meet("the activations begin anew")
 
     @property
     def _size(self) -> int:

@@ -132,14 +132,15 @@ def all_weights(
     model: Model,
     dtype: np.dtype[Any] | None = None,
     *,
-    packed: Callable[[Array], Array | Packed24] | None = None,
+    pack_linear: Callable[[Array], Array | Packed24] | None = None,
 ) -> ModelWeights:
     """Reads every tensor that the model computes with.
 
     Args:
       model: the model.
       dtype: of all; None for the checkpoint's.
-      packed: what packs the weight of a pruned linear when it is read, as `prox24.packed.pack`.
+      pack_linear: what packs the weight of a pruned linear when it is read, as
+        `prox24.packed.pack`; None keeps it as it is.
 
     Raises:
       CheckpointError: a linear that is to be packed is not 2:4; names the tensor.
@@ -153,11 +154,11 @@ def all_weights(
     layers: list[dict[str, Any]] = []
     for index in range(len(config.layers)):
         layers.append(dict(cast(layer_weights(model, index))))
-        if packed is None:
+        if pack_linear is None:
             continue
         for linear in layer_linears(config, index):
             try:
-                layers[index][linear.weight] = packed(layers[index][linear.weight])
+                layers[index][linear.weight] = pack_linear(layers[index][linear.weight])
             except ValueError as error:
                 raise CheckpointError(f"tensor {linear.tensor}: {error}") from error
     return ModelWeights(cast(_outer_weights(model, names)), layers)
@@ -205,7 +206,7 @@ def embed_windows(
 @functools.partial(jax.jit, static_argnums=0)
 def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
     """One layer on one micro-batch, compiled once for all equal layers of a model."""
-    return decoder.layer(layer, weights, hidden, decoder.no_tap)
+    return layer_function(layer)(weights, hidden)
 
 
 @functools.lru_cache

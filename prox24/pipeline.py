@@ -183,7 +183,7 @@ def prune(
     if activations is not None:
         own = len(own_windows(size, model.mesh))
         shape = (len(windows) // size * own, windows.shape[1], model.config.hidden)
-        files = ActivationFiles(activations, shape, own, streams)
+        files = ActivationFiles(activations, shape, own, streams, len(model.config.layers))
     first, hidden = _enter(model, windows, size, streams, files)
     advance = functools.partial(_advance, model, files, hidden)
     solve_problem = functools.partial(

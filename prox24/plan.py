@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram
-from prox24.core.pattern import PatternLike, Unstructured
+from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.core.precision import PRECISION
 from prox24.errors import Prox24Error
 from prox24.forward import (
@@ -27,7 +27,7 @@ from prox24.forward import (
 from prox24.models import decoder
 from prox24.refine import BlockRefinement
 from prox24.refine.blocks import block_step
-from prox24.solvers.problem import LayerProblem, correct_inputs
+from prox24.solvers.problem import LayerProblem, corrected_weight
 from prox24.solvers.solve import Refit, Solver, lower, solve
 
 Spec = jax.ShapeDtypeStruct
@@ -107,6 +107,9 @@ def layer_memory(
       micro_batch: windows on one device and their length.
       method: what is done to the layer.
       devices: among which the rows of a weight are divided, where they divide them.
+
+    Raises:
+      CheckpointError: a linear's input width is not divisible by M.
     """
     linears = layer_linears(model.config, index)
     check_widths(input_widths(linears), method.pattern)
@@ -123,7 +126,7 @@ def layer_memory(
         gather=_gathering(model, index, micro_batch, method),
         solve=held + pruned + sums + solving[widest],
         widest=widest,
-        refine=_refining(model, index, micro_batch, method),
+        refine=_refining(model, index, micro_batch, method, devices),
     )
 
 
@@ -133,7 +136,7 @@ def fitting_micro_batch(
     """The most windows that may go through a layer together within a budget of bytes a device.
 
     Args:
-      model: the model, of which nothing is read.
+      model: the model, of which nothing is read, without a mesh.
       windows: their number and length.
       method: what is done to every layer.
       budget: bytes on each device.
@@ -152,7 +155,10 @@ def fitting_micro_batch(
     def needed(index: int, size: int) -> int:
         if method.refinement is not None:
             size = method.refinement.micro_batch(share, size)
-        return max(part(model, index, (size, length), method) for part in (_gathering, _refining))
+        return max(
+            _gathering(model, index, (size, length), method),
+            _refining(model, index, (size, length), method, devices),
+        )
 
     for index in distinct_layers(model):
         memory = layer_memory(model, index, (1, length), method, devices)
@@ -219,8 +225,10 @@ def solver_cost(method: Method, width: int = 1024) -> SolverCost:
 
     Args:
       method: whose solver and refit are run.
-      width: inputs and outputs.
+      width: inputs and outputs, or the next smaller number that the pattern divides.
     """
+    if not isinstance(method.pattern, Unstructured):
+        width -= width % as_pattern(method.pattern).group
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((2 * width, width), np.float32)
     gram = jnp.asarray(inputs.T @ inputs)
@@ -287,17 +295,19 @@ def _solving(linear: Linear, method: Method, devices: int) -> int:
     needed = _needed(program) - _bytes(gram)
     if method.dense_targets:
         pull = Spec((), jnp.float32)
-        corrected = _needed(correct_inputs.lower(problem, gram, pull)) - 2 * _bytes(gram)
+        corrected = _needed(corrected_weight.lower(*problem, gram, pull)) - 2 * _bytes(gram)
         needed = max(needed, corrected)
     return needed
 
 
-def _refining(model: Model, index: int, micro_batch: tuple[int, int], method: Method) -> int:
-    """Of all that is there while a layer is trained; 0 if it is not."""
+def _refining(
+    model: Model, index: int, micro_batch: tuple[int, int], method: Method, devices: int
+) -> int:
+    """Of all that is there while a layer is trained; 0 if it is not. Every device does it whole."""
     if method.refinement is None:
         return 0
-    weights = _pruned_weights(model, index, method)
-    hidden = Spec((*micro_batch, model.config.layers[index].hidden), jnp.float32)
+    weights, (windows, length) = _pruned_weights(model, index, method), micro_batch
+    hidden = Spec((devices * windows, length, model.config.layers[index].hidden), jnp.float32)
     step = block_step(
         layer_function(model.config.layers[index]), weights, hidden, hidden, method.refinement
     )

@@ -113,19 +113,29 @@ def test_hidden_states_on_disk_spare_the_finished_layers(workspace, monkeypatch,
     assert contents(workspace / "out") == contents(workspace / "whole")
 
 
-@pytest.mark.parametrize("left", [None, 100])
-def test_hidden_states_that_were_lost_are_computed_again(workspace, monkeypatch, left):
+@pytest.mark.parametrize(
+    ("left", "note"), [(0, None), (100, None), (None, b"9"), (None, b"\xff"), (None, b"")]
+)
+def test_hidden_states_that_were_lost_are_computed_again(workspace, monkeypatch, left, note):
     assert main(command(workspace, "whole")) == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 9, KeyboardInterrupt)
         assert main(command(workspace, "out", "--activations", "disk")) == 130
-    path = workspace / "out.unfinished" / "activations" / "0" / "pruned-1"
-    if left is None:
-        path.unlink()
-    else:
-        os.truncate(path, left)
+    folder = workspace / "out.unfinished" / "activations" / "0"
+    if left is not None:
+        os.truncate(folder / "pruned-1", left)
+    if note is not None:
+        (folder / "layer").write_bytes(note)
+    # It begins anew, and does not come far.
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_into", interrupted)
+        assert main(command(workspace, "out", "--activations", "disk")) == 130
     assert main(command(workspace, "out", "--activations", "disk")) == 0
     assert contents(workspace / "out") == contents(workspace / "whole")
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -265,6 +275,12 @@ def changed_journal(workspace):
     return [], f"{path} is damaged; delete {path.parent} to start anew"
 
 
+def lost_job(workspace):
+    path = workspace / "out.unfinished" / "job.json"
+    path.unlink()
+    return [], f"{path} is damaged; delete {path.parent} to start anew"
+
+
 def changed_job(workspace):
     path = workspace / "out.unfinished" / "job.json"
     path.write_text(path.read_text()[:-9])
@@ -275,7 +291,7 @@ def changed_job(workspace):
     "change",
     [
         *(changed_text, changed_damping, changed_method, changed_source),
-        *(changed_tensor, changed_journal, changed_job),
+        *(changed_tensor, changed_journal, changed_job, lost_job),
     ],
 )
 def test_another_run_is_refused_and_the_work_stays(workspace, monkeypatch, capsys, change):
@@ -457,22 +473,24 @@ def change_after_filling(monkeypatch, path):
     monkeypatch.setattr(prune, "fill_folder", change_after)
 
 
-@pytest.mark.parametrize(("name", "left"), [("model.safetensors", []), ("config.json", ["out"])])
-def test_a_source_that_changes_while_it_is_read_is_named(
-    workspace, monkeypatch, capsys, name, left
-):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_source_that_changes_while_it_is_read_is_named(workspace, monkeypatch, capsys, name):
     change_after_filling(monkeypatch, workspace / "model" / name)
     assert main(command(workspace)) == 2
     assert f"{name} changed while it was read" in capsys.readouterr().err
-    # What was done of the right weights is kept.
-    kept = [f"{name}.unfinished" for name in left]
-    assert sorted(path.name for path in workspace.iterdir()) == ["model", *kept, "text.txt"]
+    assert sorted(path.name for path in workspace.iterdir()) == ["model", "text.txt"]
 
 
-def test_a_file_that_is_put_beside_the_source_is_no_change_of_it(workspace, monkeypatch):
-    change_after_filling(monkeypatch, workspace / "model" / "notes.txt")
+@pytest.mark.parametrize("name", ["README.md", "notes.txt", "tokenizer_config.json"])
+def test_a_file_that_decides_nothing_may_change(workspace, monkeypatch, name):
+    change_after_filling(monkeypatch, workspace / "model" / name)
     assert main(command(workspace)) == 0
-    assert not (workspace / "out" / "notes.txt").exists()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, KeyboardInterrupt)
+        assert main(command(workspace, "again")) == 130
+    (workspace / "model" / name).touch()
+    assert main(command(workspace, "again")) == 0
+    assert contents(workspace / "again").keys() >= {"model.safetensors", "prox24.json"}
 
 
 @pytest.mark.parametrize("done", [0, 5])
@@ -552,7 +570,7 @@ def test_verify_goes_on_after_what_is_wrong_and_reports_it(
     assert main(["verify", str(workspace / "out"), "--report", str(report)]) == 1
     problems = json.loads(report.read_text())["problems"]
     name = "model.layers.0.input_layernorm.weight"
-    assert problems[name] == problem
+    assert problems[name].startswith(problem)
     assert f"{name}: {problem}" in capsys.readouterr().out
 
 

@@ -336,7 +336,7 @@ def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, monkeypatch, capsys):
         command = ["generate", str(tmp_path / folder), "--prompt", "Once", "--tokens", "6"]
         return main([*command, "--json", *more]), capsys.readouterr()
 
-    (_, dense), (code, packed) = generated("pruned"), generated("pruned", "--packed")
+    (_, dense), (code, packed) = generated("pruned"), generated("pruned", "--packed", "all")
     assert code == 0
     assert dense.err == ""
     assert "run `prox24 tune MODEL --dtype float32`" in packed.err
@@ -353,6 +353,6 @@ def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, monkeypatch, capsys):
         _, kernel = generated("pruned", "--packed", choice)
         assert kernel.err == ""
         assert json.loads(kernel.out)["tokens"] == json.loads(dense.out)["tokens"]
-    code, refused = generated("model", "--packed")
+    code, refused = generated("model", "--packed", "all")
     assert code == 2
     assert "tensor model.layers.0.self_attn.q_proj.weight: w is not 2:4" in refused.err

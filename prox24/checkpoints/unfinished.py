@@ -91,13 +91,13 @@ def unfinished_folder(
         except Timeout as error:
             raise CheckpointError(f"another process is writing {destination}") from error
     done: dict[str, dict[str, Any]] = {}
-    read = False
+    journal_known = False
     try:
         with writing(destination):
             _put_back(work, destination)
             shutil.rmtree(work / "old", ignore_errors=True)
             done |= _entries(work)
-            read = True
+            journal_known = True
             if (work / "replaced").exists():
                 raise DiskError(f"{work}/replaced stood at {destination} before; move one away")
             if destination.exists() and not overwrite:
@@ -134,7 +134,7 @@ def unfinished_folder(
                 raise
     finally:
         _put_back(work, destination)
-        if read and not done and not (work / "replaced").exists():
+        if journal_known and not done and not (work / "replaced").exists():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
 
@@ -156,27 +156,26 @@ def opened_by_another(destination: Path) -> Unfinished:
 
 
 def source_files(path: Path) -> dict[str, list[int]]:
-    """Size and time of change, in ns, of every file of a model, by which to know it again."""
+    """Size and time of change, in ns, of a model's weights and config, by which to know it again.
+
+    What its other files hold goes into the result as well, or decides the tokens of a text, which
+    have a hash of their own: no work is lost when they change.
+    """
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
     return {
         file.name: [file.stat().st_size, file.stat().st_mtime_ns]
         for file in sorted(files)
-        if not file.name.startswith(".")
+        if file.name == "config.json"
+        or (file.name.endswith(NOT_CARRIED) and not file.name.startswith("."))
     }
 
 
 def check_unchanged(path: Path, files: Mapping[str, list[int]]) -> None:
-    """Looks whether every file is what `source_files` said; what is new since was not read.
-
-    Raises:
-      CheckpointError: a file of weights is not, so that what was made of it is worth nothing.
-      DiskError: another file is not.
-    """
+    """Raises CheckpointError unless every file is what `source_files` said; new ones may come."""
     now = source_files(path)
-    changed = [name for name in files if now.get(name) != files[name]]
-    for name in sorted(changed, key=lambda name: not name.endswith(NOT_CARRIED)):
-        kind = CheckpointError if name.endswith(NOT_CARRIED) else DiskError
-        raise kind(f"{path}: {name} changed while it was read")
+    changed = next((name for name in files if now.get(name) != files[name]), None)
+    if changed is not None:
+        raise CheckpointError(f"{path}: {changed} changed while it was read")
 
 
 def sha256(values: NDArray[Any]) -> str:
@@ -206,7 +205,8 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
     with _intact(journal):
         for line in whole.splitlines():
             entry = json.loads(line)
-            found[entry.pop("tensor")] = {"sha256": entry["sha256"], **entry}
+            name = entry.pop("tensor")
+            found[name] = {"sha256": entry["sha256"], **entry}
     return found
 
 
@@ -215,7 +215,7 @@ def _intact(path: Path) -> Iterator[None]:
     """Names a file of the folder that does not hold what was written to it."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged; delete {path.parent} to start anew") from error
 
 

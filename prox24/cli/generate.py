@@ -29,9 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = prompt_tokens(checkpoint, arguments.prompt)
     check_prompts(model.config, prompt, arguments.tokens)
     stop = stop_tokens(checkpoint)
-    packed = PACKED.get(arguments.packed)
-    weights = all_weights(model, DTYPES.get(arguments.dtype), packed=packed)
-    if arguments.packed and not arguments.quiet:
+    pack_linear = PACKED.get(arguments.packed)
+    weights = all_weights(model, DTYPES.get(arguments.dtype), pack_linear=pack_linear)
+    if arguments.packed:
         warn_of_unmeasured(model, weights)
     tokens: list[int] = []
     times = [time.perf_counter()]
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def warn_of_unmeasured(model: Model, weights: ModelWeights) -> None:
-    """Says so where a weight is unpacked, at once or every time, as no product was measured."""
+    """Names a weight that is unpacked, at once or every time, as its product was not measured."""
     platform = default_platform()
     measured = {entry.case for entry in table.read(platform)}
     for index, layer in enumerate(weights.layers):
@@ -83,8 +83,8 @@ def warn_of_unmeasured(model: Model, weights: ModelWeights) -> None:
             dtype, (outputs, inputs) = layer[linear.weight].dtype, linear.shape
             if Case(platform, dtype.name, outputs, inputs, 1) not in measured:
                 print(
-                    "prox24: products with packed weights were not measured here, so the weights "
-                    f"are unpacked: run `prox24 tune MODEL --dtype {dtype}`",
+                    f"prox24: packed weights of {outputs}x{inputs} are unpacked, since their "
+                    f"products were not measured here: run `prox24 tune MODEL --dtype {dtype}`",
                     file=sys.stderr,
                 )
                 return

@@ -298,11 +298,9 @@ def _add_generate(commands: "_Commands[argparse.ArgumentParser]") -> None:
     )
     command.add_argument(
         "--packed",
-        nargs="?",
-        const="all",
         choices=list(generate.PACKED),
-        help="keep the linears of a 2:4 model packed in memory: all, or those whose products were "
-        "measured to be as fast as dense ones or faster (all)",
+        help="keep linears of a 2:4 model packed in memory: all, or those whose products were "
+        "measured to be as fast as dense ones, within 2%%, or faster",
     )
     _add_output(command, quiet="no progress bar")
 

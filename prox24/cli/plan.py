@@ -9,9 +9,8 @@ from prox24.checkpoints.tensors import byte_count
 from prox24.cli.output import print_json, print_table
 from prox24.cli.prune import choose
 from prox24.errors import Prox24Error
-from prox24.forward import BATCH_TOKENS, Model, load_model, micro_batches_of
+from prox24.forward import BATCH_TOKENS, load_model, micro_batches_of
 from prox24.plan import (
-    Memory,
     Method,
     distinct_layers,
     fitting_micro_batch,
@@ -37,13 +36,15 @@ def run(arguments: argparse.Namespace) -> int:
     # As many as divide the windows, as `prune` uses.
     devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
     size = micro_batches_of(samples // devices, max(1, BATCH_TOKENS // length))[0]
-    memories = layer_memories(model, (size, length), method, devices)
+    memories = [
+        layer_memory(model, index, (size, length), method, devices)
+        for index in distinct_layers(model)
+    ]
     gather = max(memory.gather for memory in memories)
-    if budget is not None and gather > budget:
-        with contextlib.suppress(Prox24Error):  # Nothing fits.
-            size = fitting_micro_batch(model, (samples, length), method, budget, devices) // devices
-            memories = layer_memories(model, (size, length), method, devices)
-            gather = max(memory.gather for memory in memories)
+    fitting = None
+    if budget is not None:
+        with contextlib.suppress(Prox24Error):
+            fitting = fitting_micro_batch(model, (samples, length), method, budget, devices)
     heaviest = max(memories, key=lambda memory: memory.solve)
     peak = max(gather, heaviest.solve)
     rate = arguments.rate or product_rate()
@@ -67,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         "widest_linear": heaviest.widest,
         "peak_bytes": peak,
         "memory_bytes": budget,
-        "fits": None if budget is None else peak <= budget,
+        "fits": None if budget is None else fitting is not None,
+        "fitting_micro_batch_windows": None if fitting is None else fitting // devices,
         "operations": counted._asdict(),
         "operations_per_second": rate,
         "rate_measured": arguments.rate is None,
@@ -97,18 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
         ["what takes most of the time", longest],
     ]
     if budget is not None:
-        rows.append([f"fits into {_gigabytes(budget)}", "yes" if peak <= budget else "no"])
+        said = "no" if fitting is None else f"yes, {fitting // devices} x {length} tokens at once"
+        rows.append([f"fits into {_gigabytes(budget)}", said])
     print_table([f"plan for {devices} device{'s' * (devices > 1)}", str(arguments.source)], rows)
     return 0
-
-
-def layer_memories(
-    model: Model, micro_batch: tuple[int, int], method: Method, devices: int
-) -> list[Memory]:
-    """Of each layer that differs from those before it."""
-    return [
-        layer_memory(model, index, micro_batch, method, devices) for index in distinct_layers(model)
-    ]
 
 
 def _gigabytes(count: int) -> str:

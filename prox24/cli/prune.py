@@ -104,6 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
             ("--memory", arguments.memory is not None),
             ("--activations disk", arguments.activations == "disk"),
             ("--distributed", arguments.distributed),
+            ("--refine block", arguments.refine == "block"),
         ):
             if given:
                 raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
@@ -119,8 +120,6 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.refine_passes,
             linears_only=arguments.refine_linears_only,
         )
-        if not native:
-            raise Prox24Error("--refine is for models with a forward pass of prox24's own")
         if jax.process_count() > 1:
             raise Prox24Error("--refine is for a single process")
     micro_batch, mesh = None, common_mesh(len(windows)) if native else None
@@ -130,7 +129,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         devices = 1 if mesh is None else mesh.size
         micro_batch = fitting_micro_batch(
-            load_model(checkpoint, mesh), windows.shape, method, arguments.memory, devices
+            load_model(checkpoint), windows.shape, method, arguments.memory, devices
         )
     job = {
         "arguments": {name: plain(vars(arguments)[name]) for name in DECISIVE},

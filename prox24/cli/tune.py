@@ -21,11 +21,15 @@ def run(arguments: argparse.Namespace) -> int:
         linears = [("float32", *shape) for shape in arguments.shapes]
     else:
         linears = linear_kinds(arguments.source)
-    cases = [
+    cases = dict.fromkeys(
         Case(platform, arguments.dtype or dtype, outputs, inputs, batch)
         for dtype, outputs, inputs in linears
         for batch in arguments.batches
-    ]
+    )
+    try:
+        path = table.table_path(platform)
+    except OSError as error:
+        raise DiskError(f"cannot write a table: {error.strerror}; set PROX24_CACHE") from error
     measurements = []
     with progress_bar("tune", len(cases), arguments.quiet) as advance:
         for case in cases:
@@ -33,9 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
             advance(f"{case.outputs}x{case.inputs}, batch {case.batch}", None)
     try:
         table.write(measurements)
-        path = table.table_path(platform)
     except OSError as error:
-        raise DiskError(f"cannot write the table: {error}; set PROX24_CACHE") from error
+        raise DiskError(f"cannot write {path}: {error.strerror}; set PROX24_CACHE") from error
     if arguments.json:
         found = [
             {

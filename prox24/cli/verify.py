@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
             elif name in given.keys() - refined and not _equal(values, given[name].read()):
                 problems[name] = "is not what the source has"
             if not is_finite(values):
-                problems[name] = "holds NaN or Inf"
+                before = [problems[name]] if name in problems else []
+                problems[name] = "; ".join(["holds NaN or Inf", *before])
             advance(name, None)
     report = {
         "model": str(arguments.model),

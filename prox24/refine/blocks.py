@@ -157,9 +157,8 @@ def block_step(
     apply: Apply, params: PyTree, inputs: Any, targets: Any, refinement: BlockRefinement
 ) -> jax.stages.Lowered:
     """The program of one step of `block`, to be compiled and looked at; arrays may be specs."""
-    return lower_step(
-        _block_loss(apply, relative_error), params, (inputs, targets), refinement.optimizer(8)
-    )
+    optimizer = refinement.optimizer(8)  # The program is the same for any number of steps.
+    return lower_step(_block_loss(apply, relative_error), params, (inputs, targets), optimizer)
 
 
 @functools.lru_cache(maxsize=16)

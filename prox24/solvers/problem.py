@@ -261,7 +261,6 @@ def quadratic_loss(difference: Array, gram: Array) -> Array:
     return jnp.sum(jnp.where(difference != 0, image, 0) * difference)
 
 
-@jax.jit
 def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> LayerProblem:
     """The problem whose layer also makes up for what pruning did to its inputs.
 
@@ -287,11 +286,17 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> La
       >>> correct_inputs(problem, 1.5 * x, pull=1.0).weight.tolist()
       [[1.25, 1.25, 1.25, 1.25]]
     """
-    dtype = jnp.float64 if problem.gram.dtype == jnp.float64 else jnp.float32
-    weight, gram = problem.weight.astype(dtype), problem.gram.astype(dtype)
+    return LayerProblem(corrected_weight(*problem, cross, pull), problem.gram)
+
+
+@jax.jit
+def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | float) -> Array:
+    """The new dense weight of `correct_inputs`."""
+    dtype = jnp.float64 if gram.dtype == jnp.float64 else jnp.float32
+    weight, gram = weight.astype(dtype), gram.astype(dtype)
     upper = inverse_factor(gram, jnp.asarray(pull, dtype)).upper
     surplus = jnp.matmul(weight, cross.astype(dtype) - gram, precision=PRECISION)
     correction = jnp.matmul(
         jnp.matmul(surplus, upper.T, precision=PRECISION), upper, precision=PRECISION
     )
-    return LayerProblem(weight + correction, problem.gram)
+    return weight + correction
