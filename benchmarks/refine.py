@@ -14,6 +14,7 @@ included.
 import argparse
 import concurrent.futures
 import itertools
+import json
 import math
 import multiprocessing
 import time
@@ -84,7 +85,7 @@ def measure(
     windows = drawn_windows(ids, max(WINDOWS, run.windows), LENGTH, seed)
     model, tokens, error = dense, 0, math.nan
     start = time.perf_counter()
-    seconds = None
+    seconds, peak = None, 0
     if isinstance(run.refinement, BlockRefinement):
         solver, refit = BASES[run.base]
         pruned = collect(prune(dense, windows[:WINDOWS], solver, refit, refinement=run.refinement))
@@ -95,16 +96,16 @@ def measure(
         tokens = run.refinement.passes * trained * LENGTH
     elif run.base != "dense":
         folder = cache / "models" / f"{run.base}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
-        took = folder.with_suffix(".seconds")
+        took = folder.with_name(f"{folder.name}.json")
         if not took.exists():
             solver, refit = BASES[run.base]
             pruned = collect(prune(dense, windows[:WINDOWS], solver, refit))
             folder.parent.mkdir(exist_ok=True)
             write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32", overwrite=True)
-            took.write_text(str(time.perf_counter() - start))
-        model, seconds = open_checkpoint(folder), float(took.read_text())
+            took.write_text(json.dumps([time.perf_counter() - start, peak_memory_bytes()]))
+        model, (seconds, peak) = open_checkpoint(folder), json.loads(took.read_text())
     if isinstance(run.refinement, ModelRefinement):
-        start, seconds = time.perf_counter(), None  # of the refinement alone
+        start, seconds, peak = time.perf_counter(), None, 0  # of the refinement alone
         distilled = distill(dense, model, windows[: run.windows], run.refinement)
         model, tokens = with_tensors(dense, dict(distilled.tensors)), distilled.tokens
         error = min(distilled.refined.losses)
@@ -112,7 +113,7 @@ def measure(
         "distinct_tokens": run.windows * LENGTH,
         "tokens": tokens,
         "seconds": seconds or time.perf_counter() - start,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": max(peak, peak_memory_bytes()),
         "held_out_loss": error,
     }
     for path in texts:

@@ -485,12 +485,19 @@ def test_a_source_that_changes_while_it_is_read_is_named(workspace, monkeypatch,
 def test_a_file_that_decides_nothing_may_change(workspace, monkeypatch, name):
     change_after_filling(monkeypatch, workspace / "model" / name)
     assert main(command(workspace)) == 0
+
+
+def test_a_run_that_goes_on_takes_the_companions_that_are_there_now(workspace, monkeypatch):
+    (workspace / "model" / "notes.txt").write_text("x")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5, KeyboardInterrupt)
-        assert main(command(workspace, "again")) == 130
-    (workspace / "model" / name).touch()
-    assert main(command(workspace, "again")) == 0
-    assert contents(workspace / "again").keys() >= {"model.safetensors", "prox24.json"}
+        assert main(command(workspace)) == 130
+    (workspace / "model" / "notes.txt").unlink()
+    (workspace / "model" / "licence.txt").write_text("y")
+    assert main(command(workspace)) == 0
+    assert main(command(workspace, "whole")) == 0
+    assert contents(workspace / "out") == contents(workspace / "whole")
+    assert (workspace / "out" / "licence.txt").read_text() == "y"
 
 
 @pytest.mark.parametrize("done", [0, 5])

@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_packed_matmul import assert_product
 
 from prox24.packed import cuda, matmul, native, table, unpack
-from prox24.packed.implementation import Case
+from prox24.packed.implementation import Case, default_platform
 from prox24.packed.table import Measurement
 from prox24.packed.tuning import random_packed
 
 COMPILER = next(filter(None, map(shutil.which, native.CPU.compilers)), None)
 NVCC = next(filter(None, map(shutil.which, native.CUDA.compilers)), None)
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 CASE = Case("cuda", "bfloat16", 32, 128, 4)
 
 
@@ -44,15 +45,15 @@ def test_what_lanes_hold_makes_the_product(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_it_compiles_for_every_architecture_without_spilled_registers(tmp_path):
-    command = native.CUDA.command(NVCC, tmp_path / "kernel.so")
-    command = [part for part in command if not part.startswith("-arch")]
-    every = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
-    done = subprocess.run(
-        [*command, *every, "-Xptxas", "-v"], capture_output=True, text=True, check=True
-    )
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    architectures = [
+        number for number in ARCHITECTURES if f"sm_{number.replace('.', '')}\n" in known.stdout
+    ]
+    command = native.CUDA.command(NVCC, tmp_path / "kernel.so", architectures)
+    done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=True)
     said = done.stdout + done.stderr
     kernels = re.findall(r"(\d+) bytes spill stores", said)
-    assert len(kernels) == len(ARCHITECTURES) * 2 * 4
+    assert len(kernels) == len(architectures) * 2 * 4
     assert set(kernels) == {"0"}
     disassembler = shutil.which("cuobjdump")
     if disassembler is not None:
@@ -63,6 +64,17 @@ def test_it_compiles_for_every_architecture_without_spilled_registers(tmp_path):
             check=True,
         )
         assert code.stdout.count("HMMA.SP") >= len(kernels) * 2
+
+
+@pytest.mark.skipif(default_platform() != "cuda", reason="there is no GPU")
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize("batch", [1, 8, 9, 17, 33, 64])
+@pytest.mark.parametrize("shape", [(16, 64), (48, 192), (64, 4096)])
+def test_a_gpu_multiplies_as_float64_does(shape, batch, dtype):
+    w = random_packed(np.random.default_rng(0), *shape, dtype)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((batch, shape[1])), dtype)
+    assert cuda.serves(Case("cuda", dtype, *shape, batch))
+    assert_product(cuda.run(x, w.values, w.codes), x, w)
 
 
 @pytest.mark.parametrize(

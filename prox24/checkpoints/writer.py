@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints import bitmask_file, flax_file, safetensors_file
 from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json, parameter_shapes
-from prox24.checkpoints.hf_folder import WeightFiles
+from prox24.checkpoints.hf_folder import WeightFiles, carried_files
 from prox24.checkpoints.tensors import Put, Spec, byte_count, is_finite, writing
 from prox24.checkpoints.unfinished import (
     Unfinished,
@@ -270,7 +270,8 @@ def _write_companions(
     config_of_format: Mapping[str, Any],
 ) -> None:
     """Everything but the weights."""
-    (folder / MODEL_CARD).unlink(missing_ok=True)  # to which a run before this has added
+    for file in carried_files(folder):  # A run before this may have left what is there no more.
+        file.unlink()
     for carried in source.carried:
         try:
             file = carried.open("rb")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.extend
 from jax import Array
 
 
@@ -11,7 +12,7 @@ class Case(NamedTuple):
     """A product x W^T, as far as its speed depends on it.
 
     Attributes:
-      platform: "cpu", "cuda" or "tpu".
+      platform: "cpu", "cuda", "tpu", or another that has the fallback alone.
       dtype: name of that of x and W.
       outputs, inputs: shape of W.
       batch: vectors in x.
@@ -27,7 +28,9 @@ class Case(NamedTuple):
 def default_platform() -> str:
     """What a `Case` calls the platform that JAX runs programs on unless told otherwise."""
     backend = jax.default_backend()
-    return "cuda" if backend == "gpu" else backend
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.extend.backend.get_backend().platform_version else "cuda"
 
 
 class Implementation(NamedTuple):

@@ -1,7 +1,8 @@
 // The product of a few vectors with a 2:4 matrix in the packed format of prox24/packed/codes.py, by
 // the sparse tensor cores of GPUs from Ampere on.
 //
-// For a small batch the time is that of reading the matrix. A block of threads takes 16 rows, and its
+// For a batch of 8 or so the time is that of reading the matrix; beyond, x, which every block reads from
+// the cache, is more than a block's part of it. A block of threads takes 16 rows, and its
 // warps take turns at chunks of 64 inputs: every lane reads 16 bytes of two rows at once, and neighbours
 // read what lies together. Nothing is made dense, and a value is read once. Sums are in float32.
 

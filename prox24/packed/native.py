@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +40,13 @@ class Library(NamedTuple):
     compilers: tuple[str, ...]
     flags: tuple[str, ...]
 
-    def command(self, compiler: str, library: Path) -> list[str]:
-        """What compiles it into a file."""
-        headers = f"-I{jax.ffi.include_dir()}"
-        return [compiler, *self.flags, headers, str(self.source), "-o", str(library)]
+    def command(self, compiler: str, library: Path, machine: Iterable[str]) -> list[str]:
+        """What compiles it into a file, for what `machine` says or for other GPUs."""
+        flags = [*self.flags, f"-I{jax.ffi.include_dir()}"]
+        if self.platform == "cuda":
+            numbers = [capability.replace(".", "") for capability in machine]
+            flags += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+        return [compiler, *flags, str(self.source), "-o", str(library)]
 
     def path(self, compiler: str) -> Path:
         """The file in the cache for these sources, compiler, machine and jaxlib, and for no other.
@@ -51,14 +55,15 @@ class Library(NamedTuple):
           compiler: what it says of its version.
         """
         made_for: list[str | bytes] = [file.read_bytes() for file in (self.source, *self.headers)]
-        made_for += [*self.flags, compiler, self.machine(), jaxlib.version.__version__]
+        made_for += [*self.flags, compiler, *self.machine(), jaxlib.version.__version__]
         return cache_folder() / f"{self.target}-{digest(made_for)}.so"
 
-    def machine(self) -> str:
-        """Model of the processor, or of the GPU."""
+    def machine(self) -> list[str]:
+        """Model of the processor, or the compute capabilities of this process's GPUs."""
         if self.platform == "cpu":
-            return processor()
-        return jax.devices(self.platform)[0].device_kind
+            return [processor()]
+        devices = jax.local_devices(backend=self.platform)
+        return sorted({device.compute_capability for device in devices})
 
 
 FOLDER = Path(__file__).parent
@@ -76,7 +81,7 @@ CUDA = Library(
     source=FOLDER / "matmul_cuda.cu",
     headers=(FOLDER / "fragments.h",),
     compilers=("nvcc", "/usr/local/cuda/bin/nvcc"),
-    flags=("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-arch=native"),
+    flags=("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"),
 )
 
 _loading = threading.Lock()
@@ -126,7 +131,7 @@ def _built(library: Library) -> Path:
     os.close(handle)
     partial = Path(name)
     try:
-        _output(library.command(compiler, partial))
+        _output(library.command(compiler, partial, library.machine()))
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # Half of a library would never be built again.
         partial.replace(path)
@@ -138,6 +143,7 @@ def _built(library: Library) -> Path:
 def _output(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-        raise NoKernelError(f"{command[0]} failed: {lines[0]}")
+        lines = done.stderr.splitlines() or ["no message"]
+        telling = [line for line in lines if "error" in line or "fatal" in line]
+        raise NoKernelError(f"{command[0]} failed: {(telling or lines)[0]}")
     return done.stdout

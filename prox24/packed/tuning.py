@@ -1,6 +1,7 @@
 """Measures the implementations against each other, for the table that `matmul` chooses by."""
 
 import functools
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from prox24.errors import first_line
 from prox24.packed.codes import (
     BITS,
     BLOCK,
@@ -24,6 +26,8 @@ from prox24.packed.implementation import Case
 from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 from prox24.packed.table import Measurement
 
+logger = logging.getLogger("prox24.packed")
+
 DENSE: dict[str, Callable[[Array, Array], Array]] = {
     "dense x W^T": lambda x, w: x @ w.T,
     "dense W x^T": lambda x, w: (w @ x.T).T,
@@ -34,9 +38,10 @@ DENSE: dict[str, Callable[[Array, Array], Array]] = {
 def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
     """Median seconds of each implementation that serves a case, and of dense, on random data.
 
-    One that the device cannot run, or whose result is not that of the fallback, is left out. The
-    others are run twice to warm up. Every repetition then runs all of them, starting one further
-    than the last, so that a change in the machine's speed meets all.
+    One that the device cannot run, or whose result is not that of the fallback, is left out, and a
+    line is logged that says why. The others are run twice to warm up. Every repetition then runs
+    all of them, starting one further than the last, so that a change in the machine's speed meets
+    all.
 
     Args:
       case: its platform has a device here.
@@ -53,8 +58,11 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
     for name, implementation in IMPLEMENTATIONS.items():
         if implementation.serves(case):
             program = functools.partial(jax.jit(implementation.run), *operands)
-            if name == FALLBACK or _agrees(program, programs[FALLBACK]):
+            problem = None if name == FALLBACK else _problem(program, programs[FALLBACK])
+            if problem is None:
                 programs[name] = program
+            else:
+                logger.warning("%s is not used for %s: %s", name, case, problem)
     names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(-2, repetitions):
@@ -69,16 +77,20 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
     return Measurement(case, medians, fastest_dense)
 
 
-def _agrees(program: Callable[[], Array], fallback: Callable[[], Array]) -> bool:
-    """Whether a program runs, and its result is another's to the rounding of sums and of dtypes."""
+def _problem(program: Callable[[], Array], fallback: Callable[[], Array]) -> str | None:
+    """What is wrong where a program does not run, or puts out what the fallback does not.
+
+    Results may differ by the rounding of sums and of the dtype.
+    """
     try:
         found = np.asarray(program(), np.float64)
-    except jax.errors.JaxRuntimeError:
-        return False
+    except jax.errors.JaxRuntimeError as error:
+        return first_line(error)
     expected = fallback()
     tolerance = max(4 * float(jnp.finfo(expected.dtype).eps), 1e-5)
     exact = np.asarray(expected, np.float64)
-    return bool(np.all(np.abs(found - exact) <= tolerance * np.max(np.abs(exact))))
+    difference = np.max(np.abs(found - exact)) / np.max(np.abs(exact))
+    return None if difference <= tolerance else f"its result differs by {difference:.1e}"
 
 
 def random_packed(rng: np.random.Generator, outputs: int, inputs: int, dtype: str) -> Packed24:
