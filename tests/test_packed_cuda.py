@@ -46,9 +46,8 @@ def test_what_lanes_hold_makes_the_product(tmp_path):
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_it_compiles_for_every_architecture_without_spilled_registers(tmp_path):
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    architectures = [
-        number for number in ARCHITECTURES if f"sm_{number.replace('.', '')}\n" in known.stdout
-    ]
+    codes = {number: f"sm_{number.replace('.', '')}" for number in ARCHITECTURES}
+    architectures = [number for number, code in codes.items() if code in known.stdout.split()]
     command = native.CUDA.command(NVCC, tmp_path / "kernel.so", architectures)
     done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=True)
     said = done.stdout + done.stderr

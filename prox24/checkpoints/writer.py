@@ -270,8 +270,8 @@ def _write_companions(
     config_of_format: Mapping[str, Any],
 ) -> None:
     """Everything but the weights."""
-    for file in carried_files(folder):  # A run before this may have left what is there no more.
-        file.unlink()
+    for left in carried_files(folder):  # by a run before this, from which the source may differ
+        left.unlink()
     for carried in source.carried:
         try:
             file = carried.open("rb")
