@@ -1,8 +1,5 @@
 """The product on CPUs, by a kernel in C++ that reads every packed weight once for a small batch."""
 
-import math
-
-import jax
 import numpy as np
 from jax import Array
 
@@ -26,11 +23,8 @@ def run(x: Array, values: Array, codes: Array, instructions: str = INSTRUCTIONS[
       codes: (out, in / 32).
       instructions: one of `INSTRUCTIONS`, the widest that may be used if the CPU has them.
     """
-    outputs = len(values)
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    call = jax.ffi.ffi_call(native.CPU.target, jax.ShapeDtypeStruct((len(flat), outputs), x.dtype))
-    found = call(flat, values, codes, instructions=np.int32(INSTRUCTIONS.index(instructions)))
-    return found.reshape(*x.shape[:-1], outputs)
+    widest = np.int32(INSTRUCTIONS.index(instructions))
+    return native.call(native.CPU, x, values, codes, instructions=widest)
 
 
 def serves(case: Case) -> bool:

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -10,10 +11,11 @@ import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib.version
+from jax import Array
 
 from prox24.packed.cache import cache_folder, digest, processor
 
@@ -115,6 +117,22 @@ def _load(library: Library) -> bool:
 
 class NoKernelError(Exception):
     """The kernel cannot be built."""
+
+
+def call(library: Library, x: Array, values: Array, codes: Array, **attributes: Any) -> Array:
+    """x W^T by a kernel that `is_ready`, see `prox24.packed.implementation.Implementation`.
+
+    Args:
+      library: of the kernel.
+      x: (..., in).
+      values: (out, in / 2).
+      codes: (out, in / 32).
+      attributes: of the kernel, of numpy's types.
+    """
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    result = jax.ShapeDtypeStruct((len(flat), len(values)), x.dtype)
+    found = jax.ffi.ffi_call(library.target, result)(flat, values, codes, **attributes)
+    return found.reshape(*x.shape[:-1], len(values))
 
 
 def _built(library: Library) -> Path:

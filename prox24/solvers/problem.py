@@ -291,7 +291,17 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> La
 
 @jax.jit
 def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | float) -> Array:
-    """The new dense weight of `correct_inputs`."""
+    """The new dense weight of `correct_inputs`, compiled once for each shape.
+
+    Args:
+      weight: W0, shape (out, in).
+      gram: G, shape (in, in).
+      cross: C, shape (in, in).
+      pull: positive scalar.
+
+    Returns:
+      Array (out, in), float32, or float64 if the Gram is.
+    """
     dtype = jnp.float64 if gram.dtype == jnp.float64 else jnp.float32
     weight, gram = weight.astype(dtype), gram.astype(dtype)
     upper = inverse_factor(gram, jnp.asarray(pull, dtype)).upper
