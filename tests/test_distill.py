@@ -51,6 +51,12 @@ def student():
     return dense, pruned, outer, ids, [features(dense, outer, batch) for batch in ids]
 
 
+def distil(student, optimizer, **more):
+    """The pruned model, trained on what the dense one puts out."""
+    _, pruned, outer, ids, targets = student
+    return refine.distill(features, logits, pruned, outer, ids, targets, optimizer, **more)
+
+
 def expected_loss(params, outer, teacher, ids, target, share):
     """By the definition, in float64."""
     table, head = (np.asarray(part["embedding"], np.float64) for part in (outer, teacher))
@@ -72,26 +78,14 @@ def expected_loss(params, outer, teacher, ids, target, share):
 def test_the_loss_is_what_is_defined(student, share, other_head):
     _, pruned, outer, ids, targets = student
     teacher = jax.tree.map(lambda table: table[::-1] / 2, outer) if other_head else None
-    refined = refine.distill(
-        features,
-        logits,
-        pruned,
-        outer,
-        ids,
-        targets,
-        optax.sgd(0.0),
-        teacher=teacher,
-        cross_entropy=share,
-    )
+    refined = distil(student, optax.sgd(0.0), teacher=teacher, cross_entropy=share)
     expected = expected_loss(pruned, outer, teacher or outer, ids[-1], targets[-1], share)
     np.testing.assert_allclose(refined.losses, expected, rtol=1e-5)
 
 
 def test_the_loss_falls_and_the_zeros_stay(student):
-    _, pruned, outer, ids, targets = student
-    refined = refine.distill(
-        features, logits, pruned, outer, ids, targets, optax.adam(0.01), passes=12
-    )
+    pruned = student[1]
+    refined = distil(student, optax.adam(0.01), passes=12)
     assert refined.outcome is refine.Outcome.IMPROVED
     assert refined.losses[-1] < 0.6 * refined.losses[0]
     np.testing.assert_array_equal(refined.params["kernel"] == 0, pruned["kernel"] == 0)
@@ -129,23 +123,11 @@ def test_a_mask_that_moves_begins_dense_and_ends_in_the_pattern(student):
 
 
 def test_a_training_goes_on_with_the_same_bits(student):
-    _, pruned, outer, ids, targets = student
     states = []
 
     def run(**more):
         optimizer = optax.adam(optax.cosine_decay_schedule(0.01, 10))
-        return refine.distill(
-            features,
-            logits,
-            pruned,
-            outer,
-            ids,
-            targets,
-            optimizer,
-            passes=2,
-            measured_every=3,
-            **more,
-        )
+        return distil(student, optimizer, passes=2, measured_every=3, **more)
 
     whole_run = run(on_measured=lambda state: states.append(jax.tree.map(np.array, state)))
     assert [int(state.steps) for state in states] == [3, 6, 9, 10]

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +28,13 @@ class Library(NamedTuple):
 
     Attributes:
       target: the function, and what XLA calls it.
-      platform: on which it runs, as in a `Case`.
+      platform: on which it runs, as XLA spells it.
       source: the file, which is compiled.
       headers: files of its folder that it includes.
       compilers: of which the first that is there compiles it.
       flags: for any of them.
+      machine: tells what the file is made for.
+      machine_flags: for that.
     """
 
     target: str
@@ -41,13 +43,12 @@ class Library(NamedTuple):
     headers: tuple[Path, ...]
     compilers: tuple[str, ...]
     flags: tuple[str, ...]
+    machine: Callable[[], list[str]]
+    machine_flags: Callable[[Iterable[str]], list[str]]
 
     def command(self, compiler: str, library: Path, machine: Iterable[str]) -> list[str]:
-        """What compiles it into a file, for what `machine` says or for other GPUs."""
-        flags = [*self.flags, f"-I{jax.ffi.include_dir()}"]
-        if self.platform == "cuda":
-            numbers = [capability.replace(".", "") for capability in machine]
-            flags += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+        """What compiles it into a file, for what `machine` says or for another machine."""
+        flags = [*self.flags, *self.machine_flags(machine), f"-I{jax.ffi.include_dir()}"]
         return [compiler, *flags, str(self.source), "-o", str(library)]
 
     def path(self, compiler: str) -> Path:
@@ -60,12 +61,15 @@ class Library(NamedTuple):
         made_for += [*self.flags, compiler, *self.machine(), jaxlib.version.__version__]
         return cache_folder() / f"{self.target}-{digest(made_for)}.so"
 
-    def machine(self) -> list[str]:
-        """Model of the processor, or the compute capabilities of this process's GPUs."""
-        if self.platform == "cpu":
-            return [processor()]
-        devices = jax.local_devices(backend=self.platform)
-        return sorted({device.compute_capability for device in devices})
+
+def _compute_capabilities() -> list[str]:
+    """Of this process's GPUs, as "9.0"."""
+    return sorted({gpu.compute_capability for gpu in jax.local_devices(backend="cuda")})
+
+
+def _architectures(capabilities: Iterable[str]) -> list[str]:
+    numbers = [capability.replace(".", "") for capability in capabilities]
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
 
 
 FOLDER = Path(__file__).parent
@@ -76,14 +80,18 @@ CPU = Library(
     headers=(),
     compilers=("g++", "clang++", "c++"),
     flags=("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
+    machine=lambda: [processor()],
+    machine_flags=lambda machine: [],
 )
 CUDA = Library(
     target="prox24_matmul_cuda",
-    platform="cuda",
+    platform="CUDA",
     source=FOLDER / "matmul_cuda.cu",
     headers=(FOLDER / "fragments.h",),
     compilers=("nvcc", "/usr/local/cuda/bin/nvcc"),
     flags=("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"),
+    machine=_compute_capabilities,
+    machine_flags=_architectures,
 )
 
 _loading = threading.Lock()
@@ -109,9 +117,7 @@ def _load(library: Library) -> bool:
             "no kernel for %s, XLA multiplies instead: %s", library.platform.upper(), error
         )
         return False
-    # XLA spells these names as it likes.
-    platform = {"cpu": "cpu", "cuda": "CUDA"}[library.platform]
-    jax.ffi.register_ffi_target(library.target, target, platform=platform)
+    jax.ffi.register_ffi_target(library.target, target, platform=library.platform)
     return True
 
 
