@@ -116,8 +116,8 @@ def programs(mesh: Mesh, whole: bool) -> Iterator[Program]:
             continue
         yield Program(
             f"steps of ADMM, {size}",
-            jax.jit(iterate, static_argnums=3),
-            (weight, line, square, PATTERN, methods[0]),
+            jax.jit(iterate, static_argnums=2),
+            (weight, square, PATTERN, methods[0]),
             held,
         )
         yield Program(

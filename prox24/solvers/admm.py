@@ -1,8 +1,10 @@
 """ADMM between the squared loss and sparsity, by projection or by the exact proximal operator."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -125,8 +127,8 @@ class ADMM:
     """min 1/2 tr((W - W0) G (W - W0)^T) + lam R(Z) over W = Z, by alternating directions.
 
     With U the scaled dual variable, a step is Z <- sparsify(W + U), U <- W + U - Z,
-    W <- W0 - rho (W0 - Z + U) (G + rho I)^-1, with rho as scheduled and one eigendecomposition of
-    G. What is returned is the projection of the last W + U.
+    W <- W0 - rho (W0 - Z + U) (G + rho I)^-1, with rho as scheduled. What is returned is the
+    projection of the last W + U.
 
     The features are scaled so that D = (diag(G) / diag(G^-1))^(1/2) becomes the identity, the
     geometric mean of what a weight costs with the others fixed and with the others free to follow.
@@ -139,7 +141,9 @@ class ADMM:
       rho: schedule of rho, which moves once every `interval` steps.
       sparsify: how Z is found: by the proximal operator, or by a projection.
       scaling: exponent of the second curvature, from 0 to 1.
-      interval: steps between two moves of rho; each move costs a product of the size of G G.
+      interval: steps between two moves of rho. After each there is another inverse of G + rho I: a
+        product of the size of G G on CPUs, where G has its eigenvectors computed first, and
+        elsewhere a Cholesky factorization and two triangular solves.
       tolerance: the steps end early when `Progress.changed` is below it.
 
     Raises:
@@ -151,15 +155,15 @@ class ADMM:
     """
 
     steps: int = 24
-    rho: Schedule = Exponential.between(0.5, 1.2, 12)
+    rho: Schedule = Exponential.between(0.5, 1.2, 6)
     sparsify: Sparsifier = Shrinkage()
     scaling: float = 0.5
-    interval: int = 2
+    interval: int = 4
     tolerance: float = 0.0
 
     @classmethod
     def in_steps(cls, steps: int) -> "ADMM":
-        """The default schedules, stretched to a number of steps.
+        """The default schedules, stretched to a number of steps, with six values of rho at most.
 
         Raises:
           ValueError: fewer than 4 steps.
@@ -170,10 +174,12 @@ class ADMM:
         """
         if steps < 4:
             raise ValueError(f"the default schedules need 4 steps or more, not {steps}")
+        interval = math.ceil(steps / 6)
         return cls(
             steps,
-            Exponential.between(0.5, 1.2, -(-steps // 2)),
+            Exponential.between(0.5, 1.2, math.ceil(steps / interval)),
             Shrinkage(Exponential.between(0.3, 2.0, steps)),
+            interval=interval,
         )
 
     @classmethod
@@ -216,8 +222,7 @@ class ADMM:
         curvature = diagonal * (others_free / diagonal) ** self.scaling
         normalized = normalize(problem.weight, gram, curvature)
         start, planar_gram = to_planes(normalized, pattern)
-        eigenvalues, basis = jnp.linalg.eigh(planar_gram)
-        final = iterate(start, eigenvalues, basis, pattern, self)
+        final = iterate(start, planar_gram, pattern, self)
         blocks = jnp.split(final.weight + final.dual, pattern.group, axis=1)
         before = jnp.split(final.sparse, pattern.group, axis=1)
         last = self.sparsify.end(blocks, before, pattern)
@@ -237,11 +242,47 @@ class _State(NamedTuple):
     steps: Array
 
 
-def iterate(
-    start: Array, eigenvalues: Array, basis: Array, pattern: Pattern, solver: ADMM
-) -> _State:
-    """All steps from a planar weight (out, in), on the eigendecomposition of the planar Gram."""
-    eigenvalues = jnp.maximum(eigenvalues, 0)  # Rounding makes small ones negative.
+class Prepared(NamedTuple):
+    """A Gram as the inverses for all values of rho are made of it.
+
+    Attributes:
+      matrix: its eigenvectors, in columns, on CPUs; itself elsewhere.
+      spectrum: its eigenvalues, or its diagonal.
+    """
+
+    matrix: Array
+    spectrum: Array
+
+
+def diagonalize(gram: Array) -> Prepared:
+    """What `spectral_response` needs."""
+    eigenvalues, basis = jnp.linalg.eigh(gram)
+    return Prepared(basis, jnp.maximum(eigenvalues, 0))  # Rounding makes small ones negative.
+
+
+def spectral_response(prepared: Prepared, rho: Array) -> Array:
+    """rho (G + rho I)^-1 by one product."""
+    basis, eigenvalues = prepared
+    scaled = basis * (rho / (eigenvalues + rho))[None, :]
+    return jnp.matmul(scaled, basis.T, precision=PRECISION)
+
+
+def factored_response(prepared: Prepared, rho: Array) -> Array:
+    """rho (G + rho I)^-1 by a Cholesky factorization."""
+    gram, diagonal = prepared
+    damped = jnp.fill_diagonal(gram, diagonal + rho, inplace=False)
+    factor = lax.linalg.cholesky(damped, symmetrize_input=False)
+    return rho * jax.scipy.linalg.cho_solve((factor, True), jnp.eye(len(gram), dtype=gram.dtype))
+
+
+def iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State:
+    """All steps from a planar weight (out, in), with the planar Gram."""
+    # On two cores eigenvectors take as long as five products of the Gram's size, and an inverse
+    # twice as long as one, which the threads of LAPACK then slow down. GPUs and TPUs are made for
+    # products and factorizations, and slow at eigenvectors.
+    prepared = lax.platform_dependent(
+        gram, cpu=diagonalize, default=lambda gram: Prepared(gram, jnp.diagonal(gram))
+    )
     penalty = solver.sparsify.penalty if isinstance(solver.sparsify, Shrinkage) else None
 
     def split(weight: Array) -> list[Array]:
@@ -265,8 +306,9 @@ def iterate(
         )
 
     def advance_with_one_rho(state: _State) -> _State:
-        scaled = basis * (state.rho / (eigenvalues + state.rho))[None, :]
-        response = jnp.matmul(scaled, basis.T, precision=PRECISION)
+        response = lax.platform_dependent(
+            prepared, state.rho, cpu=spectral_response, default=factored_response
+        )
         steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
         end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
         change = changed(split(end.sparse), split(state.sparse), pattern)
