@@ -8,14 +8,13 @@ from test_solvers import DAMPING, assert_has_pattern, make_problem
 
 from prox24.core.pattern import as_pattern
 from prox24.core.prox import prox
-from prox24.solvers import admm
 from prox24.solvers.admm import ADMM, GradualProjection, Projection, Shrinkage
 from prox24.solvers.planar import dense_blocks
 from prox24.solvers.problem import Status
 from prox24.solvers.proximal import Prox
 from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.schedules import Exponential, Progress
-from prox24.solvers.solve import solve, solve_program
+from prox24.solvers.solve import solve
 from prox24.solvers.sparsegpt import SparseGPT
 
 KINDS = ["low_rank", "power_law", "few_tokens"]
@@ -76,25 +75,6 @@ def test_default_admm_equals_the_reference_with_the_operator_in_float64(kind):
     solution = solve(problem, solver, None, damping=DAMPING)
     assert np.array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_accelerators_run_equals_what_cpus_run(kind, monkeypatch):
-    problem = make_problem(kind, dtype="float64")
-    gram = jnp.asarray(damped(problem.gram, DAMPING))
-    rho = jnp.asarray(0.7)
-    inverse = 0.7 * np.linalg.inv(gram + 0.7 * np.eye(len(gram)))
-    factored = admm.factored_response(admm.Prepared(gram, jnp.diagonal(gram)), rho)
-    np.testing.assert_allclose(factored, inverse, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(
-        admm.spectral_response(admm.diagonalize(gram), rho), inverse, rtol=0, atol=1e-12
-    )
-    weight = solve(problem, ADMM(), None).weight
-    monkeypatch.setattr(admm.lax, "platform_dependent", lambda *of, cpu, default: default(*of))
-    solve_program.clear_cache()
-    elsewhere = solve(problem, ADMM(), None).weight
-    solve_program.clear_cache()
-    np.testing.assert_allclose(elsewhere, weight, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["power_law", "low_rank"])

@@ -13,7 +13,6 @@ from prox24.solvers.problem import (
     LayerProblem,
     Status,
     correct_inputs,
-    inverse_factor,
 )
 from prox24.solvers.proximal import Prox
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
@@ -150,21 +149,6 @@ def test_damping_is_raised_until_the_factorization_succeeds_and_reported():
     assert used == pytest.approx(10 ** np.round(np.log10(used)), rel=1e-4)
     assert used >= 1e-3 / mean
     assert not solve(problem, SparseGPT(), damping=0.01).statistics.damping_raised
-
-
-@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
-def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
-    given = jnp.float64(damping)
-    definite = make_problem("power_law", dtype="float64").gram
-    factor = inverse_factor(definite, given)
-    assert float(factor.damping) == damping
-    inverse = np.linalg.inv(damped(definite, damping))
-    np.testing.assert_allclose(factor.upper.T @ factor.upper, inverse, rtol=0, atol=1e-8)
-    assert np.array_equal(factor.upper, np.triu(factor.upper))
-    for hopeless in (jnp.full((8, 8), jnp.nan), 2 - jnp.eye(8)):
-        factor = inverse_factor(hopeless, given)
-        assert float(factor.damping) == damping
-        assert np.all(np.isnan(factor.upper[0]))
 
 
 @pytest.mark.parametrize("seed", range(40))

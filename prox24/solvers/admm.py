@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -12,15 +11,10 @@ from prox24.core import planes
 from prox24.core.masks import top_mask
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
+from prox24.solvers.damping import damped_gram, damped_inverse, inverse
 from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.planar import changed, check_grouped, from_planes, project, to_planes
-from prox24.solvers.problem import (
-    Candidate,
-    LayerProblem,
-    damped_gram,
-    inverse_factor,
-    normalize,
-)
+from prox24.solvers.problem import Candidate, LayerProblem, normalize
 from prox24.solvers.schedules import Exponential, Progress, Schedule, SupportSteps
 
 Planes = Sequence[Array]
@@ -141,9 +135,8 @@ class ADMM:
       rho: schedule of rho, which moves once every `interval` steps.
       sparsify: how Z is found: by the proximal operator, or by a projection.
       scaling: exponent of the second curvature, from 0 to 1.
-      interval: steps between two moves of rho. After each there is another inverse of G + rho I: a
-        product of the size of G G on CPUs, where G has its eigenvectors computed first, and
-        elsewhere a Cholesky factorization and two triangular solves.
+      interval: steps between two moves of rho; each move costs an inverse, about as much as the
+        product G G.
       tolerance: the steps end early when `Progress.changed` is below it.
 
     Raises:
@@ -215,10 +208,10 @@ class ADMM:
         pattern = check_grouped(pattern, "ADMM")
         if isinstance(self.sparsify, Shrinkage):
             planes.check_kept(*pattern)
-        factor = inverse_factor(problem.gram, damping)
-        gram = damped_gram(problem.gram, factor.damping)
+        inverted = damped_inverse(problem.gram, damping)
+        gram = damped_gram(problem.gram, inverted.damping)
         diagonal = jnp.diagonal(gram)
-        others_free = 1 / jnp.sum(jnp.square(factor.upper), axis=0)
+        others_free = 1 / jnp.diagonal(inverted.matrix)
         curvature = diagonal * (others_free / diagonal) ** self.scaling
         normalized = normalize(problem.weight, gram, curvature)
         start, planar_gram = to_planes(normalized, pattern)
@@ -229,7 +222,7 @@ class ADMM:
         sparse = from_planes(jnp.concatenate(last, axis=1), pattern)
         mask = top_mask(jnp.abs(sparse), pattern)
         scale = normalized.scale[None, :]
-        return Candidate.of(sparse / scale, mask, factor.damping, steps=final.steps)
+        return Candidate.of(sparse / scale, mask, inverted.damping, steps=final.steps)
 
 
 class _State(NamedTuple):
@@ -242,47 +235,9 @@ class _State(NamedTuple):
     steps: Array
 
 
-class Prepared(NamedTuple):
-    """A Gram as the inverses for all values of rho are made of it.
-
-    Attributes:
-      matrix: its eigenvectors, in columns, on CPUs; itself elsewhere.
-      spectrum: its eigenvalues, or its diagonal.
-    """
-
-    matrix: Array
-    spectrum: Array
-
-
-def diagonalize(gram: Array) -> Prepared:
-    """What `spectral_response` needs."""
-    eigenvalues, basis = jnp.linalg.eigh(gram)
-    return Prepared(basis, jnp.maximum(eigenvalues, 0))  # Rounding makes small ones negative.
-
-
-def spectral_response(prepared: Prepared, rho: Array) -> Array:
-    """rho (G + rho I)^-1 by one product."""
-    basis, eigenvalues = prepared
-    scaled = basis * (rho / (eigenvalues + rho))[None, :]
-    return jnp.matmul(scaled, basis.T, precision=PRECISION)
-
-
-def factored_response(prepared: Prepared, rho: Array) -> Array:
-    """rho (G + rho I)^-1 by a Cholesky factorization."""
-    gram, diagonal = prepared
-    damped = jnp.fill_diagonal(gram, diagonal + rho, inplace=False)
-    factor = lax.linalg.cholesky(damped, symmetrize_input=False)
-    return rho * jax.scipy.linalg.cho_solve((factor, True), jnp.eye(len(gram), dtype=gram.dtype))
-
-
 def iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State:
     """All steps from a planar weight (out, in), with the planar Gram."""
-    # On two cores eigenvectors take as long as five products of the Gram's size, and an inverse
-    # twice as long as one, which the threads of LAPACK then slow down. GPUs and TPUs are made for
-    # products and factorizations, and slow at eigenvectors.
-    prepared = lax.platform_dependent(
-        gram, cpu=diagonalize, default=lambda gram: Prepared(gram, jnp.diagonal(gram))
-    )
+    identity = jnp.eye(len(gram), dtype=gram.dtype)
     penalty = solver.sparsify.penalty if isinstance(solver.sparsify, Shrinkage) else None
 
     def split(weight: Array) -> list[Array]:
@@ -306,9 +261,7 @@ def iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State
         )
 
     def advance_with_one_rho(state: _State) -> _State:
-        response = lax.platform_dependent(
-            prepared, state.rho, cpu=spectral_response, default=factored_response
-        )
+        response = state.rho * inverse(gram + state.rho * identity)
         steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
         end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
         change = changed(split(end.sparse), split(state.sparse), pattern)

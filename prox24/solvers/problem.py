@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
 from prox24.core.precision import PRECISION
+from prox24.solvers.damping import damped_inverse
 
 
 class LayerProblem(NamedTuple):
@@ -86,7 +87,7 @@ class Statistics(NamedTuple):
       dense_blocks: blocks that were cut to the pattern because `Prox` ran out of steps.
       dead_features: input features that are zero in every calibration token.
       damping: what was added to the diagonal of the Gram, in its units.
-      damping_raised: whether that is more than was asked for, see `inverse_factor`.
+      damping_raised: whether that is more than was asked for, see `prox24.solvers.damping`.
     """
 
     relative_loss: float
@@ -147,89 +148,6 @@ def check_problem(
     return pattern
 
 
-def damping_amount(gram: Array, damping: Array | float) -> Array:
-    """`damping` times the mean of the Gram's diagonal: a scalar in the Gram's units."""
-    return damping * jnp.mean(jnp.diagonal(gram))
-
-
-DEAD = 1e-6
-
-
-def damped_gram(gram: Array, damping: Array | float) -> Array:
-    """G + damping mean(diag G) I; where even that is zero, 1e-6 of the mean takes its place.
-
-    A Gram of fewer tokens than features is singular; damping makes it positive definite and says
-    how far weights may move where the calibration saw nothing. A zero diagonal is left only when
-    the damping is zero: a dead feature, whose weights are then the first to be pruned. If no token
-    was seen at all, the diagonal becomes 1.
-
-    Args:
-      gram: shape (in, in).
-      damping: nonnegative, relative to the mean of the diagonal.
-
-    Returns:
-      Array of the shape and dtype of `gram`.
-    """
-    mean = jnp.mean(jnp.diagonal(gram))
-    diagonal = jnp.diagonal(gram) + damping * mean
-    dead = jnp.where(mean == 0, 1, DEAD * mean)
-    return jnp.fill_diagonal(gram, jnp.where(diagonal == 0, dead, diagonal), inplace=False)
-
-
-FIRST_RAISED_DAMPING, LARGEST_DAMPING, RAISE = 1e-6, 1.0, 10.0
-
-
-class Factor(NamedTuple):
-    """A factorization of the inverse of a damped Gram.
-
-    Attributes:
-      upper: U upper triangular, with U^T U = (G + damping mean(diag G) I)^-1, shape (in, in).
-      damping: scalar, as asked for or raised.
-    """
-
-    upper: Array
-    damping: Array
-
-
-def inverse_factor(gram: Array, damping: Array) -> Factor:
-    """Factors the inverse of the damped Gram, with more damping than asked for if it must.
-
-    Where a Cholesky factorization fails, damping becomes 1e-6 or ten times what failed, whichever
-    is more, up to 1. A Gram for which all fail, such as one that holds NaN, keeps what was asked
-    for, and U is NaN.
-
-    Factoring G from its last row to its first gives G = R R^T with R upper triangular, so U = R^-1
-    comes from one Cholesky factorization and one triangular solve, and G is never inverted.
-
-    Args:
-      gram: shape (in, in), symmetric.
-      damping: nonnegative scalar of its dtype, relative to the mean of the diagonal.
-    """
-
-    def lower(damping: Array) -> Array:
-        return jnp.linalg.cholesky(damped_gram(gram, damping)[::-1, ::-1])
-
-    def raised(damping: Array) -> Array:
-        return jnp.maximum(RAISE * damping, jnp.asarray(FIRST_RAISED_DAMPING, damping.dtype))
-
-    def failed(factor: Array) -> Array:
-        # A failure is NaN in every entry of the triangle.
-        return ~jnp.isfinite(factor[-1, -1])
-
-    def unfinished(state: tuple[Array, Array]) -> Array:
-        factor, used = state
-        return failed(factor) & (raised(used) <= LARGEST_DAMPING)
-
-    def advance(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        used = raised(state[1])
-        return lower(used), used
-
-    factor, used = lax.while_loop(unfinished, advance, (lower(damping), damping))
-    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    upper = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-    return Factor(upper[::-1, ::-1], jnp.where(failed(factor), damping, used))
-
-
 def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Normalized:
     """Scales a problem with D = curvature^(1/2) and to unit mean magnitude of the weight.
 
@@ -273,8 +191,8 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> La
     Args:
       problem: weight W0 and gram G, of the pruned model's inputs.
       cross: C, shape (in, in), on the scale of the gram.
-      pull: positive, relative to the mean of the diagonal of G. Where its Cholesky factorization
-        fails, it is raised as damping is, see `prox24.solve`.
+      pull: positive, relative to the mean of the diagonal of G. Where that leaves it
+        indefinite, it is raised as damping is, see `prox24.solve`.
 
     Returns:
       A problem with the same gram, and a float32 weight, or float64 if the Gram is; NaN if the
@@ -304,9 +222,6 @@ def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | flo
     """
     dtype = jnp.float64 if gram.dtype == jnp.float64 else jnp.float32
     weight, gram = weight.astype(dtype), gram.astype(dtype)
-    upper = inverse_factor(gram, jnp.asarray(pull, dtype)).upper
+    inverse = damped_inverse(gram, jnp.asarray(pull, dtype)).matrix
     surplus = jnp.matmul(weight, cross.astype(dtype) - gram, precision=PRECISION)
-    correction = jnp.matmul(
-        jnp.matmul(surplus, upper.T, precision=PRECISION), upper, precision=PRECISION
-    )
-    return weight + correction
+    return weight + jnp.matmul(surplus, inverse, precision=PRECISION)

@@ -12,9 +12,10 @@ from prox24.core import planes
 from prox24.core.masks import top_mask
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
+from prox24.solvers.damping import damped_gram
 from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.planar import changed, check_grouped, dense_blocks, from_planes, to_planes
-from prox24.solvers.problem import Candidate, LayerProblem, damped_gram, normalize
+from prox24.solvers.problem import Candidate, LayerProblem, normalize
 from prox24.solvers.schedules import Exponential, Progress, Schedule
 
 

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
 from prox24.solvers.admm import ADMM
+from prox24.solvers.damping import damped_gram, damping_amount, inverse_factor
 from prox24.solvers.problem import (
     Candidate,
     LayerProblem,
@@ -16,9 +17,6 @@ from prox24.solvers.problem import (
     Statistics,
     Status,
     check_problem,
-    damped_gram,
-    damping_amount,
-    inverse_factor,
     normalize,
     quadratic_loss,
 )
@@ -69,7 +67,7 @@ def solve(
         magnitude, wanda and sparsegpt support.
       damping: added to the diagonal of the Gram, relative to its mean. It makes a singular Gram
         definite. SparseGPT, ADMM, LeastSquares and Swaps need one; where it is not enough they
-        raise it to at most 1, and the statistics say so (`prox24.solvers.problem.inverse_factor`).
+        raise it to at most 1, and the statistics say so (`prox24.solvers.damping.inverse_factor`).
 
     Returns:
       A `Solution`. Check its status: a solver never raises on numerical failure.

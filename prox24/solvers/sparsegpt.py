@@ -9,12 +9,9 @@ from jax import Array, lax
 from prox24.core.masks import largest_mask, top_mask
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
+from prox24.solvers.damping import inverse_factor
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import (
-    Candidate,
-    LayerProblem,
-    inverse_factor,
-)
+from prox24.solvers.problem import Candidate, LayerProblem
 
 
 @hyperparameters

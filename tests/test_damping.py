@@ -1,0 +1,72 @@
+"""Inverses of damped Grams against NumPy's; what becomes of matrices that have none."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import damped
+from test_solvers import make_problem
+
+from prox24.solvers.damping import damped_inverse, inverse, inverse_factor
+
+
+def definite(width, condition, seed=0):
+    """A float64 matrix of a condition number, with unequal scales of features."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(width, width)))
+    return basis * np.geomspace(1 / condition, 1, width) @ basis.T
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
+def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
+    asked = jnp.float64(damping)
+    gram = make_problem("power_law", dtype="float64").gram
+    expected = np.linalg.inv(damped(gram, damping))
+    factor = inverse_factor(gram, asked)
+    inverted = damped_inverse(gram, asked)
+    assert float(factor.damping) == float(inverted.damping) == damping
+    np.testing.assert_allclose(factor.upper.T @ factor.upper, expected, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(inverted.matrix, expected, rtol=0, atol=1e-8)
+    assert np.array_equal(factor.upper, np.triu(factor.upper))
+    for hopeless in (jnp.full((8, 8), jnp.nan), 2 - jnp.eye(8)):
+        factor, inverted = inverse_factor(hopeless, asked), damped_inverse(hopeless, asked)
+        assert float(factor.damping) == float(inverted.damping) == damping
+        assert np.all(np.isnan(factor.upper[0]))
+        assert np.all(np.isnan(inverted.matrix))
+
+
+def test_an_indefinite_gram_gets_the_damping_that_it_needs():
+    gram = jnp.asarray(definite(40, 10.0) - 0.2 * np.eye(40))
+    mean = float(jnp.mean(jnp.diagonal(gram)))
+    inverted = damped_inverse(gram, jnp.float64(1e-3))
+    assert float(inverted.damping) == pytest.approx(1.0)
+    expected = np.linalg.inv(gram + mean * np.eye(40))
+    np.testing.assert_allclose(inverted.matrix, expected, rtol=1e-9, atol=1e-9)
+
+
+# Widths of less than a block, of whole blocks, and of several blocks that are filled up.
+@pytest.mark.parametrize("width", [1, 4, 15, 16, 60, 256, 260, 700])
+@pytest.mark.parametrize("condition", [1e2, 1e8])
+def test_the_inverse_equals_numpys(width, condition):
+    matrix = definite(width, condition)
+    residual = np.asarray(inverse(jnp.asarray(matrix))) @ matrix - np.eye(width)
+    assert np.abs(residual).max() <= 1e-13 * width * condition
+
+
+@pytest.mark.parametrize("width", [60, 700])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
+def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width, condition):
+    matrix = definite(width, condition)
+    expected = np.linalg.inv(matrix)
+    error = np.asarray(inverse(jnp.asarray(matrix, jnp.float32))) - expected
+    rounding = np.finfo(np.float32).eps
+    assert np.linalg.norm(error) <= rounding * condition * np.linalg.norm(expected)
+
+
+@given(st.integers(1, 300), st.integers(0, 2**32 - 1), st.booleans())
+def test_a_matrix_that_is_not_definite_gives_nan(width, seed, clearly):
+    matrix = definite(width, 100.0, seed)
+    smallest = np.linalg.eigvalsh(matrix)[0]
+    matrix -= (2.0 if clearly else 1.001) * smallest * np.eye(width)
+    assert np.all(np.isnan(inverse(jnp.asarray(matrix))))
