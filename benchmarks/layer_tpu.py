@@ -7,10 +7,6 @@ of eight, with the rows of weights and the windows of the text sharded and the r
 memory is that of one chip: arguments, results that are not donated arguments, and temporaries, as
 the compiler reports them; and what `prox24.pipeline.prune` holds on the chip beside them. The exit
 code is 1 if a program does not compile or its memory is above 16 GB.
-
-The solver is compiled in its parts, the steps of ADMM and the conjugate gradients. `--whole`
-compiles `prox24.solve` instead, which factors the Gram and has its eigenvectors as well: each
-program then takes many minutes.
 """
 
 import argparse
@@ -34,8 +30,8 @@ from prox24.devices import AXIS
 from prox24.forward import run_layer
 from prox24.models import decoder
 from prox24.models.families import config_from_hf
-from prox24.solvers.admm import ADMM, iterate
-from prox24.solvers.problem import LayerProblem, Normalized
+from prox24.solvers.admm import ADMM
+from prox24.solvers.problem import LayerProblem
 from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.solve import solve_program
 
@@ -72,7 +68,7 @@ class Program:
     held: float
 
 
-def programs(mesh: Mesh, whole: bool) -> Iterator[Program]:
+def programs(mesh: Mesh) -> Iterator[Program]:
     """What runs for a layer, on the chips of a mesh."""
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32, *axes: str) -> Any:
@@ -103,28 +99,12 @@ def programs(mesh: Mesh, whole: bool) -> Iterator[Program]:
         (ADMM(), ConjugateGradients()),
     )
     for out, width in sorted({shapes[f"{name}.weight"] for name in inputs}):
-        weight, square, line = rows((out, width)), array((width, width)), array((width,))
-        size = f"{out} x {width}"
-        if whole:
-            problem = LayerProblem(weight, square)
-            yield Program(
-                f"solve, {size}",
-                solve_program,
-                (problem, *methods, array(()), PATTERN),
-                held - 4 * width * width,
-            )
-            continue
+        problem = LayerProblem(rows((out, width)), array((width, width)))
         yield Program(
-            f"steps of ADMM, {size}",
-            jax.jit(iterate, static_argnums=2),
-            (weight, square, PATTERN, methods[0]),
-            held,
-        )
-        yield Program(
-            f"conjugate gradients, {size}",
-            jax.jit(lambda refit, *rest: refit(*rest, PATTERN)),
-            (methods[1], Normalized(weight, square, line), weight, rows((out, width), jnp.bool)),
-            held,
+            f"solve, {out} x {width}",
+            solve_program,
+            (problem, *methods, array(()), PATTERN),
+            held - 4 * width * width,
         )
 
 
@@ -143,7 +123,6 @@ def gigabytes(compiled: Any, held: float) -> dict[str, float]:
 def main() -> int:
     """Compiles everything that was asked for, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--whole", action="store_true", help="the solver as one program")
     parser.add_argument(
         "--chip", choices=tpu_compiler.CHIPS, action="append", help="both by default"
     )
@@ -161,7 +140,7 @@ def main() -> int:
         chips = tpu_compiler.devices(chip)
         for count in arguments.devices or (1, 8):
             mesh = Mesh(np.array(chips[:count]), (AXIS,))
-            for program in programs(mesh, arguments.whole):
+            for program in programs(mesh):
                 if not program.name.startswith(arguments.only):
                     continue
                 place = [chip, str(count), program.name]
