@@ -174,6 +174,17 @@ def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(tmp_path):
         assert ours["mask_agreement"] >= 0.995
 
 
+def test_inverses_are_timed_in_products_and_are_inverses():
+    outcome = run("benchmarks/inverse.py", "--widths", 24, "--repetitions", 1)
+    assert outcome.returncode == 0, outcome.stderr
+    rows = [line.split("│")[1:-1] for line in outcome.stdout.splitlines() if line.startswith("│")]
+    names = [name.strip() for name, *_ in rows]
+    assert names == ["product", "sweeps", "Cholesky", "LU", "eigenvectors"]
+    assert rows[0][3].strip() == "1.00"
+    for row in rows[1:4]:
+        assert float(row[4]) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("--shapes", "64"), ("--shapes", "8x6"), ("--repetitions", 0)]
 )
