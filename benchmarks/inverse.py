@@ -2,9 +2,9 @@
 
     python benchmarks/inverse.py [--widths 576 1536 4096] [--repetitions N]
 
-The Gram is that of random tokens with unit diagonal, plus 0.7 on it, in float32. Times are medians;
-all contenders run once in each repetition. One product of the Gram with itself is the unit that the
-solvers count in. The error is the largest of |A X - I|.
+The Gram is that of random tokens, scaled to a unit diagonal, plus 0.7 on it, in float32. Times are
+medians; all contenders run once in each repetition. One product of the Gram with itself is the unit
+that the solvers count in. The error is the largest of |A X - I|.
 """
 
 import argparse
@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 1536, 4096])
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
+    if min(*arguments.widths, arguments.repetitions) < 1:
+        parser.error("--widths and --repetitions are positive")
     table = Table(title=f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     table.add_column("")
     for title in ("width", "seconds", "/ product", "error"):

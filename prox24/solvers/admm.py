@@ -11,7 +11,7 @@ from prox24.core import planes
 from prox24.core.masks import top_mask
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
-from prox24.solvers.damping import damped_gram, damped_inverse, inverse
+from prox24.solvers.damping import damped_gram, damped_inverse
 from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.planar import changed, check_grouped, from_planes, project, to_planes
 from prox24.solvers.problem import Candidate, LayerProblem, normalize
@@ -135,8 +135,8 @@ class ADMM:
       rho: schedule of rho, which moves once every `interval` steps.
       sparsify: how Z is found: by the proximal operator, or by a projection.
       scaling: exponent of the second curvature, from 0 to 1.
-      interval: steps between two moves of rho; each move costs an inverse, about as much as the
-        product G G.
+      interval: steps between two moves of rho; each move costs an inverse, as many operations as
+        the product G G.
       tolerance: the steps end early when `Progress.changed` is below it.
 
     Raises:
@@ -215,7 +215,7 @@ class ADMM:
         curvature = diagonal * (others_free / diagonal) ** self.scaling
         normalized = normalize(problem.weight, gram, curvature)
         start, planar_gram = to_planes(normalized, pattern)
-        final = iterate(start, planar_gram, pattern, self)
+        final = _iterate(start, planar_gram, pattern, self)
         blocks = jnp.split(final.weight + final.dual, pattern.group, axis=1)
         before = jnp.split(final.sparse, pattern.group, axis=1)
         last = self.sparsify.end(blocks, before, pattern)
@@ -235,9 +235,8 @@ class _State(NamedTuple):
     steps: Array
 
 
-def iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State:
+def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State:
     """All steps from a planar weight (out, in), with the planar Gram."""
-    identity = jnp.eye(len(gram), dtype=gram.dtype)
     penalty = solver.sparsify.penalty if isinstance(solver.sparsify, Shrinkage) else None
 
     def split(weight: Array) -> list[Array]:
@@ -261,7 +260,9 @@ def iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State
         )
 
     def advance_with_one_rho(state: _State) -> _State:
-        response = state.rho * inverse(gram + state.rho * identity)
+        shifted = jnp.fill_diagonal(gram, jnp.diagonal(gram) + state.rho, inplace=False)
+        # What the damping made definite may be indefinite by rounding, once features are scaled.
+        response = state.rho * damped_inverse(shifted, jnp.zeros_like(state.rho)).matrix
         steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
         end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
         change = changed(split(end.sparse), split(state.sparse), pattern)

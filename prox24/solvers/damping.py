@@ -57,9 +57,9 @@ class Factor(NamedTuple):
 def inverse_factor(gram: Array, damping: Array) -> Factor:
     """Factors the inverse of the damped Gram, with more damping than asked for if it must.
 
-    Where a Cholesky factorization fails, damping becomes 1e-6 or ten times what failed, whichever
-    is more, up to 1. A Gram for which all fail, such as one that holds NaN, keeps what was asked
-    for, and U is NaN.
+    Where the damped Gram is not positive definite to rounding, damping becomes 1e-6 or ten times
+    what failed, whichever is more, up to 1. A Gram for which all fail, such as one that holds NaN,
+    keeps what was asked for, and U is NaN.
 
     Factoring G from its last row to its first gives G = R R^T with R upper triangular, so U = R^-1
     comes from one Cholesky factorization and one triangular solve, and G is never inverted.
@@ -68,7 +68,9 @@ def inverse_factor(gram: Array, damping: Array) -> Factor:
       gram: shape (in, in), symmetric.
       damping: nonnegative scalar of its dtype, relative to the mean of the diagonal.
     """
-    factor, used = _definite(lambda gram: jnp.linalg.cholesky(gram[::-1, ::-1]), gram, damping)
+    factor, used = _with_enough_damping(
+        lambda gram: jnp.linalg.cholesky(gram[::-1, ::-1]), gram, damping
+    )
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     upper = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
     return Factor(upper[::-1, ::-1], used)
@@ -93,49 +95,45 @@ def damped_inverse(gram: Array, damping: Array) -> Inverse:
       gram: shape (in, in), symmetric.
       damping: nonnegative scalar of its dtype, relative to the mean of the diagonal.
     """
-    return Inverse(*_definite(inverse, gram, damping))
+    return Inverse(*_with_enough_damping(inverse, gram, damping))
 
 
-def _definite(
+def _with_enough_damping(
     attempt: Callable[[Array], Array], gram: Array, damping: Array
 ) -> tuple[Array, Array]:
-    """What is made of the damped Gram, which is NaN in its last entry if that is not definite."""
+    """What is made of the damped Gram, and the damping, raised while the last entry is NaN."""
 
-    def raised(damping: Array) -> Array:
-        return jnp.maximum(RAISE * damping, jnp.asarray(FIRST_RAISED_DAMPING, damping.dtype))
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        result, used, following = state
+        return ~jnp.isfinite(result[-1, -1]) & (jnp.isnan(used) | (following <= LARGEST_DAMPING))
 
-    def failed(result: Array) -> Array:
-        return ~jnp.isfinite(result[-1, -1])
+    def advance(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        used = state[2]
+        following = jnp.maximum(RAISE * used, jnp.asarray(FIRST_RAISED_DAMPING, used.dtype))
+        return attempt(damped_gram(gram, used)), used, following
 
-    def unfinished(state: tuple[Array, Array]) -> Array:
-        result, used = state
-        return failed(result) & (raised(used) <= LARGEST_DAMPING)
-
-    def advance(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        used = raised(state[1])
-        return attempt(damped_gram(gram, used)), used
-
-    first = (attempt(damped_gram(gram, damping)), damping)
-    result, used = lax.while_loop(unfinished, advance, first)
-    return result, jnp.where(failed(result), damping, used)
+    # One loop, so that the attempt is compiled once.
+    nothing = (jnp.full_like(gram, jnp.nan), jnp.full_like(damping, jnp.nan), damping)
+    result, used, _ = lax.while_loop(unfinished, advance, nothing)
+    return result, jnp.where(jnp.isfinite(result[-1, -1]), used, damping)
 
 
 WIDEST_BLOCK, INNER_BLOCK = 256, 16
 
 
 def inverse(matrix: Array) -> Array:
-    """The inverse of a symmetric positive definite matrix; NaN in every entry of any other.
+    """The inverse of a positive definite matrix; NaN in every entry of one that is not.
 
-    It sweeps the columns block by block (Gauss and Jordan, in the symmetric form of Beaton's sweep
-    operator). With A partitioned into one block K and the rest R, a sweep is
-    A_RR - A_RK A_KK^-1 A_KR, A_RK A_KK^-1, -A_KK^-1 in their places, and after all of them A is
-    -A^-1. A_KK is inverted the same way in smaller blocks, down to single entries, all of which are
-    positive if and only if the matrix is definite. Nothing is a factorization: 2 n^3 operations are
-    products of the size of the matrix, which is in memory twice, and the rest are few. A Cholesky
+    It sweeps the columns block by block: the elimination of Gauss and Jordan, in a form that stays
+    symmetric. With A partitioned into a block K and the rest R, a sweep puts
+    A_RR - A_RK A_KK^-1 A_KR, A_RK A_KK^-1 and -A_KK^-1 in their places, and after all of them A is
+    -A^-1. A_KK is inverted the same way in smaller blocks, down to single entries, the pivots,
+    which are all positive if and only if the matrix is definite, to rounding (docs/theory.md,
+    section 14). Of 2 n^3 operations nearly all are in products (n, b) x (b, n). A Cholesky
     factorization with two triangular solves takes 7/3 n^3.
 
     Args:
-      matrix: shape (n, n), float32 or float64. Only its symmetry makes the result right.
+      matrix: shape (n, n), float32 or float64, symmetric; only the lower triangle is read.
 
     Returns:
       Array of its shape and dtype.
@@ -165,7 +163,7 @@ def _swept(matrix: Array, blocks: Sequence[int]) -> Array:
         start = index * block
         columns = lax.dynamic_slice(matrix, (0, start), (width, block))
         pivot = lax.dynamic_slice(columns, (start, 0), (block, block))
-        pivot = _swept(pivot, inner) if inner else jnp.where(pivot > 0, 1 / pivot, jnp.nan)
+        pivot = _swept(pivot, inner) if inner else _reciprocal(pivot)
         scaled = jnp.matmul(columns, pivot, precision=PRECISION)
         matrix -= jnp.matmul(scaled, columns.T, precision=PRECISION)
         matrix = lax.dynamic_update_slice(matrix, scaled, (0, start))
@@ -173,3 +171,7 @@ def _swept(matrix: Array, blocks: Sequence[int]) -> Array:
         return lax.dynamic_update_slice(matrix, -pivot, (start, start))
 
     return -lax.fori_loop(0, width // block, sweep, matrix)
+
+
+def _reciprocal(pivot: Array) -> Array:
+    return jnp.where((pivot > 0) & (pivot < jnp.inf), 1 / pivot, jnp.nan)

@@ -191,8 +191,9 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> La
     Args:
       problem: weight W0 and gram G, of the pruned model's inputs.
       cross: C, shape (in, in), on the scale of the gram.
-      pull: positive, relative to the mean of the diagonal of G. Where that leaves it
-        indefinite, it is raised as damping is, see `prox24.solve`.
+      pull: positive, relative to the mean of the diagonal of G. Where
+        G + pull mean(diag G) I is not positive definite, it is raised as damping is, see
+        `prox24.solve`.
 
     Returns:
       A problem with the same gram, and a float32 weight, or float64 if the Gram is; NaN if the
