@@ -142,6 +142,13 @@ def largest(scores, kept, group):
     return (position < kept).reshape(scores.shape)
 
 
+def definite(width, condition, rng):
+    """A positive definite matrix of a condition number, with random eigenvectors."""
+    basis = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    matrix = (basis * np.geomspace(1, 1 / condition, width)) @ basis.T
+    return (matrix + matrix.T) / 2
+
+
 def damped(gram, damping):
     gram = np.asarray(gram, np.float64)
     return gram + damping * np.mean(np.diagonal(gram)) * np.eye(len(gram))

@@ -5,17 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import damped
+from reference import damped, definite
 from test_solvers import make_problem
 
 from prox24.solvers.damping import damped_inverse, inverse, inverse_factor
-
-
-def definite(width, condition, seed=0):
-    """A float64 matrix of a condition number, with random eigenvectors."""
-    rng = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(rng.normal(size=(width, width)))
-    return basis * np.geomspace(1 / condition, 1, width) @ basis.T
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
@@ -37,7 +30,7 @@ def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
 
 
 def test_an_indefinite_gram_gets_the_damping_that_it_needs():
-    gram = jnp.asarray(definite(40, 10.0) - 0.2 * np.eye(40))
+    gram = jnp.asarray(definite(40, 10.0, np.random.default_rng(0)) - 0.2 * np.eye(40))
     mean = float(jnp.mean(jnp.diagonal(gram)))
     inverted = damped_inverse(gram, jnp.float64(1e-3))
     assert float(inverted.damping) == pytest.approx(1.0)
@@ -49,7 +42,7 @@ def test_an_indefinite_gram_gets_the_damping_that_it_needs():
 @pytest.mark.parametrize("width", [1, 4, 15, 16, 60, 256, 260, 700])
 @pytest.mark.parametrize("condition", [1e2, 1e8])
 def test_the_inverse_times_the_matrix_is_the_identity(width, condition):
-    matrix = definite(width, condition)
+    matrix = definite(width, condition, np.random.default_rng(0))
     residual = np.asarray(inverse(jnp.asarray(matrix))) @ matrix - np.eye(width)
     assert np.abs(residual).max() <= 10 * width * np.finfo(float).eps * condition
 
@@ -58,7 +51,7 @@ def test_the_inverse_times_the_matrix_is_the_identity(width, condition):
 @pytest.mark.parametrize("width", [60, 700])
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
 def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width, condition):
-    matrix = definite(width, condition)
+    matrix = definite(width, condition, np.random.default_rng(0))
     expected = np.linalg.inv(matrix)
     error = np.asarray(inverse(jnp.asarray(matrix, jnp.float32))) - expected
     rounding = np.finfo(np.float32).eps
@@ -67,7 +60,7 @@ def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width, 
 
 def test_features_of_unequal_scale_have_inverses_as_good():
     width, scale = 300, np.geomspace(1e-3, 1e3, 300)
-    matrix = definite(width, 100.0)
+    matrix = definite(width, 100.0, np.random.default_rng(0))
     inverted = inverse(jnp.asarray(scale[:, None] * matrix * scale, jnp.float32))
     error = np.asarray(inverted) * np.outer(scale, scale) - np.linalg.inv(matrix)
     assert np.abs(error).max() <= 1e-5 * 100.0
@@ -83,7 +76,7 @@ def test_one_bad_entry_of_the_diagonal_gives_nan(place, value):
 
 @given(st.integers(1, 300), st.integers(0, 2**32 - 1), st.booleans())
 def test_a_matrix_that_is_not_definite_gives_nan(width, seed, clearly):
-    matrix = definite(width, 100.0, seed)
+    matrix = definite(width, 100.0, np.random.default_rng(seed))
     smallest = np.linalg.eigvalsh(matrix)[0]
     matrix -= (2.0 if clearly else 1.001) * smallest * np.eye(width)
     assert np.all(np.isnan(inverse(jnp.asarray(matrix))))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import damped, quadratic_loss
+from reference import damped, definite, quadratic_loss
 
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.refit import ConjugateGradients
@@ -15,9 +15,7 @@ CONDITIONS = [1e2, 1e4, 1e6, 1e8]
 
 def conditioned(condition, dtype, rows=48, width=64):
     rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.normal(size=(width, width)))[0]
-    gram = (basis * np.geomspace(1, 1 / condition, width)) @ basis.T
-    gram = (gram + gram.T) / 2
+    gram = definite(width, condition, rng)
     return LayerProblem(
         jnp.asarray(rng.normal(size=(rows, width)), dtype), jnp.asarray(gram, dtype)
     )

@@ -9,11 +9,7 @@ from reference import damped, masked_least_squares, quadratic_loss
 from test_solvers import DAMPING, assert_has_pattern, damped_loss, make_problem
 
 from prox24.solvers.admm import ADMM
-from prox24.solvers.problem import (
-    LayerProblem,
-    Status,
-    correct_inputs,
-)
+from prox24.solvers.problem import LayerProblem, Status, correct_inputs
 from prox24.solvers.proximal import Prox
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.schedules import Exponential

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{rate:.3g}",
         ],
         ["solver, in products of a weight with its Gram", f"{cost.steps:.0f}"],
-        ["its factors of a Gram, in products of two", f"{cost.factor:.0f}"],
+        ["its factors and inverses of a Gram, in products of two", f"{cost.factor:.0f}"],
         *[[f"hours: {name}", f"{count:.3g}"] for name, count in hours.items()],
         ["hours in all, without reading and writing", f"{sum(hours.values()):.3g}"],
         ["what takes most of the time", longest],

@@ -101,7 +101,7 @@ def damped_inverse(gram: Array, damping: Array) -> Inverse:
 def _with_enough_damping(
     attempt: Callable[[Array], Array], gram: Array, damping: Array
 ) -> tuple[Array, Array]:
-    """What is made of the damped Gram, and the damping, raised while the last entry is NaN."""
+    """What is made of the damped Gram, and the damping: raised until the last entry is finite."""
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         result, used, following = state
@@ -118,6 +118,7 @@ def _with_enough_damping(
     return result, jnp.where(jnp.isfinite(result[-1, -1]), used, damping)
 
 
+# Wide products keep a machine busy; the pivots of a narrow block come one after the other.
 WIDEST_BLOCK, INNER_BLOCK = 256, 16
 
 
@@ -139,7 +140,7 @@ def inverse(matrix: Array) -> Array:
       Array of its shape and dtype.
 
     References:
-      "A Tutorial on the SWEEP Operator", The American Statistician 33 (1979).
+      Goodnight, "A Tutorial on the SWEEP Operator", The American Statistician 33 (1979).
 
     Example:
       >>> inverse(jnp.array([[2.0, 1.0], [1.0, 1.0]])).tolist()
