@@ -45,14 +45,17 @@ def parts(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
-def apart(array: Array, mesh: Mesh | None, axis: int = 0) -> Array:
-    """An axis cut among the devices; a copy on each of them where its length does not divide.
+def parts_or_copies(length: int, mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """An axis of that length cut among the devices; a copy on each of them if it does not divide.
 
     A linear of few or odd rows is then solved by every device: it takes as long as on one.
     """
-    if mesh is None or array.shape[axis] % mesh.size:
-        return everywhere(array, mesh)
-    return _put(array, parts(mesh, axis))
+    return NamedSharding(mesh, PartitionSpec()) if length % mesh.size else parts(mesh, axis)
+
+
+def apart(array: Array, mesh: Mesh | None, axis: int = 0) -> Array:
+    """`parts_or_copies` of an array."""
+    return array if mesh is None else _put(array, parts_or_copies(array.shape[axis], mesh, axis))
 
 
 def in_parts(array: Array, mesh: Mesh | None) -> Array:

@@ -16,7 +16,13 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24.activations import ActivationFiles
-from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram, over_devices
+from prox24.calibration.gram import (
+    Sums,
+    add_layer_inputs,
+    empty_columns,
+    empty_gram,
+    over_devices,
+)
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity
@@ -124,6 +130,7 @@ def prune(
     micro_batch: int | None = None,
     activations: Path | None = None,
     mesh: Mesh | None = None,
+    shard_grams: bool = False,
     refinement: BlockRefinement | None = None,
 ) -> Iterator[PrunedTensor]:
     """Prunes every linear of every decoder layer; embedding, norms and head are left alone.
@@ -156,6 +163,9 @@ def prune(
         windows. Its axes, of either kind, count as one. Where they are those of several processes,
         process after process, each of these calls `prune` with the same arguments and gets all
         linears. None for one device.
+      shard_grams: the devices share the columns of Grams and weights, not the rows of weights with
+        a copy of each Gram: less memory, and ADMM's inverses are shared too, but they communicate
+        in every step.
       refinement: after its linears are pruned, trains the tensors of a layer together, zeros kept,
         to put out on the pruned model's activations what the dense layer puts out on the dense
         model's, which runs alongside, in one process. A layer then counts as finished when all
@@ -198,7 +208,7 @@ def prune(
         if not refined:
             weights, done = dict(dense), set()
         linears = _prune_linears(
-            model, index, dense, weights, hidden, solve_problem, pull, dtype, done
+            model, index, dense, weights, hidden, solve_problem, pull, dtype, done, shard_grams
         )
         if refined:
             yield from linears
@@ -333,6 +343,7 @@ def _prune_linears(
     pull: float | None,
     dtype: np.dtype[Any] | None,
     done: Collection[str],
+    shard_grams: bool,
 ) -> Iterator[PrunedTensor]:
     """Prunes the linears of one layer, and puts what will be written into its weights."""
     remaining = [
@@ -341,18 +352,20 @@ def _prune_linears(
     if not remaining:
         return
     alongside = None if pull is None else hidden["dense"]
-    sums = gather_grams(model, index, dense, hidden["pruned"], alongside)
+    sums = gather_grams(model, index, dense, hidden["pruned"], alongside, shard_grams)
     grams = {name: (gram.total, int(gram.tokens)) for name, gram in sums.grams.items()}
     crosses = {name: cross.total for name, cross in sums.crosses.items()}
     del sums  # with what compensates for rounding, which is as large
     for linear in remaining:
         began = time.perf_counter()
         given, (gram, tokens) = dense[linear.weight], grams[linear.input]
-        problem = LayerProblem(apart(given.astype(jnp.float32), model.mesh), gram)
+        # Columns of the weight are where those of the Gram are, if these are not everywhere.
+        axis = 0 if gram.sharding.is_fully_replicated else 1
         if not tokens:
             eye = jnp.eye(linear.shape[1], dtype=jnp.float32)
-            problem = problem._replace(gram=everywhere(eye, model.mesh))
-        elif pull is not None:
+            gram = apart(eye, model.mesh, axis) if axis else everywhere(eye, model.mesh)
+        problem = LayerProblem(apart(given.astype(jnp.float32), model.mesh, axis), gram)
+        if tokens and pull is not None:
             problem = correct_inputs(problem, crosses[linear.input], pull)
         solution = solve_problem(problem)
         pruned = everywhere(solution.weight, model.mesh)
@@ -395,6 +408,7 @@ def gather_grams(
     weights: Mapping[str, Array],
     hidden: Sequence[HiddenStates],
     dense_hidden: Sequence[HiddenStates] | None = None,
+    shard_grams: bool = False,
 ) -> LayerSums:
     """What the linears of a layer see.
 
@@ -404,26 +418,32 @@ def gather_grams(
       weights: the dense layer's tensors.
       hidden: micro-batches of what enters the layer in the pruned model.
       dense_hidden: the same in the dense model; without it there are no cross-Grams.
+      shard_grams: the model's devices share the columns of each, and do not have a copy each.
 
     Raises:
       CalibrationError: an input holds NaN or Inf; names it.
     """
-    layer = model.config.layers[index]
+    layer, mesh = model.config.layers[index], model.mesh
+    columns = mesh if shard_grams else None
+    devices = None if columns is None else columns.size
 
     def empty() -> Sums:
         linears = layer_linears(model.config, index)
         widths = {linear.input: linear.shape[1] for linear in linears}
-        return {name: empty_gram(width, model.mesh) for name, width in widths.items()}
+        return {
+            name: empty_gram(width, mesh) if columns is None else empty_columns(width, columns)
+            for name, width in widths.items()
+        }
 
     sums = LayerSums(empty(), {} if dense_hidden is None else empty())
     alongside = itertools.repeat(None, len(hidden)) if dense_hidden is None else dense_hidden
     for batch, dense_batch in zip(hidden, alongside, strict=True):
-        both = [None if x is None else placed(x, model.mesh) for x in (batch, dense_batch)]
-        sums = LayerSums(*add_layer_inputs(layer, dict(weights), *both, *sums))
-    for each in sums:
+        both = [None if x is None else placed(x, mesh) for x in (batch, dense_batch)]
+        sums = LayerSums(*add_layer_inputs(layer, dict(weights), *both, *sums, devices=devices))
+    for each in sums if devices is None else ():
         for name in list(each):
             # One after the other, so that few are there twice.
-            each[name] = over_devices(each.pop(name), model.mesh)
+            each[name] = over_devices(each.pop(name), mesh)
     for name, gram in [*sums.grams.items(), *sums.crosses.items()]:
         if not jnp.isfinite(jnp.trace(gram.total)):
             raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")

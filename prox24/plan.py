@@ -23,6 +23,7 @@ from prox24.forward import (
     layer_function,
     layer_linears,
     micro_batches_of,
+    run_layer,
 )
 from prox24.models import decoder
 from prox24.refine import BlockRefinement
@@ -43,6 +44,7 @@ class Method(NamedTuple):
       dtype: of the pruned weights; None for the checkpoint's.
       dense_targets: whether linears reproduce what the dense model puts out, which runs alongside.
       refinement: trains the layer afterwards; None does not.
+      shard_grams: whether devices share the columns of Grams and weights, see `prune`.
     """
 
     solver: Solver
@@ -51,6 +53,7 @@ class Method(NamedTuple):
     dtype: np.dtype[Any] | None = None
     dense_targets: bool = False
     refinement: BlockRefinement | None = None
+    shard_grams: bool = False
 
 
 class Memory(NamedTuple):
@@ -79,7 +82,7 @@ class Operations(NamedTuple):
     Attributes:
       forward: two passes of the calibration tokens through every layer.
       grams: their Grams.
-      factor: of the Grams, for every linear, which each device does by itself.
+      factor: of the Grams, for every linear.
       solve: steps of the solver and the refit, as products of each weight with its Gram.
     """
 
@@ -88,10 +91,14 @@ class Operations(NamedTuple):
     factor: float
     solve: float
 
-    def seconds(self, rate: float, devices: int) -> dict[str, float]:
-        """Of each part, at so many operations a second on each device."""
+    def seconds(self, rate: float, devices: int, shard_grams: bool = False) -> dict[str, float]:
+        """Of each part, at so many operations a second on each device.
+
+        Devices that do not share the columns of the Grams factor each Gram by themselves.
+        """
+        alone = () if shard_grams else ("factor",)
         return {
-            name: count / rate / (1 if name == "factor" else devices)
+            name: count / rate / (1 if name in alone else devices)
             for name, count in self._asdict().items()
         }
 
@@ -101,12 +108,16 @@ def layer_memory(
 ) -> Memory:
     """Bytes that XLA's compiler reserves for the programs of one layer, which are not run.
 
+    It is asked about one device. Where devices share columns, which they then send to one another,
+    the bytes of each are estimated from that.
+
     Args:
       model: the model, of which nothing is read.
       index: of the layer.
       micro_batch: windows on one device and their length.
       method: what is done to the layer.
-      devices: among which the rows of a weight are divided, where they divide them.
+      devices: among which the rows of a weight, or the columns of Grams and weights, are divided,
+        where they divide them.
 
     Raises:
       CheckpointError: a linear's input width is not divisible by M.
@@ -115,7 +126,8 @@ def layer_memory(
     check_widths(input_widths(linears), method.pattern)
     held = _held(_weights(model, index))
     pruned = _held(_pruned_weights(model, index, method))
-    grams = sum(4 * width**2 for width in _widths(linears).values())
+    widths = _widths(linears).values()
+    grams = sum(4 * width**2 // _sharing(width, method, devices) for width in widths)
     by_shape = {linear.shape: linear for linear in linears}
     solving = {linear.tensor: _solving(linear, method, devices) for linear in by_shape.values()}
     widest = max(solving, key=solving.__getitem__)
@@ -123,7 +135,7 @@ def layer_memory(
     return Memory(
         weights=held,
         grams=grams,
-        gather=_gathering(model, index, micro_batch, method),
+        gather=_gathering(model, index, micro_batch, method, devices),
         solve=held + pruned + sums + solving[widest],
         widest=widest,
         refine=_refining(model, index, micro_batch, method, devices),
@@ -156,7 +168,7 @@ def fitting_micro_batch(
         if method.refinement is not None:
             size = method.refinement.micro_batch(share, size)
         return max(
-            _gathering(model, index, (size, length), method),
+            _gathering(model, index, (size, length), method, devices),
             _refining(model, index, (size, length), method, devices),
         )
 
@@ -167,8 +179,11 @@ def fitting_micro_batch(
             (f"one window in layer {index}", max(memory.gather, memory.refine)),
         ):
             if bytes_needed > budget:
+                hint = ""
+                if devices > 1 and not method.shard_grams:
+                    hint = "; --shard-grams divides the Grams among the devices"
                 raise Prox24Error(
-                    f"--memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
+                    f"--memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB{hint}"
                 )
         sizes = micro_batches_of(share, most)
         most = next(size for size in sizes if needed(index, size) <= budget)
@@ -276,19 +291,34 @@ def _widths(linears: Iterable[Linear]) -> dict[str, int]:
     return {linear.input: linear.shape[1] for linear in linears}
 
 
-def _gathering(model: Model, index: int, micro_batch: tuple[int, int], method: Method) -> int:
+def _sharing(width: int, method: Method, devices: int) -> int:
+    """How many devices share the columns of a Gram."""
+    return devices if method.shard_grams and width % devices == 0 else 1
+
+
+def _gathering(
+    model: Model, index: int, micro_batch: tuple[int, int], method: Method, devices: int
+) -> int:
     layer, widths = model.config.layers[index], _widths(layer_linears(model.config, index))
-    hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
+    weights, hidden = _weights(model, index), Spec((*micro_batch, layer.hidden), jnp.float32)
     sums: Sums = jax.eval_shape(lambda: {name: empty_gram(w) for name, w in widths.items()})
     alongside = (hidden, sums, sums) if method.dense_targets else (None, sums, {})
-    return _needed(add_layer_inputs.lower(layer, _weights(model, index), hidden, *alongside))
+    needed = _needed(add_layer_inputs.lower(layer, weights, hidden, *alongside))
+    sharing = min(_sharing(width, method, devices) for width in widths.values())
+    if sharing == 1:
+        return needed
+    # A device has a part of what Grams take, and the tokens that another one sends.
+    alone = _needed(run_layer.lower(layer, weights, hidden))
+    sent = 4 * math.prod(micro_batch) * max(widths.values()) * (2 if method.dense_targets else 1)
+    return alone + (needed - alone) // sharing + sent
 
 
 def _solving(linear: Linear, method: Method, devices: int) -> int:
     """Beside the Gram, and the cross-Gram."""
     outputs, width = linear.shape
+    sharing = _sharing(width, method, devices)
     # What the devices do not divide is solved by each.
-    rows = outputs if outputs % devices else outputs // devices
+    rows = outputs if sharing > 1 or outputs % devices else outputs // devices
     gram = Spec((width, width), jnp.float32)
     problem = LayerProblem(Spec((rows, width), jnp.float32), gram)  # type: ignore[arg-type]
     program = lower(problem, method.solver, method.refit, pattern=method.pattern)
@@ -297,7 +327,10 @@ def _solving(linear: Linear, method: Method, devices: int) -> int:
         pull = Spec((), jnp.float32)
         corrected = _needed(corrected_weight.lower(*problem, gram, pull)) - 2 * _bytes(gram)
         needed = max(needed, corrected)
-    return needed
+    if sharing == 1:
+        return needed
+    # For a product a device has, by and by, the columns of all.
+    return needed // sharing + _bytes(Spec(linear.shape, jnp.float32))
 
 
 def _refining(

@@ -17,14 +17,15 @@ from jax.sharding import PartitionSpec as P
 from tiny import config_dict, random_weights, tokens, write_folder
 
 from prox24 import forward, is_sparse
-from prox24.calibration.gram import add_layer_inputs, empty_gram
+from prox24.calibration.gram import add_in_turn, add_layer_inputs, empty_columns, empty_gram
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.pattern import Pattern
-from prox24.devices import apart, common_mesh, placed
+from prox24.devices import AXIS, apart, common_mesh, placed
 from prox24.distill import ModelRefinement, distill
 from prox24.forward import embed_windows, layer_linears, layer_weights, load_model
 from prox24.pipeline import collect, prune
+from prox24.plan import Method, layer_memory
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.proximal import Prox
@@ -145,6 +146,98 @@ def solver_reports():
             }
 
 
+def column_reports():
+    """What devices that share the columns of a Gram find, and send to one another."""
+    rows, width = 48, 1024
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(rows, width)).astype(np.float32)
+    inputs = rng.normal(size=(2 * width, width)).astype(np.float32)
+    methods = (ADMM(), ConjugateGradients())
+    expected = solve(LayerProblem(jnp.asarray(weight), jnp.asarray(inputs.T @ inputs)), *methods)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("columns",), axis_types=(kind,))
+        columns = NamedSharding(mesh, P(None, "columns"))
+        problem = LayerProblem(
+            jax.device_put(weight, columns), jax.device_put(inputs.T @ inputs, columns)
+        )
+        program = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4)).compile()
+        pruned, mask, figures = program(problem, *methods, jnp.float32(0.01))
+        yield {
+            "columns": kind.name,
+            "kept": pruned.sharding == mask.sharding == columns,
+            "sent": largest_sent(program) / width**2,
+            "sparse": bool(is_sparse(pruned)),
+            "same_blocks": same_blocks(mask, expected.mask),
+            "weights": relative_difference(pruned, expected.weight),
+            "loss": float(figures["relative_loss"]) / expected.statistics.relative_loss - 1,
+        }
+
+    mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,))
+    x = jax.device_put(inputs.reshape(8, -1, 16, width), NamedSharding(mesh, P(AXIS)))
+    y = jax.device_put(2 * x, NamedSharding(mesh, P(AXIS)))
+    program = (
+        jax.jit(add_in_turn, static_argnames="devices")
+        .lower(empty_columns(width, mesh), x, y, devices=8)
+        .compile()
+    )
+    gram = program(empty_columns(width, mesh), x, y)
+    exact = 2 * inputs.T.astype(np.float64) @ inputs
+    yield {
+        "summed": float(np.linalg.norm(gram.total - exact) / np.linalg.norm(exact)),
+        "tokens": int(gram.tokens),
+        "sent": largest_sent(program) / width**2,
+        "columns": gram.total.sharding.shard_shape(gram.total.shape),
+    }
+
+
+def planned_reports(folder):
+    """The memory that a plan estimates for devices that share columns, over what XLA reserves."""
+    config = config_dict(hidden_size=256, intermediate_size=1024, head_dim=64)
+    write_folder(folder.with_name("wide"), config, random_weights(config))
+    model = load_model(open_checkpoint(folder.with_name("wide")))
+    methods, micro_batch = (ADMM(), ConjugateGradients()), (2, 32)
+    memory = layer_memory(model, 0, micro_batch, Method(*methods, shard_grams=True), devices=8)
+
+    mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,))
+    whole, parts, columns = (NamedSharding(mesh, P(*axes)) for axes in ((), (AXIS,), (None, AXIS)))
+    linears, layer = layer_linears(model.config, 0), model.config.layers[0]
+    weights = jax.device_put(layer_weights(model, 0), whole)
+    hidden = jax.device_put(jnp.ones((16, 32, layer.hidden)), parts)
+    grams = {linear.input: empty_columns(linear.shape[1], mesh) for linear in linears}
+    gathering = add_layer_inputs.lower(layer, weights, hidden, None, grams, {}, devices=8)
+    down = next(linear for linear in linears if linear.tensor == memory.widest)
+    problem = LayerProblem(jax.device_put(jnp.ones(down.shape), columns), grams[down.input].total)
+    solving = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4))
+    others = memory.grams - 4 * down.shape[1] ** 2 / 8
+    yield {
+        "planned": memory.widest,
+        "planned_gathering": memory.gather / reserved(gathering),
+        "planned_solving": memory.solve / (2 * memory.weights + others + reserved(solving)),
+    }
+
+
+def reserved(lowered):
+    """Bytes on one device for a program and its arrays."""
+    memory = lowered.compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def largest_sent(program):
+    """Entries of the largest array that a collective of a program makes."""
+    found = collectives(program.as_text())[0].values()
+    shapes = [shape for kinds in found for shape, _ in kinds]
+    return max(
+        math.prod(map(int, sizes.split(",")))
+        for shape in shapes
+        for sizes in re.findall(r"\[([\d,]+)\]", shape)
+    )
+
+
 def model_reports(folder):
     """One report for each number of devices, against one device; and for the last, done twice."""
     forward.BATCH_TOKENS = 32  # two windows, on each device
@@ -152,19 +245,21 @@ def model_reports(folder):
     write_folder(folder, config, random_weights(config))
     checkpoint, windows = open_checkpoint(folder), tokens(batch=16, length=16)
 
-    def pruned(mesh):
-        return collect(prune(checkpoint, windows, ADMM(), ConjugateGradients(), mesh=mesh))
+    def pruned(mesh, **options):
+        methods = (ADMM(), ConjugateGradients())
+        return collect(prune(checkpoint, windows, *methods, mesh=mesh, **options))
 
     expected = pruned(None)
-    for count in (2, 8):
+    for count, shard_grams in ((2, False), (8, True), (8, False)):
         mesh = jax.make_mesh((count,), ("any",), devices=jax.devices()[:count])
-        result = pruned(mesh)
+        result = pruned(mesh, shard_grams=shard_grams)
         masks, others = (
             np.concatenate([values.ravel() for values in model.tensors.values()]) != 0
             for model in (result, expected)
         )
         yield {
             "devices": count,
+            "shard_grams": shard_grams,
             "sparse": all(bool(is_sparse(values)) for values in result.tensors.values()),
             "same_blocks": same_blocks(masks, others),
             "weights": max(
@@ -235,5 +330,11 @@ def distillation_reports(folder):
 
 if __name__ == "__main__":
     (folder,) = map(Path, sys.argv[1:])
-    reports = [*solver_reports(), *model_reports(folder), *distillation_reports(folder)]
+    reports = [
+        *solver_reports(),
+        *column_reports(),
+        *planned_reports(folder),
+        *model_reports(folder),
+        *distillation_reports(folder),
+    ]
     print(json.dumps(reports))

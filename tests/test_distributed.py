@@ -92,9 +92,10 @@ def alone(workspace, start):
     devices = {"wanda": 1, "admm": 2}
 
     @functools.cache
-    def alone(method):
-        assert ended(start(method, method, [], devices=devices[method])) == [0]
-        return pruned(workspace, method)
+    def alone(method, *options):
+        destination = "-".join(["alone", method, *options])
+        assert ended(start(destination, method, options, devices=devices[method])) == [0]
+        return pruned(workspace, destination)
 
     return alone
 
@@ -116,12 +117,17 @@ def assert_the_same(ours, expected):
 
 
 @pytest.mark.parametrize(
-    ("count", "method"), [(2, "admm"), pytest.param(4, "wanda", marks=pytest.mark.slow)]
+    ("count", "method", "options"),
+    [
+        (2, "admm", ()),
+        (2, "admm", ("--shard-grams",)),
+        pytest.param(4, "wanda", (), marks=pytest.mark.slow),
+    ],
 )
-def test_several_processes_write_what_one_does(workspace, start, alone, count, method):
-    destination = f"{method}-{count}"
-    assert ended(start(destination, method, *[[]] * count)) == [0] * count
-    assert_the_same(pruned(workspace, destination), alone(method))
+def test_several_processes_write_what_one_does(workspace, start, alone, count, method, options):
+    destination = "-".join([method, str(count), *options])
+    assert ended(start(destination, method, *[options] * count)) == [0] * count
+    assert_the_same(pruned(workspace, destination), alone(method, *options))
     assert not (workspace / f"{destination}.unfinished").exists()
 
 

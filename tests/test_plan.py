@@ -50,6 +50,20 @@ def test_rows_of_a_weight_are_divided_among_devices(model):
     assert plan.layer_memory(model, 0, (1, 32), WANDA, 7).solve == one.solve
 
 
+def test_columns_of_grams_are_divided_among_devices(model):
+    method = WANDA._replace(shard_grams=True)
+    one, rows = (plan.layer_memory(model, 0, (1, 32), WANDA, n) for n in (1, 2))
+    columns = plan.layer_memory(model, 0, (1, 32), method, 2)
+    assert columns.grams == one.grams // 2
+    assert columns.gather < rows.gather
+    assert columns.solve < rows.solve
+    # Which neither of the widths is divisible by.
+    assert plan.layer_memory(model, 0, (1, 32), method, 7) == one
+    with pytest.raises(Prox24Error, match="GiB; --shard-grams divides the Grams among"):
+        plan.fitting_micro_batch(model, (8, 32), WANDA, columns.solve, devices=2)
+    assert plan.fitting_micro_batch(model, (8, 32), method, columns.gather, devices=2) >= 2
+
+
 def test_the_largest_micro_batch_that_fits_is_found(model):
     sizes = (1, 2, 3, 4, 6, 12)
     needed = {n: plan.layer_memory(model, 0, (n, 64), WANDA).gather for n in sizes}
@@ -122,6 +136,8 @@ def test_operations_are_those_of_the_products(model):
     one, eight = (counted.seconds(1e6, devices) for devices in (1, 8))
     assert one == {name: count / 1e6 for name, count in counted._asdict().items()}
     assert eight == {name: taken / (1 if name == "factor" else 8) for name, taken in one.items()}
+    # But where they share the columns of a Gram.
+    assert counted.seconds(1e6, 8, shard_grams=True) == {n: t / 8 for n, t in one.items()}
 
 
 def test_equal_layers_are_looked_at_once(tmp_path):
@@ -160,6 +176,11 @@ def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert (said["devices"], said["micro_batch_windows"], said["fits"]) == (4, 4, True)
     assert said["fitting_micro_batch_windows"] == 2
+    rows = said
+    assert main([*arguments, "--json", "--devices", "4", "--shard-grams"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["layer_gram_bytes"] == rows["layer_gram_bytes"] / 4
+    assert said["hours"]["factor"] == pytest.approx(said["operations"]["factor"] / 4e9 / 3600)
 
 
 def test_a_budget_changes_the_micro_batch_and_not_the_masks(model, tmp_path):

@@ -29,7 +29,11 @@ def solvers(reports):
 @pytest.fixture
 def models(reports):
     found = [report for report in reports if "loss" in report and "devices" in report]
-    assert [report["devices"] for report in found] == [2, 8]
+    assert [(report["devices"], report["shard_grams"]) for report in found] == [
+        (2, False),
+        (8, True),
+        (8, False),
+    ]
     return found
 
 
@@ -71,12 +75,43 @@ def test_solvers_find_what_they_find_on_one_device(solvers):
         assert abs(report["loss"]) <= 1e-5, report
 
 
+def test_devices_that_share_columns_find_what_one_finds(reports):
+    found = [report for report in reports if "columns" in report and "loss" in report]
+    assert [report["columns"] for report in found] == ["Auto", "Explicit"]
+    for report in found:
+        assert report["kept"], report
+        assert report["sparse"], report
+        assert report["same_blocks"] >= 0.9999, report
+        assert report["weights"] <= 1e-3, report
+        assert abs(report["loss"]) <= 1e-5, report
+
+
+def test_devices_that_share_columns_send_rows_of_a_gram_or_tokens_and_never_a_gram(reports):
+    # A block of 256 rows, or the 256 tokens of a device, of 1024 columns.
+    assert [report["sent"] for report in reports if "sent" in report] == [0.25] * 3
+
+
+def test_each_of_eight_devices_sums_its_columns_of_a_gram(reports):
+    (report,) = (report for report in reports if "summed" in report)
+    assert report["summed"] <= 1e-6
+    assert report["tokens"] == 2048
+    assert report["columns"] == [1024, 128]
+
+
+def test_what_devices_that_share_columns_hold_is_estimated(reports):
+    (report,) = (report for report in reports if "planned" in report)
+    assert report["planned"] == "model.layers.0.mlp.down_proj.weight"
+    assert 0.9 <= report["planned_solving"] <= 1.5
+    assert 0.9 <= report["planned_gathering"] <= 1.5
+
+
 def test_a_model_is_pruned_alike_on_one_two_and_eight_devices(models):
     for report in models:
         assert report["sparse"], report
         assert report["tokens"], report
         assert report["same_blocks"] >= 0.9999, report
-        assert report["weights"] <= 1e-5, report
+        # Columns on several devices change the order of the sums of conjugate gradients.
+        assert report["weights"] <= (1e-4 if report["shard_grams"] else 1e-5), report
         assert report["loss"] <= 1e-5, report
 
 

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 
+from prox24.core.placement import whole
 from prox24.core.precision import PRECISION
-from prox24.devices import apart, everywhere, parts
+from prox24.devices import apart, everywhere, parts, parts_or_copies
 from prox24.models import decoder
 from prox24.models.decoder import Layer
 
@@ -19,7 +20,8 @@ class GramSum(NamedTuple):
 
     The two hold twice the digits of one, so that almost no bit of the total depends on the order in
     which micro-batches are added, and with it on the number of devices. Devices that share the
-    tokens have a sum each, along a first axis, until `over_devices`.
+    tokens have a sum each, along a first axis, until `over_devices`; or each has some columns of
+    the one sum, see `add_in_turn`.
 
     Attributes:
       total: shape (in, in), the sum to the nearest float32.
@@ -46,6 +48,13 @@ def empty_gram(width: int, mesh: Mesh | None = None) -> GramSum:
     return GramSum(zeros(width, width), zeros(width, width), zeros(dtype=jnp.int32))
 
 
+def empty_columns(width: int, mesh: Mesh) -> GramSum:
+    """The Gram of no tokens, its columns cut among the devices of a mesh."""
+    matrix = parts_or_copies(width, mesh, axis=1)
+    total, error = (jnp.zeros((width, width), jnp.float32, device=matrix) for _ in range(2))
+    return GramSum(total, error, everywhere(jnp.zeros((), jnp.int32), mesh))
+
+
 def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     """Adds the tokens x and y of shape (..., in); they are the same for a Gram.
 
@@ -61,6 +70,26 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     product = jnp.matmul(x.mT, y, precision=PRECISION).reshape(gram.total.shape)
     tokens = jnp.sum(jnp.any(y != 0, axis=-1), axis=-1, dtype=jnp.int32)
     return add(gram, GramSum(product, jnp.zeros_like(product), tokens.reshape(gram.tokens.shape)))
+
+
+def add_in_turn(gram: GramSum, x: Array, y: Array, devices: int) -> GramSum:
+    """Adds the tokens of one device after the other, on all of them, to the columns each has.
+
+    Args:
+      gram: one sum, whose columns the devices share.
+      x: tokens, shape (..., in), of whose leading axis each device has an equal part.
+      y: the same tokens, as in `add_tokens`.
+      devices: how many there are.
+    """
+    x, y = (tokens.reshape(devices, -1, tokens.shape[-1]) for tokens in (x, y))
+    places = jnp.arange(devices)[:, None, None]
+
+    def add_part(place: Array, gram: GramSum) -> GramSum:
+        # The sum of one part and zeros is how a device sends its part to the others.
+        sent = (whole(jnp.sum(jnp.where(places == place, tokens, 0), axis=0)) for tokens in (x, y))
+        return add_tokens(gram, *sent)
+
+    return lax.fori_loop(0, devices, add_part, gram)
 
 
 def add(a: GramSum, b: GramSum) -> GramSum:
@@ -88,7 +117,9 @@ def _add_parts(gram: GramSum) -> GramSum:
     return functools.reduce(add, map(GramSum, *gram))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames=("grams", "crosses"))
+@functools.partial(
+    jax.jit, static_argnames=("layer", "devices"), donate_argnames=("grams", "crosses")
+)
 def add_layer_inputs(
     layer: Layer,
     weights: dict[str, Array],
@@ -96,6 +127,7 @@ def add_layer_inputs(
     dense_hidden: Array | None,
     grams: Sums,
     crosses: Sums,
+    devices: int | None = None,
 ) -> tuple[Sums, Sums]:
     """Runs one layer on a micro-batch and adds what its linears see to their Grams.
 
@@ -106,6 +138,7 @@ def add_layer_inputs(
       dense_hidden: the same tokens in the dense model; None leaves the cross-Grams as they are.
       grams: sums of x' x'^T, by the names that `tap` gives to inputs; donated.
       crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated.
+      devices: how many share the columns of every sum; static. None where each has its own sum.
 
     Returns:
       The updated Grams and cross-Grams.
@@ -116,9 +149,10 @@ def add_layer_inputs(
         decoder.layer(layer, weights, hidden, seen.__setitem__)
         return seen
 
+    put = add_tokens if devices is None else functools.partial(add_in_turn, devices=devices)
     pruned = inputs(hidden)
-    grams = {name: add_tokens(grams[name], x, x) for name, x in pruned.items()}
+    grams = {name: put(grams[name], x, x) for name, x in pruned.items()}
     if dense_hidden is not None:
         dense = inputs(dense_hidden)
-        crosses = {name: add_tokens(crosses[name], dense[name], x) for name, x in pruned.items()}
+        crosses = {name: put(crosses[name], dense[name], x) for name, x in pruned.items()}
     return grams, crosses

@@ -163,6 +163,7 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="of the device, as 8GiB: the largest micro-batch that fits is used (default: one of "
         "about 2,048 tokens)",
     )
+    _add_shard_grams(command)
     command.add_argument(
         "--activations",
         choices=("memory", "disk"),
@@ -262,6 +263,7 @@ def _add_plan(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="per second and device, of float32 products at the highest precision (default: "
         "measured on this machine)",
     )
+    _add_shard_grams(command)
     _add_length(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -402,6 +404,15 @@ def _add_writing(command: argparse.ArgumentParser) -> None:
         help="of the largest file, as 5GB or 500MiB (default: the source's files)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace the destination")
+
+
+def _add_shard_grams(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--shard-grams",
+        action="store_true",
+        help="divide the columns of Grams and weights among the devices, not the rows of weights: "
+        "for Grams of which a device cannot hold several, and where devices are many",
+    )
 
 
 def _add_length(command: argparse.ArgumentParser) -> None:

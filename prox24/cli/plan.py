@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise Prox24Error(str(error)) from error
     checkpoint = open_checkpoint(arguments.source)
     model = load_model(checkpoint)
-    method = Method(solver, refit, arguments.pattern)
+    method = Method(solver, refit, arguments.pattern, shard_grams=arguments.shard_grams)
     samples, length, budget = arguments.samples, arguments.sequence_length, arguments.memory
     # As many as divide the windows, as `prune` uses.
     devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     rate = arguments.rate or product_rate()
     cost = solver_cost(method)
     counted = operations(model, samples * length, cost)
-    hours = {part: taken / 3600 for part, taken in counted.seconds(rate, devices).items()}
+    seconds = counted.seconds(rate, devices, arguments.shard_grams)
+    hours = {part: taken / 3600 for part, taken in seconds.items()}
     longest = max(hours, key=hours.__getitem__)
     tensors = checkpoint.tensors.values()
     stored = sum(map(byte_count, tensors))
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan: dict[str, Any] = {
         "model": str(arguments.source),
         "devices": devices,
+        "shard_grams": arguments.shard_grams,
         "micro_batch_windows": size,
         "checkpoint_bytes": stored,
         "activation_bytes": activations,

@@ -68,6 +68,7 @@ DECISIVE = (
     "refine_rate",
     "refine_passes",
     "refine_linears_only",
+    "shard_grams",
 )
 """Arguments that decide the result, apart from the source and the calibration text."""
 
@@ -104,6 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
             ("--memory", arguments.memory is not None),
             ("--activations disk", arguments.activations == "disk"),
             ("--distributed", arguments.distributed),
+            ("--shard-grams", arguments.shard_grams),
             ("--refine block", arguments.refine == "block"),
         ):
             if given:
@@ -125,7 +127,13 @@ def _run(arguments: argparse.Namespace) -> int:
     micro_batch, mesh = None, common_mesh(len(windows)) if native else None
     if arguments.memory is not None:
         method = Method(
-            solver, refit, arguments.pattern, dtype, arguments.targets == "dense", refinement
+            solver,
+            refit,
+            arguments.pattern,
+            dtype,
+            arguments.targets == "dense",
+            refinement,
+            arguments.shard_grams,
         )
         devices = 1 if mesh is None else mesh.size
         micro_batch = fitting_micro_batch(
@@ -165,6 +173,7 @@ def _run(arguments: argparse.Namespace) -> int:
             finished=unfinished.finished,
             micro_batch=micro_batch,
             mesh=mesh,
+            shard_grams=arguments.shard_grams,
             refinement=refinement,
             activations=activations if arguments.activations == "disk" else None,
             quiet=arguments.quiet or not is_first(),
@@ -289,6 +298,7 @@ def prune_with_progress(
     micro_batch: int | None = None,
     activations: Path | None = None,
     mesh: Mesh | None = None,
+    shard_grams: bool = False,
     refinement: BlockRefinement | None = None,
     native: bool = True,
 ) -> Generator[PrunedTensor]:
@@ -300,6 +310,7 @@ def prune_with_progress(
         micro_batch=micro_batch,
         activations=activations,
         mesh=mesh,
+        shard_grams=shard_grams,
         refinement=refinement,
     )
     run_layers = own if native else torchax.prune

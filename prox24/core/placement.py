@@ -1,6 +1,10 @@
-"""Where a program that is being lowered will run, which decides whether a kernel may be in it."""
+"""Where the arrays of a program are: on one device or on several, whole or in parts."""
 
 from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def is_on_one_device(context: Any) -> bool:
@@ -16,3 +20,14 @@ def is_on_one_device(context: Any) -> bool:
     manual: frozenset[Any] = getattr(placed, "manual_axes", frozenset())
     alone = getattr(placed, "num_devices", None) == 1
     return alone or (len(manual) > 0 and set(manual) == set(placed.mesh.axis_names))
+
+
+def whole(array: Array) -> Array:
+    """The array on every device of its mesh, inside a program whose placement XLA chooses.
+
+    Without a mesh, or where the caller places arrays by hand, nothing is done.
+    """
+    mesh = jax.typeof(array).sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_auto:
+        return array
+    return lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))

@@ -13,8 +13,8 @@ from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
 from prox24.solvers.damping import damped_gram, damped_inverse
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.planar import changed, check_grouped, from_planes, project, to_planes
-from prox24.solvers.problem import Candidate, LayerProblem, normalize
+from prox24.solvers.planar import changed, check_grouped, project
+from prox24.solvers.problem import Candidate, LayerProblem, Normalized, normalize
 from prox24.solvers.schedules import Exponential, Progress, Schedule, SupportSteps
 
 Planes = Sequence[Array]
@@ -214,12 +214,10 @@ class ADMM:
         others_free = 1 / jnp.diagonal(inverted.matrix)
         curvature = diagonal * (others_free / diagonal) ** self.scaling
         normalized = normalize(problem.weight, gram, curvature)
-        start, planar_gram = to_planes(normalized, pattern)
-        final = _iterate(start, planar_gram, pattern, self)
-        blocks = jnp.split(final.weight + final.dual, pattern.group, axis=1)
-        before = jnp.split(final.sparse, pattern.group, axis=1)
-        last = self.sparsify.end(blocks, before, pattern)
-        sparse = from_planes(jnp.concatenate(last, axis=1), pattern)
+        final = _iterate(normalized, pattern, self)
+        blocks = planes.split(final.weight + final.dual, pattern)
+        before = planes.split(final.sparse, pattern)
+        sparse = planes.join(self.sparsify.end(blocks, before, pattern))
         mask = top_mask(jnp.abs(sparse), pattern)
         scale = normalized.scale[None, :]
         return Candidate.of(sparse / scale, mask, inverted.damping, steps=final.steps)
@@ -235,19 +233,20 @@ class _State(NamedTuple):
     steps: Array
 
 
-def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ADMM) -> _State:
-    """All steps from a planar weight (out, in), with the planar Gram."""
+def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
+    """All steps from the dense weight."""
+    start, gram, _ = problem
     penalty = solver.sparsify.penalty if isinstance(solver.sparsify, Shrinkage) else None
 
     def split(weight: Array) -> list[Array]:
-        return jnp.split(weight, pattern.group, axis=1)
+        return planes.split(weight, pattern)
 
     def advance(state: _State, response: Array) -> _State:
         """One step; `response` is rho (G + rho I)^-1."""
         total = state.weight + state.dual
         progress = Progress(state.penalty, state.steps, state.changed)
         blocks = solver.sparsify(split(total), split(state.sparse), pattern, progress)
-        sparse = jnp.concatenate(blocks, axis=1)
+        sparse = planes.join(blocks)
         dual = total - sparse
         pulled = jnp.matmul(start - sparse + dual, response, precision=PRECISION)
         steps = state.steps + 1

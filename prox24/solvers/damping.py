@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from prox24.core.placement import whole
 from prox24.core.precision import PRECISION
 
 
@@ -131,10 +132,11 @@ def inverse(matrix: Array) -> Array:
     -A^-1. A_KK is inverted the same way in smaller blocks, down to single entries, the pivots,
     which are all positive if and only if the matrix is definite, to rounding (docs/theory.md,
     section 14). Of 2 n^3 operations nearly all are in products (n, b) x (b, n). A Cholesky
-    factorization with two triangular solves takes 7/3 n^3.
+    factorization with two triangular solves takes 7/3 n^3. Devices that share the columns send one
+    another the rows of a block, and no more.
 
     Args:
-      matrix: shape (n, n), float32 or float64, symmetric; only the lower triangle is read.
+      matrix: shape (n, n), float32 or float64, symmetric; only the upper triangle is read.
 
     Returns:
       Array of its shape and dtype.
@@ -159,17 +161,21 @@ def _swept(matrix: Array, blocks: Sequence[int]) -> Array:
     """The inverse, by blocks of the first size, each inverted by blocks of the others."""
     block, *inner = blocks
     width = len(matrix)
+    in_block = jnp.arange(width) // block
 
     def sweep(index: Array, matrix: Array) -> Array:
         start = index * block
-        columns = lax.dynamic_slice(matrix, (0, start), (width, block))
-        pivot = lax.dynamic_slice(columns, (start, 0), (block, block))
+        # Without the barrier the rows of a matrix that is in parts are sliced from all of it, sent.
+        rows = lax.optimization_barrier(lax.dynamic_slice(matrix, (start, 0), (block, width)))
+        rows = whole(rows)
+        pivot = lax.dynamic_slice(rows, (0, start), (block, block))
         pivot = _swept(pivot, inner) if inner else _reciprocal(pivot)
-        scaled = jnp.matmul(columns, pivot, precision=PRECISION)
-        matrix -= jnp.matmul(scaled, columns.T, precision=PRECISION)
-        matrix = lax.dynamic_update_slice(matrix, scaled, (0, start))
-        matrix = lax.dynamic_update_slice(matrix, scaled.T, (start, 0))
-        return lax.dynamic_update_slice(matrix, -pivot, (start, start))
+        # With -I in the block's own place one product serves all four parts.
+        rows = lax.dynamic_update_slice(rows, -jnp.eye(block, dtype=rows.dtype), (0, start))
+        scaled = jnp.matmul(rows.T, pivot, precision=PRECISION)
+        swept = in_block == index
+        rest = jnp.where(swept[:, None] | swept[None, :], 0, matrix)
+        return rest - jnp.matmul(scaled, rows, precision=PRECISION)
 
     return -lax.fori_loop(0, width // block, sweep, matrix)
 
