@@ -1,12 +1,13 @@
-"""Compiles the pruning of a layer of Llama-3.1-8B for TPUs, without a TPU, and counts its memory.
+"""Compiles the pruning of a layer of Llama-3.1 for TPUs, without a TPU, and counts its memory.
 
     pip install libtpu && python benchmarks/layer_tpu.py
 
-libtpu holds the compiler; nothing is executed. Each program is compiled for one chip and for a mesh
-of eight, with the rows of weights and the windows of the text sharded and the rest replicated. The
-memory is that of one chip: arguments, results that are not donated arguments, and temporaries, as
-the compiler reports them; and what `prox24.pipeline.prune` holds on the chip beside them. The exit
-code is 1 if a program does not compile or its memory is above 16 GB.
+libtpu holds the compiler; nothing is executed. The programs of 8B are compiled for one chip and for
+a mesh of eight, with the windows of the text and the rows of weights sharded and the rest
+replicated; those of 8B and of 70B also for eight chips that share the columns of weights and Grams.
+The memory is that of one chip: arguments, results that are not donated arguments, and temporaries,
+as the compiler reports them; and what `prox24.pipeline.prune` holds on the chip beside them. The
+exit code is 1 if a program does not compile or its memory is above 16 GB.
 """
 
 import argparse
@@ -56,6 +57,12 @@ LLAMA = {
         "original_max_position_embeddings": 8192,
     },
 }
+LAYERS = {
+    "8B": LLAMA,
+    "70B": LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+}
+CASES = [("8B", 1, "rows"), ("8B", 8, "rows"), ("8B", 8, "columns"), ("70B", 8, "columns")]
+"""A model, the number of chips, and what of its weights they share."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,8 @@ class Program:
     held: float
 
 
-def programs(mesh: Mesh) -> Iterator[Program]:
-    """What runs for a layer, on the chips of a mesh."""
+def programs(config: dict[str, Any], mesh: Mesh, shared: str) -> Iterator[Program]:
+    """What runs for a layer, on the chips of a mesh that share rows or columns."""
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32, *axes: str) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
@@ -77,34 +84,51 @@ def programs(mesh: Mesh) -> Iterator[Program]:
     def rows(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
         return array(shape, dtype, AXIS)
 
-    layer = config_from_hf(LLAMA).layers[0]
+    def columns(shape: tuple[int, ...]) -> Any:
+        return array(shape, jnp.float32, None, AXIS)
+
+    layer = config_from_hf(config).layers[0]
     shapes = decoder.layer_shapes(layer)
     inputs = decoder.linear_inputs(layer)
     widths = {source: shapes[f"{name}.weight"][1] for name, source in inputs.items()}
     weights = {name: array(shape, jnp.bfloat16) for name, shape in shapes.items()}
-    hidden = rows((mesh.size, LENGTH, 4096))
-    grams = {
-        name: GramSum(*(rows((mesh.size, n, n)),) * 2, rows((mesh.size,), jnp.int32))
-        for name, n in widths.items()
-    }
+    hidden = rows((mesh.size, LENGTH, layer.hidden))
+    if shared == "rows":
+        grams = {
+            name: GramSum(*(rows((mesh.size, n, n)),) * 2, rows((mesh.size,), jnp.int32))
+            for name, n in widths.items()
+        }
+    else:
+        grams = {
+            name: GramSum(*(columns((n, n)),) * 2, array((), jnp.int32))
+            for name, n in widths.items()
+        }
+    devices = None if shared == "rows" else mesh.size
     yield Program("layer", run_layer, (layer, weights, hidden), 0.0)
     yield Program(
-        "layer and Grams", add_layer_inputs, (layer, weights, hidden, None, grams, {}), 0.0
+        "layer and Grams",
+        add_layer_inputs,
+        (layer, weights, hidden, None, grams, {}, devices),
+        0.0,
     )
     # The layer dense and pruned, and the Grams; hidden states are on the host.
     held = 2 * 2 * sum(float(np.prod(shape)) for shape in shapes.values())
-    held += 4 * sum(n * n for n in widths.values())
+    gram_bytes = {n: 4 * n * n / (devices or 1) for n in widths.values()}
+    held += sum(gram_bytes[n] for n in widths.values())
     methods = jax.tree.map(
         lambda x: array((), jnp.result_type(jnp.float32 if isinstance(x, float) else x)),
         (ADMM(), ConjugateGradients()),
     )
     for out, width in sorted({shapes[f"{name}.weight"] for name in inputs}):
-        problem = LayerProblem(rows((out, width)), array((width, width)))
+        if shared == "rows":
+            problem = LayerProblem(rows((out, width)), array((width, width)))
+        else:
+            problem = LayerProblem(columns((out, width)), columns((width, width)))
         yield Program(
             f"solve, {out} x {width}",
             solve_program,
             (problem, *methods, array(()), PATTERN),
-            held - 4 * width * width,
+            held - gram_bytes[width],
         )
 
 
@@ -126,24 +150,27 @@ def main() -> int:
     parser.add_argument(
         "--chip", choices=tpu_compiler.CHIPS, action="append", help="both by default"
     )
-    parser.add_argument("--devices", type=int, choices=(1, 8), action="append")
+    parser.add_argument("--model", choices=LAYERS, action="append", help="both by default")
     parser.add_argument("--only", default="", help="programs whose names begin so")
     arguments = parser.parse_args()
     if not tpu_compiler.is_installed():
         return 2
     parts = ("arguments", "results", "temporary", "held beside")
-    table = Table(title=f"Llama-3.1-8B, GB of one chip, jax {jax.__version__}")
-    for name in ("chip", "chips", "program", *parts, "in all", "GB accessed"):
-        table.add_column(name, justify="left" if name in ("chip", "program") else "right")
-    console, fits = Console(), True
+    table = Table(title=f"Llama-3.1, GB of one chip, jax {jax.__version__}")
+    words = ("chip", "model", "chips", "shared", "program")
+    for name in (*words, *parts, "in all", "GB accessed"):
+        table.add_column(name, justify="left" if name in words else "right")
+    console, fits = Console(width=120), True
     for chip in arguments.chip or tpu_compiler.CHIPS:
         chips = tpu_compiler.devices(chip)
-        for count in arguments.devices or (1, 8):
+        for model, count, shared in CASES:
+            if model not in (arguments.model or LAYERS):
+                continue
             mesh = Mesh(np.array(chips[:count]), (AXIS,))
-            for program in programs(mesh):
+            for program in programs(LAYERS[model], mesh, shared):
                 if not program.name.startswith(arguments.only):
                     continue
-                place = [chip, str(count), program.name]
+                place = [chip, model, str(count), shared, program.name]
                 try:
                     compiled = program.function.lower(*program.arguments).compile()
                 except jax.errors.JaxRuntimeError as error:

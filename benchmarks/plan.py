@@ -6,7 +6,7 @@ The checkpoints are files of the right size with holes for weights: names, shape
 there, and nothing takes place on disk. The memory is what XLA's CPU compiler reserves for the
 programs. The hours are a lower bound: operations over the device's peak in float32 products, which
 is 67e12 a second on an H100 (its float32 units) and a sixth of 197e12 on a v5e (six bfloat16
-passes, which is how a TPU multiplies float32 at the highest precision).
+passes, which is how a TPU multiplies float32 at the highest precision). "Columns" is --shard-grams.
 """
 
 import argparse
@@ -51,11 +51,14 @@ MODELS = {
         "num_hidden_layers": 80,
     },
 }
-MACHINES = [
-    ("one H100 80 GB", 1, "80GB", 67e12),
-    ("v5e-8", 8, "16GB", 197e12 / 6),
-    ("v5e-64", 64, "16GB", 197e12 / 6),
-]
+V5E = ["--memory", "16GB", "--rate", str(197e12 / 6)]
+MACHINES = {
+    "one H100 80 GB": ["--memory", "80GB", "--rate", "67e12"],
+    "v5e-8": [*V5E, "--devices", "8"],
+    "v5e-8, columns": [*V5E, "--devices", "8", "--shard-grams"],
+    "v5e-64": [*V5E, "--devices", "64"],
+    "v5e-64, columns": [*V5E, "--devices", "64", "--shard-grams"],
+}
 
 
 def write_model(folder: Path, config: dict[str, object]) -> None:
@@ -68,11 +71,9 @@ def write_model(folder: Path, config: dict[str, object]) -> None:
         pass
 
 
-def plan(folder: Path, machine: tuple[str, int, str, float], more: list[str]) -> dict[str, object]:
+def plan(folder: Path, options: list[str]) -> dict[str, object]:
     """What the command says."""
-    _, devices, memory, rate = machine
-    command = [sys.executable, "-m", "prox24", "plan", str(folder), "--json", *more]
-    command += ["--devices", str(devices), "--memory", memory, "--rate", str(rate)]
+    command = [sys.executable, "-m", "prox24", "plan", str(folder), "--json", *options]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -96,13 +97,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             write_model(Path(folder) / name, MODELS[name])
-            for machine in MACHINES:
-                said = plan(Path(folder) / name, machine, more)
-                plans.append(said | {"model": name, "machine": machine[0]})
+            for machine, options in MACHINES.items():
+                said = plan(Path(folder) / name, [*options, *more])
+                plans.append(said | {"model": name, "machine": machine})
                 memory = [f"{said[key] / 1e9:.1f}" for key in ("gather_bytes", "solve_bytes")]
                 hours = [f"{said['hours'][part]:.3g}" for part in parts]
                 fits = "yes" if said["fits"] else "no"
-                table.add_row(name, machine[0], *memory, fits, *hours)
+                table.add_row(name, machine, *memory, fits, *hours)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(plans, indent=2) + "\n")
     Console(width=120).print(table)

@@ -50,7 +50,7 @@ from prox24.models import decoder
 from prox24.models.decoder import Config
 from prox24.refine import BlockRefinement, Outcome, block
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
-from prox24.solvers.solve import Refit, Solver, solve
+from prox24.solvers.solve import Refit, Solver, check_shares_columns, solve
 
 
 class BlockReport(NamedTuple):
@@ -165,7 +165,8 @@ def prune(
         linears. None for one device.
       shard_grams: the devices share the columns of Grams and weights, not the rows of weights with
         a copy of each Gram: less memory, and ADMM's inverses are shared too, but they communicate
-        in every step.
+        in every step. For magnitude, Wanda and ADMM, with conjugate gradients or no refit. Where
+        the devices do not divide a linear's width, they share its rows.
       refinement: after its linears are pruned, trains the tensors of a layer together, zeros kept,
         to put out on the pruned model's activations what the dense layer puts out on the dense
         model's, which runs alongside, in one process. A layer then counts as finished when all
@@ -180,8 +181,11 @@ def prune(
         dtype.
       CalibrationError: activations are not finite; names the layer.
       SolverError: a solution is not finite; names the tensor.
-      ValueError: the solver does not support the pattern, or the mesh does not divide the windows.
+      ValueError: the solver does not support the pattern, or needs whole Grams where devices should
+        share their columns; or the mesh does not divide the windows.
     """
+    if shard_grams:
+        check_shares_columns(solver, refit)
     model = load_model(checkpoint, mesh)
     check_widths(input_widths(all_linears(model.config)), pattern)
     streams = ["pruned"] if pull is None and refinement is None else ["pruned", "dense"]

@@ -120,6 +120,17 @@ def test_a_width_that_does_not_fit_the_pattern_is_named(tmp_path, capsys):
     assert "q_proj.weight has input width 32, not divisible by 5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["plan", "prune"])
+@pytest.mark.parametrize("method", [["sparsegpt"], ["admm", "--refit", "exact"], ["prox"]])
+def test_methods_that_need_whole_grams_do_not_share_their_columns(
+    model, tmp_path, capsys, command, method
+):
+    places = [str(tmp_path / "model"), *[str(tmp_path / "pruned")] * (command == "prune")]
+    assert main([command, *places, "--shard-grams", "--method", *method]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs the whole Gram on every device: only magnitude, wanda and admm" in line
+
+
 def test_operations_are_those_of_the_products(model):
     counted = plan.operations(model, 100, plan.SolverCost(factor=3, steps=7))
     shapes = [

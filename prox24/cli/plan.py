@@ -19,7 +19,7 @@ from prox24.plan import (
     product_rate,
     solver_cost,
 )
-from prox24.solvers.solve import check_supported
+from prox24.solvers.solve import check_shares_columns, check_supported
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     solver, refit = choose(arguments.method, arguments.refit)
     try:
         check_supported(solver, refit, arguments.pattern)
+        if arguments.shard_grams:
+            check_shares_columns(solver, refit)
     except ValueError as error:
         raise Prox24Error(str(error)) from error
     checkpoint = open_checkpoint(arguments.source)

@@ -50,7 +50,14 @@ from prox24.plan import Method, fitting_micro_batch
 from prox24.processes import agree, connected, is_first, meet
 from prox24.refine import BlockRefinement, Outcome
 from prox24.solvers.problem import Status
-from prox24.solvers.solve import REFITS, SOLVERS, Refit, Solver, check_supported
+from prox24.solvers.solve import (
+    REFITS,
+    SOLVERS,
+    Refit,
+    Solver,
+    check_shares_columns,
+    check_supported,
+)
 
 DEFAULT_PULL = 1.0
 DECISIVE = (
@@ -96,6 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
     solver, refit = choose(arguments.method, arguments.refit)
     try:
         check_supported(solver, refit, arguments.pattern)
+        if arguments.shard_grams:
+            check_shares_columns(solver, refit)
     except ValueError as error:
         raise Prox24Error(str(error)) from error
     checkpoint, native = torchax.open_any(arguments.source)

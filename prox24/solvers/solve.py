@@ -133,6 +133,22 @@ def check_supported(
     lower(problem, solver, refit, pattern=pattern)
 
 
+def check_shares_columns(solver: Solver, refit: Refit | None) -> None:
+    """Raises ValueError unless devices that share the columns of a Gram never need all of it.
+
+    SparseGPT factors it, and the step of a gradient method comes from its powers.
+
+    Example:
+      >>> check_shares_columns(ADMM(), ConjugateGradients())
+    """
+    for method, able in ((solver, (Magnitude, Wanda, ADMM)), (refit, (ConjugateGradients,))):
+        if not isinstance(method, (*able, type(None))):
+            raise ValueError(
+                f"{type(method).__name__} needs the whole Gram on every device: only magnitude, "
+                "wanda and admm, with conjugate gradients or no refit, share its columns"
+            )
+
+
 @functools.partial(jax.jit, static_argnames="pattern")
 def solve_program(
     given: LayerProblem,
