@@ -1,5 +1,7 @@
 """Where arrays are kept when devices share the work: windows and rows apart, the rest on all.
 
+Or columns apart, of Grams that no device should hold.
+
 Without a mesh everything stays as it is, on one device. The devices of a mesh may be those of
 several processes, one process after the other: each then has the windows of its own devices on the
 host, and all of them call what is here together.
@@ -46,9 +48,9 @@ def parts(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def parts_or_copies(length: int, mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """An axis of that length cut among the devices; a copy on each of them if it does not divide.
+    """An axis cut among the devices; a copy on each of them where its length does not divide.
 
-    A linear of few or odd rows is then solved by every device: it takes as long as on one.
+    A linear of which nothing divides is solved by every device: it takes as long as on one.
     """
     return NamedSharding(mesh, PartitionSpec()) if length % mesh.size else parts(mesh, axis)
 

@@ -366,8 +366,7 @@ def _prune_linears(
         # Columns of the weight are where those of the Gram are, if these are not everywhere.
         axis = 0 if gram.sharding.is_fully_replicated else 1
         if not tokens:
-            eye = jnp.eye(linear.shape[1], dtype=jnp.float32)
-            gram = apart(eye, model.mesh, axis) if axis else everywhere(eye, model.mesh)
+            gram = jnp.fill_diagonal(gram, 1, inplace=False)
         problem = LayerProblem(apart(given.astype(jnp.float32), model.mesh, axis), gram)
         if tokens and pull is not None:
             problem = correct_inputs(problem, crosses[linear.input], pull)
@@ -443,11 +442,12 @@ def gather_grams(
     alongside = itertools.repeat(None, len(hidden)) if dense_hidden is None else dense_hidden
     for batch, dense_batch in zip(hidden, alongside, strict=True):
         both = [None if x is None else placed(x, mesh) for x in (batch, dense_batch)]
-        sums = LayerSums(*add_layer_inputs(layer, dict(weights), *both, *sums, devices=devices))
-    for each in sums if devices is None else ():
-        for name in list(each):
-            # One after the other, so that few are there twice.
-            each[name] = over_devices(each.pop(name), mesh)
+        sums = LayerSums(*add_layer_inputs(layer, dict(weights), *both, *sums, devices))
+    if columns is None:
+        for each in sums:
+            for name in list(each):
+                # One after the other, so that few are there twice.
+                each[name] = over_devices(each.pop(name), mesh)
     for name, gram in [*sums.grams.items(), *sums.crosses.items()]:
         if not jnp.isfinite(jnp.trace(gram.total)):
             raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")

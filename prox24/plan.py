@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram
+from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram, layer_inputs
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.core.precision import PRECISION
 from prox24.errors import Prox24Error
@@ -23,11 +24,12 @@ from prox24.forward import (
     layer_function,
     layer_linears,
     micro_batches_of,
-    run_layer,
 )
 from prox24.models import decoder
 from prox24.refine import BlockRefinement
 from prox24.refine.blocks import block_step
+from prox24.solvers.admm import ADMM
+from prox24.solvers.damping import WIDEST_BLOCK
 from prox24.solvers.problem import LayerProblem, corrected_weight
 from prox24.solvers.solve import Refit, Solver, lower, solve
 
@@ -94,7 +96,8 @@ class Operations(NamedTuple):
     def seconds(self, rate: float, devices: int, shard_grams: bool = False) -> dict[str, float]:
         """Of each part, at so many operations a second on each device.
 
-        Devices that do not share the columns of the Grams factor each Gram by themselves.
+        Devices that do not share the columns of the Grams factor each Gram by themselves. Shared
+        are all, as if the devices divided every width.
         """
         alone = () if shard_grams else ("factor",)
         return {
@@ -179,11 +182,8 @@ def fitting_micro_batch(
             (f"one window in layer {index}", max(memory.gather, memory.refine)),
         ):
             if bytes_needed > budget:
-                hint = ""
-                if devices > 1 and not method.shard_grams:
-                    hint = "; --shard-grams divides the Grams among the devices"
                 raise Prox24Error(
-                    f"--memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB{hint}"
+                    f"--memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
                 )
         sizes = micro_batches_of(share, most)
         most = next(size for size in sizes if needed(index, size) <= budget)
@@ -304,13 +304,20 @@ def _gathering(
     sums: Sums = jax.eval_shape(lambda: {name: empty_gram(w) for name, w in widths.items()})
     alongside = (hidden, sums, sums) if method.dense_targets else (None, sums, {})
     needed = _needed(add_layer_inputs.lower(layer, weights, hidden, *alongside))
-    sharing = min(_sharing(width, method, devices) for width in widths.values())
-    if sharing == 1:
+    if not method.shard_grams or devices == 1:
         return needed
-    # A device has a part of what Grams take, and the tokens that another one sends.
-    alone = _needed(run_layer.lower(layer, weights, hidden))
-    sent = 4 * math.prod(micro_batch) * max(widths.values()) * (2 if method.dense_targets else 1)
-    return alone + (needed - alone) // sharing + sent
+    # A device has a part of what the Grams take, and the tokens that another one sends.
+    streams = [hidden] * (2 if method.dense_targets else 1)
+
+    @jax.jit
+    def run(weights: dict[str, Array], streams: list[Array]) -> list[dict[str, Array]]:
+        return [layer_inputs(layer, weights, hidden) for hidden in streams]
+
+    alone = _needed(run.lower(weights, streams))
+    whole = sum(width**2 for width in widths.values())
+    part = sum(width**2 / _sharing(width, method, devices) for width in widths.values()) / whole
+    sent = 4 * math.prod(micro_batch) * max(widths.values()) * len(streams)
+    return alone + int(max(0, needed - alone) * part) + sent
 
 
 def _solving(linear: Linear, method: Method, devices: int) -> int:
@@ -329,8 +336,10 @@ def _solving(linear: Linear, method: Method, devices: int) -> int:
         needed = max(needed, corrected)
     if sharing == 1:
         return needed
-    # For a product a device has, by and by, the columns of all.
-    return needed // sharing + _bytes(Spec(linear.shape, jnp.float32))
+    # Whole on each are a weight, for its product with a Gram, and the rows of a block by which ADMM
+    # makes inverses, before and after their product with its pivot.
+    rows = 2 * min(WIDEST_BLOCK, width) if isinstance(method.solver, ADMM) else 0
+    return needed // sharing + 4 * (outputs + rows) * width
 
 
 def _refining(

@@ -148,30 +148,31 @@ def solver_reports():
 
 def column_reports():
     """What devices that share the columns of a Gram find, and send to one another."""
-    rows, width = 48, 1024
-    rng = np.random.default_rng(0)
-    weight = rng.normal(size=(rows, width)).astype(np.float32)
-    inputs = rng.normal(size=(2 * width, width)).astype(np.float32)
     methods = (ADMM(), ConjugateGradients())
-    expected = solve(LayerProblem(jnp.asarray(weight), jnp.asarray(inputs.T @ inputs)), *methods)
-    for kind in (AxisType.Auto, AxisType.Explicit):
+    # Of the first width neither the blocks of an inverse nor those of 4 are whole on a device.
+    for rows, width, kind in ((48, 520, AxisType.Auto), (600, 576, AxisType.Explicit)):
+        rng = np.random.default_rng(0)
+        weight = rng.normal(size=(rows, width)).astype(np.float32)
+        inputs = rng.normal(size=(2 * width, width)).astype(np.float32)
+        dense = LayerProblem(jnp.asarray(weight), jnp.asarray(inputs.T @ inputs))
+        expected = solve(dense, *methods)
         mesh = jax.make_mesh((8,), ("columns",), axis_types=(kind,))
         columns = NamedSharding(mesh, P(None, "columns"))
-        problem = LayerProblem(
-            jax.device_put(weight, columns), jax.device_put(inputs.T @ inputs, columns)
-        )
+        problem = jax.device_put(dense, columns)
         program = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4)).compile()
         pruned, mask, figures = program(problem, *methods, jnp.float32(0.01))
         yield {
             "columns": kind.name,
             "kept": pruned.sharding == mask.sharding == columns,
-            "sent": largest_sent(program) / width**2,
-            "sparse": bool(is_sparse(pruned)),
+            **sent(program, width),
+            "sparse": bool(is_sparse(np.asarray(pruned))),
             "same_blocks": same_blocks(mask, expected.mask),
             "weights": relative_difference(pruned, expected.weight),
             "loss": float(figures["relative_loss"]) / expected.statistics.relative_loss - 1,
         }
 
+    width = 1024
+    inputs = rng.normal(size=(2048, width)).astype(np.float32)
     mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,))
     x = jax.device_put(inputs.reshape(8, -1, 16, width), NamedSharding(mesh, P(AXIS)))
     y = jax.device_put(2 * x, NamedSharding(mesh, P(AXIS)))
@@ -185,7 +186,7 @@ def column_reports():
     yield {
         "summed": float(np.linalg.norm(gram.total - exact) / np.linalg.norm(exact)),
         "tokens": int(gram.tokens),
-        "sent": largest_sent(program) / width**2,
+        **sent(program, width),
         "columns": gram.total.sharding.shard_shape(gram.total.shape),
     }
 
@@ -195,24 +196,30 @@ def planned_reports(folder):
     config = config_dict(hidden_size=256, intermediate_size=1024, head_dim=64)
     write_folder(folder.with_name("wide"), config, random_weights(config))
     model = load_model(open_checkpoint(folder.with_name("wide")))
-    methods, micro_batch = (ADMM(), ConjugateGradients()), (2, 32)
-    memory = layer_memory(model, 0, micro_batch, Method(*methods, shard_grams=True), devices=8)
+    methods = (ADMM(), ConjugateGradients())
+    method = Method(*methods, dense_targets=True, shard_grams=True)
+    memory = layer_memory(model, 0, (2, 256), method, devices=8)
 
     mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,))
     whole, parts, columns = (NamedSharding(mesh, P(*axes)) for axes in ((), (AXIS,), (None, AXIS)))
     linears, layer = layer_linears(model.config, 0), model.config.layers[0]
     weights = jax.device_put(layer_weights(model, 0), whole)
-    hidden = jax.device_put(jnp.ones((16, 32, layer.hidden)), parts)
+    hidden = jax.device_put(jnp.ones((16, 256, layer.hidden)), parts)
     grams = {linear.input: empty_columns(linear.shape[1], mesh) for linear in linears}
-    gathering = add_layer_inputs.lower(layer, weights, hidden, None, grams, {}, devices=8)
+    gathering = add_layer_inputs.lower(layer, weights, hidden, hidden, grams, grams, devices=8)
     down = next(linear for linear in linears if linear.tensor == memory.widest)
     problem = LayerProblem(jax.device_put(jnp.ones(down.shape), columns), grams[down.input].total)
     solving = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4))
-    others = memory.grams - 4 * down.shape[1] ** 2 / 8
+    held = 2 * memory.weights + 2 * memory.grams - 4 * down.shape[1] ** 2 / 8
     yield {
         "planned": memory.widest,
+        "gathered": [
+            gram.total.is_equivalent_to(columns, 2)
+            for sums in gathering.compile().output_shardings
+            for gram in sums.values()
+        ],
         "planned_gathering": memory.gather / reserved(gathering),
-        "planned_solving": memory.solve / (2 * memory.weights + others + reserved(solving)),
+        "planned_solving": (memory.solve - held) / reserved(solving),
     }
 
 
@@ -227,15 +234,19 @@ def reserved(lowered):
     )
 
 
-def largest_sent(program):
-    """Entries of the largest array that a collective of a program makes."""
-    found = collectives(program.as_text())[0].values()
-    shapes = [shape for kinds in found for shape, _ in kinds]
-    return max(
-        math.prod(map(int, sizes.split(",")))
-        for shape in shapes
-        for sizes in re.findall(r"\[([\d,]+)\]", shape)
-    )
+def sent(program, width):
+    """Whether a collective makes a Gram, and those of several numbers in each loop of a program."""
+    loops = [
+        [(shape, kind) for shape, kind in found if "," in shape]
+        for found in collectives(program.as_text())[0].values()
+    ]
+    shapes = [
+        {int(size) for size in sizes.split(",")}
+        for found in loops
+        for shape, _ in found
+        for sizes in re.findall(r"\[(\d+,[\d,]+)\]", shape)
+    ]
+    return {"gram": any(sizes == {width} for sizes in shapes), "sent": loops}
 
 
 def model_reports(folder):
@@ -249,17 +260,18 @@ def model_reports(folder):
         methods = (ADMM(), ConjugateGradients())
         return collect(prune(checkpoint, windows, *methods, mesh=mesh, **options))
 
-    expected = pruned(None)
-    for count, shard_grams in ((2, False), (8, True), (8, False)):
+    cases = ((2, {}), (8, {"shard_grams": True, "pull": 1.0}), (8, {}))
+    for count, options in cases:
         mesh = jax.make_mesh((count,), ("any",), devices=jax.devices()[:count])
-        result = pruned(mesh, shard_grams=shard_grams)
+        result = pruned(mesh, **options)
+        expected = pruned(None, pull=options.get("pull"))
         masks, others = (
             np.concatenate([values.ravel() for values in model.tensors.values()]) != 0
             for model in (result, expected)
         )
         yield {
             "devices": count,
-            "shard_grams": shard_grams,
+            "shard_grams": "shard_grams" in options,
             "sparse": all(bool(is_sparse(values)) for values in result.tensors.values()),
             "same_blocks": same_blocks(masks, others),
             "weights": max(

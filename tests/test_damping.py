@@ -74,6 +74,22 @@ def test_one_bad_entry_of_the_diagonal_gives_nan(place, value):
     assert np.all(np.isnan(inverse(jnp.asarray(matrix))))
 
 
+@pytest.mark.parametrize("place", [(0, 1), (3, 299), (255, 256)])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_bad_entry_beside_the_diagonal_gives_nan(place, value):
+    matrix = np.eye(300)
+    matrix[place] = matrix[place[::-1]] = value
+    assert np.all(np.isnan(inverse(jnp.asarray(matrix))))
+
+
+@pytest.mark.parametrize("width", [60, 300])
+def test_only_the_upper_triangle_is_read(width):
+    matrix = definite(width, 100.0, np.random.default_rng(0))
+    inverted = inverse(jnp.asarray(matrix))
+    matrix[np.tril_indices(width, -1)] = np.nan
+    np.testing.assert_array_equal(inverse(jnp.asarray(matrix)), inverted)
+
+
 @given(st.integers(1, 300), st.integers(0, 2**32 - 1), st.booleans())
 def test_a_matrix_that_is_not_definite_gives_nan(width, seed, clearly):
     matrix = definite(width, 100.0, np.random.default_rng(seed))

@@ -57,11 +57,14 @@ def test_columns_of_grams_are_divided_among_devices(model):
     assert columns.grams == one.grams // 2
     assert columns.gather < rows.gather
     assert columns.solve < rows.solve
-    # Which neither of the widths is divisible by.
-    assert plan.layer_memory(model, 0, (1, 32), method, 7) == one
-    with pytest.raises(Prox24Error, match="GiB; --shard-grams divides the Grams among"):
-        plan.fitting_micro_batch(model, (8, 32), WANDA, columns.solve, devices=2)
-    assert plan.fitting_micro_batch(model, (8, 32), method, columns.gather, devices=2) >= 2
+    # Which neither of the widths is divisible by: devices have copies, and send one another tokens.
+    copies = plan.layer_memory(model, 0, (1, 32), method, 7)
+    assert (copies.grams, copies.solve) == (one.grams, one.solve)
+    assert copies.gather > one.gather
+    budget = max(columns.gather, columns.solve)
+    assert plan.fitting_micro_batch(model, (8, 32), method, budget, devices=2) == 2
+    with pytest.raises(Prox24Error, match="--memory is too small"):
+        plan.fitting_micro_batch(model, (8, 32), WANDA, budget, devices=2)
 
 
 def test_the_largest_micro_batch_that_fits_is_found(model):

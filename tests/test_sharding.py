@@ -1,5 +1,7 @@
 """Rows of a weight and windows of a text are independent: eight devices do what one does."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,8 +89,13 @@ def test_devices_that_share_columns_find_what_one_finds(reports):
 
 
 def test_devices_that_share_columns_send_rows_of_a_gram_or_tokens_and_never_a_gram(reports):
-    # A block of 256 rows, or the 256 tokens of a device, of 1024 columns.
-    assert [report["sent"] for report in reports if "sent" in report] == [0.25] * 3
+    solving, summing = (report for report in reports if report.get("gram") is False)
+    assert solving["columns"] == "Explicit"
+    # The inverse of the Gram, and those of the steps.
+    sweeps = [loop for loop in solving["sent"] if any("192,576" in shape for shape, _ in loop)]
+    assert [kind for loop in sweeps for _, kind in loop] == ["all-gather"] * 2
+    (part,) = (loop for loop in summing["sent"] if loop)
+    assert [re.findall(r"[\d,]{5,}", shape) for shape, _ in part] == [["256,1024"] * 2]
 
 
 def test_each_of_eight_devices_sums_its_columns_of_a_gram(reports):
@@ -96,6 +103,11 @@ def test_each_of_eight_devices_sums_its_columns_of_a_gram(reports):
     assert report["summed"] <= 1e-6
     assert report["tokens"] == 2048
     assert report["columns"] == [1024, 128]
+
+
+def test_grams_stay_where_their_columns_were(reports):
+    # Those of four inputs, and as many cross-Grams.
+    assert [report["gathered"] for report in reports if "gathered" in report] == [[True] * 8]
 
 
 def test_what_devices_that_share_columns_hold_is_estimated(reports):

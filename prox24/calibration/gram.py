@@ -49,7 +49,7 @@ def empty_gram(width: int, mesh: Mesh | None = None) -> GramSum:
 
 
 def empty_columns(width: int, mesh: Mesh) -> GramSum:
-    """The Gram of no tokens, its columns cut among the devices of a mesh."""
+    """The Gram of no tokens, its columns cut among the devices; copies if they do not divide."""
     matrix = parts_or_copies(width, mesh, axis=1)
     total, error = (jnp.zeros((width, width), jnp.float32, device=matrix) for _ in range(2))
     return GramSum(total, error, everywhere(jnp.zeros((), jnp.int32), mesh))
@@ -117,6 +117,13 @@ def _add_parts(gram: GramSum) -> GramSum:
     return functools.reduce(add, map(GramSum, *gram))
 
 
+def layer_inputs(layer: Layer, weights: dict[str, Array], hidden: Array) -> dict[str, Array]:
+    """What the linears of a layer see, by the names that `tap` gives to inputs."""
+    seen: dict[str, Array] = {}
+    decoder.layer(layer, weights, hidden, seen.__setitem__)
+    return seen
+
+
 @functools.partial(
     jax.jit, static_argnames=("layer", "devices"), donate_argnames=("grams", "crosses")
 )
@@ -143,16 +150,10 @@ def add_layer_inputs(
     Returns:
       The updated Grams and cross-Grams.
     """
-
-    def inputs(hidden: Array) -> dict[str, Array]:
-        seen: dict[str, Array] = {}
-        decoder.layer(layer, weights, hidden, seen.__setitem__)
-        return seen
-
     put = add_tokens if devices is None else functools.partial(add_in_turn, devices=devices)
-    pruned = inputs(hidden)
+    pruned = layer_inputs(layer, weights, hidden)
     grams = {name: put(grams[name], x, x) for name, x in pruned.items()}
     if dense_hidden is not None:
-        dense = inputs(dense_hidden)
+        dense = layer_inputs(layer, weights, dense_hidden)
         crosses = {name: put(crosses[name], dense[name], x) for name, x in pruned.items()}
     return grams, crosses

@@ -105,7 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
     if budget is not None:
         said = "no" if fitting is None else f"yes, {fitting // devices} x {length} tokens at once"
         rows.append([f"fits into {_gigabytes(budget)}", said])
-    print_table([f"plan for {devices} device{'s' * (devices > 1)}", str(arguments.source)], rows)
+    title = f"plan for {devices} device{'s' * (devices > 1)}"
+    if arguments.shard_grams:
+        title += ", Grams shared"
+    print_table([title, str(arguments.source)], rows)
     return 0
 
 

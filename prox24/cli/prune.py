@@ -134,6 +134,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if jax.process_count() > 1:
             raise Prox24Error("--refine is for a single process")
     micro_batch, mesh = None, common_mesh(len(windows)) if native else None
+    if arguments.shard_grams and mesh is None:
+        raise Prox24Error("--shard-grams is for several devices, and there is one to be used")
     if arguments.memory is not None:
         method = Method(
             solver,

@@ -259,9 +259,9 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         )
 
     def advance_with_one_rho(state: _State) -> _State:
-        shifted = jnp.fill_diagonal(gram, jnp.diagonal(gram) + state.rho, inplace=False)
         # What the damping made definite may be indefinite by rounding, once features are scaled.
-        response = state.rho * damped_inverse(shifted, jnp.zeros_like(state.rho)).matrix
+        inverted = damped_inverse(gram, jnp.zeros_like(state.rho), shift=state.rho)
+        response = state.rho * inverted.matrix
         steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
         end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
         change = changed(split(end.sparse), split(state.sparse), pattern)

@@ -89,14 +89,19 @@ class Inverse(NamedTuple):
     damping: Array
 
 
-def damped_inverse(gram: Array, damping: Array) -> Inverse:
-    """Inverts the damped Gram, with damping raised as by `inverse_factor`.
+def damped_inverse(gram: Array, damping: Array, shift: Array | float = 0.0) -> Inverse:
+    """Inverts the damped Gram + shift I, with damping raised as by `inverse_factor`.
 
     Args:
       gram: shape (in, in), symmetric.
       damping: nonnegative scalar of its dtype, relative to the mean of the diagonal.
+      shift: nonnegative scalar of its dtype, in the Gram's units.
     """
-    return Inverse(*_with_enough_damping(inverse, gram, damping))
+
+    def attempt(damped: Array) -> Array:
+        return inverse(jnp.fill_diagonal(damped, jnp.diagonal(damped) + shift, inplace=False))
+
+    return Inverse(*_with_enough_damping(attempt, gram, damping))
 
 
 def _with_enough_damping(
@@ -128,12 +133,12 @@ def inverse(matrix: Array) -> Array:
 
     It sweeps the columns block by block: the elimination of Gauss and Jordan, in a form that stays
     symmetric. With A partitioned into a block K and the rest R, a sweep puts
-    A_RR - A_RK A_KK^-1 A_KR, A_RK A_KK^-1 and -A_KK^-1 in their places, and after all of them A is
-    -A^-1. A_KK is inverted the same way in smaller blocks, down to single entries, the pivots,
-    which are all positive if and only if the matrix is definite, to rounding (docs/theory.md,
-    section 14). Of 2 n^3 operations nearly all are in products (n, b) x (b, n). A Cholesky
-    factorization with two triangular solves takes 7/3 n^3. Devices that share the columns send one
-    another the rows of a block, and no more.
+    A_RR - A_RK A_KK^-1 A_KR, A_RK A_KK^-1 and -A_KK^-1 in their places. After all of them A is
+    -A^-1, and -A has become A^-1. Blocks are inverted the same way in smaller ones, down to single
+    entries, the pivots, which are all positive if and only if the matrix is definite, to rounding
+    (docs/theory.md, section 14). Of 2 n^3 operations nearly all are in products (n, b) x (b, n). A
+    Cholesky factorization with two triangular solves takes 7/3 n^3. Beside the result there is room
+    for one more matrix. Devices that share the columns send one another the rows of a block.
 
     Args:
       matrix: shape (n, n), float32 or float64, symmetric; only the upper triangle is read.
@@ -151,33 +156,36 @@ def inverse(matrix: Array) -> Array:
       True
     """
     width = len(matrix)
+    for block in range(WIDEST_BLOCK, WIDEST_BLOCK // 2, -INNER_BLOCK):
+        if width % block == 0:
+            return _swept(-matrix, (block, INNER_BLOCK, 1))
     blocks = math.ceil(width / WIDEST_BLOCK)
     block = math.ceil(width / blocks / INNER_BLOCK) * INNER_BLOCK
     identity = jnp.eye(blocks * block, dtype=matrix.dtype)
-    return _swept(identity.at[:width, :width].set(matrix), (block, INNER_BLOCK, 1))[:width, :width]
+    padded = identity.at[:width, :width].set(matrix)
+    return _swept(-padded, (block, INNER_BLOCK, 1))[:width, :width]
 
 
-def _swept(matrix: Array, blocks: Sequence[int]) -> Array:
-    """The inverse, by blocks of the first size, each inverted by blocks of the others."""
+def _swept(negated: Array, blocks: Sequence[int]) -> Array:
+    """The inverse of -negated, by blocks of the first size, each inverted by the others."""
     block, *inner = blocks
-    width = len(matrix)
-    in_block = jnp.arange(width) // block
+    width = len(negated)
+    row, column = (lax.broadcasted_iota(jnp.int32, negated.shape, axis) for axis in (0, 1))
 
     def sweep(index: Array, matrix: Array) -> Array:
         start = index * block
-        # Without the barrier the rows of a matrix that is in parts are sliced from all of it, sent.
+        # Without the barrier XLA may gather a matrix that is in parts, and then slice it.
         rows = lax.optimization_barrier(lax.dynamic_slice(matrix, (start, 0), (block, width)))
         rows = whole(rows)
         pivot = lax.dynamic_slice(rows, (0, start), (block, block))
-        pivot = _swept(pivot, inner) if inner else _reciprocal(pivot)
-        # With -I in the block's own place one product serves all four parts.
-        rows = lax.dynamic_update_slice(rows, -jnp.eye(block, dtype=rows.dtype), (0, start))
-        scaled = jnp.matmul(rows.T, pivot, precision=PRECISION)
-        swept = in_block == index
-        rest = jnp.where(swept[:, None] | swept[None, :], 0, matrix)
-        return rest - jnp.matmul(scaled, rows, precision=PRECISION)
+        inverted = _swept(pivot, inner) if inner else _reciprocal(-pivot)
+        # With I in the block's own place one product serves all four parts.
+        rows = whole(lax.dynamic_update_slice(rows, jnp.eye(block, dtype=rows.dtype), (0, start)))
+        scaled = jnp.matmul(inverted, rows, precision=PRECISION)
+        swept = (row // block == index) | (column // block == index)
+        return jnp.where(swept, 0, matrix) + jnp.matmul(rows.T, scaled, precision=PRECISION)
 
-    return -lax.fori_loop(0, width // block, sweep, matrix)
+    return lax.fori_loop(0, width // block, sweep, negated)
 
 
 def _reciprocal(pivot: Array) -> Array:

@@ -56,7 +56,9 @@ def solve(
 
     Rows are independent: a weight whose rows are sharded over a mesh, its axes automatic or
     explicit, gives a weight and a mask that are sharded alike, and devices exchange one number
-    for each look at the stop test. docs/scaling.md says which solvers need more.
+    for each look at the stop test. docs/scaling.md says which solvers need more. A weight and a
+    Gram whose columns are sharded give the same: devices then exchange the weight in every step,
+    and `check_shares_columns` says with which solvers they never exchange the Gram.
 
     Args:
       problem: weight (out, in) and gram (in, in), in any floating dtype; the work is done in
@@ -136,13 +138,16 @@ def check_supported(
 def check_shares_columns(solver: Solver, refit: Refit | None) -> None:
     """Raises ValueError unless devices that share the columns of a Gram never need all of it.
 
-    SparseGPT factors it, and the step of a gradient method comes from its powers.
+    Others factor it, or take its powers for the size of their steps.
 
     Example:
       >>> check_shares_columns(ADMM(), ConjugateGradients())
     """
-    for method, able in ((solver, (Magnitude, Wanda, ADMM)), (refit, (ConjugateGradients,))):
-        if not isinstance(method, (*able, type(None))):
+    for method, able in (
+        (solver, Magnitude | Wanda | ADMM),
+        (refit, ConjugateGradients | None),
+    ):
+        if not isinstance(method, able):
             raise ValueError(
                 f"{type(method).__name__} needs the whole Gram on every device: only magnitude, "
                 "wanda and admm, with conjugate gradients or no refit, share its columns"
