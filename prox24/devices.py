@@ -1,6 +1,6 @@
 """Where arrays are kept when devices share the work: windows and rows apart, the rest on all.
 
-Or columns apart, of Grams that no device should hold.
+With `shard_grams`, the columns of Grams and weights are apart instead of rows.
 
 Without a mesh everything stays as it is, on one device. The devices of a mesh may be those of
 several processes, one process after the other: each then has the windows of its own devices on the
@@ -48,15 +48,15 @@ def parts(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def parts_or_copies(length: int, mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """An axis cut among the devices; a copy on each of them where its length does not divide.
+    """An axis cut among the devices; a copy on each of them if they do not divide its length.
 
-    A linear of which nothing divides is solved by every device: it takes as long as on one.
+    A linear whose axis they do not divide is solved whole by each: it takes as long as on one.
     """
     return NamedSharding(mesh, PartitionSpec()) if length % mesh.size else parts(mesh, axis)
 
 
 def apart(array: Array, mesh: Mesh | None, axis: int = 0) -> Array:
-    """`parts_or_copies` of an array."""
+    """An array, placed as `parts_or_copies` says."""
     return array if mesh is None else _put(array, parts_or_copies(array.shape[axis], mesh, axis))
 
 

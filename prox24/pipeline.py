@@ -163,10 +163,10 @@ def prune(
         windows. Its axes, of either kind, count as one. Where they are those of several processes,
         process after process, each of these calls `prune` with the same arguments and gets all
         linears. None for one device.
-      shard_grams: the devices share the columns of Grams and weights, not the rows of weights with
-        a copy of each Gram: less memory, and ADMM's inverses are shared too, but they communicate
-        in every step. For magnitude, Wanda and ADMM, with conjugate gradients or no refit. Where
-        the devices do not divide a linear's width, they share its rows.
+      shard_grams: the devices of the mesh share the columns of Grams and weights, instead of the
+        rows of weights with a copy of each Gram. This takes less memory and divides ADMM's inverses
+        too, but the devices communicate in every step. For magnitude, Wanda and ADMM, with
+        conjugate gradients or no refit. Devices that do not divide a linear's width share its rows.
       refinement: after its linears are pruned, trains the tensors of a layer together, zeros kept,
         to put out on the pruned model's activations what the dense layer puts out on the dense
         model's, which runs alongside, in one process. A layer then counts as finished when all

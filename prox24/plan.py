@@ -96,8 +96,8 @@ class Operations(NamedTuple):
     def seconds(self, rate: float, devices: int, shard_grams: bool = False) -> dict[str, float]:
         """Of each part, at so many operations a second on each device.
 
-        Devices that do not share the columns of the Grams factor each Gram by themselves. Shared
-        are all, as if the devices divided every width.
+        Devices factor each Gram by themselves. With `shard_grams` every part is divided, as if the
+        devices divided every width.
         """
         alone = () if shard_grams else ("factor",)
         return {
@@ -111,8 +111,8 @@ def layer_memory(
 ) -> Memory:
     """Bytes that XLA's compiler reserves for the programs of one layer, which are not run.
 
-    It is asked about one device. Where devices share columns, which they then send to one another,
-    the bytes of each are estimated from that.
+    It is asked about one device. Where devices share columns, the bytes of each are estimated from
+    its answer.
 
     Args:
       model: the model, of which nothing is read.
@@ -336,10 +336,11 @@ def _solving(linear: Linear, method: Method, devices: int) -> int:
         needed = max(needed, corrected)
     if sharing == 1:
         return needed
-    # Whole on each are a weight, for its product with a Gram, and the rows of a block by which ADMM
-    # makes inverses, before and after their product with its pivot.
-    rows = 2 * min(WIDEST_BLOCK, width) if isinstance(method.solver, ADMM) else 0
-    return needed // sharing + 4 * (outputs + rows) * width
+    # Each holds a whole weight, for its product with a Gram, and the rows of a block of an inverse,
+    # before and after the product with its pivot.
+    inverts = isinstance(method.solver, ADMM) or method.dense_targets
+    swept = 2 * min(WIDEST_BLOCK, width) if inverts else 0
+    return needed // sharing + 4 * (outputs + swept) * width
 
 
 def _refining(

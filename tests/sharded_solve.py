@@ -150,7 +150,11 @@ def column_reports():
     """What devices that share the columns of a Gram find, and send to one another."""
     methods = (ADMM(), ConjugateGradients())
     # Of the first width neither the blocks of an inverse nor those of 4 are whole on a device.
-    for rows, width, kind in ((48, 520, AxisType.Auto), (600, 576, AxisType.Explicit)):
+    for rows, width, kind in (
+        (48, 520, AxisType.Auto),
+        (600, 576, AxisType.Auto),
+        (600, 576, AxisType.Explicit),
+    ):
         rng = np.random.default_rng(0)
         weight = rng.normal(size=(rows, width)).astype(np.float32)
         inputs = rng.normal(size=(2 * width, width)).astype(np.float32)
@@ -164,7 +168,8 @@ def column_reports():
         yield {
             "columns": kind.name,
             "kept": pruned.sharding == mask.sharding == columns,
-            **sent(program, width),
+            "width": width,
+            "sent": sent(program),
             "sparse": bool(is_sparse(np.asarray(pruned))),
             "same_blocks": same_blocks(mask, expected.mask),
             "weights": relative_difference(pruned, expected.weight),
@@ -186,7 +191,7 @@ def column_reports():
     yield {
         "summed": float(np.linalg.norm(gram.total - exact) / np.linalg.norm(exact)),
         "tokens": int(gram.tokens),
-        **sent(program, width),
+        "sent": sent(program),
         "columns": gram.total.sharding.shard_shape(gram.total.shape),
     }
 
@@ -206,16 +211,18 @@ def planned_reports(folder):
     weights = jax.device_put(layer_weights(model, 0), whole)
     hidden = jax.device_put(jnp.ones((16, 256, layer.hidden)), parts)
     grams = {linear.input: empty_columns(linear.shape[1], mesh) for linear in linears}
-    gathering = add_layer_inputs.lower(layer, weights, hidden, hidden, grams, grams, devices=8)
+    gathering = add_layer_inputs.lower(
+        layer, weights, hidden, hidden, grams, grams, devices=8
+    ).compile()
     down = next(linear for linear in linears if linear.tensor == memory.widest)
     problem = LayerProblem(jax.device_put(jnp.ones(down.shape), columns), grams[down.input].total)
-    solving = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4))
+    solving = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4)).compile()
     held = 2 * memory.weights + 2 * memory.grams - 4 * down.shape[1] ** 2 / 8
     yield {
         "planned": memory.widest,
         "gathered": [
             gram.total.is_equivalent_to(columns, 2)
-            for sums in gathering.compile().output_shardings
+            for sums in gathering.output_shardings
             for gram in sums.values()
         ],
         "planned_gathering": memory.gather / reserved(gathering),
@@ -223,9 +230,9 @@ def planned_reports(folder):
     }
 
 
-def reserved(lowered):
+def reserved(program):
     """Bytes on one device for a program and its arrays."""
-    memory = lowered.compile().memory_analysis()
+    memory = program.memory_analysis()
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -234,19 +241,12 @@ def reserved(lowered):
     )
 
 
-def sent(program, width):
-    """Whether a collective makes a Gram, and those of several numbers in each loop of a program."""
-    loops = [
-        [(shape, kind) for shape, kind in found if "," in shape]
+def sent(program):
+    """What collectives of matrices make, in each loop of a program."""
+    return [
+        [(shape, kind) for shape, kind in found if re.search(r"\[\d+,", shape)]
         for found in collectives(program.as_text())[0].values()
     ]
-    shapes = [
-        {int(size) for size in sizes.split(",")}
-        for found in loops
-        for shape, _ in found
-        for sizes in re.findall(r"\[(\d+,[\d,]+)\]", shape)
-    ]
-    return {"gram": any(sizes == {width} for sizes in shapes), "sent": loops}
 
 
 def model_reports(folder):
@@ -260,11 +260,11 @@ def model_reports(folder):
         methods = (ADMM(), ConjugateGradients())
         return collect(prune(checkpoint, windows, *methods, mesh=mesh, **options))
 
-    cases = ((2, {}), (8, {"shard_grams": True, "pull": 1.0}), (8, {}))
-    for count, options in cases:
+    alone = {pull: pruned(None, pull=pull) for pull in (None, 1.0)}
+    for count, options in ((2, {}), (8, {"shard_grams": True, "pull": 1.0}), (8, {})):
         mesh = jax.make_mesh((count,), ("any",), devices=jax.devices()[:count])
         result = pruned(mesh, **options)
-        expected = pruned(None, pull=options.get("pull"))
+        expected = alone[options.get("pull")]
         masks, others = (
             np.concatenate([values.ravel() for values in model.tensors.values()]) != 0
             for model in (result, expected)

@@ -38,8 +38,8 @@ def test_an_indefinite_gram_gets_the_damping_that_it_needs():
     np.testing.assert_allclose(inverted.matrix, expected, rtol=1e-9, atol=1e-9)
 
 
-# Widths of less than a block, of whole blocks, and of several blocks that are filled up.
-@pytest.mark.parametrize("width", [1, 4, 15, 16, 60, 256, 260, 700])
+# Less than a block, one, several, and several that are filled up.
+@pytest.mark.parametrize("width", [1, 4, 15, 16, 60, 256, 384, 432, 260, 700])
 @pytest.mark.parametrize("condition", [1e2, 1e8])
 def test_the_inverse_times_the_matrix_is_the_identity(width, condition):
     matrix = definite(width, condition, np.random.default_rng(0))

@@ -129,6 +129,8 @@ def test_methods_that_need_whole_grams_do_not_share_their_columns(
     model, tmp_path, capsys, command, method
 ):
     places = [str(tmp_path / "model"), *[str(tmp_path / "pruned")] * (command == "prune")]
+    assert main([command, *places, "--shard-grams", "--method", "wanda"]) == 2
+    assert "--shard-grams is for several devices" in capsys.readouterr().err
     assert main([command, *places, "--shard-grams", "--method", *method]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "needs the whole Gram on every device: only magnitude, wanda and admm" in line

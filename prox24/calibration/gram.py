@@ -73,7 +73,7 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
 
 
 def add_in_turn(gram: GramSum, x: Array, y: Array, devices: int) -> GramSum:
-    """Adds the tokens of one device after the other, on all of them, to the columns each has.
+    """Sends the tokens of one device after the other to all; each adds them to its columns.
 
     Args:
       gram: one sum, whose columns the devices share.
@@ -85,7 +85,7 @@ def add_in_turn(gram: GramSum, x: Array, y: Array, devices: int) -> GramSum:
     places = jnp.arange(devices)[:, None, None]
 
     def add_part(place: Array, gram: GramSum) -> GramSum:
-        # The sum of one part and zeros is how a device sends its part to the others.
+        # The sum of one part and zeros: so the device that has the part sends it to the others.
         sent = (whole(jnp.sum(jnp.where(places == place, tokens, 0), axis=0)) for tokens in (x, y))
         return add_tokens(gram, *sent)
 

@@ -410,8 +410,9 @@ def _add_shard_grams(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shard-grams",
         action="store_true",
-        help="divide the columns of Grams and weights among the devices, not the rows of weights: "
-        "for Grams of which a device cannot hold several, and where devices are many",
+        help="divide the columns of Grams and weights among the devices, instead of the rows of "
+        "weights: for Grams of which a device cannot hold several, or for many devices; with "
+        "magnitude, wanda or admm, and cg or no refit",
     )
 
 

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     samples, length, budget = arguments.samples, arguments.sequence_length, arguments.memory
     # As many as divide the windows, as `prune` uses.
     devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
+    if arguments.shard_grams and devices == 1:
+        raise Prox24Error("--shard-grams is for several devices, and there is one to be used")
     size = micro_batches_of(samples // devices, max(1, BATCH_TOKENS // length))[0]
     memories = [
         layer_memory(model, index, (size, length), method, devices)

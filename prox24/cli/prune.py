@@ -142,9 +142,9 @@ def _run(arguments: argparse.Namespace) -> int:
             refit,
             arguments.pattern,
             dtype,
-            arguments.targets == "dense",
-            refinement,
-            arguments.shard_grams,
+            dense_targets=arguments.targets == "dense",
+            refinement=refinement,
+            shard_grams=arguments.shard_grams,
         )
         devices = 1 if mesh is None else mesh.size
         micro_batch = fitting_micro_batch(

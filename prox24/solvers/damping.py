@@ -81,7 +81,8 @@ class Inverse(NamedTuple):
     """The inverse of a damped Gram.
 
     Attributes:
-      matrix: (G + damping mean(diag G) I)^-1, shape (in, in).
+      matrix: (G + (damping mean(diag G) + shift) I)^-1, with the shift of `damped_inverse`, shape
+        (in, in).
       damping: scalar, as asked for or raised.
     """
 
@@ -90,7 +91,7 @@ class Inverse(NamedTuple):
 
 
 def damped_inverse(gram: Array, damping: Array, shift: Array | float = 0.0) -> Inverse:
-    """Inverts the damped Gram + shift I, with damping raised as by `inverse_factor`.
+    """Inverts the damped Gram + shift I, with damping raised as by `inverse_factor` until it can.
 
     Args:
       gram: shape (in, in), symmetric.
@@ -137,8 +138,8 @@ def inverse(matrix: Array) -> Array:
     -A^-1, and -A has become A^-1. Blocks are inverted the same way in smaller ones, down to single
     entries, the pivots, which are all positive if and only if the matrix is definite, to rounding
     (docs/theory.md, section 14). Of 2 n^3 operations nearly all are in products (n, b) x (b, n). A
-    Cholesky factorization with two triangular solves takes 7/3 n^3. Beside the result there is room
-    for one more matrix. Devices that share the columns send one another the rows of a block.
+    Cholesky factorization with two triangular solves takes 7/3 n^3. The memory is that of one more
+    matrix besides the result. Devices that share the columns send one another the rows of a block.
 
     Args:
       matrix: shape (n, n), float32 or float64, symmetric; only the upper triangle is read.
@@ -156,7 +157,8 @@ def inverse(matrix: Array) -> Array:
       True
     """
     width = len(matrix)
-    for block in range(WIDEST_BLOCK, WIDEST_BLOCK // 2, -INNER_BLOCK):
+    # Blocks that divide the width: nothing is filled up.
+    for block in range(WIDEST_BLOCK, WIDEST_BLOCK // 2 - 1, -INNER_BLOCK):
         if width % block == 0:
             return _swept(-matrix, (block, INNER_BLOCK, 1))
     blocks = math.ceil(width / WIDEST_BLOCK)
@@ -167,10 +169,10 @@ def inverse(matrix: Array) -> Array:
 
 
 def _swept(negated: Array, blocks: Sequence[int]) -> Array:
-    """The inverse of -negated, by blocks of the first size, each inverted by the others."""
+    """The inverse of -negated, by blocks of the first size, whose pivots are by the others."""
     block, *inner = blocks
     width = len(negated)
-    row, column = (lax.broadcasted_iota(jnp.int32, negated.shape, axis) for axis in (0, 1))
+    block_of = jnp.arange(width) // block
 
     def sweep(index: Array, matrix: Array) -> Array:
         start = index * block
@@ -182,8 +184,9 @@ def _swept(negated: Array, blocks: Sequence[int]) -> Array:
         # With I in the block's own place one product serves all four parts.
         rows = whole(lax.dynamic_update_slice(rows, jnp.eye(block, dtype=rows.dtype), (0, start)))
         scaled = jnp.matmul(inverted, rows, precision=PRECISION)
-        swept = (row // block == index) | (column // block == index)
-        return jnp.where(swept, 0, matrix) + jnp.matmul(rows.T, scaled, precision=PRECISION)
+        swept = whole(block_of == index)
+        rest = jnp.where(swept[:, None] | swept[None, :], 0, matrix)
+        return rest + jnp.matmul(rows.T, scaled, precision=PRECISION)
 
     return lax.fori_loop(0, width // block, sweep, negated)
 

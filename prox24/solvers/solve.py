@@ -56,9 +56,10 @@ def solve(
 
     Rows are independent: a weight whose rows are sharded over a mesh, its axes automatic or
     explicit, gives a weight and a mask that are sharded alike, and devices exchange one number
-    for each look at the stop test. docs/scaling.md says which solvers need more. A weight and a
-    Gram whose columns are sharded give the same: devices then exchange the weight in every step,
-    and `check_shares_columns` says with which solvers they never exchange the Gram.
+    for each look at the stop test. docs/scaling.md says which solvers need more. If the columns of
+    the weight and of the Gram are sharded, so are those of the result: devices then exchange the
+    weight in every step, and with the solvers that docs/scaling.md names they never exchange the
+    Gram.
 
     Args:
       problem: weight (out, in) and gram (in, in), in any floating dtype; the work is done in
