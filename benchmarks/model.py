@@ -225,6 +225,7 @@ def draw(rows: list[dict[str, str]], texts: list[str], column: str, title: str, 
         axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=7)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(title)
         axes.set_title(text, fontsize=10)
