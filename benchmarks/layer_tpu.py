@@ -94,16 +94,12 @@ def programs(config: dict[str, Any], mesh: Mesh, shared: str) -> Iterator[Progra
     weights = {name: array(shape, jnp.bfloat16) for name, shape in shapes.items()}
     hidden = rows((mesh.size, LENGTH, layer.hidden))
     if shared == "rows":
-        grams = {
-            name: GramSum(*(rows((mesh.size, n, n)),) * 2, rows((mesh.size,), jnp.int32))
-            for name, n in widths.items()
-        }
+        devices, weight, gram = None, rows, array
+        total, tokens = lambda n: rows((mesh.size, n, n)), rows((mesh.size,), jnp.int32)
     else:
-        grams = {
-            name: GramSum(*(columns((n, n)),) * 2, array((), jnp.int32))
-            for name, n in widths.items()
-        }
-    devices = None if shared == "rows" else mesh.size
+        devices, weight, gram = mesh.size, columns, columns
+        total, tokens = lambda n: columns((n, n)), array((), jnp.int32)
+    grams = {name: GramSum(total(n), total(n), tokens) for name, n in widths.items()}
     yield Program("layer", run_layer, (layer, weights, hidden), 0.0)
     yield Program(
         "layer and Grams",
@@ -120,10 +116,7 @@ def programs(config: dict[str, Any], mesh: Mesh, shared: str) -> Iterator[Progra
         (ADMM(), ConjugateGradients()),
     )
     for out, width in sorted({shapes[f"{name}.weight"] for name in inputs}):
-        if shared == "rows":
-            problem = LayerProblem(rows((out, width)), array((width, width)))
-        else:
-            problem = LayerProblem(columns((out, width)), columns((width, width)))
+        problem = LayerProblem(weight((out, width)), gram((width, width)))
         yield Program(
             f"solve, {out} x {width}",
             solve_program,

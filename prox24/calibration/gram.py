@@ -118,7 +118,16 @@ def _add_parts(gram: GramSum) -> GramSum:
 
 
 def layer_inputs(layer: Layer, weights: dict[str, Array], hidden: Array) -> dict[str, Array]:
-    """What the linears of a layer see, by the names that `tap` gives to inputs."""
+    """What the linears of a layer see, by the names that `tap` gives to inputs.
+
+    Args:
+      layer: which the weights are of.
+      weights: the layer's tensors.
+      hidden: shape (batch, length, hidden).
+
+    Returns:
+      Arrays (batch, length, in) for each input.
+    """
     seen: dict[str, Array] = {}
     decoder.layer(layer, weights, hidden, seen.__setitem__)
     return seen

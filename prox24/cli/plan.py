@@ -7,7 +7,7 @@ from typing import Any
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.tensors import byte_count
 from prox24.cli.output import print_json, print_table
-from prox24.cli.prune import choose
+from prox24.cli.prune import check_shared, choose_supported
 from prox24.errors import Prox24Error
 from prox24.forward import BATCH_TOKENS, load_model, micro_batches_of
 from prox24.plan import (
@@ -19,26 +19,18 @@ from prox24.plan import (
     product_rate,
     solver_cost,
 )
-from prox24.solvers.solve import check_shares_columns, check_supported
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
-    solver, refit = choose(arguments.method, arguments.refit)
-    try:
-        check_supported(solver, refit, arguments.pattern)
-        if arguments.shard_grams:
-            check_shares_columns(solver, refit)
-    except ValueError as error:
-        raise Prox24Error(str(error)) from error
+    solver, refit = choose_supported(arguments)
     checkpoint = open_checkpoint(arguments.source)
     model = load_model(checkpoint)
     method = Method(solver, refit, arguments.pattern, shard_grams=arguments.shard_grams)
     samples, length, budget = arguments.samples, arguments.sequence_length, arguments.memory
     # As many as divide the windows, as `prune` uses.
     devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
-    if arguments.shard_grams and devices == 1:
-        raise Prox24Error("--shard-grams is for several devices, and there is one to be used")
+    check_shared(arguments.shard_grams, devices)
     size = micro_batches_of(samples // devices, max(1, BATCH_TOKENS // length))[0]
     memories = [
         layer_memory(model, index, (size, length), method, devices)

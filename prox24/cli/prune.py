@@ -100,13 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise Prox24Error("--pull is for --targets dense")
     if arguments.refine_linears_only and arguments.refine == "none":
         raise Prox24Error("--refine-linears-only is for --refine block")
-    solver, refit = choose(arguments.method, arguments.refit)
-    try:
-        check_supported(solver, refit, arguments.pattern)
-        if arguments.shard_grams:
-            check_shares_columns(solver, refit)
-    except ValueError as error:
-        raise Prox24Error(str(error)) from error
+    solver, refit = choose_supported(arguments)
     checkpoint, native = torchax.open_any(arguments.source)
     if not native:
         for option, given in (
@@ -134,8 +128,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if jax.process_count() > 1:
             raise Prox24Error("--refine is for a single process")
     micro_batch, mesh = None, common_mesh(len(windows)) if native else None
-    if arguments.shard_grams and mesh is None:
-        raise Prox24Error("--shard-grams is for several devices, and there is one to be used")
+    devices = 1 if mesh is None else mesh.size
+    check_shared(arguments.shard_grams, devices)
     if arguments.memory is not None:
         method = Method(
             solver,
@@ -146,7 +140,6 @@ def _run(arguments: argparse.Namespace) -> int:
             refinement=refinement,
             shard_grams=arguments.shard_grams,
         )
-        devices = 1 if mesh is None else mesh.size
         micro_batch = fitting_micro_batch(
             load_model(checkpoint), windows.shape, method, arguments.memory, devices
         )
@@ -158,7 +151,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
         "source": files,
         "versions": versions(),
-        "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
+        "devices": [jax.default_backend(), devices],
         "processes": jax.process_count(),
     }
     agree(
@@ -274,6 +267,28 @@ def choose(method: str, refit: str | None) -> tuple[Solver, Refit | None]:
     """
     refit = refit or ("cg" if method in ("prox", "admm") else "none")
     return SOLVERS[method](), None if refit == "none" else REFITS[refit]()
+
+
+def choose_supported(arguments: argparse.Namespace) -> tuple[Solver, Refit | None]:
+    """The solver and the refit that a command was given.
+
+    Raises:
+      Prox24Error: they do not support the pattern, or do not share the columns of Grams.
+    """
+    solver, refit = choose(arguments.method, arguments.refit)
+    try:
+        check_supported(solver, refit, arguments.pattern)
+        if arguments.shard_grams:
+            check_shares_columns(solver, refit)
+    except ValueError as error:
+        raise Prox24Error(str(error)) from error
+    return solver, refit
+
+
+def check_shared(shard_grams: bool, devices: int) -> None:
+    """Raises Prox24Error where one device is to share Grams."""
+    if shard_grams and devices == 1:
+        raise Prox24Error("--shard-grams is for several devices, and there is one to be used")
 
 
 def model_card_section(

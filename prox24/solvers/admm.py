@@ -238,14 +238,12 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
     start, gram, _ = problem
     penalty = solver.sparsify.penalty if isinstance(solver.sparsify, Shrinkage) else None
 
-    def split(weight: Array) -> list[Array]:
-        return planes.split(weight, pattern)
-
     def advance(state: _State, response: Array) -> _State:
         """One step; `response` is rho (G + rho I)^-1."""
         total = state.weight + state.dual
         progress = Progress(state.penalty, state.steps, state.changed)
-        blocks = solver.sparsify(split(total), split(state.sparse), pattern, progress)
+        before = planes.split(state.sparse, pattern)
+        blocks = solver.sparsify(planes.split(total, pattern), before, pattern, progress)
         sparse = planes.join(blocks)
         dual = total - sparse
         pulled = jnp.matmul(start - sparse + dual, response, precision=PRECISION)
@@ -264,7 +262,8 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         response = state.rho * inverted.matrix
         steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
         end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
-        change = changed(split(end.sparse), split(state.sparse), pattern)
+        after, before = (planes.split(each.sparse, pattern) for each in (end, state))
+        change = changed(after, before, pattern)
         next_rho = solver.rho(Progress(end.rho, end.steps, change))
         rho = jnp.where(end.steps < solver.steps, next_rho, end.rho)
         return end._replace(dual=end.dual * (end.rho / rho), rho=rho, changed=change)

@@ -169,7 +169,7 @@ def inverse(matrix: Array) -> Array:
 
 
 def _swept(negated: Array, blocks: Sequence[int]) -> Array:
-    """The inverse of -negated, by blocks of the first size, whose pivots are by the others."""
+    """The inverse of -negated by blocks of the first size, and of their pivots by the others."""
     block, *inner = blocks
     width = len(negated)
     block_of = jnp.arange(width) // block
