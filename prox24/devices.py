@@ -18,23 +18,32 @@ from numpy.typing import NDArray
 
 from prox24.errors import Prox24Error
 
-AXIS = "devices"
+AXIS, TENSOR = "devices", "tensor"
 
 
-def common_mesh(windows: int) -> Mesh | None:
+def common_mesh(windows: int, tensor: int = 1) -> Mesh | None:
     """As many devices of every process as divide the number of windows; None for a single one.
 
+    Args:
+      windows: in memory together.
+      tensor: so many devices have the same windows, along the second axis of the mesh.
+
     Raises:
-      Prox24Error: the processes alone do not divide it.
+      Prox24Error: the processes alone do not divide the windows, or have too few devices.
     """
     processes = jax.process_count()
     if windows % processes:
         raise Prox24Error(f"{windows} windows are not divisible by {processes} processes")
     devices = [jax.local_devices(process_index=index) for index in range(processes)]
-    most = min(map(len, devices))
+    most = min(map(len, devices)) // tensor
+    if most == 0:
+        fewest = min(map(len, devices))
+        raise Prox24Error(f"{tensor} devices are to share heads and widths, and {fewest} are there")
     count = max(n for n in range(1, most + 1) if windows % (n * processes) == 0)
-    used = [device for own in devices for device in own[:count]]
-    return None if len(used) == 1 else Mesh(np.array(used), (AXIS,))
+    used = np.array([device for own in devices for device in own[: count * tensor]])
+    if used.size == 1:
+        return None
+    return Mesh(used, (AXIS,)) if tensor == 1 else Mesh(used.reshape(-1, tensor), (AXIS, TENSOR))
 
 
 def one_axis(mesh: Mesh | None) -> Mesh | None:

@@ -14,10 +14,10 @@ from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from prox24 import refine
+from prox24 import partition, refine
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.core.masks import top_mask
-from prox24.devices import apart, everywhere, in_parts
+from prox24.devices import AXIS, TENSOR, in_parts
 from prox24.errors import CalibrationError, CheckpointError
 from prox24.forward import (
     Model,
@@ -50,32 +50,35 @@ class MovingMask:
       last: lam of the last step, to which it grows by the same factor in each.
       normalised: takes every linear in units of its mean magnitude, in which rate and lam then are.
       scaled: multiplies lam by the rate of the step, as proximal gradient descent does.
+      alone: the result is the mask on the weights that were given; those that were trained to find
+        it are not used.
     """
 
     first: float = 0.1
     last: float = 1e5
     normalised: bool = True
     scaled: bool = True
+    alone: bool = False
 
     @classmethod
     def constant(cls, lam: float) -> "MovingMask":
-        """As in ProxSparse: the same lam in every step, whatever the rate and the weights.
-
-        References:
-          "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained LLMs",
-          arXiv 2502.00258.
-        """
-        return cls(lam, lam, normalised=False, scaled=False)
+        """As in ProxSparse: the same lam in every step, and of what is trained only the mask."""
+        return cls(lam, lam, normalised=False, scaled=False, alone=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelRefinement:
-    """How `distill` trains: Adam with a rate that falls to zero along a cosine.
+    """How `distill` trains: Adam on gradients of norm 1 at the most.
+
+    The rate rises from a step's part of it to the highest along a line, and falls to zero along a
+    cosine.
 
     Attributes:
-      rate: the first.
+      rate: the highest.
+      warmup: the share of the steps in which it rises.
       passes: over the windows that are not held out.
       windows: of a step.
+      micro_batches: in which the windows of a step are computed one after the other, for memory.
       held_out: the share of the steps' windows that decides which weights were best; at least one
         step's are.
       cross_entropy: the share of the loss that is the text's own, see `prox24.refine.distill`.
@@ -85,20 +88,42 @@ class ModelRefinement:
     """
 
     rate: float = 2e-4
+    warmup: float = 0.1
     passes: int = 1
     windows: int = 1
+    micro_batches: int = 1
     held_out: float = 0.0625
     cross_entropy: float = 0.0
     measurements: int = 4
     mask: MovingMask | None = None
 
-    def held_out_of(self, batches: int) -> int:
-        """Batches that are held out."""
-        return max(1, round(self.held_out * batches))
+    @classmethod
+    def proxsparse(cls, lam: float = 0.25, rate: float = 1e-4) -> "ModelRefinement":
+        """What ProxSparse does to find a mask, with its numbers for Llama-2-7B.
 
-    def steps(self, batches: int) -> int:
-        """Of the optimizer."""
-        return self.passes * (batches - self.held_out_of(batches))
+        It is for 400 windows of 4,096 tokens, one of them for each step. Its AdamW has no weight
+        decay, which is Adam. Other than there the rate falls along a cosine, not a line, and
+        embeddings and head are not trained.
+
+        References:
+          "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained LLMs",
+          arXiv 2502.00258, and the scripts that its authors published.
+        """
+        return cls(rate, cross_entropy=1.0, measurements=10, mask=MovingMask.constant(lam))
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        """The rate by the number of steps before, of so many that the optimizer takes."""
+        rising = min(round(self.warmup * steps), steps - 1)
+        first = self.rate / max(1, rising)
+        return optax.warmup_cosine_decay_schedule(first, self.rate, rising, steps)
+
+    def held_out_of(self, steps: int) -> int:
+        """Of the steps that all windows would make, those whose windows are held out."""
+        return max(1, round(self.held_out * steps))
+
+    def steps(self, steps: int) -> int:
+        """Of the optimizer, where all windows would make so many in a pass."""
+        return self.passes * (steps - self.held_out_of(steps))
 
 
 class Distilled(NamedTuple):
@@ -137,7 +162,8 @@ def distill(
         the dense model's, each has its own.
       windows: tokens, shape (windows, length).
       refinement: see there.
-      mesh: devices that share the windows of a step and the parts of every weight.
+      mesh: devices, of which the first axis shares the windows of a micro-batch and the parts of
+        every weight. A second axis, if there is one, shares heads and widths.
       resume: the state to begin with, given the one before the first step.
       on_measured: see `prox24.refine.distill`.
 
@@ -149,43 +175,56 @@ def distill(
         a zero, or a mask is to be found and a linear's input width is not divisible by 4.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
+      ValueError: the micro-batches do not divide the windows of a step, the devices of the first
+        axis those of a micro-batch, or those of the second the heads and widths of a layer.
     """
-    teacher, student = load_model(dense, mesh), load_model(pruned, mesh)
+    mesh = None if mesh is None else partition.training_mesh(mesh)
+    # Devices of the second axis would compute the same.
+    teacher = load_model(dense, None if mesh is None else Mesh(mesh.devices[:, 0], (AXIS,)))
+    student = load_model(pruned)
     config = student.config
     if config != teacher.config:
         raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
-    size = refinement.windows
-    batches, mask = len(windows) // size, refinement.mask
+    if mesh is not None:
+        partition.check_divides(config, mesh.shape[TENSOR])
+    size, micro_batches, mask = refinement.windows, refinement.micro_batches, refinement.mask
+    micro_batch, rest = divmod(size, micro_batches)
+    if rest:
+        raise ValueError(f"{micro_batches} micro-batches do not divide {size} windows of a step")
+    steps = len(windows) // size
     if mask is not None:
         check_widths(input_widths(all_linears(config)), (2, 4))
-    held_out = refinement.held_out_of(batches)
-    if batches <= held_out:
+    held_out = refinement.held_out_of(steps)
+    if steps <= held_out:
         raise CalibrationError(
             f"{len(windows)} windows are too few for steps of {size} and as many held out"
         )
-    windows = windows[: batches * size]
-    params = _place(whole.stacked(config, _layers(student)), student.mesh)
+    windows = windows[: steps * size]
+    params = _params(student, mesh)
     if mask is None and not _has_zeros(config, params):
         raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
-    outer = everywhere(embedding_weights(student) | head_weights(student), student.mesh)
+    outer = _outer(embedding_weights(student) | head_weights(student), mesh)
     units = None
     if mask is not None and mask.normalised:
         units = _mean_magnitudes(config, params)
         params = jax.tree.map(jnp.divide, params, units)
     trained = refine.distill(
-        *_functions(config, student.mesh),
+        *_functions(config, mesh),
         params,
         (outer, units),
-        list(windows.reshape(batches, size, -1)),
-        _targets(teacher, windows, size),
-        _optimizer(config, refinement, refinement.steps(batches)),
-        teacher=(_shared(everywhere(head_weights(teacher), teacher.mesh), outer), None),
+        list(windows.reshape(steps * micro_batches, micro_batch, -1)),
+        _targets(teacher, windows, micro_batch),
+        _optimizer(config, refinement, refinement.steps(steps)),
+        teacher=(_shared(_outer(head_weights(teacher), mesh), outer), None),
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
-        held_out=held_out,
+        held_out=held_out * micro_batches,
+        micro_batches=micro_batches,
         kept=functools.partial(_kept, config),
-        project=None if mask is None else functools.partial(_two_largest, config),
-        measured_every=math.ceil(refinement.steps(batches) / refinement.measurements),
+        project=None
+        if mask is None
+        else functools.partial(_two_largest, config, params if mask.alone else None),
+        measured_every=math.ceil(refinement.steps(steps) / refinement.measurements),
         resume=resume,
         on_measured=on_measured,
     )
@@ -196,8 +235,25 @@ def distill(
     return Distilled(_named(config, found), trained, tokens)
 
 
-def _layers(model: Model) -> list[Weights]:
-    return [layer_weights(model, index) for index in range(len(model.config.layers))]
+def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
+    """The tensors of all layers, no two of them on the host together."""
+    config, read = model.config, model.checkpoint.read
+
+    def tensor(index: int, name: str) -> NDArray[Any]:
+        return oriented(config, read(decoder.layer_tensor(config.names, index, name)))
+
+    def place(name: str, values: NDArray[Any]) -> Array:
+        return jax.device_put(
+            values, None if mesh is None else partition.kept(mesh, name, values.shape)
+        )
+
+    return whole.stacked(config, tensor, place)
+
+
+def _outer(weights: Weights, mesh: Mesh | None) -> Weights:
+    if mesh is None:
+        return weights
+    return {name: jax.device_put(w, partition.outer(mesh, w.shape)) for name, w in weights.items()}
 
 
 def _shared(weights: Weights, others: Weights) -> Weights:
@@ -229,7 +285,8 @@ def _functions(config: Config, mesh: Mesh | None) -> tuple[Features, Logits]:
         weights, units = outer
         if units is not None:
             params = jax.tree.map(jnp.multiply, params, units)
-        return whole.features(config, params, weights, in_parts(tokens, mesh))
+        enter = functools.partial(partition.gathered, mesh)
+        return whole.features(config, params, weights, in_parts(tokens, mesh), enter)
 
     def logits(outer: _Outer, hidden: Array) -> Array:
         return decoder.logits(config, outer[0], hidden)
@@ -241,21 +298,17 @@ def _functions(config: Config, mesh: Mesh | None) -> tuple[Features, Logits]:
 def _optimizer(
     config: Config, refinement: ModelRefinement, steps: int
 ) -> optax.GradientTransformation:
-    rate, mask = optax.cosine_decay_schedule(refinement.rate, steps), refinement.mask
+    rate, mask = refinement.schedule(steps), refinement.mask
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     if mask is None:
-        return optax.adam(rate)
+        return adam
     lam = exponential(mask.first, (mask.last / mask.first) ** (1 / max(1, steps - 1)))
 
     def pruned(params: whole.Stacked) -> list[dict[str, bool]]:
         return [{name: name in _linears(config) for name in run} for run in params]
 
     step = proximal(lam, axis=-1, learning_rate=rate if mask.scaled else 1.0, mask=pruned)
-    return optax.chain(optax.adam(rate), step)
-
-
-def _place(params: whole.Stacked, mesh: Mesh | None) -> whole.Stacked:
-    """Each device has a part of every tensor, along its first axis after the layers."""
-    return jax.tree.map(lambda leaf: apart(leaf, mesh, axis=1), params)
+    return optax.chain(adam, step)
 
 
 @functools.lru_cache(maxsize=4)
@@ -290,10 +343,15 @@ def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
     return _of_linears(config, lambda w: w != 0, lambda other: jnp.array(True), params)
 
 
-def _two_largest(config: Config, params: whole.Stacked) -> whole.Stacked:
-    """Linears with the two largest of each block."""
-    return _of_linears(
-        config, lambda w: jnp.where(top_mask(jnp.abs(w)), w, 0), lambda other: other, params
+def _two_largest(
+    config: Config, given: whole.Stacked | None, params: whole.Stacked
+) -> whole.Stacked:
+    """Linears with the two largest of each block; of what is given, where they are largest."""
+    masks = _of_linears(
+        config, lambda w: top_mask(jnp.abs(w)), lambda other: jnp.array(True), params
+    )
+    return jax.tree.map(
+        lambda mask, values: jnp.where(mask, values, 0), masks, params if given is None else given
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
-from prox24.devices import everywhere, one_axis, own_windows, placed, taken
+from prox24.devices import everywhere, in_parts, one_axis, own_windows, placed, taken
 from prox24.errors import CheckpointError
 from prox24.models import decoder
 from prox24.models.decoder import Config, Layer
@@ -24,6 +24,8 @@ from prox24.packed import Packed24
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
 
+
+AnyArray = TypeVar("AnyArray", Array, NDArray[Any])
 
 HiddenStates = NDArray[np.float32]
 """Of a micro-batch, on the host: shape (windows, length, hidden), this process's own windows."""
@@ -98,7 +100,7 @@ def check_widths(widths: Mapping[str, int], pattern: PatternLike | Unstructured)
             )
 
 
-def oriented(config: Config, weight: Array) -> Array:
+def oriented(config: Config, weight: AnyArray) -> AnyArray:
     """A tensor of a layer from the checkpoint's layout to (out, in), or back."""
     return weight.T if config.names.transposed else weight
 
@@ -210,9 +212,15 @@ def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
 
 
 @functools.lru_cache
-def layer_function(layer: Layer) -> Callable[[dict[str, Array], Array], Array]:
-    """One function for equal layers, which is compiled once."""
-    return lambda weights, hidden: decoder.layer(layer, weights, hidden, decoder.no_tap)
+def layer_function(
+    layer: Layer, mesh: Mesh | None = None
+) -> Callable[[dict[str, Array], Array], Array]:
+    """One function for equal layers, which is compiled once; devices share the windows."""
+
+    def run(weights: dict[str, Array], hidden: Array) -> Array:
+        return decoder.layer(layer, weights, in_parts(hidden, mesh), decoder.no_tap)
+
+    return run
 
 
 def run_in_place(

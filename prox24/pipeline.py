@@ -42,6 +42,7 @@ from prox24.forward import (
     layer_linears,
     layer_weights,
     load_model,
+    micro_batches_of,
     oriented,
     run_in_place,
     run_into,
@@ -189,10 +190,12 @@ def prune(
     model = load_model(checkpoint, mesh)
     check_widths(input_widths(all_linears(model.config)), pattern)
     streams = ["pruned"] if pull is None and refinement is None else ["pruned", "dense"]
-    size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
+    most = batch_size(len(windows), windows.shape[1], model.mesh)
+    size = step = micro_batch or most
     if refinement is not None:
         devices = 1 if model.mesh is None else model.mesh.size
-        size = devices * refinement.micro_batch(len(windows) // devices, size // devices)
+        step = devices * refinement.step_windows(len(windows) // devices, most // devices)
+        size = devices * micro_batches_of(step // devices, size // devices)[0]
     files = None
     if activations is not None:
         own = len(own_windows(size, model.mesh))
@@ -221,7 +224,7 @@ def prune(
         if "dense" in streams:
             advance("dense", index, dense)
         if refinement is not None and not refined:
-            outcome = _refine_layer(model, index, weights, hidden, refinement, dtype)
+            outcome = _refine_layer(model, index, weights, hidden, refinement, step // size, dtype)
             for name, tensor in trained.items():
                 report = reports.get(tensor)
                 yield PrunedTensor(
@@ -286,23 +289,25 @@ def _refine_layer(
     weights: dict[str, Array],
     hidden: Mapping[str, list[HiddenStates]],
     refinement: BlockRefinement,
+    micro_batches: int,
     dtype: np.dtype[Any] | None,
 ) -> BlockReport:
-    """Trains the weights of a layer, in place, as they will be written."""
+    """Trains the weights of a layer, in place, as they will be written; so many make a step."""
     began = time.perf_counter()
     pruned = {linear.weight for linear in layer_linears(model.config, index)}
     if dtype is not None:
         trained = refined_tensors(model.config, index, refinement)
         weights |= {name: _rounded(trained[name], weights[name], dtype) for name in trained}
-    batches = len(hidden["pruned"])
+    steps = len(hidden["pruned"]) // micro_batches
     refined = block(
-        layer_function(model.config.layers[index]),
+        layer_function(model.config.layers[index], model.mesh),
         weights,
         hidden["pruned"],
         hidden["dense"],
-        refinement.optimizer(batches),
+        refinement.optimizer(steps),
         passes=refinement.passes,
-        held_out=refinement.held_out_of(batches),
+        held_out=refinement.held_out_of(steps) * micro_batches,
+        micro_batches=micro_batches,
         kept={
             name: values != 0 if name in pruned else not refinement.linears_only
             for name, values in weights.items()

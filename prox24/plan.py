@@ -19,6 +19,7 @@ from prox24.errors import Prox24Error
 from prox24.forward import (
     Linear,
     Model,
+    batch_size,
     check_widths,
     input_widths,
     layer_function,
@@ -141,7 +142,7 @@ def layer_memory(
         gather=_gathering(model, index, micro_batch, method, devices),
         solve=held + pruned + sums + solving[widest],
         widest=widest,
-        refine=_refining(model, index, micro_batch, method, devices),
+        refine=_refining(model, index, micro_batch, method),
     )
 
 
@@ -169,10 +170,11 @@ def fitting_micro_batch(
 
     def needed(index: int, size: int) -> int:
         if method.refinement is not None:
-            size = method.refinement.micro_batch(share, size)
+            step = method.refinement.step_windows(share, batch_size(share, length))
+            size = micro_batches_of(step, size)[0]
         return max(
             _gathering(model, index, (size, length), method, devices),
-            _refining(model, index, (size, length), method, devices),
+            _refining(model, index, (size, length), method),
         )
 
     for index in distinct_layers(model):
@@ -343,17 +345,13 @@ def _solving(linear: Linear, method: Method, devices: int) -> int:
     return needed // sharing + 4 * (outputs + swept) * width
 
 
-def _refining(
-    model: Model, index: int, micro_batch: tuple[int, int], method: Method, devices: int
-) -> int:
-    """Of all that is there while a layer is trained; 0 if it is not. Every device does it whole."""
+def _refining(model: Model, index: int, micro_batch: tuple[int, int], method: Method) -> int:
+    """Of all that is there while a layer is trained, two micro-batches a step; 0 if it is not."""
     if method.refinement is None:
         return 0
-    weights, (windows, length) = _pruned_weights(model, index, method), micro_batch
-    hidden = Spec((devices * windows, length, model.config.layers[index].hidden), jnp.float32)
-    step = block_step(
-        layer_function(model.config.layers[index]), weights, hidden, hidden, method.refinement
-    )
+    weights, layer = _pruned_weights(model, index, method), model.config.layers[index]
+    hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
+    step = block_step(layer_function(layer), weights, hidden, hidden, method.refinement, 2)
     # The weights of the dense layer, those to begin with and the best ones are kept besides.
     return _held(_weights(model, index)) + 2 * _held(weights) + _needed(step)
 

@@ -3,6 +3,8 @@
 A program of its own, since the number of devices is fixed when JAX starts.
 """
 
+import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,14 +18,21 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import config_dict, random_weights, tokens, write_folder
 
-from prox24 import forward, is_sparse
+from prox24 import forward, is_sparse, partition
 from prox24.calibration.gram import add_in_turn, add_layer_inputs, empty_columns, empty_gram
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.pattern import Pattern
-from prox24.devices import AXIS, apart, common_mesh, placed
+from prox24.devices import AXIS, apart, common_mesh, in_parts, placed
 from prox24.distill import ModelRefinement, distill
-from prox24.forward import embed_windows, layer_linears, layer_weights, load_model
+from prox24.forward import (
+    embed_windows,
+    embedding_weights,
+    layer_linears,
+    layer_weights,
+    load_model,
+)
+from prox24.models import whole
 from prox24.pipeline import collect, prune
 from prox24.plan import Method, layer_memory
 from prox24.solvers.admm import ADMM
@@ -319,24 +328,65 @@ def distillation_reports(folder):
     write_checkpoint(checkpoint, pruned, tensors.items())
     refinement, shardings = ModelRefinement(rate=1e-3, windows=8), []
 
-    def trained(mesh):
+    def trained(mesh, **options):
         def look(state):
             weight = state.master[0]["mlp.up_proj.weight"]
             shardings.append((weight.shape, weight.sharding.shard_shape(weight.shape)))
 
-        arguments = (checkpoint, open_checkpoint(pruned), windows, refinement)
+        settings = dataclasses.replace(refinement, **options)
+        arguments = (checkpoint, open_checkpoint(pruned), windows, settings)
         # Optax's optimizers mix dtypes and ranks.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             result = distill(*arguments, mesh=mesh, on_measured=look)
         return result.refined, dict(result.tensors)
 
-    (alone, expected), (together, found) = trained(None), trained(common_mesh(8))
-    whole, part = shardings[-1]
+    alone, expected = trained(None)
+    for tensor, options in ((1, {}), (2, {}), (4, {"micro_batches": 2})):
+        together, found = trained(common_mesh(8 // tensor, tensor), **options)
+        shape, part = shardings[-1]
+        pairs = zip(together.losses, alone.losses, strict=True)
+        yield {
+            "distilled": together.outcome.value,
+            "tensor": tensor,
+            "losses": max(abs(a / b - 1) for a, b in pairs),
+            "weights": max(float(np.abs(found[n] - expected[n]).max()) for n in found),
+            "parts": math.prod(shape) / math.prod(part),
+        }
+
+
+def gathering_reports(folder):
+    """What eight devices send of the weights in a pass through all layers, and its gradient."""
+    checkpoint = open_checkpoint(folder)
+    model, mesh = load_model(checkpoint), common_mesh(2, 4)
+    config, ids = model.config, jnp.asarray(tokens(batch=2, length=16))
+
+    def params(place):
+        return whole.stacked(
+            config, lambda i, name: checkpoint.read(f"model.layers.{i}.{name}"), place
+        )
+
+    def loss(weights, ids, mesh):
+        enter = functools.partial(partition.gathered, mesh)
+        return jnp.mean(whole.features(config, weights, embedding_weights(model), ids, enter) ** 2)
+
+    given = params(
+        lambda name, values: jax.device_put(values, partition.kept(mesh, name, values.shape))
+    )
+    program = jax.jit(jax.grad(lambda weights, ids: loss(weights, in_parts(ids, mesh), mesh)))
+    compiled = program.lower(given, ids).compile()
+    expected = jax.grad(loss)(params(lambda name, values: jnp.asarray(values)), ids, None)
+    differences = jax.tree.map(relative_difference, program(given, ids), expected)
+    shapes = {
+        tuple(sorted(map(int, shape.split(","))))
+        for found in collectives(compiled.as_text())[0].values()
+        for kind in found
+        for shape in re.findall(r"\[(\d+,\d+)\]", kind[0])
+    }
+    linears = {tuple(sorted(linear.shape)) for linear in layer_linears(config, 0)}
     yield {
-        "distilled": together.outcome.value,
-        "losses": max(abs(a / b - 1) for a, b in zip(together.losses, alone.losses, strict=True)),
-        "weights": max(float(np.abs(found[n] - expected[n]).max()) for n in found),
-        "parts": math.prod(whole) / math.prod(part),
+        "gradients": max(jax.tree.leaves(differences)),
+        "whole_weights_sent": sorted(shapes & linears),
+        "shapes": sorted(shapes),
     }
 
 
@@ -348,5 +398,6 @@ if __name__ == "__main__":
         *planned_reports(folder),
         *model_reports(folder),
         *distillation_reports(folder),
+        *gathering_reports(folder),
     ]
     print(json.dumps(reports))

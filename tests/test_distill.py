@@ -10,11 +10,11 @@ import pytest
 from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 import prox24
-from prox24 import distill as model_distillation
 from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
+from prox24.distill import ModelRefinement, distill
 from prox24.forward import embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
 from prox24.optax import exponential, proximal
@@ -163,7 +163,9 @@ def test_the_whole_model_is_its_layers(tmp_path, variant):
     expected = decoder.embed(model.config, outer, ids)
     for spec, weights in zip(model.config.layers, layers, strict=True):
         expected = decoder.layer(spec, weights, expected, decoder.no_tap)
-    stacked = whole.stacked(model.config, layers)
+    stacked = whole.stacked(
+        model.config, lambda index, name: layers[index][name], lambda name, values: values
+    )
     found = whole.features(model.config, stacked, outer, ids)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     for given, back in zip(layers, whole.unstacked(model.config, stacked), strict=True):
@@ -206,6 +208,54 @@ def test_the_command_trains_every_tensor_of_the_layers(workspace, capsys):
         assert np.any(new != old) == changed, name
         if "proj" in name:
             np.testing.assert_array_equal(new == 0, old == 0)
+
+
+def test_the_rate_rises_and_falls():
+    rate = ModelRefinement(rate=0.5, warmup=0.25).schedule(40)
+    rates = np.array([rate(step) for step in range(41)])
+    assert rates[0] == pytest.approx(0.05)
+    np.testing.assert_allclose(np.diff(rates[:11]), 0.045, rtol=1e-5)
+    assert rates[10] == rates.max() == pytest.approx(0.5)
+    assert np.all(np.diff(rates[10:]) < 0)
+    assert rates[-1] == pytest.approx(0)
+    for warmup, steps in ((0.0, 1), (1.0, 1), (1.0, 3), (0.1, 2)):
+        rate = ModelRefinement(rate=0.5, warmup=warmup).schedule(steps)
+        assert max(float(rate(step)) for step in range(steps)) == pytest.approx(0.5)
+
+
+def test_windows_of_a_step_are_computed_in_parts(workspace, capsys):
+    losses = []
+    for parts in (1, 4):
+        more = ["--step-windows", "4", "--micro-batches", parts, "--json", "--overwrite"]
+        assert distilled(workspace, "out", *more) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["steps"], report["tokens"]) == (3, 3 * 4 * 32)
+        losses.append(report["losses"])
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert distilled(workspace, "other", "--step-windows", "4", "--micro-batches", "3") == 2
+    assert "--micro-batches 3 does not divide --step-windows 4" in capsys.readouterr().err
+
+
+def test_proxsparse_takes_the_mask_alone(workspace):
+    dense = open_checkpoint(workspace / "model")
+    windows = tokens(batch=16, length=32)
+    found = distill(dense, dense, windows, ModelRefinement.proxsparse(lam=1.0, rate=0.01))
+    assert found.refined.steps == 15
+    changed = 0
+    for name, values in found.tensors:
+        given = dense.read(name).astype(np.float32)
+        np.testing.assert_array_equal(values, np.where(values == 0, 0, given))
+        if "proj" in name:
+            assert prox24.is_sparse(values), name
+            changed += np.any((values != 0) != prox24.top_mask(np.abs(given)))
+        else:
+            np.testing.assert_array_equal(values, given)
+    assert changed
+
+
+def test_more_devices_than_there_are_do_not_share_heads(workspace, capsys):
+    assert distilled(workspace, "out", "--tensor-parallel", "64") == 2
+    assert "64 devices are to share heads and widths, and 1 are there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -264,7 +314,7 @@ def test_a_penalty_goes_with_a_constant_one(workspace, capsys):
 
 def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypatch, capsys):
     assert distilled(workspace, "whole") == 0
-    given = model_distillation.distill
+    given = distill
 
     def interrupted(*arguments, on_measured, **keywords):
         def measured(state):

@@ -18,6 +18,7 @@ from prox24.cli.main import main
 from prox24.errors import CheckpointError
 from prox24.forward import all_linears, load_model
 from prox24.models import decoder
+from prox24.optax import proximal
 from prox24.pipeline import collect, prune
 from prox24.refine import BlockRefinement, Outcome
 from prox24.solvers.solve import Wanda
@@ -63,6 +64,34 @@ def test_the_error_falls_and_the_zeros_stay(pruned):
         np.testing.assert_array_equal(new == 0, old == 0)
     held_out = refine.relative_error(two_layers(refined.params, inputs[-1]), targets[-1])
     assert float(held_out) == pytest.approx(min(refined.losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_micro_batches_make_one_step(pruned, moving):
+    params, inputs, targets = pruned
+
+    def project(params):
+        return jax.tree.map(
+            lambda leaf: jnp.where(prox24.top_mask(jnp.abs(leaf), axis=0), leaf, 0), params
+        )
+
+    def trained(inputs, targets, **more):
+        chain = optax.chain(optax.adam(3e-3), proximal(0.01)) if moving else optax.adam(3e-3)
+        more |= {"project": project} if moving else {}
+        return refine.block(two_layers, params, inputs, targets, chain, passes=3, **more)
+
+    whole = trained(inputs, targets)
+    halves = [half for x in inputs for half in jnp.split(x, 2)]
+    other = [half for x in targets for half in jnp.split(x, 2)]
+    parts = trained(halves, other, held_out=2, micro_batches=2)
+    assert parts.steps == whole.steps
+    assert whole.losses[-1] < whole.losses[0]
+    # The relative error is a mean over tokens: that of a batch is the mean of its halves'.
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    with pytest.raises(ValueError, match="11 batches are no whole number of steps of 2"):
+        trained(halves, other, micro_batches=2)
 
 
 def test_a_linear_block_reaches_least_squares():
@@ -227,7 +256,7 @@ def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears
     for report in model.reports:
         assert report.block.outcome is Outcome.IMPROVED
         assert report.block.error < 0.95 * report.block.error_before
-        assert report.block.steps == 6 * 14
+        assert report.block.steps == 6 * 7  # of two micro-batches
     plain = collect(prune(checkpoint, windows, Wanda(), None, micro_batch=4))
     first = linears[0]
     np.testing.assert_array_equal(model.tensors[first] == 0, plain.tensors[first] == 0)
@@ -236,6 +265,27 @@ def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears
         assert prox24.is_sparse(model.tensors[name], axis=axis)
     for name in trained - set(linears):
         assert np.any(model.tensors[name] != checkpoint.read(name)), name
+
+
+def test_a_step_is_the_same_in_parts(tmp_path):
+    write_tiny(tmp_path / "model")
+    checkpoint, windows = open_checkpoint(tmp_path / "model"), tokens(batch=32, length=16)
+    whole, parts = (
+        collect(
+            prune(
+                checkpoint,
+                windows,
+                Wanda(),
+                None,
+                refinement=BlockRefinement(rate=3e-3, passes=1),
+                micro_batch=size,
+            )
+        )
+        for size in (32, 2)
+    )
+    for one, other in zip(whole.reports, parts.reports, strict=True):
+        assert (one.block.steps, one.block.outcome) == (other.block.steps, other.block.outcome)
+        assert one.block.error == pytest.approx(other.block.error, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         rate=arguments.rate,
         passes=arguments.passes,
         windows=arguments.step_windows,
+        micro_batches=arguments.micro_batches,
+        warmup=arguments.warm_up,
         cross_entropy=arguments.cross_entropy,
         mask=moving_mask(arguments),
     )
@@ -62,7 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     )
     models = {"dense": dense, "pruned": pruned}
     files = {role: source_files(model.path) for role, model in models.items()}
-    mesh = common_mesh(refinement.windows)
+    if refinement.windows % refinement.micro_batches:
+        raise Prox24Error(
+            f"--micro-batches {refinement.micro_batches} does not divide --step-windows "
+            f"{refinement.windows}"
+        )
+    mesh = common_mesh(refinement.windows // refinement.micro_batches, arguments.tensor_parallel)
     job = {
         "command": "distill",
         "refinement": dataclasses.asdict(refinement),
@@ -70,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         "dense": files["dense"],
         "source": files["pruned"],
         "versions": versions(),
-        "devices": [jax.default_backend(), 1 if mesh is None else mesh.size],
+        "devices": [jax.default_backend(), *([1] if mesh is None else mesh.devices.shape)],
     }
     linears = {linear.tensor for linear in all_linears(load_model(pruned).config)}
     figures: list[dict[str, Any]] = []
@@ -166,6 +173,6 @@ def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
     return f"""## Distillation
 
 What pruning kept was trained by prox24 {versions()["prox24"]} on the dense model's predictions:
-{refinement.passes} passes of {windows.shape[0]} windows of {windows.shape[1]} tokens, Adam from
-{refinement.rate}, a share of {refinement.cross_entropy} of the text's own next tokens.
+{refinement.passes} passes of {windows.shape[0]} windows of {windows.shape[1]} tokens, Adam with
+rates up to {refinement.rate}, a share of {refinement.cross_entropy} of the text's own next tokens.
 """

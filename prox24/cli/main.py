@@ -214,9 +214,30 @@ def _add_distill(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to train on")
     command.add_argument("--samples", type=_positive, default=64, help="windows of the text (64)")
     command.add_argument("--step-windows", type=_positive, default=1, help="windows of a step (1)")
+    command.add_argument(
+        "--micro-batches",
+        type=_positive,
+        default=1,
+        metavar="K",
+        help="compute the windows of a step in so many parts, for less memory (1)",
+    )
+    command.add_argument(
+        "--tensor-parallel",
+        type=_positive,
+        default=1,
+        metavar="DEVICES",
+        help="that share heads and widths; the others share the windows (1)",
+    )
     command.add_argument("--passes", type=_positive, default=1, help="over the windows (1)")
     command.add_argument(
-        "--rate", type=_positive_number, default=2e-4, help="first rate of Adam (2e-4)"
+        "--rate", type=_positive_number, default=2e-4, help="highest rate of Adam (2e-4)"
+    )
+    command.add_argument(
+        "--warm-up",
+        type=_share,
+        default=0.1,
+        metavar="SHARE",
+        help="of the steps, in which the rate rises, from 0 to 1 (0.1)",
     )
     command.add_argument(
         "--cross-entropy",

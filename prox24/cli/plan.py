@@ -9,7 +9,7 @@ from prox24.checkpoints.tensors import byte_count
 from prox24.cli.output import print_json, print_table
 from prox24.cli.prune import check_shared, choose_supported
 from prox24.errors import Prox24Error
-from prox24.forward import BATCH_TOKENS, load_model, micro_batches_of
+from prox24.forward import batch_size, load_model
 from prox24.plan import (
     Method,
     distinct_layers,
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     # As many as divide the windows, as `prune` uses.
     devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
     check_shared(arguments.shard_grams, devices)
-    size = micro_batches_of(samples // devices, max(1, BATCH_TOKENS // length))[0]
+    size = batch_size(samples // devices, length)
     memories = [
         layer_memory(model, index, (size, length), method, devices)
         for index in distinct_layers(model)

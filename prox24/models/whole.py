@@ -2,11 +2,14 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
 
 from prox24.models import decoder
 from prox24.models.decoder import Config, Weights
@@ -15,10 +18,23 @@ Stacked = list[Weights]
 """For each run of equal layers its tensors, shape (layers of the run, ...)."""
 
 
-def stacked(config: Config, layers: Sequence[Weights]) -> Stacked:
-    """Stacks the tensors of each run of equal layers."""
+def stacked(
+    config: Config,
+    read: Callable[[int, str], ArrayLike],
+    place: Callable[[str, NDArray[Any]], Array],
+) -> Stacked:
+    """Stacks the tensors of each run of equal layers on the host, one after the other.
+
+    Args:
+      config: of the model.
+      read: a tensor, by the index of its layer and its name there.
+      place: puts what was stacked, and its name, on the devices.
+    """
     return [
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[index] for index in run))
+        {
+            name: place(name, np.stack([np.asarray(read(index, name)) for index in run]))
+            for name in decoder.layer_shapes(config.layers[run.start])
+        }
         for run in _runs(config)
     ]
 
@@ -30,7 +46,16 @@ def unstacked(config: Config, weights: Stacked) -> Iterator[Weights]:
             yield {name: tensor[place] for name, tensor in tensors.items()}
 
 
-def features(config: Config, weights: Stacked, outer: Weights, tokens: Array) -> Array:
+def features(
+    config: Config,
+    weights: Stacked,
+    outer: Weights,
+    tokens: Array,
+    enter: Callable[[Weights, Array], tuple[Weights, Array]] = lambda weights, hidden: (
+        weights,
+        hidden,
+    ),
+) -> Array:
     """What the last layer puts out, before the final norm.
 
     For the gradient only what enters each layer is kept, and the layer runs again.
@@ -40,6 +65,7 @@ def features(config: Config, weights: Stacked, outer: Weights, tokens: Array) ->
       weights: of the layers.
       outer: the tensors before the layers.
       tokens: ids, shape (batch, length).
+      enter: what a layer computes with, of its weights and its input.
 
     Returns:
       Hidden states (batch, length, hidden), float32.
@@ -50,7 +76,7 @@ def features(config: Config, weights: Stacked, outer: Weights, tokens: Array) ->
 
         @jax.checkpoint
         def step(hidden: Array, weights: Weights, spec: decoder.Layer = spec) -> tuple[Array, None]:
-            return decoder.layer(spec, weights, hidden, decoder.no_tap), None
+            return decoder.layer(spec, *enter(weights, hidden), decoder.no_tap), None
 
         hidden, _ = lax.scan(step, hidden, tensors)
     return hidden

@@ -35,7 +35,8 @@ class BlockRefinement:
     Attributes:
       rate: the first.
       passes: over the calibration windows that are not held out.
-      held_out: the share of micro-batches that decides which pass was best; at least one is.
+      held_out: the share of the steps' windows that decides which pass was best; at least one
+        step's are.
       linears_only: leaves norms, biases and routers as they are.
     """
 
@@ -44,8 +45,8 @@ class BlockRefinement:
     held_out: float = 0.125
     linears_only: bool = False
 
-    def micro_batch(self, windows: int, most: int) -> int:
-        """Windows of a step: a divisor of `most`, so that there are eight micro-batches or more.
+    def step_windows(self, windows: int, most: int) -> int:
+        """Windows of a step: a divisor of `most`, so that there are eight steps or more in a pass.
 
         Raises:
           CalibrationError: there is a single window.
@@ -55,13 +56,13 @@ class BlockRefinement:
         fits = max(1, windows // 8)
         return max(size for size in range(1, most + 1) if most % size == 0 and size <= fits)
 
-    def held_out_of(self, batches: int) -> int:
-        """Micro-batches that are held out."""
-        return max(1, round(self.held_out * batches))
+    def held_out_of(self, steps: int) -> int:
+        """Of the steps that all windows would make, those whose windows are held out."""
+        return max(1, round(self.held_out * steps))
 
-    def optimizer(self, batches: int) -> optax.GradientTransformation:
-        """The same object for the same number of micro-batches, so that it is compiled once."""
-        return _adam(self.rate, self.passes * (batches - self.held_out_of(batches)))
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """The same object for the same number of steps of all windows, to be compiled once."""
+        return _adam(self.rate, self.passes * (steps - self.held_out_of(steps)))
 
 
 @functools.lru_cache
@@ -95,6 +96,7 @@ def block(
     *,
     passes: int = 5,
     held_out: int = 1,
+    micro_batches: int = 1,
     kept: PyTree | Callable[[PyTree], PyTree] | None = None,
     project: Project | None = None,
     loss: OutputLoss = relative_error,
@@ -111,9 +113,11 @@ def block(
       params: pytree of floating-point arrays; trained in float32.
       inputs: batches, all of one shape.
       targets: what `apply` should return for each.
-      optimizer: compiled once for each object, too. `optax.MultiSteps` accumulates gradients.
+      optimizer: compiled once for each object, too.
       passes: over the batches that are not held out.
       held_out: batches, from the end.
+      micro_batches: so many batches, one after the other in memory, make one step, by the mean of
+        their gradients.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
         leaves that `prox24.optax.proximal` prunes, and all other leaves.
       project: None to train what is kept; a function to the pattern lets the mask move, by an
@@ -125,7 +129,8 @@ def block(
 
     Raises:
       ValueError: there are not as many targets as inputs, none is left to train on, or none held
-        out; or the shape of an entry of `kept` does not fit.
+        out; those left are no whole number of steps; or the shape of an entry of `kept` does not
+        fit.
 
     Example:
       >>> import jax
@@ -148,17 +153,24 @@ def block(
         optimizer,
         passes=passes,
         held_out=held_out,
+        micro_batches=micro_batches,
         kept=kept,
         project=project,
     )
 
 
 def block_step(
-    apply: Apply, params: PyTree, inputs: Any, targets: Any, refinement: BlockRefinement
+    apply: Apply,
+    params: PyTree,
+    inputs: Any,
+    targets: Any,
+    refinement: BlockRefinement,
+    micro_batches: int,
 ) -> jax.stages.Lowered:
-    """The program of one step of `block`, to be compiled and looked at; arrays may be specs."""
+    """The program of one batch of `block`, to be compiled and looked at; arrays may be specs."""
     optimizer = refinement.optimizer(8)  # The program is the same for any number of steps.
-    return lower_step(_block_loss(apply, relative_error), params, (inputs, targets), optimizer)
+    loss = _block_loss(apply, relative_error)
+    return lower_step(loss, params, (inputs, targets), optimizer, micro_batches)
 
 
 @functools.lru_cache(maxsize=16)

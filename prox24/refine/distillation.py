@@ -54,6 +54,7 @@ def distill(
     cross_entropy: float = 0.0,
     passes: int = 1,
     held_out: int = 1,
+    micro_batches: int = 1,
     kept: PyTree | Callable[[PyTree], PyTree] | None = None,
     project: Project | None = None,
     measured_every: int | None = None,
@@ -83,6 +84,7 @@ def distill(
       cross_entropy: the share c, from 0 to 1.
       passes: as `prox24.refine.training.refine` has it, and all that follow.
       held_out: batches, from the end.
+      micro_batches: that make one step.
       kept: which entries are trained.
       project: to the pattern, lets the mask move.
       measured_every: steps between measurements; None for every pass.
@@ -93,8 +95,8 @@ def distill(
       A `Refined`.
 
     Raises:
-      ValueError: there are not as many targets as batches, none is left to train on, or none held
-        out; the share is not from 0 to 1; or the shape of an entry of `kept` does not fit.
+      ValueError: there are not as many targets as batches; the share is not from 0 to 1; or as
+        `refine` has it.
 
     Example:
       >>> keys = jax.random.split(jax.random.key(0), 3)
@@ -124,6 +126,7 @@ def distill(
         optimizer,
         passes=passes,
         held_out=held_out,
+        micro_batches=micro_batches,
         kept=kept,
         project=project,
         measured_every=measured_every,

@@ -97,6 +97,7 @@ def refine(
     *,
     passes: int,
     held_out: int,
+    micro_batches: int = 1,
     kept: PyTree | Callable[[PyTree], PyTree] | None = None,
     project: Project | None = None,
     measured_every: int | None = None,
@@ -114,9 +115,11 @@ def refine(
       params: pytree of floating-point arrays; trained in float32.
       constants: what the loss needs besides, which is not trained.
       batches: all of one shape.
-      optimizer: `optax.MultiSteps` accumulates gradients.
+      optimizer: compiled once for each object.
       passes: over the batches that are not held out.
       held_out: batches, from the end.
+      micro_batches: so many batches, one after the other in memory, make one step, by the mean of
+        their gradients.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
         leaves that `prox24.optax.proximal` prunes, and all other leaves.
       project: None to train what is kept. A function of the parameters, to the pattern, lets the
@@ -129,16 +132,18 @@ def refine(
         are overwritten by the next step: copy what is to be kept.
 
     Raises:
-      ValueError: no batch is left to train on, or none held out, or the shape of an entry of `kept`
-        does not fit.
+      ValueError: no batch is left to train on, or none held out; those left are no whole number of
+        steps; or the shape of an entry of `kept` does not fit.
     """
     if not 0 < held_out < len(batches):
         raise ValueError(
             f"{len(batches)} batches: {held_out} held out leave none to train or measure"
         )
     training, measured = batches[:-held_out], batches[-held_out:]
-    steps = passes * len(training)
-    advance = _advance(loss, optimizer, project is None)
+    if len(training) % micro_batches:
+        raise ValueError(f"{len(training)} batches are no whole number of steps of {micro_batches}")
+    steps = passes * len(training) // micro_batches
+    advance = _advance(loss, optimizer, project is None, micro_batches)
 
     def candidate(master: PyTree) -> PyTree:
         used = master if project is None else project(master)
@@ -153,16 +158,20 @@ def refine(
     # A copy also of what is float32 already: steps overwrite the master.
     master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     best = params if project is None else candidate(master)
-    transform = keep_pattern(optimizer, kept) if project is None else optimizer
+    transform = _accumulating(
+        keep_pattern(optimizer, kept) if project is None else optimizer, micro_batches
+    )
     # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
     memory = transform.init(jax.tree.map(jnp.copy, master))
     state = resume(Training(master, memory, best, [measure(best)], 0))
     while state.steps < steps and not state.diverged():
-        batch = training[state.steps % len(training)]
-        master, memory = advance(state.master, state.optimizer, constants, batch)
+        master, memory = state.master, state.optimizer
+        for index in range(state.steps * micro_batches, (state.steps + 1) * micro_batches):
+            batch = training[index % len(training)]
+            master, memory = advance(master, memory, constants, batch)
         taken = state.steps + 1
         state = state._replace(master=master, optimizer=memory, steps=taken)
-        if taken % (measured_every or len(training)) == 0 or taken == steps:
+        if taken % (measured_every or len(training) // micro_batches) == 0 or taken == steps:
             found = candidate(master)
             losses = [*state.losses, measure(found)]
             best = found if losses[-1] == min(losses) < losses[0] else state.best
@@ -172,19 +181,31 @@ def refine(
 
 
 def lower_step(
-    loss: Loss, params: PyTree, batch: PyTree, optimizer: optax.GradientTransformation
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
 ) -> jax.stages.Lowered:
-    """The program of one step on what is kept, without constants; arrays may be specs."""
+    """The program of one batch, on what is kept, without constants; arrays may be specs."""
 
     def kept(params: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf != 0, params)
 
     def begun(params: PyTree) -> tuple[PyTree, PyTree]:
         master = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        return master, keep_pattern(optimizer, kept).init(master)
+        return master, _accumulating(keep_pattern(optimizer, kept), micro_batches).init(master)
 
     master, state = jax.eval_shape(begun, params)
-    return _advance(loss, optimizer, True).lower(master, state, None, batch)
+    return _advance(loss, optimizer, True, micro_batches).lower(master, state, None, batch)
+
+
+def _accumulating(
+    transform: optax.GradientTransformation, micro_batches: int
+) -> optax.GradientTransformation:
+    if micro_batches == 1:  # There is no sum to keep.
+        return transform
+    return optax.MultiSteps(transform, micro_batches).gradient_transformation()
 
 
 @functools.lru_cache(maxsize=16)
@@ -194,10 +215,10 @@ def _measure(loss: Loss) -> Callable[[PyTree, PyTree, PyTree], Array]:
 
 @functools.lru_cache(maxsize=16)
 def _advance(
-    loss: Loss, optimizer: optax.GradientTransformation, fixed: bool
+    loss: Loss, optimizer: optax.GradientTransformation, fixed: bool, micro_batches: int
 ) -> jax.stages.Wrapped:
     # The state holds what is kept, so that the transform's own choice is never asked for here.
-    transform = keep_pattern(optimizer) if fixed else optimizer
+    transform = _accumulating(keep_pattern(optimizer) if fixed else optimizer, micro_batches)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def advance(
