@@ -35,6 +35,7 @@ from prox24.forward import (
 from prox24.models import whole
 from prox24.pipeline import collect, prune
 from prox24.plan import Method, layer_memory
+from prox24.refine import BlockRefinement
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.proximal import Prox
@@ -114,6 +115,11 @@ def collectives(text):
 def same_blocks(mask, expected):
     """The fraction of blocks with one mask."""
     return float((np.asarray(mask) == np.asarray(expected)).reshape(-1, 4).all(axis=1).mean())
+
+
+def largest_difference(values, expected):
+    """Over the largest of what is expected."""
+    return float(np.abs(values - expected).max() / np.abs(expected).max())
 
 
 def relative_difference(values, expected):
@@ -293,6 +299,16 @@ def model_reports(folder):
             ),
             "tokens": [a.tokens for a in result.reports] == [b.tokens for b in expected.reports],
         }
+    pair = jax.make_mesh((2,), ("any",), devices=jax.devices()[:2])
+    # Optax's optimizers mix dtypes and ranks.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        one, two = (pruned(mesh, refinement=BlockRefinement(1e-3, 1)) for mesh in (None, pair))
+    yield {
+        "refined": [result.reports[-1].block.outcome.value for result in (one, two)],
+        "weights": max(
+            largest_difference(values, one.tensors[name]) for name, values in two.tensors.items()
+        ),
+    }
     again = pruned(mesh)
     same = [
         values.tobytes() == again.tensors[name].tobytes() for name, values in result.tensors.items()
@@ -315,6 +331,9 @@ def model_reports(folder):
     )
     text = add_layer_inputs.lower(*arguments).compile().as_text()
     yield {"gathering": [kind for kinds in collectives(text)[0].values() for kind in kinds]}
+    run = jax.jit(forward.layer_function(model.config.layers[0], model.mesh))
+    (output,) = jax.tree.leaves(run.lower(arguments[1], hidden).compile().output_shardings)
+    yield {"own_windows": output.shard_shape(hidden.shape)[0] / len(hidden)}
     shapes = (8, 4), (44, 4)
     copies = [apart(jnp.ones(s), model.mesh).sharding.is_fully_replicated for s in shapes]
     yield {"copied": copies, "odd": common_mesh(windows=12).size}
@@ -357,37 +376,43 @@ def distillation_reports(folder):
 def gathering_reports(folder):
     """What eight devices send of the weights in a pass through all layers, and its gradient."""
     checkpoint = open_checkpoint(folder)
-    model, mesh = load_model(checkpoint), common_mesh(2, 4)
-    config, ids = model.config, jnp.asarray(tokens(batch=2, length=16))
+    model, ids = load_model(checkpoint), jnp.asarray(tokens(batch=8, length=16))
+    outer = embedding_weights(model)
 
     def params(place):
-        return whole.stacked(
-            config, lambda i, name: checkpoint.read(f"model.layers.{i}.{name}"), place
-        )
+        def read(index, name):
+            return checkpoint.read(f"model.layers.{index}.{name}")
+
+        return whole.stacked(model.config, read, place)
 
     def loss(weights, ids, mesh):
         enter = functools.partial(partition.gathered, mesh)
-        return jnp.mean(whole.features(config, weights, embedding_weights(model), ids, enter) ** 2)
+        return jnp.mean(whole.features(model.config, weights, outer, ids, enter) ** 2)
 
-    given = params(
-        lambda name, values: jax.device_put(values, partition.kept(mesh, name, values.shape))
-    )
-    program = jax.jit(jax.grad(lambda weights, ids: loss(weights, in_parts(ids, mesh), mesh)))
-    compiled = program.lower(given, ids).compile()
     expected = jax.grad(loss)(params(lambda name, values: jnp.asarray(values)), ids, None)
-    differences = jax.tree.map(relative_difference, program(given, ids), expected)
-    shapes = {
-        tuple(sorted(map(int, shape.split(","))))
-        for found in collectives(compiled.as_text())[0].values()
-        for kind in found
-        for shape in re.findall(r"\[(\d+,\d+)\]", kind[0])
-    }
-    linears = {tuple(sorted(linear.shape)) for linear in layer_linears(config, 0)}
-    yield {
-        "gradients": max(jax.tree.leaves(differences)),
-        "whole_weights_sent": sorted(shapes & linears),
-        "shapes": sorted(shapes),
-    }
+    linears = {linear.shape for linear in layer_linears(model.config, 0)}
+    for tensor in (1, 2, 4):
+        mesh = partition.training_mesh(common_mesh(8 // tensor, tensor))
+
+        def place(name, values, mesh=mesh):
+            return jax.device_put(values, partition.kept(mesh, name, values.shape))
+
+        def gradient(weights, ids, mesh=mesh):
+            return jax.grad(loss)(weights, in_parts(ids, mesh), mesh)
+
+        program = jax.jit(gradient).lower(params(place), ids).compile()
+        sent = {
+            tuple(int(n) for n in shape.split(",") if n != "1")
+            for found in collectives(program.as_text())[0].values()
+            for result, _ in found
+            for shape in re.findall(r"\[([\d,]+)\]", result)
+        }
+        differences = jax.tree.map(largest_difference, program(params(place), ids), expected)
+        yield {
+            "gradients": max(jax.tree.leaves(differences)),
+            "tensor": tensor,
+            "whole_weights_sent": bool(sent & linears),
+        }
 
 
 if __name__ == "__main__":

@@ -144,11 +144,27 @@ def test_rows_and_windows_that_eight_does_not_divide_are_copied_or_go_to_fewer_d
 
 
 def test_a_model_is_distilled_alike_on_one_and_eight_devices(reports):
-    (report,) = (report for report in reports if "distilled" in report)
-    assert report["distilled"] == "improved"
-    assert report["losses"] <= 1e-5
-    assert report["weights"] <= 1e-5  # a hundredth of a step
-    assert report["parts"] == 8
+    found = [report for report in reports if "distilled" in report]
+    assert [report["tensor"] for report in found] == [1, 2, 4]
+    for report in found:
+        assert report["distilled"] == "improved"
+        assert report["losses"] <= 1e-5
+        assert report["weights"] <= 1e-5  # a hundredth of a step
+        assert report["parts"] == 8
+
+
+def test_devices_that_share_heads_send_no_whole_weight(reports):
+    found = [report for report in reports if "gradients" in report]
+    assert [report["tensor"] for report in found] == [1, 2, 4]
+    assert all(report["gradients"] <= 1e-5 for report in found)
+    assert [report["whole_weights_sent"] for report in found] == [True, False, False]
+
+
+def test_a_layer_is_refined_alike_on_one_and_two_devices(reports):
+    (report,) = (report for report in reports if "refined" in report)
+    assert report["refined"] == ["improved"] * 2
+    assert report["weights"] <= 1e-4
+    assert {"own_windows": 1 / 8} in reports
 
 
 def test_the_same_call_gives_the_same_bytes_on_eight_devices(reports):
