@@ -175,8 +175,9 @@ def distill(
         a zero, or a mask is to be found and a linear's input width is not divisible by 4.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
-      ValueError: the micro-batches do not divide the windows of a step, the devices of the first
-        axis those of a micro-batch, or those of the second the heads and widths of a layer.
+      Prox24Error: the devices of the second axis do not divide the heads or the width of a layer.
+      ValueError: the micro-batches do not divide the windows of a step, or the devices of the first
+        axis those of a micro-batch.
     """
     mesh = None if mesh is None else partition.training_mesh(mesh)
     # Devices of the second axis would compute the same.

@@ -6,11 +6,14 @@ that is gathered from the others when its layer runs (fully sharded data paralle
 leaves them by columns, and the sum over the devices is all that they send (tensor parallelism).
 """
 
+import math
+
 import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prox24.devices import AXIS, TENSOR
+from prox24.errors import Prox24Error
 from prox24.models.decoder import Config, Weights
 
 
@@ -21,7 +24,7 @@ def training_mesh(mesh: Mesh) -> Mesh:
 
 
 def check_divides(config: Config, devices: int) -> None:
-    """Raises ValueError where so many devices do not divide the heads or the width of a layer."""
+    """Raises Prox24Error where so many devices do not divide the heads or the width of a layer."""
     for index, layer in enumerate(config.layers):
         counts = {
             "key-value heads": layer.attention.key_value_heads,
@@ -30,7 +33,7 @@ def check_divides(config: Config, devices: int) -> None:
         }
         for name, count in counts.items():
             if count % devices:
-                raise ValueError(
+                raise Prox24Error(
                     f"{devices} devices do not divide the {count} {name} of layer {index}"
                 )
 
@@ -62,16 +65,21 @@ def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weight
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
     """Without the axes that do not divide their dimension: those devices have copies."""
-    leaves = name.endswith(("o_proj.weight", "down_proj.weight"))
-    enters = "_proj." in name and "o_proj." not in name and "down_proj." not in name
-    parts: list[list[str]] = [[] for _ in shape]
+    dimensions = {AXIS: 1, TENSOR: _shared_dimension(name)}
+    parts: list[tuple[str, ...]] = [()] * len(shape)
     for axis in axes:
-        dimension = (2 if leaves else 1 if enters else None) if axis == TENSOR else 1
+        dimension = dimensions[axis]
         if dimension is None:
             continue
-        among = mesh.shape[axis]
-        for other in parts[dimension]:
-            among *= mesh.shape[other]
-        if shape[dimension] % among == 0:
-            parts[dimension].append(axis)
-    return PartitionSpec(*(tuple(part) or None for part in parts))
+        divided = (*parts[dimension], axis)
+        if shape[dimension] % math.prod(mesh.shape[name] for name in divided) == 0:
+            parts[dimension] = divided
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def _shared_dimension(name: str) -> int | None:
+    """Of a tensor of all layers, the one that belongs to heads or to the width of the MLP."""
+    *_, module, kind = name.split(".")
+    if module in ("o_proj", "down_proj"):
+        return 2 if kind == "weight" else None
+    return 1 if module.endswith("_proj") else None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import config_dict, random_weights, tokens, write_folder
+from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 from prox24 import forward, is_sparse, partition
 from prox24.calibration.gram import add_in_turn, add_layer_inputs, empty_columns, empty_gram
@@ -25,14 +25,16 @@ from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.pattern import Pattern
 from prox24.devices import AXIS, apart, common_mesh, in_parts, placed
 from prox24.distill import ModelRefinement, distill
+from prox24.errors import Prox24Error
 from prox24.forward import (
     embed_windows,
     embedding_weights,
     layer_linears,
     layer_weights,
     load_model,
+    oriented,
 )
-from prox24.models import whole
+from prox24.models import decoder, whole
 from prox24.pipeline import collect, prune
 from prox24.plan import Method, layer_memory
 from prox24.refine import BlockRefinement
@@ -373,15 +375,17 @@ def distillation_reports(folder):
         }
 
 
-def gathering_reports(folder):
+def gathering_reports(folder, variant):
     """What eight devices send of the weights in a pass through all layers, and its gradient."""
+    write_tiny(folder, variant)
     checkpoint = open_checkpoint(folder)
     model, ids = load_model(checkpoint), jnp.asarray(tokens(batch=8, length=16))
     outer = embedding_weights(model)
 
     def params(place):
         def read(index, name):
-            return checkpoint.read(f"model.layers.{index}.{name}")
+            tensor = decoder.layer_tensor(model.config.names, index, name)
+            return oriented(model.config, checkpoint.read(tensor))
 
         return whole.stacked(model.config, read, place)
 
@@ -410,9 +414,14 @@ def gathering_reports(folder):
         differences = jax.tree.map(largest_difference, program(params(place), ids), expected)
         yield {
             "gradients": max(jax.tree.leaves(differences)),
+            "variant": variant,
             "tensor": tensor,
             "whole_weights_sent": bool(sent & linears),
         }
+    try:
+        partition.check_divides(model.config, 8)
+    except Prox24Error as error:
+        yield {"refused": str(error)}
 
 
 if __name__ == "__main__":
@@ -423,6 +432,7 @@ if __name__ == "__main__":
         *planned_reports(folder),
         *model_reports(folder),
         *distillation_reports(folder),
-        *gathering_reports(folder),
+        *gathering_reports(folder.with_name("llama1"), "llama1"),
+        *gathering_reports(folder.with_name("phi3"), "phi3"),
     ]
     print(json.dumps(reports))
