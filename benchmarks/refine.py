@@ -44,6 +44,7 @@ import matplotlib.pyplot as plt
 
 LENGTH = 512
 WINDOWS = 64
+RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 
 
 class Run(NamedTuple):
@@ -66,6 +67,10 @@ def runs() -> list[Run]:
     """The table."""
     table = [Run("dense", "dense")]
     table += [Run(base, base) for base in BASES]
+    table += [
+        Run(f"default + model, rate {rate:g}", "default", 64, ModelRefinement(rate=rate))
+        for rate in RATES
+    ]
     table += [Run(f"{base} + block", base, 64, BlockRefinement()) for base in BASES]
     table += [
         Run(f"{base} + model", base, windows, ModelRefinement())
@@ -90,9 +95,9 @@ def measure(
         solver, refit = BASES[run.base]
         pruned = collect(prune(dense, windows[:WINDOWS], solver, refit, refinement=run.refinement))
         model = with_tensors(dense, pruned.tensors)
-        size = run.refinement.micro_batch(WINDOWS, batch_size(WINDOWS, LENGTH))
-        batches = WINDOWS // size
-        trained = size * (batches - run.refinement.held_out_of(batches))
+        size = run.refinement.step_windows(WINDOWS, batch_size(WINDOWS, LENGTH))
+        steps = WINDOWS // size
+        trained = size * (steps - run.refinement.held_out_of(steps))
         tokens = run.refinement.passes * trained * LENGTH
     elif run.base != "dense":
         folder = cache / "models" / f"{run.base}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
