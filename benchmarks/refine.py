@@ -8,7 +8,7 @@ its own, for its peak memory. A line is appended to FOLDER/refine.csv after each
 is there already is skipped, so that an interrupted command can be given again. Pruned models are
 kept in FOLDER/models of the cache, by calibration text, windows and seed. FOLDER/refine.png shows
 the gap in log-perplexity to the dense model against the tokens trained on and the seconds, pruning
-included.
+included. With --bigbench FILE every model answers the questions of multiple_choice.py, too.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from model import add_row, drawn_windows, read_rows, with_tensors
+from multiple_choice import accuracies, read_questions
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +46,8 @@ import matplotlib.pyplot as plt
 LENGTH = 512
 WINDOWS = 64
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
+QUESTIONS = 250
+"""Of each task."""
 
 
 class Run(NamedTuple):
@@ -81,7 +84,13 @@ def runs() -> list[Run]:
 
 
 def measure(
-    run: Run, calibration: Path, texts: list[Path], evaluation_windows: int, seed: int, cache: Path
+    run: Run,
+    calibration: Path,
+    texts: list[Path],
+    evaluation_windows: int,
+    seed: int,
+    cache: Path,
+    bigbench: Path | None,
 ) -> dict[str, object]:
     """Prunes or reads a pruned model, refines it and evaluates it on every text."""
     dense = open_checkpoint(fetch_model(cache))
@@ -125,6 +134,9 @@ def measure(
         text = tokenize(tokenizer, read_text(path), vocabulary)
         chosen = first_windows(text, evaluation_windows, LENGTH)
         row[path.stem] = perplexity(model, chosen).perplexity
+    if bigbench is not None:
+        found = accuracies(model, read_questions(bigbench, QUESTIONS))
+        row["right_answers"] = np.mean(list(found.values()))
     return row
 
 
@@ -153,13 +165,14 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
     """Every row."""
     table = Table()
     table.add_column("method", no_wrap=True)
-    for title in (*texts, "gap, share of SparseGPT's", "tokens", "seconds", "peak GB"):
+    for title in (*texts, "gap, share of SparseGPT's", "right", "tokens", "seconds", "peak GB"):
         table.add_column(title, justify="right")
     for row, gap in zip(rows, gaps(rows, texts), strict=True):
         table.add_row(
             row["run"],
             *(f"{float(row[text]):.2f}" for text in texts),
             f"{gap:.2f}",
+            f"{100 * float(row['right_answers']):.1f}%" if row.get("right_answers") else "",
             row["tokens"],
             f"{float(row['seconds']):.0f}",
             f"{int(row['peak_memory_bytes']) / 1e9:.2f}",
@@ -206,6 +219,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="RUN", help="names of rows")
     parser.add_argument("--most-windows", type=int, default=1024, help="skip rows with more")
+    parser.add_argument("--bigbench", type=Path, metavar="FILE", help="bigbench-1.0.0.tar.gz")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
     arguments = parser.parse_args()
@@ -239,6 +253,7 @@ def main() -> None:
                     arguments.evaluation_windows,
                     arguments.seed,
                     arguments.cache,
+                    arguments.bigbench,
                 ).result()
             )
         rows = add_row(path, row)

@@ -1,0 +1,141 @@
+"""Zero-shot multiple choice: which answer a model takes to be the most likely.
+
+    pip download --no-deps --no-binary :all: bigbench
+    python benchmarks/multiple_choice.py bigbench-1.0.0.tar.gz MODEL [MODEL ...]
+
+Questions are those of two tasks of BIG-bench (Apache-2.0), as the package index has them: what the
+goal of a step is, and what a step to a goal is, with four answers each, from wikiHow. A question
+and each of its answers are one text. The answer whose text has the highest probability counts; as
+the question is the same, that is the most likely answer to it. Printed is the share of right ones.
+"""
+
+import argparse
+import functools
+import json
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from rich.console import Console
+from rich.table import Table
+
+from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from prox24.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
+from prox24.models import decoder
+
+TASKS = {
+    "goal": "goal_step_wikihow/goal_inference",
+    "step": "goal_step_wikihow/step_inference",
+}
+BATCH = 32
+
+
+class Question(NamedTuple):
+    """Texts, one for each answer, and which is right."""
+
+    texts: list[str]
+    right: int
+
+
+def read_questions(archive: Path, count: int) -> dict[str, list[Question]]:
+    """The first questions of each task."""
+    wanted = {f"benchmark_tasks/{folder}/task.json": name for name, folder in TASKS.items()}
+    found = {}
+    with tarfile.open(archive) as files:
+        for member in files:
+            name = wanted.get(member.name.partition("/bigbench/")[2])
+            if name is not None:
+                examples = json.load(files.extractfile(member))["examples"][:count]
+                found[name] = [as_question(example) for example in examples]
+    return {name: found[name] for name in TASKS}
+
+
+def as_question(example: dict) -> Question:
+    """Of an example of BIG-bench."""
+    scores = example["target_scores"]
+    texts = [f"{example['input'].rstrip()} {answer}" for answer in scores]
+    return Question(texts, int(np.argmax(list(scores.values()))))
+
+
+def accuracies(checkpoint: Checkpoint, questions: dict[str, list[Question]]) -> dict[str, float]:
+    """The share of right answers in each task."""
+    tokenizer = checkpoint.load_tokenizer()
+    texts = [text for asked in questions.values() for question in asked for text in question.texts]
+    losses = iter(text_losses(checkpoint, [tokenizer(text)["input_ids"] for text in texts]))
+    return {
+        name: float(
+            np.mean(
+                [
+                    np.argmin([next(losses) for _ in question.texts]) == question.right
+                    for question in asked
+                ]
+            )
+        )
+        for name, asked in questions.items()
+    }
+
+
+def text_losses(checkpoint: Checkpoint, texts: list[list[int]]) -> list[float]:
+    """Summed negative log-likelihoods; texts of about the same length go together."""
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    losses = np.zeros(len(texts))
+    model = load_model(checkpoint)
+    layers = [layer_weights(model, index) for index in range(len(model.config.layers))]
+    head = head_weights(model)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        length = -(-len(texts[chosen[-1]]) // 8) * 8
+        windows = np.zeros((BATCH, length), np.int32)
+        for row, index in zip(windows, chosen, strict=False):
+            row[: len(texts[index])] = texts[index]
+        lengths = np.array([len(texts[index]) for index in chosen], np.int32)
+        lengths = np.pad(lengths, (0, BATCH - len(chosen)))
+        hidden = list(embed_windows(model, windows, BATCH))
+        for index, weights in enumerate(layers):
+            run_in_place(model, index, weights, hidden)
+        found = batch_losses(model.config, head, hidden[0], windows, lengths)
+        losses[chosen] = np.asarray(found)[: len(chosen)]
+    return losses.tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def batch_losses(
+    config: decoder.Config, head: decoder.Weights, hidden: Array, tokens: Array, lengths: Array
+) -> Array:
+    """Of each text (batch, length), up to its own length."""
+
+    def loss(text: tuple[Array, Array, Array]) -> Array:
+        states, tokens, length = text
+        scores = decoder.logits(config, head, states[None])[0, :-1]
+        chosen = jnp.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
+        surprise = jax.nn.logsumexp(scores, axis=-1) - chosen
+        return jnp.sum(jnp.where(jnp.arange(1, len(tokens)) < length, surprise, 0))
+
+    return lax.map(loss, (hidden, tokens, lengths))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("archive", type=Path, help="bigbench-1.0.0.tar.gz")
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
+    parser.add_argument("--count", type=int, default=250, help="questions of each task")
+    arguments = parser.parse_args()
+    questions = read_questions(arguments.archive, arguments.count)
+    table = Table()
+    table.add_column("model", no_wrap=True)
+    for name in (*TASKS, "mean"):
+        table.add_column(name, justify="right")
+    for path in arguments.models:
+        found = accuracies(open_checkpoint(path), questions).values()
+        table.add_row(str(path), *(f"{100 * share:.1f}%" for share in (*found, np.mean([*found]))))
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
