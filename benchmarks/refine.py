@@ -226,6 +226,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "refine.csv"
     rows = read_rows(path)
+    if rows and ("right_answers" in rows[0]) != (arguments.bigbench is not None):
+        parser.error(f"{path} was begun with --bigbench, or without: go on so, or elsewhere")
     for run in runs():
         key = {
             "run": run.name,
