@@ -41,7 +41,10 @@ LORA_SCALE = 2.0
 
 def loss(config, outer, layers, windows):
     """Mean negative log-likelihood of the tokens of windows (count, length) after the first."""
-    hidden = whole.features(config, whole.stacked(config, layers), outer, windows)
+    stacked = whole.stacked(
+        config, lambda index, name: layers[index][name], lambda name, tensors: jnp.stack(tensors)
+    )
+    hidden = whole.features(config, stacked, outer, windows)
     losses = window_losses(config, outer, hidden, windows)
     return jnp.sum(losses) / (windows.size - len(windows))
 

@@ -35,10 +35,12 @@ def common_mesh(windows: int, tensor: int = 1) -> Mesh | None:
     if windows % processes:
         raise Prox24Error(f"{windows} windows are not divisible by {processes} processes")
     devices = [jax.local_devices(process_index=index) for index in range(processes)]
-    most = min(map(len, devices)) // tensor
+    fewest = min(map(len, devices))
+    most = fewest // tensor
     if most == 0:
-        fewest = min(map(len, devices))
-        raise Prox24Error(f"{tensor} devices are to share heads and widths, and {fewest} are there")
+        raise Prox24Error(
+            f"{tensor} devices are to share heads and widths, and a process has {fewest}"
+        )
     count = max(n for n in range(1, most + 1) if windows % (n * processes) == 0)
     used = np.array([device for own in devices for device in own[: count * tensor]])
     if used.size == 1:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from prox24 import partition, refine
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.core.masks import top_mask
-from prox24.devices import AXIS, TENSOR, in_parts
-from prox24.errors import CalibrationError, CheckpointError
+from prox24.devices import AXIS, in_parts
+from prox24.errors import CalibrationError, CheckpointError, Prox24Error
 from prox24.forward import (
     Model,
     all_linears,
@@ -28,6 +28,7 @@ from prox24.forward import (
     head_weights,
     input_widths,
     layer_linears,
+    layer_tensor,
     layer_weights,
     load_model,
     oriented,
@@ -60,6 +61,10 @@ class MovingMask:
     scaled: bool = True
     alone: bool = False
 
+    def __post_init__(self) -> None:
+        if self.alone and self.normalised:
+            raise ValueError("a mask alone is found in the units of the given weights")
+
     @classmethod
     def constant(cls, lam: float) -> "MovingMask":
         """As in ProxSparse: the same lam in every step, and of what is trained only the mask."""
@@ -70,46 +75,60 @@ class MovingMask:
 class ModelRefinement:
     """How `distill` trains: Adam on gradients of norm 1 at the most.
 
-    The rate rises from a step's part of it to the highest along a line, and falls to zero along a
-    cosine.
+    The rate rises along a line, from the n-th part of the highest in the first of n steps, and
+    falls to zero along a cosine.
 
     Attributes:
       rate: the highest.
-      warmup: the share of the steps in which it rises.
       passes: over the windows that are not held out.
       windows: of a step.
-      micro_batches: in which the windows of a step are computed one after the other, for memory.
       held_out: the share of the steps' windows that decides which weights were best; at least one
         step's are.
       cross_entropy: the share of the loss that is the text's own, see `prox24.refine.distill`.
       measurements: of the loss on what is held out, evenly over the steps.
       mask: None to train what is kept; else the mask is found as well, and every measurement is of
         the two largest of each block.
+      warmup: the share of the steps in which the rate rises.
+      micro_batches: in which the windows of a step are computed one after the other, for memory.
     """
 
     rate: float = 2e-4
-    warmup: float = 0.1
     passes: int = 1
     windows: int = 1
-    micro_batches: int = 1
     held_out: float = 0.0625
     cross_entropy: float = 0.0
     measurements: int = 4
     mask: MovingMask | None = None
+    warmup: float = 0.1
+    micro_batches: int = 1
 
     @classmethod
     def proxsparse(cls, lam: float = 0.25, rate: float = 1e-4) -> "ModelRefinement":
         """What ProxSparse does to find a mask, with its numbers for Llama-2-7B.
 
         It is for 400 windows of 4,096 tokens, one of them for each step. Its AdamW has no weight
-        decay, which is Adam. Other than there the rate falls along a cosine, not a line, and
-        embeddings and head are not trained.
+        decay, which is Adam. Other than there the rate falls along a cosine, not a line, embeddings
+        and head are not trained, and a sixteenth of the windows is held out.
 
         References:
           "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained LLMs",
           arXiv 2502.00258, and the scripts that its authors published.
         """
-        return cls(rate, cross_entropy=1.0, measurements=10, mask=MovingMask.constant(lam))
+        return cls(rate, cross_entropy=1.0, mask=MovingMask.constant(lam))
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows that are in memory together.
+
+        Raises:
+          Prox24Error: the micro-batches do not divide the windows of a step.
+        """
+        size, rest = divmod(self.windows, self.micro_batches)
+        if rest:
+            raise Prox24Error(
+                f"{self.micro_batches} micro-batches do not divide {self.windows} windows of a step"
+            )
+        return size
 
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate by the number of steps before, of so many that the optimizer takes."""
@@ -117,20 +136,25 @@ class ModelRefinement:
         first = self.rate / max(1, rising)
         return optax.warmup_cosine_decay_schedule(first, self.rate, rising, steps)
 
-    def held_out_of(self, steps: int) -> int:
-        """Of the steps that all windows would make, those whose windows are held out."""
-        return max(1, round(self.held_out * steps))
+    def adam(self, steps: int) -> optax.GradientTransformation:
+        """Of so many steps."""
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.schedule(steps)))
 
-    def steps(self, steps: int) -> int:
-        """Of the optimizer, where all windows would make so many in a pass."""
-        return self.passes * (steps - self.held_out_of(steps))
+    def held_out_of(self, groups: int) -> int:
+        """Of the groups of windows that make a step each, those that are held out."""
+        return max(1, round(self.held_out * groups))
+
+    def steps(self, groups: int) -> int:
+        """Of the optimizer."""
+        return self.passes * (groups - self.held_out_of(groups))
 
 
 class Distilled(NamedTuple):
     """A pruned model after its training.
 
     Attributes:
-      tensors: names and values, in the checkpoint's layout, of every tensor of every layer.
+      tensors: names and values, in the checkpoint's layout, of every tensor of every layer that is
+        not as it was given.
       refined: how it went.
       tokens: of all windows that were trained on, counted once for each pass.
     """
@@ -162,8 +186,8 @@ def distill(
         the dense model's, each has its own.
       windows: tokens, shape (windows, length).
       refinement: see there.
-      mesh: devices, of which the first axis shares the windows of a micro-batch and the parts of
-        every weight. A second axis, if there is one, shares heads and widths.
+      mesh: devices of one process, of which the first axis shares the windows of a micro-batch and
+        the parts of every weight. A second axis, if there is one, shares heads and widths.
       resume: the state to begin with, given the one before the first step.
       on_measured: see `prox24.refine.distill`.
 
@@ -175,9 +199,8 @@ def distill(
         a zero, or a mask is to be found and a linear's input width is not divisible by 4.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
-      Prox24Error: the devices of the second axis do not divide the heads or the width of a layer.
-      ValueError: the micro-batches do not divide the windows of a step, or the devices of the first
-        axis those of a micro-batch.
+      Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
+        of the second the heads or the width of a layer, or the micro-batches the windows of a step.
     """
     mesh = None if mesh is None else partition.training_mesh(mesh)
     # Devices of the second axis would compute the same.
@@ -186,21 +209,18 @@ def distill(
     config = student.config
     if config != teacher.config:
         raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
-    if mesh is not None:
-        partition.check_divides(config, mesh.shape[TENSOR])
     size, micro_batches, mask = refinement.windows, refinement.micro_batches, refinement.mask
-    micro_batch, rest = divmod(size, micro_batches)
-    if rest:
-        raise ValueError(f"{micro_batches} micro-batches do not divide {size} windows of a step")
-    steps = len(windows) // size
+    if mesh is not None:
+        partition.check_divides(config, mesh, refinement.micro_batch)
+    groups = len(windows) // size
     if mask is not None:
         check_widths(input_widths(all_linears(config)), (2, 4))
-    held_out = refinement.held_out_of(steps)
-    if steps <= held_out:
+    held_out = refinement.held_out_of(groups)
+    if groups <= held_out:
         raise CalibrationError(
             f"{len(windows)} windows are too few for steps of {size} and as many held out"
         )
-    windows = windows[: steps * size]
+    windows = windows[: groups * size]
     params = _params(student, mesh)
     if mask is None and not _has_zeros(config, params):
         raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
@@ -213,9 +233,9 @@ def distill(
         *_functions(config, mesh),
         params,
         (outer, units),
-        list(windows.reshape(steps * micro_batches, micro_batch, -1)),
-        _targets(teacher, windows, micro_batch),
-        _optimizer(config, refinement, refinement.steps(steps)),
+        list(windows.reshape(groups * micro_batches, refinement.micro_batch, -1)),
+        _targets(teacher, windows, refinement.micro_batch),
+        _optimizer(config, refinement, refinement.steps(groups)),
         teacher=(_shared(_outer(head_weights(teacher), mesh), outer), None),
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
@@ -225,7 +245,7 @@ def distill(
         project=None
         if mask is None
         else functools.partial(_two_largest, config, params if mask.alone else None),
-        measured_every=math.ceil(refinement.steps(steps) / refinement.measurements),
+        measured_every=math.ceil(refinement.steps(groups) / refinement.measurements),
         resume=resume,
         on_measured=on_measured,
     )
@@ -233,22 +253,23 @@ def distill(
         raise CalibrationError(f"{pruned.path}: the loss on the text is {trained.losses[0]}")
     tokens = trained.steps * size * windows.shape[1]
     found = trained.params if units is None else jax.tree.map(jnp.multiply, trained.params, units)
-    return Distilled(_named(config, found), trained, tokens)
+    tensors = _named(config, found)
+    if mask is not None and mask.alone:
+        linears = {linear.tensor for linear in all_linears(config)}
+        tensors = ((name, values) for name, values in tensors if name in linears)
+    return Distilled(tensors, trained, tokens)
 
 
 def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
-    """The tensors of all layers, no two of them on the host together."""
-    config, read = model.config, model.checkpoint.read
+    """The tensors of all layers; on the host are those of one name at a time."""
 
-    def tensor(index: int, name: str) -> NDArray[Any]:
-        return oriented(config, read(decoder.layer_tensor(config.names, index, name)))
-
-    def place(name: str, values: NDArray[Any]) -> Array:
+    def stack(name: str, tensors: list[NDArray[Any]]) -> Array:
+        values = np.stack(tensors)
         return jax.device_put(
             values, None if mesh is None else partition.kept(mesh, name, values.shape)
         )
 
-    return whole.stacked(config, tensor, place)
+    return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
 
 
 def _outer(weights: Weights, mesh: Mesh | None) -> Weights:
@@ -299,8 +320,7 @@ def _functions(config: Config, mesh: Mesh | None) -> tuple[Features, Logits]:
 def _optimizer(
     config: Config, refinement: ModelRefinement, steps: int
 ) -> optax.GradientTransformation:
-    rate, mask = refinement.schedule(steps), refinement.mask
-    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    adam, rate, mask = refinement.adam(steps), refinement.schedule(steps), refinement.mask
     if mask is None:
         return adam
     lam = exponential(mask.first, (mask.last / mask.first) ** (1 / max(1, steps - 1)))
@@ -348,12 +368,15 @@ def _two_largest(
     config: Config, given: whole.Stacked | None, params: whole.Stacked
 ) -> whole.Stacked:
     """Linears with the two largest of each block; of what is given, where they are largest."""
-    masks = _of_linears(
-        config, lambda w: top_mask(jnp.abs(w)), lambda other: jnp.array(True), params
-    )
-    return jax.tree.map(
-        lambda mask, values: jnp.where(mask, values, 0), masks, params if given is None else given
-    )
+    linears = _linears(config)
+
+    def of_run(values: Weights, found: Weights) -> Weights:
+        return {
+            name: jnp.where(top_mask(jnp.abs(found[name])), w, 0) if name in linears else w
+            for name, w in values.items()
+        }
+
+    return list(map(of_run, params if given is None else given, params))
 
 
 def _mean_magnitudes(config: Config, params: whole.Stacked) -> whole.Stacked:

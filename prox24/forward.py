@@ -105,12 +105,17 @@ def oriented(config: Config, weight: AnyArray) -> AnyArray:
     return weight.T if config.names.transposed else weight
 
 
+def layer_tensor(model: Model, index: int, name: str) -> NDArray[Any]:
+    """Reads a tensor of a layer by the decoder's name; a linear is (out, in)."""
+    tensor = decoder.layer_tensor(model.config.names, index, name)
+    return oriented(model.config, model.checkpoint.read(tensor))
+
+
 def layer_weights(model: Model, index: int) -> dict[str, Array]:
     """Reads the tensors of one layer, under the decoder's names, linears as (out, in)."""
-    config, read = model.config, model.checkpoint.read
     weights = {
-        name: oriented(config, jnp.asarray(read(decoder.layer_tensor(config.names, index, name))))
-        for name in decoder.layer_shapes(config.layers[index])
+        name: jnp.asarray(layer_tensor(model, index, name))
+        for name in decoder.layer_shapes(model.config.layers[index])
     }
     return everywhere(weights, model.mesh)
 

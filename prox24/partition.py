@@ -23,8 +23,11 @@ def training_mesh(mesh: Mesh) -> Mesh:
     return Mesh(devices.reshape(len(devices), -1), (AXIS, TENSOR))
 
 
-def check_divides(config: Config, devices: int) -> None:
-    """Raises Prox24Error where so many devices do not divide the heads or the width of a layer."""
+def check_divides(config: Config, mesh: Mesh, windows: int) -> None:
+    """Raises Prox24Error where the devices do not divide windows, or heads or width of a layer."""
+    if windows % mesh.shape[AXIS]:
+        raise Prox24Error(f"{mesh.shape[AXIS]} devices do not divide {windows} windows")
+    devices = mesh.shape[TENSOR]
     for index, layer in enumerate(config.layers):
         counts = {
             "key-value heads": layer.attention.key_value_heads,
@@ -43,13 +46,8 @@ def kept(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, _spec(mesh, name, shape, (TENSOR, AXIS)))
 
 
-def used(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Of the same tensor of one layer, shape (...): what devices along `AXIS` have in common."""
-    return NamedSharding(mesh, PartitionSpec(*_spec(mesh, name, (1, *shape), (TENSOR,))[1:]))
-
-
 def outer(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Of a tensor before or behind the layers: rows of the vocabulary along `TENSOR`."""
+    """Of a tensor before or behind the layers: rows of a table along `TENSOR`."""
     divided = len(shape) == 2 and shape[0] % mesh.shape[TENSOR] == 0
     return NamedSharding(mesh, PartitionSpec(TENSOR) if divided else PartitionSpec())
 
@@ -58,9 +56,19 @@ def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weight
     """What a layer computes with, inside a program: its weights, and every device's own windows."""
     if mesh is None:
         return weights, hidden
-    constrain = jax.lax.with_sharding_constraint
-    weights = {name: constrain(w, used(mesh, name, w.shape)) for name, w in weights.items()}
-    return weights, constrain(hidden, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+    def divided(tensor: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.with_sharding_constraint(tensor, NamedSharding(mesh, spec))
+
+    def common(name: str, weight: Array) -> Array:
+        # The first is for the gradient: it would be whole on each device that has its own windows.
+        for axes in ((TENSOR, AXIS), (TENSOR,)):
+            _, *spec = _spec(mesh, name, (1, *weight.shape), axes)
+            weight = divided(weight, PartitionSpec(*spec))
+        return weight
+
+    weights = {name: common(name, weight) for name, weight in weights.items()}
+    return weights, divided(hidden, PartitionSpec(AXIS))
 
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
@@ -72,7 +80,7 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) 
         if dimension is None:
             continue
         divided = (*parts[dimension], axis)
-        if shape[dimension] % math.prod(mesh.shape[name] for name in divided) == 0:
+        if shape[dimension] % math.prod(mesh.shape[part] for part in divided) == 0:
             parts[dimension] = divided
     return PartitionSpec(*(part or None for part in parts))
 

@@ -156,7 +156,8 @@ def prune(
         pruned or trained rounded; None for each tensor's own.
       finished: weights that were pruned and written before, by name. They are run, and not yielded.
       micro_batch: windows that go through a layer together, a divisor of their number; None for
-        about `forward.BATCH_TOKENS` tokens.
+        about `forward.BATCH_TOKENS` tokens. With a refinement, the most of them: those of a step
+        are a multiple.
       activations: a folder for the hidden states, which are memory-mapped there, of each process
         another; None keeps them in memory. With what a run before has left there, layers whose
         linears are all finished are not run again.
@@ -190,12 +191,13 @@ def prune(
     model = load_model(checkpoint, mesh)
     check_widths(input_widths(all_linears(model.config)), pattern)
     streams = ["pruned"] if pull is None and refinement is None else ["pruned", "dense"]
-    most = batch_size(len(windows), windows.shape[1], model.mesh)
-    size = step = micro_batch or most
+    count, length = windows.shape
+    size, micro_batches = micro_batch or batch_size(count, length, model.mesh), 1
     if refinement is not None:
         devices = 1 if model.mesh is None else model.mesh.size
-        step = devices * refinement.step_windows(len(windows) // devices, most // devices)
+        step = refinement.step_windows(count, batch_size(count, length), devices)
         size = devices * micro_batches_of(step // devices, size // devices)[0]
+        micro_batches = step // size
     files = None
     if activations is not None:
         own = len(own_windows(size, model.mesh))
@@ -224,7 +226,7 @@ def prune(
         if "dense" in streams:
             advance("dense", index, dense)
         if refinement is not None and not refined:
-            outcome = _refine_layer(model, index, weights, hidden, refinement, step // size, dtype)
+            outcome = _refine_layer(model, index, weights, hidden, refinement, micro_batches, dtype)
             for name, tensor in trained.items():
                 report = reports.get(tensor)
                 yield PrunedTensor(
@@ -292,21 +294,24 @@ def _refine_layer(
     micro_batches: int,
     dtype: np.dtype[Any] | None,
 ) -> BlockReport:
-    """Trains the weights of a layer, in place, as they will be written; so many make a step."""
+    """Trains the weights of a layer, in place, as they will be written.
+
+    A step is made of so many micro-batches.
+    """
     began = time.perf_counter()
     pruned = {linear.weight for linear in layer_linears(model.config, index)}
     if dtype is not None:
         trained = refined_tensors(model.config, index, refinement)
         weights |= {name: _rounded(trained[name], weights[name], dtype) for name in trained}
-    steps = len(hidden["pruned"]) // micro_batches
+    groups = len(hidden["pruned"]) // micro_batches
     refined = block(
         layer_function(model.config.layers[index], model.mesh),
         weights,
         hidden["pruned"],
         hidden["dense"],
-        refinement.optimizer(steps),
+        refinement.optimizer(groups),
         passes=refinement.passes,
-        held_out=refinement.held_out_of(steps) * micro_batches,
+        held_out=refinement.held_out_of(groups) * micro_batches,
         micro_batches=micro_batches,
         kept={
             name: values != 0 if name in pruned else not refinement.linears_only

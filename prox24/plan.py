@@ -142,7 +142,7 @@ def layer_memory(
         gather=_gathering(model, index, micro_batch, method, devices),
         solve=held + pruned + sums + solving[widest],
         widest=widest,
-        refine=_refining(model, index, micro_batch, method),
+        refine=_refining(model, index, micro_batch, method, 1),
     )
 
 
@@ -165,29 +165,30 @@ def fitting_micro_batch(
       Prox24Error: one window, or the solver, needs more.
       CheckpointError: a linear's input width is not divisible by M.
     """
-    share, length = windows[0] // devices, windows[1]
-    most = share
+    count, length = windows
+    whole = count // devices
+    if method.refinement is not None:
+        step = method.refinement.step_windows(count, batch_size(count, length), devices)
+        whole = step // devices
+    most = whole
 
     def needed(index: int, size: int) -> int:
-        if method.refinement is not None:
-            step = method.refinement.step_windows(share, batch_size(share, length))
-            size = micro_batches_of(step, size)[0]
         return max(
             _gathering(model, index, (size, length), method, devices),
-            _refining(model, index, (size, length), method),
+            _refining(model, index, (size, length), method, whole // size),
         )
 
     for index in distinct_layers(model):
         memory = layer_memory(model, index, (1, length), method, devices)
         for name, bytes_needed in (
             (f"solving {memory.widest}", memory.solve),
-            (f"one window in layer {index}", max(memory.gather, memory.refine)),
+            (f"one window in layer {index}", needed(index, 1)),
         ):
             if bytes_needed > budget:
                 raise Prox24Error(
                     f"--memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
                 )
-        sizes = micro_batches_of(share, most)
+        sizes = micro_batches_of(whole, most)
         most = next(size for size in sizes if needed(index, size) <= budget)
     return most * devices
 
@@ -345,13 +346,17 @@ def _solving(linear: Linear, method: Method, devices: int) -> int:
     return needed // sharing + 4 * (outputs + swept) * width
 
 
-def _refining(model: Model, index: int, micro_batch: tuple[int, int], method: Method) -> int:
-    """Of all that is there while a layer is trained, two micro-batches a step; 0 if it is not."""
+def _refining(
+    model: Model, index: int, micro_batch: tuple[int, int], method: Method, micro_batches: int
+) -> int:
+    """Of all that is there while a layer is trained; 0 if it is not."""
     if method.refinement is None:
         return 0
     weights, layer = _pruned_weights(model, index, method), model.config.layers[index]
     hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
-    step = block_step(layer_function(layer), weights, hidden, hidden, method.refinement, 2)
+    step = block_step(
+        layer_function(layer), weights, hidden, hidden, method.refinement, micro_batches
+    )
     # The weights of the dense layer, those to begin with and the best ones are kept besides.
     return _held(_weights(model, index)) + 2 * _held(weights) + _needed(step)
 

@@ -3,8 +3,10 @@
 A program of its own, since the number of devices is fixed when JAX starts.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import re
@@ -18,23 +20,24 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
-from prox24 import forward, is_sparse, partition
+from prox24 import forward, is_sparse, partition, pipeline
 from prox24.calibration.gram import add_in_turn, add_layer_inputs, empty_columns, empty_gram
 from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.training_state import states
 from prox24.checkpoints.writer import write_checkpoint
+from prox24.cli.main import main
 from prox24.core.pattern import Pattern
 from prox24.devices import AXIS, apart, common_mesh, in_parts, placed
-from prox24.distill import ModelRefinement, distill
-from prox24.errors import Prox24Error
+from prox24.distill import ModelRefinement, MovingMask, distill
 from prox24.forward import (
     embed_windows,
     embedding_weights,
     layer_linears,
+    layer_tensor,
     layer_weights,
     load_model,
-    oriented,
 )
-from prox24.models import decoder, whole
+from prox24.models import whole
 from prox24.pipeline import collect, prune
 from prox24.plan import Method, layer_memory
 from prox24.refine import BlockRefinement
@@ -303,9 +306,17 @@ def model_reports(folder):
         }
     pair = jax.make_mesh((2,), ("any",), devices=jax.devices()[:2])
     # Optax's optimizers mix dtypes and ranks.
+    meshes, run_layer = [], pipeline.layer_function
+
+    def watched(layer, mesh=None):
+        meshes.append(None if mesh is None else mesh.size)
+        return run_layer(layer, mesh)
+
+    pipeline.layer_function = watched
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         one, two = (pruned(mesh, refinement=BlockRefinement(1e-3, 1)) for mesh in (None, pair))
     yield {
+        "shared_by": meshes,
         "refined": [result.reports[-1].block.outcome.value for result in (one, two)],
         "weights": max(
             largest_difference(values, one.tensors[name]) for name, values in two.tensors.items()
@@ -347,32 +358,71 @@ def distillation_reports(folder):
     pruned = folder.with_name("pruned")
     tensors = collect(prune(checkpoint, windows[:8], Wanda(), None)).tensors
     write_checkpoint(checkpoint, pruned, tensors.items())
-    refinement, shardings = ModelRefinement(rate=1e-3, windows=8), []
+    pruned, shares = open_checkpoint(pruned), []
 
-    def trained(mesh, **options):
+    def trained(student, mesh, on_measured=lambda state: None, **options):
         def look(state):
-            weight = state.master[0]["mlp.up_proj.weight"]
-            shardings.append((weight.shape, weight.sharding.shard_shape(weight.shape)))
+            matrices = [leaf for leaf in jax.tree.leaves(state[:3]) if leaf.ndim == 3]
+            shares.append(max(part(leaf) for leaf in matrices))
+            on_measured(state)
 
-        settings = dataclasses.replace(refinement, **options)
-        arguments = (checkpoint, open_checkpoint(pruned), windows, settings)
+        settings = ModelRefinement(rate=1e-3, windows=8)
+        settings, resume = dataclasses.replace(settings, **options), lambda state: state
+        if hasattr(on_measured, "resume"):
+            resume = on_measured.resume
         # Optax's optimizers mix dtypes and ranks.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            result = distill(*arguments, mesh=mesh, on_measured=look)
+            result = distill(
+                checkpoint, student, windows, settings, mesh=mesh, on_measured=look, resume=resume
+            )
         return result.refined, dict(result.tensors)
 
-    alone, expected = trained(None)
-    for tensor, options in ((1, {}), (2, {}), (4, {"micro_batches": 2})):
-        together, found = trained(common_mesh(8 // tensor, tensor), **options)
-        shape, part = shardings[-1]
-        pairs = zip(together.losses, alone.losses, strict=True)
-        yield {
-            "distilled": together.outcome.value,
-            "tensor": tensor,
-            "losses": max(abs(a / b - 1) for a, b in pairs),
-            "weights": max(float(np.abs(found[n] - expected[n]).max()) for n in found),
-            "parts": math.prod(shape) / math.prod(part),
-        }
+    moving = {"mask": MovingMask(), "rate": 1e-2}
+    for student, options in ((pruned, {}), (checkpoint, moving)):
+        alone, expected = trained(student, None, **options)
+        for tensor, more in ((1, {}), (2, {}), (4, {"micro_batches": 2})):
+            together, found = trained(student, common_mesh(8 // tensor, tensor), **options, **more)
+            pairs = zip(together.losses, alone.losses, strict=True)
+            yield {
+                "distilled": together.outcome.value,
+                "tensor": tensor,
+                "moving": bool(options),
+                "losses": max(abs(a / b - 1) for a, b in pairs),
+                "weights": max(largest_difference(found[n], expected[n]) for n in found),
+                "same": float(
+                    np.mean([np.mean((found[n] != 0) == (expected[n] != 0)) for n in found])
+                ),
+                "largest_share": shares[-1],
+            }
+
+    class Interrupted(Exception):
+        pass
+
+    class Saving:
+        """Saves each state, and stops after some."""
+
+        def __init__(self, saved, most):
+            self.resume, self.saved, self.most = saved.resume, saved, most
+
+        def __call__(self, state):
+            self.saved.save(state)
+            if len(state.losses) > self.most:
+                raise Interrupted
+
+    mesh, options = common_mesh(4, 2), {"micro_batches": 2}
+    _, expected = trained(pruned, mesh, **options)
+    for most in (2, 100):
+        with (
+            contextlib.suppress(Interrupted),
+            states(folder.with_name("state"), {"job": "a"}) as saved,
+        ):
+            _, found = trained(pruned, mesh, Saving(saved, most), **options)
+    yield {"went_on": all(found[n].tobytes() == expected[n].tobytes() for n in expected)}
+
+
+def part(leaf):
+    """Of an array, that one device has."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
 
 
 def gathering_reports(folder, variant):
@@ -382,46 +432,53 @@ def gathering_reports(folder, variant):
     model, ids = load_model(checkpoint), jnp.asarray(tokens(batch=8, length=16))
     outer = embedding_weights(model)
 
-    def params(place):
-        def read(index, name):
-            tensor = decoder.layer_tensor(model.config.names, index, name)
-            return oriented(model.config, checkpoint.read(tensor))
-
-        return whole.stacked(model.config, read, place)
+    def params(stack):
+        return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
 
     def loss(weights, ids, mesh):
         enter = functools.partial(partition.gathered, mesh)
         return jnp.mean(whole.features(model.config, weights, outer, ids, enter) ** 2)
 
-    expected = jax.grad(loss)(params(lambda name, values: jnp.asarray(values)), ids, None)
+    expected = jax.grad(loss)(params(lambda name, tensors: jnp.stack(tensors)), ids, None)
     linears = {linear.shape for linear in layer_linears(model.config, 0)}
     for tensor in (1, 2, 4):
         mesh = partition.training_mesh(common_mesh(8 // tensor, tensor))
 
-        def place(name, values, mesh=mesh):
+        def stack(name, tensors, mesh=mesh):
+            values = np.stack(tensors)
             return jax.device_put(values, partition.kept(mesh, name, values.shape))
 
         def gradient(weights, ids, mesh=mesh):
             return jax.grad(loss)(weights, in_parts(ids, mesh), mesh)
 
-        program = jax.jit(gradient).lower(params(place), ids).compile()
+        program = jax.jit(gradient).lower(params(stack), ids).compile()
         sent = {
-            tuple(int(n) for n in shape.split(",") if n != "1")
+            tuple(map(int, shape.split(",")[-2:]))
             for found in collectives(program.as_text())[0].values()
             for result, _ in found
             for shape in re.findall(r"\[([\d,]+)\]", result)
         }
-        differences = jax.tree.map(largest_difference, program(params(place), ids), expected)
+        found = program(params(stack), ids)
+        differences = jax.tree.map(largest_difference, found, expected)
         yield {
             "gradients": max(jax.tree.leaves(differences)),
+            "largest_share": max(part(g) for g in jax.tree.leaves(found) if g.ndim == 3),
             "variant": variant,
             "tensor": tensor,
             "whole_weights_sent": bool(sent & linears),
         }
-    try:
-        partition.check_divides(model.config, 8)
-    except Prox24Error as error:
-        yield {"refused": str(error)}
+
+
+def refused_reports(folder):
+    """What the command says of devices that do not divide the heads."""
+    text = folder.with_name("text.txt")
+    text.write_text("Calibration text for a model that reads bytes. " * 60)
+    model, destination = str(folder.with_name("llama1")), str(folder.with_name("out"))
+    command = ["distill", model, model, destination, "--text", str(text), "--quiet"]
+    command += ["--sequence-length", "32", "--samples", "16", "--tensor-parallel", "8"]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        yield {"exit": main(command), "refused": said.getvalue()}
 
 
 if __name__ == "__main__":
@@ -434,5 +491,6 @@ if __name__ == "__main__":
         *distillation_reports(folder),
         *gathering_reports(folder.with_name("llama1"), "llama1"),
         *gathering_reports(folder.with_name("phi3"), "phi3"),
+        *refused_reports(folder),
     ]
     print(json.dumps(reports))

@@ -14,8 +14,8 @@ from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
-from prox24.distill import ModelRefinement, distill
-from prox24.forward import embedding_weights, head_weights, layer_weights, load_model
+from prox24.distill import ModelRefinement, MovingMask, distill
+from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
 from prox24.optax import exponential, proximal
 
@@ -164,7 +164,9 @@ def test_the_whole_model_is_its_layers(tmp_path, variant):
     for spec, weights in zip(model.config.layers, layers, strict=True):
         expected = decoder.layer(spec, weights, expected, decoder.no_tap)
     stacked = whole.stacked(
-        model.config, lambda index, name: layers[index][name], lambda name, values: values
+        model.config,
+        lambda index, name: layers[index][name],
+        lambda name, tensors: jnp.stack(tensors),
     )
     found = whole.features(model.config, stacked, outer, ids)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -223,6 +225,18 @@ def test_the_rate_rises_and_falls():
         assert max(float(rate(step)) for step in range(steps)) == pytest.approx(0.5)
 
 
+def test_gradients_are_cut_to_norm_one():
+    refinement = ModelRefinement(rate=0.1, warmup=0.0)
+    optimizer, plain = refinement.adam(100), optax.adam(refinement.schedule(100))
+    params = jnp.zeros(4)
+    state, expected = optimizer.init(params), plain.init(params)
+    for size in (10.0, 0.1, 3.0):
+        gradient = jnp.array([1.0, -2.0, 2.0, 4.0]) / 5 * size
+        update, state = optimizer.update(gradient, state, params)
+        wanted, expected = plain.update(gradient / max(1.0, size), expected, params)
+        np.testing.assert_allclose(update, wanted, rtol=1e-5)
+
+
 def test_windows_of_a_step_are_computed_in_parts(workspace, capsys):
     losses = []
     for parts in (1, 4):
@@ -232,8 +246,10 @@ def test_windows_of_a_step_are_computed_in_parts(workspace, capsys):
         assert (report["steps"], report["tokens"]) == (3, 3 * 4 * 32)
         losses.append(report["losses"])
     np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert distilled(workspace, "out", *more, "--warm-up", "0") == 0
+    assert json.loads(capsys.readouterr().out)["losses"][1:] != losses[1][1:]
     assert distilled(workspace, "other", "--step-windows", "4", "--micro-batches", "3") == 2
-    assert "--micro-batches 3 does not divide --step-windows 4" in capsys.readouterr().err
+    assert "3 micro-batches do not divide 4 windows of a step" in capsys.readouterr().err
 
 
 def test_proxsparse_takes_the_mask_alone(workspace):
@@ -241,21 +257,23 @@ def test_proxsparse_takes_the_mask_alone(workspace):
     windows = tokens(batch=16, length=32)
     found = distill(dense, dense, windows, ModelRefinement.proxsparse(lam=1.0, rate=0.01))
     assert found.refined.steps == 15
-    changed = 0
-    for name, values in found.tensors:
+    with pytest.raises(ValueError, match="in the units of the given weights"):
+        MovingMask(alone=True)
+    changed, found = 0, dict(found.tensors)
+    linears = {linear.tensor for linear in all_linears(load_model(dense).config)}
+    assert found.keys() == linears  # norms are as they were
+    for name, values in found.items():
         given = dense.read(name).astype(np.float32)
         np.testing.assert_array_equal(values, np.where(values == 0, 0, given))
-        if "proj" in name:
-            assert prox24.is_sparse(values), name
-            changed += np.any((values != 0) != prox24.top_mask(np.abs(given)))
-        else:
-            np.testing.assert_array_equal(values, given)
+        assert prox24.is_sparse(values), name
+        changed += np.any((values != 0) != prox24.top_mask(np.abs(given)))
     assert changed
 
 
 def test_more_devices_than_there_are_do_not_share_heads(workspace, capsys):
     assert distilled(workspace, "out", "--tensor-parallel", "64") == 2
-    assert "64 devices are to share heads and widths, and 1 are there" in capsys.readouterr().err
+    said = "64 devices are to share heads and widths, and a process has 1"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -312,9 +330,10 @@ def test_a_penalty_goes_with_a_constant_one(workspace, capsys):
     assert capsys.readouterr().err.count("--penalty and --mask constant go together") == 2
 
 
-def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypatch, capsys):
-    assert distilled(workspace, "whole") == 0
-    given = distill
+@pytest.mark.parametrize("more", [[], ["--step-windows", "2", "--micro-batches", "2"]])
+def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypatch, capsys, more):
+    assert distilled(workspace, "whole", *more) == 0
+    given, more = distill, [*more, "--state", workspace / "state"]
 
     def interrupted(*arguments, on_measured, **keywords):
         def measured(state):
@@ -326,11 +345,11 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr("prox24.cli.distill.distill", interrupted)
-        assert distilled(workspace, "out", "--state", workspace / "state") == 130
+        assert distilled(workspace, "out", *more) == 130
     assert not (workspace / "out").exists()
-    assert distilled(workspace, "out", "--state", workspace / "state", "--passes", "2") == 2
+    assert distilled(workspace, "out", *more, "--passes", "2") == 2
     assert "refinement.passes was 1, is 2" in capsys.readouterr().err
-    assert distilled(workspace, "out", "--state", workspace / "state") == 0
+    assert distilled(workspace, "out", *more) == 0
     for path in (workspace / "whole").iterdir():
         assert path.read_bytes() == (workspace / "out" / path.name).read_bytes(), path.name
 

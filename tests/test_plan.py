@@ -107,13 +107,17 @@ def test_a_dense_model_alongside_and_a_training_count(model, standard_promotion)
     assert refined.gather == plain.gather
     # Dense, pruned, best, master, two moments and a gradient.
     assert refined.refine > 7 * plain.weights
-    for method, needed in (
-        (WANDA._replace(dense_targets=True), alongside.gather),
-        (WANDA._replace(refinement=BlockRefinement()), refined.refine),
+    # A sum of gradients is there if a step has several micro-batches, as it has of 16 windows.
+    parts, whole = (16, 32), (8, 32)
+    refining = WANDA._replace(refinement=BlockRefinement())
+    assert plan.fitting_micro_batch(model, whole, refining, refined.refine) == 1
+    for method, windows, needed in (
+        (WANDA._replace(dense_targets=True), parts, alongside.gather),
+        (refining, parts, refined.refine + plain.weights),
     ):
-        assert plan.fitting_micro_batch(model, (16, 32), method, needed) == 1
+        assert plan.fitting_micro_batch(model, windows, method, needed) == 1
         with pytest.raises(Prox24Error, match="one window in layer 0 takes"):
-            plan.fitting_micro_batch(model, (16, 32), method, needed - 1)
+            plan.fitting_micro_batch(model, windows, method, needed - 1)
 
 
 def test_a_width_that_does_not_fit_the_pattern_is_named(tmp_path, capsys):

@@ -15,7 +15,7 @@ import prox24
 from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
-from prox24.errors import CheckpointError
+from prox24.errors import CalibrationError, CheckpointError
 from prox24.forward import all_linears, load_model
 from prox24.models import decoder
 from prox24.optax import proximal
@@ -66,8 +66,16 @@ def test_the_error_falls_and_the_zeros_stay(pruned):
     assert float(held_out) == pytest.approx(min(refined.losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("moving", [False, True])
-def test_micro_batches_make_one_step(pruned, moving):
+@pytest.mark.parametrize(
+    ("optimizer", "moving"),
+    [
+        (optax.adam(3e-3), False),
+        (optax.sgd(0.1), False),  # whose step a sum instead of a mean would double
+        (optax.chain(optax.adam(3e-3), proximal(0.01)), True),
+    ],
+    ids=["adam", "sgd", "moving"],
+)
+def test_micro_batches_make_one_step(pruned, optimizer, moving):
     params, inputs, targets = pruned
 
     def project(params):
@@ -76,9 +84,8 @@ def test_micro_batches_make_one_step(pruned, moving):
         )
 
     def trained(inputs, targets, **more):
-        chain = optax.chain(optax.adam(3e-3), proximal(0.01)) if moving else optax.adam(3e-3)
         more |= {"project": project} if moving else {}
-        return refine.block(two_layers, params, inputs, targets, chain, passes=3, **more)
+        return refine.block(two_layers, params, inputs, targets, optimizer, passes=3, **more)
 
     whole = trained(inputs, targets)
     halves = [half for x in inputs for half in jnp.split(x, 2)]
@@ -335,13 +342,25 @@ def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path):
         collect(pruned)
 
 
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_devices_divide_a_step_and_do_not_change_it(devices):
+    steps = [
+        BlockRefinement().step_windows(windows, most, devices)
+        for windows, most in ((64, 4), (64, 32), (16, 4), (24, 1))
+    ]
+    expected = [4, 8, 2, 1]
+    assert steps == [max(step, devices) for step in expected]
+    with pytest.raises(CalibrationError, match=f"takes {2 * devices} calibration windows"):
+        BlockRefinement().step_windows(devices, 1, devices)
+
+
 def test_a_single_window_is_refused(tmp_path, capsys):
     write_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
     command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--refine", "block"]
     command += ["--calibration", str(tmp_path / "text.txt"), "--samples", "1", "--quiet"]
     assert main(command) == 2
-    assert "refining takes two calibration windows or more" in capsys.readouterr().err
+    assert "refining takes 2 calibration windows or more" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 
 

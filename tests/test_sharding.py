@@ -145,12 +145,17 @@ def test_rows_and_windows_that_eight_does_not_divide_are_copied_or_go_to_fewer_d
 
 def test_a_model_is_distilled_alike_on_one_and_eight_devices(reports):
     found = [report for report in reports if "distilled" in report]
-    assert [report["tensor"] for report in found] == [1, 2, 4]
+    assert [(report["moving"], report["tensor"]) for report in found] == [
+        (moving, tensor) for moving in (False, True) for tensor in (1, 2, 4)
+    ]
     for report in found:
         assert report["distilled"] == "improved"
-        assert report["losses"] <= 1e-5
-        assert report["weights"] <= 1e-5  # a hundredth of a step
-        assert report["parts"] == 8
+        # Where the mask is to be found, rounding decides some blocks, and those all that follows.
+        assert report["losses"] <= (0.05 if report["moving"] else 1e-5)
+        assert report["same"] >= (0.99 if report["moving"] else 1)
+        assert report["moving"] or report["weights"] <= 1e-5
+        assert report["largest_share"] == 1 / 8  # of weights, moments and the best weights
+    assert {"went_on": True} in reports
 
 
 def test_devices_that_share_heads_send_no_whole_weight(reports):
@@ -159,13 +164,16 @@ def test_devices_that_share_heads_send_no_whole_weight(reports):
     sent = [(r["variant"], r["tensor"], r["whole_weights_sent"]) for r in found]
     assert sent[:3] == [("llama1", 1, True), ("llama1", 2, False), ("llama1", 4, False)]
     assert [variant for variant, _, _ in sent[3:]] == ["phi3"] * 3  # which are fused
-    refused = [report["refused"] for report in reports if "refused" in report]
-    assert refused[0] == "8 devices do not divide the 4 key-value heads of layer 0"
+    assert all(report["largest_share"] == 1 / 8 for report in found)
+    (refused,) = (report for report in reports if "refused" in report)
+    assert refused["exit"] == 2
+    assert "8 devices do not divide the 4 key-value heads of layer 0" in refused["refused"]
 
 
 def test_a_layer_is_refined_alike_on_one_and_two_devices(reports):
     (report,) = (report for report in reports if "refined" in report)
     assert report["refined"] == ["improved"] * 2
+    assert set(report["shared_by"]) == {None, 2}
     assert report["weights"] <= 1e-4
     assert {"own_windows": 1 / 8} in reports
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from prox24.checkpoints.unfinished import difference
@@ -56,7 +57,7 @@ class States(NamedTuple):
             )
         wanted = ocp.args.StandardRestore(jax.tree.map(_like, _numbered(arrays)))
         saved = self.manager.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
-        leaves = [saved[key] for key in sorted(saved, key=int)]
+        leaves = [jnp.asarray(saved[key]) for key in sorted(saved, key=int)]
         master, optimizer, best = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
         return Training(master, optimizer, best, list(about["about"]["losses"]), step)
 
@@ -75,4 +76,6 @@ def _numbered(arrays: Any) -> dict[str, Any]:
 
 
 def _like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    # A count that is on no device in particular would be bound to one.
+    sharding = leaf.sharding if leaf.committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

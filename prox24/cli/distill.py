@@ -59,17 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
         cross_entropy=arguments.cross_entropy,
         mask=moving_mask(arguments),
     )
+    mesh = common_mesh(refinement.micro_batch, arguments.tensor_parallel)
     windows = shuffled(
         calibration_windows(dense, arguments.text, arguments.samples, arguments.sequence_length)
     )
     models = {"dense": dense, "pruned": pruned}
     files = {role: source_files(model.path) for role, model in models.items()}
-    if refinement.windows % refinement.micro_batches:
-        raise Prox24Error(
-            f"--micro-batches {refinement.micro_batches} does not divide --step-windows "
-            f"{refinement.windows}"
-        )
-    mesh = common_mesh(refinement.windows // refinement.micro_batches, arguments.tensor_parallel)
     job = {
         "command": "distill",
         "refinement": dataclasses.asdict(refinement),
@@ -170,9 +165,14 @@ def moving_mask(arguments: argparse.Namespace) -> MovingMask | None:
 
 
 def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
+    trained = "What pruning kept was trained"
+    if refinement.mask is not None:
+        trained = "Weights and mask were found"
+        if refinement.mask.alone:
+            trained = "The mask, and no weight, was found"
     return f"""## Distillation
 
-What pruning kept was trained by prox24 {versions()["prox24"]} on the dense model's predictions:
+{trained} by prox24 {versions()["prox24"]} on the dense model's predictions:
 {refinement.passes} passes of {windows.shape[0]} windows of {windows.shape[1]} tokens, Adam with
 rates up to {refinement.rate}, a share of {refinement.cross_entropy} of the text's own next tokens.
 """

@@ -161,7 +161,7 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         type=parse_size,
         metavar="SIZE",
         help="of the device, as 8GiB: the largest micro-batch that fits is used (default: one of "
-        "about 2,048 tokens)",
+        "about 2,048 tokens, which it is at the most with --refine)",
     )
     _add_shard_grams(command)
     command.add_argument(
@@ -250,7 +250,8 @@ def _add_distill(commands: "_Commands[argparse.ArgumentParser]") -> None:
         choices=("kept", "growing", "constant"),
         default="kept",
         help="train the nonzeros of PRUNED, or find the mask from DENSE, given as PRUNED too, by a "
-        "proximal step after each of Adam, with a penalty that grows or is constant (kept)",
+        "proximal step after each of Adam, with a penalty that grows; or is constant, and then the "
+        "mask alone is used, on the weights of PRUNED (kept)",
     )
     command.add_argument(
         "--penalty", type=_positive_number, metavar="LAM", help="that is constant, of every step"

@@ -3,16 +3,15 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import jax
-import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
-from numpy.typing import NDArray
 
 from prox24.models import decoder
 from prox24.models.decoder import Config, Weights
+
+AnyArray = TypeVar("AnyArray")
 
 Stacked = list[Weights]
 """For each run of equal layers its tensors, shape (layers of the run, ...)."""
@@ -20,19 +19,19 @@ Stacked = list[Weights]
 
 def stacked(
     config: Config,
-    read: Callable[[int, str], ArrayLike],
-    place: Callable[[str, NDArray[Any]], Array],
+    tensor: Callable[[int, str], AnyArray],
+    stack: Callable[[str, list[AnyArray]], Array],
 ) -> Stacked:
-    """Stacks the tensors of each run of equal layers on the host, one after the other.
+    """Stacks the tensors of each run of equal layers, one name after the other.
 
     Args:
       config: of the model.
-      read: a tensor, by the index of its layer and its name there.
-      place: puts what was stacked, and its name, on the devices.
+      tensor: by the index of its layer and its name there.
+      stack: makes one array of those that have a name.
     """
     return [
         {
-            name: place(name, np.stack([np.asarray(read(index, name)) for index in run]))
+            name: stack(name, [tensor(index, name) for index in run])
             for name in decoder.layer_shapes(config.layers[run.start])
         }
         for run in _runs(config)
@@ -51,10 +50,7 @@ def features(
     weights: Stacked,
     outer: Weights,
     tokens: Array,
-    enter: Callable[[Weights, Array], tuple[Weights, Array]] = lambda weights, hidden: (
-        weights,
-        hidden,
-    ),
+    enter: Callable[[Weights, Array], tuple[Weights, Array]] = lambda *given: given,
 ) -> Array:
     """What the last layer puts out, before the final norm.
 

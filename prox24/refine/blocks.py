@@ -45,24 +45,32 @@ class BlockRefinement:
     held_out: float = 0.125
     linears_only: bool = False
 
-    def step_windows(self, windows: int, most: int) -> int:
-        """Windows of a step: a divisor of `most`, so that there are eight steps or more in a pass.
+    def step_windows(self, windows: int, most: int, devices: int = 1) -> int:
+        """Windows of a step: about `most`, less where a pass would have fewer than eight steps.
+
+        Args:
+          windows: of all steps, a multiple of `most` and of the devices.
+          most: windows.
+          devices: that share the windows of a step, and so divide them.
 
         Raises:
-          CalibrationError: there is a single window.
+          CalibrationError: there is no second step, which decides what was best.
         """
-        if windows < 2:
-            raise CalibrationError("refining takes two calibration windows or more")
         fits = max(1, windows // 8)
-        return max(size for size in range(1, most + 1) if most % size == 0 and size <= fits)
+        fewest = max(size for size in range(1, most + 1) if most % size == 0 and size <= fits)
+        shared = range(devices, windows + 1, devices)
+        step = next(size for size in shared if size >= fewest and windows % size == 0)
+        if step == windows:
+            raise CalibrationError(f"refining takes {2 * devices} calibration windows or more")
+        return step
 
-    def held_out_of(self, steps: int) -> int:
-        """Of the steps that all windows would make, those whose windows are held out."""
-        return max(1, round(self.held_out * steps))
+    def held_out_of(self, groups: int) -> int:
+        """Of the groups of windows that make a step each, those that are held out."""
+        return max(1, round(self.held_out * groups))
 
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """The same object for the same number of steps of all windows, to be compiled once."""
-        return _adam(self.rate, self.passes * (steps - self.held_out_of(steps)))
+    def optimizer(self, groups: int) -> optax.GradientTransformation:
+        """The same object for the same number of groups of windows, to be compiled once."""
+        return _adam(self.rate, self.passes * (groups - self.held_out_of(groups)))
 
 
 @functools.lru_cache
@@ -103,10 +111,10 @@ def block(
 ) -> Refined:
     """Trains the kept parameters of a block so that it reproduces targets.
 
-    Minimises the mean of loss(apply(params, x), t) over batches x, t, one step of the optimizer for
-    each, in the given order. The last batches are held out: after each pass the loss is measured on
-    them, with the parameters rounded to their dtypes, and the best parameters are returned, which
-    are those that were given if no others are better.
+    Minimises the mean of loss(apply(params, x), t) over batches x, t, in the given order, a step of
+    the optimizer for each `micro_batches` of them. The last batches are held out: after each pass
+    the loss is measured on them, with the parameters rounded to their dtypes, and the best
+    parameters are returned, which are those that were given if no others are better.
 
     Args:
       apply: the block; compiled once for each function object, so give equal blocks the same.
@@ -116,7 +124,7 @@ def block(
       optimizer: compiled once for each object, too.
       passes: over the batches that are not held out.
       held_out: batches, from the end.
-      micro_batches: so many batches, one after the other in memory, make one step, by the mean of
+      micro_batches: so many batches, in memory one after the other, make one step, by the mean of
         their gradients.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
         leaves that `prox24.optax.proximal` prunes, and all other leaves.

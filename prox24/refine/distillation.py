@@ -84,7 +84,7 @@ def distill(
       cross_entropy: the share c, from 0 to 1.
       passes: as `prox24.refine.training.refine` has it, and all that follow.
       held_out: batches, from the end.
-      micro_batches: that make one step.
+      micro_batches: batches that make one step, by the mean of their gradients.
       kept: which entries are trained.
       project: to the pattern, lets the mask move.
       measured_every: steps between measurements; None for every pass.

@@ -104,7 +104,7 @@ def refine(
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
 ) -> Refined:
-    """Minimises the mean of a loss over batches, one step of the optimizer for each, in order.
+    """Minimises the mean of a loss over batches, in order, a step for each `micro_batches` of them.
 
     The last batches are held out: the loss is measured on them with the parameters as they would be
     used, rounded to their dtypes, and the best are returned, which are those that were given if no
@@ -118,8 +118,8 @@ def refine(
       optimizer: compiled once for each object.
       passes: over the batches that are not held out.
       held_out: batches, from the end.
-      micro_batches: so many batches, one after the other in memory, make one step, by the mean of
-        their gradients.
+      micro_batches: so many batches, in memory one after the other, make one step of the optimizer,
+        by the mean of their gradients.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
         leaves that `prox24.optax.proximal` prunes, and all other leaves.
       project: None to train what is kept. A function of the parameters, to the pattern, lets the
@@ -158,17 +158,17 @@ def refine(
     # A copy also of what is float32 already: steps overwrite the master.
     master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     best = params if project is None else candidate(master)
-    transform = _accumulating(
-        keep_pattern(optimizer, kept) if project is None else optimizer, micro_batches
-    )
+    transform = keep_pattern(optimizer, kept) if project is None else optimizer
     # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
     memory = transform.init(jax.tree.map(jnp.copy, master))
     state = resume(Training(master, memory, best, [measure(best)], 0))
     while state.steps < steps and not state.diverged():
-        master, memory = state.master, state.optimizer
-        for index in range(state.steps * micro_batches, (state.steps + 1) * micro_batches):
-            batch = training[index % len(training)]
-            master, memory = advance(master, memory, constants, batch)
+        begin = state.steps * micro_batches % len(training)
+        *before, batch = training[begin : begin + micro_batches]
+        total = jax.tree.map(jnp.zeros_like, state.master) if before else None
+        for other in before:
+            total = _add_gradient(loss)(total, state.master, constants, other)
+        master, memory = advance(state.master, state.optimizer, total, constants, batch)
         taken = state.steps + 1
         state = state._replace(master=master, optimizer=memory, steps=taken)
         if taken % (measured_every or len(training) // micro_batches) == 0 or taken == steps:
@@ -194,18 +194,12 @@ def lower_step(
 
     def begun(params: PyTree) -> tuple[PyTree, PyTree]:
         master = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        return master, _accumulating(keep_pattern(optimizer, kept), micro_batches).init(master)
+        return master, keep_pattern(optimizer, kept).init(master)
 
     master, state = jax.eval_shape(begun, params)
-    return _advance(loss, optimizer, True, micro_batches).lower(master, state, None, batch)
-
-
-def _accumulating(
-    transform: optax.GradientTransformation, micro_batches: int
-) -> optax.GradientTransformation:
-    if micro_batches == 1:  # There is no sum to keep.
-        return transform
-    return optax.MultiSteps(transform, micro_batches).gradient_transformation()
+    total = None if micro_batches == 1 else master
+    advance = _advance(loss, optimizer, True, micro_batches)
+    return advance.lower(master, state, total, None, batch)
 
 
 @functools.lru_cache(maxsize=16)
@@ -214,17 +208,28 @@ def _measure(loss: Loss) -> Callable[[PyTree, PyTree, PyTree], Array]:
 
 
 @functools.lru_cache(maxsize=16)
+def _add_gradient(loss: Loss) -> Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(total: PyTree, params: PyTree, constants: PyTree, batch: PyTree) -> PyTree:
+        return jax.tree.map(jnp.add, total, jax.grad(loss)(params, constants, batch))
+
+    return add
+
+
+@functools.lru_cache(maxsize=16)
 def _advance(
     loss: Loss, optimizer: optax.GradientTransformation, fixed: bool, micro_batches: int
 ) -> jax.stages.Wrapped:
     # The state holds what is kept, so that the transform's own choice is never asked for here.
-    transform = _accumulating(keep_pattern(optimizer) if fixed else optimizer, micro_batches)
+    transform = keep_pattern(optimizer) if fixed else optimizer
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def advance(
-        params: PyTree, state: PyTree, constants: PyTree, batch: PyTree
+        params: PyTree, state: PyTree, total: PyTree | None, constants: PyTree, batch: PyTree
     ) -> tuple[PyTree, PyTree]:
         gradient = jax.grad(loss)(params, constants, batch)
+        if total is not None:
+            gradient = jax.tree.map(lambda a, b: (a + b) / micro_batches, total, gradient)
         updates, state = transform.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
