@@ -223,7 +223,7 @@ def _advance(
     # The state holds what is kept, so that the transform's own choice is never asked for here.
     transform = keep_pattern(optimizer) if fixed else optimizer
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def advance(
         params: PyTree, state: PyTree, total: PyTree | None, constants: PyTree, batch: PyTree
     ) -> tuple[PyTree, PyTree]:
