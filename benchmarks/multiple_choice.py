@@ -1,12 +1,12 @@
 """Zero-shot multiple choice: which answer a model takes to be the most likely.
 
-    pip download --no-deps --no-binary :all: bigbench
+    pip download --no-deps --no-binary :all: bigbench==1.0.0
     python benchmarks/multiple_choice.py bigbench-1.0.0.tar.gz MODEL [MODEL ...]
 
 Questions are those of two tasks of BIG-bench (Apache-2.0), as the package index has them: what the
-goal of a step is, and what a step to a goal is, with four answers each, from wikiHow. A question
-and each of its answers are one text. The answer whose text has the highest probability counts; as
-the question is the same, that is the most likely answer to it. Printed is the share of right ones.
+goal of a step is, and what a step to a goal is, with four answers, from wikiHow. A question and
+each of its answers are one text. The answer whose text has the highest probability counts; as the
+question is the same, that is the most likely answer to it. Printed is the share of right ones.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from prox24.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
+from prox24.errors import CalibrationError
+from prox24.forward import embedding_weights, head_weights, layer_weights, load_model, run_in_place
 from prox24.models import decoder
+from prox24.perplexity import token_losses
 
 TASKS = {
     "goal": "goal_step_wikihow/goal_inference",
@@ -51,7 +53,9 @@ def read_questions(archive: Path, count: int) -> dict[str, list[Question]]:
             if name is not None:
                 examples = json.load(files.extractfile(member))["examples"][:count]
                 found[name] = [as_question(example) for example in examples]
-    return {name: found[name] for name in TASKS}
+            if len(found) == len(TASKS):
+                return found
+    raise SystemExit(f"{archive} has no {', '.join(wanted.keys() - found.keys())}")
 
 
 def as_question(example: dict) -> Question:
@@ -80,12 +84,16 @@ def accuracies(checkpoint: Checkpoint, questions: dict[str, list[Question]]) -> 
 
 
 def text_losses(checkpoint: Checkpoint, texts: list[list[int]]) -> list[float]:
-    """Summed negative log-likelihoods; texts of about the same length go together."""
+    """Summed negative log-likelihoods; texts of about the same length go together.
+
+    Raises:
+      CalibrationError: one is not finite.
+    """
     order = np.argsort([len(text) for text in texts], kind="stable")
     losses = np.zeros(len(texts))
     model = load_model(checkpoint)
     layers = [layer_weights(model, index) for index in range(len(model.config.layers))]
-    head = head_weights(model)
+    embedding, head = embedding_weights(model), head_weights(model)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         length = -(-len(texts[chosen[-1]]) // 8) * 8
@@ -94,11 +102,13 @@ def text_losses(checkpoint: Checkpoint, texts: list[list[int]]) -> list[float]:
             row[: len(texts[index])] = texts[index]
         lengths = np.array([len(texts[index]) for index in chosen], np.int32)
         lengths = np.pad(lengths, (0, BATCH - len(chosen)))
-        hidden = list(embed_windows(model, windows, BATCH))
+        hidden = [np.asarray(decoder.embed(model.config, embedding, jnp.asarray(windows)))]
         for index, weights in enumerate(layers):
             run_in_place(model, index, weights, hidden)
         found = batch_losses(model.config, head, hidden[0], windows, lengths)
         losses[chosen] = np.asarray(found)[: len(chosen)]
+    if not np.isfinite(losses).all():
+        raise CalibrationError(f"{checkpoint.path}: the loss on a question is not finite")
     return losses.tolist()
 
 
@@ -110,10 +120,9 @@ def batch_losses(
 
     def loss(text: tuple[Array, Array, Array]) -> Array:
         states, tokens, length = text
-        scores = decoder.logits(config, head, states[None])[0, :-1]
-        chosen = jnp.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
-        surprise = jax.nn.logsumexp(scores, axis=-1) - chosen
-        return jnp.sum(jnp.where(jnp.arange(1, len(tokens)) < length, surprise, 0))
+        losses = token_losses(decoder.logits(config, head, states[None])[0], tokens)
+        place = jnp.arange(1, len(tokens), dtype=length.dtype)
+        return jnp.sum(jnp.where(place < length, losses, 0))
 
     return lax.map(loss, (hidden, tokens, lengths))
 

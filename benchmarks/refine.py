@@ -24,7 +24,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from model import add_row, drawn_windows, read_rows, with_tensors
-from multiple_choice import accuracies, read_questions
+from multiple_choice import Question, accuracies, read_questions
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +45,7 @@ import matplotlib.pyplot as plt
 
 LENGTH = 512
 WINDOWS = 64
-RATES = (2e-4, 5e-4, 1e-3, 2e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 QUESTIONS = 250
 """Of each task."""
 
@@ -90,7 +90,7 @@ def measure(
     evaluation_windows: int,
     seed: int,
     cache: Path,
-    bigbench: Path | None,
+    questions: dict[str, list[Question]] | None,
 ) -> dict[str, object]:
     """Prunes or reads a pruned model, refines it and evaluates it on every text."""
     dense = open_checkpoint(fetch_model(cache))
@@ -134,9 +134,8 @@ def measure(
         text = tokenize(tokenizer, read_text(path), vocabulary)
         chosen = first_windows(text, evaluation_windows, LENGTH)
         row[path.stem] = perplexity(model, chosen).perplexity
-    if bigbench is not None:
-        found = accuracies(model, read_questions(bigbench, QUESTIONS))
-        row["right_answers"] = np.mean(list(found.values()))
+    if questions is not None:
+        row["right_answers"] = np.mean(list(accuracies(model, questions).values()))
     return row
 
 
@@ -228,6 +227,8 @@ def main() -> None:
     rows = read_rows(path)
     if rows and ("right_answers" in rows[0]) != (arguments.bigbench is not None):
         parser.error(f"{path} was begun with --bigbench, or without: go on so, or elsewhere")
+    bigbench = arguments.bigbench
+    questions = None if bigbench is None else read_questions(bigbench, QUESTIONS)
     for run in runs():
         key = {
             "run": run.name,
@@ -255,7 +256,7 @@ def main() -> None:
                     arguments.evaluation_windows,
                     arguments.seed,
                     arguments.cache,
-                    arguments.bigbench,
+                    questions,
                 ).result()
             )
         rows = add_row(path, row)

@@ -81,7 +81,7 @@ class ModelRefinement:
     Attributes:
       rate: the highest.
       passes: over the windows that are not held out.
-      windows: of a step.
+      step_windows: the windows of a step.
       held_out: the share of the steps' windows that decides which weights were best; at least one
         step's are.
       cross_entropy: the share of the loss that is the text's own, see `prox24.refine.distill`.
@@ -90,17 +90,27 @@ class ModelRefinement:
         the two largest of each block.
       warmup: the share of the steps in which the rate rises.
       micro_batches: in which the windows of a step are computed one after the other, for memory.
+
+    Raises:
+      Prox24Error: the micro-batches do not divide the windows of a step.
     """
 
     rate: float = 2e-4
     passes: int = 1
-    windows: int = 1
+    step_windows: int = 1
     held_out: float = 0.0625
     cross_entropy: float = 0.0
     measurements: int = 4
     mask: MovingMask | None = None
     warmup: float = 0.1
     micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 1 or self.step_windows % self.micro_batches:
+            raise Prox24Error(
+                f"{self.micro_batches} micro-batches do not divide {self.step_windows} windows of "
+                "a step"
+            )
 
     @classmethod
     def proxsparse(cls, lam: float = 0.25, rate: float = 1e-4) -> "ModelRefinement":
@@ -118,17 +128,8 @@ class ModelRefinement:
 
     @property
     def micro_batch(self) -> int:
-        """Windows that are in memory together.
-
-        Raises:
-          Prox24Error: the micro-batches do not divide the windows of a step.
-        """
-        size, rest = divmod(self.windows, self.micro_batches)
-        if rest:
-            raise Prox24Error(
-                f"{self.micro_batches} micro-batches do not divide {self.windows} windows of a step"
-            )
-        return size
+        """Windows that are in memory together."""
+        return self.step_windows // self.micro_batches
 
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate by the number of steps before, of so many that the optimizer takes."""
@@ -136,8 +137,8 @@ class ModelRefinement:
         first = self.rate / max(1, rising)
         return optax.warmup_cosine_decay_schedule(first, self.rate, rising, steps)
 
-    def adam(self, steps: int) -> optax.GradientTransformation:
-        """Of so many steps."""
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Of so many steps; what finds a mask comes behind it."""
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.schedule(steps)))
 
     def held_out_of(self, groups: int) -> int:
@@ -177,8 +178,9 @@ def distill(
     """Trains the nonzeros of every linear, norms and biases; embeddings and head stay.
 
     The dense model runs once, layer by layer, and the hidden states that it ends with are kept on
-    the host: hidden width * 4 bytes for a token. The pruned model is in memory as a whole: float32
-    weights, two moments of Adam, a gradient and the best weights.
+    the host: hidden width * 4 bytes for a token. The pruned model is in memory as a whole: its
+    weights as they were given and the best ones, in float32 the trained ones, two moments of Adam
+    and a gradient, and a byte for each entry, whether it is trained; embeddings and head besides.
 
     Args:
       dense: the teacher.
@@ -200,7 +202,7 @@ def distill(
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
       Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
-        of the second the heads or the width of a layer, or the micro-batches the windows of a step.
+        of the second the heads or the width of a layer.
     """
     mesh = None if mesh is None else partition.training_mesh(mesh)
     # Devices of the second axis would compute the same.
@@ -209,9 +211,9 @@ def distill(
     config = student.config
     if config != teacher.config:
         raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
-    size, micro_batches, mask = refinement.windows, refinement.micro_batches, refinement.mask
+    size, micro_batch, mask = refinement.step_windows, refinement.micro_batch, refinement.mask
     if mesh is not None:
-        partition.check_divides(config, mesh, refinement.micro_batch)
+        partition.check_divides(config, mesh, micro_batch)
     groups = len(windows) // size
     if mask is not None:
         check_widths(input_widths(all_linears(config)), (2, 4))
@@ -220,7 +222,7 @@ def distill(
         raise CalibrationError(
             f"{len(windows)} windows are too few for steps of {size} and as many held out"
         )
-    windows = windows[: groups * size]
+    windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
     if mask is None and not _has_zeros(config, params):
         raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
@@ -233,19 +235,19 @@ def distill(
         *_functions(config, mesh),
         params,
         (outer, units),
-        list(windows.reshape(groups * micro_batches, refinement.micro_batch, -1)),
-        _targets(teacher, windows, refinement.micro_batch),
-        _optimizer(config, refinement, refinement.steps(groups)),
+        list(windows.reshape(len(windows) // micro_batch, micro_batch, -1)),
+        _targets(teacher, windows, micro_batch),
+        _optimizer(config, refinement, steps),
         teacher=(_shared(_outer(head_weights(teacher), mesh), outer), None),
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
-        held_out=held_out * micro_batches,
-        micro_batches=micro_batches,
+        held_out=held_out * refinement.micro_batches,
+        micro_batches=refinement.micro_batches,
         kept=functools.partial(_kept, config),
         project=None
         if mask is None
         else functools.partial(_two_largest, config, params if mask.alone else None),
-        measured_every=math.ceil(refinement.steps(groups) / refinement.measurements),
+        measured_every=math.ceil(steps / refinement.measurements),
         resume=resume,
         on_measured=on_measured,
     )
@@ -266,7 +268,7 @@ def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
     def stack(name: str, tensors: list[NDArray[Any]]) -> Array:
         values = np.stack(tensors)
         return jax.device_put(
-            values, None if mesh is None else partition.kept(mesh, name, values.shape)
+            values, None if mesh is None else partition.stored(mesh, name, values.shape)
         )
 
     return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
@@ -288,7 +290,7 @@ def _shared(weights: Weights, others: Weights) -> Weights:
 
 
 def _targets(model: Model, windows: NDArray[np.int32], size: int) -> list[NDArray[np.float32]]:
-    """What the last layer puts out, by batch."""
+    """What the last layer puts out, by batch: shape (size, length, hidden)."""
     hidden = list(embed_windows(model, windows, size))
     for index in range(len(model.config.layers)):
         run_in_place(model, index, layer_weights(model, index), hidden)
@@ -320,7 +322,7 @@ def _functions(config: Config, mesh: Mesh | None) -> tuple[Features, Logits]:
 def _optimizer(
     config: Config, refinement: ModelRefinement, steps: int
 ) -> optax.GradientTransformation:
-    adam, rate, mask = refinement.adam(steps), refinement.schedule(steps), refinement.mask
+    adam, rate, mask = refinement.optimizer(steps), refinement.schedule(steps), refinement.mask
     if mask is None:
         return adam
     lam = exponential(mask.first, (mask.last / mask.first) ** (1 / max(1, steps - 1)))

@@ -3,7 +3,8 @@
 The mesh has two axes. Devices along `AXIS` share the windows, and each keeps a part of every tensor
 that is gathered from the others when its layer runs (fully sharded data parallelism). Devices along
 `TENSOR` share the heads and the widths: what enters attention and MLP is divided by rows, what
-leaves them by columns, and the sum over the devices is all that they send (tensor parallelism).
+leaves them by columns (tensor parallelism). If query, key and value are linears of their own, as
+gate and up, they send the sums of what leaves; else parts of the activations too.
 """
 
 import math
@@ -24,7 +25,7 @@ def training_mesh(mesh: Mesh) -> Mesh:
 
 
 def check_divides(config: Config, mesh: Mesh, windows: int) -> None:
-    """Raises Prox24Error where the devices do not divide windows, or heads or width of a layer."""
+    """Raises Prox24Error where devices do not divide windows in memory, or heads or width."""
     if windows % mesh.shape[AXIS]:
         raise Prox24Error(f"{mesh.shape[AXIS]} devices do not divide {windows} windows")
     devices = mesh.shape[TENSOR]
@@ -41,7 +42,7 @@ def check_divides(config: Config, mesh: Mesh, windows: int) -> None:
                 )
 
 
-def kept(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+def stored(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Of a tensor of all layers, shape (layers, ...): a part for every device."""
     return NamedSharding(mesh, _spec(mesh, name, shape, (TENSOR, AXIS)))
 
@@ -53,7 +54,13 @@ def outer(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weights, Array]:
-    """What a layer computes with, inside a program: its weights, and every device's own windows."""
+    """What a layer computes with, inside a program: its weights, and every device's own windows.
+
+    Args:
+      mesh: None for one device.
+      weights: of one layer, parts as `stored` has them.
+      hidden: shape (windows, length, hidden).
+    """
     if mesh is None:
         return weights, hidden
 

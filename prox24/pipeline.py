@@ -181,7 +181,8 @@ def prune(
     Raises:
       CheckpointError: a linear's input width is not divisible by M, or a tensor overflows the
         dtype.
-      CalibrationError: activations are not finite; names the layer.
+      CalibrationError: activations are not finite; names the layer. Or a refinement has too few
+        windows.
       SolverError: a solution is not finite; names the tensor.
       ValueError: the solver does not support the pattern, or needs whole Grams where devices should
         share their columns; or the mesh does not divide the windows.
@@ -192,11 +193,12 @@ def prune(
     check_widths(input_widths(all_linears(model.config)), pattern)
     streams = ["pruned"] if pull is None and refinement is None else ["pruned", "dense"]
     count, length = windows.shape
-    size, micro_batches = micro_batch or batch_size(count, length, model.mesh), 1
+    most, micro_batches = batch_size(count, length, model.mesh), 1
+    size = micro_batch or most
     if refinement is not None:
         devices = 1 if model.mesh is None else model.mesh.size
         step = refinement.step_windows(count, batch_size(count, length), devices)
-        size = devices * micro_batches_of(step // devices, size // devices)[0]
+        size = devices * micro_batches_of(step // devices, max(1, size // devices))[0]
         micro_batches = step // size
     files = None
     if activations is not None:

@@ -163,6 +163,7 @@ def fitting_micro_batch(
 
     Raises:
       Prox24Error: one window, or the solver, needs more.
+      CalibrationError: there are too few windows for a refinement.
       CheckpointError: a linear's input width is not divisible by M.
     """
     count, length = windows
@@ -179,7 +180,7 @@ def fitting_micro_batch(
         )
 
     for index in distinct_layers(model):
-        memory = layer_memory(model, index, (1, length), method, devices)
+        memory = layer_memory(model, index, (1, length), method._replace(refinement=None), devices)
         for name, bytes_needed in (
             (f"solving {memory.widest}", memory.solve),
             (f"one window in layer {index}", needed(index, 1)),

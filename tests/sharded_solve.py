@@ -366,7 +366,7 @@ def distillation_reports(folder):
             shares.append(max(part(leaf) for leaf in matrices))
             on_measured(state)
 
-        settings = ModelRefinement(rate=1e-3, windows=8)
+        settings = ModelRefinement(rate=1e-3, step_windows=8)
         settings, resume = dataclasses.replace(settings, **options), lambda state: state
         if hasattr(on_measured, "resume"):
             resume = on_measured.resume
@@ -446,7 +446,7 @@ def gathering_reports(folder, variant):
 
         def stack(name, tensors, mesh=mesh):
             values = np.stack(tensors)
-            return jax.device_put(values, partition.kept(mesh, name, values.shape))
+            return jax.device_put(values, partition.stored(mesh, name, values.shape))
 
         def gradient(weights, ids, mesh=mesh):
             return jax.grad(loss)(weights, in_parts(ids, mesh), mesh)

@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -299,3 +300,31 @@ def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(tmp
     assert max(float(row["error"]) for row in rows) < 1e-5
     assert "scaled by" in outcome.stdout
     assert (tmp_path / "matmul.png").stat().st_size > 0
+
+
+def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(tmp_path, monkeypatch):
+    write_tiny(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    benchmark = runpy.run_path(str(BENCHMARKS / "multiple_choice.py"))
+    monkeypatch.setitem(benchmark["text_losses"].__globals__, "BATCH", 4)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(1, 260, length).tolist() for length in (3, 17, 9, 9, 2, 30)]
+    found = benchmark["text_losses"](checkpoint, texts)
+    for text, loss in zip(texts, found, strict=True):
+        alone = perplexity(checkpoint, np.array([text], np.int32)).perplexity
+        assert loss / (len(text) - 1) == pytest.approx(np.log(alone), rel=1e-4)
+    archive = tmp_path / "bigbench-1.0.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as files:
+        for folder in benchmark["TASKS"].values():
+            example = {"input": "A goal is ", "target_scores": {"this": 0, "that": 1, "it": 0}}
+            path = tmp_path / "task.json"
+            path.write_text(json.dumps({"examples": [example] * 3}))
+            files.add(path, f"bigbench-1.0.0/bigbench/benchmark_tasks/{folder}/task.json")
+    questions = benchmark["read_questions"](archive, 2)
+    assert [len(asked) for asked in questions.values()] == [2, 2]
+    question = questions["goal"][0]
+    assert question == (["A goal is this", "A goal is that", "A goal is it"], 1)
+    share = benchmark["accuracies"](checkpoint, questions)
+    tokenizer = checkpoint.load_tokenizer()
+    losses = benchmark["text_losses"](checkpoint, [tokenizer(t)["input_ids"] for t in question[0]])
+    assert share == dict.fromkeys(questions, float(np.argmin(losses) == 1))

@@ -227,7 +227,7 @@ def test_the_rate_rises_and_falls():
 
 def test_gradients_are_cut_to_norm_one():
     refinement = ModelRefinement(rate=0.1, warmup=0.0)
-    optimizer, plain = refinement.adam(100), optax.adam(refinement.schedule(100))
+    optimizer, plain = refinement.optimizer(100), optax.adam(refinement.schedule(100))
     params = jnp.zeros(4)
     state, expected = optimizer.init(params), plain.init(params)
     for size in (10.0, 0.1, 3.0):
@@ -246,7 +246,7 @@ def test_windows_of_a_step_are_computed_in_parts(workspace, capsys):
         assert (report["steps"], report["tokens"]) == (3, 3 * 4 * 32)
         losses.append(report["losses"])
     np.testing.assert_allclose(*losses, rtol=1e-3)
-    assert distilled(workspace, "out", *more, "--warm-up", "1") == 0
+    assert distilled(workspace, "out", *more, "--warmup", "1") == 0
     assert json.loads(capsys.readouterr().out)["losses"][1:] != losses[1][1:]
     assert distilled(workspace, "other", "--step-windows", "4", "--micro-batches", "3") == 2
     assert "3 micro-batches do not divide 4 windows of a step" in capsys.readouterr().err

@@ -343,13 +343,14 @@ def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_devices_divide_a_step_and_do_not_change_it(devices):
+def test_devices_divide_a_step(devices):
     steps = [
         BlockRefinement().step_windows(windows, most, devices)
         for windows, most in ((64, 4), (64, 32), (16, 4), (24, 1))
     ]
     expected = [4, 8, 2, 1]
     assert steps == [max(step, devices) for step in expected]
+    assert BlockRefinement().step_windows(88, 11, 8) == 8  # 11 is enough, 88 would be all
     with pytest.raises(CalibrationError, match=f"takes {2 * devices} calibration windows"):
         BlockRefinement().step_windows(devices, 1, devices)
 

@@ -53,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     refinement = ModelRefinement(
         rate=arguments.rate,
         passes=arguments.passes,
-        windows=arguments.step_windows,
+        step_windows=arguments.step_windows,
         micro_batches=arguments.micro_batches,
-        warmup=arguments.warm_up,
+        warmup=arguments.warmup,
         cross_entropy=arguments.cross_entropy,
         mask=moving_mask(arguments),
     )
@@ -134,7 +134,7 @@ def _training(
     arguments: argparse.Namespace, job: Mapping[str, Any], refinement: ModelRefinement, windows: int
 ) -> Iterator[tuple[Resume, Callable[[Training], None]]]:
     """Where the training begins, and what is done at each measurement: progress, and the state."""
-    steps = refinement.steps(windows // refinement.windows)
+    steps = refinement.steps(windows // refinement.step_windows)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(
             progress_bar("distill", refinement.measurements, arguments.quiet)
@@ -148,7 +148,13 @@ def _training(
             if saved is not None:
                 saved.save(state)
 
-        yield (lambda begun: begun) if saved is None else saved.resume, on_measured
+        def resume(begun: Training) -> Training:
+            state = begun if saved is None else saved.resume(begun)
+            for loss in state.losses[1:]:
+                advance(f"step {state.steps} of {steps}", loss)
+            return state
+
+        yield resume, on_measured
 
 
 def moving_mask(arguments: argparse.Namespace) -> MovingMask | None:
@@ -172,7 +178,8 @@ def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
             trained = "The mask, and no weight, was found"
     return f"""## Distillation
 
-{trained} by prox24 {versions()["prox24"]} on the dense model's predictions:
-{refinement.passes} passes of {windows.shape[0]} windows of {windows.shape[1]} tokens, Adam with
-rates up to {refinement.rate}, a share of {refinement.cross_entropy} of the text's own next tokens.
+{trained} by prox24 {versions()["prox24"]} on {windows.shape[0]} windows of {windows.shape[1]}
+tokens, each seen {refinement.passes} times: Adam with rates up to {refinement.rate}; of the loss a
+share of {refinement.cross_entropy} is the text's own next tokens, the rest the dense model's
+predictions.
 """

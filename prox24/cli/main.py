@@ -233,7 +233,7 @@ def _add_distill(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "--rate", type=_positive_number, default=2e-4, help="highest rate of Adam (2e-4)"
     )
     command.add_argument(
-        "--warm-up",
+        "--warmup",
         type=_share,
         default=0.1,
         metavar="SHARE",

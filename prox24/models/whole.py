@@ -11,7 +11,7 @@ from jax import Array, lax
 from prox24.models import decoder
 from prox24.models.decoder import Config, Weights
 
-AnyArray = TypeVar("AnyArray")
+Tensor = TypeVar("Tensor")
 
 Stacked = list[Weights]
 """For each run of equal layers its tensors, shape (layers of the run, ...)."""
@@ -19,8 +19,8 @@ Stacked = list[Weights]
 
 def stacked(
     config: Config,
-    tensor: Callable[[int, str], AnyArray],
-    stack: Callable[[str, list[AnyArray]], Array],
+    tensor: Callable[[int, str], Tensor],
+    stack: Callable[[str, list[Tensor]], Array],
 ) -> Stacked:
     """Stacks the tensors of each run of equal layers, one name after the other.
 
@@ -28,6 +28,9 @@ def stacked(
       config: of the model.
       tensor: by the index of its layer and its name there.
       stack: makes one array of those that have a name.
+
+    Returns:
+      Arrays of the runs, each by name, as `stack` makes them.
     """
     return [
         {

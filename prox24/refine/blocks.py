@@ -57,12 +57,11 @@ class BlockRefinement:
           CalibrationError: there is no second step, which decides what was best.
         """
         fits = max(1, windows // 8)
-        fewest = max(size for size in range(1, most + 1) if most % size == 0 and size <= fits)
-        shared = range(devices, windows + 1, devices)
-        step = next(size for size in shared if size >= fewest and windows % size == 0)
-        if step == windows:
+        enough = max(size for size in range(1, most + 1) if most % size == 0 and size <= fits)
+        shared = [n for n in range(devices, windows // 2 + 1, devices) if windows % n == 0]
+        if not shared:
             raise CalibrationError(f"refining takes {2 * devices} calibration windows or more")
-        return step
+        return min((n for n in shared if n >= enough), default=shared[-1])
 
     def held_out_of(self, groups: int) -> int:
         """Of the groups of windows that make a step each, those that are held out."""
@@ -175,7 +174,7 @@ def block_step(
     refinement: BlockRefinement,
     micro_batches: int,
 ) -> jax.stages.Lowered:
-    """The program of one batch of `block`, to be compiled and looked at; arrays may be specs."""
+    """The program of the last batch of a step of `block`, to be looked at; arrays may be specs."""
     optimizer = refinement.optimizer(8)  # The program is the same for any number of steps.
     loss = _block_loss(apply, relative_error)
     return lower_step(loss, params, (inputs, targets), optimizer, micro_batches)

@@ -142,7 +142,8 @@ def refine(
     training, measured = batches[:-held_out], batches[-held_out:]
     if len(training) % micro_batches:
         raise ValueError(f"{len(training)} batches are no whole number of steps of {micro_batches}")
-    steps = passes * len(training) // micro_batches
+    steps_of_pass = len(training) // micro_batches
+    steps = passes * steps_of_pass
     advance = _advance(loss, optimizer, project is None, micro_batches)
 
     def candidate(master: PyTree) -> PyTree:
@@ -161,9 +162,12 @@ def refine(
     transform = keep_pattern(optimizer, kept) if project is None else optimizer
     # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
     memory = transform.init(jax.tree.map(jnp.copy, master))
-    state = resume(Training(master, memory, best, [measure(best)], 0))
+    begun = Training(master, memory, best, [measure(best)], 0)
+    del master, memory, best  # Where a state goes on, these are not needed any more.
+    state = resume(begun)
+    del begun
     while state.steps < steps and not state.diverged():
-        begin = state.steps * micro_batches % len(training)
+        begin = state.steps % steps_of_pass * micro_batches
         *before, batch = training[begin : begin + micro_batches]
         total = jax.tree.map(jnp.zeros_like, state.master) if before else None
         for other in before:
@@ -171,7 +175,7 @@ def refine(
         master, memory = advance(state.master, state.optimizer, total, constants, batch)
         taken = state.steps + 1
         state = state._replace(master=master, optimizer=memory, steps=taken)
-        if taken % (measured_every or len(training) // micro_batches) == 0 or taken == steps:
+        if taken % (measured_every or steps_of_pass) == 0 or taken == steps:
             found = candidate(master)
             losses = [*state.losses, measure(found)]
             best = found if losses[-1] == min(losses) < losses[0] else state.best
@@ -187,7 +191,7 @@ def lower_step(
     optimizer: optax.GradientTransformation,
     micro_batches: int,
 ) -> jax.stages.Lowered:
-    """The program of one batch, on what is kept, without constants; arrays may be specs."""
+    """The program of the last batch of a step, on what is kept; arrays may be specs."""
 
     def kept(params: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf != 0, params)
