@@ -53,6 +53,9 @@ class MovingMask:
       scaled: multiplies lam by the rate of the step, as proximal gradient descent does.
       alone: the result is the mask on the weights that were given; those that were trained to find
         it are not used.
+
+    Raises:
+      ValueError: `alone` and `normalised` both, in whose units the given weights are not.
     """
 
     first: float = 0.1
