@@ -95,6 +95,7 @@ def samples_table() -> list[Run]:
         Run("wanda + refit", Wanda(), ConjugateGradients()),
         Run("sparsegpt", SparseGPT()),
         Run("sparsegpt + refit", SparseGPT(), ConjugateGradients()),
+        Run("prox + refit", Prox(), ConjugateGradients()),
         DEFAULT,
     ]
     return [
