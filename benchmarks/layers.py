@@ -76,14 +76,15 @@ def contenders() -> dict[str, Contender]:
     }
     projected = {
         f"admm, projection, {steps} steps": Contender(
-            dataclasses.replace(ADMM.in_steps(steps), sparsify=Projection(), scaling=0.0),
+            dataclasses.replace(ADMM.in_steps(steps), sparsify=Projection()),
             ConjugateGradients(),
             curve="admm, projection",
         )
         for steps in (12, 24, 96)
     }
-    projected["admm, projection, scaling 1/2"] = Contender(
-        dataclasses.replace(ADMM(), sparsify=Projection()), ConjugateGradients()
+    projected["admm, projection, no refit"] = Contender(ADMM(sparsify=Projection()), None)
+    projected["admm, projection, scaling 0"] = Contender(
+        ADMM(sparsify=Projection(), scaling=0.0), ConjugateGradients()
     )
     slower = {
         f"prox, growth {growth}": Contender(
@@ -93,6 +94,7 @@ def contenders() -> dict[str, Contender]:
     }
     return {
         "magnitude": Contender(prox24.Magnitude(), None),
+        "magnitude + refit": Contender(prox24.Magnitude(), CONVERGED),
         "wanda": Contender(Wanda(), None),
         "wanda + refit": Contender(Wanda(), CONVERGED),
         REFERENCE: Contender(SparseGPT(), None, curve="sparsegpt, swaps"),
@@ -107,6 +109,7 @@ def contenders() -> dict[str, Contender]:
         f"{DEFAULT} + swaps": Contender(ADMM(), Swaps()),
         f"{DEFAULT}, scaling 0": Contender(ADMM(scaling=0.0), ConjugateGradients()),
         "prox": Contender(Prox(), ConjugateGradients(), curve="prox"),
+        "prox, no refit": Contender(Prox(), None),
         "prox, no momentum": Contender(Prox(momentum=0.0), ConjugateGradients()),
         "prox, restart": Contender(Prox(restart=True), ConjugateGradients()),
         "prox, per row": Contender(Prox(per_row=True), ConjugateGradients()),

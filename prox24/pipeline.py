@@ -467,7 +467,7 @@ def gather_grams(
 
 
 def _report(linear: Linear, solution: Solution, tokens: int, seconds: float) -> LinearReport:
-    if solution.status is Status.NONFINITE:
+    if solution.status.failed:
         raise SolverError(
             f"no finite solution for {linear.tensor}: its Gram is not positive definite; "
             "raise --damping"

@@ -7,6 +7,16 @@ import numpy as np
 PATTERNS = [(1, 4), (2, 4), (3, 4), (4, 8), (2, 8)]
 
 
+def normalization(weight, gram, curvature):
+    """The factors of the columns that give unit curvature and unit mean magnitude, and the Gram."""
+    deviation = np.sqrt(curvature)
+    magnitudes = np.abs(np.asarray(weight) * deviation)
+    # The mean over the largest has 11 bits.
+    fraction, exponent = np.frexp(magnitudes.mean() / magnitudes.max())
+    ratio = np.ldexp(np.round(fraction * 2**11) / 2**11, exponent)
+    return deviation / (magnitudes.max() * ratio), gram / np.outer(deviation, deviation)
+
+
 def elementary(entries, degree):
     """The elementary symmetric polynomial of that degree, of arrays of one shape."""
     e = [1.0] + [0.0] * degree

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import damped, largest, quadratic_loss
+from reference import damped, largest, normalization, quadratic_loss
 from test_solvers import DAMPING, assert_has_pattern, make_problem
 
 from prox24.core.pattern import as_pattern
@@ -25,13 +25,8 @@ def reference(problem, solver, sparsify):
     gram = damped(problem.gram, DAMPING)
     curvature = np.diagonal(gram) ** (1 - solver.scaling)
     curvature = curvature * np.diagonal(np.linalg.inv(gram)) ** -solver.scaling
-    scale = np.sqrt(curvature)
-    original = np.asarray(problem.weight)
-    magnitudes = np.abs(original * scale)
-    fraction, exponent = np.frexp(magnitudes.mean() / magnitudes.max())
-    scale = scale / (magnitudes.max() * np.ldexp(np.round(fraction * 2**11) / 2**11, exponent))
-    gram = gram / np.sqrt(np.outer(curvature, curvature))
-    start = original * scale
+    scale, gram = normalization(problem.weight, gram, curvature)
+    start = np.asarray(problem.weight) * scale
     w, u = start, np.zeros_like(start)
     for step in range(solver.steps):
         moves = step // solver.interval

@@ -25,7 +25,11 @@ from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import all_linears, batch_size, load_model
 from prox24.pipeline import collect, prune
 from prox24.solvers.problem import Candidate
-from prox24.solvers.solve import SOLVERS, ConjugateGradients, Magnitude, Prox, SparseGPT, Wanda
+from prox24.solvers.proximal import Prox
+from prox24.solvers.refit import ConjugateGradients
+from prox24.solvers.scores import Magnitude, Wanda
+from prox24.solvers.solve import SOLVERS, solve_program
+from prox24.solvers.sparsegpt import SparseGPT
 
 WINDOWS = tokens(batch=8, length=32)
 
@@ -218,6 +222,17 @@ def test_dense_targets_lower_the_error_against_the_dense_model(tmp_path):
         strict=True,
     ):
         assert corrected < 0.95 * plain
+
+
+@pytest.mark.parametrize("pull", [None, 1.0], ids=["pruned", "dense"])
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_model_compiles_its_solver_once_for_each_shape(tmp_path, method, pull):
+    write_tiny(tmp_path / "source")
+    model = load_model(open_checkpoint(tmp_path / "source"))
+    shapes = {linear.shape for linear in all_linears(model.config)}
+    solve_program.clear_cache()
+    prune_folder(tmp_path / "source", SOLVERS[method](), ConjugateGradients(), pull=pull)
+    assert solve_program._cache_size() == len(shapes)
 
 
 def test_dead_input_features_are_reported(tmp_path):

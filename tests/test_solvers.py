@@ -10,12 +10,14 @@ from reference import (
     damped,
     largest,
     masked_least_squares,
+    normalization,
     quadratic_loss,
     sparsegpt,
 )
 
 from prox24.core.masks import is_sparse
 from prox24.core.pattern import Unstructured
+from prox24.core.prox import prox
 from prox24.solvers.admm import ADMM, GradualProjection, Projection, Shrinkage
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.proximal import Prox, eigenvalue_bound
@@ -266,10 +268,67 @@ def test_prox_is_close_to_the_best_of_all_masks_on_average(kind, bound):
     assert np.mean(ratios) <= bound
 
 
-def test_prox_without_momentum_is_sparse_and_finite():
-    solution = solve(make_problem("low_rank"), Prox(momentum=0.0))
+def proximal_gradients(problem, solver):
+    """The iteration as it is stated, in float64 NumPy but for the operator: (weight, steps)."""
+    gram = damped(problem.gram, DAMPING)
+    scale, gram = normalization(problem.weight, gram, np.diagonal(gram))
+    origin = np.asarray(problem.weight) * scale
+    # The bound of the largest eigenvalue by the 64-norm of the spectrum.
+    bound = np.sum(np.linalg.eigvalsh(gram) ** 64) ** (1 / 64)
+    unit = np.abs(origin).mean(axis=1, keepdims=True) if solver.per_row else np.ones((ROWS, 1))
+    w, z, t = origin, origin, np.ones((ROWS, 1))
+    lam, steps = solver.penalty.first, 0
+    while np.any((w.reshape(ROWS, -1, 4) != 0).sum(axis=-1) > 2):
+        target = z - (z - origin) @ gram / bound
+        strength = np.repeat(lam / bound / unit, WIDTH // 4, axis=1)
+        blocks = prox(jnp.asarray(target.reshape(ROWS, -1, 4)), jnp.asarray(strength)[..., None])
+        previous, w = w, np.asarray(blocks).reshape(ROWS, WIDTH)
+        if solver.restart:
+            t = np.where(np.sum((z - w) * (w - previous), axis=1, keepdims=True) > 0, 1, t)
+        following = (1 + np.sqrt(1 + 4 * t**2)) / 2
+        z = w + solver.momentum * (t - 1) / following * (w - previous)
+        t, lam, steps = following, lam * solver.penalty.growth, steps + 1
+    return w / scale, steps
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Prox(),
+        Prox.paper(),
+        Prox(momentum=0.7),
+        Prox(restart=True),
+        Prox(per_row=True),
+        Prox(Exponential(0.05, 1.1), restart=True, per_row=True),
+    ],
+    ids=["default", "paper", "momentum", "restart", "per_row", "all"],
+)
+def test_prox_equals_the_reference_in_float64(solver, kind):
+    problem = make_problem(kind, dtype="float64")
+    weight, steps = proximal_gradients(problem, solver)
+    solution = solve(problem, solver, None, damping=DAMPING)
     assert solution.status is Status.SPARSE
+    assert solution.statistics.steps == steps
     assert_has_pattern(solution)
+    np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
+
+
+def test_rows_that_are_done_are_left_out_and_end_as_they_are():
+    """Many rows, of which few are undecided for long."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(1024, 16))
+    easy = np.arange(1024) % 16 > 0
+    weight[easy] = np.where(largest(np.abs(weight[easy]), 2, 4), weight[easy], 1e-3)
+    gram = make_gram("power_law", 16, rng)
+    many = solve(LayerProblem(jnp.asarray(weight), jnp.asarray(gram)), Prox(), None)
+    assert many.status is Status.SPARSE
+    assert_has_pattern(many)
+    hard = jnp.asarray(weight[~easy])
+    # The strength is relative to the mean magnitude, which the easy rows would make another.
+    alone = solve(LayerProblem(hard, jnp.asarray(gram)), Prox(), None)
+    agreement = np.mean(np.asarray(many.mask)[~easy] == np.asarray(alone.mask))
+    assert agreement >= 0.95
 
 
 def test_prox_refit_changes_its_loss_little():
@@ -348,7 +407,7 @@ NONFINITE_INPUTS = {
 
 
 @every_solver
-@pytest.mark.parametrize("refit", [None, ConjugateGradients()], ids=["none", "cg"])
+@every_refit
 @pytest.mark.parametrize("case", NONFINITE_INPUTS)
 def test_nonfinite_input_is_reported(case, refit, solver):
     field, index, value = NONFINITE_INPUTS[case]
@@ -358,6 +417,71 @@ def test_nonfinite_input_is_reported(case, refit, solver):
     assert solution.status is Status.NONFINITE
     if isinstance(solver, Prox):
         assert solution.statistics.steps == 0
+
+
+PRESETS = {
+    "projection": ADMM(sparsify=Projection()),
+    "alps": ADMM.alps(),
+    "boza": ADMM.boza(),
+    "paper": Prox.paper(),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_stand_bad_input(preset):
+    solver, (weight, gram) = PRESETS[preset], make_problem("power_law")
+    dead = np.isin(np.arange(WIDTH), [0, 1, 2, 3, 17])
+    bad = {
+        "dead features": (weight, jnp.where(dead[:, None] | dead[None, :], 0, gram)),
+        "zero gram": (weight, jnp.zeros_like(gram)),
+        "zero weight": (jnp.zeros_like(weight), gram),
+        "a row of zeros": (weight.at[3].set(0), gram),
+        "2:4": (jnp.where(largest(np.abs(weight), 2, 4), weight, 0), gram),
+    }
+    for name, problem in bad.items():
+        for damping in (0.0, DAMPING):
+            solution = solve(LayerProblem(*problem), solver, damping=damping)
+            assert solution.status is Status.SPARSE, name
+            assert np.all(np.isfinite(solution.weight)), name
+            assert_has_pattern(solution)
+    for name, (field, index, value) in NONFINITE_INPUTS.items():
+        problem = LayerProblem(weight, gram)
+        problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
+        assert solve(problem, solver).status is Status.NONFINITE, name
+
+
+@every_solver
+@every_refit
+def test_a_gram_that_is_none_is_reported(refit, solver):
+    weight, gram = make_problem("power_law")
+    negative = solve(LayerProblem(weight, -gram), solver, refit)
+    one_entry = gram.at[5, 5].set(-gram[5, 5])
+    assert negative.status.failed
+    assert solve(LayerProblem(weight, one_entry), solver, refit).status.failed
+
+
+@pytest.mark.parametrize("solver", [Prox(), Wanda(), Magnitude()], ids=str)
+def test_a_negative_loss_is_reported(solver):
+    weight, _ = make_problem("power_law")
+    gram = jnp.full((WIDTH, WIDTH), 2, jnp.float32) - jnp.eye(WIDTH, dtype=jnp.float32)
+    solution = solve(LayerProblem(weight, gram), solver)
+    assert solution.statistics.relative_loss < 0
+    assert solution.status is Status.INDEFINITE
+
+
+def test_a_refit_that_runs_out_of_steps_says_so():
+    problem = make_problem("low_rank")
+    for refit, exhausted in (
+        (None, False),
+        (ConjugateGradients(2), True),
+        (ConjugateGradients(200, 1e-3), False),
+        (Swaps(1, ConjugateGradients(200, 1e-3)), True),
+        (Swaps(50, ConjugateGradients(200, 1e-3)), False),
+        (LeastSquares(), False),
+        (GradientSteps(), False),
+    ):
+        figures = solve(problem, Wanda(), refit).statistics
+        assert figures.refit_exhausted is exhausted, refit
 
 
 def test_the_eigenvalue_bound_of_zeros_is_zero():

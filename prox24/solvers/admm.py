@@ -220,7 +220,8 @@ class ADMM:
         sparse = planes.join(self.sparsify.end(blocks, before, pattern))
         mask = top_mask(jnp.abs(sparse), pattern)
         scale = normalized.scale[None, :]
-        return Candidate.of(sparse / scale, mask, inverted.damping, steps=final.steps)
+        used = jnp.maximum(inverted.damping, final.damping)
+        return Candidate.of(sparse / scale, mask, used, steps=final.steps)
 
 
 class _State(NamedTuple):
@@ -230,6 +231,7 @@ class _State(NamedTuple):
     rho: Array
     penalty: Array
     changed: Array
+    damping: Array
     steps: Array
 
 
@@ -266,7 +268,8 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         change = changed(after, before, pattern)
         next_rho = solver.rho(Progress(end.rho, end.steps, change))
         rho = jnp.where(end.steps < solver.steps, next_rho, end.rho)
-        return end._replace(dual=end.dual * (end.rho / rho), rho=rho, changed=change)
+        dual, damping = end.dual * (end.rho / rho), jnp.maximum(end.damping, inverted.damping)
+        return end._replace(dual=dual, rho=rho, changed=change, damping=damping)
 
     def unfinished(state: _State) -> Array:
         return (state.steps < solver.steps) & ~(state.changed < solver.tolerance)
@@ -279,6 +282,7 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         rho=jnp.asarray(solver.rho.first, dtype),
         penalty=jnp.asarray(penalty.first if penalty else 0, dtype),
         changed=jnp.asarray(jnp.inf, dtype),
+        damping=jnp.zeros((), dtype),
         steps=jnp.zeros((), jnp.int32),
     )
     return lax.while_loop(unfinished, advance_with_one_rho, initial)

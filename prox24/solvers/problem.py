@@ -37,6 +37,14 @@ class Status(enum.Enum):
     ADMM always ends with a projection."""
     NONFINITE = "nonfinite"
     """NaN or Inf appeared, in the input or because the damped Gram is not positive definite."""
+    INDEFINITE = "indefinite"
+    """The Gram is not positive semidefinite, by more than rounding: its diagonal or a loss is
+    negative."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the weight means nothing."""
+        return self in (Status.NONFINITE, Status.INDEFINITE)
 
 
 class Candidate(NamedTuple):
@@ -84,6 +92,7 @@ class Statistics(NamedTuple):
       relative_loss_before_refit: of the solver's weight.
       steps: the solver's iterations.
       refit_steps: the refit's iterations.
+      refit_exhausted: whether the refit took all its steps before it met its own stop test.
       dense_blocks: blocks that were cut to the pattern because `Prox` ran out of steps.
       dead_features: input features that are zero in every calibration token.
       damping: what was added to the diagonal of the Gram, in its units.
@@ -94,6 +103,7 @@ class Statistics(NamedTuple):
     relative_loss_before_refit: float
     steps: int
     refit_steps: int
+    refit_exhausted: bool
     dense_blocks: int
     dead_features: int
     damping: float
@@ -177,6 +187,28 @@ def quadratic_loss(difference: Array, gram: Array) -> Array:
     # The selection changes nothing, but keeps XLA's CPU backend from fusing the product with the
     # sum, which is three times slower than a product by itself.
     return jnp.sum(jnp.where(difference != 0, image, 0) * difference)
+
+
+ROUNDINGS = 100
+"""By how many roundings each entry of a Gram may be off that is summed over many tokens."""
+
+
+def is_semidefinite_along(loss: Array, difference: Array, gram: Array) -> Array:
+    """Whether the loss of a difference is what a positive semidefinite Gram can give, a bool.
+
+    Where every entry G_ij is off by at most c sqrt(G_ii G_jj), the loss of a row d is no less than
+    -c (sum_j |d_j| sqrt(G_jj))^2.
+
+    Args:
+      loss: `quadratic_loss` of the other two.
+      difference: shape (out, in).
+      gram: shape (in, in).
+    """
+    diagonal = jnp.diagonal(gram)
+    deviation = jnp.sqrt(jnp.maximum(diagonal, 0))
+    most = jnp.sum(jnp.square(jnp.sum(jnp.abs(difference) * deviation[None, :], axis=1)))
+    rounding = ROUNDINGS * jnp.finfo(gram.dtype).eps * most
+    return jnp.all(diagonal >= 0) & (loss >= -rounding)
 
 
 def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> LayerProblem:

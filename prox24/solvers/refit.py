@@ -22,11 +22,13 @@ class Refitted(NamedTuple):
       weight: shape (out, in), of a normalized problem, zero outside the mask.
       mask: bool, shape (out, in).
       steps: int32 scalar, iterations taken.
+      exhausted: bool scalar, whether they ran out before the refit met its own stop test.
     """
 
     weight: Array
     mask: Array
     steps: Array
+    exhausted: Array
 
 
 @hyperparameters
@@ -101,7 +103,7 @@ class ConjugateGradients:
             steps=jnp.zeros((), jnp.int32),
         )
         final = lax.while_loop(unfinished, advance, start)
-        return Refitted(final.weight, mask, final.steps)
+        return Refitted(final.weight, mask, final.steps, jnp.any(final.active))
 
 
 WINDOW = 4
@@ -121,6 +123,8 @@ class _Descent(NamedTuple):
 @hyperparameters
 class GradientSteps:
     """Any optax transform on the gradient (W - W0) G of half the loss, masked to the kept weights.
+
+    There is no stop test.
 
     Attributes:
       transform: an `optax.GradientTransformation` that needs no loss values, made once, since
@@ -156,7 +160,7 @@ class GradientSteps:
             return jnp.where(mask, stepped, 0), memory
 
         final, _ = lax.fori_loop(0, self.steps, advance, (weight, transform.init(weight)))
-        return Refitted(final, mask, jnp.asarray(self.steps, jnp.int32))
+        return Refitted(final, mask, jnp.asarray(self.steps, jnp.int32), jnp.asarray(False))
 
 
 @hyperparameters
@@ -182,4 +186,5 @@ class LeastSquares:
 
         targets = jnp.matmul(problem.weight, problem.gram, precision=PRECISION)
         solved = lax.map(solve_row, (targets, mask))
-        return Refitted(jnp.where(mask, solved, 0), mask, jnp.zeros((), jnp.int32))
+        solved = jnp.where(mask, solved, 0)
+        return Refitted(solved, mask, jnp.zeros((), jnp.int32), jnp.asarray(False))

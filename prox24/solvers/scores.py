@@ -38,7 +38,8 @@ class Wanda:
         self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
     ) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
-        scores = jnp.abs(problem.weight) * jnp.sqrt(jnp.diagonal(problem.gram))[None, :]
+        deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(problem.gram), 0))
+        scores = jnp.abs(problem.weight) * deviation[None, :]
         if isinstance(pattern, Unstructured):
             mask = largest_mask(scores, pattern.kept(scores.shape[1]), axis=1)
         else:

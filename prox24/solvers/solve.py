@@ -17,6 +17,7 @@ from prox24.solvers.problem import (
     Statistics,
     Status,
     check_problem,
+    is_semidefinite_along,
     normalize,
     quadratic_loss,
 )
@@ -96,6 +97,7 @@ def solve(
         relative_loss_before_refit=float(figures["relative_loss_before_refit"]),
         steps=int(figures["steps"]),
         refit_steps=int(figures["refit_steps"]),
+        refit_exhausted=bool(figures["refit_exhausted"]),
         dense_blocks=int(figures["dense_blocks"]),
         dead_features=int(figures["dead_features"]),
         damping=float(figures["damping"]),
@@ -103,6 +105,8 @@ def solve(
     )
     if not figures["finite"]:
         status = Status.NONFINITE
+    elif not figures["semidefinite"]:
+        status = Status.INDEFINITE
     elif statistics.dense_blocks:
         status = Status.MAX_STEPS
     else:
@@ -188,34 +192,39 @@ def _solve(
     problem = LayerProblem(given.weight.astype(dtype), given.gram.astype(dtype))
     candidate: Candidate = solver(problem, pattern, damping)
     weight, mask, used = candidate.weight, candidate.mask, candidate.damping
-    refit_steps = jnp.zeros((), jnp.int32)
+    refit_steps, refit_exhausted = jnp.zeros((), jnp.int32), jnp.asarray(False)
     if refit is not None:
         if isinstance(refit, LeastSquares | Swaps):
             used = inverse_factor(problem.gram, used).damping
         normalized = normalize(problem.weight, damped_gram(problem.gram, used))
         scale = normalized.scale[None, :]
-        weight, mask, refit_steps = refit(normalized, weight * scale, mask, pattern)
+        refitted = refit(normalized, weight * scale, mask, pattern)
+        weight, mask, refit_steps, refit_exhausted = refitted
         weight = weight / scale
     weight = jnp.where(mask, weight, 0).astype(given.weight.dtype)
 
     total = quadratic_loss(problem.weight, problem.gram)
 
-    def relative_loss(weight: Array) -> Array:
-        loss = quadratic_loss(weight.astype(dtype) - problem.weight, problem.gram)
+    def relative(loss: Array) -> Array:
         return jnp.where(loss == 0, 0, loss / total)
 
-    final_loss = relative_loss(weight)
+    difference = weight.astype(dtype) - problem.weight
+    loss = quadratic_loss(difference, problem.gram)
+    before = candidate.weight - problem.weight
     figures = {
-        "relative_loss": final_loss,
-        "relative_loss_before_refit": (
-            final_loss if refit is None else relative_loss(candidate.weight)
+        "relative_loss": relative(loss),
+        "relative_loss_before_refit": relative(
+            loss if refit is None else quadratic_loss(before, problem.gram)
         ),
         "steps": candidate.steps,
         "refit_steps": refit_steps,
+        "refit_exhausted": refit_exhausted,
         "dense_blocks": candidate.dense_blocks,
         "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
         "damping": damping_amount(problem.gram, used),
         "damping_raised": used > damping,
         "finite": jnp.all(jnp.isfinite(weight)) & jnp.isfinite(total),
+        "semidefinite": is_semidefinite_along(loss, difference, problem.gram)
+        & is_semidefinite_along(total, problem.weight, problem.gram),
     }
     return weight, mask, figures

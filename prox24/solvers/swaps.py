@@ -27,10 +27,11 @@ class Swaps:
 
     With all other weights fixed, the loss of one block is a quadratic in its M weights, and the
     best of its masks, with the best weights on it, is found by trying all of them. The damped loss
-    never rises, and a sweep costs about as much as SparseGPT's. All rows go at once.
+    never rises, and a sweep costs about as much as SparseGPT's. All rows go at once. A sweep that
+    exchanges nothing is the last.
 
     Attributes:
-      sweeps: over all blocks, each followed by the conjugate gradients.
+      sweeps: over all blocks at most, each followed by the conjugate gradients.
       refit: updates all kept weights after a sweep.
 
     Raises:
@@ -49,13 +50,30 @@ class Swaps:
             raise ValueError(f"swaps tries all masks of a block, and {pattern} has too many")
         choices = _choices(problem.gram, pattern)
 
-        def sweep(_: Array, state: Refitted) -> Refitted:
-            swept = _sweep(problem, state, choices, pattern)
+        def sweep(state: _Swapping) -> _Swapping:
+            before = state.refitted
+            swept = _sweep(problem, before, choices, pattern)
             refitted = self.refit(problem, swept.weight, swept.mask, pattern)
-            return refitted._replace(steps=state.steps + refitted.steps)
+            return _Swapping(
+                refitted._replace(steps=before.steps + refitted.steps),
+                exchanged=jnp.any(swept.mask != before.mask),
+                sweeps=state.sweeps + 1,
+            )
+
+        def unfinished(state: _Swapping) -> Array:
+            return state.exchanged & (state.sweeps < self.sweeps)
 
         start = self.refit(problem, weight, mask, pattern)
-        return lax.fori_loop(0, self.sweeps, sweep, start)
+        begun = _Swapping(start, jnp.asarray(True), jnp.zeros((), jnp.int32))
+        final = lax.while_loop(unfinished, sweep, begun)
+        refitted = final.refitted
+        return refitted._replace(exhausted=refitted.exhausted | final.exchanged)
+
+
+class _Swapping(NamedTuple):
+    refitted: Refitted
+    exchanged: Array
+    sweeps: Array
 
 
 class _Choices(NamedTuple):
@@ -148,4 +166,4 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
     slope = jnp.matmul(problem.gram, (state.weight - problem.weight).T, precision=PRECISION)
     start = (state.weight.T, state.mask.T, slope)
     weight, mask, _ = lax.fori_loop(0, width // columns, improve_columns, start)
-    return Refitted(weight.T, mask.T, state.steps)
+    return state._replace(weight=weight.T, mask=mask.T)
