@@ -9,8 +9,8 @@ main: every method, with and without a refit. samples: 1 to 2,048 calibration wi
 gradient steps after masking. growth: of lambda, with and without a refit. Calibration windows are
 drawn at random from the text by the seed, without overlap; evaluation is on the first windows of
 512 tokens of each text. A line is appended to FOLDER/model-TABLE.csv after each run, and a run
-that is there already is skipped, so that an interrupted command can be given again. The last three
-are drawn in FOLDER/model-TABLE.png, all lines of the file together.
+that is there already is skipped, so that an interrupted command can be given again. All lines of
+the file together are drawn in FOLDER/model-TABLE.png.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from prox24.checkpoints.tensors import TensorSource
 from prox24.cli.demo import fetch_model
 from prox24.perplexity import perplexity
 from prox24.pipeline import collect, prune
+from prox24.solvers.admm import Projection
 from prox24.solvers.schedules import Exponential
 
 matplotlib.use("Agg")
@@ -80,7 +81,10 @@ def main_table() -> list[Run]:
         Run("admm, ALPS + refit", ADMM.alps(), CONVERGED),
         DEFAULT,
         Run("admm with the prox + swaps", ADMM(), Swaps()),
+        Run("admm, projection + refit", ADMM(sparsify=Projection()), ConjugateGradients()),
         Run("prox + refit", Prox(), ConjugateGradients()),
+        Run("the default on dense targets, pull 1000", ADMM(), ConjugateGradients(), pull=1000.0),
+        Run("the default on dense targets, pull 100", ADMM(), ConjugateGradients(), pull=100.0),
         Run("the default on dense targets, pull 10", ADMM(), ConjugateGradients(), pull=10.0),
         Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
         Run("the default on dense targets, pull 1", ADMM(), ConjugateGradients(), pull=1.0),
@@ -237,6 +241,26 @@ def draw(rows: list[dict[str, str]], texts: list[str], column: str, title: str, 
     plt.close(figure)
 
 
+def draw_methods(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
+    """Perplexity of every method, a point for each seed."""
+    methods = list(dict.fromkeys(row["run"] for row in rows))
+    figure, panels = plt.subplots(
+        1, len(texts), figsize=(4.5 * len(texts), 4.5), layout="tight", sharey=True, squeeze=False
+    )
+    for axes, text in zip(panels[0], texts, strict=True):
+        places = [methods.index(row["run"]) for row in rows]
+        axes.plot([float(row[text]) for row in rows], places, "o", markersize=4, alpha=0.6)
+        axes.set_xscale("log")
+        axes.set_xlabel("perplexity")
+        axes.set_title(text, fontsize=10)
+        axes.grid(axis="y", linewidth=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_yticks(range(len(methods)), methods, fontsize=8)
+    panels[0][0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -289,7 +313,9 @@ def main() -> None:
             rows = add_row(path, row)
     column, title = VARIED.get(arguments.table, (None, ""))
     print_table(rows, list(texts), column)
-    if column is not None:
+    if column is None:
+        draw_methods(rows, list(texts), path.with_suffix(".png"))
+    else:
         draw(rows, list(texts), column, title, path.with_suffix(".png"))
 
 
