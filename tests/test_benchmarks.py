@@ -257,6 +257,8 @@ def test_an_ablation_varies_a_column_and_is_drawn_with_the_mean_over_seeds(tmp_p
     assert "11.00 ± 1.00" in line
     benchmark["draw"](rows, ["text"], "growth", "growth of lambda", tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000
+    benchmark["draw_methods"](rows, ["text"], tmp_path / "main.png")
+    assert (tmp_path / "main.png").stat().st_size > 5000
 
 
 def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full():
