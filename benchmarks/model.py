@@ -242,7 +242,7 @@ def draw(rows: list[dict[str, str]], texts: list[str], column: str, title: str, 
 
 
 def draw_methods(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
-    """Perplexity of every method, a point for each seed; the lowest mean of the first text on top."""
+    """Perplexity of every method, a point for each seed; least in the first text on top."""
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(row["run"], []).append(float(row[texts[0]]))

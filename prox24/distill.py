@@ -55,7 +55,8 @@ class MovingMask:
         it are not used.
 
     Raises:
-      ValueError: `alone` and `normalised` both, in whose units the given weights are not.
+      ValueError: `alone` and `normalised` both, in whose units the given weights are not; or lam is
+        not positive.
     """
 
     first: float = 0.1
@@ -67,6 +68,8 @@ class MovingMask:
     def __post_init__(self) -> None:
         if self.alone and self.normalised:
             raise ValueError("a mask alone is found in the units of the given weights")
+        if not (self.first > 0 and self.last > 0):
+            raise ValueError(f"lam from {self.first} to {self.last} is not positive")
 
     @classmethod
     def constant(cls, lam: float) -> "MovingMask":
@@ -96,6 +99,7 @@ class ModelRefinement:
 
     Raises:
       Prox24Error: the micro-batches do not divide the windows of a step.
+      ValueError: the rate, the passes or the measurements are not positive.
     """
 
     rate: float = 2e-4
@@ -109,6 +113,9 @@ class ModelRefinement:
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("rate", "passes", "measurements"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.micro_batches < 1 or self.step_windows % self.micro_batches:
             raise Prox24Error(
                 f"{self.micro_batches} micro-batches do not divide {self.step_windows} windows of "

@@ -18,6 +18,7 @@ from prox24.distill import ModelRefinement, MovingMask, distill
 from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
 from prox24.optax import exponential, proximal
+from prox24.refine import BlockRefinement
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -347,11 +348,50 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
         patch.setattr("prox24.cli.distill.distill", interrupted)
         assert distilled(workspace, "out", *more) == 130
     assert not (workspace / "out").exists()
-    assert distilled(workspace, "out", *more, "--passes", "2") == 2
-    assert "refinement.passes was 1, is 2" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("prox24.cli.distill.distill", None)  # It is refused before any work.
+        assert distilled(workspace, "out", *more, "--passes", "2") == 2
+        assert "refinement.passes was 1, is 2" in capsys.readouterr().err
     assert distilled(workspace, "out", *more) == 0
     for path in (workspace / "whole").iterdir():
         assert path.read_bytes() == (workspace / "out" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("damaged", ["arrays", "about"])
+def test_a_state_that_cannot_be_read_is_named(workspace, capsys, damaged):
+    assert distilled(workspace, "out", "--state", workspace / "state") == 0
+    files = [path for path in workspace.glob(f"state/*/{damaged}/**/*") if path.is_file()]
+    for path in files:
+        path.write_bytes(b"")
+    capsys.readouterr()
+    assert distilled(workspace, "again", "--state", workspace / "state") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"the state in {workspace / 'state'} cannot be read" in line
+    assert not (workspace / "again").exists()
+
+
+@pytest.mark.parametrize("option", ["--rate", "--passes", "--penalty"])
+def test_a_training_that_does_nothing_is_refused(workspace, capsys, option):
+    with pytest.raises(SystemExit) as error:
+        distilled(workspace, "out", option, "0")
+    assert error.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ModelRefinement(rate=0.0),
+        lambda: ModelRefinement(passes=0),
+        lambda: ModelRefinement(measurements=0),
+        lambda: MovingMask.constant(0.0),
+        lambda: BlockRefinement(rate=float("nan")),
+        lambda: BlockRefinement(passes=0),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(make):
+    with pytest.raises(ValueError, match="not positive"):
+        make()
 
 
 def test_a_training_that_diverges_is_reported_as_json(workspace, capsys):

@@ -196,6 +196,7 @@ def test_the_most_probable_token_is_chosen_at_the_lowest_temperatures(temperatur
     ("prompts", "count", "named"),
     [
         (np.zeros((1, 0), np.int32), 1, "the prompt is empty"),
+        (np.zeros(3, np.int32), 1, r"prompts of shape \(3,\)"),
         (np.array([[3, 260]]), 1, "not among the 260 tokens"),
         (np.array([[3, -1]]), 1, "not among the 260 tokens"),
         (np.zeros((1, 100), np.int32), 29, "100 tokens and 29 to generate .* 128 positions"),

@@ -346,6 +346,14 @@ def test_a_stale_table_is_not_used_and_one_line_says_so(tables, serving, caplog,
     assert table.choose(CASE) == "cpu"
 
 
+def test_a_table_of_another_number_of_processors_is_not_used(tables, serving, monkeypatch):
+    table.write([measured(1, unpack=2.0, cpu=1.0)])
+    assert table.choose(CASE) == "cpu"
+    table._read.cache_clear()
+    monkeypatch.setattr(table, "available_processors", lambda: 99)
+    assert table.choose(CASE) == FALLBACK
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"made_for": {}}', "\x00", '{"made_for": 3}'])
 def test_a_damaged_table_is_not_used_and_one_line_says_so(tables, caplog, text):
     table.table_path("cpu").write_text(text)

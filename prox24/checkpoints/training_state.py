@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from prox24.checkpoints.unfinished import difference
-from prox24.errors import CheckpointError
+from prox24.errors import CheckpointError, first_line
 from prox24.refine import Training
 
 
@@ -21,10 +21,12 @@ class States(NamedTuple):
     Attributes:
       manager: orbax's.
       job: what decides the result of the training.
+      losses: measured so far; empty if nothing was saved.
     """
 
     manager: ocp.CheckpointManager
     job: Mapping[str, Any]
+    losses: list[float]
 
     def save(self, state: Training) -> None:
         """Writes a state; when it returns, the arrays may be overwritten."""
@@ -42,32 +44,52 @@ class States(NamedTuple):
         """The state that was saved last, with the shapes and the places of this one; or this one.
 
         Raises:
-          CheckpointError: it is of another job; names the difference.
+          CheckpointError: it cannot be read.
         """
         step = self.manager.latest_step()
         if step is None:
             return begun
         arrays = (begun.master, begun.optimizer, begun.best)
-        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        found = difference(about["about"]["job"], json.loads(json.dumps(self.job)))
-        if found is not None:
-            raise CheckpointError(
-                f"{self.manager.directory} holds the state of another training: {found}; "
-                "choose another folder, or delete it"
-            )
         wanted = ocp.args.StandardRestore(jax.tree.map(_like, _numbered(arrays)))
-        saved = self.manager.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
+        saved = _restored(self.manager, step, arrays=wanted)
         leaves = [jnp.asarray(saved[key]) for key in sorted(saved, key=int)]
         master, optimizer, best = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
-        return Training(master, optimizer, best, list(about["about"]["losses"]), step)
+        return Training(master, optimizer, best, self.losses, step)
 
 
 @contextlib.contextmanager
 def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
-    """Opens a folder of states, or makes it."""
+    """Opens a folder of states, or makes it.
+
+    Raises:
+      CheckpointError: what was saved there last cannot be read, or is of another job; names the
+        difference.
+    """
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
-        yield States(manager, job)
+        step, losses = manager.latest_step(), []
+        if step is not None:
+            about = _restored(manager, step, about=ocp.args.JsonRestore())
+            found = difference(about["job"], json.loads(json.dumps(job)))
+            if found is not None:
+                raise CheckpointError(
+                    f"{folder} holds the state of another training: {found}; "
+                    "choose another folder, or delete it"
+                )
+            losses = list(about["losses"])
+        yield States(manager, job, losses)
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:
+    """One item of a step."""
+    (name,) = item
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**item))[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the state in {manager.directory} cannot be read: {first_line(error)}; "
+            "delete it, or choose another folder"
+        ) from error
 
 
 def _numbered(arrays: Any) -> dict[str, Any]:

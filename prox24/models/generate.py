@@ -216,12 +216,14 @@ def check_prompts(config: Config, prompts: NDArray[np.int32], tokens: int) -> No
     """Checks that a model can go on from prompts (batch, length) by so many tokens.
 
     Raises:
-      PromptError: the prompts are empty, hold ids that the model has no embedding for, or are too
-        long for its positions.
+      PromptError: the prompts have another shape, are empty, hold ids that the model has no
+        embedding for, or are too long for its positions.
       ValueError: no token is asked for.
     """
     if tokens < 1:
         raise ValueError(f"{tokens} tokens to generate are fewer than one")
+    if prompts.ndim != 2:
+        raise PromptError(f"prompts of shape {prompts.shape} are not (batch, length)")
     if not prompts.size:
         raise PromptError("the prompt is empty")
     if prompts.min() < 0 or prompts.max() >= config.vocabulary:

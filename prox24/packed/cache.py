@@ -40,6 +40,13 @@ def processor() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(told)])
 
 
+def available_processors() -> int:
+    """How many logical processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Not on macOS and Windows.
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def digest(parts: Iterable[str | bytes]) -> str:
     """Sixteen hexadecimal digits that differ where a part does.
 

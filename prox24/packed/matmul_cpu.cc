@@ -281,6 +281,7 @@ constexpr int64_t kPartsOfAThread = 8;
 template <typename T>
 void Multiply(ffi::ThreadPool& pool, const T* x, const T* values, const uint32_t* codes, T* y,
               int64_t batch, int64_t outputs, int64_t words, Instructions instructions) {
+  if (batch == 0 || outputs == 0) return;
   std::vector<float> prepared(batch * words * kInputs);
   Prepare(x, static_cast<int64_t>(prepared.size()), instructions, prepared.data());
   const int64_t work = outputs * words * kValues * static_cast<int64_t>(sizeof(T)) * batch;

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jaxlib.version
 
-from prox24.packed.cache import cache_folder, digest, processor
+from prox24.packed.cache import available_processors, cache_folder, digest, processor
 from prox24.packed.implementation import Case
 from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 
@@ -117,7 +117,9 @@ def write(measurements: Iterable[Measurement]) -> None:
 
 def made_for(platform: str) -> dict[str, str]:
     """What the times of a table depend on."""
-    device = processor() if platform == "cpu" else jax.devices(platform)[0].device_kind
+    # A product takes as many threads as the process may use.
+    cpu = f"{available_processors()} of {processor()}"
+    device = cpu if platform == "cpu" else jax.devices(platform)[0].device_kind
     sources = sorted(Path(__file__).parent.glob("*.[pch]*"))
     return {
         "device": digest([device]),

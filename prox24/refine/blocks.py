@@ -38,12 +38,20 @@ class BlockRefinement:
       held_out: the share of the steps' windows that decides which pass was best; at least one
         step's are.
       linears_only: leaves norms, biases and routers as they are.
+
+    Raises:
+      ValueError: the rate or the passes are not positive.
     """
 
     rate: float = 2e-4
     passes: int = 5
     held_out: float = 0.125
     linears_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "passes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
 
     def step_windows(self, windows: int, most: int, devices: int = 1) -> int:
         """Windows of a step: about `most`, less where a pass would have fewer than eight steps.
