@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from prox24.packed.tuning import random_packed
 
 COMPILER = next(filter(None, map(shutil.which, native.CPU.compilers)), None)
 NVCC = next(filter(None, map(shutil.which, native.CUDA.compilers)), None)
+DISASSEMBLER = shutil.which("nvdisasm") and shutil.which("cuobjdump")
+KERNELS = 2 * 4
+"""Of an architecture: each dtype and tile."""
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 CASE = Case("cuda", "bfloat16", 32, 128, 4)
 
@@ -42,27 +46,40 @@ def test_what_lanes_hold_makes_the_product(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
-def test_it_compiles_for_every_architecture_without_spilled_registers(tmp_path):
+class Compiled(NamedTuple):
+    """The library, for how many architectures it is, and what the compiler said."""
+
+    library: Path
+    architectures: int
+    said: str
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    if NVCC is None:
+        pytest.skip("there is no nvcc")
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True)
     codes = {number: f"sm_{number.replace('.', '')}" for number in ARCHITECTURES}
     architectures = [number for number, code in codes.items() if code in known.stdout.split()]
-    command = native.CUDA.command(NVCC, tmp_path / "kernel.so", architectures)
+    library = tmp_path_factory.mktemp("cuda") / "kernel.so"
+    command = native.CUDA.command(NVCC, library, architectures)
     done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=True)
-    said = done.stdout + done.stderr
-    kernels = re.findall(r"(\d+) bytes spill stores", said)
-    assert len(kernels) == len(architectures) * 2 * 4
+    return Compiled(library, len(architectures), done.stdout + done.stderr)
+
+
+@pytest.mark.slow
+def test_it_compiles_for_every_architecture_without_spilled_registers(compiled):
+    kernels = re.findall(r"(\d+) bytes spill stores", compiled.said)
+    assert len(kernels) == compiled.architectures * KERNELS
     assert set(kernels) == {"0"}
-    disassembler = shutil.which("cuobjdump")
-    if disassembler is not None:
-        code = subprocess.run(
-            [disassembler, "-sass", tmp_path / "kernel.so"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert code.stdout.count("HMMA.SP") >= len(kernels) * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DISASSEMBLER is None, reason="there are no cuobjdump and nvdisasm")
+def test_its_machine_code_multiplies_sparse_matrices(compiled):
+    command = [DISASSEMBLER, "-sass", compiled.library]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert code.count("HMMA.SP") >= compiled.architectures * KERNELS * 2
 
 
 @pytest.mark.skipif(default_platform() != "cuda", reason="there is no GPU")

@@ -13,6 +13,7 @@ from prox24.cli.demo import fetch_model
 from prox24.core.masks import top_mask
 from prox24.forward import (
     all_linears,
+    all_weights,
     embed_windows,
     head_weights,
     layer_weights,
@@ -20,6 +21,7 @@ from prox24.forward import (
     run_layer,
 )
 from prox24.models import decoder
+from prox24.models.generate import generate
 from prox24.perplexity import perplexity
 
 pytestmark = pytest.mark.optimized
@@ -93,6 +95,21 @@ def test_logits_of_the_exported_model_agree_with_pytorch(pruned_folder, torch_mo
         expected = torch_model(torch.from_numpy(ids).long()).logits.numpy()
     # The oracle runs in float64: over 30 layers PyTorch's own float32 logits are off by 9e-5.
     np.testing.assert_allclose(forward(checkpoint, ids), expected, atol=1e-4, rtol=0)
+
+
+def test_greedy_tokens_are_those_of_transformers(pruned_folder):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(pruned_folder)
+    prompt = checkpoint.load_tokenizer()([TEXT], return_tensors="np")["input_ids"]
+    model = load_model(checkpoint)
+    found = np.stack(list(generate(model.config, all_weights(model), prompt, 24)), axis=1)
+    torch_model = AutoModelForCausalLM.from_pretrained(pruned_folder, dtype=torch.float32).eval()
+    expected = torch_model.generate(
+        torch.from_numpy(prompt), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    np.testing.assert_array_equal(found, expected[:, prompt.shape[1] :].numpy())
 
 
 def test_float32_logits_agree_with_those_of_pytorch_in_float32(pruned_folder):
