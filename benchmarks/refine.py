@@ -216,7 +216,8 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--evaluation-windows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=[""], help="runs whose names begin so")
+    names = list(dict.fromkeys(run.name for run in runs()))
+    parser.add_argument("--only", nargs="+", default=names, choices=names, help="names of rows")
     parser.add_argument("--most-windows", type=int, default=1024, help="skip rows with more")
     parser.add_argument("--bigbench", type=Path, metavar="FILE", help="bigbench-1.0.0.tar.gz")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), metavar="FOLDER")
@@ -239,7 +240,7 @@ def main() -> None:
         }
         if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
             continue
-        if not run.name.startswith(tuple(arguments.only)):
+        if run.name not in arguments.only:
             continue
         if run.windows > arguments.most_windows:
             continue

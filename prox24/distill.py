@@ -99,7 +99,7 @@ class ModelRefinement:
 
     Raises:
       Prox24Error: the micro-batches do not divide the windows of a step.
-      ValueError: the rate, the passes or the measurements are not positive.
+      ValueError: the rate, the passes, the measurements or the windows of a step are not positive.
     """
 
     rate: float = 2e-4
@@ -113,7 +113,7 @@ class ModelRefinement:
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rate", "passes", "measurements"):
+        for name in ("rate", "passes", "measurements", "step_windows"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.micro_batches < 1 or self.step_windows % self.micro_batches:

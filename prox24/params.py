@@ -229,7 +229,9 @@ def _prune(
         for problem, seen in zip(map(LayerProblem, matrices, gram), rows, strict=True):
             solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
             name = leaf.path if len(matrices) == 1 else f"{leaf.path}[{len(pruned)}]"
-            if solution.status.failed:
+            if solution.status is Status.INDEFINITE:
+                raise SolverError(f"the Gram of {name} is not positive semidefinite")
+            if solution.status is Status.NONFINITE:
                 raise SolverError(
                     f"no finite solution for {name}: its Gram is not positive definite; "
                     "raise damping"

@@ -467,7 +467,9 @@ def gather_grams(
 
 
 def _report(linear: Linear, solution: Solution, tokens: int, seconds: float) -> LinearReport:
-    if solution.status.failed:
+    if solution.status is Status.INDEFINITE:
+        raise SolverError(f"the Gram of {linear.tensor} is not positive semidefinite")
+    if solution.status is Status.NONFINITE:
         raise SolverError(
             f"no finite solution for {linear.tensor}: its Gram is not positive definite; "
             "raise --damping"

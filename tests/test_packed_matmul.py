@@ -330,7 +330,7 @@ def test_a_case_that_is_measured_again_replaces_the_earlier_one(tables, serving)
     assert [table.choose(CASE._replace(batch=b)) for b in (1, 2)] == [FALLBACK, "cpu"]
 
 
-@pytest.mark.parametrize("field", ["device", "jaxlib", "sources"])
+@pytest.mark.parametrize("field", ["device", "number of processors", "jaxlib", "sources"])
 def test_a_stale_table_is_not_used_and_one_line_says_so(tables, serving, caplog, field):
     table.write([measured(1, unpack=2.0, cpu=1.0)])
     path = table.table_path("cpu")

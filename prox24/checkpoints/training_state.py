@@ -51,9 +51,10 @@ class States(NamedTuple):
             return begun
         arrays = (begun.master, begun.optimizer, begun.best)
         wanted = ocp.args.StandardRestore(jax.tree.map(_like, _numbered(arrays)))
-        saved = _restored(self.manager, step, arrays=wanted)
-        leaves = [jnp.asarray(saved[key]) for key in sorted(saved, key=int)]
-        master, optimizer, best = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
+        with _reading(self.manager):
+            saved = self.manager.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
+            leaves = [jnp.asarray(saved[key]) for key in sorted(saved, key=int)]
+            master, optimizer, best = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
         return Training(master, optimizer, best, self.losses, step)
 
 
@@ -69,23 +70,23 @@ def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         step, losses = manager.latest_step(), []
         if step is not None:
-            about = _restored(manager, step, about=ocp.args.JsonRestore())
-            found = difference(about["job"], json.loads(json.dumps(job)))
+            with _reading(manager):
+                about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+                saved_job, losses = about["about"]["job"], list(about["about"]["losses"])
+                found = difference(saved_job, json.loads(json.dumps(job)))
             if found is not None:
                 raise CheckpointError(
                     f"{folder} holds the state of another training: {found}; "
                     "choose another folder, or delete it"
                 )
-            losses = list(about["losses"])
         yield States(manager, job, losses)
 
 
-def _restored(manager: ocp.CheckpointManager, step: int, **item: Any) -> Any:
-    """One item of a step."""
-    (name,) = item
+@contextlib.contextmanager
+def _reading(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
-        return manager.restore(step, args=ocp.args.Composite(**item))[name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the state in {manager.directory} cannot be read: {first_line(error)}; "
             "delete it, or choose another folder"

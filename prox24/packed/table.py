@@ -77,8 +77,9 @@ def keeps_up(case: Case) -> bool:
 def read(platform: str) -> tuple[Measurement, ...]:
     """The table of a platform as it was when this process first asked; empty if there is none.
 
-    One that was made for another device, jaxlib or source of the implementations is not used, nor
-    one that cannot be read, and a line is logged that says so.
+    One that was made for another device, number of processors that the process may use, jaxlib or
+    source of the implementations is not used, nor one that cannot be read, and a line is logged
+    that says so.
     """
     try:
         path = table_path(platform)
@@ -117,12 +118,11 @@ def write(measurements: Iterable[Measurement]) -> None:
 
 def made_for(platform: str) -> dict[str, str]:
     """What the times of a table depend on."""
-    # A product takes as many threads as the process may use.
-    cpu = f"{available_processors()} of {processor()}"
-    device = cpu if platform == "cpu" else jax.devices(platform)[0].device_kind
+    device = processor() if platform == "cpu" else jax.devices(platform)[0].device_kind
     sources = sorted(Path(__file__).parent.glob("*.[pch]*"))
     return {
         "device": digest([device]),
+        "number of processors": str(available_processors()),
         "jaxlib": jaxlib.version.__version__,
         "sources": digest(path.read_bytes() for path in sources if path.is_file()),
     }
@@ -133,7 +133,7 @@ def _read(path: Path, platform: str) -> tuple[Measurement, ...]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         now = made_for(platform)
-        stale = [name for name in now if table["made_for"][name] != now[name]]
+        stale = [name for name in now if table["made_for"].get(name) != now[name]]
         found = tuple(map(_measurement, table["measurements"]))
     except (FileNotFoundError, NotADirectoryError):
         return ()

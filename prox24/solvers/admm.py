@@ -220,8 +220,13 @@ class ADMM:
         sparse = planes.join(self.sparsify.end(blocks, before, pattern))
         mask = top_mask(jnp.abs(sparse), pattern)
         scale = normalized.scale[None, :]
-        used = jnp.maximum(inverted.damping, final.damping)
-        return Candidate.of(sparse / scale, mask, used, steps=final.steps)
+        return Candidate.of(
+            sparse / scale,
+            mask,
+            inverted.damping,
+            steps=final.steps,
+            damping_raised=final.damping_raised,
+        )
 
 
 class _State(NamedTuple):
@@ -231,7 +236,7 @@ class _State(NamedTuple):
     rho: Array
     penalty: Array
     changed: Array
-    damping: Array
+    damping_raised: Array
     steps: Array
 
 
@@ -268,8 +273,12 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         change = changed(after, before, pattern)
         next_rho = solver.rho(Progress(end.rho, end.steps, change))
         rho = jnp.where(end.steps < solver.steps, next_rho, end.rho)
-        dual, damping = end.dual * (end.rho / rho), jnp.maximum(end.damping, inverted.damping)
-        return end._replace(dual=dual, rho=rho, changed=change, damping=damping)
+        return end._replace(
+            dual=end.dual * (end.rho / rho),
+            rho=rho,
+            changed=change,
+            damping_raised=end.damping_raised | (inverted.damping > 0),
+        )
 
     def unfinished(state: _State) -> Array:
         return (state.steps < solver.steps) & ~(state.changed < solver.tolerance)
@@ -282,7 +291,7 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         rho=jnp.asarray(solver.rho.first, dtype),
         penalty=jnp.asarray(penalty.first if penalty else 0, dtype),
         changed=jnp.asarray(jnp.inf, dtype),
-        damping=jnp.zeros((), dtype),
+        damping_raised=jnp.asarray(False),
         steps=jnp.zeros((), jnp.int32),
     )
     return lax.while_loop(unfinished, advance_with_one_rho, initial)

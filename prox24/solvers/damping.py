@@ -20,12 +20,12 @@ DEAD = 1e-6
 
 
 def damped_gram(gram: Array, damping: Array | float) -> Array:
-    """G + damping mean(diag G) I; where even that is zero, 1e-6 of the mean takes its place.
+    """G + damping mean(diag G) I; where that is not positive, 1e-6 of the mean takes its place.
 
     A Gram of fewer tokens than features is singular; damping makes it positive definite and says
-    how far weights may move where the calibration saw nothing. A zero diagonal is left only when
-    the damping is zero: a dead feature, whose weights are then the first to be pruned. If no token
-    was seen at all, the diagonal becomes 1.
+    how far weights may move where the calibration saw nothing. A zero diagonal, or one below it by
+    rounding, is left only when the damping is zero: a dead feature, whose weights are then the
+    first to be pruned. If no token was seen at all, the diagonal becomes 1.
 
     Args:
       gram: shape (in, in).
@@ -37,7 +37,7 @@ def damped_gram(gram: Array, damping: Array | float) -> Array:
     mean = jnp.mean(jnp.diagonal(gram))
     diagonal = jnp.diagonal(gram) + damping * mean
     dead = jnp.where(mean == 0, 1, DEAD * mean)
-    return jnp.fill_diagonal(gram, jnp.where(diagonal == 0, dead, diagonal), inplace=False)
+    return jnp.fill_diagonal(gram, jnp.where(diagonal <= 0, dead, diagonal), inplace=False)
 
 
 FIRST_RAISED_DAMPING, LARGEST_DAMPING, RAISE = 1e-6, 1.0, 10.0

@@ -41,11 +41,6 @@ class Status(enum.Enum):
     """The Gram is not positive semidefinite, by more than rounding: its diagonal or a loss is
     negative."""
 
-    @property
-    def failed(self) -> bool:
-        """Whether the weight means nothing."""
-        return self in (Status.NONFINITE, Status.INDEFINITE)
-
 
 class Candidate(NamedTuple):
     """What a solver passes on to the refit: a sparse point and how it was found.
@@ -57,6 +52,7 @@ class Candidate(NamedTuple):
       dense_blocks: int32 scalar, the blocks that had more than N nonzeros when `Prox` ran out of
         steps.
       steps: int32 scalar, iterations taken.
+      damping_raised: bool scalar, whether an inverse took more damping than that.
     """
 
     weight: Array
@@ -64,6 +60,7 @@ class Candidate(NamedTuple):
     damping: Array
     dense_blocks: Array
     steps: Array
+    damping_raised: Array
 
     @classmethod
     def of(
@@ -73,6 +70,7 @@ class Candidate(NamedTuple):
         damping: Array,
         dense_blocks: Array | int = 0,
         steps: Array | int = 0,
+        damping_raised: Array | bool = False,
     ) -> "Candidate":
         """A candidate whose weight is cut to the mask."""
         return cls(
@@ -81,6 +79,7 @@ class Candidate(NamedTuple):
             damping,
             jnp.asarray(dense_blocks, jnp.int32),
             jnp.asarray(steps, jnp.int32),
+            jnp.asarray(damping_raised),
         )
 
 
@@ -96,7 +95,8 @@ class Statistics(NamedTuple):
       dense_blocks: blocks that were cut to the pattern because `Prox` ran out of steps.
       dead_features: input features that are zero in every calibration token.
       damping: what was added to the diagonal of the Gram, in its units.
-      damping_raised: whether that is more than was asked for, see `prox24.solvers.damping`.
+      damping_raised: whether that is more than was asked for, or an inverse within ADMM, of the
+        Gram with its features scaled, took more; see `prox24.solvers.damping`.
     """
 
     relative_loss: float
@@ -190,25 +190,26 @@ def quadratic_loss(difference: Array, gram: Array) -> Array:
 
 
 ROUNDINGS = 100
-"""By how many roundings each entry of a Gram may be off that is summed over many tokens."""
+"""Tolerated error of an entry of a Gram, in units of eps."""
 
 
-def is_semidefinite_along(loss: Array, difference: Array, gram: Array) -> Array:
-    """Whether the loss of a difference is what a positive semidefinite Gram can give, a bool.
+def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> Array:
+    """Whether a loss and the diagonal of the Gram are nonnegative but for rounding; a bool scalar.
 
     Where every entry G_ij is off by at most c sqrt(G_ii G_jj), the loss of a row d is no less than
-    -c (sum_j |d_j| sqrt(G_jj))^2.
+    -c (sum_j |d_j| sqrt(G_jj))^2. Here c is 100 eps.
 
     Args:
-      loss: `quadratic_loss` of the other two.
+      loss: `quadratic_loss` of the two that follow.
       difference: shape (out, in).
       gram: shape (in, in).
+      eps: of the dtype in which the Gram was summed.
     """
     diagonal = jnp.diagonal(gram)
     deviation = jnp.sqrt(jnp.maximum(diagonal, 0))
     most = jnp.sum(jnp.square(jnp.sum(jnp.abs(difference) * deviation[None, :], axis=1)))
-    rounding = ROUNDINGS * jnp.finfo(gram.dtype).eps * most
-    return jnp.all(diagonal >= 0) & (loss >= -rounding)
+    error = ROUNDINGS * eps
+    return (loss >= -error * most) & jnp.all(diagonal >= -error * jnp.max(diagonal))
 
 
 def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> LayerProblem:

@@ -22,7 +22,7 @@ class Refitted(NamedTuple):
       weight: shape (out, in), of a normalized problem, zero outside the mask.
       mask: bool, shape (out, in).
       steps: int32 scalar, iterations taken.
-      exhausted: bool scalar, whether they ran out before the refit met its own stop test.
+      exhausted: bool, shape (out,), whether they ran out before the row met the refit's stop test.
     """
 
     weight: Array
@@ -103,7 +103,7 @@ class ConjugateGradients:
             steps=jnp.zeros((), jnp.int32),
         )
         final = lax.while_loop(unfinished, advance, start)
-        return Refitted(final.weight, mask, final.steps, jnp.any(final.active))
+        return Refitted(final.weight, mask, final.steps, final.active[:, 0])
 
 
 WINDOW = 4
@@ -160,7 +160,8 @@ class GradientSteps:
             return jnp.where(mask, stepped, 0), memory
 
         final, _ = lax.fori_loop(0, self.steps, advance, (weight, transform.init(weight)))
-        return Refitted(final, mask, jnp.asarray(self.steps, jnp.int32), jnp.asarray(False))
+        exhausted = jnp.zeros(len(weight), bool)
+        return Refitted(final, mask, jnp.asarray(self.steps, jnp.int32), exhausted)
 
 
 @hyperparameters
@@ -186,5 +187,5 @@ class LeastSquares:
 
         targets = jnp.matmul(problem.weight, problem.gram, precision=PRECISION)
         solved = lax.map(solve_row, (targets, mask))
-        solved = jnp.where(mask, solved, 0)
-        return Refitted(solved, mask, jnp.zeros((), jnp.int32), jnp.asarray(False))
+        exhausted = jnp.zeros(len(mask), bool)
+        return Refitted(jnp.where(mask, solved, 0), mask, jnp.zeros((), jnp.int32), exhausted)

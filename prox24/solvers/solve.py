@@ -17,7 +17,7 @@ from prox24.solvers.problem import (
     Statistics,
     Status,
     check_problem,
-    is_semidefinite_along,
+    is_nonnegative,
     normalize,
     quadratic_loss,
 )
@@ -192,7 +192,7 @@ def _solve(
     problem = LayerProblem(given.weight.astype(dtype), given.gram.astype(dtype))
     candidate: Candidate = solver(problem, pattern, damping)
     weight, mask, used = candidate.weight, candidate.mask, candidate.damping
-    refit_steps, refit_exhausted = jnp.zeros((), jnp.int32), jnp.asarray(False)
+    refit_steps, refit_exhausted = jnp.zeros((), jnp.int32), jnp.zeros(len(weight), bool)
     if refit is not None:
         if isinstance(refit, LeastSquares | Swaps):
             used = inverse_factor(problem.gram, used).damping
@@ -211,6 +211,8 @@ def _solve(
     difference = weight.astype(dtype) - problem.weight
     loss = quadratic_loss(difference, problem.gram)
     before = candidate.weight - problem.weight
+    # A float64 Gram may have been summed in float32.
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (given.gram.dtype, jnp.float32))
     figures = {
         "relative_loss": relative(loss),
         "relative_loss_before_refit": relative(
@@ -218,13 +220,13 @@ def _solve(
         ),
         "steps": candidate.steps,
         "refit_steps": refit_steps,
-        "refit_exhausted": refit_exhausted,
+        "refit_exhausted": jnp.any(refit_exhausted),
         "dense_blocks": candidate.dense_blocks,
         "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
         "damping": damping_amount(problem.gram, used),
-        "damping_raised": used > damping,
+        "damping_raised": candidate.damping_raised | (used > damping),
         "finite": jnp.all(jnp.isfinite(weight)) & jnp.isfinite(total),
-        "semidefinite": is_semidefinite_along(loss, difference, problem.gram)
-        & is_semidefinite_along(total, problem.weight, problem.gram),
+        "semidefinite": is_nonnegative(loss, difference, problem.gram, eps)
+        & is_nonnegative(total, problem.weight, problem.gram, eps),
     }
     return weight, mask, figures

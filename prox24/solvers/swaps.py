@@ -56,15 +56,15 @@ class Swaps:
             refitted = self.refit(problem, swept.weight, swept.mask, pattern)
             return _Swapping(
                 refitted._replace(steps=before.steps + refitted.steps),
-                exchanged=jnp.any(swept.mask != before.mask),
+                exchanged=jnp.any(swept.mask != before.mask, axis=1),
                 sweeps=state.sweeps + 1,
             )
 
         def unfinished(state: _Swapping) -> Array:
-            return state.exchanged & (state.sweeps < self.sweeps)
+            return jnp.any(state.exchanged) & (state.sweeps < self.sweeps)
 
         start = self.refit(problem, weight, mask, pattern)
-        begun = _Swapping(start, jnp.asarray(True), jnp.zeros((), jnp.int32))
+        begun = _Swapping(start, jnp.ones(len(weight), bool), jnp.zeros((), jnp.int32))
         final = lax.while_loop(unfinished, sweep, begun)
         refitted = final.refitted
         return refitted._replace(exhausted=refitted.exhausted | final.exchanged)
@@ -72,7 +72,7 @@ class Swaps:
 
 class _Swapping(NamedTuple):
     refitted: Refitted
-    exchanged: Array
+    exchanged: Array  # For each row.
     sweeps: Array
 
 
