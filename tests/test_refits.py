@@ -14,7 +14,7 @@ from prox24.solvers.proximal import Prox
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.schedules import Exponential
 from prox24.solvers.scores import Magnitude, Wanda
-from prox24.solvers.solve import solve
+from prox24.solvers.solve import REFITS, SOLVERS, solve
 from prox24.solvers.sparsegpt import SparseGPT
 from prox24.solvers.swaps import Swaps
 
@@ -127,6 +127,25 @@ def test_inputs_that_did_not_change_need_no_correction():
     problem = make_problem("power_law")
     corrected = correct_inputs(problem, problem.gram, 0.1)
     np.testing.assert_allclose(corrected.weight, problem.weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("refit", [None, *(r() for r in REFITS.values())], ids=str)
+@pytest.mark.parametrize("method", SOLVERS)
+def test_every_method_comes_closer_to_the_dense_output_with_corrected_inputs(method, refit):
+    rng = np.random.default_rng(0)
+    weight, dense = rng.normal(size=(16, 32)), rng.normal(size=(32, 400))
+    mix = np.eye(32) + 0.2 * rng.normal(size=(32, 32))
+    pruned = mix @ dense
+    problem = LayerProblem(
+        jnp.asarray(weight, "float32"), jnp.asarray(pruned @ pruned.T, "float32")
+    )
+    corrected = correct_inputs(problem, jnp.asarray(dense @ pruned.T, jnp.float32), 0.01)
+
+    def error(problem):
+        solution = solve(problem, SOLVERS[method](), refit)
+        return np.sum((np.asarray(solution.weight) @ pruned - weight @ dense) ** 2)
+
+    assert error(corrected) < 0.8 * error(problem)
 
 
 # Damping
