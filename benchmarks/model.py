@@ -83,11 +83,11 @@ def main_table() -> list[Run]:
         Run("admm with the prox + swaps", ADMM(), Swaps()),
         Run("admm, projection + refit", ADMM(sparsify=Projection()), ConjugateGradients()),
         Run("prox + refit", Prox(), ConjugateGradients()),
-        Run("the default on dense targets, pull 1000", ADMM(), ConjugateGradients(), pull=1000.0),
-        Run("the default on dense targets, pull 100", ADMM(), ConjugateGradients(), pull=100.0),
-        Run("the default on dense targets, pull 10", ADMM(), ConjugateGradients(), pull=10.0),
         Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
-        Run("the default on dense targets, pull 1", ADMM(), ConjugateGradients(), pull=1.0),
+        *(
+            Run(f"the default on dense targets, pull {pull}", ADMM(), ConjugateGradients(), pull)
+            for pull in (3000, 1000, 300, 100, 10, 1)
+        ),
         Run("prox, paper + 1,000 gradient steps", Prox.paper(), GradientSteps()),
     ]
 
