@@ -88,6 +88,7 @@ def main_table() -> list[Run]:
             Run(f"the default on dense targets, pull {pull}", ADMM(), ConjugateGradients(), pull)
             for pull in (3000, 1000, 300, 100, 10, 1)
         ),
+        Run("sparsegpt + refit on dense targets, pull 1000", SparseGPT(), CONVERGED, pull=1000.0),
         Run("prox, paper + 1,000 gradient steps", Prox.paper(), GradientSteps()),
     ]
 
