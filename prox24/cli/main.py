@@ -149,7 +149,7 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "the dense model",
     )
     command.add_argument(
-        "--pull", type=_positive_number, help="to the dense weight, with dense targets (1)"
+        "--pull", type=_positive_number, help="to the dense weight, with dense targets (1000)"
     )
     command.add_argument(
         "--damping", type=_nonnegative, default=0.01, help="relative to the Gram's mean diagonal"

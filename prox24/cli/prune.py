@@ -49,7 +49,7 @@ from prox24.pipeline import LinearReport, PrunedTensor, prune, refined_tensors
 from prox24.plan import Method, fitting_micro_batch
 from prox24.processes import agree, connected, is_first, meet
 from prox24.refine import BlockRefinement, Outcome
-from prox24.solvers.problem import Status
+from prox24.solvers.problem import DEFAULT_PULL, Status
 from prox24.solvers.solve import (
     REFITS,
     SOLVERS,
@@ -59,13 +59,11 @@ from prox24.solvers.solve import (
     check_supported,
 )
 
-DEFAULT_PULL = 1.0
 DECISIVE = (
     "method",
     "refit",
     "pattern",
     "targets",
-    "pull",
     "damping",
     "samples",
     "sequence_length",
@@ -118,6 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
     dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    pull = (arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None
     refinement = None
     if arguments.refine == "block":
         refinement = BlockRefinement(
@@ -147,6 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "arguments": {name: plain(vars(arguments)[name]) for name in DECISIVE},
         "solver": _settings(solver),
         "refit": _settings(refit),
+        "pull": pull,
         "micro_batch": micro_batch,
         "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
         "source": files,
@@ -172,7 +172,7 @@ def _run(arguments: argparse.Namespace) -> int:
             title=arguments.method,
             pattern=arguments.pattern,
             damping=arguments.damping,
-            pull=(arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None,
+            pull=pull,
             dtype=dtype,
             finished=unfinished.finished,
             micro_batch=micro_batch,

@@ -212,14 +212,18 @@ def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> A
     return (loss >= -error * most) & jnp.all(diagonal >= -error * jnp.max(diagonal))
 
 
-def correct_inputs(problem: LayerProblem, cross: Array, pull: float = 1.0) -> LayerProblem:
+DEFAULT_PULL = 1000.0
+
+
+def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PULL) -> LayerProblem:
     """The problem whose layer also makes up for what pruning did to its inputs.
 
     The layer sees x' in the pruned model where the dense one sees x. The dense minimiser of
     |W X' - W0 X|^2 + pull mean(diag G) |W - W0|^2 is W0 + W0 (C - G) (G + pull mean(diag G) I)^-1
     with G = X' X'^T and C = X X'^T; it takes the place of W0. Without a strong pull, errors that
-    the inputs have accumulated are fitted by enormous corrections. The pull is in the new dense
-    weight alone: the Gram stays as it is. Losses are then relative to the new dense weight.
+    the inputs have accumulated are fitted by enormous corrections: the default leaves little of
+    them but in the directions of the largest eigenvalues. The pull is in the new dense weight
+    alone: the Gram stays as it is. Losses are then relative to the new dense weight.
 
     Args:
       problem: weight W0 and gram G, of the pruned model's inputs.
