@@ -39,7 +39,7 @@ from prox24.models.decoder import Config, Weights
 from prox24.optax import exponential, proximal
 from prox24.refine import Refined, Training
 from prox24.refine.distillation import Features, Logits
-from prox24.refine.training import Resume
+from prox24.refine.training import Resume, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +113,7 @@ class ModelRefinement:
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rate", "passes", "measurements", "step_windows"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        check_positive(self, "rate", "passes", "measurements", "step_windows")
         if self.micro_batches < 1 or self.step_windows % self.micro_batches:
             raise Prox24Error(
                 f"{self.micro_batches} micro-batches do not divide {self.step_windows} windows of "

@@ -18,6 +18,7 @@ from prox24.refine.training import (
     PyTree,
     Refined,
     at_least_float32,
+    check_positive,
     lower_step,
     refine,
 )
@@ -49,9 +50,7 @@ class BlockRefinement:
     linears_only: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rate", "passes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        check_positive(self, "rate", "passes")
 
     def step_windows(self, windows: int, most: int, devices: int = 1) -> int:
         """Windows of a step: about `most`, less where a pass would have fewer than eight steps.

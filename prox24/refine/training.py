@@ -19,6 +19,17 @@ Loss = Callable[[PyTree, PyTree, PyTree], Array]
 Project = Callable[[PyTree], PyTree]
 
 
+def check_positive(settings: Any, *names: str) -> None:
+    """Raises ValueError, naming the first, unless these numbers among the attributes are positive.
+
+    Example:
+      >>> check_positive(Training(None, None, None, [], 3), "steps")
+    """
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} {getattr(settings, name)} is not positive")
+
+
 def at_least_float32(x: Array) -> Array:
     """The array in float32, or in float64 if it is: what a loss is computed in."""
     return x.astype(np.promote_types(x.dtype, np.float32))

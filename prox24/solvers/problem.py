@@ -213,6 +213,7 @@ def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> A
 
 
 DEFAULT_PULL = 1000.0
+"""The one with the least perplexity of *Emma* among the six of docs/results.md."""
 
 
 def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PULL) -> LayerProblem:

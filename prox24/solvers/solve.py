@@ -212,7 +212,7 @@ def _solve(
     loss = quadratic_loss(difference, problem.gram)
     before = candidate.weight - problem.weight
     # A float64 Gram may have been summed in float32.
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in (given.gram.dtype, jnp.float32))
+    eps = max(float(jnp.finfo(summed).eps) for summed in (given.gram.dtype, jnp.float32))
     figures = {
         "relative_loss": relative(loss),
         "relative_loss_before_refit": relative(

@@ -56,23 +56,23 @@ class Swaps:
             refitted = self.refit(problem, swept.weight, swept.mask, pattern)
             return _Swapping(
                 refitted._replace(steps=before.steps + refitted.steps),
-                exchanged=jnp.any(swept.mask != before.mask, axis=1),
+                exchanged_rows=jnp.any(swept.mask != before.mask, axis=1),
                 sweeps=state.sweeps + 1,
             )
 
         def unfinished(state: _Swapping) -> Array:
-            return jnp.any(state.exchanged) & (state.sweeps < self.sweeps)
+            return jnp.any(state.exchanged_rows) & (state.sweeps < self.sweeps)
 
         start = self.refit(problem, weight, mask, pattern)
         begun = _Swapping(start, jnp.ones(len(weight), bool), jnp.zeros((), jnp.int32))
         final = lax.while_loop(unfinished, sweep, begun)
         refitted = final.refitted
-        return refitted._replace(exhausted=refitted.exhausted | final.exchanged)
+        return refitted._replace(exhausted=refitted.exhausted | final.exchanged_rows)
 
 
 class _Swapping(NamedTuple):
     refitted: Refitted
-    exchanged: Array  # For each row.
+    exchanged_rows: Array
     sweeps: Array
 
 
