@@ -4,9 +4,11 @@
 
 The shapes are the linears of Llama 8B and 70B. All contenders get the same random weight and
 inputs. The dense product is taken in two forms, of which now the one, now the other is the faster;
-the others are prox24's implementations, each where it serves. After a warm-up of two calls each
-repetition runs every contender once, starting one contender further than the last, so that a change
-in the machine's speed meets all of them. Speeds are relative to the faster dense form.
+the others are prox24's implementations, each where it serves, and on a GPU, where torch has it too,
+PyTorch's semi-structured weights by CUTLASS and by cuSPARSELt, compressed once, before. What fails
+is left out, with a line that says why. After a warm-up of two calls each repetition runs every
+contender once, starting one contender further than the last, so that a change in the machine's
+speed meets all of them. Speeds are relative to the faster dense form.
 Times are medians. The error is the largest difference to the product in float64 of eight vectors
 and 64 rows, relative to the largest entry.
 
@@ -24,6 +26,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import importlib.util
 import os
 import statistics
 import time
@@ -37,6 +40,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from prox24.errors import first_line
 from prox24.packed import unpack
 from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT
 from prox24.packed.implementation import Case, default_platform
@@ -143,6 +147,14 @@ def seconds_at_best(case: Case, packed: bool, machine: Machine) -> float:
     return max((read + vectors) / machine.bandwidth, multiplications / machine.peak)
 
 
+def free_memory() -> int:
+    """Bytes of the device, or where it does not say, of the host."""
+    said = jax.devices()[0].memory_stats()
+    if said and "bytes_limit" in said:
+        return said["bytes_limit"] - said["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def fitting(case: Case, scale: float, machine: Machine, limit: float) -> tuple[Case, float]:
     """The largest case, scaled and halved, that fits; and its scale.
 
@@ -152,7 +164,7 @@ def fitting(case: Case, scale: float, machine: Machine, limit: float) -> tuple[C
       machine: its speeds.
       limit: seconds of the dense product, at its roofline.
     """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory()
     while True:
         outputs, inputs = (
             max(round(length * scale / ENTRIES_PER_WORD), 1) * ENTRIES_PER_WORD
@@ -166,6 +178,34 @@ def fitting(case: Case, scale: float, machine: Machine, limit: float) -> tuple[C
         if smallest or fits:
             return scaled, scale
         scale /= 2
+
+
+def pytorch_runs(x: jax.Array, dense: jax.Array) -> dict[str, Callable[[], jax.Array]]:
+    """Products by PyTorch's sparse classes with the same numbers; none without a GPU for it."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    import torch
+    from torch import sparse
+
+    if not torch.cuda.is_available():
+        return {}
+    vectors, weight = torch.from_dlpack(x), torch.from_dlpack(dense)
+    runs = {}
+    for name, form in (
+        ("PyTorch, CUTLASS", sparse.SparseSemiStructuredTensorCUTLASS),
+        ("PyTorch, cuSPARSELt", sparse.SparseSemiStructuredTensorCUSPARSELT),
+    ):
+
+        def run(compressed: torch.Tensor) -> jax.Array:
+            result = torch.nn.functional.linear(vectors, compressed)
+            torch.cuda.synchronize()
+            return jnp.from_dlpack(result)
+
+        try:
+            runs[name] = functools.partial(run, form.from_dense(weight))
+        except RuntimeError as error:  # of a shape, a dtype, or a library that is not there
+            print(f"{name} is left out: {first_line(error)}")
+    return runs
 
 
 def measure(linear: str, case: Case, scale: float, machine: Machine, repetitions: int) -> list[Row]:
@@ -183,11 +223,16 @@ def measure(linear: str, case: Case, scale: float, machine: Machine, repetitions
     exact = (
         np.asarray(x[:CHECKED_VECTORS], np.float64) @ np.asarray(dense[:CHECKED_ROWS], np.float64).T
     )
-    errors = {
-        name: np.abs(np.asarray(run()[:CHECKED_VECTORS, :CHECKED_ROWS], np.float64) - exact).max()
-        / np.abs(exact).max()
-        for name, run in runs.items()
-    }
+    runs |= pytorch_runs(x, dense)
+    errors = {}
+    for name, run in list(runs.items()):
+        try:
+            found = np.asarray(run()[:CHECKED_VECTORS, :CHECKED_ROWS], np.float64)
+        except RuntimeError as error:  # JAX's, of a kernel, and PyTorch's
+            del runs[name]
+            print(f"{name} is left out: {first_line(error)}")
+        else:
+            errors[name] = np.abs(found - exact).max() / np.abs(exact).max()
     seconds = medians(runs, repetitions)
     fastest = min(seconds[name] for name in DENSE)
     return [

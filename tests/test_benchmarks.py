@@ -304,6 +304,25 @@ def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(tmp
     assert (tmp_path / "matmul.png").stat().st_size > 0
 
 
+def test_pytorch_multiplies_the_same_numbers_where_it_has_a_gpu(monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    benchmark = runpy.run_path(str(BENCHMARKS / "matmul.py"))
+    x, dense = jnp.ones((8, 64), "bfloat16"), jnp.ones((32, 64), "bfloat16")
+    assert benchmark["pytorch_runs"](x, dense) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    class Dense:
+        from_dense = staticmethod(lambda weight: weight)
+
+    monkeypatch.setattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS", Dense)
+    runs = benchmark["pytorch_runs"](x, dense)
+    # The other one finds out that the numbers are on no GPU.
+    assert "PyTorch, cuSPARSELt is left out: " in capsys.readouterr().out
+    assert list(runs) == ["PyTorch, CUTLASS"]
+    np.testing.assert_array_equal(runs["PyTorch, CUTLASS"](), jnp.full((8, 32), 64, "bfloat16"))
+
+
 def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(tmp_path, monkeypatch):
     write_tiny(tmp_path / "model")
     checkpoint = open_checkpoint(tmp_path / "model")

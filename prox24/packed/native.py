@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib.metadata
 import logging
 import math
 import os
@@ -72,6 +73,28 @@ def _architectures(capabilities: Iterable[str]) -> list[str]:
     return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
 
 
+def _cusparselt() -> list[str]:
+    """The folder of the library's package, where those of CUDA's headers are, and its version."""
+    try:
+        package = importlib.metadata.distribution(CUSPARSELT_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        found = "not installed"
+    else:
+        folder = Path(str(package.locate_file("nvidia/cu13")))
+        if (folder / CUSPARSELT_LIBRARY).exists():  # Releases before 0.10 have another folder.
+            return [str(folder), package.version]
+        found = f"of release {package.version}"
+    raise NoKernelError(f"{CUSPARSELT_PACKAGE} is {found}: pip install 'prox24[cusparselt]'")
+
+
+def _linked_with(machine: Iterable[str]) -> list[str]:
+    folder, _ = machine
+    headers = [f"-I{folder}/include", "-I/usr/local/cuda/include"]
+    library = [f"{folder}/{CUSPARSELT_LIBRARY}", f"-Wl,-rpath,{folder}/lib"]
+    return [*headers, "-Wl,--no-as-needed", *library]
+
+
+CUSPARSELT_PACKAGE, CUSPARSELT_LIBRARY = "nvidia-cusparselt-cu13", "lib/libcusparseLt.so.0"
 FOLDER = Path(__file__).parent
 CPU = Library(
     target="prox24_matmul",
@@ -94,6 +117,17 @@ CUDA = Library(
     machine_flags=_architectures,
 )
 
+CUSPARSELT = Library(
+    target="prox24_matmul_cusparselt",
+    platform="CUDA",
+    source=FOLDER / "matmul_cusparselt.cc",
+    headers=(),
+    compilers=CPU.compilers,
+    flags=("-O2", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden"),
+    machine=_cusparselt,
+    machine_flags=_linked_with,
+)
+
 _loading = threading.Lock()
 
 
@@ -113,9 +147,7 @@ def _load(library: Library) -> bool:
             raise NoKernelError(f"delete {path}, which cannot be loaded: {error}") from error
     # A RuntimeError is JAX's, where there is no device of the platform.
     except (NoKernelError, OSError, RuntimeError) as error:
-        logger.warning(
-            "no kernel for %s, XLA multiplies instead: %s", library.platform.upper(), error
-        )
+        logger.warning("%s is not used on %s: %s", library.target, library.platform.upper(), error)
         return False
     jax.ffi.register_ffi_target(library.target, target, platform=library.platform)
     return True
@@ -125,20 +157,21 @@ class NoKernelError(Exception):
     """The kernel cannot be built."""
 
 
-def call(library: Library, x: Array, values: Array, codes: Array, **attributes: Any) -> Array:
+def call(library: Library, x: Array, *weight: Array, **attributes: Any) -> Array:
     """x W^T by a kernel that `is_ready`, see `prox24.packed.implementation.Implementation`.
 
     Args:
       library: of the kernel.
       x: (..., in).
-      values: (out, in / 2).
-      codes: (out, in / 32).
+      weight: values (out, in / 2) and codes (out, in / 32), or what else the kernel takes of W, the
+        first of shape (out, ...).
       attributes: of the kernel, of numpy's types.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    result = jax.ShapeDtypeStruct((len(flat), len(values)), x.dtype)
-    found = jax.ffi.ffi_call(library.target, result)(flat, values, codes, **attributes)
-    return found.reshape(*x.shape[:-1], len(values))
+    outputs = len(weight[0])
+    result = jax.ShapeDtypeStruct((len(flat), outputs), x.dtype)
+    found = jax.ffi.ffi_call(library.target, result)(flat, *weight, **attributes)
+    return found.reshape(*x.shape[:-1], outputs)
 
 
 def _built(library: Library) -> Path:

@@ -2,6 +2,7 @@
 
 from prox24.packed.cpu import CPU
 from prox24.packed.cuda import CUDA
+from prox24.packed.cusparselt import CUSPARSELT
 from prox24.packed.implementation import Implementation
 from prox24.packed.tpu import TPU
 from prox24.packed.unpacked import UNPACKED
@@ -13,5 +14,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     FALLBACK: UNPACKED,
     "cpu": CPU,
     "cuda": CUDA,
+    "cusparselt": CUSPARSELT,
     "tpu": TPU,
 }
