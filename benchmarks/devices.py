@@ -30,7 +30,7 @@ CASES = [(2, 14), (8, 4)]
 def first_linears(
     checkpoint: Checkpoint, windows: NDArray[np.int32], devices: int, count: int, shard_grams: bool
 ) -> list[PrunedTensor]:
-    """The first linears, by the default method."""
+    """The first linears, by ADMM and conjugate gradients."""
     mesh = None
     if devices > 1:
         mesh = jax.make_mesh((devices,), ("devices",), devices=jax.devices()[:devices])

@@ -107,7 +107,7 @@ def programs(config: dict[str, Any], mesh: Mesh, shared: str) -> Iterator[Progra
         (layer, weights, hidden, None, grams, {}, devices),
         0.0,
     )
-    # The layer dense and pruned, and the Grams; hidden states are on the host.
+    # The layer dense and pruned, and the Grams, of own targets; hidden states are on the host.
     held = 2 * 2 * sum(float(np.prod(shape)) for shape in shapes.values())
     gram_bytes = {n: 4 * n * n / (devices or 1) for n in widths.values()}
     held += sum(gram_bytes[n] for n in widths.values())

@@ -67,6 +67,11 @@ CONVERGED = ConjugateGradients(100, 1e-6)
 DEFAULT = Run("admm with the prox + refit", ADMM(), ConjugateGradients())
 
 
+def on_dense_targets(run: Run, pull: float) -> Run:
+    """The same method, made to reproduce the dense model."""
+    return run._replace(method=f"{run.method} on dense targets, pull {pull:g}", pull=pull)
+
+
 def main_table() -> list[Run]:
     """Every method."""
     return [
@@ -85,10 +90,14 @@ def main_table() -> list[Run]:
         Run("prox + refit", Prox(), ConjugateGradients()),
         Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
         *(
-            Run(f"the default on dense targets, pull {pull}", ADMM(), ConjugateGradients(), pull)
-            for pull in (3000, 1000, 300, 100, 10, 1)
+            on_dense_targets(run, pull)
+            for run, pulls in (
+                (DEFAULT, (10, 3, 1, 0.3, 0.1, 0.03)),
+                (Run("prox + refit", Prox(), ConjugateGradients()), (1,)),
+                (Run("sparsegpt + refit", SparseGPT(), CONVERGED), (1,)),
+            )
+            for pull in pulls
         ),
-        Run("sparsegpt + refit on dense targets, pull 1000", SparseGPT(), CONVERGED, pull=1000.0),
         Run("prox, paper + 1,000 gradient steps", Prox.paper(), GradientSteps()),
     ]
 
@@ -103,9 +112,9 @@ def samples_table() -> list[Run]:
         Run("prox + refit", Prox(), ConjugateGradients()),
         DEFAULT,
     ]
-    return [
-        method._replace(varied={"windows": 2**power}) for power in range(12) for method in methods
-    ]
+    runs = [(2**power, method) for power in range(12) for method in methods]
+    runs += [(4**power, on_dense_targets(DEFAULT, 1)) for power in range(6)]
+    return [method._replace(varied={"windows": windows}) for windows, method in runs]
 
 
 def refit_table() -> list[Run]:
@@ -275,10 +284,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--evaluation-windows", type=int, default=16)
-    parser.add_argument("--only", nargs="+", default=[""], help="runs whose names begin so")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of rows (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
     arguments = parser.parse_args()
+    runs = TABLES[arguments.table]()
+    names = {run.method for run in runs}
+    if unknown := set(arguments.only or ()) - names:
+        parser.error(f"--only: no row is {', '.join(sorted(unknown))}; there are {sorted(names)}")
 
     checkpoint = open_checkpoint(fetch_model(Path(".cache")))
     tokenizer, vocabulary = checkpoint.load_tokenizer(), checkpoint.config["vocab_size"]
@@ -297,8 +310,8 @@ def main() -> None:
     if rows and not set(texts) <= set(rows[0]):
         parser.error(f"{path} has no column for {', '.join(texts)}: give another --output")
     for seed in arguments.seeds:
-        for run in TABLES[arguments.table]():
-            if not run.method.startswith(tuple(arguments.only)):
+        for run in runs:
+            if arguments.only and run.method not in arguments.only:
                 continue
             key = {
                 "run": run.method,

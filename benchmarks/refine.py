@@ -28,17 +28,19 @@ from multiple_choice import Question, accuracies, read_questions
 from rich.console import Console
 from rich.table import Table
 
-from prox24 import ADMM, ConjugateGradients, SparseGPT
+from prox24 import ADMM, ConjugateGradients, Prox, SparseGPT
 from prox24.calibration.text import first_windows, read_text, tokenize
-from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo import fetch_model
 from prox24.cli.output import peak_memory_bytes
 from prox24.distill import ModelRefinement, distill
 from prox24.forward import batch_size
 from prox24.perplexity import perplexity
-from prox24.pipeline import collect, prune
+from prox24.pipeline import PrunedModel, collect, prune
 from prox24.refine import BlockRefinement
+from prox24.solvers.problem import DEFAULT_PULL
+from prox24.solvers.solve import Refit, Solver
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,10 +61,19 @@ class Run(NamedTuple):
     refinement: BlockRefinement | ModelRefinement | None = None
 
 
+class Base(NamedTuple):
+    """How a mask is found."""
+
+    solver: Solver
+    refit: Refit | None = None
+    pull: float | None = None
+
+
 BASES = {
-    "sparsegpt": (SparseGPT(), None),
-    "sparsegpt + refit": (SparseGPT(), ConjugateGradients(100, 1e-6)),
-    "default": (ADMM(), ConjugateGradients()),
+    "sparsegpt": Base(SparseGPT()),
+    "sparsegpt + refit": Base(SparseGPT(), ConjugateGradients(100, 1e-6)),
+    "prox, no refit": Base(Prox()),
+    "default": Base(ADMM(), ConjugateGradients(), DEFAULT_PULL),
 }
 
 
@@ -83,6 +94,18 @@ def runs() -> list[Run]:
     return table
 
 
+def pruned_by(
+    base: Base,
+    dense: Checkpoint,
+    windows: np.ndarray,
+    refinement: BlockRefinement | None = None,
+) -> PrunedModel:
+    """The model pruned on the first windows."""
+    solver, refit, pull = base
+    windows = windows[:WINDOWS]
+    return collect(prune(dense, windows, solver, refit, pull=pull, refinement=refinement))
+
+
 def measure(
     run: Run,
     calibration: Path,
@@ -101,8 +124,7 @@ def measure(
     start = time.perf_counter()
     seconds, peak = None, 0
     if isinstance(run.refinement, BlockRefinement):
-        solver, refit = BASES[run.base]
-        pruned = collect(prune(dense, windows[:WINDOWS], solver, refit, refinement=run.refinement))
+        pruned = pruned_by(BASES[run.base], dense, windows, run.refinement)
         model = with_tensors(dense, pruned.tensors)
         size = run.refinement.step_windows(WINDOWS, batch_size(WINDOWS, LENGTH))
         steps = WINDOWS // size
@@ -112,8 +134,7 @@ def measure(
         folder = cache / "models" / f"{run.base}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
         took = folder.with_name(f"{folder.name}.json")
         if not took.exists():
-            solver, refit = BASES[run.base]
-            pruned = collect(prune(dense, windows[:WINDOWS], solver, refit))
+            pruned = pruned_by(BASES[run.base], dense, windows)
             folder.parent.mkdir(exist_ok=True)
             write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32", overwrite=True)
             took.write_text(json.dumps([time.perf_counter() - start, peak_memory_bytes()]))

@@ -83,8 +83,9 @@ class Operations(NamedTuple):
     """Multiplications and additions of the whole model.
 
     Attributes:
-      forward: two passes of the calibration tokens through every layer.
-      grams: their Grams.
+      forward: two passes of the calibration tokens through every layer, or four with dense
+        targets.
+      grams: their Grams, and the cross-Grams.
       factor: of the Grams, for every linear.
       solve: steps of the solver and the refit, as products of each weight with its Gram.
     """
@@ -212,13 +213,16 @@ class SolverCost(NamedTuple):
     steps: float
 
 
-def operations(model: Model, tokens: int, cost: SolverCost) -> Operations:
+def operations(
+    model: Model, tokens: int, cost: SolverCost, dense_targets: bool = False
+) -> Operations:
     """Counts, with 2 for a multiplication and an addition; attention and norms are left out.
 
     Args:
       model: the model, of which nothing is read.
       tokens: of calibration.
-      cost: of the solver and the refit together.
+      cost: of the method, see `solver_cost`.
+      dense_targets: whether a dense model runs alongside.
     """
     forward = grams = factor = solving = 0.0
     for index in range(len(model.config.layers)):
@@ -227,8 +231,12 @@ def operations(model: Model, tokens: int, cost: SolverCost) -> Operations:
         grams += sum(2.0 * width**2 for width in _widths(linears).values())
         factor += sum(2.0 * linear.shape[1] ** 3 for linear in linears)
         solving += sum(2.0 * math.prod(linear.shape) * linear.shape[1] for linear in linears)
+    streams = 2 if dense_targets else 1
     return Operations(
-        2 * tokens * forward, tokens * grams, cost.factor * factor, cost.steps * solving
+        2 * streams * tokens * forward,
+        streams * tokens * grams,
+        cost.factor * factor,
+        cost.steps * solving,
     )
 
 
@@ -241,6 +249,8 @@ def product_rate(size: int = 2048, repetitions: int = 5) -> float:
 
 def solver_cost(method: Method, width: int = 1024) -> SolverCost:
     """What one linear costs, measured on random numbers with all rows and with a quarter of them.
+
+    Dense targets add an inverse and two products.
 
     Args:
       method: whose solver and refit are run.
@@ -262,7 +272,8 @@ def solver_cost(method: Method, width: int = 1024) -> SolverCost:
 
     whole, quarter = solving(width), solving(width // 4)
     steps = min(max(0.0, (whole - quarter) * 4 / 3), whole)
-    return SolverCost(whole - steps, steps)
+    corrects = method.dense_targets
+    return SolverCost(whole - steps + corrects, steps + 2 * corrects)
 
 
 def _median_seconds(run: Any, repetitions: int) -> float:

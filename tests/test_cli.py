@@ -44,6 +44,7 @@ def test_prune_verify_and_eval_as_processes(workspace):
     assert printed["solver"]["rho"] == {"name": "Exponential", "first": 0.5, "growth": ANY}
     assert printed["arguments"]["pattern"] == "2:4"
     assert printed["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 1e-4}
+    assert printed["pull"] == 1
     assert printed["arguments"]["samples"] == 8
     assert printed["calibration_tokens"] == 8 * 32
     assert printed["versions"].keys() > {"python", "jax", "prox24"}
@@ -106,6 +107,27 @@ def test_refit_and_pattern_choices(workspace, capsys):
     for linear in printed["linears"]:
         assert linear["relative_loss"] <= linear["relative_loss_before_refit"] * 1.0001
     assert main(["verify", str(workspace / "out"), "--pattern", "4:8"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("choices", "pull"),
+    [
+        (["--method", "prox"], 1),
+        (["--method", "prox", "--targets", "pruned"], None),
+        (["--method", "sparsegpt"], None),
+        (["--method", "sparsegpt", "--targets", "dense"], 1),
+        (["--method", "wanda", "--targets", "dense", "--pull", "0.5"], 0.5),
+        (["--method", "admm", "--pull", "3"], 3),
+    ],
+    ids=str,
+)
+def test_targets_are_dense_by_default_but_for_baselines(workspace, capsys, choices, pull):
+    out = workspace / "out"
+    arguments = ["prune", str(workspace / "model"), str(out), "--json"]
+    assert main([*arguments, *choices, *options(workspace)]) == 0
+    assert json.loads(capsys.readouterr().out)["pull"] == pull
+    card = "pruned" if pull is None else f"dense, pull {pull}"
+    assert f"- targets: {card}\n" in (out / "README.md").read_text()
 
 
 def missing_source(workspace):
@@ -175,6 +197,11 @@ def nan_weight(workspace):
     return arguments, "model.layers.1.mlp.up_proj.weight"
 
 
+def pull_without_dense_targets(workspace):
+    arguments = ["prune", workspace / "model", workspace / "out", *options(workspace)]
+    return [*arguments, "--method", "wanda", "--pull", "2"], "--pull is for --targets dense"
+
+
 def missing_tokenizer(workspace):
     for file in (workspace / "model").glob("tokenizer*"):
         file.unlink()
@@ -195,6 +222,7 @@ ERRORS = [
     width_not_divisible_within_a_memory,
     report_that_is_a_folder,
     nan_weight,
+    pull_without_dense_targets,
     missing_tokenizer,
 ]
 

@@ -152,6 +152,10 @@ def test_operations_are_those_of_the_products(model):
     assert counted.solve == 7 * sum(2 * out * width**2 for out, width in shapes)
     hidden, width = config_dict()["hidden_size"], config_dict()["intermediate_size"]
     assert counted.grams == 100 * 2 * (2 * (3 * hidden**2 + width**2))
+    # With dense targets a second model runs.
+    both = plan.operations(model, 100, plan.SolverCost(factor=3, steps=7), dense_targets=True)
+    twice = {"forward": 2 * counted.forward, "grams": 2 * counted.grams}
+    assert both._asdict() == counted._asdict() | twice
     # Every device factors by itself what all of them share otherwise.
     one, eight = (counted.seconds(1e6, devices) for devices in (1, 8))
     assert one == {name: count / 1e6 for name, count in counted._asdict().items()}
@@ -170,6 +174,10 @@ def test_measured_rates_are_positive():
     assert plan.product_rate(size=64, repetitions=1) > 0
     # Also with a pattern that does not divide the width.
     assert sum(plan.solver_cost(plan.Method(SparseGPT(), None, (1, 3)), width=64)) > 0
+    # With dense targets an inverse and two products more, at least.
+    cost = plan.solver_cost(plan.Method(Wanda(), None, dense_targets=True), width=64)
+    assert cost.factor >= 1
+    assert cost.steps >= 2
 
 
 def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):
@@ -201,6 +209,11 @@ def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["layer_gram_bytes"] == rows["layer_gram_bytes"] / 4
     assert said["hours"]["factor"] == pytest.approx(said["operations"]["factor"] / 4e9 / 3600)
+    assert main([*arguments, "--json", "--devices", "4", "--targets", "dense"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["activation_bytes"] == 2 * rows["activation_bytes"]
+    assert said["gather_bytes"] >= rows["gather_bytes"] + 2 * rows["layer_gram_bytes"]
+    assert said["operations"]["forward"] == 2 * rows["operations"]["forward"]
 
 
 def test_a_budget_changes_the_micro_batch_and_not_the_masks(model, tmp_path):

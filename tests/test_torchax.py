@@ -311,6 +311,7 @@ def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsy
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["linears"]) == 12
+    assert report["pull"] is None
     written = load_file(tmp_path / "out/model.safetensors")
     for linear in report["linears"]:
         assert prox24.is_sparse(jnp.asarray(written[linear["name"]]))
@@ -329,6 +330,8 @@ def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsy
 
     assert main([*arguments, "--overwrite", "--targets", "dense"]) == 2
     assert "--targets dense" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--pull", "2"]) == 2
+    assert "--pull is for models with a forward pass" in capsys.readouterr().err
 
 
 @needs_torchax

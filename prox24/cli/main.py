@@ -142,14 +142,9 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("destination", type=Path, help="HF folder to write")
     _add_method(command)
     command.add_argument(
-        "--targets",
-        choices=("pruned", "dense"),
-        default="pruned",
-        help="reproduce each linear's output on the pruned model's activations, or what it was in "
-        "the dense model",
-    )
-    command.add_argument(
-        "--pull", type=_positive_number, help="to the dense weight, with dense targets (1000)"
+        "--pull",
+        type=_positive_number,
+        help="to the dense weight, with dense targets, relative to the Gram's trace (1)",
     )
     command.add_argument(
         "--damping", type=_nonnegative, default=0.01, help="relative to the Gram's mean diagonal"
@@ -407,6 +402,13 @@ def _add_method(command: argparse.ArgumentParser) -> None:
         choices=[*REFITS, "none"],
         help="update of the kept weights: conjugate gradients, gradient descent, least squares, "
         "swaps of kept for pruned weights, or none (default: cg after prox and admm, else none)",
+    )
+    command.add_argument(
+        "--targets",
+        choices=("pruned", "dense"),
+        help="reproduce each linear's output on the pruned model's activations, or what it was in "
+        "the dense model (default: dense with prox and admm, for models that prox24 runs itself, "
+        "else pruned)",
     )
     _add_pattern(command)
 

@@ -7,7 +7,7 @@ from typing import Any
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.tensors import byte_count
 from prox24.cli.output import print_json, print_table
-from prox24.cli.prune import check_shared, choose_supported
+from prox24.cli.prune import check_shared, choose_pull, choose_supported
 from prox24.errors import Prox24Error
 from prox24.forward import batch_size, load_model
 from prox24.plan import (
@@ -26,7 +26,13 @@ def run(arguments: argparse.Namespace) -> int:
     solver, refit = choose_supported(arguments)
     checkpoint = open_checkpoint(arguments.source)
     model = load_model(checkpoint)
-    method = Method(solver, refit, arguments.pattern, shard_grams=arguments.shard_grams)
+    method = Method(
+        solver,
+        refit,
+        arguments.pattern,
+        dense_targets=choose_pull(arguments.method, arguments.targets) is not None,
+        shard_grams=arguments.shard_grams,
+    )
     samples, length, budget = arguments.samples, arguments.sequence_length, arguments.memory
     # As many as divide the windows, as `prune` uses.
     devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
@@ -45,13 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
     peak = max(gather, heaviest.solve)
     rate = arguments.rate or product_rate()
     cost = solver_cost(method)
-    counted = operations(model, samples * length, cost)
+    counted = operations(model, samples * length, cost, method.dense_targets)
     seconds = counted.seconds(rate, devices, arguments.shard_grams)
     hours = {part: taken / 3600 for part, taken in seconds.items()}
     longest = max(hours, key=hours.__getitem__)
     tensors = checkpoint.tensors.values()
     stored = sum(map(byte_count, tensors))
-    activations = 4 * samples * length * model.config.hidden
+    streams = 2 if method.dense_targets else 1
+    activations = 4 * streams * samples * length * model.config.hidden
     plan: dict[str, Any] = {
         "model": str(arguments.source),
         "devices": devices,

@@ -63,7 +63,6 @@ DECISIVE = (
     "method",
     "refit",
     "pattern",
-    "targets",
     "damping",
     "samples",
     "sequence_length",
@@ -76,6 +75,8 @@ DECISIVE = (
     "shard_grams",
 )
 """Arguments that decide the result, apart from the source and the calibration text."""
+PROX24_METHODS = ("prox", "admm")
+"""The others are baselines."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,8 +95,6 @@ def _run(arguments: argparse.Namespace) -> int:
     inputs = (arguments.source, arguments.calibration)
     check_destination(arguments.destination, inputs, arguments.overwrite)
     check_report(arguments.report)
-    if arguments.pull is not None and arguments.targets != "dense":
-        raise Prox24Error("--pull is for --targets dense")
     if arguments.refine_linears_only and arguments.refine == "none":
         raise Prox24Error("--refine-linears-only is for --refine block")
     solver, refit = choose_supported(arguments)
@@ -103,6 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not native:
         for option, given in (
             ("--targets dense", arguments.targets == "dense"),
+            ("--pull", arguments.pull is not None),
             ("--memory", arguments.memory is not None),
             ("--activations disk", arguments.activations == "disk"),
             ("--distributed", arguments.distributed),
@@ -111,12 +111,12 @@ def _run(arguments: argparse.Namespace) -> int:
         ):
             if given:
                 raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
+    pull = choose_pull(arguments.method, arguments.targets, arguments.pull, native=native)
     files = source_files(checkpoint.path)
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
     )
     dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
-    pull = (arguments.pull or DEFAULT_PULL) if arguments.targets == "dense" else None
     refinement = None
     if arguments.refine == "block":
         refinement = BlockRefinement(
@@ -135,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
             refit,
             arguments.pattern,
             dtype,
-            dense_targets=arguments.targets == "dense",
+            dense_targets=pull is not None,
             refinement=refinement,
             shard_grams=arguments.shard_grams,
         )
@@ -202,7 +202,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     tensors_of(linears, reports),
                     dtype=arguments.dtype,
                     max_shard_bytes=arguments.shard_size,
-                    note=model_card_section(arguments, refit, windows),
+                    note=model_card_section(arguments, refit, pull, windows),
                     on_replaced=record,
                 )
             else:
@@ -220,6 +220,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "arguments": {key: plain(value) for key, value in vars(arguments).items() if key != "run"},
         "solver": _settings(solver),
         "refit": _settings(refit),
+        "pull": pull,
         "versions": versions(),
         "calibration_tokens": windows.size,
         "resumed_linears": resumed,
@@ -259,14 +260,35 @@ def common_folder(
     meet("in place")
 
 
-def choose(method: str, refit: str | None) -> tuple[Solver, Refit | None]:
+def choose(method: str, refit: str | None = None) -> tuple[Solver, Refit | None]:
     """The solver and the refit of a method by name.
 
     Without a choice, prox and admm are followed by conjugate gradients, and the baselines by
     nothing, which is how their papers define them.
     """
-    refit = refit or ("cg" if method in ("prox", "admm") else "none")
+    refit = refit or ("cg" if method in PROX24_METHODS else "none")
     return SOLVERS[method](), None if refit == "none" else REFITS[refit]()
+
+
+def choose_pull(
+    method: str, targets: str | None = None, pull: float | None = None, *, native: bool = True
+) -> float | None:
+    """The pull of dense targets; None where linears reproduce their own outputs.
+
+    Without a choice, linears pruned by prox and admm have dense targets, and those pruned by the
+    baselines have not, which is how their papers define them; nor have those of a model that is not
+    native, since no dense one runs alongside.
+
+    Raises:
+      Prox24Error: there is a pull, but no dense targets.
+    """
+    if targets is None:
+        targets = "dense" if native and method in PROX24_METHODS else "pruned"
+    if targets == "dense":
+        return pull or DEFAULT_PULL
+    if pull is not None:
+        raise Prox24Error("--pull is for --targets dense")
+    return None
 
 
 def choose_supported(arguments: argparse.Namespace) -> tuple[Solver, Refit | None]:
@@ -292,7 +314,10 @@ def check_shared(shard_grams: bool, devices: int) -> None:
 
 
 def model_card_section(
-    arguments: argparse.Namespace, refit: Refit | None, windows: NDArray[np.int32]
+    arguments: argparse.Namespace,
+    refit: Refit | None,
+    pull: float | None,
+    windows: NDArray[np.int32],
 ) -> str:
     """Markdown that tells a model's users how it was pruned."""
     text = arguments.calibration.name if arguments.calibration else "speeches.txt of prox24"
@@ -303,6 +328,7 @@ The linears of the layers were pruned by prox24 {versions()["prox24"]}:
 - pattern: {arguments.pattern}, along the input axis
 - method: {arguments.method}
 - refit: {"none" if refit is None else type(refit).__name__}
+- targets: {"pruned" if pull is None else f"dense, pull {pull:g}"}
 - refined: {arguments.refine}{", linears only" if arguments.refine_linears_only else ""}
 - calibration: {windows.shape[0]} windows of {windows.shape[1]} tokens from {text}
 """

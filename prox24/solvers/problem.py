@@ -212,26 +212,25 @@ def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> A
     return (loss >= -error * most) & jnp.all(diagonal >= -error * jnp.max(diagonal))
 
 
-DEFAULT_PULL = 1000.0
-"""The one with the least perplexity of *Emma* among the six of docs/results.md."""
+DEFAULT_PULL = 1.0
+"""Among those of docs/results.md the one with the least perplexity of *Emma*."""
 
 
 def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PULL) -> LayerProblem:
     """The problem whose layer also makes up for what pruning did to its inputs.
 
     The layer sees x' in the pruned model where the dense one sees x. The dense minimiser of
-    |W X' - W0 X|^2 + pull mean(diag G) |W - W0|^2 is W0 + W0 (C - G) (G + pull mean(diag G) I)^-1
-    with G = X' X'^T and C = X X'^T; it takes the place of W0. Without a strong pull, errors that
-    the inputs have accumulated are fitted by enormous corrections: the default leaves little of
-    them but in the directions of the largest eigenvalues. The pull is in the new dense weight
-    alone: the Gram stays as it is. Losses are then relative to the new dense weight.
+    |W X' - W0 X|^2 + pull tr(G) |W - W0|^2 is W0 + W0 (C - G) (G + pull tr(G) I)^-1 with
+    G = X' X'^T and C = X X'^T; it takes the place of W0. Without a strong pull, errors that the
+    inputs have accumulated are fitted by enormous corrections: the default leaves little of them
+    but in the directions whose eigenvalues are a good part of the trace. The pull is in the new
+    dense weight alone: the Gram stays as it is. Losses are then relative to the new dense weight.
 
     Args:
       problem: weight W0 and gram G, of the pruned model's inputs.
       cross: C, shape (in, in), on the scale of the gram.
-      pull: positive, relative to the mean of the diagonal of G. Where
-        G + pull mean(diag G) I is not positive definite, it is raised as damping is, see
-        `prox24.solve`.
+      pull: positive, relative to the trace of G. Where G + pull tr(G) I is not positive definite,
+        it is raised as damping is, see `prox24.solve`.
 
     Returns:
       A problem with the same gram, and a float32 weight, or float64 if the Gram is; NaN if the
@@ -240,7 +239,7 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PU
     Example:
       >>> x = jnp.eye(4)
       >>> problem = LayerProblem(jnp.ones((1, 4)), x @ x.T)
-      >>> correct_inputs(problem, 1.5 * x, pull=1.0).weight.tolist()
+      >>> correct_inputs(problem, 1.5 * x, pull=0.25).weight.tolist()
       [[1.25, 1.25, 1.25, 1.25]]
     """
     return LayerProblem(corrected_weight(*problem, cross, pull), problem.gram)
@@ -254,13 +253,14 @@ def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | flo
       weight: W0, shape (out, in).
       gram: G, shape (in, in).
       cross: C, shape (in, in).
-      pull: positive scalar.
+      pull: positive scalar, relative to the trace.
 
     Returns:
       Array (out, in), float32, or float64 if the Gram is.
     """
     dtype = jnp.float64 if gram.dtype == jnp.float64 else jnp.float32
     weight, gram = weight.astype(dtype), gram.astype(dtype)
-    inverse = damped_inverse(gram, jnp.asarray(pull, dtype)).matrix
+    # Damping is relative to the mean of the diagonal.
+    inverse = damped_inverse(gram, gram.shape[0] * jnp.asarray(pull, dtype)).matrix
     surplus = jnp.matmul(weight, cross.astype(dtype) - gram, precision=PRECISION)
     return weight + jnp.matmul(surplus, inverse, precision=PRECISION)
