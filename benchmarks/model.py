@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 CONVERGED = ConjugateGradients(100, 1e-6)
-DEFAULT = Run("admm with the prox + refit", ADMM(), ConjugateGradients())
+ADMM_REFIT = Run("admm with the prox + refit", ADMM(), ConjugateGradients())
 
 
 def on_dense_targets(run: Run, pull: float) -> Run:
@@ -84,7 +84,7 @@ def main_table() -> list[Run]:
         Run("sparsegpt + refit", SparseGPT(), CONVERGED),
         Run("sparsegpt + swaps", SparseGPT(), Swaps()),
         Run("admm, ALPS + refit", ADMM.alps(), CONVERGED),
-        DEFAULT,
+        ADMM_REFIT,
         Run("admm with the prox + swaps", ADMM(), Swaps()),
         Run("admm, projection + refit", ADMM(sparsify=Projection()), ConjugateGradients()),
         Run("prox + refit", Prox(), ConjugateGradients()),
@@ -92,7 +92,7 @@ def main_table() -> list[Run]:
         *(
             on_dense_targets(run, pull)
             for run, pulls in (
-                (DEFAULT, (10, 3, 1, 0.3, 0.1, 0.03)),
+                (ADMM_REFIT, (3, 1, 0.3, 0.1)),
                 (Run("prox + refit", Prox(), ConjugateGradients()), (1,)),
                 (Run("sparsegpt + refit", SparseGPT(), CONVERGED), (1,)),
             )
@@ -110,10 +110,10 @@ def samples_table() -> list[Run]:
         Run("sparsegpt", SparseGPT()),
         Run("sparsegpt + refit", SparseGPT(), ConjugateGradients()),
         Run("prox + refit", Prox(), ConjugateGradients()),
-        DEFAULT,
+        ADMM_REFIT,
     ]
     runs = [(2**power, method) for power in range(12) for method in methods]
-    runs += [(4**power, on_dense_targets(DEFAULT, 1)) for power in range(6)]
+    runs += [(4**power, on_dense_targets(ADMM_REFIT, 1)) for power in range(6)]
     return [method._replace(varied={"windows": windows}) for windows, method in runs]
 
 
