@@ -1,8 +1,17 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import write_tiny
 
-from prox24.calibration.gram import GramSum, add_tokens, empty_gram
+from prox24.calibration.gram import (
+    GramSum,
+    add_layer_inputs,
+    add_tokens,
+    empty_gram,
+    layer_inputs,
+)
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.forward import layer_weights, load_model
 
 pytestmark = pytest.mark.optimized
 
@@ -56,3 +65,26 @@ def test_a_cross_gram_pairs_the_tokens():
     x, y = generator.standard_normal((2, 6, 5, 4)).astype(np.float32)
     total = add_tokens(empty_gram(4), jnp.asarray(x), jnp.asarray(y)).total
     np.testing.assert_allclose(total, x.reshape(-1, 4).T @ y.reshape(-1, 4), rtol=1e-5)
+
+
+def test_a_token_that_the_dense_model_sends_elsewhere_is_paired_with_itself(tmp_path):
+    write_tiny(tmp_path / "model", "mixtral")
+    model = load_model(open_checkpoint(tmp_path / "model"))
+    layer, weights = model.config.layers[0], layer_weights(model, 0)
+    rng = np.random.default_rng(0)
+    pruned, dense = (
+        jnp.asarray(rng.normal(size=(2, 24, layer.hidden)), jnp.float32) for _ in range(2)
+    )
+    seen, targets = (layer_inputs(layer, weights, hidden) for hidden in (pruned, dense))
+    sums = [{name: empty_gram(x.shape[-1]) for name, x in seen.items()} for _ in range(2)]
+    _, crosses = add_layer_inputs(layer, weights, pruned, dense, *sums)
+    elsewhere = 0
+    for name, cross in crosses.items():
+        x = np.asarray(seen[name], np.float64).reshape(-1, seen[name].shape[-1])
+        target = np.asarray(targets[name], np.float64).reshape(x.shape)
+        for place, row in enumerate(target):
+            if not row.any():
+                elsewhere += bool(x[place].any())
+                target[place] = x[place]
+        np.testing.assert_allclose(cross.total, target.T @ x, rtol=0, atol=1e-5 * np.abs(x).max())
+    assert elsewhere > 0

@@ -68,8 +68,13 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     shape = (*(gram.tokens.shape or (1,)), -1, x.shape[-1])
     x, y = (tokens.reshape(shape).astype(jnp.float32) for tokens in (x, y))
     product = jnp.matmul(x.mT, y, precision=PRECISION).reshape(gram.total.shape)
-    tokens = jnp.sum(jnp.any(y != 0, axis=-1), axis=-1, dtype=jnp.int32)
+    tokens = jnp.sum(_is_sent(y)[..., 0], axis=-1, dtype=jnp.int32)
     return add(gram, GramSum(product, jnp.zeros_like(product), tokens.reshape(gram.tokens.shape)))
+
+
+def _is_sent(x: Array) -> Array:
+    """Whether a token comes to a linear: one that goes to other experts is zero."""
+    return jnp.any(x != 0, axis=-1, keepdims=True)
 
 
 def add_in_turn(gram: GramSum, x: Array, y: Array, devices: int) -> GramSum:
@@ -153,7 +158,8 @@ def add_layer_inputs(
       hidden: shape (batch, length, hidden), of the pruned model.
       dense_hidden: the same tokens in the dense model; None leaves the cross-Grams as they are.
       grams: sums of x' x'^T, by the names that `tap` gives to inputs; donated.
-      crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated.
+      crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated. Where x is zero,
+        as it is for a token that the dense model sends to other experts, x' takes its place.
       devices: how many share the columns of every sum; static. None where each has its own sum.
 
     Returns:
@@ -164,5 +170,9 @@ def add_layer_inputs(
     grams = {name: put(grams[name], x, x) for name, x in pruned.items()}
     if dense_hidden is not None:
         dense = layer_inputs(layer, weights, dense_hidden)
-        crosses = {name: put(crosses[name], dense[name], x) for name, x in pruned.items()}
+        crosses = {
+            # What only the pruned model sends to an expert has the expert's own output as target.
+            name: put(crosses[name], jnp.where(_is_sent(dense[name]), dense[name], x), x)
+            for name, x in pruned.items()
+        }
     return grams, crosses

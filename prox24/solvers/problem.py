@@ -221,10 +221,10 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PU
 
     The layer sees x' in the pruned model where the dense one sees x. The dense minimiser of
     |W X' - W0 X|^2 + pull tr(G) |W - W0|^2 is W0 + W0 (C - G) (G + pull tr(G) I)^-1 with
-    G = X' X'^T and C = X X'^T; it takes the place of W0. Without a strong pull, errors that the
-    inputs have accumulated are fitted by enormous corrections: the default leaves little of them
-    but in the directions whose eigenvalues are a good part of the trace. The pull is in the new
-    dense weight alone: the Gram stays as it is. Losses are then relative to the new dense weight.
+    G = X' X'^T and C = X X'^T; it takes the place of W0. With little pull, models were ruined: the
+    default corrects little but in the directions whose eigenvalues are a good part of the trace
+    (docs/theory.md, section 15). The pull is in the new dense weight alone: the Gram stays as it
+    is. Losses are then relative to the new dense weight.
 
     Args:
       problem: weight W0 and gram G, of the pruned model's inputs.
