@@ -27,6 +27,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import statistics
 import time
@@ -234,7 +235,7 @@ def measure(linear: str, case: Case, scale: float, machine: Machine, repetitions
         else:
             errors[name] = np.abs(found - exact).max() / np.abs(exact).max()
     seconds = medians(runs, repetitions)
-    fastest = min(seconds[name] for name in DENSE)
+    fastest = min(seconds.get(name, math.inf) for name in DENSE)
     return [
         Row(
             linear=linear,
@@ -297,10 +298,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 for row in rows
                 if row.batch == batch and row.contender == name
             }
+            step = 0.8 / len(names)
             places = [
-                linears.index(linear) + (i - (len(names) - 1) / 2) * 0.35 for linear in speeds
+                linears.index(linear) + (i - (len(names) - 1) / 2) * step for linear in speeds
             ]
-            panel.bar(places, list(speeds.values()), 0.33, label=name, color=f"C{i}")
+            panel.bar(places, list(speeds.values()), 0.95 * step, label=name, color=f"C{i}")
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_ylabel(f"batch {batch}")
         panel.set_xticks(range(len(linears)), linears, rotation=30, ha="right")

@@ -69,11 +69,12 @@ class Base(NamedTuple):
     pull: float | None = None
 
 
+DEFAULT = "admm, dense targets"
 BASES = {
     "sparsegpt": Base(SparseGPT()),
     "sparsegpt + refit": Base(SparseGPT(), ConjugateGradients(100, 1e-6)),
     "prox, no refit": Base(Prox()),
-    "default": Base(ADMM(), ConjugateGradients(), DEFAULT_PULL),
+    DEFAULT: Base(ADMM(), ConjugateGradients(), DEFAULT_PULL),
 }
 
 
@@ -82,7 +83,7 @@ def runs() -> list[Run]:
     table = [Run("dense", "dense")]
     table += [Run(base, base) for base in BASES]
     table += [
-        Run(f"default + model, rate {rate:g}", "default", 64, ModelRefinement(rate=rate))
+        Run(f"{DEFAULT} + model, rate {rate:g}", DEFAULT, 64, ModelRefinement(rate=rate))
         for rate in RATES
     ]
     table += [Run(f"{base} + block", base, 64, BlockRefinement()) for base in BASES]

@@ -20,6 +20,7 @@ from prox24.packed.tuning import random_packed
 
 CASE = Case("cuda", "bfloat16", 32, 64, 128)
 COMPILER = next(filter(None, map(shutil.which, native.CUSPARSELT.compilers)), None)
+CUDA_HEADERS = "/usr/local/cuda/include"
 ALLOC_FAILED, INVALID_VALUE, NOT_SUPPORTED = 2, 3, 10
 
 
@@ -109,9 +110,11 @@ def test_its_function_is_to_be_found(emulate, tmp_path):
 @pytest.fixture
 def installed():
     try:
-        native._cusparselt()
+        folder, _ = native._cusparselt()
     except native.NoKernelError as error:
         pytest.skip(str(error))
+    if not any(Path(f, "driver_types.h").exists() for f in (f"{folder}/include", CUDA_HEADERS)):
+        pytest.skip("there are no headers of CUDA")
 
 
 @needs_compiler

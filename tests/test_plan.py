@@ -174,10 +174,25 @@ def test_measured_rates_are_positive():
     assert plan.product_rate(size=64, repetitions=1) > 0
     # Also with a pattern that does not divide the width.
     assert sum(plan.solver_cost(plan.Method(SparseGPT(), None, (1, 3)), width=64)) > 0
-    # With dense targets an inverse and two products more, at least.
-    cost = plan.solver_cost(plan.Method(Wanda(), None, dense_targets=True), width=64)
-    assert cost.factor >= 1
-    assert cost.steps >= 2
+
+
+def test_dense_targets_cost_an_inverse_and_two_products(monkeypatch):
+    seconds = iter([2.0, 20.0, 8.0] * 2)  # of a product, all rows and a quarter of them
+    monkeypatch.setattr(plan, "_median_seconds", lambda run, repetitions: next(seconds))
+    assert plan.solver_cost(WANDA, width=64) == (2.0, 8.0)
+    assert plan.solver_cost(WANDA._replace(dense_targets=True), width=64) == (3.0, 10.0)
+
+
+def test_a_plan_has_the_targets_that_pruning_has(model, tmp_path, capsys):
+    arguments = ["plan", str(tmp_path / "model"), "--rate", "1e9", "--json"]
+
+    def activations(*choices):
+        assert main([*arguments, *choices]) == 0
+        return json.loads(capsys.readouterr().out)["activation_bytes"]
+
+    own = activations("--targets", "pruned")
+    assert activations() == activations("--method", "prox") == 2 * own
+    assert activations("--method", "sparsegpt") == own
 
 
 def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):

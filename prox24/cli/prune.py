@@ -98,6 +98,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.refine_linears_only and arguments.refine == "none":
         raise Prox24Error("--refine-linears-only is for --refine block")
     solver, refit = choose_supported(arguments)
+    targets = (arguments.method, arguments.targets, arguments.pull)
+    choose_pull(*targets)  # before a model is downloaded
     checkpoint, native = torchax.open_any(arguments.source)
     if not native:
         for option, given in (
@@ -111,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
         ):
             if given:
                 raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
-    pull = choose_pull(arguments.method, arguments.targets, arguments.pull, native=native)
+    pull = choose_pull(*targets, native=native)
     files = source_files(checkpoint.path)
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length

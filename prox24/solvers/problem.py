@@ -230,7 +230,7 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PU
       problem: weight W0 and gram G, of the pruned model's inputs.
       cross: C, shape (in, in), on the scale of the gram.
       pull: positive, relative to the trace of G. Where G + pull tr(G) I is not positive definite,
-        it is raised as damping is, see `prox24.solve`.
+        it is raised as damping is, see `prox24.solve`, but not above 1 / in.
 
     Returns:
       A problem with the same gram, and a float32 weight, or float64 if the Gram is; NaN if the

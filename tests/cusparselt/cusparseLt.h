@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -162,9 +164,10 @@ inline cusparseStatus_t cusparseLtSpMMACompress(const cusparseLtHandle_t*,
 
 inline float Wide(uint16_t bits, cudaDataType type) {
   if (type == CUDA_R_16F) {
-    _Float16 half;
-    std::memcpy(&half, &bits, sizeof(half));
-    return half;
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float size = exponent ? std::ldexp(1024.f + fraction, exponent - 25)
+                                : std::ldexp(static_cast<float>(fraction), -24);
+    return bits >> 15 ? -size : size;
   }
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
   float value;
@@ -173,11 +176,11 @@ inline float Wide(uint16_t bits, cudaDataType type) {
 }
 
 inline uint16_t Narrow(float value, cudaDataType type) {
-  uint16_t bits;
   if (type == CUDA_R_16F) {
-    const _Float16 half = value;
-    std::memcpy(&bits, &half, sizeof(bits));
-    return bits;
+    // Of normal numbers; a fraction that rounds up to 2048 is the next exponent's first.
+    const int exponent = std::max(std::ilogb(value) + 15, 1);
+    const int fraction = std::nearbyint(std::ldexp(std::fabs(value), 25 - exponent));
+    return std::signbit(value) << 15 | (exponent << 10) + fraction - 1024;
   }
   uint32_t word;
   std::memcpy(&word, &value, sizeof(word));
