@@ -224,7 +224,7 @@ def print_table(rows: list[dict[str, str]], texts: list[str], column: str | None
 def draw(rows: list[dict[str, str]], texts: list[str], column: str, title: str, path: Path) -> None:
     """Perplexity against what was varied, means over the seeds, a line for each method."""
     figure, panels = plt.subplots(
-        1, len(texts), figsize=(4.5 * len(texts), 4), layout="tight", squeeze=False
+        1, len(texts), figsize=(4.5 * len(texts), 4.5), layout="constrained", squeeze=False
     )
     values = sorted({float(row[column]) for row in rows})
     for axes, text in zip(panels[0], texts, strict=True):
@@ -246,7 +246,8 @@ def draw(rows: list[dict[str, str]], texts: list[str], column: str, title: str, 
         axes.set_title(text, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("perplexity")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
