@@ -225,7 +225,8 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
         axes.set_xlabel(title)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("gap in log-perplexity, SparseGPT's is 1")
-    panels[0].legend(frameon=False, fontsize=8)
+    if panels[0].lines:
+        panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
