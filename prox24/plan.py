@@ -58,6 +58,11 @@ class Method(NamedTuple):
     refinement: BlockRefinement | None = None
     shard_grams: bool = False
 
+    @property
+    def streams(self) -> int:
+        """How many models' activations the Grams are of: with dense targets two."""
+        return 2 if self.dense_targets else 1
+
 
 class Memory(NamedTuple):
     """Bytes on a device while one layer is pruned.
@@ -136,7 +141,7 @@ def layer_memory(
     by_shape = {linear.shape: linear for linear in linears}
     solving = {linear.tensor: _solving(linear, method, devices) for linear in by_shape.values()}
     widest = max(solving, key=solving.__getitem__)
-    sums = grams * (2 if method.dense_targets else 1)
+    sums = grams * method.streams
     return Memory(
         weights=held,
         grams=grams,
@@ -213,16 +218,14 @@ class SolverCost(NamedTuple):
     steps: float
 
 
-def operations(
-    model: Model, tokens: int, cost: SolverCost, dense_targets: bool = False
-) -> Operations:
+def operations(model: Model, tokens: int, cost: SolverCost, streams: int = 1) -> Operations:
     """Counts, with 2 for a multiplication and an addition; attention and norms are left out.
 
     Args:
       model: the model, of which nothing is read.
       tokens: of calibration.
       cost: of the method, see `solver_cost`.
-      dense_targets: whether a dense model runs alongside.
+      streams: see `Method`.
     """
     forward = grams = factor = solving = 0.0
     for index in range(len(model.config.layers)):
@@ -231,7 +234,6 @@ def operations(
         grams += sum(2.0 * width**2 for width in _widths(linears).values())
         factor += sum(2.0 * linear.shape[1] ** 3 for linear in linears)
         solving += sum(2.0 * math.prod(linear.shape) * linear.shape[1] for linear in linears)
-    streams = 2 if dense_targets else 1
     return Operations(
         2 * streams * tokens * forward,
         streams * tokens * grams,
@@ -322,7 +324,7 @@ def _gathering(
     if not method.shard_grams or devices == 1:
         return needed
     # A device has a part of what the Grams take, and the tokens that another one sends.
-    streams = [hidden] * (2 if method.dense_targets else 1)
+    streams = [hidden] * method.streams
 
     @jax.jit
     def run(weights: dict[str, Array], streams: list[Array]) -> list[dict[str, Array]]:

@@ -112,16 +112,20 @@ def test_it_says_what_it_does_not_serve(monkeypatch, change):
     assert not cuda.serves(CASE._replace(**change))
 
 
-def test_a_program_for_gpus_calls_it_where_it_was_measured_to_be_faster(monkeypatch):
-    monkeypatch.setattr(native, "is_ready", lambda library: library is native.CUDA)
-    w = random_packed(np.random.default_rng(0), CASE.outputs, CASE.inputs, CASE.dtype)
-    x = jnp.ones((CASE.batch, CASE.inputs), CASE.dtype)
+@pytest.mark.parametrize(
+    ("name", "library"), [("cuda", native.CUDA), ("cusparselt", native.CUSPARSELT)]
+)
+def test_a_program_for_gpus_calls_it_where_it_was_measured_to_be_faster(monkeypatch, name, library):
+    monkeypatch.setattr(native, "is_ready", lambda asked: asked is library)
+    case = CASE._replace(batch=8)
+    w = random_packed(np.random.default_rng(0), case.outputs, case.inputs, case.dtype)
+    x = jnp.ones((case.batch, case.inputs), case.dtype)
 
     def lowered(*measured):
         monkeypatch.setattr(table, "read", lambda platform: measured)
         jax.clear_caches()
         return jax.jit(matmul).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
 
-    assert native.CUDA.target not in lowered()
-    assert native.CUDA.target in lowered(Measurement(CASE, {"unpack": 2.0, "cuda": 1.0}, 3.0))
-    assert native.CUDA.target not in lowered(Measurement(CASE, {"unpack": 1.0, "cuda": 2.0}, 3.0))
+    assert library.target not in lowered()
+    assert library.target in lowered(Measurement(case, {"unpack": 2.0, name: 1.0}, 3.0))
+    assert library.target not in lowered(Measurement(case, {"unpack": 1.0, name: 2.0}, 3.0))

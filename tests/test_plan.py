@@ -153,7 +153,7 @@ def test_operations_are_those_of_the_products(model):
     hidden, width = config_dict()["hidden_size"], config_dict()["intermediate_size"]
     assert counted.grams == 100 * 2 * (2 * (3 * hidden**2 + width**2))
     # With dense targets a second model runs.
-    both = plan.operations(model, 100, plan.SolverCost(factor=3, steps=7), dense_targets=True)
+    both = plan.operations(model, 100, plan.SolverCost(factor=3, steps=7), streams=2)
     twice = {"forward": 2 * counted.forward, "grams": 2 * counted.grams}
     assert both._asdict() == counted._asdict() | twice
     # Every device factors by itself what all of them share otherwise.

@@ -68,13 +68,13 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     shape = (*(gram.tokens.shape or (1,)), -1, x.shape[-1])
     x, y = (tokens.reshape(shape).astype(jnp.float32) for tokens in (x, y))
     product = jnp.matmul(x.mT, y, precision=PRECISION).reshape(gram.total.shape)
-    tokens = jnp.sum(_is_sent(y)[..., 0], axis=-1, dtype=jnp.int32)
+    tokens = jnp.sum(_is_sent(y), axis=-1, dtype=jnp.int32)
     return add(gram, GramSum(product, jnp.zeros_like(product), tokens.reshape(gram.tokens.shape)))
 
 
 def _is_sent(x: Array) -> Array:
     """Whether a token comes to a linear: one that goes to other experts is zero."""
-    return jnp.any(x != 0, axis=-1, keepdims=True)
+    return jnp.any(x != 0, axis=-1)
 
 
 def add_in_turn(gram: GramSum, x: Array, y: Array, devices: int) -> GramSum:
@@ -172,7 +172,7 @@ def add_layer_inputs(
         dense = layer_inputs(layer, weights, dense_hidden)
         crosses = {
             # What only the pruned model sends to an expert has the expert's own output as target.
-            name: put(crosses[name], jnp.where(_is_sent(dense[name]), dense[name], x), x)
+            name: put(crosses[name], jnp.where(_is_sent(dense[name])[..., None], dense[name], x), x)
             for name, x in pruned.items()
         }
     return grams, crosses

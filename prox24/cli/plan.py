@@ -51,14 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     peak = max(gather, heaviest.solve)
     rate = arguments.rate or product_rate()
     cost = solver_cost(method)
-    counted = operations(model, samples * length, cost, method.dense_targets)
+    counted = operations(model, samples * length, cost, method.streams)
     seconds = counted.seconds(rate, devices, arguments.shard_grams)
     hours = {part: taken / 3600 for part, taken in seconds.items()}
     longest = max(hours, key=hours.__getitem__)
     tensors = checkpoint.tensors.values()
     stored = sum(map(byte_count, tensors))
-    streams = 2 if method.dense_targets else 1
-    activations = 4 * streams * samples * length * model.config.hidden
+    activations = 4 * method.streams * samples * length * model.config.hidden
     plan: dict[str, Any] = {
         "model": str(arguments.source),
         "devices": devices,

@@ -98,8 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.refine_linears_only and arguments.refine == "none":
         raise Prox24Error("--refine-linears-only is for --refine block")
     solver, refit = choose_supported(arguments)
-    targets = (arguments.method, arguments.targets, arguments.pull)
-    choose_pull(*targets)  # before a model is downloaded
+    pull = choose_pull(arguments.method, arguments.targets, arguments.pull)
     checkpoint, native = torchax.open_any(arguments.source)
     if not native:
         for option, given in (
@@ -113,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
         ):
             if given:
                 raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
-    pull = choose_pull(*targets, native=native)
+        pull = None  # No dense model runs alongside.
     files = source_files(checkpoint.path)
     windows = calibration_windows(
         checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
@@ -272,20 +271,17 @@ def choose(method: str, refit: str | None = None) -> tuple[Solver, Refit | None]
     return SOLVERS[method](), None if refit == "none" else REFITS[refit]()
 
 
-def choose_pull(
-    method: str, targets: str | None = None, pull: float | None = None, *, native: bool = True
-) -> float | None:
+def choose_pull(method: str, targets: str | None = None, pull: float | None = None) -> float | None:
     """The pull of dense targets; None where linears reproduce their own outputs.
 
     Without a choice, linears pruned by prox and admm have dense targets, and those pruned by the
-    baselines have not, which is how their papers define them; nor have those of a model that is not
-    native, since no dense one runs alongside.
+    baselines have not, which is how their papers define them.
 
     Raises:
       Prox24Error: there is a pull, but no dense targets.
     """
     if targets is None:
-        targets = "dense" if native and method in PROX24_METHODS else "pruned"
+        targets = "dense" if method in PROX24_METHODS else "pruned"
     if targets == "dense":
         return pull or DEFAULT_PULL
     if pull is not None:

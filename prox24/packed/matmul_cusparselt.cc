@@ -1,8 +1,8 @@
-// The product of many vectors with a dense matrix that is 2:4, by cuSPARSELt, NVIDIA's library for sparse
-// tensor cores.
+// The product of many vectors with a dense matrix that is 2:4, by cuSPARSELt, NVIDIA's library for
+// sparse tensor cores.
 //
-// Its compressed form is its own, and depends on the plan of a product, so every call compresses the
-// matrix: reads it once and writes 9/16 of it. Plans are kept until the process ends.
+// Its compressed form is its own, and depends on the plan of a product, so every call compresses
+// the matrix: reads it once and writes 9/16 of it. Plans are kept until the process ends.
 
 #include <cusparseLt.h>
 
@@ -91,8 +91,8 @@ cusparseStatus_t Find(const Case& wanted, const cusparseLtHandle_t** handle, con
   return CUSPARSE_STATUS_SUCCESS;
 }
 
-// y = x W^T, with x (batch, inputs), W (outputs, inputs) and y (batch, outputs), row after row on the
-// device; `allocate` gives device memory that lives until the stream has used it, or nothing.
+// y = x W^T, with x (batch, inputs), W (outputs, inputs) and y (batch, outputs), row after row on
+// the device; `allocate` gives device memory that lives until the stream has used it, or nothing.
 template <typename Allocate>
 cusparseStatus_t Multiply(const Case& wanted, const void* x, const void* weight, void* y,
                           cudaStream_t stream, Allocate allocate) {
