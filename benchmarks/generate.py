@@ -8,11 +8,15 @@ The model is SmolLM2-135M-Instruct, or a checkpoint, or random weights in the sh
 Packed forms run what `prox24 tune` has measured to be the fastest, or else unpack every weight for
 every token. Each form of the weights has a process of its own, which goes on from the same prompt.
 The rate is that of all tokens but the first, which is the prompt's, and the second, for which
-programs are compiled. Resident memory is what the process has after the last token, on Linux.
+programs are compiled. Speed is that rate over the dense form's in the same dtype, and its ceiling
+the bytes of the dense form over those of the packed one: a token reads every weight once. Resident
+memory is what the process has after the last token, on Linux. Products are those that `matmul`
+runs for the packed linears.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -38,6 +42,8 @@ from prox24.models import decoder
 from prox24.models.decoder import Config
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights, generate
+from prox24.packed import Packed24, table
+from prox24.packed.implementation import Case, default_platform
 
 Weights = dict[str, Array]
 
@@ -61,7 +67,7 @@ def cast(dtype: Any, weights: Weights) -> Weights:
 def packed(dtype: Any, weights: Weights) -> dict[str, Any]:
     """Cut to the two largest of each block, where the model is not 2:4 already."""
 
-    def pack_linear(w: Array) -> prox24.packed.Packed24:
+    def pack_linear(w: Array) -> Packed24:
         return prox24.packed.pack(jnp.where(prox24.top_mask(jnp.abs(w)), w, 0))
 
     return {
@@ -103,6 +109,21 @@ def synthetic(form: Callable[[Weights], Weights]) -> tuple[Config, ModelWeights]
     return config, ModelWeights(outer, layers)
 
 
+def products(weights: ModelWeights) -> list[str]:
+    """The implementations that multiply a vector with packed weights."""
+    leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, Packed24))
+    packed = [leaf for leaf in leaves if isinstance(leaf, Packed24)]
+    platform = default_platform()
+    return sorted({table.choose(Case(platform, w.dtype.name, *w.shape, 1)) for w in packed})
+
+
+def ratio(rows: list[dict[str, Any]], row: dict[str, Any], of: str) -> float:
+    """Of a packed form's figure to that of the dense form in its dtype; NaN if that did not run."""
+    dtype, packed, _ = row["form"].partition(", packed")
+    dense = [other[of] for other in rows if packed and other["form"] == dtype]
+    return row[of] / dense[0] if dense else math.nan
+
+
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -118,6 +139,7 @@ def measure(form: str, path: Path | None, prompt: int, tokens: int) -> dict[str,
         times.append(time.perf_counter())
     return {
         "form": form,
+        "products": products(weights),
         "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(weights)),
         "resident_bytes": resident_bytes(),
         "peak_bytes": peak_memory_bytes(),
@@ -152,16 +174,20 @@ def main() -> None:
             rows.append(pool.apply(measure, (form, path, arguments.prompt, arguments.tokens)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    table = Table()
-    titles = ["weights", "GB", "resident, GB", "peak, GB", "first s", "second s", "tokens / s"]
-    for title in titles:
-        table.add_column(title, justify="left" if title == "weights" else "right")
+    grid = Table()
+    titles = ["GB", "resident, GB", "peak, GB", "first s", "second s", "tokens / s"]
+    grid.add_column("weights", no_wrap=True)
+    for title in (*titles, "speed", "ceiling", "products"):
+        grid.add_column(title, justify="right")
     for row in rows:
         sizes = ("weights_bytes", "resident_bytes", "peak_bytes")
         cells = [f"{row[name] / 1e9:.2f}" for name in sizes]
         seconds = [f"{row[f'{which}_token_seconds']:.1f}" for which in ("first", "second")]
-        table.add_row(row["form"], *cells, *seconds, f"{row['tokens_per_second']:.2f}")
-    Console(width=100).print(table)
+        speed, bytes_left = (ratio(rows, row, of) for of in ("tokens_per_second", "weights_bytes"))
+        shares = ["" if math.isnan(share) else f"{share:.2f}" for share in (speed, 1 / bytes_left)]
+        rate = f"{row['tokens_per_second']:.2f}"
+        grid.add_row(row["form"], *cells, *seconds, rate, *shares, ", ".join(row["products"]))
+    Console(width=120).print(grid)
 
 
 if __name__ == "__main__":

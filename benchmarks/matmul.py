@@ -5,12 +5,14 @@
 The shapes are the linears of Llama 8B and 70B. All contenders get the same random weight and
 inputs. The dense product is taken in two forms, of which now the one, now the other is the faster;
 the others are prox24's implementations, each where it serves, and on a GPU, where torch has it too,
-PyTorch's semi-structured weights by CUTLASS and by cuSPARSELt, compressed once, before. What fails
-is left out, with a line that says why. After a warm-up of two calls each repetition runs every
-contender once, starting one contender further than the last, so that a change in the machine's
-speed meets all of them. Speeds are relative to the faster dense form.
-Times are medians. The error is the largest difference to the product in float64 of eight vectors
-and 64 rows, relative to the largest entry.
+PyTorch's semi-structured weights by CUTLASS and by cuSPARSELt, compressed once, before; kernels
+there are of 16-bit weights, --dtype bfloat16 or float16. What fails is left out, with a line that
+says why. After a warm-up of two calls each repetition runs every contender once, starting one
+contender further than the last, so that a change in the machine's speed meets all of them. Where it
+takes longer to start a program than to multiply, which is not on CPUs, a run is of 32 products, one
+after the other in one program (PyTorch's are started one by one), and a product has its share.
+Times are medians. Speeds are relative to the faster dense form. The error is the largest difference
+to the product in float64 of eight vectors and 64 rows, relative to the largest entry.
 
 The roofline of a contender is the time that it takes to read its weight and inputs and write its
 result at the speed at which 256 MiB are negated in place, or to do its multiplications at the speed
@@ -46,7 +48,7 @@ from prox24.packed import unpack
 from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT
 from prox24.packed.implementation import Case, default_platform
 from prox24.packed.registry import IMPLEMENTATIONS
-from prox24.packed.tuning import DENSE, random_packed
+from prox24.packed.tuning import DENSE, calls_of, random_packed, repeated
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -181,7 +183,15 @@ def fitting(case: Case, scale: float, machine: Machine, limit: float) -> tuple[C
         scale /= 2
 
 
-def pytorch_runs(x: jax.Array, dense: jax.Array) -> dict[str, Callable[[], jax.Array]]:
+Contender = Callable[[int], Callable[[], jax.Array]]
+"""Given a number of products, what makes them, and returns the last."""
+
+
+def by_xla(run: Callable[..., jax.Array], *operands: jax.Array) -> Contender:
+    return lambda calls: functools.partial(repeated(run, calls), *operands)
+
+
+def by_pytorch(x: jax.Array, dense: jax.Array) -> dict[str, Contender]:
     """Products by PyTorch's sparse classes with the same numbers; none without a GPU for it."""
     if importlib.util.find_spec("torch") is None:
         return {}
@@ -191,22 +201,25 @@ def pytorch_runs(x: jax.Array, dense: jax.Array) -> dict[str, Callable[[], jax.A
     if not torch.cuda.is_available():
         return {}
     vectors, weight = torch.from_dlpack(x), torch.from_dlpack(dense)
-    runs = {}
+    found: dict[str, Contender] = {}
     for name, form in (
         ("PyTorch, CUTLASS", sparse.SparseSemiStructuredTensorCUTLASS),
         ("PyTorch, cuSPARSELt", sparse.SparseSemiStructuredTensorCUSPARSELT),
     ):
 
-        def run(compressed: torch.Tensor) -> jax.Array:
-            result = torch.nn.functional.linear(vectors, compressed)
+        def run(compressed: torch.Tensor, calls: int) -> jax.Array:
+            for _ in range(calls):
+                result = torch.nn.functional.linear(vectors, compressed)
             torch.cuda.synchronize()
             return jnp.from_dlpack(result)
 
         try:
-            runs[name] = functools.partial(run, form.from_dense(weight))
+            contender = functools.partial(run, form.from_dense(weight))
         except RuntimeError as error:  # of a shape, a dtype, or a library that is not there
             print(f"{name} is left out: {first_line(error)}")
-    return runs
+        else:
+            found[name] = functools.partial(functools.partial, contender)
+    return found
 
 
 def measure(linear: str, case: Case, scale: float, machine: Machine, repetitions: int) -> list[Row]:
@@ -215,26 +228,27 @@ def measure(linear: str, case: Case, scale: float, machine: Machine, repetitions
     w = random_packed(rng, case.outputs, case.inputs, case.dtype)
     x = jnp.asarray(rng.standard_normal((case.batch, case.inputs), np.float32), case.dtype)
     dense = unpack(w)
-    runs = {name: functools.partial(jax.jit(form), x, dense) for name, form in DENSE.items()}
-    runs |= {
-        name: functools.partial(jax.jit(implementation.run), x, w.values, w.codes)
+    contenders = {name: by_xla(form, x, dense) for name, form in DENSE.items()}
+    contenders |= {
+        name: by_xla(implementation.run, x, w.values, w.codes)
         for name, implementation in IMPLEMENTATIONS.items()
         if implementation.serves(case)
     }
+    contenders |= by_pytorch(x, dense)
     exact = (
         np.asarray(x[:CHECKED_VECTORS], np.float64) @ np.asarray(dense[:CHECKED_ROWS], np.float64).T
     )
-    runs |= pytorch_runs(x, dense)
-    errors = {}
-    for name, run in list(runs.items()):
+    calls, runs, errors = calls_of(case.platform), {}, {}
+    for name, contender in contenders.items():
+        run = contender(1)
         try:
             found = np.asarray(run()[:CHECKED_VECTORS, :CHECKED_ROWS], np.float64)
         except RuntimeError as error:  # JAX's, of a kernel, and PyTorch's
-            del runs[name]
             print(f"{name} is left out: {first_line(error)}")
         else:
+            runs[name] = run if calls == 1 else contender(calls)
             errors[name] = np.abs(found - exact).max() / np.abs(exact).max()
-    seconds = medians(runs, repetitions)
+    seconds = {name: taken / calls for name, taken in medians(runs, repetitions).items()}
     fastest = min(seconds.get(name, math.inf) for name in DENSE)
     return [
         Row(

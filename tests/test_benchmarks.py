@@ -275,7 +275,8 @@ def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full(
         assert np.array_equal(solution.weight, expected.weight)
 
 
-def test_generation_is_measured_for_each_form_of_the_weights(tmp_path):
+def test_generation_is_measured_for_each_form_of_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
     write_tiny(tmp_path / "model")
     benchmark = runpy.run_path(str(BENCHMARKS / "generate.py"))
     rows = [benchmark["measure"](form, tmp_path / "model", 4, 4) for form in benchmark["FORMS"]]
@@ -285,6 +286,12 @@ def test_generation_is_measured_for_each_form_of_the_weights(tmp_path):
     for row in rows:
         assert min(row["resident_bytes"], row["peak_bytes"]) > row["weights_bytes"]
         assert row["tokens_per_second"] > 0
+        # Nothing was measured that could be faster.
+        assert row["products"] == (["unpack"] if "packed" in row["form"] else [])
+    share = benchmark["ratio"](rows, rows[1], "weights_bytes")
+    assert share == sizes["float32, packed"] / sizes["float32"]
+    assert np.isnan(benchmark["ratio"](rows, rows[0], "weights_bytes"))
+    assert np.isnan(benchmark["ratio"](rows[1:], rows[1], "weights_bytes"))
 
 
 @pytest.mark.slow
@@ -308,7 +315,7 @@ def test_pytorch_multiplies_the_same_numbers_where_it_has_a_gpu(monkeypatch, cap
     torch = pytest.importorskip("torch")
     benchmark = runpy.run_path(str(BENCHMARKS / "matmul.py"))
     x, dense = jnp.ones((8, 64), "bfloat16"), jnp.ones((32, 64), "bfloat16")
-    assert benchmark["pytorch_runs"](x, dense) == {}
+    assert benchmark["by_pytorch"](x, dense) == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -316,11 +323,12 @@ def test_pytorch_multiplies_the_same_numbers_where_it_has_a_gpu(monkeypatch, cap
         from_dense = staticmethod(lambda weight: weight)
 
     monkeypatch.setattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS", Dense)
-    runs = benchmark["pytorch_runs"](x, dense)
+    contenders = benchmark["by_pytorch"](x, dense)
     # The other one finds out that the numbers are on no GPU.
     assert "PyTorch, cuSPARSELt is left out: " in capsys.readouterr().out
-    assert list(runs) == ["PyTorch, CUTLASS"]
-    np.testing.assert_array_equal(runs["PyTorch, CUTLASS"](), jnp.full((8, 32), 64, "bfloat16"))
+    assert list(contenders) == ["PyTorch, CUTLASS"]
+    found = contenders["PyTorch, CUTLASS"](3)()
+    np.testing.assert_array_equal(found, jnp.full((8, 32), 64, "bfloat16"))
 
 
 def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from prox24.packed import (
     packed_or_dense,
     table,
     tpu,
+    tuning,
     unpack,
 )
 from prox24.packed.implementation import Case
@@ -34,7 +35,7 @@ from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 from prox24.packed.table import Measurement
 from prox24.packed.tuning import measure, random_packed
 
-SHAPES = [(1, 1, 32), (2, 4, 96), (7, 13, 160)]
+SHAPES = [(1, 1, 32), (2, 4, 96), (7, 13, 160), (cpu.LARGEST_BATCH, 5, 64)]
 LARGE = (3, 1030, 1024)
 """Enough for several threads, and rows that neither four nor the threads divide."""
 HAS_COMPILER = any(shutil.which(name) for name in native.CPU.compilers)
@@ -268,7 +269,16 @@ def test_products_are_mapped_over_vectors_weights_and_both():
         (lambda x, w: (x.astype(jnp.bfloat16), w), "x is bfloat16 and w is float32"),
         (lambda x, w: (x, jax.tree.map(lambda a: a[None], w)), "two axes"),
         (lambda x, w: (x, jax.tree.map(lambda a: a[0], w)), "two axes"),
-        (lambda x, w: (x, dataclasses.replace(w, codes=w.codes[:, :1])), "at multiples of 32"),
+        *(
+            (lambda x, w, change=change: (x, dataclasses.replace(w, **change(w))), "do not fit")
+            for change in (
+                lambda w: {"codes": w.codes[:, :1]},
+                lambda w: {"codes": w.codes[:1]},
+                lambda w: {"codes": w.codes.astype(jnp.int32)},
+                lambda w: {"values": w.values[:, :-1]},
+                lambda w: {"values": w.values[:, :-2]},
+            )
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, words):
@@ -372,7 +382,7 @@ def entry(**changes):
     "damaged",
     [
         *({"seconds": {}}, {"seconds": {"cpu": 1.0}}, {"seconds": 3}, {"batch": "1"}),
-        *({"dense": 0.0}, {"dense": None}),
+        *({"dense": 0.0}, {"dense": None}, {"dense": 10**400}, {"dtype": ["float32"]}),
         *(
             {"seconds": {"unpack": 1.0, **more}}
             for more in ({"other": 0.5}, {"cpu": None}, {"cpu": "1 s"}, {"cpu": 0.0}, {"cpu": -1.0})
@@ -416,6 +426,11 @@ def test_a_weight_stays_packed_where_that_was_measured_to_keep_up(
     assert (found.shape, found.dtype) == (w.shape, w.dtype)
     if not packed:
         np.testing.assert_array_equal(found, unpack(w))
+
+
+def test_a_weight_that_nothing_is_multiplied_with_is_refused():
+    with pytest.raises(ValueError, match="the number of vectors of one product"):
+        packed_or_dense(operands(1, 8, 64)[1], [])
 
 
 def test_a_table_for_what_is_not_here_is_not_used(tables, caplog):
@@ -592,16 +607,47 @@ def test_tune_measures_shapes_and_writes_the_table(tables, capsys):
         assert table.choose(entry.case) == entry.fastest
 
 
-def test_an_implementation_that_multiplies_wrongly_is_not_measured(tables, monkeypatch):
-    def wrong(x, values, codes):
-        return IMPLEMENTATIONS[FALLBACK].run(x, values, codes).at[0, 0].add(1)
+def wrong_in_an_entry(x, values, codes):
+    found = IMPLEMENTATIONS[FALLBACK].run(x, values, codes)
+    return found.at[0, jnp.argmin(jnp.abs(found[0]))].add(0.5)
 
-    broken = IMPLEMENTATIONS["cpu"]._replace(run=wrong, serves=lambda case: True)
+
+def not_compiled(x, values, codes):
+    raise NotImplementedError("no such layout")
+
+
+@pytest.mark.parametrize(
+    ("run", "words"), [(wrong_in_an_entry, "differs by"), (not_compiled, "no such layout")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_implementation_that_multiplies_wrongly_is_not_measured(
+    tables, monkeypatch, caplog, run, words, dtype
+):
+    case = CASE._replace(dtype=dtype, inputs=2048)
+    broken = IMPLEMENTATIONS["cpu"]._replace(run=run, serves=lambda case: True)
     monkeypatch.setitem(IMPLEMENTATIONS, "cpu", broken)
-    assert set(measure(CASE, 1).seconds) == {FALLBACK}
+    with caplog.at_level(logging.WARNING, "prox24.packed"):
+        assert set(measure(case, 1).seconds) == {FALLBACK}
+    assert words in caplog.text
     right = broken._replace(run=IMPLEMENTATIONS[FALLBACK].run)
     monkeypatch.setitem(IMPLEMENTATIONS, "cpu", right)
-    assert set(measure(CASE, 1).seconds) == {FALLBACK, "cpu"}
+    assert set(measure(case, 1).seconds) == {FALLBACK, "cpu"}
+
+
+@pytest.mark.optimized
+def test_a_program_of_several_products_makes_every_one():
+    x, w = operands(2, 8, 64)
+    run = IMPLEMENTATIONS[FALLBACK].run
+    expected = x
+    for _ in range(4):
+        expected = expected.at[:, 0].set(run(expected, w.values, w.codes)[:, 0])
+    found = tuning.repeated(run, 5)(x, w.values, w.codes)
+    np.testing.assert_allclose(found, run(expected, w.values, w.codes), rtol=1e-5, atol=1e-5)
+    # The weight is unpacked in the loop, each time: it comes in packed.
+    text = tuning.repeated(run, 5).lower(x, w.values, w.codes).compile().as_text()
+    (loop,) = (line for line in text.splitlines() if " while(" in line)
+    assert "u32[8,2]" in loop
+    assert "f32[8,64]" not in loop
 
 
 def test_tune_measures_the_linears_of_a_checkpoint(tables, capsys, tmp_path):

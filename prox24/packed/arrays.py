@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -55,7 +56,8 @@ def from_arrays(name: str, arrays: Mapping[str, ArrayLike]) -> Packed24:
 
     Raises:
       CheckpointError: an array is missing, or of another dtype or shape, or a code is not of two
-        places in order, or bits of the last word are set that tell of no entry.
+        places in order, or bits of the last word are set that tell of no entry, or JAX would round
+        the values.
 
     Example:
       >>> from prox24.packed import pack, unpack
@@ -68,6 +70,10 @@ def from_arrays(name: str, arrays: Mapping[str, ArrayLike]) -> Packed24:
         raise CheckpointError(
             f"tensor {name}.values is {values.dtype} of shape {values.shape}; expected is one of "
             f"{', '.join(DTYPES)} and an even last axis"
+        )
+    if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype:
+        raise CheckpointError(
+            f"tensor {name}.values is {values.dtype}, which JAX rounds unless jax_enable_x64 is set"
         )
     entries = values.shape[-1] // KEPT * BLOCK
     expected = (*values.shape[:-1], words_of(entries))

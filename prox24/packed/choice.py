@@ -25,7 +25,7 @@ def packed_or_dense(w: Packed24, batches: Iterable[int] = (1,)) -> Packed24 | Ar
       `w`, or an array of its shape and dtype.
 
     Raises:
-      ValueError: `w` has another number of axes.
+      ValueError: `w` has another number of axes, or there are no batches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -33,6 +33,9 @@ def packed_or_dense(w: Packed24, batches: Iterable[int] = (1,)) -> Packed24 | Ar
       >>> packed_or_dense(pack(jnp.array([[0.0, 1.0, 0.0, 2.0]]))).tolist()  # was never measured
       [[0.0, 1.0, 0.0, 2.0]]
     """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("packed_or_dense takes the number of vectors of one product at least")
     if w.values.ndim != 2:
         raise ValueError(f"packed_or_dense takes a weight of two axes, not of shape {w.shape}")
     outputs, half = w.values.shape

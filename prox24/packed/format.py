@@ -76,7 +76,8 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
 
     Raises:
       ValueError: a block has more than two nonzeros, the first of which is named by its index,
-        along `axis` that of the block; another dtype; or four does not divide the length.
+        along `axis` that of the block; another dtype; there is no such axis; or four does not
+        divide its length.
 
     Example:
       >>> w = pack(jnp.array([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 0.0]]))
@@ -86,6 +87,8 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
     w = jnp.asarray(w)
     if w.dtype.name not in DTYPES:
         raise ValueError(f"pack takes {', '.join(DTYPES)}, not {w.dtype}")
+    if not -w.ndim <= axis < w.ndim:
+        raise ValueError(f"w of shape {w.shape} has no axis {axis}")
     axis = range(w.ndim)[axis] - w.ndim
     if w.shape[axis] % BLOCK:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {BLOCK}")
@@ -116,12 +119,15 @@ def unpack(w: Packed24) -> Array:
 
 
 def check_words(w: Packed24) -> None:
-    """Raises ValueError unless the words tell of as many entries as there are."""
-    entries = w.values.shape[-1] // KEPT * BLOCK
-    if entries % ENTRIES_PER_WORD != w.remainder or words_of(entries) != w.codes.shape[-1]:
+    """Raises ValueError unless there is one code for every two values."""
+    *rows, half = w.values.shape
+    entries = half // KEPT * BLOCK
+    whole = half % KEPT == 0 and entries % ENTRIES_PER_WORD == w.remainder
+    if not whole or w.codes.shape != (*rows, words_of(entries)) or w.codes.dtype != jnp.uint32:
         raise ValueError(
-            f"{w.codes.shape[-1]} words of codes do not fit {w.values.shape[-1]} values: cut a "
-            f"packed axis at multiples of {ENTRIES_PER_WORD} entries only"
+            f"codes, {w.codes.dtype} of shape {w.codes.shape}, do not fit values of shape "
+            f"{w.values.shape}: cut both alike, and a packed axis at multiples of "
+            f"{ENTRIES_PER_WORD} entries only"
         )
 
 

@@ -69,7 +69,8 @@ SLOWER = 1.02
 def keeps_up(case: Case) -> bool:
     """Whether what runs a case was measured to be as fast as the dense product."""
     return any(
-        measured.case == case and measured.seconds[choose(case)] <= SLOWER * measured.dense
+        measured.case == case
+        and measured.seconds.get(choose(case), math.inf) <= SLOWER * measured.dense
         for measured in read(case.platform)
     )
 
@@ -128,6 +129,13 @@ def made_for(platform: str) -> dict[str, str]:
     }
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    OverflowError,  # of an integer that is no float
+    RuntimeError,  # JAX's, where there is no device of the platform
+)
+
+
 @functools.cache
 def _read(path: Path, platform: str) -> tuple[Measurement, ...]:
     try:
@@ -137,8 +145,7 @@ def _read(path: Path, platform: str) -> tuple[Measurement, ...]:
         found = tuple(map(_measurement, table["measurements"]))
     except (FileNotFoundError, NotADirectoryError):
         return ()
-    # A RuntimeError is JAX's, where there is no device of the platform.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except _UNREADABLE as error:
         logger.warning("%s is no table of measurements and is not used: %r", path, error)
         return ()
     if stale:
@@ -157,6 +164,7 @@ def _measurement(entry: dict[str, Any]) -> Measurement:
     dense, numbers = float(entry["dense"]), (case.outputs, case.inputs, case.batch)
     if not (
         all(isinstance(number, int) for number in numbers)
+        and all(isinstance(name, str) for name in (case.platform, case.dtype))
         and FALLBACK in seconds
         and seconds.keys() <= IMPLEMENTATIONS.keys()
         and all(0 < value < math.inf for value in (dense, *seconds.values()))
