@@ -186,9 +186,10 @@ def distill(
     """Trains the nonzeros of every linear, norms and biases; embeddings and head stay.
 
     The dense model runs once, layer by layer, and the hidden states that it ends with are kept on
-    the host: hidden width * 4 bytes for a token. The pruned model is in memory as a whole: its
-    weights as they were given and the best ones, in float32 the trained ones, two moments of Adam
-    and a gradient, and a byte for each entry, whether it is trained; embeddings and head besides.
+    the host: hidden width * 4 bytes for a token. With cross-entropy alone it does not run. The
+    pruned model is in memory as a whole: its weights as they were given and the best ones, in
+    float32 the trained ones, two moments of Adam and a gradient, and a byte for each entry, whether
+    it is trained; embeddings and head besides.
 
     Args:
       dense: the teacher.
@@ -235,6 +236,13 @@ def distill(
     if mask is None and not _has_zeros(config, params):
         raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
     outer = _outer(embedding_weights(student) | head_weights(student), mesh)
+    taught = refinement.cross_entropy < 1
+    batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
+    if taught:
+        targets = _targets(teacher, windows, micro_batch)
+        head = _shared(_outer(head_weights(teacher), mesh), outer)
+    else:
+        targets, head = [np.zeros(0, np.float32)] * len(batches), {}
     units = None
     if mask is not None and mask.normalised:
         units = _mean_magnitudes(config, params)
@@ -243,10 +251,10 @@ def distill(
         *_functions(config, mesh),
         params,
         (outer, units),
-        list(windows.reshape(len(windows) // micro_batch, micro_batch, -1)),
-        _targets(teacher, windows, micro_batch),
+        batches,
+        targets,
         _optimizer(config, refinement, steps),
-        teacher=(_shared(_outer(head_weights(teacher), mesh), outer), None),
+        teacher=(head, None),
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
         held_out=held_out * refinement.micro_batches,

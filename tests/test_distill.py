@@ -84,6 +84,22 @@ def test_the_loss_is_what_is_defined(student, share, other_head):
     np.testing.assert_allclose(refined.losses, expected, rtol=1e-5)
 
 
+def test_the_text_alone_needs_no_teacher(student):
+    *others, targets = student
+    unknown = (*others, [jnp.full_like(target, jnp.nan) for target in targets])
+    refined = distil(unknown, optax.adam(0.01), passes=2, cross_entropy=1.0)
+    assert refined.losses == distil(student, optax.adam(0.01), passes=2, cross_entropy=1.0).losses
+    assert refined.outcome is refine.Outcome.IMPROVED
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_window_of_one_token_has_no_next_one(student, share):
+    *others, ids, targets = student
+    short = (*others, [x[:, :1] for x in ids], [target[:, :1] for target in targets])
+    refined = distil(short, optax.adam(0.01), passes=2, cross_entropy=share)
+    assert np.all(np.isfinite(refined.losses))
+
+
 def test_the_loss_falls_and_the_zeros_stay(student):
     pruned = student[1]
     refined = distil(student, optax.adam(0.01), passes=12)
@@ -253,7 +269,9 @@ def test_windows_of_a_step_are_computed_in_parts(workspace, capsys):
     assert "3 micro-batches do not divide 4 windows of a step" in capsys.readouterr().err
 
 
-def test_proxsparse_takes_the_mask_alone(workspace):
+def test_proxsparse_takes_the_mask_alone(workspace, monkeypatch):
+    # It learns from the text, so that the dense model does not run.
+    monkeypatch.setattr("prox24.distill._targets", None)
     dense = open_checkpoint(workspace / "model")
     windows = tokens(batch=16, length=32)
     found = distill(dense, dense, windows, ModelRefinement.proxsparse(lam=1.0, rate=0.01))
@@ -269,6 +287,15 @@ def test_proxsparse_takes_the_mask_alone(workspace):
         assert prox24.is_sparse(values), name
         changed += np.any((values != 0) != prox24.top_mask(np.abs(given)))
     assert changed
+
+
+def test_a_mask_alone_does_not_hide_that_its_training_diverged(workspace):
+    dense = open_checkpoint(workspace / "model")
+    refinement = ModelRefinement.proxsparse(lam=1.0, rate=1e38)
+    refined = distill(dense, dense, tokens(batch=16, length=32), refinement).refined
+    assert refined.outcome is refine.Outcome.DIVERGED
+    assert np.isfinite(refined.losses[0])
+    assert np.isnan(refined.losses[-1])
 
 
 def test_more_devices_than_there_are_do_not_share_heads(workspace, capsys):
@@ -352,7 +379,9 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
         patch.setattr("prox24.cli.distill.distill", None)  # It is refused before any work.
         assert distilled(workspace, "out", *more, "--passes", "2") == 2
         assert "refinement.passes was 1, is 2" in capsys.readouterr().err
-    assert distilled(workspace, "out", *more) == 0
+    assert distilled(workspace, "out", *more, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0 < report["resumed_steps"] < report["steps"]
     for path in (workspace / "whole").iterdir():
         assert path.read_bytes() == (workspace / "out" / path.name).read_bytes(), path.name
 

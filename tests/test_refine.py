@@ -15,6 +15,7 @@ import prox24
 from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
+from prox24.cli.windows import shuffled
 from prox24.errors import CalibrationError, CheckpointError
 from prox24.forward import all_linears, load_model
 from prox24.models import decoder
@@ -297,7 +298,11 @@ def test_a_step_is_the_same_in_parts(tmp_path):
 
 @pytest.mark.parametrize(
     ("dtype", "more"),
-    [("bfloat16", []), ("float32", ["--refine-linears-only", "--dtype", "bfloat16"])],
+    [
+        ("bfloat16", []),
+        ("float32", ["--refine-linears-only", "--dtype", "bfloat16"]),
+        ("float32", ["--activations", "disk"]),
+    ],
 )
 def test_a_refined_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch, capsys, dtype, more):
     write_tiny(tmp_path / "model", dtype=dtype)
@@ -324,6 +329,24 @@ def test_a_refined_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch, capsys
         assert contents("out") == contents("whole")
         (tmp_path / "out").rename(tmp_path / f"out-{count}")
     assert main(["verify", str(tmp_path / "whole")]) == 0
+
+
+def test_windows_are_held_out_from_all_of_the_text(tmp_path, monkeypatch):
+    write_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
+    seen = []
+
+    def caught(checkpoint, windows, *arguments, **keywords):
+        seen.append(windows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prox24.cli.prune.prune", caught)
+    for out, more in (("out", []), ("refined", ["--refine", "block"])):
+        options = ["--sequence-length", "32", "--calibration", str(tmp_path / "text.txt"), *more]
+        assert main(["prune", str(tmp_path / "model"), str(tmp_path / out), *options]) == 130
+    plain, refined = seen
+    np.testing.assert_array_equal(refined, shuffled(plain))
+    assert not np.array_equal(refined, plain)
 
 
 def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path):

@@ -57,7 +57,7 @@ def _safetensors(source: Checkpoint) -> Output:
         names=source.tensors.keys(),
         stored=lambda name, spec: {name: spec},
         create=safetensors_file.create_file,
-        remark=f"{ZEROS_ARE_STORED}; PyTorch's to_sparse_semi_structured packs a loaded linear",
+        remark=f"{ZEROS_ARE_STORED}; PyTorch's to_sparse_semi_structured packs a 2:4 linear",
     )
 
 

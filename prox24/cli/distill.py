@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     linears = {linear.tensor for linear in all_linears(load_model(pruned).config)}
     figures: list[dict[str, Any]] = []
+    begun: list[int] = []
     trained: set[str] = set()
 
     def watched(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -88,13 +89,19 @@ def run(arguments: argparse.Namespace) -> int:
     # Opened before hours are spent.
     with unfinished_folder(arguments.destination, overwrite=arguments.overwrite) as unfinished:
         with _training(arguments, job, refinement, len(windows)) as (resume, on_measured):
+
+            def begin(state: Training) -> Training:
+                state = resume(state)
+                begun.append(state.steps)
+                return state
+
             distilled = distill(
                 dense,
                 pruned,
                 windows,
                 refinement,
                 mesh=mesh,
-                resume=resume,
+                resume=begin,
                 on_measured=on_measured,
             )
         tensors, note = watched(distilled.tensors), _model_card(windows, refinement)
@@ -108,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         "outcome": refined.outcome.value,
         "losses": plain(refined.losses),
         "steps": refined.steps,
+        "resumed_steps": begun[0],
         "tokens": distilled.tokens,
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -123,8 +131,10 @@ def run(arguments: argparse.Namespace) -> int:
             ["steps", str(refined.steps)],
             ["tokens", str(distilled.tokens)],
             ["seconds", f"{report['seconds']:.0f}"],
-            ["peak memory", f"{peak_memory_bytes() / 1e9:.2f} GB"],
+            ["peak memory", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"],
         ]
+        if begun[0]:
+            rows.append(["done by the run before", f"{begun[0]} steps"])
         print_table(["written", str(arguments.destination)], rows)
     return 0
 

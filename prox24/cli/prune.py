@@ -29,7 +29,7 @@ from prox24.checkpoints.unfinished import (
     source_files,
     unfinished_folder,
 )
-from prox24.checkpoints.writer import check_destination, fill_folder
+from prox24.checkpoints.writer import OUTPUTS, check_destination, fill_folder
 from prox24.cli.output import (
     check_report,
     peak_memory_bytes,
@@ -40,7 +40,7 @@ from prox24.cli.output import (
     versions,
     write_report,
 )
-from prox24.cli.windows import calibration_windows
+from prox24.cli.windows import calibration_windows, shuffled
 from prox24.core.pattern import PatternLike, Unstructured
 from prox24.devices import common_mesh
 from prox24.errors import DiskError, Prox24Error
@@ -125,6 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.refine_passes,
             linears_only=arguments.refine_linears_only,
         )
+        windows = shuffled(windows)
         if jax.process_count() > 1:
             raise Prox24Error("--refine is for a single process")
     micro_batch, mesh = None, common_mesh(len(windows)) if native else None
@@ -227,13 +228,14 @@ def _run(arguments: argparse.Namespace) -> int:
         "resumed_linears": resumed,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        "remark": OUTPUTS["safetensors"](checkpoint).remark,
         "linears": figures,
     }
     write_report(arguments.report, report)
     if arguments.json:
         print_json(report)
     elif not arguments.quiet:
-        _print_summary(arguments.destination, figures, resumed, seconds)
+        _print_summary(arguments.destination, report)
     return 0
 
 
@@ -405,9 +407,8 @@ def _whole_layers(
     )
 
 
-def _print_summary(
-    destination: Path, linears: list[dict[str, Any]], resumed: int, seconds: float
-) -> None:
+def _print_summary(destination: Path, report: Mapping[str, Any]) -> None:
+    linears, resumed = report["linears"], report["resumed_linears"]
     losses = {linear["name"]: linear["relative_loss"] or 0.0 for linear in linears}
     worst = max(losses, key=losses.__getitem__)
     rows = [
@@ -415,7 +416,9 @@ def _print_summary(
         ["linears pruned", str(len(linears))],
         ["mean relative loss", f"{np.mean(list(losses.values())):.4f}"],
         ["largest relative loss", f"{losses[worst]:.4f}  {worst}"],
-        ["seconds", f"{seconds:.0f}"],
+        ["calibration tokens", str(report["calibration_tokens"])],
+        ["seconds", f"{report['seconds']:.0f}"],
+        ["peak memory", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"],
     ]
     blocks = [linear["block"] for linear in linears if linear["block"]]
     if blocks:
@@ -439,6 +442,7 @@ def _print_summary(
     if dead:
         rows.append(["input features never active", str(dead)])
     print_table(["", ""], rows)
+    print(report["remark"])
 
 
 def _figures(linear: LinearReport) -> dict[str, Any]:

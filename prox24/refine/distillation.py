@@ -78,10 +78,10 @@ def distill(
       params: pytree of floating-point arrays; trained in float32.
       outer: what is not trained, such as embeddings and the head.
       tokens: batches of windows, int32, all of one shape.
-      targets: hidden states of the dense model for each.
+      targets: hidden states of the dense model for each; with a share of 1 not looked at.
       optimizer: compiled once for each object, and for each pair of functions.
       teacher: what `outer` is in the dense model; None if it is the same.
-      cross_entropy: the share c, from 0 to 1.
+      cross_entropy: the share c, from 0 to 1; with 1 the teacher is not asked.
       passes: as `prox24.refine.training.refine` has it, and all that follow.
       held_out: batches, from the end.
       micro_batches: batches that make one step, by the mean of their gradients.
@@ -119,7 +119,7 @@ def distill(
     if not 0 <= cross_entropy <= 1:
         raise ValueError(f"a share of cross-entropy of {cross_entropy} is not from 0 to 1")
     return refine(
-        _loss(features, logits),
+        _loss(features, logits, cross_entropy < 1),
         params,
         (outer, outer if teacher is None else teacher, jnp.asarray(cross_entropy, jnp.float32)),
         list(zip(tokens, targets, strict=True)),
@@ -136,29 +136,31 @@ def distill(
 
 
 @functools.lru_cache(maxsize=16)
-def _loss(features: Features, logits: Logits) -> Loss:
+def _loss(features: Features, logits: Logits, taught: bool) -> Loss:
     def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
         (outer, teacher, share), (tokens, targets) = constants, batch
         windows, length = tokens.shape
 
         # Chunks run along the windows, which devices may share.
         @jax.checkpoint
-        def of_chunk(chunk: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array]:
-            hidden, target, following, seen, predicts = chunk
+        def of_chunk(chunk: list[Array]) -> tuple[Array, Array]:
+            hidden, following, seen, predicts, *target = chunk
             own = logits(outer, hidden)
             entropy = optax.softmax_cross_entropy_with_integer_labels(
                 at_least_float32(own), following
             )
-            gap = divergence(own, logits(teacher, target))
+            gap = divergence(own, logits(teacher, *target)) if taught else jnp.zeros_like(entropy)
             return jnp.sum(jnp.where(seen, gap, 0)), jnp.sum(jnp.where(predicts, entropy, 0))
 
         place = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
         following = jnp.roll(tokens, -1, axis=1)
         hidden = features(params, outer, tokens)
-        parts = (hidden, targets, following, place < length, place < length - 1)
+        parts = [hidden, following, place < length, place < length - 1]
+        parts += [targets] if taught else []
         gaps, entropies = lax.map(of_chunk, jax.tree.map(_chunks, parts))
         gap = jnp.sum(gaps) / (windows * length)
-        return (1 - share) * gap + share * jnp.sum(entropies) / (windows * (length - 1))
+        # A window of one token has no next one.
+        return (1 - share) * gap + share * jnp.sum(entropies) / (windows * max(length - 1, 1))
 
     return of_batch
 

@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Outcome(enum.Enum):
 
     IMPROVED: the loss on held-out batches is lower than before.
     UNCHANGED: it never was; the parameters are those that were given.
-    DIVERGED: a loss was not finite; the parameters are the best before that.
+    DIVERGED: a loss or a parameter was not finite; the parameters are the best before that.
     """
 
     IMPROVED = "improved"
@@ -54,7 +55,8 @@ class Refined(NamedTuple):
     Attributes:
       params: the best that were measured, in the dtypes that were given.
       outcome: an `Outcome`.
-      losses: on held-out batches, before the first step and at each measurement.
+      losses: on held-out batches, before the first step and at each measurement; NaN where a
+        parameter was not finite.
       steps: of the optimizer.
     """
 
@@ -188,7 +190,9 @@ def refine(
         state = state._replace(master=master, optimizer=memory, steps=taken)
         if taken % (measured_every or steps_of_pass) == 0 or taken == steps:
             found = candidate(master)
-            losses = [*state.losses, measure(found)]
+            # A projection may hide what the parameters have become.
+            latest = measure(found) if bool(_all_finite(master)) else math.nan
+            losses = [*state.losses, latest]
             best = found if losses[-1] == min(losses) < losses[0] else state.best
             state = state._replace(best=best, losses=losses)
             on_measured(state)
@@ -215,6 +219,11 @@ def lower_step(
     total = None if micro_batches == 1 else master
     advance = _advance(loss, optimizer, True, micro_batches)
     return advance.lower(master, state, total, None, batch)
+
+
+@jax.jit
+def _all_finite(params: PyTree) -> Array:
+    return jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]).all()
 
 
 @functools.lru_cache(maxsize=16)
