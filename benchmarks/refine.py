@@ -6,13 +6,14 @@ Every mask is found on the first 64 windows of 512 tokens of the calibration tex
 by the seed; the refinements see those and the windows that follow. Each row runs in a process of
 its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
 is there already is skipped, so that an interrupted command can be given again. Pruned models are
-kept in FOLDER/models of the cache, by calibration text, windows and seed. FOLDER/refine.png shows
-the gap in log-perplexity to the dense model against the tokens trained on and the seconds, pruning
-included. With --bigbench FILE every model answers the questions of multiple_choice.py, too.
+kept in FOLDER/models of the cache, by method, calibration text, windows and seed. FOLDER/refine.png
+shows the gap in log-perplexity to the dense model against the tokens trained on and the seconds,
+pruning included. With --bigbench FILE every model answers the questions of multiple_choice.py, too.
 """
 
 import argparse
 import concurrent.futures
+import hashlib
 import itertools
 import json
 import math
@@ -47,7 +48,8 @@ import matplotlib.pyplot as plt
 
 LENGTH = 512
 WINDOWS = 64
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = {64: (5e-4, 1e-3, 2e-3), 256: (5e-4,), 1024: (5e-4,)}
+"""Tried with so many windows, besides the default."""
 QUESTIONS = 250
 """Of each task."""
 
@@ -59,6 +61,11 @@ class Run(NamedTuple):
     base: str
     windows: int = 0
     refinement: BlockRefinement | ModelRefinement | None = None
+
+    @property
+    def distinct_tokens(self) -> int:
+        """Of the text, for the mask and what follows."""
+        return 0 if self.base == "dense" else max(WINDOWS, self.windows) * LENGTH
 
 
 class Base(NamedTuple):
@@ -78,19 +85,28 @@ BASES = {
 }
 
 
+REFINED = ("sparsegpt + refit", DEFAULT)
+"""What is refined, as blocks and as a whole."""
+
+
 def runs() -> list[Run]:
     """The table."""
     table = [Run("dense", "dense")]
     table += [Run(base, base) for base in BASES]
     table += [
-        Run(f"{DEFAULT} + model, rate {rate:g}", DEFAULT, 64, ModelRefinement(rate=rate))
-        for rate in RATES
+        Run(f"{DEFAULT} + model, rate {rate:g}", DEFAULT, windows, ModelRefinement(rate=rate))
+        for windows, rates in RATES.items()
+        for rate in rates
     ]
-    table += [Run(f"{base} + block", base, 64, BlockRefinement()) for base in BASES]
+    table += [
+        Run(f"{base} + block, passes: {passes}", base, 64, BlockRefinement(passes=passes))
+        for passes in (1, 5, 18)
+        for base in REFINED
+    ]
     table += [
         Run(f"{base} + model", base, windows, ModelRefinement())
         for windows in (64, 256, 1024)
-        for base in BASES
+        for base in REFINED
     ]
     return table
 
@@ -132,7 +148,9 @@ def measure(
         trained = size * (steps - run.refinement.held_out_of(steps))
         tokens = run.refinement.passes * trained * LENGTH
     elif run.base != "dense":
-        folder = cache / "models" / f"{run.base}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
+        made_by = hashlib.sha256(repr(BASES[run.base]).encode()).hexdigest()[:8]
+        name = f"{run.base}-{made_by}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
+        folder = cache / "models" / name
         took = folder.with_name(f"{folder.name}.json")
         if not took.exists():
             pruned = pruned_by(BASES[run.base], dense, windows)
@@ -146,7 +164,6 @@ def measure(
         model, tokens = with_tensors(dense, dict(distilled.tensors)), distilled.tokens
         error = min(distilled.refined.losses)
     row: dict[str, object] = {
-        "distinct_tokens": run.windows * LENGTH,
         "tokens": tokens,
         "seconds": seconds or time.perf_counter() - start,
         "peak_memory_bytes": max(peak, peak_memory_bytes()),
@@ -186,7 +203,8 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
     """Every row."""
     table = Table()
     table.add_column("method", no_wrap=True)
-    for title in (*texts, "gap, share of SparseGPT's", "right", "tokens", "seconds", "peak GB"):
+    tokens = ("tokens of text", "trained on")
+    for title in (*texts, "gap, SparseGPT's is 1", "right", *tokens, "seconds", "peak GB"):
         table.add_column(title, justify="right")
     for row, gap in zip(rows, gaps(rows, texts), strict=True):
         table.add_row(
@@ -194,6 +212,7 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
             *(f"{float(row[text]):.2f}" for text in texts),
             f"{gap:.2f}",
             f"{100 * float(row['right_answers']):.1f}%" if row.get("right_answers") else "",
+            row["distinct_tokens"],
             row["tokens"],
             f"{float(row['seconds']):.0f}",
             f"{int(row['peak_memory_bytes']) / 1e9:.2f}",
@@ -202,23 +221,31 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
 
 
 def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
-    """The gap against tokens and seconds, a line for each refinement of a pruned model."""
+    """The gap against tokens and seconds, a line for each refinement at its default rate."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="tight", sharey=True)
     found = [
         (setting(row), row["run"], [float(row["tokens"]), float(row["seconds"]), gap])
         for row, gap in zip(rows, gaps(rows, texts), strict=True)
     ]
     settings = dict.fromkeys(map(setting, rows))
-    for place, base, suffix in itertools.product(settings, BASES, (" + block", " + model")):
+    kinds = {"block": BlockRefinement, "model": ModelRefinement}
+    for place, base, (name, kind) in itertools.product(settings, REFINED, kinds.items()):
+        names = {
+            run.name
+            for run in runs()
+            if run.base == base
+            and isinstance(run.refinement, kind)
+            and run.refinement.rate == kind().rate
+        }
         pruned = [point for at, run, point in found if (at, run) == (place, base)]
-        refined = sorted(point for at, run, point in found if (at, run) == (place, base + suffix))
+        refined = sorted(point for at, run, point in found if at == place and run in names)
         if not (pruned and refined):
             continue
         tokens, seconds, shares = np.transpose([*pruned, *refined])
         # A model is refined after it is pruned, its blocks while it is.
-        seconds = seconds + (np.arange(len(seconds)) > 0) * seconds[0] * (suffix == " + model")
+        seconds = seconds + (np.arange(len(seconds)) > 0) * seconds[0] * (name == "model")
         for axes, values in zip(panels, (tokens, seconds), strict=True):
-            label = base + suffix + (f", {', '.join(place)}" if len(settings) > 1 else "")
+            label = f"{base} + {name}" + (f", {', '.join(place)}" if len(settings) > 1 else "")
             axes.plot(values, shares, marker="o", markersize=4, label=label)
     panels[0].set_xscale("symlog", linthresh=1e4)
     for axes, title in zip(panels, ("tokens trained on", "seconds"), strict=True):
@@ -256,7 +283,7 @@ def main() -> None:
     for run in runs():
         key = {
             "run": run.name,
-            "distinct_tokens": run.windows * LENGTH,
+            "distinct_tokens": run.distinct_tokens,
             "seed": arguments.seed,
             "calibration": arguments.calibration.stem,
             "evaluation_windows": arguments.evaluation_windows,

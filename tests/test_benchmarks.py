@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -259,6 +260,52 @@ def test_an_ablation_varies_a_column_and_is_drawn_with_the_mean_over_seeds(tmp_p
     assert (tmp_path / "growth.png").stat().st_size > 5000
     benchmark["draw_methods"](rows, ["text"], tmp_path / "main.png")
     assert (tmp_path / "main.png").stat().st_size > 5000
+
+
+def test_gaps_of_refined_models_are_shares_and_drawn_by_tokens_and_seconds(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = runpy.run_path(str(BENCHMARKS / "refine.py"))
+    runs = benchmark["runs"]()
+    assert len({(run.name, run.distinct_tokens) for run in runs}) == len(runs)
+    assert {run.base for run in runs} == {"dense", *benchmark["BASES"]}
+
+    def row(run, seed):
+        dense, sparsegpt = (run.name == name for name in ("dense", "sparsegpt"))
+        return {
+            "run": run.name,
+            "distinct_tokens": str(run.distinct_tokens),
+            "seed": seed,
+            "calibration": "text",
+            "evaluation_windows": "16",
+            "tokens": str(run.windows * 480),
+            "seconds": "10.0",
+            "peak_memory_bytes": "1000000000",
+            "text": str(np.exp(3.0 if dense else 5.0 if sparsegpt else 4.0)),
+            "right_answers": "0.25",
+        }
+
+    rows = [row(run, "0") for run in runs]
+    found = dict(zip((run.name for run in runs), benchmark["gaps"](rows, ["text"]), strict=True))
+    assert (found.pop("dense"), found.pop("sparsegpt")) == (0, 1)
+    np.testing.assert_allclose(list(found.values()), 0.5)
+    # Each seed has its own dense model and SparseGPT; here it has none.
+    assert np.isnan(benchmark["gaps"]([*rows, row(runs[-1], "1")], ["text"])[-1])
+    benchmark["print_table"](rows, ["text"])
+    assert "25.0%" in capsys.readouterr().out
+    drawn, plt = [], benchmark["plt"]
+    kept = types.SimpleNamespace(subplots=plt.subplots, close=drawn.append)
+    monkeypatch.setitem(benchmark["draw"].__globals__, "plt", kept)
+    benchmark["draw"](rows, ["text"], tmp_path / "refine.png")
+    by_tokens, by_seconds = drawn[0].axes
+    lines = {line.get_label(): line.get_xdata().tolist() for line in by_tokens.lines}
+    assert lines["sparsegpt + refit + model"] == [0, 64 * 480, 256 * 480, 1024 * 480]
+    assert len(lines) == 2 * len(benchmark["REFINED"])
+    seconds = {line.get_label(): line.get_xdata().tolist() for line in by_seconds.lines}
+    assert seconds["sparsegpt + refit + model"] == [10, 20, 20, 20]
+    assert seconds["sparsegpt + refit + block"] == [10, 10, 10, 10]
+    plt.close(drawn[0])
 
 
 def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full():
