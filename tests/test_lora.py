@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_optax_leaves import PRUNED, every_model
 
 import prox24
-from prox24 import lora
+from prox24 import lora, refine
 from prox24.lora import Adapter
 from prox24.optax import by_path, describe
 
@@ -292,3 +292,20 @@ def test_the_python_of_the_page_runs():
     ):
         exec("\n".join(blocks), names)
     assert prox24.is_sparse(names["merged"]["first"], axis=0)
+
+
+@pytest.mark.parametrize("kept", [None, True])
+def test_adapters_are_the_parameters_of_a_block_if_all_are_kept(kept):
+    params = pruned_network()
+    adapters = lora.init(jax.random.key(0), params, rank=4)
+    inputs = list(normal((4, 64, 16)))
+    targets = [1.3 * network(params, x) for x in inputs]
+
+    def apply(adapters, x):
+        return network(lora.merge(params, adapters, scale=1.0), x)
+
+    optimizer = optax.adam(1e-2)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        refined = refine.block(apply, adapters, inputs, targets, optimizer, passes=20, kept=kept)
+    # By default a leaf that is wholly zero stays so.
+    assert (refined.outcome is refine.Outcome.IMPROVED) == (kept is True)
