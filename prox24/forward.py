@@ -218,12 +218,20 @@ def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
 
 @functools.lru_cache
 def layer_function(
-    layer: Layer, mesh: Mesh | None = None
+    layer: Layer, mesh: Mesh | None = None, compute_dtype: str = "float32"
 ) -> Callable[[dict[str, Array], Array], Array]:
-    """One function for equal layers, which is compiled once; devices share the windows."""
+    """One function for equal layers, which is compiled once; devices share the windows.
+
+    Args:
+      layer: of the decoder.
+      mesh: of the devices.
+      compute_dtype: see `prox24.refine.BlockRefinement`.
+    """
+    reduced = {f"{name}.weight" for name in decoder.linear_inputs(layer)}
 
     def run(weights: dict[str, Array], hidden: Array) -> Array:
-        return decoder.layer(layer, weights, in_parts(hidden, mesh), decoder.no_tap)
+        used = decoder.in_bfloat16(weights, reduced if compute_dtype == "bfloat16" else ())
+        return decoder.layer(layer, used, in_parts(hidden, mesh), decoder.no_tap)
 
     return run
 

@@ -307,7 +307,7 @@ def _refine_layer(
         weights |= {name: _rounded(trained[name], weights[name], dtype) for name in trained}
     groups = len(hidden["pruned"]) // micro_batches
     refined = block(
-        layer_function(model.config.layers[index], model.mesh),
+        layer_function(model.config.layers[index], model.mesh, refinement.compute_dtype),
         weights,
         hidden["pruned"],
         hidden["dense"],

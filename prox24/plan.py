@@ -368,9 +368,8 @@ def _refining(
         return 0
     weights, layer = _pruned_weights(model, index, method), model.config.layers[index]
     hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
-    step = block_step(
-        layer_function(layer), weights, hidden, hidden, method.refinement, micro_batches
-    )
+    apply = layer_function(layer, None, method.refinement.compute_dtype)
+    step = block_step(apply, weights, hidden, hidden, method.refinement, micro_batches)
     # The weights of the dense layer, those to begin with and the best ones are kept besides.
     return _held(_weights(model, index)) + 2 * _held(weights) + _needed(step)
 

@@ -1,6 +1,7 @@
 """Training the kept weights of a whole model on the dense model's predictions."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
-from prox24.distill import ModelRefinement, MovingMask, distill
+from prox24.distill import ModelRefinement, MovingMask, _functions, distill
 from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
 from prox24.optax import exponential, proximal
 from prox24.refine import BlockRefinement
+from prox24.refine.training import COMPUTE_DTYPES
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -191,6 +193,32 @@ def test_the_whole_model_is_its_layers(tmp_path, variant):
         jax.tree.map(np.testing.assert_array_equal, given, back)
 
 
+def test_linears_multiply_in_bfloat16_and_little_is_lost(tmp_path):
+    write_tiny(tmp_path / "model")
+    model = load_model(open_checkpoint(tmp_path / "model"))
+    params = whole.stacked(
+        model.config,
+        lambda index, name: layer_weights(model, index)[name],
+        lambda name, tensors: jnp.stack(tensors),
+    )
+    outer = embedding_weights(model) | head_weights(model)
+    ids = jnp.asarray(tokens(batch=2, length=24))
+    gradients, products = [], []
+    for dtype in COMPUTE_DTYPES:
+        hidden, _ = _functions(model.config, None, dtype)
+        gradient = jax.grad(lambda params, f=hidden: jnp.mean(f(params, (outer, None), ids) ** 2))
+        gradients.append(jax.jit(gradient)(params))
+        lowered = jax.jit(gradient).lower(params).as_text()
+        products.append(len(re.findall(r"dot_general.*-> tensor<\S+xbf16>", lowered)))
+    # Seven linears: forwards, again for the gradient, and two products backwards.
+    assert products[0] == 0
+    assert products[1] >= 3 * 7
+    for exact, found in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, exact, atol=0.03 * np.max(np.abs(exact)))
+        assert np.any(found != exact)
+
+
 @pytest.fixture
 def workspace(tmp_path):
     write_tiny(tmp_path / "model", dtype="bfloat16")
@@ -358,7 +386,13 @@ def test_a_penalty_goes_with_a_constant_one(workspace, capsys):
     assert capsys.readouterr().err.count("--penalty and --mask constant go together") == 2
 
 
-@pytest.mark.parametrize("more", [[], ["--step-windows", "2", "--micro-batches", "2"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--compute-dtype", "bfloat16", "--measurements", "3"],
+        ["--step-windows", "2", "--micro-batches", "2"],
+    ],
+)
 def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypatch, capsys, more):
     assert distilled(workspace, "whole", *more) == 0
     given, more = distill, [*more, "--state", workspace / "state"]
@@ -421,6 +455,12 @@ def test_a_training_that_does_nothing_is_refused(workspace, capsys, option):
 def test_numbers_that_train_nothing_are_refused(make):
     with pytest.raises(ValueError, match="not positive"):
         make()
+
+
+@pytest.mark.parametrize("make", [ModelRefinement, BlockRefinement])
+def test_another_compute_dtype_is_refused(make):
+    with pytest.raises(ValueError, match="compute_dtype float16 is none of float32, bfloat16"):
+        make(compute_dtype="float16")
 
 
 def test_a_training_that_diverges_is_reported_as_json(workspace, capsys):

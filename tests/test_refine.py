@@ -299,7 +299,7 @@ def test_a_step_is_the_same_in_parts(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "more"),
     [
-        ("bfloat16", []),
+        ("bfloat16", ["--refine-compute-dtype", "bfloat16"]),
         ("float32", ["--refine-linears-only", "--dtype", "bfloat16"]),
         ("float32", ["--activations", "disk"]),
     ],

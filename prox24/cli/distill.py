@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         warmup=arguments.warmup,
         cross_entropy=arguments.cross_entropy,
         mask=moving_mask(arguments),
+        measurements=arguments.measurements,
+        compute_dtype=arguments.compute_dtype,
     )
     mesh = common_mesh(refinement.micro_batch, arguments.tensor_parallel)
     windows = shuffled(

@@ -32,6 +32,7 @@ from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error, first_line
 from prox24.packed.codes import BLOCK
 from prox24.processes import leave
+from prox24.refine.training import COMPUTE_DTYPES
 from prox24.solvers.solve import REFITS, SOLVERS
 
 MODEL = "HF folder, GGUF file, or the hub's OWNER/NAME[@REVISION]"
@@ -183,6 +184,7 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         action="store_true",
         help="leave norms, biases and routers as they are",
     )
+    _add_compute_dtype(command, "--refine-compute-dtype")
     command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     command.add_argument(
         "--distributed",
@@ -234,6 +236,14 @@ def _add_distill(commands: "_Commands[argparse.ArgumentParser]") -> None:
         metavar="SHARE",
         help="of the steps, in which the rate rises, from 0 to 1 (0.1)",
     )
+    command.add_argument(
+        "--measurements",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="of the loss on what is held out, after each of which --state is written (4)",
+    )
+    _add_compute_dtype(command, "--compute-dtype")
     command.add_argument(
         "--cross-entropy",
         type=_share,
@@ -437,6 +447,16 @@ def _add_shard_grams(command: argparse.ArgumentParser) -> None:
         help="divide the columns of Grams and weights among the devices, instead of the rows of "
         "weights: for Grams of which a device cannot hold several, or for many devices; with "
         "magnitude, wanda or admm, and cg or no refit",
+    )
+
+
+def _add_compute_dtype(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(
+        name,
+        choices=COMPUTE_DTYPES,
+        default="float32",
+        help="in which a training multiplies with linears: float32 at the highest precision, or "
+        "bfloat16, in which accelerators are several times faster (float32)",
     )
 
 

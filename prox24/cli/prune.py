@@ -72,6 +72,7 @@ DECISIVE = (
     "refine_rate",
     "refine_passes",
     "refine_linears_only",
+    "refine_compute_dtype",
     "shard_grams",
 )
 """Arguments that decide the result, apart from the source and the calibration text."""
@@ -124,6 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.refine_rate,
             arguments.refine_passes,
             linears_only=arguments.refine_linears_only,
+            compute_dtype=arguments.refine_compute_dtype,
         )
         windows = shuffled(windows)
         if jax.process_count() > 1:

@@ -2,13 +2,14 @@
 
 A layer's weights are a dict under the names of this module, whatever the checkpoint calls them
 (`Names` translates): linears in (out, in) layout as "self_attn.q_proj.weight", norms as
-"input_layernorm.weight". Everything is computed in float32.
+"input_layernorm.weight". Everything is computed in float32, but for products with weights that are
+`Packed24` or `InBfloat16`.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -468,11 +469,23 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
     return _softcap(y / head.divisor, head.softcap)
 
 
-def linear(x: Array, weight: Array | Packed24) -> Array:
+class InBfloat16(NamedTuple):
+    """A weight that is multiplied in bfloat16, as accelerators do fastest; gradients likewise."""
+
+    weight: Array
+
+
+def in_bfloat16(weights: Weights, names: Collection[str]) -> dict[str, Any]:
+    """Has these among the weights multiplied in bfloat16."""
+    return {name: InBfloat16(w) if name in names else w for name, w in weights.items()}
+
+
+def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
     """x W^T of x (batch, length, in) and W (out, in), in float32.
 
     Nothing else multiplies with the weight of a linear. With a packed one `x` is rounded to its
-    dtype, and so is the product: kernels read both in one dtype.
+    dtype, and so is the product: kernels read both in one dtype. With an `InBfloat16` operands and
+    product are rounded to bfloat16; sums are the device's, in float32.
 
     Example:
       >>> linear(jnp.ones((1, 3, 4)), jnp.ones((2, 4), jnp.bfloat16)).shape
@@ -480,6 +493,9 @@ def linear(x: Array, weight: Array | Packed24) -> Array:
     """
     if isinstance(weight, Packed24):
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
+    if isinstance(weight, InBfloat16):
+        half = jnp.einsum("bti,oi->bto", x.astype(jnp.bfloat16), weight.weight.astype(jnp.bfloat16))
+        return half.astype(jnp.float32)
     return jnp.einsum("bti,oi->bto", x, weight.astype(jnp.float32), precision=PRECISION)
 
 

@@ -18,6 +18,7 @@ from prox24.refine.training import (
     PyTree,
     Refined,
     at_least_float32,
+    check_compute_dtype,
     check_positive,
     lower_step,
     refine,
@@ -39,18 +40,22 @@ class BlockRefinement:
       held_out: the share of the steps' windows that decides which pass was best; at least one
         step's are.
       linears_only: leaves norms, biases and routers as they are.
+      compute_dtype: of the products with the weights of linears, "float32" at the highest precision
+        or "bfloat16", which accelerators multiply several times faster. All else is float32.
 
     Raises:
-      ValueError: the rate or the passes are not positive.
+      ValueError: the rate or the passes are not positive, or it is another dtype.
     """
 
     rate: float = 2e-4
     passes: int = 5
     held_out: float = 0.125
     linears_only: bool = False
+    compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         check_positive(self, "rate", "passes")
+        check_compute_dtype(self.compute_dtype)
 
     def step_windows(self, windows: int, most: int, devices: int = 1) -> int:
         """Windows of a step: about `most`, less where a pass would have fewer than eight steps.

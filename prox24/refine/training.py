@@ -31,6 +31,20 @@ def check_positive(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} {getattr(settings, name)} is not positive")
 
 
+COMPUTE_DTYPES = ("float32", "bfloat16")
+"""In which a training multiplies with the weights of linears."""
+
+
+def check_compute_dtype(dtype: str) -> None:
+    """Raises ValueError unless it is one of `COMPUTE_DTYPES`.
+
+    Example:
+      >>> check_compute_dtype("bfloat16")
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")
+
+
 def at_least_float32(x: Array) -> Array:
     """The array in float32, or in float64 if it is: what a loss is computed in."""
     return x.astype(np.promote_types(x.dtype, np.float32))
