@@ -9,9 +9,9 @@ Packed forms run what `prox24 tune` has measured to be the fastest, or else unpa
 every token. Each form of the weights has a process of its own, which goes on from the same prompt.
 The rate is that of all tokens but the first, which is the prompt's, and the second, for which
 programs are compiled. Speed is that rate over the dense form's in the same dtype, and its ceiling
-the bytes of the dense form over those of the packed one: a token reads every weight once. Resident
-memory is what the process has after the last token, on Linux. Products are those that `matmul`
-runs for the packed linears.
+the bytes of all weights of the dense form over those of the packed one. Resident memory is what the
+process has after the last token, on Linux. Products are those that `matmul` runs for a vector and
+the packed linears.
 """
 
 import argparse
@@ -112,15 +112,15 @@ def synthetic(form: Callable[[Weights], Weights]) -> tuple[Config, ModelWeights]
 def products(weights: ModelWeights) -> list[str]:
     """The implementations that multiply a vector with packed weights."""
     leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, Packed24))
-    packed = [leaf for leaf in leaves if isinstance(leaf, Packed24)]
+    linears = [leaf for leaf in leaves if isinstance(leaf, Packed24)]
     platform = default_platform()
-    return sorted({table.choose(Case(platform, w.dtype.name, *w.shape, 1)) for w in packed})
+    return sorted({table.choose(Case(platform, w.dtype.name, *w.shape, 1)) for w in linears})
 
 
 def ratio(rows: list[dict[str, Any]], row: dict[str, Any], of: str) -> float:
     """Of a packed form's figure to that of the dense form in its dtype; NaN if that did not run."""
-    dtype, packed, _ = row["form"].partition(", packed")
-    dense = [other[of] for other in rows if packed and other["form"] == dtype]
+    dtype, of_packed, _ = row["form"].partition(", packed")
+    dense = [other[of] for other in rows if of_packed and other["form"] == dtype]
     return row[of] / dense[0] if dense else math.nan
 
 

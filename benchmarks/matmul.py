@@ -5,14 +5,14 @@
 The shapes are the linears of Llama 8B and 70B. All contenders get the same random weight and
 inputs. The dense product is taken in two forms, of which now the one, now the other is the faster;
 the others are prox24's implementations, each where it serves, and on a GPU, where torch has it too,
-PyTorch's semi-structured weights by CUTLASS and by cuSPARSELt, compressed once, before; kernels
-there are of 16-bit weights, --dtype bfloat16 or float16. What fails is left out, with a line that
-says why. After a warm-up of two calls each repetition runs every contender once, starting one
-contender further than the last, so that a change in the machine's speed meets all of them. Where it
-takes longer to start a program than to multiply, which is not on CPUs, a run is of 32 products, one
-after the other in one program (PyTorch's are started one by one), and a product has its share.
-Times are medians. Speeds are relative to the faster dense form. The error is the largest difference
-to the product in float64 of eight vectors and 64 rows, relative to the largest entry.
+PyTorch's semi-structured weights by CUTLASS and by cuSPARSELt, compressed once, before. GPUs have
+kernels for 16-bit weights: give --dtype bfloat16 or float16 there. What fails is left out, with a
+line that says why. After a warm-up of two calls each repetition runs every contender once, starting
+one contender further than the last, so that a change in the machine's speed meets all of them.
+Where it takes longer to start a program than to multiply, which is not on CPUs, a run is of 32
+products, one after the other in one program (PyTorch's are started one by one), and a product has
+its share. Times are medians. Speeds are relative to the faster dense form. The error is the largest
+difference to the product in float64 of eight vectors and 64 rows, relative to the largest entry.
 
 The roofline of a contender is the time that it takes to read its weight and inputs and write its
 result at the speed at which 256 MiB are negated in place, or to do its multiplications at the speed
@@ -200,25 +200,28 @@ def by_pytorch(x: jax.Array, dense: jax.Array) -> dict[str, Contender]:
 
     if not torch.cuda.is_available():
         return {}
+
+    def by_linear(vectors: torch.Tensor, compressed: torch.Tensor) -> Contender:
+        def run(calls: int) -> jax.Array:
+            for _ in range(calls):
+                result = torch.nn.functional.linear(vectors, compressed)
+            torch.cuda.synchronize()
+            return jnp.from_dlpack(result)
+
+        return lambda calls: functools.partial(run, calls)
+
     vectors, weight = torch.from_dlpack(x), torch.from_dlpack(dense)
     found: dict[str, Contender] = {}
     for name, form in (
         ("PyTorch, CUTLASS", sparse.SparseSemiStructuredTensorCUTLASS),
         ("PyTorch, cuSPARSELt", sparse.SparseSemiStructuredTensorCUSPARSELT),
     ):
-
-        def run(compressed: torch.Tensor, calls: int) -> jax.Array:
-            for _ in range(calls):
-                result = torch.nn.functional.linear(vectors, compressed)
-            torch.cuda.synchronize()
-            return jnp.from_dlpack(result)
-
         try:
-            contender = functools.partial(run, form.from_dense(weight))
+            compressed = form.from_dense(weight)
         except RuntimeError as error:  # of a shape, a dtype, or a library that is not there
             print(f"{name} is left out: {first_line(error)}")
         else:
-            found[name] = functools.partial(functools.partial, contender)
+            found[name] = by_linear(vectors, compressed)
     return found
 
 
@@ -243,10 +246,12 @@ def measure(linear: str, case: Case, scale: float, machine: Machine, repetitions
         run = contender(1)
         try:
             found = np.asarray(run()[:CHECKED_VECTORS, :CHECKED_ROWS], np.float64)
-        except RuntimeError as error:  # JAX's, of a kernel, and PyTorch's
+            run = run if calls == 1 else contender(calls)
+            jax.block_until_ready(run())
+        except Exception as error:  # a kernel's, or that of its compiler, whatever it raises
             print(f"{name} is left out: {first_line(error)}")
         else:
-            runs[name] = run if calls == 1 else contender(calls)
+            runs[name] = run
             errors[name] = np.abs(found - exact).max() / np.abs(exact).max()
     seconds = {name: taken / calls for name, taken in medians(runs, repetitions).items()}
     fastest = min(seconds.get(name, math.inf) for name in DENSE)

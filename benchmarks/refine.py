@@ -50,6 +50,8 @@ LENGTH = 512
 WINDOWS = 64
 RATES = {64: (5e-4, 1e-3, 2e-3), 256: (5e-4,), 1024: (5e-4,)}
 """Tried with so many windows, besides the default."""
+PASSES = (1, 5, 18)
+"""Of blocks, over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024."""
 QUESTIONS = 250
 """Of each task."""
 
@@ -64,7 +66,7 @@ class Run(NamedTuple):
 
     @property
     def distinct_tokens(self) -> int:
-        """Of the text, for the mask and what follows."""
+        """Of the text that the mask and the training see."""
         return 0 if self.base == "dense" else max(WINDOWS, self.windows) * LENGTH
 
 
@@ -100,7 +102,7 @@ def runs() -> list[Run]:
     ]
     table += [
         Run(f"{base} + block, passes: {passes}", base, 64, BlockRefinement(passes=passes))
-        for passes in (1, 5, 18)
+        for passes in PASSES
         for base in REFINED
     ]
     table += [

@@ -35,11 +35,11 @@ from prox24.forward import (
     run_in_place,
 )
 from prox24.models import decoder, whole
-from prox24.models.decoder import Config, Weights
+from prox24.models.decoder import Config, Weights, check_compute_dtype
 from prox24.optax import exponential, proximal
 from prox24.refine import Refined, Training
 from prox24.refine.distillation import Features, Logits
-from prox24.refine.training import Resume, check_compute_dtype, check_positive
+from prox24.refine.training import Resume, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +88,17 @@ class ModelRefinement:
       rate: the highest.
       passes: over the windows that are not held out.
       step_windows: the windows of a step.
-      held_out: the share of the steps' windows that decides which weights were best; at least one
-        step's are.
+      held_out: the share of the steps' windows, the last ones, that decides which weights were
+        best; at least one step's are. Shuffle windows that are in the order of a text.
       cross_entropy: the share of the loss that is the text's own, see `prox24.refine.distill`.
-      measurements: of the loss on what is held out, evenly over the steps.
+      measurements: of the loss on what is held out, so many at the most, evenly over the steps.
       mask: None to train what is kept; else the mask is found as well, and every measurement is of
         the two largest of each block.
       warmup: the share of the steps in which the rate rises.
       micro_batches: in which the windows of a step are computed one after the other, for memory.
-      compute_dtype: of the products with the weights of the layers' linears, "float32" at the
-        highest precision or "bfloat16", which accelerators multiply several times faster. All else
-        is float32.
+      compute_dtype: of the products with the weights of the layers' linears, forwards and
+        backwards: "float32", at the highest precision, or "bfloat16", which is for accelerators.
+        All else is float32, but for the gradients of these weights, which devices add in it.
 
     Raises:
       Prox24Error: the micro-batches do not divide the windows of a step.
@@ -162,6 +162,10 @@ class ModelRefinement:
     def steps(self, groups: int) -> int:
         """Of the optimizer."""
         return self.passes * (groups - self.held_out_of(groups))
+
+    def measured_every(self, steps: int) -> int:
+        """Steps from one measurement to the next."""
+        return math.ceil(steps / self.measurements)
 
 
 class Distilled(NamedTuple):
@@ -246,9 +250,9 @@ def distill(
     batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
     if taught:
         targets = _targets(teacher, windows, micro_batch)
-        head = _shared(_outer(head_weights(teacher), mesh), outer)
-    else:
-        targets, head = [np.zeros(0, np.float32)] * len(batches), {}
+        predicts = (_shared(_outer(head_weights(teacher), mesh), outer), None)
+    else:  # Not looked at.
+        targets, predicts = [np.zeros(0, np.float32)] * len(batches), None
     units = None
     if mask is not None and mask.normalised:
         units = _mean_magnitudes(config, params)
@@ -260,7 +264,7 @@ def distill(
         batches,
         targets,
         _optimizer(config, refinement, steps),
-        teacher=(head, None),
+        teacher=predicts,
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
         held_out=held_out * refinement.micro_batches,
@@ -269,7 +273,7 @@ def distill(
         project=None
         if mask is None
         else functools.partial(_two_largest, config, params if mask.alone else None),
-        measured_every=math.ceil(steps / refinement.measurements),
+        measured_every=refinement.measured_every(steps),
         resume=resume,
         on_measured=on_measured,
     )
@@ -324,17 +328,15 @@ _Outer = tuple[Weights, whole.Stacked | None]
 
 
 @functools.lru_cache(maxsize=4)
-def _functions(
-    config: Config, mesh: Mesh | None, compute_dtype: str = "float32"
-) -> tuple[Features, Logits]:
+def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[Features, Logits]:
     """Objects that are the same for the same model, so that they are compiled once."""
-    reduced = _linears(config) if compute_dtype == "bfloat16" else frozenset()
+    linears = _linears(config)
 
     def enter(weights: Weights, hidden: Array) -> tuple[Weights, Array]:
-        # Rounded before, so that devices send half of the bytes.
-        rounded = {n: w.astype(jnp.bfloat16) if n in reduced else w for n, w in weights.items()}
-        weights, hidden = partition.gathered(mesh, rounded, hidden)
-        return decoder.in_bfloat16(weights, reduced), hidden
+        # In that dtype already when devices send them to each other.
+        return partition.gathered(
+            mesh, decoder.computed_in(compute_dtype, weights, linears), hidden
+        )
 
     def features(params: whole.Stacked, outer: _Outer, tokens: Array) -> Array:
         weights, units = outer

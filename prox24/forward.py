@@ -227,10 +227,10 @@ def layer_function(
       mesh: of the devices.
       compute_dtype: see `prox24.refine.BlockRefinement`.
     """
-    reduced = {f"{name}.weight" for name in decoder.linear_inputs(layer)}
+    linears = {f"{name}.weight" for name in decoder.linear_inputs(layer)}
 
     def run(weights: dict[str, Array], hidden: Array) -> Array:
-        used = decoder.in_bfloat16(weights, reduced if compute_dtype == "bfloat16" else ())
+        used = decoder.computed_in(compute_dtype, weights, linears)
         return decoder.layer(layer, used, in_parts(hidden, mesh), decoder.no_tap)
 
     return run

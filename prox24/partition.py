@@ -7,6 +7,7 @@ leaves them by columns (tensor parallelism). If query, key and value are linears
 gate and up, they send the sums of what leaves; else parts of the activations too.
 """
 
+import functools
 import math
 
 import jax
@@ -74,7 +75,10 @@ def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weight
             weight = divided(weight, PartitionSpec(*spec))
         return weight
 
-    weights = {name: common(name, weight) for name, weight in weights.items()}
+    weights = {
+        name: jax.tree.map(functools.partial(common, name), weight)
+        for name, weight in weights.items()
+    }
     return weights, divided(hidden, PartitionSpec(AXIS))
 
 

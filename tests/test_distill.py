@@ -20,7 +20,6 @@ from prox24.forward import all_linears, embedding_weights, head_weights, layer_w
 from prox24.models import decoder, whole
 from prox24.optax import exponential, proximal
 from prox24.refine import BlockRefinement
-from prox24.refine.training import COMPUTE_DTYPES
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -204,7 +203,7 @@ def test_linears_multiply_in_bfloat16_and_little_is_lost(tmp_path):
     outer = embedding_weights(model) | head_weights(model)
     ids = jnp.asarray(tokens(batch=2, length=24))
     gradients, products = [], []
-    for dtype in COMPUTE_DTYPES:
+    for dtype in decoder.COMPUTE_DTYPES:
         hidden, _ = _functions(model.config, None, dtype)
         gradient = jax.grad(lambda params, f=hidden: jnp.mean(f(params, (outer, None), ids) ** 2))
         gradients.append(jax.jit(gradient)(params))
@@ -416,6 +415,7 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
     assert distilled(workspace, "out", *more, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert 0 < report["resumed_steps"] < report["steps"]
+    assert "no runtime skips them" in report["remark"]
     for path in (workspace / "whole").iterdir():
         assert path.read_bytes() == (workspace / "out" / path.name).read_bytes(), path.name
 

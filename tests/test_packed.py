@@ -242,6 +242,19 @@ def test_damaged_arrays_are_named(part, change, words):
     assert "\n" not in str(error.value)
 
 
+def test_values_that_jax_would_round_are_refused():
+    stored = to_arrays("up", pack(random_24().astype(np.float64)))
+    assert from_arrays("up", stored).dtype == np.float64
+    with jax.enable_x64(False), pytest.raises(CheckpointError, match=r"up.values is float64"):
+        from_arrays("up", stored)
+
+
+@pytest.mark.parametrize("axis", [2, -3])
+def test_an_axis_that_is_not_there_is_named(axis):
+    with pytest.raises(ValueError, match=rf"shape \(\d+, \d+\) has no axis {axis}"):
+        pack(random_24(), axis)
+
+
 @given(words=arrays(np.uint32, (1, 2)), valid=st.booleans())
 def test_codes_are_read_exactly_if_every_one_is_a_pair(words, valid):
     nibbles = [int(word) >> shift & 15 for word in words[0] for shift in range(0, 32, 4)]

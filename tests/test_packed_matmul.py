@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import shutil
@@ -634,6 +635,25 @@ def test_an_implementation_that_multiplies_wrongly_is_not_measured(
     assert set(measure(case, 1).seconds) == {FALLBACK, "cpu"}
 
 
+@needs_compiler
+def test_an_implementation_that_fails_while_it_runs_is_not_measured(tables, monkeypatch, caplog):
+    def cut(x, values, codes):
+        return cpu.run(x, values[:, :-16], codes, cpu.INSTRUCTIONS[-1])
+
+    broken = IMPLEMENTATIONS["cpu"]._replace(run=cut, serves=lambda case: True)
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", broken)
+    with caplog.at_level(logging.WARNING, "prox24.packed"):
+        assert set(measure(CASE, 1).seconds) == {FALLBACK}
+    assert "do not fit" in caplog.text
+
+
+def test_a_product_has_its_share_of_the_time_of_a_program(tables, monkeypatch):
+    monkeypatch.setattr(tuning, "calls_of", lambda platform: 4)
+    monkeypatch.setattr(tuning.time, "perf_counter", itertools.count().__next__)
+    measured = measure(CASE, 1)
+    assert {measured.dense, *measured.seconds.values()} == {0.25}
+
+
 @pytest.mark.optimized
 def test_a_program_of_several_products_makes_every_one():
     x, w = operands(2, 8, 64)
@@ -648,6 +668,8 @@ def test_a_program_of_several_products_makes_every_one():
     (loop,) = (line for line in text.splitlines() if " while(" in line)
     assert "u32[8,2]" in loop
     assert "f32[8,64]" not in loop
+    # And multiplied as a whole, though a column is all that is used.
+    assert text.count("f32[2,8]{1,0} dot(") == 2
 
 
 def test_tune_measures_the_linears_of_a_checkpoint(tables, capsys, tmp_path):

@@ -296,6 +296,20 @@ def test_a_step_is_the_same_in_parts(tmp_path):
         assert one.block.error == pytest.approx(other.block.error, rel=1e-3)
 
 
+def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(tmp_path):
+    write_tiny(tmp_path / "model")
+    checkpoint, windows = open_checkpoint(tmp_path / "model"), tokens(batch=32, length=16)
+    errors, weights = [], []
+    for dtype in decoder.COMPUTE_DTYPES:
+        refinement = BlockRefinement(rate=3e-3, passes=2, compute_dtype=dtype)
+        model = collect(prune(checkpoint, windows, Wanda(), None, refinement=refinement))
+        assert {report.block.outcome for report in model.reports} == {Outcome.IMPROVED}
+        errors.append([report.block.error for report in model.reports])
+        weights.append(model.tensors[model.reports[0].name])
+    np.testing.assert_allclose(*errors, rtol=0.02)
+    assert not np.array_equal(*weights)
+
+
 @pytest.mark.parametrize(
     ("dtype", "more"),
     [
@@ -388,7 +402,10 @@ def test_a_single_window_is_refused(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 
 
-def test_linears_only_without_a_refinement_is_refused(tmp_path, capsys):
-    command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--refine-linears-only"]
+@pytest.mark.parametrize(
+    "option", [["--refine-linears-only"], ["--refine-compute-dtype", "bfloat16"]]
+)
+def test_options_without_a_refinement_are_refused(tmp_path, capsys, option):
+    command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), *option]
     assert main(command) == 2
-    assert "--refine-linears-only is for --refine block" in capsys.readouterr().err
+    assert f"{option[0]} is for --refine block" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from prox24.checkpoints.unfinished import (
     source_files,
     unfinished_folder,
 )
-from prox24.checkpoints.writer import check_destination, check_outside, fill_folder
+from prox24.checkpoints.writer import OUTPUTS, check_destination, check_outside, fill_folder
 from prox24.cli.output import (
     check_report,
     peak_memory_bytes,
@@ -78,7 +79,6 @@ def run(arguments: argparse.Namespace) -> int:
     }
     linears = {linear.tensor for linear in all_linears(load_model(pruned).config)}
     figures: list[dict[str, Any]] = []
-    begun: list[int] = []
     trained: set[str] = set()
 
     def watched(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -90,20 +90,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Opened before hours are spent.
     with unfinished_folder(arguments.destination, overwrite=arguments.overwrite) as unfinished:
-        with _training(arguments, job, refinement, len(windows)) as (resume, on_measured):
-
-            def begin(state: Training) -> Training:
-                state = resume(state)
-                begun.append(state.steps)
-                return state
-
+        resumed: list[int] = []
+        training = _training(arguments, job, refinement, len(windows), resumed)
+        with training as (resume, on_measured):
             distilled = distill(
                 dense,
                 pruned,
                 windows,
                 refinement,
                 mesh=mesh,
-                resume=begin,
+                resume=resume,
                 on_measured=on_measured,
             )
         tensors, note = watched(distilled.tensors), _model_card(windows, refinement)
@@ -117,11 +113,12 @@ def run(arguments: argparse.Namespace) -> int:
         "outcome": refined.outcome.value,
         "losses": plain(refined.losses),
         "steps": refined.steps,
-        "resumed_steps": begun[0],
+        "resumed_steps": resumed[0],
         "tokens": distilled.tokens,
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": versions(),
+        "remark": OUTPUTS["safetensors"](pruned).remark,
     }
     write_report(arguments.report, report)
     if arguments.json:
@@ -135,22 +132,29 @@ def run(arguments: argparse.Namespace) -> int:
             ["seconds", f"{report['seconds']:.0f}"],
             ["peak memory", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"],
         ]
-        if begun[0]:
-            rows.append(["done by the run before", f"{begun[0]} steps"])
+        if resumed[0]:
+            rows.append(["done by the run before", f"{resumed[0]} steps"])
         print_table(["written", str(arguments.destination)], rows)
+        print(report["remark"])
     return 0
 
 
 @contextlib.contextmanager
 def _training(
-    arguments: argparse.Namespace, job: Mapping[str, Any], refinement: ModelRefinement, windows: int
+    arguments: argparse.Namespace,
+    job: Mapping[str, Any],
+    refinement: ModelRefinement,
+    windows: int,
+    resumed: list[int],
 ) -> Iterator[tuple[Resume, Callable[[Training], None]]]:
-    """Where the training begins, and what is done at each measurement: progress, and the state."""
+    """Where the training begins, and what is done at each measurement: progress, and the state.
+
+    To the last argument it appends the steps that an earlier run has done.
+    """
     steps = refinement.steps(windows // refinement.step_windows)
+    measurements = math.ceil(steps / refinement.measured_every(steps))
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(
-            progress_bar("distill", refinement.measurements, arguments.quiet)
-        )
+        advance = stack.enter_context(progress_bar("distill", measurements, arguments.quiet))
         saved = None
         if arguments.state is not None:
             saved = stack.enter_context(states(arguments.state, job))
@@ -162,6 +166,7 @@ def _training(
 
         def resume(begun: Training) -> Training:
             state = begun if saved is None else saved.resume(begun)
+            resumed.append(state.steps)
             for loss in state.losses[1:]:
                 advance(f"step {state.steps} of {steps}", loss)
             return state

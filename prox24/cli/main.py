@@ -30,9 +30,9 @@ from prox24.cli import (
 )
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error, first_line
+from prox24.models.decoder import COMPUTE_DTYPES
 from prox24.packed.codes import BLOCK
 from prox24.processes import leave
-from prox24.refine.training import COMPUTE_DTYPES
 from prox24.solvers.solve import REFITS, SOLVERS
 
 MODEL = "HF folder, GGUF file, or the hub's OWNER/NAME[@REVISION]"
@@ -241,7 +241,8 @@ def _add_distill(commands: "_Commands[argparse.ArgumentParser]") -> None:
         type=_positive,
         default=4,
         metavar="N",
-        help="of the loss on what is held out, after each of which --state is written (4)",
+        help="of the loss on what is held out, after each of which --state is written, at the most "
+        "(4)",
     )
     _add_compute_dtype(command, "--compute-dtype")
     command.add_argument(
@@ -455,8 +456,7 @@ def _add_compute_dtype(command: argparse.ArgumentParser, name: str) -> None:
         name,
         choices=COMPUTE_DTYPES,
         default="float32",
-        help="in which a training multiplies with linears: float32 at the highest precision, or "
-        "bfloat16, in which accelerators are several times faster (float32)",
+        help="in which a training multiplies with linears; bfloat16 is for accelerators (float32)",
     )
 
 

@@ -96,8 +96,13 @@ def _run(arguments: argparse.Namespace) -> int:
     inputs = (arguments.source, arguments.calibration)
     check_destination(arguments.destination, inputs, arguments.overwrite)
     check_report(arguments.report)
-    if arguments.refine_linears_only and arguments.refine == "none":
-        raise Prox24Error("--refine-linears-only is for --refine block")
+    if arguments.refine == "none":
+        for option, given in (
+            ("--refine-linears-only", arguments.refine_linears_only),
+            ("--refine-compute-dtype", arguments.refine_compute_dtype != "float32"),
+        ):
+            if given:
+                raise Prox24Error(f"{option} is for --refine block")
     solver, refit = choose_supported(arguments)
     pull = choose_pull(arguments.method, arguments.targets, arguments.pull)
     checkpoint, native = torchax.open_any(arguments.source)
@@ -127,9 +132,9 @@ def _run(arguments: argparse.Namespace) -> int:
             linears_only=arguments.refine_linears_only,
             compute_dtype=arguments.refine_compute_dtype,
         )
-        windows = shuffled(windows)
         if jax.process_count() > 1:
             raise Prox24Error("--refine is for a single process")
+        windows = shuffled(windows)
     micro_batch, mesh = None, common_mesh(len(windows)) if native else None
     devices = 1 if mesh is None else mesh.size
     check_shared(arguments.shard_grams, devices)

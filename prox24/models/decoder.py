@@ -470,14 +470,33 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
 
 
 class InBfloat16(NamedTuple):
-    """A weight that is multiplied in bfloat16, as accelerators do fastest; gradients likewise."""
+    """A bfloat16 weight of a linear that is multiplied in bfloat16, forwards and backwards."""
 
     weight: Array
 
 
-def in_bfloat16(weights: Weights, names: Collection[str]) -> dict[str, Any]:
-    """Has these among the weights multiplied in bfloat16."""
-    return {name: InBfloat16(w) if name in names else w for name, w in weights.items()}
+COMPUTE_DTYPES = ("float32", "bfloat16")
+"""In which products with linears may be computed."""
+
+
+def check_compute_dtype(dtype: str) -> None:
+    """Raises ValueError unless it is one of `COMPUTE_DTYPES`.
+
+    Example:
+      >>> check_compute_dtype("bfloat16")
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")
+
+
+def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) -> dict[str, Any]:
+    """Weights whose linears, by name, are multiplied in one of `COMPUTE_DTYPES`."""
+    if compute_dtype == "float32":
+        return dict(weights)
+    return {
+        name: InBfloat16(w.astype(jnp.bfloat16)) if name in linears else w
+        for name, w in weights.items()
+    }
 
 
 def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
@@ -485,7 +504,7 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
 
     Nothing else multiplies with the weight of a linear. With a packed one `x` is rounded to its
     dtype, and so is the product: kernels read both in one dtype. With an `InBfloat16` operands and
-    product are rounded to bfloat16; sums are the device's, in float32.
+    product are rounded to bfloat16, and sums are the device's own.
 
     Example:
       >>> linear(jnp.ones((1, 3, 4)), jnp.ones((2, 4), jnp.bfloat16)).shape
@@ -494,8 +513,8 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
     if isinstance(weight, Packed24):
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
     if isinstance(weight, InBfloat16):
-        half = jnp.einsum("bti,oi->bto", x.astype(jnp.bfloat16), weight.weight.astype(jnp.bfloat16))
-        return half.astype(jnp.float32)
+        product = jnp.einsum("bti,oi->bto", x.astype(jnp.bfloat16), weight.weight)
+        return product.astype(jnp.float32)
     return jnp.einsum("bti,oi->bto", x, weight.astype(jnp.float32), precision=PRECISION)
 
 

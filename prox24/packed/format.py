@@ -119,15 +119,19 @@ def unpack(w: Packed24) -> Array:
 
 
 def check_words(w: Packed24) -> None:
-    """Raises ValueError unless there is one code for every two values."""
+    """Raises ValueError unless codes and values fit each other."""
     *rows, half = w.values.shape
     entries = half // KEPT * BLOCK
-    whole = half % KEPT == 0 and entries % ENTRIES_PER_WORD == w.remainder
-    if not whole or w.codes.shape != (*rows, words_of(entries)) or w.codes.dtype != jnp.uint32:
+    if (
+        half % KEPT
+        or entries % ENTRIES_PER_WORD != w.remainder
+        or w.codes.shape != (*rows, words_of(entries))
+        or w.codes.dtype != jnp.uint32
+    ):
         raise ValueError(
             f"codes, {w.codes.dtype} of shape {w.codes.shape}, do not fit values of shape "
-            f"{w.values.shape}: cut both alike, and a packed axis at multiples of "
-            f"{ENTRIES_PER_WORD} entries only"
+            f"{w.values.shape} and a remainder of {w.remainder}: cut both alike, and a packed axis "
+            f"at multiples of {ENTRIES_PER_WORD} entries only"
         )
 
 

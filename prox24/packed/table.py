@@ -130,7 +130,11 @@ def made_for(platform: str) -> dict[str, str]:
 
 
 _UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
     OverflowError,  # of an integer that is no float
     RuntimeError,  # JAX's, where there is no device of the platform
 )

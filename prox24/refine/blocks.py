@@ -12,13 +12,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.errors import CalibrationError
+from prox24.models.decoder import check_compute_dtype
 from prox24.refine.training import (
     Loss,
     Project,
     PyTree,
     Refined,
     at_least_float32,
-    check_compute_dtype,
     check_positive,
     lower_step,
     refine,
@@ -37,11 +37,11 @@ class BlockRefinement:
     Attributes:
       rate: the first.
       passes: over the calibration windows that are not held out.
-      held_out: the share of the steps' windows that decides which pass was best; at least one
-        step's are.
+      held_out: the share of the steps' windows, the last ones, that decides which pass was best; at
+        least one step's are. Shuffle windows that are in the order of a text.
       linears_only: leaves norms, biases and routers as they are.
-      compute_dtype: of the products with the weights of linears, "float32" at the highest precision
-        or "bfloat16", which accelerators multiply several times faster. All else is float32.
+      compute_dtype: of the products with the weights of linears, forwards and backwards: "float32",
+        at the highest precision, or "bfloat16", which is for accelerators. All else is float32.
 
     Raises:
       ValueError: the rate or the passes are not positive, or it is another dtype.

@@ -31,20 +31,6 @@ def check_positive(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} {getattr(settings, name)} is not positive")
 
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
-"""In which a training multiplies with the weights of linears."""
-
-
-def check_compute_dtype(dtype: str) -> None:
-    """Raises ValueError unless it is one of `COMPUTE_DTYPES`.
-
-    Example:
-      >>> check_compute_dtype("bfloat16")
-    """
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")
-
-
 def at_least_float32(x: Array) -> Array:
     """The array in float32, or in float64 if it is: what a loss is computed in."""
     return x.astype(np.promote_types(x.dtype, np.float32))
@@ -55,7 +41,8 @@ class Outcome(enum.Enum):
 
     IMPROVED: the loss on held-out batches is lower than before.
     UNCHANGED: it never was; the parameters are those that were given.
-    DIVERGED: a loss or a parameter was not finite; the parameters are the best before that.
+    DIVERGED: a loss was not finite, or a parameter that a projection hides from it; the parameters
+      are the best before that.
     """
 
     IMPROVED = "improved"
@@ -70,7 +57,7 @@ class Refined(NamedTuple):
       params: the best that were measured, in the dtypes that were given.
       outcome: an `Outcome`.
       losses: on held-out batches, before the first step and at each measurement; NaN where a
-        parameter was not finite.
+        parameter was not finite that a projection hides.
       steps: of the optimizer.
     """
 
@@ -204,9 +191,8 @@ def refine(
         state = state._replace(master=master, optimizer=memory, steps=taken)
         if taken % (measured_every or steps_of_pass) == 0 or taken == steps:
             found = candidate(master)
-            # A projection may hide what the parameters have become.
-            latest = measure(found) if bool(_all_finite(master)) else math.nan
-            losses = [*state.losses, latest]
+            hidden = project is not None and not bool(_all_finite(master))
+            losses = [*state.losses, math.nan if hidden else measure(found)]
             best = found if losses[-1] == min(losses) < losses[0] else state.best
             state = state._replace(best=best, losses=losses)
             on_measured(state)
