@@ -7,12 +7,14 @@ inputs. The dense product is taken in two forms, of which now the one, now the o
 the others are prox24's implementations, each where it serves, and on a GPU, where torch has it too,
 PyTorch's semi-structured weights by CUTLASS and by cuSPARSELt, compressed once, before. GPUs have
 kernels for 16-bit weights: give --dtype bfloat16 or float16 there. What fails is left out, with a
-line that says why. After a warm-up of two calls each repetition runs every contender once, starting
-one contender further than the last, so that a change in the machine's speed meets all of them.
-Where it takes longer to start a program than to multiply, which is not on CPUs, a run is of 32
-products, one after the other in one program (PyTorch's are started one by one), and a product has
-its share. Times are medians. Speeds are relative to the faster dense form. The error is the largest
-difference to the product in float64 of eight vectors and 64 rows, relative to the largest entry.
+line that says why. Each repetition runs every contender, starting one further than the last, so
+that a change in the machine's speed meets all of them; the first does not count. Each runs twice,
+and the second time counts: a processor that had nothing to do is slow at first, which it is not
+within a model. Where it takes longer to start a program than to multiply, which is not on CPUs, a
+run is of 32 products, one after the other in one program (PyTorch's are started one by one), and a
+product has its share. Times are medians. Speeds are relative to the faster dense form. The error is
+the largest difference to the product in float64 of eight vectors and 64 rows, relative to the
+largest entry.
 
 The roofline of a contender is the time that it takes to read its weight and inputs and write its
 result at the speed at which 256 MiB are negated in place, or to do its multiplications at the speed
@@ -111,9 +113,10 @@ def medians(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str
     """Median seconds of each, by name."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(-2, repetitions):
+    for repetition in range(-1, repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
+            timed(runs[name])
             taken = timed(runs[name])
             if repetition >= 0:
                 seconds[name].append(taken)

@@ -41,9 +41,10 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
     """Median seconds of each implementation that serves a case, and of dense, on random data.
 
     One that the device cannot run, or whose result is not that of the fallback, is left out, and a
-    line is logged that says why. The others are run twice to warm up. Every repetition then runs
-    all of them, starting one further than the last, so that a change in the machine's speed meets
-    all. Where it takes longer to start a program than to multiply, which is not on CPUs, a program
+    line is logged that says why. Every repetition runs all others, starting one further than the
+    last, so that a change in the machine's speed meets all; the first does not count. Each runs
+    twice, and the second time counts: a processor that had nothing to do is slow at first, which it
+    is not within a model. Where it takes longer to start a program than to multiply, which is not on CPUs, a program
     makes `CALLS` products, and a product has its share of the time. All are of one weight: if a
     cache holds it, it is read faster than in a model.
 
@@ -76,9 +77,10 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
                 logger.warning("%s is not used for %s: %s", name, case, problem)
     names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(-2, repetitions):
+    for repetition in range(-1, repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
+            jax.block_until_ready(programs[name]())
             start = time.perf_counter()
             jax.block_until_ready(programs[name]())
             if repetition >= 0:
