@@ -8,8 +8,8 @@ the others are prox24's implementations, each where it serves, and on a GPU, whe
 PyTorch's semi-structured weights by CUTLASS and by cuSPARSELt, compressed once, before. GPUs have
 kernels for 16-bit weights: give --dtype bfloat16 or float16 there. What fails is left out, with a
 line that says why. Each repetition runs every contender, starting one further than the last, so
-that a change in the machine's speed meets all of them; the first does not count. Each runs twice,
-and the second time counts: a processor that had nothing to do is slow at first, which it is not
+that a change in the machine's speed meets all of them; the first does not count. Each runs for a
+while before it is timed: a processor that had nothing to do is slow at first, which it is not
 within a model. Where it takes longer to start a program than to multiply, which is not on CPUs, a
 run is of 32 products, one after the other in one program (PyTorch's are started one by one), and a
 product has its share. Times are medians. Speeds are relative to the faster dense form. The error is
@@ -50,7 +50,7 @@ from prox24.packed import unpack
 from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT
 from prox24.packed.implementation import Case, default_platform
 from prox24.packed.registry import IMPLEMENTATIONS
-from prox24.packed.tuning import DENSE, calls_of, random_packed, repeated
+from prox24.packed.tuning import DENSE, calls_of, random_packed, repeated, wake
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -116,7 +116,7 @@ def medians(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str
     for repetition in range(-1, repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            timed(runs[name])
+            wake(runs[name])
             taken = timed(runs[name])
             if repetition >= 0:
                 seconds[name].append(taken)

@@ -42,11 +42,11 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
 
     One that the device cannot run, or whose result is not that of the fallback, is left out, and a
     line is logged that says why. Every repetition runs all others, starting one further than the
-    last, so that a change in the machine's speed meets all; the first does not count. Each runs
-    twice, and the second time counts: a processor that had nothing to do is slow at first, which it
-    is not within a model. Where it takes longer to start a program than to multiply, which is not on CPUs, a program
-    makes `CALLS` products, and a product has its share of the time. All are of one weight: if a
-    cache holds it, it is read faster than in a model.
+    last, so that a change in the machine's speed meets all; the first does not count. Each runs for
+    a while before it is timed: a processor that had nothing to do is slow at first, which it is not
+    within a model. Where it takes longer to start a program than to multiply, which is not on CPUs,
+    a program makes `CALLS` products, and a product has its share of the time. All are of one
+    weight: if a cache holds it, it is read faster than in a model.
 
     Args:
       case: its platform has a device here.
@@ -80,7 +80,7 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
     for repetition in range(-1, repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            jax.block_until_ready(programs[name]())
+            wake(programs[name])
             start = time.perf_counter()
             jax.block_until_ready(programs[name]())
             if repetition >= 0:
@@ -88,6 +88,18 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     fastest_dense = min(medians.pop(name) for name in DENSE)
     return Measurement(case, medians, fastest_dense)
+
+
+WAKING = 0.02
+"""Seconds."""
+
+
+def wake(program: Callable[[], object]) -> None:
+    """Runs a program until a processor that had nothing to do before is as fast as it gets."""
+    end = time.perf_counter() + WAKING
+    jax.block_until_ready(program())
+    while time.perf_counter() < end:
+        jax.block_until_ready(program())
 
 
 def calls_of(platform: str) -> int:
