@@ -6,12 +6,12 @@
 
 The model is SmolLM2-135M-Instruct, or a checkpoint, or random weights in the shape of Llama-3.2-1B.
 Packed forms run what `prox24 tune` has measured to be the fastest, or else unpack every weight for
-every token. Each form of the weights has a process of its own, which goes on from the same prompt.
-The rate is that of all tokens but the first, which is the prompt's, and the second, for which
-programs are compiled. Speed is that rate over the dense form's in the same dtype, and its ceiling
-the bytes of all weights of the dense form over those of the packed one. Resident memory is what the
-process has after the last token, on Linux. Products are those that `matmul` runs for a vector and
-the packed linears.
+every token. Each form of the weights has a process of its own, which goes on from the same prompt,
+and all forms take turns --rounds times: printed are medians. The rate is that of all tokens but the
+first, which is the prompt's, and the second, for which programs are compiled. Speed is that rate
+over the dense form's in the same dtype, and its ceiling the bytes of all weights of the dense form
+over those of the packed one. Resident memory is what the process has after the last token, on
+Linux. Products are those that `matmul` runs for a vector and the packed linears.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -124,6 +125,16 @@ def ratio(rows: list[dict[str, Any]], row: dict[str, Any], of: str) -> float:
     return row[of] / dense[0] if dense else math.nan
 
 
+def median_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table of several of the same form: the median of each number."""
+    return {
+        key: statistics.median(row[key] for row in rounds)
+        if isinstance(value, int | float)
+        else value
+        for key, value in rounds[0].items()
+    }
+
+
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -159,19 +170,24 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, action="append", help="all by default")
     parser.add_argument("--prompt", type=int, default=32, help="random tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="to generate, three or more")
+    parser.add_argument("--rounds", type=int, default=3, help="of all forms, one or more (3)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.tokens < 3:
         parser.error(f"argument --tokens: {arguments.tokens} are too few to measure")
+    if arguments.rounds < 1:
+        parser.error(f"argument --rounds: {arguments.rounds} is not positive")
     path = arguments.model
     if path is None and not arguments.synthetic:
         cache = Path(".cache")
         cache.mkdir(exist_ok=True)
         path = fetch_model(cache)
-    rows = []
-    for form in arguments.form or FORMS:
+    forms = list(arguments.form or FORMS)
+    rounds = []
+    for form in arguments.rounds * forms:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(measure, (form, path, arguments.prompt, arguments.tokens)))
+            rounds.append(pool.apply(measure, (form, path, arguments.prompt, arguments.tokens)))
+    rows = [median_of(rounds[place :: len(forms)]) for place in range(len(forms))]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
     grid = Table()

@@ -335,6 +335,8 @@ def test_generation_is_measured_for_each_form_of_the_weights(tmp_path, monkeypat
         assert row["tokens_per_second"] > 0
         # Nothing was measured that could be faster.
         assert row["products"] == (["unpack"] if "packed" in row["form"] else [])
+    faster = rows[0] | {"tokens_per_second": 3 * rows[0]["tokens_per_second"]}
+    assert benchmark["median_of"]([faster, rows[0], rows[0]]) == rows[0]
     share = benchmark["ratio"](rows, rows[1], "weights_bytes")
     assert share == sizes["float32, packed"] / sizes["float32"]
     assert np.isnan(benchmark["ratio"](rows, rows[0], "weights_bytes"))
