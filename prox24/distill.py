@@ -165,7 +165,7 @@ class ModelRefinement:
 
     def measured_every(self, steps: int) -> int:
         """Steps from one measurement to the next."""
-        return math.ceil(steps / self.measurements)
+        return max(1, math.ceil(steps / self.measurements))
 
 
 class Distilled(NamedTuple):

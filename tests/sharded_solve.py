@@ -308,9 +308,9 @@ def model_reports(folder):
     # Optax's optimizers mix dtypes and ranks.
     meshes, run_layer = [], pipeline.layer_function
 
-    def watched(layer, mesh=None):
+    def watched(layer, mesh=None, *compute_dtype):
         meshes.append(None if mesh is None else mesh.size)
-        return run_layer(layer, mesh)
+        return run_layer(layer, mesh, *compute_dtype)
 
     pipeline.layer_function = watched
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
