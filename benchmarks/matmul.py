@@ -33,8 +33,6 @@ import functools
 import importlib.util
 import math
 import os
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,7 +48,7 @@ from prox24.packed import unpack
 from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT
 from prox24.packed.implementation import Case, default_platform
 from prox24.packed.registry import IMPLEMENTATIONS
-from prox24.packed.tuning import DENSE, calls_of, random_packed, repeated, wake
+from prox24.packed.tuning import DENSE, calls_of, medians, random_packed, repeated
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -100,27 +98,6 @@ class Row:
     speed_relative_to_dense: float
     fraction_of_roofline: float
     error: float
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of a call."""
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
-
-
-def medians(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each, by name."""
-    names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(-1, repetitions):
-        first = repetition % len(names)
-        for name in names[first:] + names[:first]:
-            wake(runs[name])
-            taken = timed(runs[name])
-            if repetition >= 0:
-                seconds[name].append(taken)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def measure_machine(dtype: str, repetitions: int) -> Machine:

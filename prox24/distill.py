@@ -1,4 +1,4 @@
-"""Training all kept weights of a pruned checkpoint together, on what the dense one predicts."""
+"""Training all kept weights of a pruned checkpoint together, on what the dense one of_teacher."""
 
 import dataclasses
 import functools
@@ -250,9 +250,9 @@ def distill(
     batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
     if taught:
         targets = _targets(teacher, windows, micro_batch)
-        predicts = (_shared(_outer(head_weights(teacher), mesh), outer), None)
+        of_teacher = (_shared(_outer(head_weights(teacher), mesh), outer), None)
     else:  # Not looked at.
-        targets, predicts = [np.zeros(0, np.float32)] * len(batches), None
+        targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), None
     units = None
     if mask is not None and mask.normalised:
         units = _mean_magnitudes(config, params)
@@ -264,7 +264,7 @@ def distill(
         batches,
         targets,
         _optimizer(config, refinement, steps),
-        teacher=predicts,
+        teacher=of_teacher,
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
         held_out=held_out * refinement.micro_batches,

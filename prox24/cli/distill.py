@@ -90,9 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Opened before hours are spent.
     with unfinished_folder(arguments.destination, overwrite=arguments.overwrite) as unfinished:
-        resumed: list[int] = []
-        training = _training(arguments, job, refinement, len(windows), resumed)
-        with training as (resume, on_measured):
+        with _training(arguments, job, refinement, len(windows)) as (resume, on_measured):
             distilled = distill(
                 dense,
                 pruned,
@@ -113,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         "outcome": refined.outcome.value,
         "losses": plain(refined.losses),
         "steps": refined.steps,
-        "resumed_steps": resumed[0],
+        "resumed_steps": refined.resumed_steps,
         "tokens": distilled.tokens,
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -132,8 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
             ["seconds", f"{report['seconds']:.0f}"],
             ["peak memory", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"],
         ]
-        if resumed[0]:
-            rows.append(["done by the run before", f"{resumed[0]} steps"])
+        if refined.resumed_steps:
+            rows.append(["done by the run before", f"{refined.resumed_steps} steps"])
         print_table(["written", str(arguments.destination)], rows)
         print(report["remark"])
     return 0
@@ -141,16 +139,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _training(
-    arguments: argparse.Namespace,
-    job: Mapping[str, Any],
-    refinement: ModelRefinement,
-    windows: int,
-    resumed: list[int],
+    arguments: argparse.Namespace, job: Mapping[str, Any], refinement: ModelRefinement, windows: int
 ) -> Iterator[tuple[Resume, Callable[[Training], None]]]:
-    """Where the training begins, and what is done at each measurement: progress, and the state.
-
-    To the last argument it appends the steps that an earlier run has done.
-    """
+    """Where the training begins, and what is done at each measurement: progress, and the state."""
     steps = refinement.steps(windows // refinement.step_windows)
     measurements = math.ceil(steps / refinement.measured_every(steps))
     with contextlib.ExitStack() as stack:
@@ -166,7 +157,6 @@ def _training(
 
         def resume(begun: Training) -> Training:
             state = begun if saved is None else saved.resume(begun)
-            resumed.append(state.steps)
             for loss in state.losses[1:]:
                 advance(f"step {state.steps} of {steps}", loss)
             return state

@@ -97,27 +97,25 @@ def _run(arguments: argparse.Namespace) -> int:
     check_destination(arguments.destination, inputs, arguments.overwrite)
     check_report(arguments.report)
     if arguments.refine == "none":
-        for option, given in (
-            ("--refine-linears-only", arguments.refine_linears_only),
-            ("--refine-compute-dtype", arguments.refine_compute_dtype != "float32"),
-        ):
-            if given:
-                raise Prox24Error(f"{option} is for --refine block")
+        others = {
+            "--refine-linears-only": arguments.refine_linears_only,
+            "--refine-compute-dtype": arguments.refine_compute_dtype != "float32",
+        }
+        _check_not_given(others, "--refine block")
     solver, refit = choose_supported(arguments)
     pull = choose_pull(arguments.method, arguments.targets, arguments.pull)
     checkpoint, native = torchax.open_any(arguments.source)
     if not native:
-        for option, given in (
-            ("--targets dense", arguments.targets == "dense"),
-            ("--pull", arguments.pull is not None),
-            ("--memory", arguments.memory is not None),
-            ("--activations disk", arguments.activations == "disk"),
-            ("--distributed", arguments.distributed),
-            ("--shard-grams", arguments.shard_grams),
-            ("--refine block", arguments.refine == "block"),
-        ):
-            if given:
-                raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
+        others = {
+            "--targets dense": arguments.targets == "dense",
+            "--pull": arguments.pull is not None,
+            "--memory": arguments.memory is not None,
+            "--activations disk": arguments.activations == "disk",
+            "--distributed": arguments.distributed,
+            "--shard-grams": arguments.shard_grams,
+            "--refine block": arguments.refine == "block",
+        }
+        _check_not_given(others, "models with a forward pass of prox24's own")
         pull = None  # No dense model runs alongside.
     files = source_files(checkpoint.path)
     windows = calibration_windows(
@@ -244,6 +242,13 @@ def _run(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         _print_summary(arguments.destination, report)
     return 0
+
+
+def _check_not_given(options: Mapping[str, bool], purpose: str) -> None:
+    """Raises Prox24Error that names the first option that was given, and what it is for."""
+    for option, given in options.items():
+        if given:
+            raise Prox24Error(f"{option} is for {purpose}")
 
 
 @contextlib.contextmanager

@@ -470,7 +470,11 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
 
 
 class InBfloat16(NamedTuple):
-    """A bfloat16 weight of a linear that is multiplied in bfloat16, forwards and backwards."""
+    """A weight of a linear that is multiplied in bfloat16, forwards and backwards.
+
+    Attributes:
+      weight: shape (out, in), bfloat16.
+    """
 
     weight: Array
 
@@ -490,7 +494,22 @@ def check_compute_dtype(dtype: str) -> None:
 
 
 def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) -> dict[str, Any]:
-    """Weights whose linears, by name, are multiplied in one of `COMPUTE_DTYPES`."""
+    """Weights whose linears are multiplied in one of `COMPUTE_DTYPES`.
+
+    Args:
+      compute_dtype: "float32" leaves the weights as they are, to be multiplied in float32.
+      weights: a layer's, by name.
+      linears: the names of those that are multiplied so.
+
+    Returns:
+      The weights, of which with "bfloat16" these are `InBfloat16`.
+
+    Example:
+      >>> weights = {"up.weight": jnp.ones((2, 4)), "norm.weight": jnp.ones(4)}
+      >>> found = computed_in("bfloat16", weights, {"up.weight"})
+      >>> found["up.weight"].weight.dtype.name, found["norm.weight"].dtype.name
+      ('bfloat16', 'float32')
+    """
     if compute_dtype == "float32":
         return dict(weights)
     return {

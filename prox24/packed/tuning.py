@@ -4,7 +4,7 @@ import functools
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -75,28 +75,41 @@ def measure(case: Case, repetitions: int = 9, seed: int = 0) -> Measurement:
                 programs[name] = program
             else:
                 logger.warning("%s is not used for %s: %s", name, case, problem)
+    seconds = {name: taken / calls for name, taken in medians(programs, repetitions).items()}
+    fastest_dense = min(seconds.pop(name) for name in DENSE)
+    return Measurement(case, seconds, fastest_dense)
+
+
+WAKING_SECONDS = 0.02
+
+
+def medians(programs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median seconds of each program, by name, in turns; see `measure`.
+
+    Args:
+      programs: what they return is waited for.
+      repetitions: timings of each, after one that does not count.
+
+    Example:
+      >>> sorted(medians({"a": lambda: 0, "b": lambda: 0}, repetitions=3))
+      ['a', 'b']
+    """
     names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(-1, repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            wake(programs[name])
+            _wake(programs[name])
             start = time.perf_counter()
             jax.block_until_ready(programs[name]())
             if repetition >= 0:
-                seconds[name].append((time.perf_counter() - start) / calls)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    fastest_dense = min(medians.pop(name) for name in DENSE)
-    return Measurement(case, medians, fastest_dense)
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-WAKING = 0.02
-"""Seconds."""
-
-
-def wake(program: Callable[[], object]) -> None:
+def _wake(program: Callable[[], object]) -> None:
     """Runs a program until a processor that had nothing to do before is as fast as it gets."""
-    end = time.perf_counter() + WAKING
+    end = time.perf_counter() + WAKING_SECONDS
     jax.block_until_ready(program())
     while time.perf_counter() < end:
         jax.block_until_ready(program())

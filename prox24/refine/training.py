@@ -59,12 +59,14 @@ class Refined(NamedTuple):
       losses: on held-out batches, before the first step and at each measurement; NaN where a
         parameter was not finite that a projection hides.
       steps: of the optimizer.
+      resumed_steps: of these, those that were taken before, by what was gone on from.
     """
 
     params: PyTree
     outcome: Outcome
     losses: list[float]
     steps: int
+    resumed_steps: int = 0
 
 
 class Training(NamedTuple):
@@ -179,6 +181,7 @@ def refine(
     begun = Training(master, memory, best, [measure(best)], 0)
     del master, memory, best  # Where a state goes on, these are not needed any more.
     state = resume(begun)
+    resumed_steps = state.steps
     del begun
     while state.steps < steps and not state.diverged():
         begin = state.steps % steps_of_pass * micro_batches
@@ -196,7 +199,7 @@ def refine(
             best = found if losses[-1] == min(losses) < losses[0] else state.best
             state = state._replace(best=best, losses=losses)
             on_measured(state)
-    return state.refined()
+    return state.refined()._replace(resumed_steps=resumed_steps)
 
 
 def lower_step(
