@@ -1,4 +1,4 @@
-"""Training all kept weights of a pruned checkpoint together, on what the dense one of_teacher."""
+"""Training all kept weights of a pruned checkpoint together, on what the dense one predicts."""
 
 import dataclasses
 import functools
