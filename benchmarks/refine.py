@@ -14,7 +14,6 @@ pruning included. With --bigbench FILE every model answers the questions of mult
 import argparse
 import concurrent.futures
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -48,8 +47,15 @@ import matplotlib.pyplot as plt
 
 LENGTH = 512
 WINDOWS = 64
-RATES = {64: (5e-4, 1e-3, 2e-3), 256: (5e-4,), 1024: (5e-4,)}
-"""Tried with so many windows, besides the default."""
+TRIED = {
+    64: [
+        *(ModelRefinement(rate=rate) for rate in (5e-4, 1e-3, 2e-3)),
+        *(ModelRefinement(rate=5e-4, cross_entropy=share) for share in (0.3, 0.6)),
+    ],
+    256: [ModelRefinement(rate=5e-4), ModelRefinement(rate=5e-4, cross_entropy=0.6)],
+    1024: [ModelRefinement(rate=5e-4), ModelRefinement(rate=5e-4, cross_entropy=0.6)],
+}
+"""With so many windows, besides the defaults."""
 PASSES = (1, 5, 18)
 """Of blocks, over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024."""
 QUESTIONS = 250
@@ -63,6 +69,11 @@ class Run(NamedTuple):
     base: str
     windows: int = 0
     refinement: BlockRefinement | ModelRefinement | None = None
+
+    @property
+    def line(self) -> str:
+        """What it shares with runs that differ in their tokens alone."""
+        return self.name.partition(", passes")[0]
 
     @property
     def distinct_tokens(self) -> int:
@@ -95,11 +106,11 @@ def runs() -> list[Run]:
     """The table."""
     table = [Run("dense", "dense")]
     table += [Run(base, base) for base in BASES]
-    table += [
-        Run(f"{DEFAULT} + model, rate {rate:g}", DEFAULT, windows, ModelRefinement(rate=rate))
-        for windows, rates in RATES.items()
-        for rate in rates
-    ]
+    for windows, tried in TRIED.items():
+        for one in tried:
+            share = f", cross-entropy {one.cross_entropy:g}" if one.cross_entropy else ""
+            name = f"{DEFAULT} + model, rate {one.rate:g}{share}"
+            table.append(Run(name, DEFAULT, windows, one))
     table += [
         Run(f"{base} + block, passes: {passes}", base, 64, BlockRefinement(passes=passes))
         for passes in PASSES
@@ -223,31 +234,26 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
 
 
 def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
-    """The gap against tokens and seconds, a line for each refinement at its default rate."""
+    """The gap against tokens and seconds, a line for each refinement with several tokens."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="tight", sharey=True)
-    found = [
-        (setting(row), row["run"], [float(row["tokens"]), float(row["seconds"]), gap])
-        for row, gap in zip(rows, gaps(rows, texts), strict=True)
-    ]
-    settings = dict.fromkeys(map(setting, rows))
-    kinds = {"block": BlockRefinement, "model": ModelRefinement}
-    for place, base, (name, kind) in itertools.product(settings, REFINED, kinds.items()):
-        names = {
-            run.name
-            for run in runs()
-            if run.base == base
-            and isinstance(run.refinement, kind)
-            and run.refinement.rate == kind().rate
-        }
-        pruned = [point for at, run, point in found if (at, run) == (place, base)]
-        refined = sorted(point for at, run, point in found if at == place and run in names)
-        if not (pruned and refined):
+    lines = {run.name: run for run in runs()}
+    found: dict[tuple[str, ...], list[list[float]]] = {}
+    for row, gap in zip(rows, gaps(rows, texts), strict=True):
+        run = lines.get(row["run"])
+        if run is not None:
+            point = [float(row["tokens"]), float(row["seconds"]), gap]
+            found.setdefault((run.line, *setting(row)), []).append(point)
+    bases = {run.line: run.base for run in runs()}
+    for (line, *place), refined in found.items():
+        pruned = found.get((bases[line], *place))
+        if pruned is None or len(refined) < 2:
             continue
-        tokens, seconds, shares = np.transpose([*pruned, *refined])
+        tokens, seconds, shares = np.transpose([*pruned, *sorted(refined)])
         # A model is refined after it is pruned, its blocks while it is.
-        seconds = seconds + (np.arange(len(seconds)) > 0) * seconds[0] * (name == "model")
+        seconds = seconds + (np.arange(len(seconds)) > 0) * seconds[0] * ("+ model" in line)
+        several = len({setting(row) for row in rows}) > 1
         for axes, values in zip(panels, (tokens, seconds), strict=True):
-            label = f"{base} + {name}" + (f", {', '.join(place)}" if len(settings) > 1 else "")
+            label = f"{line}, {', '.join(place)}" if several else line
             axes.plot(values, shares, marker="o", markersize=4, label=label)
     panels[0].set_xscale("symlog", linthresh=1e4)
     for axes, title in zip(panels, ("tokens trained on", "seconds"), strict=True):
