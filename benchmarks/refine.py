@@ -276,7 +276,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     names = list(dict.fromkeys(run.name for run in runs()))
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="names of rows")
-    parser.add_argument("--most-windows", type=int, default=1024, help="skip rows with more")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=[64, 256, 1024], help="that rows are refined on"
+    )
     parser.add_argument("--bigbench", type=Path, metavar="FILE", help="bigbench-1.0.0.tar.gz")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
@@ -300,7 +302,7 @@ def main() -> None:
             continue
         if run.name not in arguments.only:
             continue
-        if run.windows > arguments.most_windows:
+        if run.windows and run.windows not in arguments.windows:
             continue
         with concurrent.futures.ProcessPoolExecutor(
             max_workers=1, mp_context=multiprocessing.get_context("spawn")
