@@ -34,7 +34,7 @@ from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo import fetch_model
 from prox24.cli.output import peak_memory_bytes
-from prox24.distill import ModelRefinement, distill
+from prox24.distill import ModelRefinement, MovingMask, distill
 from prox24.forward import batch_size
 from prox24.perplexity import perplexity
 from prox24.pipeline import PrunedModel, collect, prune
@@ -56,6 +56,12 @@ TRIED = {
     1024: [ModelRefinement(rate=5e-4), ModelRefinement(rate=5e-4, cross_entropy=0.6)],
 }
 """With so many windows, besides the defaults."""
+MOVING = {
+    "growing mask, rate 0.003": ModelRefinement(rate=3e-3, mask=MovingMask()),
+    "growing mask, rate 0.01": ModelRefinement(rate=1e-2, mask=MovingMask()),
+    "ProxSparse's mask": ModelRefinement.proxsparse(),
+}
+"""Of the dense model: what finds a mask while it trains."""
 PASSES = (1, 5, 18)
 """Of blocks, over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024."""
 QUESTIONS = 250
@@ -78,7 +84,7 @@ class Run(NamedTuple):
     @property
     def distinct_tokens(self) -> int:
         """Of the text that the mask and the training see."""
-        return 0 if self.base == "dense" else max(WINDOWS, self.windows) * LENGTH
+        return max(0 if self.base == "dense" else WINDOWS, self.windows) * LENGTH
 
 
 class Base(NamedTuple):
@@ -111,6 +117,11 @@ def runs() -> list[Run]:
             share = f", cross-entropy {one.cross_entropy:g}" if one.cross_entropy else ""
             name = f"{DEFAULT} + model, rate {one.rate:g}{share}"
             table.append(Run(name, DEFAULT, windows, one))
+    table += [
+        Run(f"dense + model, {name}", "dense", windows, one)
+        for windows in (64, 256)
+        for name, one in MOVING.items()
+    ]
     table += [
         Run(f"{base} + block, passes: {passes}", base, 64, BlockRefinement(passes=passes))
         for passes in PASSES
@@ -245,8 +256,8 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
             found.setdefault((run.line, *setting(row)), []).append(point)
     bases = {run.line: run.base for run in runs()}
     for (line, *place), refined in found.items():
-        pruned = found.get((bases[line], *place))
-        if pruned is None or len(refined) < 2:
+        pruned = found.get((bases[line], *place), [])
+        if not pruned or bases[line] == "dense" or len(refined) < 2:
             continue
         tokens, seconds, shares = np.transpose([*pruned, *sorted(refined)])
         # A model is refined after it is pruned, its blocks while it is.
