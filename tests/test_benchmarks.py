@@ -10,6 +10,7 @@ import tarfile
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -408,3 +409,31 @@ def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(tmp_path, monke
     tokenizer = checkpoint.load_tokenizer()
     losses = benchmark["text_losses"](checkpoint, [tokenizer(t)["input_ids"] for t in question[0]])
     assert share == dict.fromkeys(questions, float(np.argmin(losses) == 1))
+
+
+def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    write_tiny(tmp_path / "model")
+    benchmark = runpy.run_path(str(BENCHMARKS / "moving_masks.py"))
+    module = benchmark["main"].__globals__
+    monkeypatch.setitem(module, "fetch_model", lambda cache: tmp_path / "model")
+    monkeypatch.setitem(module, "LENGTH", 8)
+    monkeypatch.setitem(module, "BATCH", 1)
+    layer, other = benchmark["dense_layers"]([0, 1], None, 8)
+    assert layer.loss is other.loss
+    assert layer.steps_of_pass == 8 - 4
+    assert benchmark["error"](layer, benchmark["scaled"](layer.scales, layer.weights)) < 1e-6
+    # Optax's optimizers mix dtypes and ranks.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        refined = benchmark["moving"](layer, 3e-3, 4, 2)
+        pruned = benchmark["fixed"](layer, benchmark["pattern"](layer, layer.weights), 3e-3, 2)
+        arguments = ["--layers", "0", "--samples", "8", "--passes", "2", "--rates", "1e-3"]
+        monkeypatch.setattr(sys, "argv", ["moving_masks.py", *arguments])
+        benchmark["main"]()
+    for name, values in refined.params.items():
+        if name in layer.scales:
+            assert np.count_nonzero(np.asarray(values).reshape(-1, 4), axis=1).max() == 2
+    assert pruned.steps == 2 * 4
+    assert "0, 0.001" in capsys.readouterr().out
