@@ -46,9 +46,20 @@ def test_pruning_one_layer():
     assert sorted(losses, key=losses.get)[:2] == ["ADMM", "Prox"]
 
 
-def test_the_python_of_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert "0.5" in run(["-c", "\n".join(blocks)])
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [
+        ("README.md", "Status.SPARSE 0.5"),
+        ("docs/optax.md", ""),
+        pytest.param("docs/own-model.md", "", marks=pytest.mark.slow),
+        ("docs/packed.md", ""),
+        ("docs/solvers.md", ""),
+    ],
+)
+def test_the_python_of_a_page_runs(page, printed):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    assert printed in run(["-c", "\n".join(blocks)])
 
 
 # The path of the prox
