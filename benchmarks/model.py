@@ -187,11 +187,18 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def add_row(path: Path, row: dict[str, object]) -> list[dict[str, str]]:
-    """Appends a line, and the titles before the first; all lines that are there then."""
-    new = not path.is_file()
+    """Appends a line, and the titles before the first; all lines that are there then.
+
+    Raises:
+      ValueError: the lines that are there have other titles.
+    """
+    rows = read_rows(path)
+    titles = list(rows[0] if rows else row)
+    if set(titles) != set(row):
+        raise ValueError(f"{path} has {titles}, but the new line {list(row)}: go on elsewhere")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
+        writer = csv.DictWriter(file, titles)
+        if not rows:
             writer.writeheader()
         writer.writerow(row)
     return read_rows(path)

@@ -204,6 +204,8 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=6)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     arguments = parser.parse_args()
+    if arguments.passes < 4:
+        parser.error("with fewer than 4 passes the two ways to move a mask are one")
     table = Table()
     table.add_column("layer, rate", no_wrap=True)
     for title in (

@@ -55,7 +55,8 @@ def read_questions(archive: Path, count: int) -> dict[str, list[Question]]:
                 found[name] = [as_question(example) for example in examples]
             if len(found) == len(TASKS):
                 return found
-    raise SystemExit(f"{archive} has no {', '.join(wanted.keys() - found.keys())}")
+    missing = [path for path, name in wanted.items() if name not in found]
+    raise SystemExit(f"{archive} has no {', '.join(missing)}")
 
 
 def as_question(example: dict) -> Question:

@@ -18,8 +18,9 @@ import json
 import math
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
@@ -45,6 +46,7 @@ from prox24.solvers.solve import Refit, Solver
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+Result = TypeVar("Result")
 LENGTH = 512
 WINDOWS = 64
 TRIED = {
@@ -135,6 +137,12 @@ def runs() -> list[Run]:
     return table
 
 
+def windows_of(dense: Checkpoint, text: Path, count: int, seed: int) -> np.ndarray:
+    """Of the calibration text; fewer are the first of more."""
+    ids = tokenize(dense.load_tokenizer(), read_text(text), dense.config["vocab_size"])
+    return drawn_windows(ids, max(WINDOWS, count), LENGTH, seed)
+
+
 def pruned_by(
     base: Base,
     dense: Checkpoint,
@@ -145,6 +153,22 @@ def pruned_by(
     solver, refit, pull = base
     windows = windows[:WINDOWS]
     return collect(prune(dense, windows, solver, refit, pull=pull, refinement=refinement))
+
+
+def pruned_folder(base: str, calibration: Path, seed: int, cache: Path) -> tuple[Path, list[float]]:
+    """Of a pruned model, made where it is not there yet; and the seconds and the peak memory."""
+    made_by = hashlib.sha256(repr(BASES[base]).encode()).hexdigest()[:8]
+    folder = cache / "models" / f"{base}-{made_by}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
+    took = folder.with_name(f"{folder.name}.json")
+    if not took.exists():
+        dense = open_checkpoint(fetch_model(cache))
+        windows = windows_of(dense, calibration, WINDOWS, seed)
+        start = time.perf_counter()
+        pruned = pruned_by(BASES[base], dense, windows)
+        folder.parent.mkdir(exist_ok=True)
+        write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32", overwrite=True)
+        took.write_text(json.dumps([time.perf_counter() - start, peak_memory_bytes()]))
+    return folder, json.loads(took.read_text())
 
 
 def measure(
@@ -159,8 +183,7 @@ def measure(
     """Prunes or reads a pruned model, refines it and evaluates it on every text."""
     dense = open_checkpoint(fetch_model(cache))
     tokenizer, vocabulary = dense.load_tokenizer(), dense.config["vocab_size"]
-    ids = tokenize(tokenizer, read_text(calibration), vocabulary)
-    windows = drawn_windows(ids, max(WINDOWS, run.windows), LENGTH, seed)
+    windows = windows_of(dense, calibration, run.windows, seed)
     model, tokens, error = dense, 0, math.nan
     start = time.perf_counter()
     seconds, peak = None, 0
@@ -172,16 +195,8 @@ def measure(
         trained = size * (steps - run.refinement.held_out_of(steps))
         tokens = run.refinement.passes * trained * LENGTH
     elif run.base != "dense":
-        made_by = hashlib.sha256(repr(BASES[run.base]).encode()).hexdigest()[:8]
-        name = f"{run.base}-{made_by}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
-        folder = cache / "models" / name
-        took = folder.with_name(f"{folder.name}.json")
-        if not took.exists():
-            pruned = pruned_by(BASES[run.base], dense, windows)
-            folder.parent.mkdir(exist_ok=True)
-            write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32", overwrite=True)
-            took.write_text(json.dumps([time.perf_counter() - start, peak_memory_bytes()]))
-        model, (seconds, peak) = open_checkpoint(folder), json.loads(took.read_text())
+        folder, (seconds, peak) = pruned_folder(run.base, calibration, seed, cache)
+        model = open_checkpoint(folder)
     if isinstance(run.refinement, ModelRefinement):
         start, seconds, peak = time.perf_counter(), None, 0  # of the refinement alone
         distilled = distill(dense, model, windows[: run.windows], run.refinement)
@@ -200,6 +215,13 @@ def measure(
     if questions is not None:
         row["right_answers"] = np.mean(list(accuracies(model, questions).values()))
     return row
+
+
+def alone(function: Callable[..., Result], *arguments: object) -> Result:
+    """In a process of its own, whose peak memory is that of nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def setting(row: dict[str, str]) -> tuple[str, ...]:
@@ -297,6 +319,9 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "refine.csv"
     rows = read_rows(path)
+    texts = [text.stem for text in arguments.texts]
+    if rows and not set(texts) <= set(rows[0]):
+        parser.error(f"{path} has no column for {', '.join(texts)}: give another --output")
     if rows and ("right_answers" in rows[0]) != (arguments.bigbench is not None):
         parser.error(f"{path} was begun with --bigbench, or without: go on so, or elsewhere")
     bigbench = arguments.bigbench
@@ -315,24 +340,12 @@ def main() -> None:
             continue
         if run.windows and run.windows not in arguments.windows:
             continue
-        with concurrent.futures.ProcessPoolExecutor(
-            max_workers=1, mp_context=multiprocessing.get_context("spawn")
-        ) as pool:
-            row = (
-                key
-                | pool.submit(
-                    measure,
-                    run,
-                    arguments.calibration,
-                    arguments.texts,
-                    arguments.evaluation_windows,
-                    arguments.seed,
-                    arguments.cache,
-                    questions,
-                ).result()
-            )
-        rows = add_row(path, row)
-    texts = [text.stem for text in arguments.texts]
+        calibration, seed, cache = arguments.calibration, arguments.seed, arguments.cache
+        if run.base in BASES and not isinstance(run.refinement, BlockRefinement):
+            alone(pruned_folder, run.base, calibration, seed, cache)
+        evaluated = (arguments.texts, arguments.evaluation_windows)
+        row = alone(measure, run, calibration, *evaluated, seed, cache, questions)
+        rows = add_row(path, key | row)
     print_table(rows, texts)
     draw(rows, texts, path.with_suffix(".png"))
 

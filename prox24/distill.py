@@ -39,7 +39,7 @@ from prox24.models.decoder import Config, Weights, check_compute_dtype
 from prox24.optax import exponential, proximal
 from prox24.refine import Refined, Training
 from prox24.refine.distillation import Features, Logits
-from prox24.refine.training import Resume, check_positive
+from prox24.refine.training import Resume, check_positive, check_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ModelRefinement:
     Raises:
       Prox24Error: the micro-batches do not divide the windows of a step.
       ValueError: the rate, the passes, the measurements or the windows of a step are not positive,
-        or it is another dtype.
+        a share is not from 0 to 1, or it is another dtype.
     """
 
     rate: float = 2e-4
@@ -119,6 +119,7 @@ class ModelRefinement:
 
     def __post_init__(self) -> None:
         check_positive(self, "rate", "passes", "measurements", "step_windows")
+        check_shares(self, "held_out", "cross_entropy", "warmup")
         check_compute_dtype(self.compute_dtype)
         if self.micro_batches < 1 or self.step_windows % self.micro_batches:
             raise Prox24Error(
@@ -172,8 +173,8 @@ class Distilled(NamedTuple):
     """A pruned model after its training.
 
     Attributes:
-      tensors: names and values, in the checkpoint's layout, of every tensor of every layer that is
-        not as it was given.
+      tensors: names and values, in the checkpoint's layout, of every tensor of every layer; where
+        of a training only the mask is used, of every linear.
       refined: how it went.
       tokens: of all windows that were trained on, counted once for each pass.
     """
@@ -199,7 +200,8 @@ def distill(
     the host: hidden width * 4 bytes for a token. With cross-entropy alone it does not run. The
     pruned model is in memory as a whole: its weights as they were given and the best ones, in
     float32 the trained ones, two moments of Adam and a gradient, and a byte for each entry, whether
-    it is trained; embeddings and head besides.
+    it is trained; embeddings and head besides. Where a mask is found in units of its own, all are
+    float32, and no byte tells what is trained.
 
     Args:
       dense: the teacher.
@@ -269,7 +271,7 @@ def distill(
         passes=refinement.passes,
         held_out=held_out * refinement.micro_batches,
         micro_batches=refinement.micro_batches,
-        kept=functools.partial(_kept, config),
+        kept=functools.partial(_kept, config) if mask is None else None,
         project=None
         if mask is None
         else functools.partial(_two_largest, config, params if mask.alone else None),
@@ -332,7 +334,10 @@ def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[F
     """Objects that are the same for the same model, so that they are compiled once."""
     linears = _linears(config)
 
-    def enter(weights: Weights, hidden: Array) -> tuple[Weights, Array]:
+    def enter(layer: tuple[Weights, Weights | None], hidden: Array) -> tuple[Weights, Array]:
+        weights, units = layer
+        if units is not None:
+            weights = jax.tree.map(jnp.multiply, weights, units)
         # In that dtype already when devices send them to each other.
         return partition.gathered(
             mesh, decoder.computed_in(compute_dtype, weights, linears), hidden
@@ -340,9 +345,8 @@ def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[F
 
     def features(params: whole.Stacked, outer: _Outer, tokens: Array) -> Array:
         weights, units = outer
-        if units is not None:
-            params = jax.tree.map(jnp.multiply, params, units)
-        return whole.features(config, params, weights, in_parts(tokens, mesh), enter)
+        layers = list(zip(params, [None] * len(params) if units is None else units, strict=True))
+        return whole.features(config, layers, weights, in_parts(tokens, mesh), enter)
 
     def logits(outer: _Outer, hidden: Array) -> Array:
         return decoder.logits(config, outer[0], hidden)
@@ -398,6 +402,7 @@ def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
     return _of_linears(config, lambda w: w != 0, lambda other: jnp.array(True), params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _two_largest(
     config: Config, given: whole.Stacked | None, params: whole.Stacked
 ) -> whole.Stacked:
@@ -418,7 +423,7 @@ def _mean_magnitudes(config: Config, params: whole.Stacked) -> whole.Stacked:
     return _of_linears(
         config,
         lambda w: _unit(jnp.mean(jnp.abs(w.astype(jnp.float32)), axis=(1, 2), keepdims=True)),
-        lambda other: jnp.ones((), jnp.float32),
+        lambda other: jnp.ones((len(other), *[1] * (other.ndim - 1)), jnp.float32),
         params,
     )
 

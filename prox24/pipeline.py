@@ -227,6 +227,7 @@ def prune(
             reports = {linear.name: linear.report for linear in linears}
         if "dense" in streams:
             advance("dense", index, dense)
+        del dense  # before a training takes the memory
         if refinement is not None and not refined:
             outcome = _refine_layer(model, index, weights, hidden, refinement, micro_batches, dtype)
             for name, tensor in trained.items():
@@ -239,7 +240,7 @@ def prune(
         advance("pruned", index, weights)
         if files is not None:
             files.complete(index + 1, streams)
-        del dense, weights, linears  # before the next ones are read
+        del weights, linears  # before the next ones are read
 
 
 def _advance(

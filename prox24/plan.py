@@ -370,8 +370,8 @@ def _refining(
     hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
     apply = layer_function(layer, None, method.refinement.compute_dtype)
     step = block_step(apply, weights, hidden, hidden, method.refinement, micro_batches)
-    # The weights of the dense layer, those to begin with and the best ones are kept besides.
-    return _held(_weights(model, index)) + 2 * _held(weights) + _needed(step)
+    # The weights to begin with and the best ones are kept besides.
+    return 2 * _held(weights) + _needed(step)
 
 
 def _held(weights: Mapping[str, Spec]) -> int:

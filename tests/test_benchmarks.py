@@ -437,3 +437,48 @@ def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
             assert np.count_nonzero(np.asarray(values).reshape(-1, 4), axis=1).max() == 2
     assert pruned.steps == 2 * 4
     assert "0, 0.001" in capsys.readouterr().out
+
+
+def test_lines_of_a_table_keep_to_its_columns(tmp_path):
+    benchmark = runpy.run_path(str(BENCHMARKS / "model.py"))
+    path = tmp_path / "table.csv"
+    benchmark["add_row"](path, {"run": "a", "first": 1, "second": 2})
+    rows = benchmark["add_row"](path, {"run": "b", "second": 4, "first": 3})
+    assert rows[1] == {"run": "b", "first": "3", "second": "4"}
+    with pytest.raises(ValueError, match=r"table\.csv has"):
+        benchmark["add_row"](path, {"run": "c", "first": 5})
+    assert benchmark["read_rows"](path) == rows
+
+
+def test_tasks_that_an_archive_lacks_are_named(tmp_path):
+    benchmark = runpy.run_path(str(BENCHMARKS / "multiple_choice.py"))
+    there, missing = (f"benchmark_tasks/{name}/task.json" for name in benchmark["TASKS"].values())
+    path, archive = tmp_path / "task.json", tmp_path / "bigbench.tar.gz"
+    path.write_text('{"examples": []}')
+    with tarfile.open(archive, "w:gz") as files:
+        files.add(path, f"bigbench-1.0.0/bigbench/{there}")
+    with pytest.raises(SystemExit, match=f"has no {missing}$"):
+        benchmark["read_questions"](archive, 2)
+
+
+def test_a_model_is_pruned_once_for_the_rows_that_refine_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    write_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Text of which a model reads the bytes. " * 60)
+    benchmark = runpy.run_path(str(BENCHMARKS / "refine.py"))
+    module = benchmark["measure"].__globals__
+    monkeypatch.setitem(module, "fetch_model", lambda cache: tmp_path / "model")
+    monkeypatch.setitem(module, "LENGTH", 16)
+    monkeypatch.setitem(module, "WINDOWS", 8)
+    text, cache = tmp_path / "text.txt", tmp_path
+    folder, took = benchmark["pruned_folder"]("sparsegpt", text, 0, cache)
+    monkeypatch.setitem(module, "pruned_by", None)
+    assert benchmark["pruned_folder"]("sparsegpt", text, 0, cache) == (folder, took)
+    run = benchmark["Run"]("sparsegpt", "sparsegpt")
+    row = benchmark["measure"](run, text, [text], 2, 0, cache, None)
+    assert row["seconds"] == took[0]
+    assert row["tokens"] == 0
+    dense = benchmark["measure"](
+        benchmark["Run"]("dense", "dense"), text, [text], 2, 0, cache, None
+    )
+    assert row["text"] != dense["text"]

@@ -457,6 +457,20 @@ def test_numbers_that_train_nothing_are_refused(make):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "share"),
+    [
+        (ModelRefinement, "cross_entropy", -0.5),
+        (ModelRefinement, "warmup", 1.5),
+        (ModelRefinement, "held_out", float("nan")),
+        (BlockRefinement, "held_out", -0.1),
+    ],
+)
+def test_shares_that_are_none_are_refused(make, name, share):
+    with pytest.raises(ValueError, match=f"{name} {share} is not from 0 to 1"):
+        make(**{name: share})
+
+
 @pytest.mark.parametrize("make", [ModelRefinement, BlockRefinement])
 def test_another_compute_dtype_is_refused(make):
     with pytest.raises(ValueError, match="compute_dtype float16 is none of float32, bfloat16"):
@@ -480,7 +494,7 @@ def test_a_mask_does_not_fit_every_width(workspace, capsys):
     assert "down_proj.weight has input width 46" in capsys.readouterr().err
 
 
-def test_a_linear_of_zeros_stays_so_where_the_mask_is_found(workspace):
+def test_a_linear_of_zeros_has_a_unit_where_the_mask_is_found(workspace):
     config = config_dict()
     weights = random_weights(config)
     weights["model.layers.0.self_attn.o_proj.weight"][:] = 0

@@ -232,6 +232,29 @@ def test_unequal_batches_and_a_mask_of_another_shape_are_refused(pruned):
         refine.block(two_layers, params, inputs, targets, optax.sgd(0.1), kept=kept)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"passes": 0}, "passes 0 is not positive"),
+        ({"micro_batches": 0}, "micro_batches 0 is not positive"),
+        ({"kept": True, "project": lambda params: params}, "`kept` has no use"),
+    ],
+)
+def test_counts_of_nothing_and_a_mask_beside_a_projection_are_refused(pruned, given, said):
+    params, inputs, targets = pruned
+    with pytest.raises(ValueError, match=said):
+        refine.block(two_layers, params, inputs, targets, optax.sgd(0.1), **given)
+
+
+def test_no_divergence_where_both_exclude_a_token():
+    target, logits = jnp.array([0.0, 1.0, -jnp.inf]), jnp.array([1.0, 0.0, -jnp.inf])
+    found, gradient = jax.value_and_grad(refine.divergence)(logits, target)
+    expected, of_two = jax.value_and_grad(refine.divergence)(logits[:2], target[:2])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [*of_two, 0], rtol=1e-6)
+    assert refine.divergence(jnp.array([0.0, -jnp.inf]), jnp.array([0.0, 0.0])) == jnp.inf
+
+
 def test_equal_blocks_share_one_program(pruned):
     params, inputs, targets = pruned
     traces = []

@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         "dense": files["dense"],
         "source": files["pruned"],
         "versions": versions(),
-        "devices": [jax.default_backend(), *([1] if mesh is None else mesh.devices.shape)],
+        "devices": [jax.devices()[0].device_kind, *([1] if mesh is None else mesh.devices.shape)],
     }
     linears = {linear.tensor for linear in all_linears(load_model(pruned).config)}
     figures: list[dict[str, Any]] = []
@@ -186,7 +186,7 @@ def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
     return f"""## Distillation
 
 {trained} by prox24 {versions()["prox24"]} on {windows.shape[0]} windows of {windows.shape[1]}
-tokens, each seen {refinement.passes} times: Adam with rates up to {refinement.rate}; of the loss a
-share of {refinement.cross_entropy} is the text's own next tokens, the rest the dense model's
-predictions.
+tokens, {refinement.passes} times, but for those that are held out to choose the best weights:
+Adam with rates up to {refinement.rate}; of the loss a share of {refinement.cross_entropy} is the
+text's own next tokens, the rest the dense model's predictions.
 """

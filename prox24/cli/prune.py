@@ -158,7 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
         "source": files,
         "versions": versions(),
-        "devices": [jax.default_backend(), devices],
+        "devices": [jax.devices()[0].device_kind, devices],
         "processes": jax.process_count(),
     }
     agree(

@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax import Array, lax
@@ -50,10 +50,10 @@ def unstacked(config: Config, weights: Stacked) -> Iterator[Weights]:
 
 def features(
     config: Config,
-    weights: Stacked,
+    layers: Sequence[Any],
     outer: Weights,
     tokens: Array,
-    enter: Callable[[Weights, Array], tuple[Weights, Array]] = lambda *given: given,
+    enter: Callable[[Any, Array], tuple[Weights, Array]] = lambda *given: given,
 ) -> Array:
     """What the last layer puts out, before the final norm.
 
@@ -61,23 +61,23 @@ def features(
 
     Args:
       config: static.
-      weights: of the layers.
+      layers: the weights of each run, or any pytrees that `enter` makes weights of, layer by layer.
       outer: the tensors before the layers.
       tokens: ids, shape (batch, length).
-      enter: what a layer computes with, of its weights and its input.
+      enter: what a layer computes with, of its part of these and its input.
 
     Returns:
       Hidden states (batch, length, hidden), float32.
     """
     hidden = decoder.embed(config, outer, tokens)
-    for run, tensors in zip(_runs(config), weights, strict=True):
+    for run, stack in zip(_runs(config), layers, strict=True):
         spec = config.layers[run.start]
 
         @jax.checkpoint
-        def step(hidden: Array, weights: Weights, spec: decoder.Layer = spec) -> tuple[Array, None]:
-            return decoder.layer(spec, *enter(weights, hidden), decoder.no_tap), None
+        def step(hidden: Array, layer: Any, spec: decoder.Layer = spec) -> tuple[Array, None]:
+            return decoder.layer(spec, *enter(layer, hidden), decoder.no_tap), None
 
-        hidden, _ = lax.scan(step, hidden, tensors)
+        hidden, _ = lax.scan(step, hidden, stack)
     return hidden
 
 

@@ -20,6 +20,7 @@ from prox24.refine.training import (
     Refined,
     at_least_float32,
     check_positive,
+    check_shares,
     lower_step,
     refine,
 )
@@ -44,7 +45,8 @@ class BlockRefinement:
         at the highest precision, or "bfloat16", which is for accelerators. All else is float32.
 
     Raises:
-      ValueError: the rate or the passes are not positive, or it is another dtype.
+      ValueError: the rate or the passes are not positive, the share is not from 0 to 1, or it is
+        another dtype.
     """
 
     rate: float = 2e-4
@@ -55,6 +57,7 @@ class BlockRefinement:
 
     def __post_init__(self) -> None:
         check_positive(self, "rate", "passes")
+        check_shares(self, "held_out")
         check_compute_dtype(self.compute_dtype)
 
     def step_windows(self, windows: int, most: int, devices: int = 1) -> int:
@@ -138,7 +141,7 @@ def block(
       micro_batches: so many batches, in memory one after the other, make one step, by the mean of
         their gradients.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
-        leaves that `prox24.optax.proximal` prunes, and all other leaves.
+        leaves that `prox24.optax.proximal` prunes, and all other leaves. Not with `project`.
       project: None to train what is kept; a function to the pattern lets the mask move, by an
         optimizer that ends with `prox24.optax.proximal`.
       loss: of an output and its target, a scalar.
@@ -147,9 +150,8 @@ def block(
       A `Refined`.
 
     Raises:
-      ValueError: there are not as many targets as inputs, none is left to train on, or none held
-        out; those left are no whole number of steps; or the shape of an entry of `kept` does not
-        fit.
+      ValueError: there are not as many targets as inputs, or as `prox24.refine.training.refine` has
+        it.
 
     Example:
       >>> import jax

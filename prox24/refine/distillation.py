@@ -37,8 +37,12 @@ def divergence(logits: Array, target: Array) -> Array:
       0.693147
     """
     logits, target = at_least_float32(logits), at_least_float32(target)
+    probabilities = jax.nn.softmax(target, axis=-1)
     surprise = jax.nn.log_softmax(target, axis=-1) - jax.nn.log_softmax(logits, axis=-1)
-    return jnp.sum(jax.nn.softmax(target, axis=-1) * surprise, axis=-1)
+    # What the target excludes by -inf adds nothing, whatever the logits say.
+    surprise = jnp.where(probabilities > 0, surprise, 0)
+    # XLA's CPU backend takes several times as long for a sum of products.
+    return jnp.einsum("...v,...v->...", probabilities, surprise, precision=lax.Precision.HIGHEST)
 
 
 def distill(

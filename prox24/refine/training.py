@@ -31,6 +31,17 @@ def check_positive(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} {getattr(settings, name)} is not positive")
 
 
+def check_shares(settings: Any, *names: str) -> None:
+    """Raises ValueError, naming the first, unless these numbers among the attributes are shares.
+
+    Example:
+      >>> check_shares(Training(None, None, None, [], 1), "steps")
+    """
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} {getattr(settings, name)} is not from 0 to 1")
+
+
 def at_least_float32(x: Array) -> Array:
     """The array in float32, or in float64 if it is: what a loss is computed in."""
     return x.astype(np.promote_types(x.dtype, np.float32))
@@ -88,7 +99,7 @@ class Training(NamedTuple):
 
     def diverged(self) -> bool:
         """Whether the last loss is not finite, which ends a training."""
-        return not bool(jnp.isfinite(self.losses[-1]))
+        return not math.isfinite(self.losses[-1])
 
     def refined(self) -> Refined:
         """The result, if the training ends here."""
@@ -137,7 +148,7 @@ def refine(
       micro_batches: so many batches, in memory one after the other, make one step of the optimizer,
         by the mean of their gradients.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
-        leaves that `prox24.optax.proximal` prunes, and all other leaves.
+        leaves that `prox24.optax.proximal` prunes, and all other leaves. Not with `project`.
       project: None to train what is kept. A function of the parameters, to the pattern, lets the
         mask move: all entries are trained, by an optimizer that ends with `prox24.optax.proximal`,
         and what is measured and returned is the projection.
@@ -149,8 +160,15 @@ def refine(
 
     Raises:
       ValueError: no batch is left to train on, or none held out; those left are no whole number of
-        steps; or the shape of an entry of `kept` does not fit.
+        steps; a number is not positive; `kept` and `project` are both given; or the shape of an
+        entry of `kept` does not fit.
     """
+    counts = {"passes": passes, "micro_batches": micro_batches, "measured_every": measured_every}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} {count} is not positive")
+    if kept is not None and project is not None:
+        raise ValueError("a projection lets all entries move: `kept` has no use")
     if not 0 < held_out < len(batches):
         raise ValueError(
             f"{len(batches)} batches: {held_out} held out leave none to train or measure"
@@ -169,7 +187,7 @@ def refine(
         )
 
     def measure(candidate: PyTree) -> float:
-        losses = [float(_measure(loss)(candidate, constants, batch)) for batch in measured]
+        losses = [float(jax.jit(loss)(candidate, constants, batch)) for batch in measured]
         return sum(losses) / held_out
 
     # A copy also of what is float32 already: steps overwrite the master.
@@ -227,11 +245,6 @@ def lower_step(
 @jax.jit
 def _all_finite(params: PyTree) -> Array:
     return jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]).all()
-
-
-@functools.lru_cache(maxsize=16)
-def _measure(loss: Loss) -> Callable[[PyTree, PyTree, PyTree], Array]:
-    return jax.jit(loss)
 
 
 @functools.lru_cache(maxsize=16)
