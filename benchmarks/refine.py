@@ -9,6 +9,7 @@ is there already is skipped, so that an interrupted command can be given again. 
 kept in FOLDER/models of the cache, by method, calibration text, windows and seed. FOLDER/refine.png
 shows the gap in log-perplexity to the dense model against the tokens trained on and the seconds,
 pruning included. With --bigbench FILE every model answers the questions of multiple_choice.py, too.
+Printed are the table, and how much of what is evaluated is in the calibration text word for word.
 """
 
 import argparse
@@ -68,6 +69,8 @@ PASSES = (1, 5, 18)
 """Of blocks, over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024."""
 QUESTIONS = 250
 """Of each task."""
+PIECE = 60
+"""Characters that are looked for together."""
 
 
 class Run(NamedTuple):
@@ -250,12 +253,14 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
     table = Table()
     table.add_column("method", no_wrap=True)
     tokens = ("tokens of text", "trained on")
-    for title in (*texts, "gap, SparseGPT's is 1", "right", *tokens, "seconds", "peak GB"):
+    perplexities = (f"{text} (gap)" for text in texts)
+    for title in (*perplexities, "gap, SparseGPT's is 1", "right", *tokens, "seconds", "peak GB"):
         table.add_column(title, justify="right")
-    for row, gap in zip(rows, gaps(rows, texts), strict=True):
+    of_text = {text: gaps(rows, [text]) for text in texts}
+    for place, (row, gap) in enumerate(zip(rows, gaps(rows, texts), strict=True)):
         table.add_row(
             row["run"],
-            *(f"{float(row[text]):.2f}" for text in texts),
+            *(f"{float(row[text]):.2f} ({of_text[text][place]:.2f})" for text in texts),
             f"{gap:.2f}",
             f"{100 * float(row['right_answers']):.1f}%" if row.get("right_answers") else "",
             row["distinct_tokens"],
@@ -263,28 +268,43 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
             f"{float(row['seconds']):.0f}",
             f"{int(row['peak_memory_bytes']) / 1e9:.2f}",
         )
-    Console(width=130).print(table)
+    Console(width=160).print(table)
+
+
+def share_seen(text: str, calibration: str) -> float:
+    """Of the pieces of a text, those in the calibration text; all white space is one blank."""
+    text, calibration = (" ".join(part.split()) for part in (text, calibration))
+    pieces = [text[i : i + PIECE] for i in range(0, len(text) - PIECE + 1, PIECE)]
+    return float(np.mean([piece in calibration for piece in pieces]))
+
+
+def print_shares_seen(calibration: Path, texts: list[Path], count: int, cache: Path) -> None:
+    """Of every text's windows that are evaluated."""
+    dense = open_checkpoint(fetch_model(cache))
+    tokenizer, vocabulary = dense.load_tokenizer(), dense.config["vocab_size"]
+    for path in texts:
+        windows = first_windows(tokenize(tokenizer, read_text(path), vocabulary), count, LENGTH)
+        share = share_seen(tokenizer.decode(windows.ravel()), read_text(calibration))
+        print(f"{share:.0%} of what is evaluated of {path.name} is in {calibration.name}")
 
 
 def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
-    """The gap against tokens and seconds, a line for each refinement with several tokens."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="tight", sharey=True)
-    lines = {run.name: run for run in runs()}
+    """The gap against tokens and seconds, a line from what was pruned through its refinements."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="tight", sharey=True)
+    by_name = {run.name: run for run in runs()}
+    several = len(set(map(setting, rows))) > 1
     found: dict[tuple[str, ...], list[list[float]]] = {}
     for row, gap in zip(rows, gaps(rows, texts), strict=True):
-        run = lines.get(row["run"])
-        if run is not None:
-            point = [float(row["tokens"]), float(row["seconds"]), gap]
-            found.setdefault((run.line, *setting(row)), []).append(point)
-    bases = {run.line: run.base for run in runs()}
+        point = [float(row["tokens"]), float(row["seconds"]), gap]
+        found.setdefault((by_name[row["run"]].line, *setting(row)), []).append(point)
+    bases = {run.line: run.base for run in runs() if run.base in BASES and run.refinement}
     for (line, *place), refined in found.items():
-        pruned = found.get((bases[line], *place), [])
-        if not pruned or bases[line] == "dense" or len(refined) < 2:
+        pruned = found.get((bases.get(line, ""), *place))
+        if pruned is None:
             continue
         tokens, seconds, shares = np.transpose([*pruned, *sorted(refined)])
         # A model is refined after it is pruned, its blocks while it is.
         seconds = seconds + (np.arange(len(seconds)) > 0) * seconds[0] * ("+ model" in line)
-        several = len({setting(row) for row in rows}) > 1
         for axes, values in zip(panels, (tokens, seconds), strict=True):
             label = f"{line}, {', '.join(place)}" if several else line
             axes.plot(values, shares, marker="o", markersize=4, label=label)
@@ -347,6 +367,9 @@ def main() -> None:
         row = alone(measure, run, calibration, *evaluated, seed, cache, questions)
         rows = add_row(path, key | row)
     print_table(rows, texts)
+    print_shares_seen(
+        arguments.calibration, arguments.texts, arguments.evaluation_windows, arguments.cache
+    )
     draw(rows, texts, path.with_suffix(".png"))
 
 
