@@ -272,11 +272,15 @@ def test_a_path_is_printed_as_it_is(capsys):
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
-def test_a_reader_that_has_ended_is_no_error(workspace, form):
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_a_reader_that_has_ended_is_no_error(workspace, form, unbuffered):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "prox24", "inspect", str(workspace / "model"), *form]
-    outcome = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=300)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    outcome = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, timeout=300, env=environment
+    )
     os.close(write)
     assert outcome.returncode == 128 + signal.SIGPIPE
     assert outcome.stderr == b""

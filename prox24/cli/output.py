@@ -81,6 +81,13 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | str | list | dict | None) else str(value)
 
 
+class _Console(Console):
+    """Leaves a closed pipe to `main`; rich by itself ends the process, with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error that is handled where this is called
+
+
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output: the first column to the left, figures to the right."""
     table = Table()
@@ -90,10 +97,7 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     # Without a terminal there is no width to fit into. A path is no markup.
     width = None if sys.stdout.isatty() else 120
-    console = Console(width=width, markup=False, emoji=False, highlight=False)
-    with console.capture() as capture:  # since rich ends the process where a pipe is closed
-        console.print(table)
-    print(capture.get(), end="")
+    _Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def versions() -> dict[str, str]:
