@@ -56,7 +56,14 @@ TRIED = {
         *(ModelRefinement(rate=5e-4, cross_entropy=share) for share in (0.3, 0.6)),
     ],
     256: [ModelRefinement(rate=5e-4), ModelRefinement(rate=5e-4, cross_entropy=0.6)],
-    1024: [ModelRefinement(rate=5e-4), ModelRefinement(rate=5e-4, cross_entropy=0.6)],
+    1024: [
+        ModelRefinement(rate=5e-4),
+        ModelRefinement(rate=5e-4, cross_entropy=0.6),
+        *(
+            ModelRefinement(rate=5e-4, cross_entropy=0.6, compute_dtype="bfloat16", passes=passes)
+            for passes in (1, 2)
+        ),
+    ],
 }
 """With so many windows, besides the defaults."""
 MOVING = {
@@ -113,14 +120,25 @@ REFINED = ("sparsegpt + refit", DEFAULT)
 """What is refined, as blocks and as a whole."""
 
 
+def changed(refinement: ModelRefinement) -> str:
+    """What is not as by default; the passes, which change the tokens alone, at the end."""
+    parts = [f"rate {refinement.rate:g}"]
+    if refinement.cross_entropy:
+        parts.append(f"cross-entropy {refinement.cross_entropy:g}")
+    if refinement.compute_dtype != "float32":
+        parts.append(refinement.compute_dtype)
+    if refinement.passes > 1:
+        parts.append(f"passes: {refinement.passes}")
+    return ", ".join(parts)
+
+
 def runs() -> list[Run]:
     """The table."""
     table = [Run("dense", "dense")]
     table += [Run(base, base) for base in BASES]
     for windows, tried in TRIED.items():
         for one in tried:
-            share = f", cross-entropy {one.cross_entropy:g}" if one.cross_entropy else ""
-            name = f"{DEFAULT} + model, rate {one.rate:g}{share}"
+            name = f"{DEFAULT} + model, {changed(one)}"
             table.append(Run(name, DEFAULT, windows, one))
     table += [
         Run(f"dense + model, {name}", "dense", windows, one)

@@ -96,9 +96,10 @@ class ModelRefinement:
         the two largest of each block.
       warmup: the share of the steps in which the rate rises.
       micro_batches: in which the windows of a step are computed one after the other, for memory.
-      compute_dtype: of the products with the weights of the layers' linears, forwards and
-        backwards: "float32", at the highest precision, or "bfloat16", which is for accelerators.
-        All else is float32, but for the gradients of these weights, which devices add in it.
+      compute_dtype: of the operands of products with the weights of the layers' linears and of the
+        head, forwards and backwards: "float32", at the highest precision, or "bfloat16", whose
+        products are summed in float32. All else is float32, the dense model's layers included, but
+        for the gradients of these weights, which devices add in bfloat16.
 
     Raises:
       Prox24Error: the micro-batches do not divide the windows of a step.
@@ -349,7 +350,8 @@ def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[F
         return whole.features(config, layers, weights, in_parts(tokens, mesh), enter)
 
     def logits(outer: _Outer, hidden: Array) -> Array:
-        return decoder.logits(config, outer[0], hidden)
+        head = {decoder.head_weight(config.head)}
+        return decoder.logits(config, decoder.computed_in(compute_dtype, outer[0], head), hidden)
 
     return features, logits
 

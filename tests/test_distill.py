@@ -192,7 +192,7 @@ def test_the_whole_model_is_its_layers(tmp_path, variant):
         jax.tree.map(np.testing.assert_array_equal, given, back)
 
 
-def test_linears_multiply_in_bfloat16_and_little_is_lost(tmp_path):
+def test_linears_and_head_multiply_in_bfloat16_and_little_is_lost(tmp_path):
     write_tiny(tmp_path / "model")
     model = load_model(open_checkpoint(tmp_path / "model"))
     params = whole.stacked(
@@ -200,22 +200,57 @@ def test_linears_multiply_in_bfloat16_and_little_is_lost(tmp_path):
         lambda index, name: layer_weights(model, index)[name],
         lambda name, tensors: jnp.stack(tensors),
     )
-    outer = embedding_weights(model) | head_weights(model)
+    outer = (embedding_weights(model) | head_weights(model), None)
     ids = jnp.asarray(tokens(batch=2, length=24))
     gradients, products = [], []
     for dtype in decoder.COMPUTE_DTYPES:
-        hidden, _ = _functions(model.config, None, dtype)
-        gradient = jax.grad(lambda params, f=hidden: jnp.mean(f(params, (outer, None), ids) ** 2))
-        gradients.append(jax.jit(gradient)(params))
-        lowered = jax.jit(gradient).lower(params).as_text()
-        products.append(len(re.findall(r"dot_general.*-> tensor<\S+xbf16>", lowered)))
-    # Seven linears: forwards, again for the gradient, and two products backwards.
+        features, logits = _functions(model.config, None, dtype)
+
+        def loss(params, features=features, logits=logits):
+            return jnp.mean(logits(outer, features(params, outer, ids)) ** 2)
+
+        gradient = jax.jit(jax.grad(loss))
+        gradients.append(gradient(params))
+        lowered = gradient.lower(params).as_text()
+        of_bfloat16 = r"dot_general.*\(tensor<\S+xbf16>, tensor<\S+xbf16>\) -> tensor<\S+xf32>"
+        products.append(len(re.findall(of_bfloat16, lowered)))
+        assert not re.findall(r"dot_general.*-> tensor<\S+xbf16>", lowered)
+    # Seven linears: forwards, again for the gradient, and two products backwards. The head has one
+    # forwards and one backwards.
     assert products[0] == 0
-    assert products[1] >= 3 * 7
+    assert products[1] >= 3 * 7 + 2
     for exact, found in zip(*map(jax.tree.leaves, gradients), strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, exact, atol=0.03 * np.max(np.abs(exact)))
         assert np.any(found != exact)
+
+
+@pytest.mark.optimized
+def test_a_product_in_bfloat16_has_sums_of_float32():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weight, cotangent = (
+        jax.random.normal(key, shape, jnp.float32)
+        for key, shape in zip(keys, [(2, 48, 640), (96, 640), (2, 48, 96)], strict=True)
+    )
+
+    def product(x, weight):
+        used = decoder.computed_in("bfloat16", {"weight": weight}, {"weight"})["weight"]
+        return decoder.linear(x, used)
+
+    @jax.jit
+    def forwards_and_backwards(x, weight, cotangent):
+        y, gradient = jax.vjp(product, x, weight)
+        return y, *gradient(cotangent)
+
+    found = forwards_and_backwards(x, weight, cotangent)
+    x, weight, cotangent = (
+        np.asarray(operand.astype(jnp.bfloat16), np.float64) for operand in (x, weight, cotangent)
+    )
+    expected = [x @ weight.T, cotangent @ weight, np.einsum("bto,bti->oi", cotangent, x)]
+    assert {y.dtype for y in found} == {jnp.dtype("float32")}
+    # The gradient of the weight is rounded to bfloat16, in which devices add it.
+    for y, exact, digits in zip(found, expected, (20, 20, 8), strict=True):
+        np.testing.assert_allclose(y, exact, rtol=2.0**-digits, atol=1e-4)
 
 
 @pytest.fixture

@@ -348,7 +348,7 @@ def embedding_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def head_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that `logits` reads."""
     shapes = _norm_shapes(config.norm, "norm", config.hidden)
-    table = "embed_tokens.weight" if config.head.tied else "lm_head.weight"
+    table = head_weight(config.head)
     shapes[table] = (config.vocabulary, config.hidden)
     if config.head.bias:
         shapes["lm_head.bias"] = (config.vocabulary,)
@@ -463,10 +463,15 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
     """Hidden states (batch, length, hidden) to float32 logits (batch, length, vocabulary)."""
     head = config.head
     x = _norm(config.norm, weights, "norm", hidden)
-    y = linear(x, weights["embed_tokens.weight" if head.tied else "lm_head.weight"])
+    y = linear(x, weights[head_weight(head)])
     if head.bias:
         y = y + weights["lm_head.bias"].astype(jnp.float32)[None, None, :]
     return _softcap(y / head.divisor, head.softcap)
+
+
+def head_weight(head: Head) -> str:
+    """The name of what the last hidden states are multiplied with."""
+    return "embed_tokens.weight" if head.tied else "lm_head.weight"
 
 
 class InBfloat16(NamedTuple):
@@ -522,8 +527,8 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
     """x W^T of x (batch, length, in) and W (out, in), in float32.
 
     Nothing else multiplies with the weight of a linear. With a packed one `x` is rounded to its
-    dtype, and so is the product: kernels read both in one dtype. With an `InBfloat16` operands and
-    product are rounded to bfloat16, and sums are the device's own.
+    dtype, and so is the product: kernels read both in one dtype. With an `InBfloat16` operands are
+    rounded to bfloat16, those of the gradients too, and sums are float32.
 
     Example:
       >>> linear(jnp.ones((1, 3, 4)), jnp.ones((2, 4), jnp.bfloat16)).shape
@@ -532,9 +537,37 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
     if isinstance(weight, Packed24):
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
     if isinstance(weight, InBfloat16):
-        product = jnp.einsum("bti,oi->bto", x.astype(jnp.bfloat16), weight.weight)
-        return product.astype(jnp.float32)
+        return _in_bfloat16(x, weight.weight)
     return jnp.einsum("bti,oi->bto", x, weight.astype(jnp.float32), precision=PRECISION)
+
+
+@jax.custom_vjp
+def _in_bfloat16(x: Array, weight: Array) -> Array:
+    """x W^T of a bfloat16 W.
+
+    JAX's own gradients would multiply float32 cotangents with bfloat16 operands, which is done in
+    float32.
+    """
+    return _sums("bti,oi->bto", x, weight)
+
+
+def _in_bfloat16_forwards(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    x = x.astype(jnp.bfloat16)
+    return _in_bfloat16(x, weight), (x, weight)
+
+
+def _in_bfloat16_backwards(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, weight = operands
+    of_weight = _sums("bto,bti->oi", cotangent, x)
+    return _sums("bto,oi->bti", cotangent, weight), of_weight.astype(jnp.bfloat16)
+
+
+def _sums(axes: str, a: Array, b: Array) -> Array:
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+_in_bfloat16.defvjp(_in_bfloat16_forwards, _in_bfloat16_backwards)
 
 
 def _affine(weights: Weights, name: str, x: Array) -> Array:

@@ -41,8 +41,9 @@ class BlockRefinement:
       held_out: the share of the steps' windows, the last ones, that decides which pass was best; at
         least one step's are. Shuffle windows that are in the order of a text.
       linears_only: leaves norms, biases and routers as they are.
-      compute_dtype: of the products with the weights of linears, forwards and backwards: "float32",
-        at the highest precision, or "bfloat16", which is for accelerators. All else is float32.
+      compute_dtype: of the operands of products with the weights of linears, forwards and
+        backwards: "float32", at the highest precision, or "bfloat16", whose products are summed in
+        float32. All else is float32.
 
     Raises:
       ValueError: the rate or the passes are not positive, the share is not from 0 to 1, or it is
