@@ -17,6 +17,7 @@ import killed
 import numpy as np
 import pytest
 from killed import on_change
+from safetensors.numpy import save_file
 from tiny import write_tiny
 
 from prox24 import pipeline
@@ -454,6 +455,51 @@ def test_overwriting_what_holds_an_input_is_refused(workspace, capsys, option):
     assert main(command(workspace, "all", "--overwrite")) == 2
     assert f"{workspace}/all is or holds {kept}" in capsys.readouterr().err
     assert (workspace / "all" / kept.name).exists()
+
+
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_a_source_where_the_work_would_be_is_kept(workspace, capsys, inside):
+    source = workspace / "out.unfinished" / inside
+    source.parent.mkdir(exist_ok=True)
+    (workspace / "model").rename(source)
+    before = contents(source)
+    given = command(workspace)
+    given[1] = str(source)
+    assert main(given) == 2
+    assert f"out.unfinished is or holds {source}; choose another" in capsys.readouterr().err
+    assert contents(source) == before
+
+
+def test_what_stands_where_the_work_would_be_is_kept(workspace, capsys):
+    (workspace / "out.unfinished").mkdir()
+    (workspace / "out.unfinished" / "precious").write_text("x")
+    assert main(command(workspace)) == 2
+    assert "out.unfinished, where out would be written, holds precious" in capsys.readouterr().err
+    assert contents(workspace / "out.unfinished") == {"precious": b"x"}
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(
+    workspace, monkeypatch, capsys, name
+):
+    path = workspace / "model" / "model.safetensors"
+    weights = {tensor: source.read() for tensor, source in safetensors_file.open_file(path).items()}
+    weights[name] = np.full_like(weights[name], np.inf)
+    save_file(weights, path)
+    monkeypatch.setattr(prune, "prune_with_progress", None)
+    assert main(command(workspace)) == 2
+    assert f"tensor {name} holds NaN or Inf" in capsys.readouterr().err
+
+
+def test_what_a_buffer_holds_is_copied(workspace):
+    path = workspace / "model" / "model.safetensors"
+    weights = {tensor: source.read() for tensor, source in safetensors_file.open_file(path).items()}
+    mask = "model.layers.0.self_attn.masked_bias"
+    save_file(weights | {mask: np.array(-np.inf, np.float16)}, path)
+    assert main(command(workspace, "out", "--dtype", "float32")) == 0
+    written = safetensors_file.open_file(workspace / "out" / "model.safetensors")[mask].read()
+    assert (written.dtype, float(written)) == (np.float16, -np.inf)
+    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
 
 
 def test_a_destination_that_cannot_be_written_is_named(workspace, capsys):

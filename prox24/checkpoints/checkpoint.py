@@ -47,6 +47,8 @@ class Checkpoint:
       shards: names of tensors in the order of writing, one list for each file.
       load_tokenizer: builds the tokenizer.
       carried: files of the source that are copied to an output as they are.
+      buffers: names of tensors that nothing is computed with: what they hold is not looked at, such
+        as the -inf that -1e9 is in float16.
     """
 
     path: Path
@@ -55,15 +57,16 @@ class Checkpoint:
     shards: list[list[str]]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     carried: list[Path]
+    buffers: frozenset[str] = frozenset()
 
     def read(self, name: str) -> NDArray[Any]:
         """The values of a tensor, in the dtype of the file.
 
         Raises:
-          CheckpointError: the tensor cannot be read, or holds NaN or Inf.
+          CheckpointError: the tensor cannot be read, or holds NaN or Inf and is no buffer.
         """
         values = self.tensors[name].read()
-        if not is_finite(values):
+        if name not in self.buffers and not is_finite(values):
             raise CheckpointError(f"{self.path}: tensor {name} holds NaN or Inf")
         return values
 
@@ -135,9 +138,11 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     _check_quantization(path, config)
     shards = hf_folder.open_shards(path, FORMATS)
     tensors = {name: source for shard in shards for name, source in shard.items()}
+    buffers: frozenset[str] = frozenset()
     if not any_family:
         shapes = parameter_shapes(config, tensors)
         tensors = _without_copies(tensors, shapes)
+        buffers = frozenset(tensors.keys() - shapes.keys())
     tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
@@ -158,6 +163,7 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
         shards=[[name for name in shard if name in tensors] for shard in shards],
         load_tokenizer=load_tokenizer,
         carried=hf_folder.carried_files(path),
+        buffers=buffers,
     )
     if not any_family:
         _check_tensors(checkpoint, shapes)

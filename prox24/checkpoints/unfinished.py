@@ -30,6 +30,9 @@ from prox24.checkpoints.hf_folder import NOT_CARRIED
 from prox24.checkpoints.tensors import TensorSource, writing
 from prox24.errors import CheckpointError, DiskError, Prox24Error
 
+PARTS = {"lock", "job.json", "job.json.new", "journal.jsonl"}
+PARTS |= {"activations", "model", "replaced", "old"}
+
 
 class Written(NamedTuple):
     """A tensor that was written.
@@ -79,11 +82,17 @@ def unfinished_folder(
 
     Raises:
       CheckpointError: another process writes to the destination, another job is unfinished there,
-        what it wrote is damaged, or the disk fails, or something came to stand at the destination.
+        what it wrote is damaged, what is there is not of such a job, the disk fails, or something
+        came to stand at the destination.
     """
-    work = _work_folder(destination)
+    work = work_folder(destination)
     with writing(destination):
         work.mkdir(exist_ok=True)
+        foreign = sorted({file.name for file in work.iterdir()} - PARTS)
+    if foreign:
+        raise CheckpointError(
+            f"{work}, where {destination.name} would be written, holds {foreign[0]}; move it away"
+        )
     lock = FileLock(work / "lock")
     with writing(destination):
         try:
@@ -145,7 +154,7 @@ def opened_by_another(destination: Path) -> Unfinished:
     Raises:
       CheckpointError: the files that its journal tells of are not there.
     """
-    work = _work_folder(destination)
+    work = work_folder(destination)
     entries = _entries(work)
     tensors = _tensors(work / "model", entries)
     for name in entries:
@@ -183,7 +192,8 @@ def sha256(values: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _work_folder(destination: Path) -> Path:
+def work_folder(destination: Path) -> Path:
+    """Where a destination is written before it is complete."""
     return destination.absolute().with_name(destination.name + ".unfinished")
 
 

@@ -21,6 +21,7 @@ from prox24.checkpoints.unfinished import (
     sha256,
     source_files,
     unfinished_folder,
+    work_folder,
 )
 from prox24.errors import CheckpointError, DiskError
 from prox24.models.families import config_from_hf
@@ -108,6 +109,7 @@ def check_destination(
     for path in inputs:
         if path is not None and path.exists():
             check_outside(destination, path)
+            check_outside(work_folder(destination), path)
     if destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; pass --overwrite to replace it")
     if destination.exists() and not destination.is_dir():
@@ -193,7 +195,8 @@ def fill_folder(
       unfinished: the folder; what is finished there is left as it is.
       replaced: names and new values of tensors, each of which is written before the next is asked
         for; the others are copied bit for bit.
-      dtype: "float32", "float16" or "bfloat16" for every tensor; None keeps each tensor's own.
+      dtype: "float32", "float16" or "bfloat16" for all but buffers and integers; None keeps each
+        tensor's own.
       max_shard_bytes: of the tensors in one file, unless a single one is larger; None keeps
         together what is in one file of the source.
       file_format: one of `OUTPUTS`.
@@ -245,7 +248,7 @@ def fill_folder(
 
         def write(name: str, values: NDArray[Any]) -> Written:
             file, put = places.pop(name)
-            converted = np.ascontiguousarray(_converted(name, values, specs[name].dtype))
+            converted = np.ascontiguousarray(_converted(source, name, values, specs[name].dtype))
             with writing(file):
                 put(name, converted)
             digests[name] = sha256(converted)
@@ -292,11 +295,11 @@ def _write_companions(
 
 
 def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
-    """Of a tensor as it is written; integer buffers, which nothing is computed with, stay."""
+    """Of a tensor as it is written; buffers and integers stay as they are."""
     own = source.tensors[name]
     if not own.dtype.itemsize:
         raise CheckpointError(f"{source.path}: tensor {name} has a dtype that is not supported")
-    if dtype is None or own.dtype not in DTYPES.values():
+    if dtype is None or name in source.buffers or own.dtype not in DTYPES.values():
         return Spec(own.shape, own.dtype)
     return Spec(own.shape, DTYPES[dtype])
 
@@ -322,9 +325,21 @@ def _shards(source: Checkpoint, sizes: Mapping[str, int], max_bytes: int | None)
     return shards
 
 
-def _converted(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+def check_tensors(source: Checkpoint, dtype: str | None) -> None:
+    """Reads every tensor once, before hours are spent on some of them.
+
+    Raises:
+      CheckpointError: one cannot be read, holds NaN or Inf, or overflows what it is written in.
+    """
+    for name in source.tensors:
+        _converted(source, name, source.read(name), written_spec(source, name, dtype).dtype)
+
+
+def _converted(
+    source: Checkpoint, name: str, values: NDArray[Any], dtype: np.dtype[Any]
+) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         converted = values.astype(dtype, copy=False)
-    if not is_finite(converted):
+    if name not in source.buffers and not is_finite(converted):
         raise CheckpointError(f"tensor {name} overflows {dtype}; choose another dtype")
     return converted

@@ -29,7 +29,7 @@ from prox24.checkpoints.unfinished import (
     source_files,
     unfinished_folder,
 )
-from prox24.checkpoints.writer import OUTPUTS, check_destination, fill_folder
+from prox24.checkpoints.writer import OUTPUTS, check_destination, check_tensors, fill_folder
 from prox24.cli.output import (
     check_report,
     peak_memory_bytes,
@@ -165,6 +165,7 @@ def _run(arguments: argparse.Namespace) -> int:
         [job, arguments.activations],
         Prox24Error("the processes differ in arguments, packages, devices or source files"),
     )
+    check_tensors(checkpoint, arguments.dtype)
     with common_folder(arguments.destination, job, arguments.overwrite) as unfinished:
         if refinement is not None:
             unfinished = _whole_layers(unfinished, checkpoint, refinement)
