@@ -66,8 +66,12 @@ def gguf_name(name: str, layer: dict[str, str]) -> str:
     return f"blk.{index}.{layer[module]}.{part}"
 
 
-def write_gguf(path: Path, kind: str, config: dict, weights: dict) -> None:
+def write_gguf(
+    path: Path, kind: str, config: dict, weights: dict, factors: dict | None = None
+) -> None:
     writer = gguf.GGUFWriter(path, kind)
+    for field, factor in (factors or {}).items():
+        writer.add_float32(f"{kind}.rope.{field}", factor)
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -118,6 +122,19 @@ def test_logits_of_a_gguf_are_those_of_the_model_it_was_made_of(tmp_path, kind):
     )
 
 
+@pytest.mark.parametrize("field", ["scale_linear", "scaling.factor"])
+def test_scaled_rope_frequencies_of_older_files_are_refused(tmp_path, field):
+    variant, changes = CASES["llama"]
+    config = config_dict(variant, **changes)
+    weights = random_weights(config)
+    for factor in (0, 1):
+        write_gguf(tmp_path / "model.gguf", "llama", config, weights, {field: factor})
+        open_checkpoint(tmp_path / "model.gguf")
+    write_gguf(tmp_path / "model.gguf", "llama", config, weights, {field: 4})
+    with pytest.raises(UnsupportedModelError, match="scaled rope frequencies"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
 PIECES = {"\u2581": -9.0, "a": -8.0, "b": -7.0, "ab": -3.0, "ba": -2.5, "\u2581a": -4.0}
 PIECES |= {"aba": -6.0, "\u2581ab": -1.0, "bab": -5.0, "\u2581ba": -2.0}
 
@@ -152,6 +169,21 @@ def test_a_text_begins_with_the_start_token_unless_the_file_says_otherwise(said,
     plain = tokenizer("ab ab", add_special_tokens=False)["input_ids"]
     assert tokenizer("ab ab")["input_ids"] == start + plain
     assert start_tokens(tokenizer, len(PIECES) + 2) == start
+
+
+@pytest.mark.parametrize(("split", "found"), [("llama-bpe", ["abc"]), ("qwen2", ["a", "bc"])])
+def test_llama_3_takes_a_token_whole_that_merges_do_not_reach(split, found):
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": split,
+        "tokenizer.ggml.tokens": ["a", "b", "c", "ab", "bc", "abc", "<s>"],
+        "tokenizer.ggml.token_type": [*[1] * 6, 3],
+        "tokenizer.ggml.merges": ["b c", "a b", "ab c"],
+        "tokenizer.ggml.bos_token_id": 6,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    tokenizer = build_tokenizer(metadata, 64, Path("model.gguf"))
+    assert tokenizer.tokenize("abc") == found
 
 
 @pytest.mark.parametrize("add_space_prefix", [False, True])

@@ -154,10 +154,14 @@ def test_an_expert_sees_the_tokens_that_are_routed_to_it():
     assert min(counts) < tokens().size
 
 
-def test_names_without_the_prefix_of_the_base_model_are_found():
-    config = config_dict("gpt2")
+@pytest.mark.parametrize(
+    ("variant", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("llama1", "model.")]
+)
+def test_names_without_the_prefix_of_the_base_model_are_found(variant, prefix):
+    config = config_dict(variant)
     weights = random_weights(config)
-    bare = {name.removeprefix("transformer."): values for name, values in weights.items()}
+    bare = {name.removeprefix(prefix): values for name, values in weights.items()}
+    assert bare.keys() != weights.keys()
     np.testing.assert_array_equal(
         jax_logits(config, bare, tokens()), jax_logits(config, weights, tokens())
     )

@@ -152,7 +152,12 @@ class _Fields:
 def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     kind = metadata["general.architecture"]
     architecture, fields = ARCHITECTURES[kind], _Fields(path, metadata)
-    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    # Older files have the factor alone, and mean it to be linear; 0 is none.
+    factors = {
+        metadata.get(f"{kind}.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")
+    }
+    unsaid = "none" if factors <= {0, 1} else "linear"
+    scaling = metadata.get(f"{kind}.rope.scaling.type", unsaid)
     if ROPE_FREQUENCIES in names or scaling != "none":
         raise UnsupportedModelError(
             "a GGUF with scaled rope frequencies does not say how they were scaled; "

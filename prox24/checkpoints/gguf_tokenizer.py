@@ -70,7 +70,7 @@ def build_tokenizer(
 def _build(metadata: dict[str, Any], context_length: int, path: Path) -> PreTrainedTokenizerBase:
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind == "gpt2" and isinstance(split, str) and split in PRE_TOKENIZERS:
-        tokenizer = _byte_level(metadata, PRE_TOKENIZERS[split])
+        tokenizer = _byte_level(metadata, split)
     elif kind == "llama":
         tokenizer = _sentence_piece(metadata)
     else:
@@ -114,10 +114,14 @@ def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
     return {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
 
 
-def _byte_level(metadata: dict[str, Any], split: list[pre_tokenizers.PreTokenizer]) -> Tokenizer:
+def _byte_level(metadata: dict[str, Any], split: str) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    # Llama 3 takes a word that is a token as it is, whatever the merges make of it.
+    model = models.BPE(
+        vocab=_vocabulary(metadata), merges=merges, ignore_merges=split == "llama-bpe"
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[split])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -94,9 +94,11 @@ def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> 
         raise UnsupportedModelError(f"the config of a {kind} model: {reason}") from error
     if sum(layer.mlp.experts.number if layer.mlp.experts else 1 for layer in found.layers) > MLPS:
         raise UnsupportedModelError(f"the config of a {kind} model: more than {MLPS} experts")
-    bare = found._replace(names=found.names._replace(base=""))
-    present = outer_tensor(bare.names, "embed_tokens.weight") in tensors
-    return bare if present else found
+    # OPT's larger models have "decoder." alone for "model.decoder.".
+    parts = found.names.base.split(".")
+    names = [found.names._replace(base=".".join(parts[start:])) for start in range(len(parts))]
+    present = (one for one in names if outer_tensor(one, "embed_tokens.weight") in tensors)
+    return found._replace(names=next(present, found.names))
 
 
 def _check_sizes(kind: str, config: Mapping[str, Any]) -> None:
