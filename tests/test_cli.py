@@ -187,6 +187,11 @@ def width_not_divisible_within_a_memory(workspace):
     return [*arguments, "--memory", "1GB"], named
 
 
+def a_text_without_grams(workspace):
+    text = workspace / "text.txt"
+    return ["inspect", workspace / "model", "--calibration", text], "--calibration is for --grams"
+
+
 def report_that_is_a_folder(workspace):
     return ["verify", workspace / "model", "--report", workspace], "is a folder"
 
@@ -223,6 +228,7 @@ ERRORS = [
     width_not_divisible,
     width_not_divisible_within_a_memory,
     report_that_is_a_folder,
+    a_text_without_grams,
     nan_weight,
     pull_without_dense_targets,
     missing_tokenizer,
@@ -292,6 +298,7 @@ def test_a_reader_that_has_ended_is_no_error(workspace, form, unbuffered):
         ("--pattern", "2to4"),
         ("--pattern", "5:4"),
         ("--samples", "0"),
+        ("--samples", str(2**63)),
         ("--sequence-length", "1"),
         ("--damping", "-1"),
         ("--damping", "inf"),

@@ -457,6 +457,25 @@ def test_overwriting_what_holds_an_input_is_refused(workspace, capsys, option):
     assert (workspace / "all" / kept.name).exists()
 
 
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ("text.txt", "would replace what is read"),
+        ("model/model.safetensors", "would replace what is read"),
+        ("model/config.json", "would replace what is read"),
+        ("out", "out is or holds"),
+        ("out.unfinished", "out.unfinished is or holds"),
+    ],
+)
+def test_a_report_does_not_replace_what_is_needed(workspace, capsys, report, said):
+    before = contents(workspace / "model")
+    assert main(command(workspace, "out", "--report", str(workspace / report))) == 2
+    assert said in capsys.readouterr().err
+    assert contents(workspace / "model") == before
+    assert (workspace / "text.txt").read_text() == TEXT
+    assert sorted(path.name for path in workspace.iterdir()) == ["model", "text.txt"]
+
+
 @pytest.mark.parametrize("inside", ["", "model"])
 def test_a_source_where_the_work_would_be_is_kept(workspace, capsys, inside):
     source = workspace / "out.unfinished" / inside

@@ -426,7 +426,13 @@ def test_a_single_window_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option", [["--refine-linears-only"], ["--refine-compute-dtype", "bfloat16"]]
+    "option",
+    [
+        ["--refine-linears-only"],
+        ["--refine-compute-dtype", "bfloat16"],
+        ["--refine-rate", "0.0002"],
+        ["--refine-passes", "5"],
+    ],
 )
 def test_options_without_a_refinement_are_refused(tmp_path, capsys, option):
     command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), *option]

@@ -125,7 +125,7 @@ def check_outside(destination: Path, path: Path) -> None:
         if place == destination.resolve() or (
             place.exists() and destination.exists() and place.samefile(destination)
         ):
-            raise CheckpointError(f"{destination} is or holds {path}; choose another destination")
+            raise CheckpointError(f"{destination} is or holds {path}; choose another place")
 
 
 def write_checkpoint(

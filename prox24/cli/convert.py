@@ -36,6 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [["format", arguments.format], ["tensors", str(len(written))]]
         if left_out:
             rows.append(["buffers left out", f"{len(left_out)}, {left_out[0]} and so on"])
-        rows.append(["remark", remark])
         print_table(["written", str(arguments.destination)], rows)
+        print(remark)
     return 0

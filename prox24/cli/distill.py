@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_destination(arguments.destination, inputs, arguments.overwrite)
     if arguments.state is not None:
         check_outside(arguments.destination, arguments.state)
-    check_report(arguments.report)
+    check_report(arguments.report, inputs, arguments.destination)
     dense, pruned = open_checkpoint(arguments.dense), open_checkpoint(arguments.pruned)
     refinement = ModelRefinement(
         rate=arguments.rate,

@@ -173,12 +173,8 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         default="none",
         help="train what is kept of each layer on the dense layer's output, after it is pruned",
     )
-    command.add_argument(
-        "--refine-rate", type=_positive_number, default=2e-4, help="first rate of Adam (2e-4)"
-    )
-    command.add_argument(
-        "--refine-passes", type=_positive, default=5, help="over the calibration windows (5)"
-    )
+    command.add_argument("--refine-rate", type=_positive_number, help="first rate of Adam (2e-4)")
+    command.add_argument("--refine-passes", type=_positive, help="over the calibration windows (5)")
     command.add_argument(
         "--refine-linears-only",
         action="store_true",
@@ -456,7 +452,8 @@ def _add_compute_dtype(command: argparse.ArgumentParser, name: str) -> None:
         name,
         choices=COMPUTE_DTYPES,
         default="float32",
-        help="in which a training multiplies with linears; bfloat16 is for accelerators (float32)",
+        help="in which a training multiplies with linears; bfloat16 is for accelerators, and CPUs "
+        "that multiply it by instructions of their own (float32)",
     )
 
 
@@ -547,8 +544,8 @@ def _length(text: str) -> int:
 
 
 def _at_least(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+    if not text.isdecimal() or not least <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to 2^63 - 1")
     return int(text)
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prox24.checkpoints.unfinished import source_files, work_folder
+from prox24.checkpoints.writer import check_outside
 from prox24.errors import CheckpointError
 
 PACKAGES = ("prox24", "jax", "jaxlib", "optax", "numpy", "transformers", "safetensors", "gguf")
@@ -50,8 +52,16 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, allow_nan=False))
 
 
-def check_report(path: Path | None) -> None:
-    """Raises CheckpointError where a report could not be written, before hours are spent."""
+def check_report(
+    path: Path | None, inputs: Iterable[Path | None] = (), destination: Path | None = None
+) -> None:
+    """Raises CheckpointError where a report could not be written, before hours are spent.
+
+    Args:
+      path: of the report.
+      inputs: files and folders of models that are read, which it must not replace.
+      destination: a folder to write, in which it would be lost.
+    """
     if path is None:
         return
     if path.is_dir():
@@ -60,6 +70,15 @@ def check_report(path: Path | None) -> None:
         raise CheckpointError(f"the folder of {path} does not exist")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise CheckpointError(f"the report {path} cannot be written: permission denied")
+    for given in inputs:
+        if given is None or not given.exists():
+            continue
+        held = map(given.joinpath, source_files(given)) if given.is_dir() else [given]
+        if path.exists() and any(map(path.samefile, held)):
+            raise CheckpointError(f"the report {path} would replace what is read")
+    if destination is not None:
+        check_outside(destination, path)
+        check_outside(work_folder(destination), path)
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:

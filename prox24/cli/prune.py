@@ -68,11 +68,6 @@ DECISIVE = (
     "sequence_length",
     "dtype",
     "shard_size",
-    "refine",
-    "refine_rate",
-    "refine_passes",
-    "refine_linears_only",
-    "refine_compute_dtype",
     "shard_grams",
 )
 """Arguments that decide the result, apart from the source and the calibration text."""
@@ -95,9 +90,11 @@ def _run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     inputs = (arguments.source, arguments.calibration)
     check_destination(arguments.destination, inputs, arguments.overwrite)
-    check_report(arguments.report)
+    check_report(arguments.report, inputs, arguments.destination)
     if arguments.refine == "none":
         others = {
+            "--refine-rate": arguments.refine_rate is not None,
+            "--refine-passes": arguments.refine_passes is not None,
             "--refine-linears-only": arguments.refine_linears_only,
             "--refine-compute-dtype": arguments.refine_compute_dtype != "float32",
         }
@@ -125,8 +122,8 @@ def _run(arguments: argparse.Namespace) -> int:
     refinement = None
     if arguments.refine == "block":
         refinement = BlockRefinement(
-            arguments.refine_rate,
-            arguments.refine_passes,
+            arguments.refine_rate or BlockRefinement.rate,
+            arguments.refine_passes or BlockRefinement.passes,
             linears_only=arguments.refine_linears_only,
             compute_dtype=arguments.refine_compute_dtype,
         )
@@ -154,6 +151,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "solver": _settings(solver),
         "refit": _settings(refit),
         "pull": pull,
+        "refinement": _settings(refinement),
         "micro_batch": micro_batch,
         "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
         "source": files,
@@ -229,6 +227,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "solver": _settings(solver),
         "refit": _settings(refit),
         "pull": pull,
+        "refinement": _settings(refinement),
         "versions": versions(),
         "calibration_tokens": windows.size,
         "resumed_linears": resumed,

@@ -27,7 +27,7 @@ from prox24.forward import all_linears, check_widths, load_model
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; 0 if every tensor is as it should be, else 1."""
-    check_report(arguments.report)
+    check_report(arguments.report, (arguments.model, arguments.source))
     pattern = arguments.pattern
     group = 1 if isinstance(pattern, Unstructured) else pattern.group
     unit = "weights" if isinstance(pattern, Unstructured) else f"blocks of {group}"
