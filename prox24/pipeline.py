@@ -185,7 +185,7 @@ def prune(
         windows.
       SolverError: a solution is not finite; names the tensor.
       ValueError: the solver does not support the pattern, or needs whole Grams where devices should
-        share their columns; or the mesh does not divide the windows.
+        share their columns; or the mesh or the micro-batches do not divide the windows.
     """
     if shard_grams:
         check_shares_columns(solver, refit)
@@ -194,9 +194,12 @@ def prune(
     streams = ["pruned"] if pull is None and refinement is None else ["pruned", "dense"]
     count, length = windows.shape
     most, micro_batches = batch_size(count, length, model.mesh), 1
-    size = micro_batch or most
+    size, devices = micro_batch or most, 1 if model.mesh is None else model.mesh.size
+    if refinement is None and (count % size or size % devices):
+        raise ValueError(
+            f"micro-batches of {size} do not divide {count} windows among {devices} devices"
+        )
     if refinement is not None:
-        devices = 1 if model.mesh is None else model.mesh.size
         step = refinement.step_windows(count, batch_size(count, length), devices)
         size = devices * micro_batches_of(step // devices, max(1, size // devices))[0]
         micro_batches = step // size

@@ -56,8 +56,10 @@ def test_rounding_does_not_grow_with_the_number_of_batches():
 
 
 def test_gram_is_symmetric_and_counts_every_token():
-    gram, _ = gathered([np.ones((3, 5, 4), np.float32)])
-    np.testing.assert_array_equal(gram.total, np.full((4, 4), 15.0))
+    x = np.random.default_rng(3).integers(-8, 8, (3, 5, 4)).astype(np.float32)
+    gram, _ = gathered([x])
+    np.testing.assert_array_equal(gram.total, sum(np.outer(v, v) for v in x.reshape(-1, 4)))
+    np.testing.assert_array_equal(gram.total, gram.total.T)
 
 
 def test_a_cross_gram_pairs_the_tokens():

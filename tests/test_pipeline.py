@@ -309,6 +309,13 @@ def test_micro_batches_divide_the_windows():
             assert size == 1 or size * length <= 2048
 
 
+@pytest.mark.parametrize("size", [3, 16])
+def test_micro_batches_that_do_not_divide_the_windows_are_refused(tmp_path, size):
+    write_tiny(tmp_path / "source")
+    with pytest.raises(ValueError, match=f"micro-batches of {size} do not divide 8 windows"):
+        prune_folder(tmp_path / "source", Magnitude(), micro_batch=size)
+
+
 def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path):
     config = config_dict("mixtral")
     weights = random_weights(config)

@@ -9,6 +9,7 @@ from reference import damped, masked_least_squares, quadratic_loss
 from test_solvers import DAMPING, assert_has_pattern, damped_loss, make_problem
 
 from prox24.solvers.admm import ADMM
+from prox24.solvers.damping import damped_inverse
 from prox24.solvers.problem import LayerProblem, Status, correct_inputs
 from prox24.solvers.proximal import Prox
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
@@ -127,6 +128,21 @@ def test_inputs_that_did_not_change_need_no_correction():
     problem = make_problem("power_law")
     corrected = correct_inputs(problem, problem.gram, 0.1)
     np.testing.assert_allclose(corrected.weight, problem.weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pull", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_pull_that_is_none_is_refused(pull):
+    problem = LayerProblem(jnp.ones((2, 4), jnp.float32), jnp.eye(4, dtype=jnp.float32))
+    with pytest.raises(ValueError, match=f"a pull of {pull} is not positive and finite"):
+        correct_inputs(problem, problem.gram, pull)
+
+
+@pytest.mark.parametrize("damping", [float("nan"), 0.0])
+def test_damping_that_cannot_help_ends(damping):
+    gram = jnp.full((4, 4), jnp.nan, jnp.float32)
+    found = damped_inverse(gram, jnp.asarray(damping, jnp.float32))
+    assert jnp.isnan(found.matrix).all()
+    np.testing.assert_array_equal(found.damping, np.float32(damping))
 
 
 @pytest.mark.parametrize("refit", [None, *(r() for r in REFITS.values())], ids=str)

@@ -26,8 +26,8 @@ class Unstructured:
       ValueError: the fraction is out of range.
 
     Example:
-      >>> str(Unstructured(0.5)), Unstructured(0.5).kept(10)
-      ('50%', 5)
+      >>> str(Unstructured(0.5)), Unstructured(0.5).kept(10), Unstructured(0.29).kept(100)
+      ('50%', 5, 71)
     """
 
     sparsity: float
@@ -41,7 +41,8 @@ class Unstructured:
 
     def kept(self, size: int) -> int:
         """How many of `size` entries are kept: all but the fraction, rounded down."""
-        return size - int(size * self.sparsity)
+        # The product may be less than a whole number by rounding alone.
+        return size - int(round(size * self.sparsity, 6))
 
 
 def as_pattern(pattern: PatternLike) -> Pattern:

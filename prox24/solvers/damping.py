@@ -112,7 +112,8 @@ def _with_enough_damping(
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         result, used, following = state
-        return ~jnp.isfinite(result[-1, -1]) & (jnp.isnan(used) | (following <= LARGEST_DAMPING))
+        first = jnp.isnan(used) & ~jnp.isnan(following)
+        return ~jnp.isfinite(result[-1, -1]) & (first | (following <= LARGEST_DAMPING))
 
     def advance(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         used = state[2]

@@ -1,6 +1,7 @@
 """The layer-wise problem that every solver solves, and what a solver returns."""
 
 import enum
+import math
 from typing import NamedTuple
 
 import jax
@@ -236,12 +237,17 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PU
       A problem with the same gram, and a float32 weight, or float64 if the Gram is; NaN if the
       Gram or the cross-Gram holds NaN.
 
+    Raises:
+      ValueError: the pull is not positive and finite.
+
     Example:
       >>> x = jnp.eye(4)
       >>> problem = LayerProblem(jnp.ones((1, 4)), x @ x.T)
       >>> correct_inputs(problem, 1.5 * x, pull=0.25).weight.tolist()
       [[1.25, 1.25, 1.25, 1.25]]
     """
+    if not 0 < pull < math.inf:
+        raise ValueError(f"a pull of {pull} is not positive and finite")
     return LayerProblem(corrected_weight(*problem, cross, pull), problem.gram)
 
 
