@@ -154,6 +154,19 @@ def test_penalty_is_zero_exactly_on_sparse_arrays(pattern, axis, data):
     assert (float(penalty(w, pattern, axis)) == 0) == bool(is_sparse(w, pattern, axis))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_penalty_of_16_bit_entries_is_computed_in_float32(dtype):
+    value = penalty(jnp.full((64, 64), 48, dtype))
+    assert (value.dtype, float(value)) == (jnp.float32, 64 * 16 * 4 * 48.0**3)
+
+
+@pytest.mark.parametrize("axis", [2, -3])
+@pytest.mark.parametrize("function", [penalty, top_mask, is_sparse])
+def test_an_axis_that_is_not_there_is_refused(function, axis):
+    with pytest.raises(ValueError, match=rf"shape \(8, 8\) has no axis {axis}"):
+        function(jnp.ones((8, 8), jnp.float32), axis=axis)
+
+
 def test_penalty_of_a_pattern_that_keeps_everything_is_zero():
     assert float(penalty(jnp.ones(8, jnp.float32), (4, 4))) == 0
 

@@ -25,7 +25,7 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
       M arrays of the dtype of `w` and its shape with `axis` divided by M.
 
     Raises:
-      ValueError: the length along `axis` is not a multiple of M.
+      ValueError: there is no such axis, or its length is not a multiple of M.
 
     Example:
       >>> [plane.tolist() for plane in split(jnp.arange(8), (2, 4))]
@@ -33,12 +33,19 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
     """
     w = jnp.asarray(w)
     group = as_pattern(pattern).group
-    axis = range(w.ndim)[axis]
+    axis = checked_axis(w.shape, axis)
     length = w.shape[axis]
     if length % group:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {group}")
     blocks = w.reshape(*w.shape[:axis], length // group, group, *w.shape[axis + 1 :])
     return _unstack(blocks, axis + 1)
+
+
+def checked_axis(shape: tuple[int, ...], axis: int) -> int:
+    """The axis counted from the first; raises ValueError if the shape does not have it."""
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"an array of shape {shape} has no axis {axis}")
+    return axis % len(shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

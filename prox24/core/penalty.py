@@ -20,7 +20,7 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       axis: the axis along which the blocks run.
 
     Returns:
-      Scalar of the dtype of `w`, of the unit of w cubed for 2:4.
+      Scalar of the unit of w cubed for 2:4; float64 if `w` is, else float32.
 
     Raises:
       ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
@@ -34,6 +34,8 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       6.0
     """
     degree = as_pattern(pattern).kept + 1
+    w = jnp.asarray(w)
+    w = w.astype(jnp.float64 if w.dtype == jnp.float64 else jnp.float32)
     magnitudes = [jnp.abs(plane) for plane in split(w, pattern, axis)]
     # Horner's scheme for the product of (1 + |w_i| t): elementary[d] is e_d of the entries so far.
     elementary = [jnp.ones_like(magnitudes[0])] + [jnp.zeros_like(magnitudes[0])] * degree

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from prox24.core.blocks import checked_axis
 from prox24.packed import codes as blocks
 from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT, words_of
 
@@ -87,9 +88,7 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
     w = jnp.asarray(w)
     if w.dtype.name not in DTYPES:
         raise ValueError(f"pack takes {', '.join(DTYPES)}, not {w.dtype}")
-    if not -w.ndim <= axis < w.ndim:
-        raise ValueError(f"w of shape {w.shape} has no axis {axis}")
-    axis = range(w.ndim)[axis] - w.ndim
+    axis = checked_axis(w.shape, axis) - w.ndim
     if w.shape[axis] % BLOCK:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {BLOCK}")
     values, codes, excess = _pack(w, axis)
