@@ -232,6 +232,9 @@ def _prune(
             if solution.status is Status.INDEFINITE:
                 raise SolverError(f"the Gram of {name} is not positive semidefinite")
             if solution.status is Status.NONFINITE:
+                for part, entries in zip(("", "the Gram of "), problem, strict=True):
+                    if not jnp.isfinite(entries).all():
+                        raise SolverError(f"{part}{name} holds NaN or Inf")
                 raise SolverError(
                     f"no finite solution for {name}: its Gram is not positive definite; "
                     "raise damping"
