@@ -198,7 +198,14 @@ def test_a_target_of_zero_counts_by_the_size_of_the_others():
     assert float(refine.relative_error(output, target)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("make", [optax.contrib.prodigy, optax.contrib.madgrad, optax.contrib.dog])
+def mechanized(rate):
+    """Keeps the first parameters twice."""
+    return optax.contrib.mechanize(optax.contrib.prodigy(rate))
+
+
+@pytest.mark.parametrize(
+    "make", [optax.contrib.prodigy, optax.contrib.madgrad, optax.contrib.dog, mechanized]
+)
 def test_optimizers_that_keep_the_first_parameters(pruned, make):
     params, inputs, targets = pruned
     refined = refine.block(two_layers, params, inputs, targets, make(1e-2), passes=3)

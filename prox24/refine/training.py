@@ -195,7 +195,7 @@ def refine(
     best = params if project is None else candidate(master)
     transform = keep_pattern(optimizer, kept) if project is None else optimizer
     # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
-    memory = transform.init(jax.tree.map(jnp.copy, master))
+    memory = _each_its_own(transform.init(jax.tree.map(jnp.copy, master)))
     begun = Training(master, memory, best, [measure(best)], 0)
     del master, memory, best  # Where a state goes on, these are not needed any more.
     state = resume(begun)
@@ -218,6 +218,19 @@ def refine(
             state = state._replace(best=best, losses=losses)
             on_measured(state)
     return state.refined()._replace(resumed_steps=resumed_steps)
+
+
+def _each_its_own(tree: PyTree) -> PyTree:
+    """The tree without an array that is in it twice: each is donated."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, tree)
 
 
 def lower_step(
