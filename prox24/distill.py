@@ -99,7 +99,8 @@ class ModelRefinement:
       compute_dtype: of the operands of products with the weights of the layers' linears and of the
         head, forwards and backwards: "float32", at the highest precision, or "bfloat16", whose
         products are summed in float32. All else is float32, the dense model's layers included, but
-        for the gradients of these weights, which devices add in bfloat16.
+        for the gradients of these weights, which are rounded to bfloat16 when devices have added
+        them.
 
     Raises:
       Prox24Error: the micro-batches do not divide the windows of a step.

@@ -460,11 +460,11 @@ def test_overwriting_what_holds_an_input_is_refused(workspace, capsys, option):
 @pytest.mark.parametrize(
     ("report", "said"),
     [
-        ("text.txt", "would replace what is read"),
-        ("model/model.safetensors", "would replace what is read"),
-        ("model/config.json", "would replace what is read"),
+        ("text.txt", "would replace what is there"),
+        ("model/model.safetensors", "would replace what is there"),
+        ("model/config.json", "would replace what is there"),
         ("out", "out is or holds"),
-        ("out.unfinished", "out.unfinished is or holds"),
+        ("out.unfinished", "is made, is or holds"),
     ],
 )
 def test_a_report_does_not_replace_what_is_needed(workspace, capsys, report, said):
@@ -476,6 +476,15 @@ def test_a_report_does_not_replace_what_is_needed(workspace, capsys, report, sai
     assert sorted(path.name for path in workspace.iterdir()) == ["model", "text.txt"]
 
 
+def test_a_report_does_not_replace_the_manifest(workspace, capsys):
+    assert main(command(workspace)) == 0
+    before = contents(workspace / "out")
+    manifest = str(workspace / "out" / "prox24.json")
+    assert main(["verify", str(workspace / "out"), "--report", manifest]) == 2
+    assert "would replace what is there" in capsys.readouterr().err
+    assert contents(workspace / "out") == before
+
+
 @pytest.mark.parametrize("inside", ["", "model"])
 def test_a_source_where_the_work_would_be_is_kept(workspace, capsys, inside):
     source = workspace / "out.unfinished" / inside
@@ -485,7 +494,7 @@ def test_a_source_where_the_work_would_be_is_kept(workspace, capsys, inside):
     given = command(workspace)
     given[1] = str(source)
     assert main(given) == 2
-    assert f"out.unfinished is or holds {source}; choose another" in capsys.readouterr().err
+    assert f"out is made, is or holds {source}; choose another" in capsys.readouterr().err
     assert contents(source) == before
 
 
@@ -493,7 +502,7 @@ def test_what_stands_where_the_work_would_be_is_kept(workspace, capsys):
     (workspace / "out.unfinished").mkdir()
     (workspace / "out.unfinished" / "precious").write_text("x")
     assert main(command(workspace)) == 2
-    assert "out.unfinished, where out would be written, holds precious" in capsys.readouterr().err
+    assert f"{workspace}/out would be made, holds precious" in capsys.readouterr().err
     assert contents(workspace / "out.unfinished") == {"precious": b"x"}
 
 
@@ -508,6 +517,21 @@ def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(
     monkeypatch.setattr(prune, "prune_with_progress", None)
     assert main(command(workspace)) == 2
     assert f"tensor {name} holds NaN or Inf" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_embedding_stays_one(workspace):
+    path = workspace / "model" / "model.safetensors"
+    weights = {tensor: source.read() for tensor, source in safetensors_file.open_file(path).items()}
+    embedding = "model.embed_tokens.weight"
+    save_file(weights | {"lm_head.weight": weights[embedding].copy()}, path)
+    config = json.loads((workspace / "model" / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    (workspace / "model" / "config.json").write_text(json.dumps(config))
+    assert main(command(workspace, "out", "--dtype", "float16")) == 0
+    written = safetensors_file.open_file(workspace / "out" / "model.safetensors")
+    head = written["lm_head.weight"].read()
+    np.testing.assert_array_equal(head, written[embedding].read())
+    assert head.dtype == np.float16
 
 
 def test_what_a_buffer_holds_is_copied(workspace):

@@ -71,7 +71,8 @@ def write_gguf(
 ) -> None:
     writer = gguf.GGUFWriter(path, kind)
     for field, factor in (factors or {}).items():
-        writer.add_float32(f"{kind}.rope.{field}", factor)
+        add = writer.add_array if isinstance(factor, list) else writer.add_float32
+        add(f"{kind}.rope.{field}", factor)
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -130,9 +131,10 @@ def test_scaled_rope_frequencies_of_older_files_are_refused(tmp_path, field):
     for factor in (0, 1):
         write_gguf(tmp_path / "model.gguf", "llama", config, weights, {field: factor})
         open_checkpoint(tmp_path / "model.gguf")
-    write_gguf(tmp_path / "model.gguf", "llama", config, weights, {field: 4})
-    with pytest.raises(UnsupportedModelError, match="scaled rope frequencies"):
-        open_checkpoint(tmp_path / "model.gguf")
+    for factor in (4, [1.0, 4.0]):
+        write_gguf(tmp_path / "model.gguf", "llama", config, weights, {field: factor})
+        with pytest.raises(UnsupportedModelError, match="scaled rope frequencies"):
+            open_checkpoint(tmp_path / "model.gguf")
 
 
 PIECES = {"\u2581": -9.0, "a": -8.0, "b": -7.0, "ab": -3.0, "ba": -2.5, "\u2581a": -4.0}

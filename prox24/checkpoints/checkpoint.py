@@ -22,7 +22,7 @@ from prox24.checkpoints import (
 )
 from prox24.checkpoints.tensors import TensorSource, is_finite
 from prox24.errors import CheckpointError, first_line
-from prox24.models.decoder import tensor_shapes
+from prox24.models.decoder import outer_tensor, tensor_shapes
 from prox24.models.families import config_from_hf
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -47,8 +47,8 @@ class Checkpoint:
       shards: names of tensors in the order of writing, one list for each file.
       load_tokenizer: builds the tokenizer.
       carried: files of the source that are copied to an output as they are.
-      buffers: names of tensors that nothing is computed with: what they hold is not looked at, such
-        as the -inf that -1e9 is in float16.
+      buffers: names of tensors that nothing is computed with, where that is known: what they hold is
+        not looked at, such as the -inf that -1e9 is in float16.
     """
 
     path: Path
@@ -138,12 +138,16 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     _check_quantization(path, config)
     shards = hf_folder.open_shards(path, FORMATS)
     tensors = {name: source for shard in shards for name, source in shard.items()}
-    buffers: frozenset[str] = frozenset()
     if not any_family:
         shapes = parameter_shapes(config, tensors)
         tensors = _without_copies(tensors, shapes)
-        buffers = frozenset(tensors.keys() - shapes.keys())
     tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
+
+    buffers: frozenset[str] = frozenset()
+    if not any_family:
+        # A tied head that is stored besides is the embedding's copy, and has to stay one.
+        head = outer_tensor(config_from_hf(config, tensors).names, "lm_head.weight")
+        buffers = frozenset(tensors.keys() - shapes.keys() - {head})
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
         try:

@@ -153,10 +153,10 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
     kind = metadata["general.architecture"]
     architecture, fields = ARCHITECTURES[kind], _Fields(path, metadata)
     # Older files have the factor alone, and mean it to be linear; 0 is none.
-    factors = {
+    factors = [
         metadata.get(f"{kind}.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")
-    }
-    unsaid = "none" if factors <= {0, 1} else "linear"
+    ]
+    unsaid = "none" if all(factor in (0, 1) for factor in factors) else "linear"
     scaling = metadata.get(f"{kind}.rope.scaling.type", unsaid)
     if ROPE_FREQUENCIES in names or scaling != "none":
         raise UnsupportedModelError(

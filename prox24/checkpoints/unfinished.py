@@ -88,10 +88,11 @@ def unfinished_folder(
     work = work_folder(destination)
     with writing(destination):
         work.mkdir(exist_ok=True)
-        foreign = sorted({file.name for file in work.iterdir()} - PARTS)
-    if foreign:
+        names = {file.name for file in work.iterdir()}
+    # What locks and network file systems leave for a moment lies beside a lock or a job.
+    if names - PARTS and not names & {"lock", "job.json"}:
         raise CheckpointError(
-            f"{work}, where {destination.name} would be written, holds {foreign[0]}; move it away"
+            f"{work}, where {destination} would be made, holds {min(names - PARTS)}; move it away"
         )
     lock = FileLock(work / "lock")
     with writing(destination):

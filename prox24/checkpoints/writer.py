@@ -109,7 +109,6 @@ def check_destination(
     for path in inputs:
         if path is not None and path.exists():
             check_outside(destination, path)
-            check_outside(work_folder(destination), path)
     if destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; pass --overwrite to replace it")
     if destination.exists() and not destination.is_dir():
@@ -119,13 +118,18 @@ def check_destination(
 
 
 def check_outside(destination: Path, path: Path) -> None:
-    """Raises CheckpointError where a path is the destination, or lies in it; neither need exist."""
-    whole = path.resolve()
-    for place in (whole, *whole.parents):
-        if place == destination.resolve() or (
-            place.exists() and destination.exists() and place.samefile(destination)
-        ):
-            raise CheckpointError(f"{destination} is or holds {path}; choose another place")
+    """Raises CheckpointError where a path is, or lies in, the destination or what becomes it.
+
+    None of them need exist.
+    """
+    whole, work = path.resolve(), work_folder(destination)
+    names = {destination: f"{destination}", work: f"{work}, where {destination} is made,"}
+    for folder, name in names.items():
+        for place in (whole, *whole.parents):
+            if place == folder.resolve() or (
+                place.exists() and folder.exists() and place.samefile(folder)
+            ):
+                raise CheckpointError(f"{name} is or holds {path}; choose another destination")
 
 
 def write_checkpoint(
@@ -325,14 +329,9 @@ def _shards(source: Checkpoint, sizes: Mapping[str, int], max_bytes: int | None)
     return shards
 
 
-def check_tensors(source: Checkpoint, dtype: str | None) -> None:
-    """Reads every tensor once, before hours are spent on some of them.
-
-    Raises:
-      CheckpointError: one cannot be read, holds NaN or Inf, or overflows what it is written in.
-    """
-    for name in source.tensors:
-        _converted(source, name, source.read(name), written_spec(source, name, dtype).dtype)
+def check_tensor(source: Checkpoint, name: str, dtype: str | None) -> None:
+    """Raises CheckpointError unless a tensor can be read, is finite, and fits its new dtype."""
+    _converted(source, name, source.read(name), written_spec(source, name, dtype).dtype)
 
 
 def _converted(

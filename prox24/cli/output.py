@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prox24.checkpoints.unfinished import source_files, work_folder
 from prox24.checkpoints.writer import check_outside
 from prox24.errors import CheckpointError
 
@@ -59,7 +58,7 @@ def check_report(
 
     Args:
       path: of the report.
-      inputs: files and folders of models that are read, which it must not replace.
+      inputs: files, and folders of models, which it must not replace or change.
       destination: a folder to write, in which it would be lost.
     """
     if path is None:
@@ -70,15 +69,12 @@ def check_report(
         raise CheckpointError(f"the folder of {path} does not exist")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise CheckpointError(f"the report {path} cannot be written: permission denied")
-    for given in inputs:
-        if given is None or not given.exists():
-            continue
-        held = map(given.joinpath, source_files(given)) if given.is_dir() else [given]
-        if path.exists() and any(map(path.samefile, held)):
-            raise CheckpointError(f"the report {path} would replace what is read")
+    for given in filter(None, inputs):
+        held = given.iterdir() if given.is_dir() else [given]
+        if path.exists() and any(file.exists() and path.samefile(file) for file in held):
+            raise CheckpointError(f"the report {path} would replace what is there, or read")
     if destination is not None:
         check_outside(destination, path)
-        check_outside(work_folder(destination), path)
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:

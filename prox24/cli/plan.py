@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(plan)
         return 0
     rows = [
-        ["checkpoint, read once and written once", _gigabytes(stored)],
+        ["checkpoint, read twice and written once", _gigabytes(stored)],
         ["hidden states, on the host", _gigabytes(activations)],
         ["a layer's weights", _gigabytes(plan["layer_weight_bytes"])],
         ["a layer's Grams", _gigabytes(plan["layer_gram_bytes"])],

@@ -29,7 +29,7 @@ from prox24.checkpoints.unfinished import (
     source_files,
     unfinished_folder,
 )
-from prox24.checkpoints.writer import OUTPUTS, check_destination, check_tensors, fill_folder
+from prox24.checkpoints.writer import OUTPUTS, check_destination, check_tensor, fill_folder
 from prox24.cli.output import (
     check_report,
     peak_memory_bytes,
@@ -163,8 +163,9 @@ def _run(arguments: argparse.Namespace) -> int:
         [job, arguments.activations],
         Prox24Error("the processes differ in arguments, packages, devices or source files"),
     )
-    check_tensors(checkpoint, arguments.dtype)
     with common_folder(arguments.destination, job, arguments.overwrite) as unfinished:
+        if not unfinished.entries:  # else the run before has looked
+            _check_tensors(checkpoint, arguments)
         if refinement is not None:
             unfinished = _whole_layers(unfinished, checkpoint, refinement)
         figures = [entry["figures"] for entry in unfinished.entries.values() if "figures" in entry]
@@ -249,6 +250,15 @@ def _check_not_given(options: Mapping[str, bool], purpose: str) -> None:
     for option, given in options.items():
         if given:
             raise Prox24Error(f"{option} is for {purpose}")
+
+
+def _check_tensors(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
+    """Reads every tensor once, before hours are spent on some of them."""
+    quiet = arguments.quiet or not is_first()
+    with progress_bar("check", len(checkpoint.tensors), quiet) as advance:
+        for name in checkpoint.tensors:
+            check_tensor(checkpoint, name, arguments.dtype)
+            advance(name, None)
 
 
 @contextlib.contextmanager
@@ -367,7 +377,11 @@ def prune_with_progress(
     native: bool = True,
 ) -> Generator[PrunedTensor]:
     """`prox24.pipeline.prune`, or that of `prox24.torchax`, with a progress bar."""
-    count = len(all_linears(load_model(checkpoint).config)) if native else None
+    total, done = None, len(finished)
+    if native:
+        linears = {linear.tensor for linear in all_linears(load_model(checkpoint).config)}
+        # What a refinement trains besides is finished as well, and not counted.
+        total, done = len(linears), len(linears & finished.keys())
     own = functools.partial(
         prune,
         pull=pull,
@@ -378,7 +392,7 @@ def prune_with_progress(
         refinement=refinement,
     )
     run_layers = own if native else torchax.prune
-    with progress_bar(title, count, quiet, done=len(finished)) as advance:
+    with progress_bar(title, total, quiet, done) as advance:
         for tensor in run_layers(
             checkpoint,
             windows,

@@ -20,7 +20,7 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
       bool array of the shape of `scores`; exactly N True in each block.
 
     Raises:
-      ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
+      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
 
     Example:
       >>> top_mask(jnp.array([1.0, 3.0, 2.0, 0.0])).tolist()
@@ -45,7 +45,7 @@ def count_violations(
       int32 scalar.
 
     Raises:
-      ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
+      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
 
     Example:
       >>> int(count_violations(jnp.array([1.0, 2.0, 3.0, 0.0, 1.0, 0.0, 0.0, 2.0])))
@@ -71,7 +71,7 @@ def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Ar
       bool scalar.
 
     Raises:
-      ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
+      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
 
     Example:
       >>> bool(is_sparse(jnp.array([0.0, 2.0, 3.0, 0.0])))

@@ -23,7 +23,7 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       Scalar of the unit of w cubed for 2:4; float64 if `w` is, else float32.
 
     Raises:
-      ValueError: the pattern is not N:M, or M does not divide the length along `axis`.
+      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, the regulariser of its

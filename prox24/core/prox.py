@@ -38,7 +38,7 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
       Array of the shape and dtype of `y`. A NaN makes its own block NaN and no other.
 
     Raises:
-      ValueError: another pattern, M does not divide the length along `axis`, `lam` does not
+      ValueError: another pattern, no such axis, M does not divide its length, `lam` does not
         broadcast to the blocks, or `y` is not floating-point.
 
     References:

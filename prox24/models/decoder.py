@@ -218,7 +218,7 @@ class Names(NamedTuple):
     """What a checkpoint calls the weights; what is not listed has the name it has here.
 
     Attributes:
-      base: prefix of all but the head; some checkpoints of a family lack it.
+      base: prefix of all but the head; some checkpoints of a family lack it, or its first part.
       layers: what comes before the number of a layer.
       layer: pairs of a name here and the checkpoint's, within a layer. "{}" is an expert's number.
       outer: the same outside the layers.
@@ -503,7 +503,7 @@ def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) 
 
     Args:
       compute_dtype: "float32" leaves the weights as they are, to be multiplied in float32.
-      weights: a layer's, by name.
+      weights: of a layer, or around the layers, by name.
       linears: the names of those that are multiplied so.
 
     Returns:
@@ -553,7 +553,7 @@ def _in_bfloat16(x: Array, weight: Array) -> Array:
 
 def _in_bfloat16_forwards(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
     x = x.astype(jnp.bfloat16)
-    return _in_bfloat16(x, weight), (x, weight)
+    return _sums("bti,oi->bto", x, weight), (x, weight)
 
 
 def _in_bfloat16_backwards(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
