@@ -47,8 +47,8 @@ class Checkpoint:
       shards: names of tensors in the order of writing, one list for each file.
       load_tokenizer: builds the tokenizer.
       carried: files of the source that are copied to an output as they are.
-      buffers: names of tensors that nothing is computed with, where that is known: what they hold is
-        not looked at, such as the -inf that -1e9 is in float16.
+      buffers: names of tensors that nothing is computed with, where that is known: what they hold
+        is not looked at, such as the -inf that -1e9 is in float16.
     """
 
     path: Path
