@@ -286,7 +286,7 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
             f"{float(row['seconds']):.0f}",
             f"{int(row['peak_memory_bytes']) / 1e9:.2f}",
         )
-    Console(width=160).print(table)
+    Console(width=200).print(table)
 
 
 def share_seen(text: str, calibration: str) -> float:
