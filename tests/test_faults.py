@@ -48,6 +48,10 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def weights_of(path):
+    return {name: source.read() for name, source in safetensors_file.open_file(path).items()}
+
+
 def interrupt_after(monkeypatch, count, error):
     """Has the writing of the tensor after so many end with an error."""
     create_file = safetensors_file.create_file
@@ -511,7 +515,7 @@ def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(
     workspace, monkeypatch, capsys, name
 ):
     path = workspace / "model" / "model.safetensors"
-    weights = {tensor: source.read() for tensor, source in safetensors_file.open_file(path).items()}
+    weights = weights_of(path)
     weights[name] = np.full_like(weights[name], np.inf)
     save_file(weights, path)
     monkeypatch.setattr(prune, "prune_with_progress", None)
@@ -521,26 +525,26 @@ def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(
 
 def test_a_copy_of_the_embedding_stays_one(workspace):
     path = workspace / "model" / "model.safetensors"
-    weights = {tensor: source.read() for tensor, source in safetensors_file.open_file(path).items()}
+    weights = weights_of(path)
     embedding = "model.embed_tokens.weight"
     save_file(weights | {"lm_head.weight": weights[embedding].copy()}, path)
     config = json.loads((workspace / "model" / "config.json").read_text())
     config["tie_word_embeddings"] = True
     (workspace / "model" / "config.json").write_text(json.dumps(config))
     assert main(command(workspace, "out", "--dtype", "float16")) == 0
-    written = safetensors_file.open_file(workspace / "out" / "model.safetensors")
-    head = written["lm_head.weight"].read()
-    np.testing.assert_array_equal(head, written[embedding].read())
+    written = weights_of(workspace / "out" / "model.safetensors")
+    head = written["lm_head.weight"]
+    np.testing.assert_array_equal(head, written[embedding])
     assert head.dtype == np.float16
 
 
 def test_what_a_buffer_holds_is_copied(workspace):
     path = workspace / "model" / "model.safetensors"
-    weights = {tensor: source.read() for tensor, source in safetensors_file.open_file(path).items()}
+    weights = weights_of(path)
     mask = "model.layers.0.self_attn.masked_bias"
     save_file(weights | {mask: np.array(-np.inf, np.float16)}, path)
     assert main(command(workspace, "out", "--dtype", "float32")) == 0
-    written = safetensors_file.open_file(workspace / "out" / "model.safetensors")[mask].read()
+    written = weights_of(workspace / "out" / "model.safetensors")[mask]
     assert (written.dtype, float(written)) == (np.float16, -np.inf)
     assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
 

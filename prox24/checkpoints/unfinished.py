@@ -30,8 +30,8 @@ from prox24.checkpoints.hf_folder import NOT_CARRIED
 from prox24.checkpoints.tensors import TensorSource, writing
 from prox24.errors import CheckpointError, DiskError, Prox24Error
 
-PARTS = {"lock", "job.json", "job.json.new", "journal.jsonl"}
-PARTS |= {"activations", "model", "replaced", "old"}
+FILES = {"lock", "job.json", "job.json.new", "journal.jsonl"}
+FOLDERS = {"activations", "model", "replaced", "old"}
 
 
 class Written(NamedTuple):
@@ -89,10 +89,11 @@ def unfinished_folder(
     with writing(destination):
         work.mkdir(exist_ok=True)
         names = {file.name for file in work.iterdir()}
+    others = names - FILES - FOLDERS
     # What locks and network file systems leave for a moment lies beside a lock or a job.
-    if names - PARTS and not names & {"lock", "job.json"}:
+    if others and not names & {"lock", "job.json"}:
         raise CheckpointError(
-            f"{work}, where {destination} would be made, holds {min(names - PARTS)}; move it away"
+            f"{work}, where {destination} would be made, holds {min(others)}; move it away"
         )
     lock = FileLock(work / "lock")
     with writing(destination):

@@ -123,8 +123,8 @@ def check_outside(destination: Path, path: Path) -> None:
     None of them need exist.
     """
     whole, work = path.resolve(), work_folder(destination)
-    names = {destination: f"{destination}", work: f"{work}, where {destination} is made,"}
-    for folder, name in names.items():
+    places = {destination: f"{destination}", work: f"{work}, where {destination} is made,"}
+    for folder, name in places.items():
         for place in (whole, *whole.parents):
             if place == folder.resolve() or (
                 place.exists() and folder.exists() and place.samefile(folder)
