@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 
 from prox24.core.blocks import split
 from prox24.core.pattern import PatternLike, as_pattern
+from prox24.core.precision import working_dtype
 
 
 def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
@@ -35,7 +36,7 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
     """
     degree = as_pattern(pattern).kept + 1
     w = jnp.asarray(w)
-    w = w.astype(jnp.float64 if w.dtype == jnp.float64 else jnp.float32)
+    w = w.astype(working_dtype(w.dtype))
     magnitudes = [jnp.abs(plane) for plane in split(w, pattern, axis)]
     # Horner's scheme for the product of (1 + |w_i| t): elementary[d] is e_d of the entries so far.
     elementary = [jnp.ones_like(magnitudes[0])] + [jnp.zeros_like(magnitudes[0])] * degree

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from prox24.core import keep_one, keep_two
 from prox24.core.blocks import join, split
+from prox24.core.precision import working_dtype
 
 __all__ = ["join", "prox", "split"]
 
@@ -43,7 +44,7 @@ def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array,
     given = planes[0].dtype
     if not jnp.issubdtype(given, jnp.floating):
         raise ValueError(f"prox needs floating-point entries, not {given}")
-    dtype = jnp.float64 if given == jnp.float64 else jnp.float32
+    dtype = working_dtype(given)
     lam = jnp.asarray(lam).astype(dtype)
     if lam.ndim:
         lam = _broadcast(lam, planes[0].astype(dtype))

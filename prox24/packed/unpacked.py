@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from prox24.core.precision import PRECISION
+from prox24.core.precision import PRECISION, working_dtype
 from prox24.packed.codes import expand
 from prox24.packed.implementation import Case, Implementation
 
@@ -15,7 +15,7 @@ def run(x: Array, values: Array, codes: Array) -> Array:
 
 def multiply(x: Array, dense: Array) -> Array:
     """x W^T with a dense W (out, in), in sums of the precision that an `Implementation` has."""
-    sums = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    sums = working_dtype(x.dtype)
     # As W x^T: with one vector, XLA's CPU backend takes ten times as long for x W^T.
     found = jnp.tensordot(
         dense, x, ((1,), (x.ndim - 1,)), precision=PRECISION, preferred_element_type=sums

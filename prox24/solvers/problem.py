@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
-from prox24.core.precision import PRECISION
+from prox24.core.precision import PRECISION, working_dtype
 from prox24.solvers.damping import damped_inverse
 
 
@@ -264,7 +264,7 @@ def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | flo
     Returns:
       Array (out, in), float32, or float64 if the Gram is.
     """
-    dtype = jnp.float64 if gram.dtype == jnp.float64 else jnp.float32
+    dtype = working_dtype(gram.dtype)
     weight, gram = weight.astype(dtype), gram.astype(dtype)
     # Damping is relative to the mean of the diagonal.
     inverse = damped_inverse(gram, gram.shape[0] * jnp.asarray(pull, dtype)).matrix
