@@ -8,7 +8,6 @@ adds them to the parameters, in the loss and at the end; any optax optimizer tra
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.core.precision import PRECISION
-from prox24.optax.leaves import Axis, Leaf, Mask, PyTree, describe, path_name
+from prox24.optax.leaves import Axis, Leaf, Mask, PyTree, describe, named_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -126,9 +125,9 @@ def merge(params: PyTree, adapters: PyTree, scale: ArrayLike) -> PyTree:
       >>> merge(params, adapters, scale=2.0)["kernel"].ravel().tolist()
       [2.0, 0.0, 0.0, 3.0]
     """
-    return jax.tree_util.tree_map_with_path(
-        functools.partial(_merge_leaf, scale=scale), params, adapters
-    )
+    paths = [path for path, _ in named_leaves(params)]
+    names = jax.tree.unflatten(jax.tree.structure(params), paths)
+    return jax.tree.map(functools.partial(_merge_leaf, scale=scale), params, names, adapters)
 
 
 def _start(key: Array, leaf: Leaf, rank: int) -> Adapter:
@@ -144,9 +143,7 @@ def _start(key: Array, leaf: Leaf, rank: int) -> Adapter:
     return Adapter(a, jnp.zeros((*before, rank, *after), jnp.float32), leaf.axis)
 
 
-def _merge_leaf(
-    path: tuple[Any, ...], weight: Array, adapter: Adapter | None, *, scale: ArrayLike
-) -> Array:
+def _merge_leaf(weight: Array, path: str, adapter: Adapter | None, *, scale: ArrayLike) -> Array:
     if adapter is None:
         return weight
     rank, columns = adapter.a.shape
@@ -154,7 +151,7 @@ def _merge_leaf(
     fitting[adapter.axis] = columns
     if weight.shape != tuple(fitting) or adapter.b.shape[adapter.axis] != rank:
         raise ValueError(
-            f"{path_name(path)} has shape {weight.shape}, but its adapter is for {tuple(fitting)}: "
+            f"{path} has shape {weight.shape}, but its adapter is for {tuple(fitting)}: "
             "merge adapters with the parameters that init was given"
         )
     return _merged(weight, adapter, scale)

@@ -427,6 +427,15 @@ def test_only_the_named_weights_are_calibrated():
     np.testing.assert_allclose(found.grams["b"].gram, whole.grams["b"].gram, rtol=1e-5)
 
 
+def test_what_a_model_returns_besides_arrays_does_not_matter():
+    def apply(params, x):
+        return {"logits": x @ params["kernel"], "name": "mlp"}
+
+    params, x = {"kernel": normal(8, 4)}, normal(5, 8)
+    plain = calibrate(linear, params, [x]).grams["kernel"]
+    np.testing.assert_array_equal(calibrate(apply, params, [x]).grams["kernel"].gram, plain.gram)
+
+
 def test_errors_name_the_weight():
     params, x = {"kernel": normal(8, 4), "bias": normal(4)}, normal(5, 8)
 

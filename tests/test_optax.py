@@ -531,6 +531,14 @@ def test_check_tells_a_missing_proximal_from_a_broken_one(optimizer, standard_pr
         check(optimizer, SHAPES)
 
 
+def test_an_optimizer_that_is_kept_to_a_pattern_gets_extra_arguments(standard_promotion):
+    # Which optax's own wrapper drops, since MultiSteps is of another class.
+    optimizer = optax.MultiSteps(behind(), 2)
+    check(keep_pattern(optimizer, kept=True), SHAPES)
+    wrapped = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    check(optax.chain(optax.clip(1.0), wrapped), SHAPES)
+
+
 def test_check_names_an_optimizer_that_takes_no_extra_arguments():
     with pytest.raises(ValueError, match="extra arguments"):
         check(optax.scale(0.1), SHAPES)

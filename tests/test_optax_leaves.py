@@ -1,6 +1,7 @@
 """Which leaves are pruned, along which axis, in the containers of every library."""
 
 import re
+from typing import NamedTuple
 
 import equinox as eqx
 import flax.core
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax import Array
 
 from prox24.optax import by_path, check, describe, keep_pattern, proximal
 
@@ -255,6 +257,27 @@ def test_a_predicate_sees_the_same_paths_of_a_state_and_of_a_dict(make):
     assert "layers/0/kernel" in paths
 
 
+class Attention(NamedTuple):
+    query: Array
+    key: Array
+    value: Array | None
+
+
+@pytest.mark.parametrize("value", [normal(8, 8), None])
+def test_a_parameter_that_is_called_value_keeps_its_name(value):
+    params = {"attn": Attention(normal(8, 8), normal(8, 8), value)}
+    names = ["attn/query", "attn/key", "attn/value"][: len(jax.tree.leaves(params))]
+    assert [leaf.path for leaf in describe(params)] == names
+    alone = {"attn": Attention(None, None, normal(8, 8))}
+    assert [leaf.path for leaf in describe(alone)] == ["attn/value"]
+
+
+def test_a_predicate_may_say_anything_true_or_false():
+    params = {"mlp": {"weight": normal(8, 8)}, "other": {"weight": normal(8, 8)}}
+    found = describe(params, mask=by_path(re.compile("mlp").search))
+    assert pruned_axes(found) == {"mlp/weight": 1}
+
+
 @pytest.mark.parametrize(
     ("leaf", "axis"),
     [
@@ -340,3 +363,9 @@ def test_check_takes_models(make):
     check(optax.chain(optax.sgd(0.1), proximal(1.0, mask=mask)), make(), mask=mask)
     with pytest.raises(ValueError, match="layers/0/"):
         check(optax.chain(proximal(1.0, mask=mask), optax.sgd(0.1)), make(), mask=mask)
+
+
+@pytest.mark.parametrize("pattern", [(0, 4), (3, 2)])
+def test_a_pair_that_is_no_pattern_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"pattern .* is not N:M"):
+        describe({"kernel": normal(8, 8)}, pattern)

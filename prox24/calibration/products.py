@@ -20,7 +20,7 @@ from jax.extend.core import Literal
 from prox24.calibration.layout import Layout
 from prox24.calibration.tap import tap_p
 from prox24.errors import CalibrationError
-from prox24.optax.leaves import PyTree, path_name
+from prox24.optax.leaves import PyTree, named_leaves
 
 Apply = Callable[[Any, Any], Any]
 
@@ -105,13 +105,13 @@ def find_products(
       >>> product.path, product.rows.shape, others
       ('kernel', (1, 15, 4), {'scale': 'used by mul'})
     """
-    named = [
-        (path_name(path), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-        if is_array(leaf)
-    ]
+    named = [(path, leaf) for path, leaf in named_leaves(params) if is_array(leaf)]
     arrays, join = split_arrays(params)
-    closed = jax.make_jaxpr(lambda arrays, batch: apply(join(arrays), batch))(arrays, batch)
+
+    def results(arrays: list[Array], batch: PyTree) -> list[Array]:
+        return [leaf for leaf in jax.tree.leaves(apply(join(arrays), batch)) if is_array(leaf)]
+
+    closed = jax.make_jaxpr(results)(arrays, batch)
     weights = [Operand(leaf, View(path, tuple(range(leaf.ndim)))) for path, leaf in named]
     found = Found({path: leaf.shape for path, leaf in named})
     _evaluate(closed, [*weights, *map(Operand, jax.tree.leaves(batch))], found)

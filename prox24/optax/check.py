@@ -1,6 +1,5 @@
 """Finds an optimizer that undoes the proximal step."""
 
-import inspect
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import optax
 from prox24.core.masks import is_sparse
 from prox24.core.pattern import Pattern
 from prox24.optax.leaves import Axis, Mask, PyTree, describe
+from prox24.optax.transforms import takes_extra_arguments
 
 # So large that the proximal operator keeps the N largest entries of every block.
 HARD_PENALTY = 1e30
@@ -65,7 +65,7 @@ def check(
     pruned = [i for i, leaf in enumerate(leaves) if leaf.pruned]
     if not pruned:
         raise ValueError("no leaf is pruned: describe(params) says why, mask chooses others")
-    if not _takes_extra_arguments(optimizer):
+    if not takes_extra_arguments(optimizer):
         raise ValueError(
             "the optimizer takes no extra arguments: add proximal to it, or pass them on"
         )
@@ -99,11 +99,6 @@ def check(
             return
     if not taken:
         raise ValueError(f"the optimizer did not move the pruned leaves in {STEPS_GIVEN} steps")
-
-
-def _takes_extra_arguments(optimizer: optax.GradientTransformation) -> bool:
-    parameters = inspect.signature(optimizer.update).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _random_like(tree: PyTree, seed: int) -> PyTree:

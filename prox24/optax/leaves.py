@@ -1,5 +1,6 @@
 """Which leaves of a parameter tree are pruned, and along which axis."""
 
+import collections
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prox24.core.pattern import Pattern
+from prox24.core.pattern import Pattern, as_pattern
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
@@ -81,8 +82,8 @@ def describe(
       One `Leaf` for each leaf, in the order of `jax.tree.leaves`; printed, each is one line.
 
     Raises:
-      ValueError: `mask` is True for a leaf that is not floating, lacks the axis, or has a length
-        along it that M does not divide.
+      ValueError: the pattern is not N:M; `mask` is True for a leaf that is not floating, lacks the
+        axis, or has a length along it that M does not divide.
 
     Example:
       >>> params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
@@ -90,10 +91,11 @@ def describe(
       dense   (6,)                        fewer than two dimensions           dense/bias
       pruned  (8, 6)              axis 0  default                             dense/kernel
     """
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    pattern = as_pattern(pattern)
+    leaves = named_leaves(params)
     chosen = [None] * len(leaves) if mask is None else jax.tree.leaves(spread(mask, params))
     return tuple(
-        _leaf(path_name(path), leaf, Pattern(*pattern), axis, choice)
+        _leaf(path, leaf, pattern, axis, choice)
         for (path, leaf), choice in zip(leaves, chosen, strict=True)
     )
 
@@ -102,7 +104,8 @@ def by_path(predicate: Callable[[str], bool]) -> Callable[[PyTree], PyTree]:
     """Makes a mask of a predicate on paths.
 
     Args:
-      predicate: from a path such as "encoder/layers/0/kernel" to whether the leaf is chosen.
+      predicate: from a path such as "encoder/layers/0/kernel" to whether the leaf is chosen,
+        something true or false.
 
     Returns:
       A function from a pytree to the bool pytree of the same structure.
@@ -112,17 +115,31 @@ def by_path(predicate: Callable[[str], bool]) -> Callable[[PyTree], PyTree]:
       >>> mask({"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}})
       {'dense': {'bias': False, 'kernel': True}}
     """
-    return lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: predicate(path_name(path)), params
-    )
+
+    def mask(params: PyTree) -> PyTree:
+        chosen = [bool(predicate(path)) for path, _ in named_leaves(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+    return mask
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """A path of `jax.tree_util` as a string, its components joined by "/"."""
-    # A Flax NNX variable holds its array in an attribute that is no part of the parameter's name.
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
+    """The leaves, in the order of `jax.tree.leaves`, after their paths, components joined by "/".
+
+    Example:
+      >>> named_leaves({"dense": [1.0, 2.0]})
+      [('dense/0', 1.0), ('dense/1', 2.0)]
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: node is None)[0]
+    within = collections.Counter(path[:n] for path, _ in leaves for n in range(len(path)))
+
+    def name(path: tuple[Any, ...]) -> str:
+        # A Flax NNX variable holds its array, alone, in an attribute that is no part of the name.
+        if path and path[-1] == jax.tree_util.GetAttrKey("value") and within[path[:-1]] == 1:
+            path = path[:-1]
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    return [(name(path), leaf) for path, leaf in leaves if leaf is not None]
 
 
 def spread(tree: Mask, params: PyTree) -> PyTree:

@@ -1,6 +1,7 @@
 """The proximal step as an optax transform, and a wrapper that keeps zeros zero."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.core.prox import prox
-from prox24.optax.leaves import Axis, Mask, PyTree, describe, path_name, spread
+from prox24.optax.leaves import Axis, Mask, PyTree, describe, named_leaves, spread
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 
@@ -158,11 +159,13 @@ def keep_pattern(
       >>> optax.apply_updates(params, updates)["kernel"].ravel().round(2).tolist()
       [0.8899999856948853, 0.0, 0.0, 1.8799999952316284]
     """
-    inner = optax.with_extra_args_support(inner)
+    if not takes_extra_arguments(inner):
+        inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> KeepPatternState:
         entries = spread(kept_entries if kept is None else kept, params)
-        entries = jax.tree_util.tree_map_with_path(_checked_entries, entries, params)
+        checked = map(_checked_entries, jax.tree.leaves(entries), named_leaves(params))
+        entries = jax.tree.unflatten(jax.tree.structure(params), checked)
         return KeepPatternState(entries, inner.init(params))
 
     def update(
@@ -216,6 +219,12 @@ def kept_entries(
     )
 
 
+def takes_extra_arguments(optimizer: optax.GradientTransformation) -> bool:
+    """Whether its update does, as those of `optax.MultiSteps` do, of whatever class it is."""
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
 def _at(value: ArrayLike | Schedule, count: Array) -> Array:
     return jnp.asarray(value(count) if callable(value) else value, float)
 
@@ -238,12 +247,13 @@ def _landing_update(
     return jnp.where(w == target, update, w - params)
 
 
-def _checked_entries(path: tuple[Any, ...], entries: ArrayLike, leaf: Array) -> Array:
+def _checked_entries(entries: ArrayLike, named: tuple[str, Array]) -> Array:
+    path, leaf = named
     # A copy of its own for each leaf, since the state may be donated.
     entries = jnp.array(entries, bool)
     if entries.shape not in ((), leaf.shape):
         raise ValueError(
-            f"kept of {path_name(path)} has shape {entries.shape}, the parameter {leaf.shape}: "
+            f"kept of {path} has shape {entries.shape}, the parameter {leaf.shape}: "
             "give one bool for each entry, or one for the leaf"
         )
     return entries
