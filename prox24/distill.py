@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prox24 import partition, refine
 from prox24.checkpoints.checkpoint import Checkpoint
-from prox24.core.masks import top_mask
+from prox24.core.masks import is_sparse, top_mask
 from prox24.devices import AXIS, in_parts
 from prox24.errors import CalibrationError, CheckpointError, Prox24Error
 from prox24.forward import (
@@ -39,7 +39,7 @@ from prox24.models.decoder import Config, Weights, check_compute_dtype
 from prox24.optax import exponential, proximal
 from prox24.refine import Refined, Training
 from prox24.refine.distillation import Features, Logits
-from prox24.refine.training import Resume, check_positive, check_shares
+from prox24.refine.training import Resume, check_positive, check_shares, share_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ModelRefinement:
 
     def held_out_of(self, groups: int) -> int:
         """Of the groups of windows that make a step each, those that are held out."""
-        return max(1, round(self.held_out * groups))
+        return share_of(self.held_out, groups)
 
     def steps(self, groups: int) -> int:
         """Of the optimizer."""
@@ -221,7 +221,8 @@ def distill(
 
     Raises:
       CheckpointError: the models differ in more than their weights, no linear of the pruned one has
-        a zero, or a mask is to be found and a linear's input width is not divisible by 4.
+        a zero, or a mask is to be found and a linear's input width is not divisible by 4, or a mask
+        alone for weights that have one.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
       Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
@@ -243,12 +244,15 @@ def distill(
     held_out = refinement.held_out_of(groups)
     if groups <= held_out:
         raise CalibrationError(
-            f"{len(windows)} windows are too few for steps of {size} and as many held out"
+            f"{len(windows)} windows are too few for steps of {size}, of which {held_out} held out "
+            "leave none: give more text, or hold out a smaller share"
         )
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
     if mask is None and not _has_zeros(config, params):
         raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
+    if mask is not None and mask.alone and _is_pruned(config, params):
+        raise CheckpointError(f"{pruned.path} is pruned: a mask alone is put on dense weights")
     outer = _outer(embedding_weights(student) | head_weights(student), mesh)
     taught = refinement.cross_entropy < 1
     batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
@@ -397,6 +401,13 @@ def _has_zeros(config: Config, params: whole.Stacked) -> bool:
     linears = _linears(config)
     return any(
         bool(jnp.any(leaf == 0)) for run in params for name, leaf in run.items() if name in linears
+    )
+
+
+def _is_pruned(config: Config, params: whole.Stacked) -> bool:
+    linears = _linears(config)
+    return all(
+        bool(is_sparse(leaf)) for run in params for name, leaf in run.items() if name in linears
     )
 
 

@@ -407,6 +407,12 @@ def test_a_model_without_zeros_is_not_trained_as_a_pruned_one(workspace, capsys)
     assert not (workspace / "out").exists()
 
 
+def test_a_mask_alone_is_not_put_on_pruned_weights(workspace, capsys):
+    assert distilled(workspace, "out", "--mask", "constant", "--penalty", "0.5") == 2
+    assert "pruned is pruned: a mask alone is put on dense weights" in capsys.readouterr().err
+    assert not (workspace / "out").exists()
+
+
 def test_windows_are_taken_in_an_order_of_their_own():
     windows = np.arange(40).reshape(20, 2)
     found = shuffled(windows)

@@ -23,6 +23,7 @@ from prox24.refine.training import (
     check_shares,
     lower_step,
     refine,
+    share_of,
 )
 
 Apply = Callable[[PyTree, Array], Array]
@@ -81,7 +82,7 @@ class BlockRefinement:
 
     def held_out_of(self, groups: int) -> int:
         """Of the groups of windows that make a step each, those that are held out."""
-        return max(1, round(self.held_out * groups))
+        return share_of(self.held_out, groups)
 
     def optimizer(self, groups: int) -> optax.GradientTransformation:
         """The same object for the same number of groups of windows, to be compiled once."""

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
+from prox24.core.precision import working_dtype
 from prox24.optax import keep_pattern
 
 PyTree = Any
@@ -44,7 +44,17 @@ def check_shares(settings: Any, *names: str) -> None:
 
 def at_least_float32(x: Array) -> Array:
     """The array in float32, or in float64 if it is: what a loss is computed in."""
-    return x.astype(np.promote_types(x.dtype, np.float32))
+    return x.astype(working_dtype(x.dtype))
+
+
+def share_of(share: float, count: int) -> int:
+    """Of so many things those that a share holds out; one at the least.
+
+    Example:
+      >>> share_of(0.125, 16), share_of(0.125, 2)
+      (2, 1)
+    """
+    return max(1, round(share * count))
 
 
 class Outcome(enum.Enum):
