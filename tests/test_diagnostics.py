@@ -415,7 +415,14 @@ def figure_of_another_kind(workspace):
     return ["--figure", workspace / "figure.jpeg"], ".png or .svg"
 
 
-@pytest.mark.parametrize("make", [no_folder_for_the_figure, figure_of_another_kind])
+def figure_that_is_a_folder(workspace):
+    (workspace / "folder.svg").mkdir()
+    return ["--figure", workspace / "folder.svg"], "is a folder"
+
+
+@pytest.mark.parametrize(
+    "make", [no_folder_for_the_figure, figure_of_another_kind, figure_that_is_a_folder]
+)
 def test_a_figure_that_cannot_be_written_ends_before_anything_is_read(workspace, capsys, make):
     more, named = make(workspace)
     assert_one_line_error(command(workspace, *more, model="nowhere"), named, capsys)

@@ -502,6 +502,13 @@ def test_a_source_where_the_work_would_be_is_kept(workspace, capsys, inside):
     assert contents(source) == before
 
 
+@pytest.mark.parametrize("destination", ["/", ".", ".."])
+def test_a_destination_without_a_name_is_refused(workspace, capsys, destination):
+    convert = ["convert", str(workspace / "model"), destination, "--overwrite"]
+    assert main(convert) == 2
+    assert f"{destination} has no name of its own" in capsys.readouterr().err
+
+
 def test_what_stands_where_the_work_would_be_is_kept(workspace, capsys):
     (workspace / "out.unfinished").mkdir()
     (workspace / "out.unfinished" / "precious").write_text("x")
@@ -651,6 +658,11 @@ def test_verify_compares_with_the_manifest_and_the_source(workspace, capsys):
     (workspace / "out" / "prox24.json").write_text("{}")
     assert main(verify) == 2
     assert "does not list the tensors" in capsys.readouterr().err
+
+    (workspace / "out" / "prox24.json").unlink()
+    save_file(weights_of(path) | {"more": np.zeros(2, np.float32)}, path)
+    assert main(verify) == 1
+    assert "more: is not in the source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

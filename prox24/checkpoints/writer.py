@@ -106,6 +106,8 @@ def check_destination(
       inputs: what is read, or kept for another run; None is passed over.
       overwrite: whether the destination may stand there, to be replaced.
     """
+    if destination.name in ("", ".."):
+        raise CheckpointError(f"{destination} has no name of its own; choose another destination")
     for path in inputs:
         if path is not None and path.exists():
             check_outside(destination, path)

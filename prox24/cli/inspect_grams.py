@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.output import print_json, print_table, progress_bar
+from prox24.cli.output import check_writable, print_json, print_table, progress_bar
 from prox24.cli.windows import calibration_windows
 from prox24.core.diagnostics import diagnose
 from prox24.errors import CheckpointError, Prox24Error
@@ -76,16 +76,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_figure(file: Path) -> None:
-    """Raises unless a figure can be written to the file: its name, its folder, and matplotlib.
+    """Raises unless a figure can be written to the file: its name, its place, and matplotlib.
 
     Raises:
-      CheckpointError: the name is not that of a PNG or SVG file, or its folder does not exist.
+      CheckpointError: the name is not that of a PNG or SVG file, or it cannot be written there.
       Prox24Error: matplotlib is not installed.
     """
     if file.suffix not in (".png", ".svg"):
         raise CheckpointError(f"the name of the figure {file} must end in .png or .svg")
-    if not file.absolute().parent.is_dir():
-        raise CheckpointError(f"the folder of {file} does not exist")
+    check_writable(file, "figure")
     if importlib.util.find_spec("matplotlib") is None:
         raise Prox24Error("--figure needs matplotlib: pip install 'prox24[examples]'")
 

@@ -63,18 +63,23 @@ def check_report(
     """
     if path is None:
         return
-    if path.is_dir():
-        raise CheckpointError(f"the report {path} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise CheckpointError(f"the folder of {path} does not exist")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise CheckpointError(f"the report {path} cannot be written: permission denied")
+    check_writable(path, "report")
     for given in filter(None, inputs):
         held = given.iterdir() if given.is_dir() else [given]
         if path.exists() and any(file.exists() and path.samefile(file) for file in held):
             raise CheckpointError(f"the report {path} would replace what is there, or read")
     if destination is not None:
         check_outside(destination, path)
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raises CheckpointError where a file, which is called so, could not be written."""
+    if path.is_dir():
+        raise CheckpointError(f"the {what} {path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise CheckpointError(f"the folder of {path} does not exist")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise CheckpointError(f"the {what} {path} cannot be written: permission denied")
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
                 if blocks:
                     violations[name] = blocks
                     problems[name] = f"{blocks} {unit} break the pattern {pattern}"
-            elif name in given.keys() - refined and not _equal(values, given[name].read()):
+            elif name in given and name not in refined and not _equal(values, given[name].read()):
                 problems[name] = "is not what the source has"
             if name not in checkpoint.buffers and not is_finite(values):
                 before = [problems[name]] if name in problems else []
@@ -129,6 +129,8 @@ def _missing(
                 problems[name] = (
                     f"has shape {checkpoint.tensors[name].shape}, the source has {tensor.shape}"
                 )
+        for name in checkpoint.tensors.keys() - source.tensors.keys():
+            problems.setdefault(name, "is not in the source")
     return problems
 
 
