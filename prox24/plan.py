@@ -73,7 +73,6 @@ class Memory(NamedTuple):
       gather: the most while its Grams are gathered: weights, Grams and a micro-batch.
       solve: the most while a linear is solved: weights twice, Grams, and what the solver needs.
       widest: the linear that needs most.
-      refine: the most while the layer is trained; 0 if it is not.
     """
 
     weights: int
@@ -81,7 +80,6 @@ class Memory(NamedTuple):
     gather: int
     solve: int
     widest: str
-    refine: int
 
 
 class Operations(NamedTuple):
@@ -148,7 +146,6 @@ def layer_memory(
         gather=_gathering(model, index, micro_batch, method, devices),
         solve=held + pruned + sums + solving[widest],
         widest=widest,
-        refine=_refining(model, index, micro_batch, method, 1),
     )
 
 
@@ -182,7 +179,7 @@ def fitting_micro_batch(
     def needed(index: int, size: int) -> int:
         return max(
             _gathering(model, index, (size, length), method, devices),
-            _refining(model, index, (size, length), method, whole // size),
+            refining_memory(model, index, (size, length), method, whole // size),
         )
 
     for index in distinct_layers(model):
@@ -360,10 +357,18 @@ def _solving(linear: Linear, method: Method, devices: int) -> int:
     return needed // sharing + 4 * (outputs + swept) * width
 
 
-def _refining(
+def refining_memory(
     model: Model, index: int, micro_batch: tuple[int, int], method: Method, micro_batches: int
 ) -> int:
-    """Of all that is there while a layer is trained; 0 if it is not."""
+    """Bytes of all that is there while a layer is trained; 0 if it is not.
+
+    Args:
+      model: see `layer_memory`, and all that follow.
+      index: of the layer.
+      micro_batch: windows on one device and their length.
+      method: what is done to the layer.
+      micro_batches: of a step.
+    """
     if method.refinement is None:
         return 0
     weights, layer = _pruned_weights(model, index, method), model.config.layers[index]

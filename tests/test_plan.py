@@ -96,24 +96,25 @@ def standard_promotion():
 
 
 def test_a_dense_model_alongside_and_a_training_count(model, standard_promotion):
+    refining = WANDA._replace(refinement=BlockRefinement())
     plain, alongside, refined = (
-        plan.layer_memory(model, 0, (1, 32), WANDA._replace(**more))
-        for more in ({}, {"dense_targets": True}, {"refinement": BlockRefinement()})
+        plan.layer_memory(model, 0, (1, 32), method)
+        for method in (WANDA, WANDA._replace(dense_targets=True), refining)
     )
+    training = plan.refining_memory(model, 0, (1, 32), refining, 1)
     # Cross-Grams, and what compensates for their rounding.
     assert alongside.gather >= plain.gather + 2 * plain.grams
     assert alongside.solve >= plain.solve + plain.grams
-    assert plain.refine == 0
+    assert plan.refining_memory(model, 0, (1, 32), WANDA, 1) == 0
     assert refined.gather == plain.gather
     # Dense, pruned, best, master, two moments and a gradient.
-    assert refined.refine > 7 * plain.weights
+    assert training > 7 * plain.weights
     # A sum of gradients is there if a step has several micro-batches, as it has of 16 windows.
     parts, whole = (16, 32), (8, 32)
-    refining = WANDA._replace(refinement=BlockRefinement())
-    assert plan.fitting_micro_batch(model, whole, refining, refined.refine) == 1
+    assert plan.fitting_micro_batch(model, whole, refining, training) == 1
     for method, windows, needed in (
         (WANDA._replace(dense_targets=True), parts, alongside.gather),
-        (refining, parts, refined.refine + plain.weights),
+        (refining, parts, training + plain.weights),
     ):
         assert plan.fitting_micro_batch(model, windows, method, needed) == 1
         with pytest.raises(Prox24Error, match="one window in layer 0 takes"):

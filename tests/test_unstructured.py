@@ -94,7 +94,7 @@ def test_a_refit_lowers_the_loss_and_keeps_the_zeros(solver):
 def test_methods_that_need_blocks_say_so(solver):
     with pytest.raises(ValueError, match=r"N:M, not unstructured 50%"):
         solve(make_problem("power_law"), solver, pattern=HALF)
-    with pytest.raises(ValueError, match=r"N:M, not unstructured 50%"):
+    with pytest.raises(ValueError, match=r"N:M, not unstructured 50%; other refits do"):
         solve(make_problem("power_law"), Wanda(), Swaps(), pattern=HALF)
 
 

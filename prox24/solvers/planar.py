@@ -16,13 +16,14 @@ from prox24.core.pattern import Pattern, Unstructured
 from prox24.solvers.problem import Normalized
 
 
-def check_grouped(pattern: Pattern | Unstructured, method: str) -> Pattern:
+def check_grouped(
+    pattern: Pattern | Unstructured,
+    method: str,
+    instead: str = "magnitude, wanda and sparsegpt do",
+) -> Pattern:
     """The pattern; raises ValueError, naming what serves instead, for sparsity without one."""
     if isinstance(pattern, Unstructured):
-        raise ValueError(
-            f"{method} supports patterns N:M, not unstructured {pattern}; "
-            "magnitude, wanda and sparsegpt do"
-        )
+        raise ValueError(f"{method} supports patterns N:M, not unstructured {pattern}; {instead}")
     return pattern
 
 

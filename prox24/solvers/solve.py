@@ -8,6 +8,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
+from prox24.core.precision import working_dtype
 from prox24.solvers.admm import ADMM
 from prox24.solvers.damping import damped_gram, damping_amount, inverse_factor
 from prox24.solvers.problem import (
@@ -136,7 +137,7 @@ def check_supported(
       >>> check_supported(SparseGPT(), None, (3, 4))
     """
     width = 1 if isinstance(pattern, Unstructured) else as_pattern(pattern).group
-    problem = LayerProblem(jnp.zeros((1, width)), jnp.zeros((width, width)))
+    problem = jax.eval_shape(lambda: LayerProblem(jnp.zeros((1, width)), jnp.zeros((width, width))))
     lower(problem, solver, refit, pattern=pattern)
 
 
@@ -183,7 +184,7 @@ def _solve(
     damping: Array,
     pattern: Pattern | Unstructured,
 ) -> tuple[Array, Array, dict[str, Array]]:
-    dtype = jnp.float64 if given.gram.dtype == jnp.float64 else jnp.float32
+    dtype = working_dtype(given.gram.dtype)
     damping = damping.astype(dtype)
     solver, refit = jax.tree.map(
         lambda x: jnp.asarray(x, dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x,

@@ -45,7 +45,7 @@ class Swaps:
         self, problem: Normalized, weight: Array, mask: Array, pattern: Pattern | Unstructured
     ) -> Refitted:
         """The refitted weight and its mask; all arrays are (out, in)."""
-        pattern = check_grouped(pattern, "swaps")
+        pattern = check_grouped(pattern, "swaps", "other refits do")
         if math.comb(pattern.group, pattern.kept) > MOST_MASKS:
             raise ValueError(f"swaps tries all masks of a block, and {pattern} has too many")
         choices = _choices(problem.gram, pattern)
