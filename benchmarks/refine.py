@@ -14,6 +14,7 @@ Printed are the table, and how much of what is evaluated is in the calibration t
 
 import argparse
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import math
@@ -50,19 +51,19 @@ import matplotlib.pyplot as plt
 Result = TypeVar("Result")
 LENGTH = 512
 WINDOWS = 64
+IN_BFLOAT16 = ModelRefinement(rate=5e-4, compute_dtype="bfloat16")
+MIXED = ModelRefinement(rate=5e-4, cross_entropy=0.6)
 TRIED = {
     64: [
         *(ModelRefinement(rate=rate) for rate in (5e-4, 1e-3, 2e-3)),
         *(ModelRefinement(rate=5e-4, cross_entropy=share) for share in (0.3, 0.6)),
+        IN_BFLOAT16,
     ],
-    256: [ModelRefinement(rate=5e-4), ModelRefinement(rate=5e-4, cross_entropy=0.6)],
+    256: [ModelRefinement(rate=5e-4), MIXED, IN_BFLOAT16],
     1024: [
-        ModelRefinement(rate=5e-4),
-        ModelRefinement(rate=5e-4, cross_entropy=0.6),
-        *(
-            ModelRefinement(rate=5e-4, cross_entropy=0.6, compute_dtype="bfloat16", passes=passes)
-            for passes in (1, 2)
-        ),
+        MIXED,
+        dataclasses.replace(MIXED, compute_dtype="bfloat16", passes=2),
+        IN_BFLOAT16,
     ],
 }
 """With so many windows, besides the defaults."""
