@@ -19,8 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
         max_shard_bytes=arguments.shard_size,
         file_format=arguments.format,
     )
+    kept = set(written)
     remark = OUTPUTS[arguments.format](checkpoint).remark
-    left_out = [name for name in checkpoint.tensors if name not in set(written)]
+    left_out = [name for name in checkpoint.tensors if name not in kept]
     if arguments.json:
         print_json(
             {
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         rows = [["format", arguments.format], ["tensors", str(len(written))]]
         if left_out:
-            rows.append(["buffers left out", f"{len(left_out)}, {left_out[0]} and so on"])
+            others = ", ..." if len(left_out) > 1 else ""
+            rows.append(["buffers left out", f"{len(left_out)}: {left_out[0]}{others}"])
         print_table(["written", str(arguments.destination)], rows)
         print(remark)
     return 0

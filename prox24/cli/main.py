@@ -399,7 +399,7 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "--evaluation-samples", type=_positive, default=16, help="evaluation windows (16)"
     )
     _add_length(command)
-    _add_output(command)
+    _add_output(command, quiet="no progress bar")
 
 
 def _add_method(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,8 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
     """Marks the N largest scores of every M consecutive ones; ties go to the earlier entry.
 
     Args:
-      scores: array whose length along `axis` is a multiple of M, for example |w|.
+      scores: array whose length along `axis` is a multiple of M, for example |w|. A NaN has no
+        rank: its block may have more or fewer than N.
       pattern: (N, M), any 1 <= N <= M.
       axis: the axis along which the blocks run.
 
