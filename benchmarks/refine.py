@@ -314,6 +314,8 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
     several = len(set(map(setting, rows))) > 1
     found: dict[tuple[str, ...], list[list[float]]] = {}
     for row, gap in zip(rows, gaps(rows, texts), strict=True):
+        if row["run"] not in by_name:  # Of an older table.
+            continue
         point = [float(row["tokens"]), float(row["seconds"]), gap]
         found.setdefault((by_name[row["run"]].line, *setting(row)), []).append(point)
     bases = {run.line: run.base for run in runs() if run.base in BASES and run.refinement}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prox24 import partition, refine
 from prox24.checkpoints.checkpoint import Checkpoint
-from prox24.core.masks import is_sparse, top_mask
+from prox24.core.masks import top_mask
 from prox24.devices import AXIS, in_parts
 from prox24.errors import CalibrationError, CheckpointError, Prox24Error
 from prox24.forward import (
@@ -222,7 +222,7 @@ def distill(
     Raises:
       CheckpointError: the models differ in more than their weights, no linear of the pruned one has
         a zero, or a mask is to be found and a linear's input width is not divisible by 4, or a mask
-        alone for weights that have one.
+        alone is asked for and the weights that it is for are pruned already.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
       Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
@@ -244,14 +244,14 @@ def distill(
     held_out = refinement.held_out_of(groups)
     if groups <= held_out:
         raise CalibrationError(
-            f"{len(windows)} windows are too few for steps of {size}, of which {held_out} held out "
-            "leave none: give more text, or hold out a smaller share"
+            f"{len(windows)} windows are too few for steps of {size}: of {groups}, {held_out} are "
+            "held out, and none is left; give more text, or hold out a smaller share"
         )
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
     if mask is None and not _has_zeros(config, params):
         raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
-    if mask is not None and mask.alone and _is_pruned(config, params):
+    if mask is not None and mask.alone and _is_pruned(teacher, params):
         raise CheckpointError(f"{pruned.path} is pruned: a mask alone is put on dense weights")
     outer = _outer(embedding_weights(student) | head_weights(student), mesh)
     taught = refinement.cross_entropy < 1
@@ -404,10 +404,14 @@ def _has_zeros(config: Config, params: whole.Stacked) -> bool:
     )
 
 
-def _is_pruned(config: Config, params: whole.Stacked) -> bool:
-    linears = _linears(config)
-    return all(
-        bool(is_sparse(leaf)) for run in params for name, leaf in run.items() if name in linears
+def _is_pruned(teacher: Model, params: whole.Stacked) -> bool:
+    """Whether a linear has zeros that the dense model does not have."""
+    linears = _linears(teacher.config)
+    return any(
+        np.any((np.asarray(leaf) == 0) & (layer_tensor(teacher, index, name) != 0))
+        for index, weights in enumerate(whole.unstacked(teacher.config, params))
+        for name, leaf in weights.items()
+        if name in linears
     )
 
 

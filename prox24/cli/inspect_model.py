@@ -25,7 +25,7 @@ class Entry(NamedTuple):
       shape: as stored.
       dtype: by numpy's name.
       decision: "pruned", or "dense: " and why.
-      size: bytes of the values in that dtype; a quantized file has fewer.
+      size: bytes of the values in that dtype; a quantised file has fewer.
       sparse_size: bytes without the zeros that pruning makes, see `sparse_bytes`.
     """
 

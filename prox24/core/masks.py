@@ -12,13 +12,13 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
     """Marks the N largest scores of every M consecutive ones; ties go to the earlier entry.
 
     Args:
-      scores: array whose length along `axis` is a multiple of M, for example |w|. A NaN has no
-        rank: its block may have more or fewer than N.
+      scores: array whose length along `axis` is a multiple of M, for example |w|, without
+        NaN, which has no rank.
       pattern: (N, M), any 1 <= N <= M.
       axis: the axis along which the blocks run.
 
     Returns:
-      bool array of the shape of `scores`; exactly N True in each block.
+      bool array of the shape of `scores`; exactly N True in each block without NaN.
 
     Raises:
       ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.

@@ -100,7 +100,7 @@ def describe(
     )
 
 
-def by_path(predicate: Callable[[str], bool]) -> Callable[[PyTree], PyTree]:
+def by_path(predicate: Callable[[str], object]) -> Callable[[PyTree], PyTree]:
     """Makes a mask of a predicate on paths.
 
     Args:
@@ -130,7 +130,8 @@ def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
       >>> named_leaves({"dense": [1.0, 2.0]})
       [('dense/0', 1.0), ('dense/1', 2.0)]
     """
-    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: node is None)[0]
+    # With nodes that are empty, as optax leaves them where a leaf was that it masks.
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_empty)[0]
     within = collections.Counter(path[:n] for path, _ in leaves for n in range(len(path)))
 
     def name(path: tuple[Any, ...]) -> str:
@@ -139,7 +140,11 @@ def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
             path = path[:-1]
         return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    return [(name(path), leaf) for path, leaf in leaves if leaf is not None]
+    return [(name(path), leaf) for path, leaf in leaves if not _is_empty(leaf)]
+
+
+def _is_empty(node: Any) -> bool:
+    return not jax.tree.leaves(node)
 
 
 def spread(tree: Mask, params: PyTree) -> PyTree:
