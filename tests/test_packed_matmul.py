@@ -31,6 +31,7 @@ from prox24.packed import (
     tuning,
     unpack,
 )
+from prox24.packed.cache import cache_folder
 from prox24.packed.implementation import Case
 from prox24.packed.registry import FALLBACK, IMPLEMENTATIONS
 from prox24.packed.table import Measurement
@@ -454,6 +455,27 @@ def test_without_a_home_folder_products_are_as_right(monkeypatch, capsys):
     assert not native._load.__wrapped__(native.CPU)
     assert main(["tune", "--shapes", "8x36", "--quiet"]) == 2
     assert "there is no home folder; set PROX24_CACHE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [".", ""])
+def test_a_kernel_is_loaded_from_a_cache_of_any_name(monkeypatch, tmp_path, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROX24_CACHE", value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == (tmp_path if value else tmp_path / "xdg" / "prox24")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--shapes", "4611686018427387904x4"],
+        ["--shapes", "8x64", "--batches", "9223372036854775807"],
+    ],
+)
+def test_sizes_that_no_array_has_are_refused(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["tune", *options])
+    assert "is not" in capsys.readouterr().err
 
 
 def test_what_another_process_measured_meanwhile_is_kept(tables, serving):

@@ -511,7 +511,8 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     """
     shapes = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)x(\d+)", part)
+        # With more digits their product would be more than any array has.
+        found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", part)
         outputs, inputs = (int(found[1]), int(found[2])) if found else (0, 0)
         if not outputs or not inputs or inputs % BLOCK:
             raise argparse.ArgumentTypeError(
@@ -528,7 +529,7 @@ def parse_batches(text: str) -> list[int]:
       >>> parse_batches("1,16")
       [1, 16]
     """
-    return [_positive(part) for part in text.split(",")]
+    return [_at_least(part, 1, 2**31) for part in text.split(",")]
 
 
 def _positive(text: str) -> int:
@@ -543,9 +544,9 @@ def _length(text: str) -> int:
     return _at_least(text, 2)
 
 
-def _at_least(text: str, least: int) -> int:
-    if not text.isdecimal() or not least <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to 2^63 - 1")
+def _at_least(text: str, least: int, end: int = 2**63) -> int:
+    if not text.isdecimal() or not least <= int(text) < end:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {end - 1}")
     return int(text)
 
 

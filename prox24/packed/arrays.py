@@ -19,7 +19,7 @@ from prox24.packed.codes import (
     PAIRS,
     words_of,
 )
-from prox24.packed.format import DTYPES, Packed24
+from prox24.packed.format import DTYPES, Packed24, check_words
 
 PARTS = ("values", "codes", "axis")
 
@@ -34,12 +34,16 @@ def to_arrays(name: str, w: Packed24) -> dict[str, NDArray[Any]]:
     Returns:
       NAME.values and NAME.codes as in `Packed24`, and NAME.axis, int32 of shape (1,).
 
+    Raises:
+      ValueError: codes and values do not fit each other.
+
     Example:
       >>> from prox24.packed import pack
       >>> arrays = to_arrays("up", pack(jnp.zeros((2, 32))))
       >>> [(name, array.shape) for name, array in arrays.items()]
       [('up.values', (2, 16)), ('up.codes', (2, 1)), ('up.axis', (1,))]
     """
+    check_words(w)
     parts = (np.asarray(w.values), np.asarray(w.codes), np.array([w.axis], np.int32))
     return {f"{name}.{part}": array for part, array in zip(PARTS, parts, strict=True)}
 

@@ -17,8 +17,9 @@ def cache_folder() -> Path:
     Raises:
       OSError: the user has no home folder, and the environment names none.
     """
-    if FOLDER in os.environ:
-        return Path(os.environ[FOLDER])
+    named = os.environ.get(FOLDER)
+    if named:
+        return Path(named).absolute()  # A library without a folder is looked for elsewhere.
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
         return Path(base) / "prox24"

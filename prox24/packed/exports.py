@@ -5,7 +5,7 @@ import numpy as np
 from jax import Array, lax
 
 from prox24.packed.codes import BLOCK, KEPT, from_words
-from prox24.packed.format import Packed24
+from prox24.packed.format import Packed24, check_words
 
 CUTLASS_DTYPES = ("float16", "bfloat16")
 CUTLASS_ROWS, CUTLASS_COLUMNS = 32, 64
@@ -31,7 +31,7 @@ def to_cutlass(w: Packed24) -> tuple[Array, Array]:
       values (out, in / 2) as in `w`, and metadata (out, in / 16), int16.
 
     Raises:
-      ValueError: another dtype, axis or shape.
+      ValueError: another dtype, axis or shape, or codes that do not fit the values.
 
     References:
       torch/sparse/_semi_structured_conversions.py of PyTorch, and reorder_meta in
@@ -74,7 +74,7 @@ def to_bitmask(w: Packed24) -> tuple[Array, Array]:
       lowest one, set for the two kept entries of every block.
 
     Raises:
-      ValueError: another axis or shape.
+      ValueError: another axis or shape, or codes that do not fit the values.
 
     Example:
       >>> from prox24.packed import pack
@@ -98,3 +98,4 @@ def _check_weight(function: str, w: Packed24) -> None:
             f"{function} takes a weight (out, in) that is packed along its last axis, not one of "
             f"shape {w.shape} packed along axis {w.axis}"
         )
+    check_words(w)
