@@ -12,7 +12,7 @@ from tiny import VARIANTS, config_dict, model_weights, random_weights, tokens, w
 
 from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24.cli.main import main
-from prox24.errors import CheckpointError, PromptError
+from prox24.errors import CheckpointError, PromptError, Prox24Error
 from prox24.forward import all_weights, load_model
 from prox24.models import decoder
 from prox24.models.generate import advance, choose, empty_cache, generate
@@ -199,12 +199,22 @@ def test_the_most_probable_token_is_chosen_at_the_lowest_temperatures(temperatur
         (np.zeros(3, np.int32), 1, r"prompts of shape \(3,\)"),
         (np.array([[3, 260]]), 1, "not among the 260 tokens"),
         (np.array([[3, -1]]), 1, "not among the 260 tokens"),
+        (np.array([[3, 2**32 + 5]]), 1, "not among the 260 tokens"),
+        (np.array([[3, 1.7]]), 1, "ids are float64, not integers"),
         (np.zeros((1, 100), np.int32), 29, "100 tokens and 29 to generate .* 128 positions"),
     ],
 )
 def test_prompts_that_a_model_cannot_go_on_from(prompts, count, named):
     with pytest.raises(PromptError, match=named):
         next(generate(*tiny_model(), prompts, count))
+
+
+def test_what_overflows_gives_no_token():
+    config, weights = tiny_model()
+    head = decoder.head_weight(config.head)
+    broken = weights._replace(outer={**weights.outer, head: weights.outer[head].at[7].set(jnp.nan)})
+    with pytest.raises(Prox24Error, match="logits after 48 tokens are NaN"):
+        next(generate(config, broken, tokens(), 1))
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,16 @@ def test_a_number_of_key_heads_is_checked(value):
         config_from_hf(config_dict() | {"num_key_value_heads": value})
 
 
+def test_a_token_goes_to_experts_that_there_are():
+    with pytest.raises(UnsupportedModelError, match="9 of 4 experts"):
+        config_from_hf(config_dict("mixtral") | {"num_local_experts": 4, "num_experts_per_tok": 9})
+
+
+def test_a_width_of_heads_that_cannot_be_rotated_is_refused():
+    with pytest.raises(UnsupportedModelError, match="the config of a llama model"):
+        config_from_hf(config_dict() | {"head_dim": 9})
+
+
 def test_more_experts_than_any_model_has_are_refused():
     with pytest.raises(UnsupportedModelError, match="more than 16384 experts"):
         config_from_hf(config_dict("olmoe", num_hidden_layers=2) | {"num_experts": 10**6})

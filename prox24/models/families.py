@@ -521,12 +521,18 @@ def phi(hf: PreTrainedConfig) -> Config:
     )
 
 
+def _experts(number: int, per_token: int, normalised: bool) -> Experts:
+    if not 1 <= per_token <= number:
+        raise UnsupportedModelError(f"{per_token} of {number} experts for each token do not exist")
+    return Experts(number, per_token, normalised)
+
+
 EXPERTS = (("mlp.router", "mlp.gate"),)
 
 
 def mixtral(hf: PreTrainedConfig) -> Config:
     """Mixtral: eight experts, two for each token."""
-    experts = Experts(hf.num_local_experts, hf.num_experts_per_tok, normalised=True)
+    experts = _experts(hf.num_local_experts, hf.num_experts_per_tok, normalised=True)
     return _decoder(
         hf,
         _attention(hf),
@@ -546,7 +552,7 @@ def mixtral(hf: PreTrainedConfig) -> Config:
 def qwen3_moe(hf: PreTrainedConfig) -> Config:
     """Qwen3's mixtures; some layers may be dense."""
     bias = hf.attention_bias
-    experts = Experts(hf.num_experts, hf.num_experts_per_tok, hf.norm_topk_prob)
+    experts = _experts(hf.num_experts, hf.num_experts_per_tok, hf.norm_topk_prob)
     dense = _gated(hf)
     mixture = _mlp(hf.moe_intermediate_size, hf.hidden_act, experts=experts)
 
@@ -561,7 +567,7 @@ def qwen3_moe(hf: PreTrainedConfig) -> Config:
 def olmoe(hf: PreTrainedConfig) -> Config:
     """OLMoE: norms over all heads of q and k, which may be clipped."""
     bias = hf.attention_bias
-    experts = Experts(hf.num_experts, hf.num_experts_per_tok, hf.norm_topk_prob)
+    experts = _experts(hf.num_experts, hf.num_experts_per_tok, hf.norm_topk_prob)
     return _decoder(
         hf,
         _attention(hf, bias=bias, output_bias=bias, norm="rows", clip=hf.clip_qkv),

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from prox24.errors import PromptError
+from prox24.errors import PromptError, Prox24Error
 from prox24.models import decoder
 from prox24.models.decoder import Config, Layer, Past
 
@@ -108,7 +108,7 @@ def _layer(
 
 @jax.jit
 def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array | float) -> Array:
-    """The next token of each text, int32 of shape (batch,).
+    """The next token of each text, int32 of shape (batch,); -1 where logits are NaN.
 
     The most probable token at temperature 0. Otherwise one that is drawn with the probabilities
     softmax(logits / temperature), from the nucleus: the fewest of the most probable tokens whose
@@ -141,7 +141,8 @@ def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array |
         kept = lax.cond(top_p < 1, lambda: _nucleus(scaled, top_p), lambda: scaled)
         return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
 
-    return lax.cond(temperature > 0, drawn, most_probable)
+    chosen = lax.cond(temperature > 0, drawn, most_probable)
+    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, chosen)
 
 
 def _nucleus(logits: Array, top_p: Array | float) -> Array:
@@ -170,8 +171,9 @@ def generate(
 
     Args:
       config: of the model.
-      weights: of the model; products are computed in float32 whatever their dtypes.
-      prompts: token ids of shape (batch, length).
+      weights: of the model; products are computed in float32 whatever their dtypes, but for those
+        of packed linears, whose inputs and results are rounded to the weight's.
+      prompts: integers, token ids of shape (batch, length).
       tokens: at most so many are generated.
       temperature: 0 for the most probable tokens, see `choose`.
       top_p: see `choose`.
@@ -184,10 +186,12 @@ def generate(
 
     Raises:
       PromptError: see `check_prompts`.
-      ValueError: a number is out of its range.
+      Prox24Error: logits are NaN.
+      ValueError: a number is out of its range, or the prompts are not of one length.
     """
-    text = np.asarray(prompts, np.int32)
-    check_prompts(config, text, tokens)
+    given = np.asarray(prompts)
+    check_prompts(config, given, tokens)
+    text = given.astype(np.int32)
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature} is negative")
     if not 0 < top_p <= 1:
@@ -204,6 +208,11 @@ def generate(
             logits, cache = advance(fixed, weights, cache, unseen, start)
             drawn = choose(logits, jax.random.fold_in(key, length), temperature, top_p)
             last = np.where(ended, text[:, -1], drawn)
+            if last.min() < 0:
+                raise Prox24Error(
+                    f"the model's logits after {length} tokens are NaN: a value overflows, as in "
+                    "float16, or the weights are damaged"
+                )
             yield last
             ended |= np.isin(last, list(stop))
             text = np.concatenate([text, last[:, None]], axis=1)
@@ -212,12 +221,12 @@ def generate(
             unseen = last[:, None]
 
 
-def check_prompts(config: Config, prompts: NDArray[np.int32], tokens: int) -> None:
+def check_prompts(config: Config, prompts: NDArray[Any], tokens: int) -> None:
     """Checks that a model can go on from prompts (batch, length) by so many tokens.
 
     Raises:
-      PromptError: the prompts have another shape, are empty, hold ids that the model has no
-        embedding for, or are too long for its positions.
+      PromptError: the prompts have another shape, are empty, hold what is no integer or ids that
+        the model has no embedding for, or are too long for its positions.
       ValueError: no token is asked for.
     """
     if tokens < 1:
@@ -226,6 +235,8 @@ def check_prompts(config: Config, prompts: NDArray[np.int32], tokens: int) -> No
         raise PromptError(f"prompts of shape {prompts.shape} are not (batch, length)")
     if not prompts.size:
         raise PromptError("the prompt is empty")
+    if not np.issubdtype(prompts.dtype, np.integer):
+        raise PromptError(f"the prompt's ids are {prompts.dtype}, not integers")
     if prompts.min() < 0 or prompts.max() >= config.vocabulary:
         raise PromptError(f"the prompt has ids that are not among the {config.vocabulary} tokens")
     length = prompts.shape[1]
