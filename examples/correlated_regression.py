@@ -3,7 +3,7 @@
 One linear layer with random weights, and the Gram of features with correlation rho. Each method
 finds a mask, and the same conjugate gradients refit the kept weights. The regret of a row is its
 loss divided by that of the best of all masks, minus 1; the layer is small enough to try them all.
-At rho = 0 the loss is a sum over weights and every method finds the best mask. Nothing is added to
+At rho = 0 the loss is a sum over weights and all but ADMM find the best mask. Nothing is added to
 the diagonal of the Gram (damping 0), so that the losses of all methods are of the same problem.
 "prox, slower" is the same solver with a penalty that grows by 1.01 per step, "ADMM" the default.
 """

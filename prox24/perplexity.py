@@ -44,7 +44,9 @@ def perplexity(
     *,
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> Perplexity:
-    """exp(-mean log p(token t | tokens 0..t-1 of its window)), in float32, summed in float64.
+    """exp(-mean log p(token t | tokens 0..t-1 of its window)).
+
+    In float32; the sums of windows are added in float64.
 
     Args:
       checkpoint: the model; one layer's weights are in memory at a time.

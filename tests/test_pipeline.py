@@ -280,6 +280,8 @@ def test_windows_do_not_overlap_and_say_what_is_missing():
             windows(ids, 11, 10)
     with pytest.raises(CalibrationError, match="1 windows of 200 need 200"):
         first_windows(ids, None, 200)
+    with pytest.raises(CalibrationError, match="4 windows of 200 need 800"):
+        spread_windows(ids, 4, 200)
 
 
 def test_every_window_begins_with_the_start_tokens_and_none_of_the_text_is_lost():
