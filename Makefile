@@ -33,7 +33,7 @@ test-newest: .venv-newest/test.stamp
 
 # The models that torchax runs. Its releases that work are previews, which `make test` does without.
 test-torchax: .venv-torchax/test.stamp
-	.venv-torchax/bin/python -m pytest tests/test_torchax.py
+	REQUIRE_TORCHAX=1 .venv-torchax/bin/python -m pytest tests/test_torchax.py
 
 # What compressed-tensors reads of `prox24 convert --format sparse-24-bitmask`.
 test-bitmask: .venv/test.stamp .venv-bitmask/test.stamp

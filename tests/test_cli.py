@@ -75,6 +75,41 @@ def test_prune_verify_and_eval_as_processes(workspace):
     assert 1 < result["perplexity"] < 1e6
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_half_of_the_weights_without_a_pattern(workspace, capsys, method):
+    half = ["--pattern", "50%"]
+    planned = ["plan", str(workspace / "model"), "--method", method, *half, "--rate", "1e12"]
+    assert main([*planned, "--samples", "8", "--sequence-length", "32"]) == 0
+    out = workspace / "out"
+    command = ["prune", str(workspace / "model"), str(out), "--method", method, *half]
+    assert main([*command, *options(workspace), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(out), *half, "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["pattern"] == "50%"
+    assert verified["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert main(["verify", str(out), "--pattern", "2:4", "--quiet"]) == 1
+    capsys.readouterr()
+    assert main(["inspect", str(workspace / "model"), *half, "--json"]) == 0
+    inspected = json.loads(capsys.readouterr().out)
+    assert inspected["pattern"] == "50%"
+    assert inspected["bytes"] / 2 < inspected["sparse_bytes"] < inspected["bytes"]
+
+
+def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypatch, capsys):
+    monkeypatch.setattr("prox24.cli.demo.fetch_model", lambda cache: workspace / "model")
+    command = ["demo", "--cache", workspace / "cache", "--output", workspace / "models"]
+    command += ["--text", workspace / "text.txt", *options(workspace, 4)]
+    assert main([*map(str, command), "--evaluation-samples", "4", "--json"]) == 0
+    dense, *rows = json.loads(capsys.readouterr().out)["rows"]
+    assert dense["method"] == "dense"
+    methods = ["magnitude", "wanda", "sparsegpt", "admm + refit, dense targets"]
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert 0 < row["mean_relative_loss"] < 1
+        assert main(["verify", row["folder"], "--quiet"]) == 0
+
+
 def test_verify_exits_1_and_names_the_tensor(workspace, capsys):
     assert main(["verify", str(workspace / "model")]) == 1
     assert "model.layers.0.self_attn.q_proj.weight: 256 blocks" in capsys.readouterr().out

@@ -50,8 +50,6 @@ def test_pruning_one_layer():
     ("page", "printed"),
     [
         ("README.md", "Status.SPARSE 0.5"),
-        ("docs/optax.md", ""),
-        pytest.param("docs/own-model.md", "", marks=pytest.mark.slow),
         ("docs/packed.md", ""),
         ("docs/solvers.md", ""),
     ],

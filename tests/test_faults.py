@@ -286,6 +286,28 @@ def lost_job(workspace):
     return [], f"{path} is damaged; delete {path.parent} to start anew"
 
 
+def another_package(workspace):
+    change_job(workspace, lambda job: job["versions"].update(jax="0.1"))
+    return [], 'versions.jax was "0.1", is'
+
+
+def more_devices(workspace):
+    change_job(workspace, lambda job: job["devices"].append(7))
+    return [], "devices was"
+
+
+def more_processes(workspace):
+    change_job(workspace, lambda job: job.update(processes=3))
+    return [], "processes was 3, is 1"
+
+
+def change_job(workspace, change):
+    path = workspace / "out.unfinished" / "job.json"
+    job = json.loads(path.read_text())
+    change(job)
+    path.write_text(json.dumps(job))
+
+
 def changed_job(workspace):
     path = workspace / "out.unfinished" / "job.json"
     path.write_text(path.read_text()[:-9])
@@ -297,6 +319,7 @@ def changed_job(workspace):
     [
         *(changed_text, changed_damping, changed_method, changed_source),
         *(changed_tensor, changed_journal, changed_job, lost_job),
+        *(another_package, more_devices, more_processes),
     ],
 )
 def test_another_run_is_refused_and_the_work_stays(workspace, monkeypatch, capsys, change):
@@ -312,6 +335,30 @@ def test_another_run_is_refused_and_the_work_stays(workspace, monkeypatch, capsy
     assert printed.count("\n") == 1
     assert contents(workspace / "out.unfinished" / "model") == before
     assert len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines()) == 5
+
+
+def test_what_the_journal_tells_of_is_on_disk_before(workspace, monkeypatch):
+    """Also when the power fails: each file before the journal, all before the folder's name."""
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synchronised(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(path, target):
+        events.append(f"{path.name} -> {Path(target).name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synchronised)
+    monkeypatch.setattr(Path, "rename", renamed)
+    assert main(command(workspace)) == 0
+    told = [place for place, event in enumerate(events) if event == "journal.jsonl"]
+    assert len(told) == 14
+    assert {events[place - 1] for place in told} <= {"model.safetensors", "model.safetensors.new"}
+    moved = events.index("model -> out")
+    assert {"model.safetensors", "config.json", "prox24.json", "model"} <= {*events[:moved]}
+    assert workspace.name in events[moved:]
 
 
 def test_a_second_run_on_a_destination_is_refused(workspace, capsys):

@@ -86,7 +86,7 @@ def test_blocks_run_along_any_axis(shape, axis):
     w = random_24(shape, axis)
     packed = pack(w, axis)
     assert packed.shape == shape
-    assert packed.axis == axis if axis < 0 else axis - len(shape)
+    assert packed.axis == (axis if axis < 0 else axis - len(shape))
     np.testing.assert_array_equal(unpack(packed), w)
     np.testing.assert_array_equal(decode(packed), w)
     assert all(entry in PAIRS for entry in np.unique(codes_of(packed)))

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ from tiny import (
 )
 
 from prox24 import pipeline
-from prox24.calibration.text import first_windows, spread_windows, start_tokens
+from prox24.calibration.text import first_windows, spread_windows, start_tokens, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.main import main
 from prox24.core.masks import is_sparse, top_mask
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.forward import all_linears, batch_size, load_model
+from prox24.perplexity import from_losses
 from prox24.pipeline import collect, prune
 from prox24.solvers.problem import Candidate
 from prox24.solvers.proximal import Prox
@@ -268,6 +270,18 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
     second = prune_folder(tmp_path / "source", Prox(), ConjugateGradients())
     for name, values in first.tensors.items():
         assert values.tobytes() == second.tensors[name].tobytes()
+
+
+def test_ids_without_an_embedding_are_refused():
+    assert tokenize(byte_tokenizer(), "abc", 260).max() < 260
+    with pytest.raises(CalibrationError, match=r"gives id \d+ but the model has 50 embeddings"):
+        tokenize(byte_tokenizer(), "abc", 50)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, 1e5])
+def test_a_loss_that_has_no_perplexity_is_refused(loss):
+    with pytest.raises(CalibrationError, match="model: the loss on the text is"):
+        from_losses(Path("model"), np.zeros((2, 3), np.int32), np.array([1.0, 4 * loss]))
 
 
 def test_windows_do_not_overlap_and_say_what_is_missing():

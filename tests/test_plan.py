@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny import config_dict, write_tiny
+from tiny import config_dict, random_weights, write_folder, write_tiny
 
 from prox24 import plan
 from prox24.checkpoints.checkpoint import open_checkpoint
@@ -169,6 +169,9 @@ def test_equal_layers_are_looked_at_once(tmp_path):
     write_tiny(tmp_path / "model", "qwen2")  # whose first layer has no window
     mixed = load_model(open_checkpoint(tmp_path / "model"))
     assert plan.distinct_layers(mixed) == [0, 1]
+    config = config_dict(num_hidden_layers=5)
+    write_folder(tmp_path / "equal", config, random_weights(config))
+    assert plan.distinct_layers(load_model(open_checkpoint(tmp_path / "equal"))) == [0]
 
 
 def test_measured_rates_are_positive():

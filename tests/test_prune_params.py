@@ -292,6 +292,9 @@ def test_a_solution_that_is_not_finite_names_its_weight():
     calibration.grams["second/kernel"] = broken._replace(gram=broken.gram * jnp.nan)
     with pytest.raises(SolverError, match=r"^the Gram of second/kernel holds NaN or Inf"):
         prox24.prune_params(params, calibration)
+    calibration.grams["second/kernel"] = broken._replace(gram=-broken.gram)
+    with pytest.raises(SolverError, match="Gram of second/kernel is not positive semidefinite"):
+        prox24.prune_params(params, calibration, Wanda(), None)
     calibration.grams["second/kernel"] = broken
     params["second"]["kernel"] = params["second"]["kernel"].at[3, 2].set(jnp.nan)
     with pytest.raises(SolverError, match=r"^second/kernel holds NaN or Inf"):

