@@ -285,12 +285,19 @@ def _load(path: Path) -> "torch.nn.Module":
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises a different type for each cause
+        _raise_if_of_memory(error)
         raise UnsupportedModelError(
             f"{path}: transformers cannot load it: {first_line(error)}"
         ) from error
     if loading["missing_keys"]:  # which transformers would leave at random
         raise CheckpointError(f"{path}: tensor {min(loading['missing_keys'])} is missing")
     return model.eval()
+
+
+def _raise_if_of_memory(error: Exception) -> None:
+    """Raises MemoryError for what is no fault of the model, and may not come again."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's RuntimeError
+        raise MemoryError(first_line(error)) from error
 
 
 def _decoder_layers(model: Any) -> tuple[str, list[Any]]:
@@ -336,6 +343,7 @@ def _layer_calls(
             with torch.no_grad():
                 model(torch.as_tensor(batch, dtype=torch.long), use_cache=False)
         except Exception as error:  # of the model's own code
+            _raise_if_of_memory(error)
             kind, reason = type(model).__name__, first_line(error)
             raise UnsupportedModelError(f"{kind} does not run: {reason}") from error
         finally:

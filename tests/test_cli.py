@@ -110,6 +110,20 @@ def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypa
         assert main(["verify", row["folder"], "--quiet"]) == 0
 
 
+def test_a_name_that_is_no_unicode_is_one_line(workspace):
+    name = os.fsencode(workspace) + b"/t\xe9xt.txt"
+    with open(name, "w") as file:
+        file.write(TEXT)
+    options = ["--sequence-length", "32", "--samples", "4"]
+    command = [sys.executable, "-m", "prox24", "prune", workspace / "model", workspace / "out"]
+    ended = subprocess.run(
+        [*map(str, command), "--calibration", name, *options], capture_output=True, timeout=300
+    )
+    assert ended.returncode == 2
+    (line,) = ended.stderr.decode(errors="replace").splitlines()
+    assert line.startswith("prox24: error: text that is no Unicode: ")
+
+
 def test_verify_exits_1_and_names_the_tensor(workspace, capsys):
     assert main(["verify", str(workspace / "model")]) == 1
     assert "model.layers.0.self_attn.q_proj.weight: 256 blocks" in capsys.readouterr().out

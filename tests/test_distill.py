@@ -461,6 +461,17 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
         assert path.read_bytes() == (workspace / "out" / path.name).read_bytes(), path.name
 
 
+def test_a_state_that_cannot_be_written_is_one_line(workspace, monkeypatch, capsys):
+    def full(*arguments, **keywords):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    assert distilled(workspace, "out", "--state", workspace / "state") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"cannot write the state in {workspace / 'state'}: RESOURCE_EXHAUSTED" in line
+    assert not (workspace / "out").exists()
+
+
 @pytest.mark.parametrize(("damaged", "left"), [("arrays", ""), ("about", ""), ("about", "{}")])
 def test_a_state_that_cannot_be_read_is_named(workspace, capsys, damaged, left):
     assert distilled(workspace, "out", "--state", workspace / "state") == 0

@@ -556,6 +556,19 @@ def test_a_destination_without_a_name_is_refused(workspace, capsys, destination)
     assert f"{destination} has no name of its own" in capsys.readouterr().err
 
 
+def test_a_link_to_nothing_is_no_destination(workspace, capsys):
+    (workspace / "out").symlink_to(workspace / "nowhere")
+    assert main(command(workspace)) == 2
+    assert f"{workspace}/out is a link to what does not exist" in capsys.readouterr().err
+
+
+def test_a_file_where_the_work_would_be_is_named(workspace, capsys):
+    (workspace / "out.unfinished").write_text("x")
+    assert main(command(workspace)) == 2
+    assert f"{workspace}/out.unfinished, where" in capsys.readouterr().err
+    assert (workspace / "out.unfinished").read_text() == "x"
+
+
 def test_what_stands_where_the_work_would_be_is_kept(workspace, capsys):
     (workspace / "out.unfinished").mkdir()
     (workspace / "out.unfinished" / "precious").write_text("x")

@@ -11,7 +11,7 @@ from tiny import config_dict, jax_logits, random_weights, tokens
 from prox24.calibration.text import start_tokens
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.gguf_tokenizer import build_tokenizer
-from prox24.errors import UnsupportedModelError
+from prox24.errors import CheckpointError, UnsupportedModelError
 
 # By llama.cpp's conventions; written here independently of what reads them.
 LAYER = {
@@ -43,6 +43,7 @@ GEMMA3_ROPE = {
 }
 CASES = {
     "llama": ("grouped_heads", {}),
+    "llama with biases": ("grouped_heads", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("qwen2", {"use_sliding_window": False}),
     "qwen3": ("qwen3", {}),
     "gemma3": (
@@ -106,9 +107,20 @@ def write_gguf(
     writer.close()
 
 
+def test_a_bias_that_the_model_has_not_is_named(tmp_path):
+    variant, changes = CASES["qwen2"]
+    config = config_dict(variant, **changes)
+    weights = random_weights(config)
+    weights["model.layers.1.self_attn.o_proj.bias"] = np.ones(config["hidden_size"], np.float32)
+    write_gguf(tmp_path / "model.gguf", "qwen2", config, weights)
+    with pytest.raises(CheckpointError, match=r"blk\.1\.attn_output\.bias has no counterpart"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_logits_of_a_gguf_are_those_of_the_model_it_was_made_of(tmp_path, kind):
     variant, changes = CASES[kind]
+    kind = kind.partition(" ")[0]
     config = config_dict(variant, **changes)
     weights = random_weights(config)
     write_gguf(tmp_path / "model.gguf", kind, config, weights)

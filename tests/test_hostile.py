@@ -70,6 +70,7 @@ def test_mutated_files_are_read_or_refused(tmp_path):
         (b'{"a":' + b"[" * 200 + b"]" * 200 + b"}", "nested in more than 100"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
+        (rb'{"a": "\ud800"}', "not valid JSON"),
         (b"", "not valid JSON"),
     ],
 )

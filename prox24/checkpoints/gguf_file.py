@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,9 @@ SANDWICH_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# The setting of HF's config that a bias needs, None where there always is one.
+ATTENTION_BIASES = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), "attention_bias")
+MLP_BIASES = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias")
 ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
@@ -48,6 +52,7 @@ class Architecture(NamedTuple):
       hf_class: HF's name of the model.
       settings: of HF's config that follow from the architecture.
       layer: HF's names of a layer's tensors.
+      biases: of which of them there may be biases, and by which setting.
       pairs: the rows of q and k are in the order in which neighbours rotate together.
       norm_offset: what was added to the weights of norms.
     """
@@ -56,14 +61,22 @@ class Architecture(NamedTuple):
     hf_class: str
     settings: dict[str, Any]
     layer: dict[str, str] = LAYER_TENSORS
+    biases: Mapping[str, str | None] = MappingProxyType(ATTENTION_BIASES)
     pairs: bool = False
     norm_offset: float = 0.0
 
 
 SILU = {"hidden_act": "silu"}
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", SILU, pairs=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", SILU),
+    "llama": Architecture(
+        "llama", "LlamaForCausalLM", SILU, biases=ATTENTION_BIASES | MLP_BIASES, pairs=True
+    ),
+    "qwen2": Architecture(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        SILU,
+        biases=dict.fromkeys(("attn_q", "attn_k", "attn_v")),
+    ),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", SILU, LAYER_TENSORS | HEAD_NORMS),
     "gemma3": Architecture(
         "gemma3_text",
@@ -185,6 +198,11 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
         "torch_dtype": "float32",
         **architecture.settings,
     }
+    for name in names:
+        module, _, part = name.rpartition(".")
+        setting = architecture.biases.get(module.rpartition(".")[2])
+        if part == "bias" and setting is not None:
+            config[setting] = True
     if kind == "gemma3":
         config["sliding_window"] = fields.number("attention.sliding_window")
         # The model of 62 layers is the one that does not scale by the width of its heads.
@@ -201,9 +219,10 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
 def _hf_name(name: str, architecture: Architecture, path: Path) -> str:
     module, _, part = name.rpartition(".")
     parts = module.split(".")
-    if module in TOP_TENSORS:
+    if module in TOP_TENSORS and part == "weight":
         return f"{TOP_TENSORS[module]}.{part}"
-    if len(parts) != 3 or parts[0] != "blk" or parts[2] not in architecture.layer:
+    known = {"weight": architecture.layer, "bias": architecture.biases}.get(part, ())
+    if len(parts) != 3 or parts[0] != "blk" or parts[2] not in known:
         raise CheckpointError(
             f"{path}: tensor {name} has no counterpart in {architecture.hf_class}"
         )

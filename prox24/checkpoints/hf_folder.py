@@ -84,8 +84,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: there is no such file")
     check_inside(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
         depth = _depth(value)
+        if "\\u" in text and depth <= MAX_DEPTH:
+            json.dumps(value, ensure_ascii=False).encode()  # not of halves of characters
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except RecursionError:

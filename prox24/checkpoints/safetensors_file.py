@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from prox24.checkpoints.hf_folder import WeightFiles
 from prox24.checkpoints.tensors import Put, Spec, TensorSource, is_possible, read_entries
-from prox24.errors import CheckpointError
+from prox24.errors import CheckpointError, DiskError
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -48,7 +48,9 @@ def open_file(path: Path) -> dict[str, TensorSource]:
         with path.open("rb") as file:
             [length] = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise DiskError(f"shard {path} cannot be read: {error}") from error
+    except SafetensorError as error:
         raise CheckpointError(f"shard {path} cannot be read: {error}") from error
     header.pop("__metadata__", None)
     return {name: _source(path, 8 + length, name, entry) for name, entry in header.items()}

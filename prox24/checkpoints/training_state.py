@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from prox24.checkpoints.unfinished import difference
-from prox24.errors import CheckpointError, first_line
+from prox24.errors import CheckpointError, DiskError, first_line
 from prox24.refine import Training
 
 
@@ -29,16 +29,23 @@ class States(NamedTuple):
     losses: list[float]
 
     def save(self, state: Training) -> None:
-        """Writes a state; when it returns, the arrays may be overwritten."""
+        """Writes a state; when it returns, the arrays may be overwritten.
+
+        Raises:
+          DiskError: it cannot be written.
+        """
         arrays = (state.master, state.optimizer, state.best)
         about = {"job": self.job, "losses": state.losses}
-        self.manager.save(
-            state.steps,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(_numbered(arrays)), about=ocp.args.JsonSave(about)
-            ),
+        both = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(_numbered(arrays)), about=ocp.args.JsonSave(about)
         )
-        self.manager.wait_until_finished()
+        try:
+            self.manager.save(state.steps, args=both)
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # tensorstore raises this one for a full disk
+            raise DiskError(
+                f"cannot write the state in {self.manager.directory}: {first_line(error)}"
+            ) from error
 
     def resume(self, begun: Training) -> Training:
         """The state that was saved last, with the shapes and the places of this one; or this one.

@@ -86,6 +86,8 @@ def unfinished_folder(
         came to stand at the destination.
     """
     work = work_folder(destination)
+    if work.exists() and not work.is_dir():
+        raise CheckpointError(f"{work}, where {destination} would be made, is a file; move it away")
     with writing(destination):
         work.mkdir(exist_ok=True)
         names = {file.name for file in work.iterdir()}

@@ -111,6 +111,8 @@ def check_destination(
     for path in inputs:
         if path is not None and path.exists():
             check_outside(destination, path)
+    if destination.is_symlink() and not destination.exists():
+        raise CheckpointError(f"{destination} is a link to what does not exist; remove it")
     if destination.exists() and not overwrite:
         raise CheckpointError(f"{destination} exists; pass --overwrite to replace it")
     if destination.exists() and not destination.is_dir():

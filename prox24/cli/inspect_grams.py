@@ -136,12 +136,14 @@ def reading(rows: list[Row], tokens: int) -> str:
     else:
         factor = max(row["scaled_condition_number"] for row in rows)
         bound = f"Wanda's loss is at most {factor:.4g} times the least loss of the same pattern."
+    experts = any("experts" in row["input"] for row in rows)
+    fewer = ", or those of them that an expert sees" if experts else ""
     return (
         "Wanda's masks are optimal for a Gram with nothing off the diagonal. "
         f"Here {np.mean(masses):.1%} of the squared correlations are there on average, "
         f"from {min(masses):.1%} ({_label(least)}) to {max(masses):.1%} ({_label(most)}); "
         f"independent features would show up to {max(row['chance_mass'] for row in rows):.1%} "
-        f"in {tokens} tokens. {bound} Only what is off the diagonal can make another method "
+        f"in {tokens} tokens{fewer}. {bound} Only what is off the diagonal can make another method "
         "better than Wanda; whether it does depends on the weights as well."
     )
 

@@ -45,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs one command.
 
     Returns:
-      0, or 1 where `verify` finds a tensor that is not as it should be, or 2 on an error, or 128
-      and the number of the signal that ended it, SIGINT or SIGTERM; but for 0, with one line on
-      standard error.
+      0, or 1 where `verify` finds a tensor that is not as it should be; or, with one line on
+      standard error, 2 on an error, or 128 and the number of the signal that ended it, SIGINT or
+      SIGTERM. Where the reader of what is printed has ended it is that of SIGPIPE, without a line.
     """
     parsed = parser().parse_args(arguments)
     _give_back_memory()
@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _end(f"error: {error}", error, 2)
     except MemoryError as error:
         return _end(f"error: out of memory: {error}", error, 2)
+    except UnicodeError as error:  # of a name or an argument that is not UTF-8
+        return _end(f"error: text that is no Unicode: {error}", error, 2)
     except Terminated as error:
         return _end("ended by SIGTERM", error, 128 + signal.SIGTERM)
     except KeyboardInterrupt as error:

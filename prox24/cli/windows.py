@@ -66,7 +66,7 @@ def prompt_tokens(checkpoint: Checkpoint, text: str) -> NDArray[np.int32]:
 
 def _tokens(checkpoint: Checkpoint, text: str) -> tuple[NDArray[np.int32], list[int]]:
     vocabulary = checkpoint.config.get("vocab_size")
-    if vocabulary is None:
-        raise UnsupportedModelError(f"{checkpoint.path}: config.json has no vocab_size")
+    if type(vocabulary) is not int:
+        raise UnsupportedModelError(f"{checkpoint.path}: config.json has no vocab_size, an integer")
     tokenizer = checkpoint.load_tokenizer()
     return tokenize(tokenizer, text, vocabulary), start_tokens(tokenizer, vocabulary)
