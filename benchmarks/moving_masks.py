@@ -8,8 +8,8 @@ dense weights trained by Adam and the proximal step, lambda growing until all is
 last passes on what that keeps. In all of them every linear is scaled as the solvers scale it, by
 the root of its Gram's diagonal and to a mean magnitude of 1, in which units rate and lambda are
 given. The best pass is chosen on held-out windows. Printed are the relative error of the layer's
-output on the last windows, which nothing else sees, and the seconds of the training, without those
-of compiling when another layer had the same shapes and rate.
+output on the last windows, which only the Grams have seen, and the seconds of the training, without
+those of compiling when another layer had the same shapes and rate.
 """
 
 import argparse
@@ -172,7 +172,7 @@ def moving(layer: Layer, rate: float, passes: int, last: int) -> Refined:
 
 
 def error(layer: Layer, params: Weights) -> float:
-    """On the batches that nothing else sees."""
+    """On the batches that no training sees."""
     losses = [jax.jit(layer.loss)(params, layer.scales, batch) for batch in layer.batches[-TESTED:]]
     return float(np.mean(losses))
 

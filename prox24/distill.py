@@ -244,14 +244,14 @@ def distill(
     held_out = refinement.held_out_of(groups)
     if groups <= held_out:
         raise CalibrationError(
-            f"{len(windows)} windows are too few for steps of {size}: of {groups}, {held_out} are "
-            "held out, and none is left; give more text, or hold out a smaller share"
+            f"{len(windows)} windows are too few for steps of {size}: {held_out} are held out, and "
+            "one more is to be taken; give more text, or hold out a smaller share"
         )
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
     if mask is None and not _has_zeros(config, params):
         raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
-    if mask is not None and mask.alone and _is_pruned(teacher, params):
+    if mask is not None and mask.alone and _is_pruned(config, params):
         raise CheckpointError(f"{pruned.path} is pruned: a mask alone is put on dense weights")
     outer = _outer(embedding_weights(student) | head_weights(student), mesh)
     taught = refinement.cross_entropy < 1
@@ -404,13 +404,13 @@ def _has_zeros(config: Config, params: whole.Stacked) -> bool:
     )
 
 
-def _is_pruned(teacher: Model, params: whole.Stacked) -> bool:
-    """Whether a linear has zeros that the dense model does not have."""
-    linears = _linears(teacher.config)
+def _is_pruned(config: Config, params: whole.Stacked) -> bool:
+    """Whether a linear has so many zeros as no dense or quantised one has: a quarter."""
+    linears = _linears(config)
     return any(
-        np.any((np.asarray(leaf) == 0) & (layer_tensor(teacher, index, name) != 0))
-        for index, weights in enumerate(whole.unstacked(teacher.config, params))
-        for name, leaf in weights.items()
+        bool(jnp.max(jnp.mean(leaf == 0, axis=(1, 2), dtype=jnp.float32)) >= 0.25)
+        for run in params
+        for name, leaf in run.items()
         if name in linears
     )
 

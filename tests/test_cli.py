@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import ANY
 
 import jax
@@ -112,8 +113,10 @@ def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypa
 
 def test_a_name_that_is_no_unicode_is_one_line(workspace):
     name = os.fsencode(workspace) + b"/t\xe9xt.txt"
-    with open(name, "w") as file:
-        file.write(TEXT)
+    try:
+        Path(os.fsdecode(name)).write_text(TEXT)
+    except OSError:
+        pytest.skip("the file system has no such names")
     options = ["--sequence-length", "32", "--samples", "4"]
     command = [sys.executable, "-m", "prox24", "prune", workspace / "model", workspace / "out"]
     ended = subprocess.run(
