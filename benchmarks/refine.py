@@ -26,6 +26,7 @@ from typing import NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from model import add_row, drawn_windows, read_rows, with_tensors
 from multiple_choice import Question, accuracies, read_questions
 from rich.console import Console
@@ -309,7 +310,7 @@ def print_shares_seen(calibration: Path, texts: list[Path], count: int, cache: P
 
 def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
     """The gap against tokens and seconds, a line from what was pruned through its refinements."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="tight", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 6), layout="constrained", sharey=True)
     by_name = {run.name: run for run in runs()}
     several = len(set(map(setting, rows))) > 1
     found: dict[tuple[str, ...], list[list[float]]] = {}
@@ -330,12 +331,17 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
             label = f"{line}, {', '.join(place)}" if several else line
             axes.plot(values, shares, marker="o", markersize=4, label=label)
     panels[0].set_xscale("symlog", linthresh=1e4)
+    panels[1].set_xscale("log")
+    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[1].xaxis.set_major_formatter(ScalarFormatter())
+    panels[1].xaxis.set_minor_formatter(NullFormatter())
     for axes, title in zip(panels, ("tokens trained on", "seconds"), strict=True):
         axes.set_xlabel(title)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("gap in log-perplexity, SparseGPT's is 1")
     if panels[0].lines:
-        panels[0].legend(frameon=False, fontsize=8)
+        lines, labels = panels[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
