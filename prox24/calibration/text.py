@@ -109,6 +109,7 @@ def spread_windows(
     Raises:
       CalibrationError: there are too few tokens; says how many are needed.
     """
-    first_windows(ids, windows, length, start)  # Raises where the text is too short.
-    available = first_windows(ids, None, length, start)
+    enough = ids.size >= windows * (length - len(start))
+    # Raises for so many windows where the text is too short.
+    available = first_windows(ids, None if enough else windows, length, start)
     return available[np.linspace(0, len(available) - 1, windows).round().astype(int)]

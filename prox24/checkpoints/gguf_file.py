@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +60,7 @@ class Architecture(NamedTuple):
     hf_class: str
     settings: dict[str, Any]
     layer: dict[str, str] = LAYER_TENSORS
-    biases: Mapping[str, str | None] = MappingProxyType(ATTENTION_BIASES)
+    biases: Mapping[str, str | None] = ATTENTION_BIASES
     pairs: bool = False
     norm_offset: float = 0.0
 

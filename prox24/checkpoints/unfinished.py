@@ -30,8 +30,8 @@ from prox24.checkpoints.hf_folder import NOT_CARRIED
 from prox24.checkpoints.tensors import TensorSource, writing
 from prox24.errors import CheckpointError, DiskError, Prox24Error
 
-FILES = {"lock", "job.json", "job.json.new", "journal.jsonl"}
-FOLDERS = {"activations", "model", "replaced", "old"}
+OF_A_RUN = {"lock", "job.json", "job.json.new", "journal.jsonl"}
+OF_A_RUN |= {"activations", "model", "replaced", "old"}
 
 
 class Written(NamedTuple):
@@ -91,7 +91,7 @@ def unfinished_folder(
     with writing(destination):
         work.mkdir(exist_ok=True)
         names = {file.name for file in work.iterdir()}
-    others = names - FILES - FOLDERS
+    others = names - OF_A_RUN
     # What locks and network file systems leave for a moment lies beside a lock or a job.
     if others and not names & {"lock", "job.json"}:
         raise CheckpointError(

@@ -19,9 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
         max_shard_bytes=arguments.shard_size,
         file_format=arguments.format,
     )
-    kept = set(written)
+    names = set(written)
     remark = OUTPUTS[arguments.format](checkpoint).remark
-    left_out = [name for name in checkpoint.tensors if name not in kept]
+    left_out = [name for name in checkpoint.tensors if name not in names]
     if arguments.json:
         print_json(
             {

@@ -164,7 +164,12 @@ def keep_pattern(
 
     def init(params: PyTree) -> KeepPatternState:
         entries = spread(kept_entries if kept is None else kept, params)
-        checked = map(_checked_entries, jax.tree.leaves(entries), named_leaves(params))
+        checked = [
+            _checked_entries(path, entry, leaf)
+            for (path, leaf), entry in zip(
+                named_leaves(params), jax.tree.leaves(entries), strict=True
+            )
+        ]
         entries = jax.tree.unflatten(jax.tree.structure(params), checked)
         return KeepPatternState(entries, inner.init(params))
 
@@ -247,8 +252,7 @@ def _landing_update(
     return jnp.where(w == target, update, w - params)
 
 
-def _checked_entries(entries: ArrayLike, named: tuple[str, Array]) -> Array:
-    path, leaf = named
+def _checked_entries(path: str, entries: ArrayLike, leaf: Array) -> Array:
     # A copy of its own for each leaf, since the state may be donated.
     entries = jnp.array(entries, bool)
     if entries.shape not in ((), leaf.shape):
