@@ -3,13 +3,14 @@
     python benchmarks/moving_masks.py --calibration calib_mix.txt
 
 For layers of SmolLM2-135M-Instruct, on the dense model's activations: the masks of SparseGPT and of
-the default, then all passes of training, as `--refine block` does it, on what they keep; against
+the default, then all passes of training on what they keep, as `--refine block` does it; against
 dense weights trained by Adam and the proximal step, lambda growing until all is 2:4, and then the
 last passes on what that keeps. In all of them every linear is scaled as the solvers scale it, by
 the root of its Gram's diagonal and to a mean magnitude of 1, in which units rate and lambda are
-given. The best pass is chosen on held-out windows. Printed are the relative error of the layer's
-output on the last windows, which only the Grams have seen, and the seconds of the training, without
-those of compiling when another layer had the same shapes and rate.
+given; but for "as --refine block", in whose units the rate is of each tensor's root mean square.
+The best pass is chosen on held-out windows. Printed are the relative error of the layer's output on
+the last windows, which only the Grams have seen, and the seconds of the training, without those of
+compiling when another layer had the same shapes and rate.
 """
 
 import argparse
@@ -37,8 +38,10 @@ from prox24.forward import embed_windows, layer_linears, layer_weights, load_mod
 from prox24.models import decoder
 from prox24.optax import exponential, proximal
 from prox24.pipeline import gather_grams
+from prox24.refine import BlockRefinement
 from prox24.refine.blocks import relative_error
 from prox24.refine.training import Loss, Refined, refine
+from prox24.solvers.solve import Refit, Solver
 
 LENGTH, BATCH = 512, 4
 HELD_OUT, TESTED = 2, 2
@@ -139,26 +142,45 @@ def pruning(rate: float, steps: int, linears: frozenset[str]) -> optax.GradientT
     return optax.chain(optax.adam(rate), proximal(exponential(FIRST, growth), axis=-1, mask=pruned))
 
 
-def fixed(layer: Layer, params: Weights, rate: float, passes: int) -> Refined:
-    """Adam on what is kept."""
+def trained(
+    layer: Layer, params: Weights, optimizer: optax.GradientTransformation, passes: int
+) -> Refined:
+    """On what is kept."""
     return refine(
         layer.loss,
         params,
         layer.scales,
         layer.batches[:-TESTED],
-        decaying(rate, passes * layer.steps_of_pass),
+        optimizer,
         passes=passes,
         held_out=HELD_OUT,
         kept=kept(layer, params),
     )
 
 
-def moving(layer: Layer, rate: float, passes: int, last: int) -> Refined:
-    """Adam and the proximal step from the dense weights, and the last passes on what is kept."""
+def fixed(layer: Layer, params: Weights, rate: float, passes: int) -> Weights:
+    """Of Adam on what is kept, in the solvers' units."""
+    optimizer = decaying(rate, passes * layer.steps_of_pass)
+    found = trained(layer, scaled(layer.scales, params), optimizer, passes).params
+    return scaled(layer.scales, found, -1)
+
+
+def refined(layer: Layer, params: Weights, rate: float, passes: int) -> Weights:
+    """Of what `--refine block` does."""
+    own = layer._replace(scales={name: jnp.ones_like(s) for name, s in layer.scales.items()})
+    optimizer = BlockRefinement(rate, passes).optimizer(layer.steps_of_pass + HELD_OUT)
+    return trained(own, scaled(own.scales, params), optimizer, passes).params
+
+
+def moving(
+    layer: Layer, params: Weights, rate: float, passes: int, last: int | None = None
+) -> Weights:
+    """Of Adam and the proximal step, and of the last passes, or half of all, on what is kept."""
+    last = passes // 2 if last is None else last
     masters: list[Weights] = []
     refine(
         layer.loss,
-        scaled(layer.scales, layer.weights),
+        scaled(layer.scales, params),
         layer.scales,
         layer.batches[:-TESTED],
         pruning(rate, (passes - last) * layer.steps_of_pass, frozenset(layer.scales)),
@@ -168,30 +190,52 @@ def moving(layer: Layer, rate: float, passes: int, last: int) -> Refined:
         # Of the last step, at which lambda has grown, not of the best before that.
         on_measured=lambda state: masters.append(jax.tree.map(jnp.copy, state.master)),
     )
-    return fixed(layer, pattern(layer, masters[-1]), rate, last)
+    found = scaled(layer.scales, pattern(layer, masters[-1]), -1)
+    return fixed(layer, found, rate, last)
 
 
 def error(layer: Layer, params: Weights) -> float:
     """On the batches that no training sees."""
-    losses = [jax.jit(layer.loss)(params, layer.scales, batch) for batch in layer.batches[-TESTED:]]
+    given = scaled(layer.scales, params)
+    losses = [jax.jit(layer.loss)(given, layer.scales, batch) for batch in layer.batches[-TESTED:]]
     return float(np.mean(losses))
 
 
-def timed(layer: Layer, train: Callable[[], Refined]) -> str:
+def timed(
+    layer: Layer,
+    train: Callable[[Layer, Weights, float, int], Weights],
+    params: Weights,
+    rate: float,
+    passes: int,
+) -> str:
     """The error after a training, and its seconds."""
     began = time.perf_counter()
-    refined = train()
+    found = train(layer, params, rate, passes)
     seconds = time.perf_counter() - began
-    return f"{error(layer, refined.params):.5f} ({seconds:.0f} s)"
+    return f"{error(layer, found):.5f} ({seconds:.0f} s)"
 
 
-def solved(layer: Layer, solver: object, refit: object) -> Weights:
+def solved(layer: Layer, solver: Solver, refit: Refit | None) -> Weights:
     """The layer with every linear pruned for itself."""
     pruned = {
         name: prox24.solve(problem, solver, refit).weight
         for name, problem in layer.problems.items()
     }
     return {**layer.weights, **pruned}
+
+
+SOLVED: dict[str, tuple[Solver, Refit | None]] = {
+    "sparsegpt": (SparseGPT(), None),
+    "default": (ADMM(), ConjugateGradients()),
+}
+TRAININGS = {
+    "sparsegpt, fixed": (fixed, "sparsegpt"),
+    "default, fixed": (fixed, "default"),
+    "default, as --refine block": (refined, "default"),
+    "moving, half": (moving, "dense"),
+    "moving, all but one": (functools.partial(moving, last=1), "dense"),
+}
+"""And the weights that they begin with."""
 
 
 def main() -> None:
@@ -203,34 +247,24 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens")
     parser.add_argument("--passes", type=int, default=6)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--only", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     arguments = parser.parse_args()
     if arguments.passes < 4:
         parser.error("with fewer than 4 passes the two ways to move a mask are one")
     table = Table()
     table.add_column("layer, rate", no_wrap=True)
-    for title in (
-        "sparsegpt",
-        "+ fixed",
-        "default",
-        "+ fixed",
-        "moving, half",
-        "moving, all but one",
-    ):
+    for title in (*SOLVED, *arguments.only):
         table.add_column(title, justify="right")
     layers = dense_layers(arguments.layers, arguments.calibration, arguments.samples)
     for index, layer in zip(sorted(arguments.layers), layers, strict=True):
-        starts = [
-            scaled(layer.scales, solved(layer, *method))
-            for method in ((SparseGPT(), None), (ADMM(), ConjugateGradients()))
-        ]
+        pruned = {name: solved(layer, *method) for name, method in SOLVED.items()}
+        before = [f"{error(layer, weights):.5f}" for weights in pruned.values()]
+        starts = pruned | {"dense": layer.weights}
         for rate in arguments.rates:
-            cells = []
-            for start in starts:
-                train = functools.partial(fixed, layer, start, rate, arguments.passes)
-                cells += [f"{error(layer, start):.5f}", timed(layer, train)]
-            for last in (arguments.passes // 2, 1):
-                train = functools.partial(moving, layer, rate, arguments.passes, last)
-                cells.append(timed(layer, train))
+            cells = list(before)
+            for name in arguments.only:
+                train, start = TRAININGS[name]
+                cells.append(timed(layer, train, starts[start], rate, arguments.passes))
             table.add_row(f"{index}, {rate}", *cells)
             Console(width=130).print(f"{index}, {rate}:", *cells)
     Console(width=130).print(table)

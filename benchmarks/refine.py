@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,44 +83,65 @@ PIECE = 60
 """Characters that are looked for together."""
 
 
+class Base(NamedTuple):
+    """How a mask is found, and its layers are refined."""
+
+    solver: Solver
+    refit: Refit | None = None
+    pull: float | None = None
+    blocks: BlockRefinement | None = None
+
+    @property
+    def trained_on(self) -> int:
+        """Tokens, in all passes."""
+        if self.blocks is None:
+            return 0
+        size = self.blocks.step_windows(WINDOWS, batch_size(WINDOWS, LENGTH))
+        steps = WINDOWS // size
+        return self.blocks.passes * (steps - self.blocks.held_out_of(steps)) * size * LENGTH
+
+
+DEFAULT = "admm, dense targets"
+REFINED = {
+    "sparsegpt + refit": Base(SparseGPT(), ConjugateGradients(100, 1e-6)),
+    DEFAULT: Base(ADMM(), ConjugateGradients(), DEFAULT_PULL),
+}
+"""What is refined, as blocks and as a whole."""
+PRUNED = {"sparsegpt": Base(SparseGPT()), "prox, no refit": Base(Prox()), **REFINED}
+BASES = PRUNED | {
+    f"{name} + block, passes: {passes}": base._replace(blocks=BlockRefinement(passes=passes))
+    for passes in PASSES
+    for name, base in REFINED.items()
+}
+
+
 class Run(NamedTuple):
-    """One line: a pruned model, and what is done to it with how many windows."""
+    """One line: a pruned model, and how the whole of it is refined with how many windows."""
 
     name: str
     base: str
     windows: int = 0
-    refinement: BlockRefinement | ModelRefinement | None = None
+    refinement: ModelRefinement | None = None
 
     @property
     def line(self) -> str:
         """What it shares with runs that differ in their tokens alone."""
-        return self.name.partition(", passes")[0]
+        return re.sub(r", passes: \d+$", "", self.name)
+
+    @property
+    def before(self) -> str | None:
+        """The name of the run of the same model before its last refinement."""
+        if self.refinement is not None:
+            return self.base
+        given = BASES.get(self.base)
+        if given is None or given.blocks is None:
+            return None
+        return next(name for name, base in PRUNED.items() if base == given._replace(blocks=None))
 
     @property
     def distinct_tokens(self) -> int:
         """Of the text that the mask and the training see."""
         return max(0 if self.base == "dense" else WINDOWS, self.windows) * LENGTH
-
-
-class Base(NamedTuple):
-    """How a mask is found."""
-
-    solver: Solver
-    refit: Refit | None = None
-    pull: float | None = None
-
-
-DEFAULT = "admm, dense targets"
-BASES = {
-    "sparsegpt": Base(SparseGPT()),
-    "sparsegpt + refit": Base(SparseGPT(), ConjugateGradients(100, 1e-6)),
-    "prox, no refit": Base(Prox()),
-    DEFAULT: Base(ADMM(), ConjugateGradients(), DEFAULT_PULL),
-}
-
-
-REFINED = ("sparsegpt + refit", DEFAULT)
-"""What is refined, as blocks and as a whole."""
 
 
 def changed(refinement: ModelRefinement) -> str:
@@ -148,14 +170,15 @@ def runs() -> list[Run]:
         for name, one in MOVING.items()
     ]
     table += [
-        Run(f"{base} + block, passes: {passes}", base, 64, BlockRefinement(passes=passes))
-        for passes in PASSES
+        Run(f"{base} + model", base, windows, ModelRefinement())
+        for windows in TRIED
         for base in REFINED
     ]
     table += [
-        Run(f"{base} + model", base, windows, ModelRefinement())
-        for windows in (64, 256, 1024)
-        for base in REFINED
+        Run(f"{base} + model, {changed(IN_BFLOAT16)}", base, windows, IN_BFLOAT16)
+        for windows in TRIED
+        for base in BASES
+        if BASES[base].blocks == BlockRefinement()
     ]
     return table
 
@@ -166,16 +189,10 @@ def windows_of(dense: Checkpoint, text: Path, count: int, seed: int) -> np.ndarr
     return drawn_windows(ids, max(WINDOWS, count), LENGTH, seed)
 
 
-def pruned_by(
-    base: Base,
-    dense: Checkpoint,
-    windows: np.ndarray,
-    refinement: BlockRefinement | None = None,
-) -> PrunedModel:
-    """The model pruned on the first windows."""
-    solver, refit, pull = base
-    windows = windows[:WINDOWS]
-    return collect(prune(dense, windows, solver, refit, pull=pull, refinement=refinement))
+def pruned_by(base: Base, dense: Checkpoint, windows: np.ndarray) -> PrunedModel:
+    """The model pruned on the windows."""
+    solver, refit, pull, blocks = base
+    return collect(prune(dense, windows, solver, refit, pull=pull, refinement=blocks))
 
 
 def pruned_folder(base: str, calibration: Path, seed: int, cache: Path) -> tuple[Path, list[float]]:
@@ -210,17 +227,10 @@ def measure(
     model, tokens, error = dense, 0, math.nan
     start = time.perf_counter()
     seconds, peak = None, 0
-    if isinstance(run.refinement, BlockRefinement):
-        pruned = pruned_by(BASES[run.base], dense, windows, run.refinement)
-        model = with_tensors(dense, pruned.tensors)
-        size = run.refinement.step_windows(WINDOWS, batch_size(WINDOWS, LENGTH))
-        steps = WINDOWS // size
-        trained = size * (steps - run.refinement.held_out_of(steps))
-        tokens = run.refinement.passes * trained * LENGTH
-    elif run.base != "dense":
+    if run.base != "dense":
         folder, (seconds, peak) = pruned_folder(run.base, calibration, seed, cache)
-        model = open_checkpoint(folder)
-    if isinstance(run.refinement, ModelRefinement):
+        model, tokens = open_checkpoint(folder), BASES[run.base].trained_on
+    if run.refinement is not None:
         start, seconds, peak = time.perf_counter(), None, 0  # of the refinement alone
         distilled = distill(dense, model, windows[: run.windows], run.refinement)
         model, tokens = with_tensors(dense, dict(distilled.tensors)), distilled.tokens
@@ -313,20 +323,24 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 6), layout="constrained", sharey=True)
     by_name = {run.name: run for run in runs()}
     several = len(set(map(setting, rows))) > 1
-    found: dict[tuple[str, ...], list[list[float]]] = {}
-    for row, gap in zip(rows, gaps(rows, texts), strict=True):
-        if row["run"] not in by_name:  # Of an older table.
+    points = {
+        (row["run"], row["distinct_tokens"], *setting(row)): np.array(
+            [float(row["tokens"]), float(row["seconds"]), gap]
+        )
+        for row, gap in zip(rows, gaps(rows, texts), strict=True)
+    }
+    pruned_on = str(WINDOWS * LENGTH)
+    lines: dict[tuple[str, ...], list[np.ndarray]] = {}
+    for (name, _, *place), point in points.items():
+        run = by_name.get(name)  # None for what an older table had.
+        before = None if run is None else points.get((str(run.before), pruned_on, *place))
+        if run is None or before is None:
             continue
-        point = [float(row["tokens"]), float(row["seconds"]), gap]
-        found.setdefault((by_name[row["run"]].line, *setting(row)), []).append(point)
-    bases = {run.line: run.base for run in runs() if run.base in BASES and run.refinement}
-    for (line, *place), refined in found.items():
-        pruned = found.get((bases.get(line, ""), *place))
-        if pruned is None:
-            continue
-        tokens, seconds, shares = np.transpose([*pruned, *sorted(refined)])
         # A model is refined after it is pruned, its blocks while it is.
-        seconds = seconds + (np.arange(len(seconds)) > 0) * seconds[0] * ("+ model" in line)
+        begun = before * (1, 1, 0) if run.refinement is not None else 0
+        lines.setdefault((run.line, *place), [before]).append(point + begun)
+    for (line, *place), found in lines.items():
+        tokens, seconds, shares = np.transpose(sorted(found, key=lambda point: point[0]))
         for axes, values in zip(panels, (tokens, seconds), strict=True):
             label = f"{line}, {', '.join(place)}" if several else line
             axes.plot(values, shares, marker="o", markersize=4, label=label)
@@ -340,8 +354,13 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("gap in log-perplexity, SparseGPT's is 1")
     if panels[0].lines:
-        lines, labels = panels[0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=2,
+            frameon=False,
+            fontsize=9,
+        )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -388,7 +407,7 @@ def main() -> None:
         if run.windows and run.windows not in arguments.windows:
             continue
         calibration, seed, cache = arguments.calibration, arguments.seed, arguments.cache
-        if run.base in BASES and not isinstance(run.refinement, BlockRefinement):
+        if run.base in BASES:
             alone(pruned_folder, run.base, calibration, seed, cache)
         evaluated = (arguments.texts, arguments.evaluation_windows)
         row = alone(measure, run, calibration, *evaluated, seed, cache, questions)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import runpy
 import subprocess
@@ -304,10 +305,15 @@ def test_gaps_of_refined_models_are_shares_and_drawn_by_tokens_and_seconds(
     by_tokens, by_seconds = drawn[0].axes
     lines = {line.get_label(): line.get_xdata().tolist() for line in by_tokens.lines}
     assert lines["sparsegpt + refit + model"] == [0, 64 * 480, 256 * 480, 1024 * 480]
-    assert set(lines) == {run.line for run in runs if run.base != "dense" and run.refinement}
+    assert set(lines) == {run.line for run in runs if run.before not in (None, "dense")}
     seconds = {line.get_label(): line.get_xdata().tolist() for line in by_seconds.lines}
     assert seconds["sparsegpt + refit + model"] == [10, 20, 20, 20]
     assert seconds["sparsegpt + refit + block"] == [10, 10, 10, 10]
+    both = (
+        f"sparsegpt + refit + block, passes: 5 + model, {benchmark['changed'](runs[-1].refinement)}"
+    )
+    assert lines[both] == [0, 64 * 480, 256 * 480, 1024 * 480]
+    assert seconds[both] == [10, 20, 20, 20]
     plt.close(drawn[0])
 
 
@@ -424,18 +430,22 @@ def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
     layer, other = benchmark["dense_layers"]([0, 1], None, 8)
     assert layer.loss is other.loss
     assert layer.steps_of_pass == 8 - 4
-    assert benchmark["error"](layer, benchmark["scaled"](layer.scales, layer.weights)) < 1e-6
+    assert benchmark["error"](layer, layer.weights) < 1e-6
     # Optax's optimizers mix dtypes and ranks.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        refined = benchmark["moving"](layer, 3e-3, 4, 2)
-        pruned = benchmark["fixed"](layer, benchmark["pattern"](layer, layer.weights), 3e-3, 2)
+        found = [
+            benchmark["moving"](layer, layer.weights, 3e-3, 4, 2),
+            *(
+                benchmark[name](layer, benchmark["pattern"](layer, layer.weights), 3e-3, 2)
+                for name in ("fixed", "refined")
+            ),
+        ]
         arguments = ["--layers", "0", "--samples", "8", "--passes", "4", "--rates", "1e-3"]
         monkeypatch.setattr(sys, "argv", ["moving_masks.py", *arguments])
         benchmark["main"]()
-    for name, values in refined.params.items():
+    for name, values in itertools.chain(*(weights.items() for weights in found)):
         if name in layer.scales:
             assert np.count_nonzero(np.asarray(values).reshape(-1, 4), axis=1).max() == 2
-    assert pruned.steps == 2 * 4
     assert "0, 0.001" in capsys.readouterr().out
 
 
@@ -487,6 +497,8 @@ def test_a_model_is_pruned_once_for_the_rows_that_refine_it(tmp_path, monkeypatc
     row = benchmark["measure"](run, text, [text], 2, 0, cache, None)
     assert row["seconds"] == took[0]
     assert row["tokens"] == 0
+    blocks = benchmark["BASES"]["sparsegpt + refit + block, passes: 5"]
+    assert blocks.trained_on == 5 * 7 * 16  # of 8 windows one is held out
     dense = benchmark["measure"](
         benchmark["Run"]("dense", "dense"), text, [text], 2, 0, cache, None
     )

@@ -284,7 +284,7 @@ def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears
     checkpoint = open_checkpoint(tmp_path / "model")
     config = load_model(checkpoint).config
     windows = tokens(batch=64, length=64)
-    refinement = BlockRefinement(rate=3e-3, passes=6, linears_only=linears_only)
+    refinement = BlockRefinement(passes=6, linears_only=linears_only)
     model = collect(prune(checkpoint, windows, Wanda(), None, refinement=refinement, micro_batch=4))
     linears = [linear.tensor for linear in all_linears(config)]
     assert [report.name for report in model.reports] == linears
@@ -407,6 +407,19 @@ def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"1\.self_attn\.v_proj\.weight overflows float16"):
         collect(pruned)
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+def test_a_rate_is_relative_to_the_weights(size):
+    weight = size * np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    params = {"weight": jnp.asarray(weight), "bias": jnp.zeros(4)}
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1 / size), params)
+    optimizer = BlockRefinement(rate=0.1).optimizer(8)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        first, _ = optimizer.update(gradient, optimizer.init(params), params)
+    rms = np.sqrt(np.mean(np.square(weight)))
+    np.testing.assert_allclose(first["weight"], np.full((4, 8), -0.1 * rms), rtol=1e-4)
+    np.testing.assert_allclose(first["bias"], np.full(4, -0.1 * 0.001), rtol=1e-4)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])

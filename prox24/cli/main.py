@@ -175,7 +175,11 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         default="none",
         help="train what is kept of each layer on the dense layer's output, after it is pruned",
     )
-    command.add_argument("--refine-rate", type=_positive_number, help="first rate of Adam (2e-4)")
+    command.add_argument(
+        "--refine-rate",
+        type=_positive_number,
+        help="first rate of Adam, relative to the size of each tensor's entries (0.01)",
+    )
     command.add_argument("--refine-passes", type=_positive, help="over the calibration windows (5)")
     command.add_argument(
         "--refine-linears-only",

@@ -34,7 +34,8 @@ OutputLoss = Callable[[Array, Array], Array]
 class BlockRefinement:
     """How `prox24.pipeline.prune` refines a layer after its linears are pruned.
 
-    Adam with a rate that falls to zero along a cosine.
+    Adam with a rate that falls to zero along a cosine. The steps of each tensor are multiplied by
+    the root mean square of its entries, at least 0.001: one rate serves weights of any size.
 
     Attributes:
       rate: the first.
@@ -49,9 +50,13 @@ class BlockRefinement:
     Raises:
       ValueError: the rate or the passes are not positive, the share is not from 0 to 1, or it is
         another dtype.
+
+    References:
+      "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235, section 8,
+      for the relative steps.
     """
 
-    rate: float = 2e-4
+    rate: float = 1e-2
     passes: int = 5
     held_out: float = 0.125
     linears_only: bool = False
@@ -86,12 +91,16 @@ class BlockRefinement:
 
     def optimizer(self, groups: int) -> optax.GradientTransformation:
         """The same object for the same number of groups of windows, to be compiled once."""
-        return _adam(self.rate, self.passes * (groups - self.held_out_of(groups)))
+        return _relative_adam(self.rate, self.passes * (groups - self.held_out_of(groups)))
 
 
 @functools.lru_cache
-def _adam(rate: float, steps: int) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(rate, max(1, steps)))
+def _relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_param_block_rms(),
+        optax.scale_by_learning_rate(optax.cosine_decay_schedule(rate, max(1, steps))),
+    )
 
 
 def relative_error(output: Array, target: Array) -> Array:
