@@ -3,14 +3,14 @@
     python benchmarks/moving_masks.py --calibration calib_mix.txt
 
 For layers of SmolLM2-135M-Instruct, on the dense model's activations: the masks of SparseGPT and of
-the default, then all passes of training on what they keep, as `--refine block` does it; against
-dense weights trained by Adam and the proximal step, lambda growing until all is 2:4, and then the
-last passes on what that keeps. In all of them every linear is scaled as the solvers scale it, by
-the root of its Gram's diagonal and to a mean magnitude of 1, in which units rate and lambda are
-given; but for "as --refine block", in whose units the rate is of each tensor's root mean square.
-The best pass is chosen on held-out windows. Printed are the relative error of the layer's output on
-the last windows, which only the Grams have seen, and the seconds of the training, without those of
-compiling when another layer had the same shapes and rate.
+the default, then all passes of training on what they keep; against dense weights trained by Adam
+and the proximal step, lambda growing until all is 2:4, and then the last passes on what that keeps.
+In all of them every linear is scaled as the solvers scale it, by the root of its Gram's diagonal
+and to a mean magnitude of 1, in which units rate and lambda are given; but for "as --refine block",
+in whose units the rate is of each tensor's root mean square. The best pass is chosen on held-out
+windows. Printed are the relative error of the layer's output on the last windows, which only the
+Grams have seen, and the seconds of the training, without those of compiling when another layer had
+the same shapes and rate.
 """
 
 import argparse
@@ -168,7 +168,9 @@ def fixed(layer: Layer, params: Weights, rate: float, passes: int) -> Weights:
 def refined(layer: Layer, params: Weights, rate: float, passes: int) -> Weights:
     """Of what `--refine block` does."""
     own = layer._replace(scales={name: jnp.ones_like(s) for name, s in layer.scales.items()})
-    optimizer = BlockRefinement(rate, passes).optimizer(layer.steps_of_pass + HELD_OUT)
+    batches = layer.steps_of_pass + HELD_OUT
+    refinement = BlockRefinement(rate, passes, held_out=HELD_OUT / batches)
+    optimizer = refinement.optimizer(batches)
     return trained(own, scaled(own.scales, params), optimizer, passes).params
 
 
@@ -251,6 +253,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.passes < 4:
         parser.error("with fewer than 4 passes the two ways to move a mask are one")
+    if arguments.samples // BATCH <= HELD_OUT + TESTED:
+        parser.error(f"--samples {arguments.samples} leave none to train on")
     table = Table()
     table.add_column("layer, rate", no_wrap=True)
     for title in (*SOLVED, *arguments.only):

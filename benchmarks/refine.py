@@ -6,7 +6,7 @@ Every mask is found on the first 64 windows of 512 tokens of the calibration tex
 by the seed; the refinements see those and the windows that follow. Each row runs in a process of
 its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
 is there already is skipped, so that an interrupted command can be given again. Pruned models are
-kept in FOLDER/models of the cache, by method, calibration text, windows and seed. FOLDER/refine.png
+kept in FOLDER/models of the cache, by method and windows. FOLDER/refine.png
 shows the gap in log-perplexity to the dense model against the tokens trained on and the seconds,
 pruning included. With --bigbench FILE every model answers the questions of multiple_choice.py, too.
 Printed are the table, and how much of what is evaluated is in the calibration text word for word.
@@ -197,12 +197,12 @@ def pruned_by(base: Base, dense: Checkpoint, windows: np.ndarray) -> PrunedModel
 
 def pruned_folder(base: str, calibration: Path, seed: int, cache: Path) -> tuple[Path, list[float]]:
     """Of a pruned model, made where it is not there yet; and the seconds and the peak memory."""
-    made_by = hashlib.sha256(repr(BASES[base]).encode()).hexdigest()[:8]
-    folder = cache / "models" / f"{base}-{made_by}-{calibration.stem}-{WINDOWS}x{LENGTH}-{seed}"
+    dense = open_checkpoint(fetch_model(cache))
+    windows = windows_of(dense, calibration, WINDOWS, seed)
+    made_of = hashlib.sha256(repr(BASES[base]).encode() + windows.tobytes()).hexdigest()[:8]
+    folder = cache / "models" / f"{base}-{made_of}"
     took = folder.with_name(f"{folder.name}.json")
     if not took.exists():
-        dense = open_checkpoint(fetch_model(cache))
-        windows = windows_of(dense, calibration, WINDOWS, seed)
         start = time.perf_counter()
         pruned = pruned_by(BASES[base], dense, windows)
         folder.parent.mkdir(exist_ok=True)

@@ -203,6 +203,8 @@ def prune(
         step = refinement.step_windows(count, batch_size(count, length), devices)
         size = devices * micro_batches_of(step // devices, max(1, size // devices))[0]
         micro_batches = step // size
+        if refinement.held_out_of(count // step) == count // step:
+            raise CalibrationError(f"all {count} windows are held out; refine with a smaller share")
     files = None
     if activations is not None:
         own = len(own_windows(size, model.mesh))

@@ -443,6 +443,8 @@ def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
         arguments = ["--layers", "0", "--samples", "8", "--passes", "4", "--rates", "1e-3"]
         monkeypatch.setattr(sys, "argv", ["moving_masks.py", *arguments])
         benchmark["main"]()
+    before = benchmark["error"](layer, benchmark["pattern"](layer, layer.weights))
+    assert max(benchmark["error"](layer, weights) for weights in found) < before
     for name, values in itertools.chain(*(weights.items() for weights in found)):
         if name in layer.scales:
             assert np.count_nonzero(np.asarray(values).reshape(-1, 4), axis=1).max() == 2

@@ -472,6 +472,17 @@ def test_a_state_that_cannot_be_written_is_one_line(workspace, monkeypatch, caps
     assert not (workspace / "out").exists()
 
 
+def test_a_place_for_states_that_cannot_be_written_is_found_before_the_training(
+    workspace, monkeypatch, capsys
+):
+    monkeypatch.setattr("prox24.cli.distill.distill", None)
+    (workspace / "file").write_text("")
+    assert distilled(workspace, "out", "--state", workspace / "file") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"cannot write {workspace / 'file'}: " in line
+    assert not (workspace / "out").exists()
+
+
 @pytest.mark.parametrize(("damaged", "left"), [("arrays", ""), ("about", ""), ("about", "{}")])
 def test_a_state_that_cannot_be_read_is_named(workspace, capsys, damaged, left):
     assert distilled(workspace, "out", "--state", workspace / "state") == 0

@@ -172,8 +172,10 @@ def test_16_bit_parameters_are_trained_in_float32(pruned):
 
 def test_what_is_kept_may_be_given(pruned):
     params, inputs, targets = pruned
-    kept = {"first": False, "second": params["second"]["kernel"] != 0}
-    kept = {"first": {"kernel": jnp.zeros((16, 32), bool)}, "second": {"kernel": kept["second"]}}
+    kept = {
+        "first": {"kernel": jnp.zeros((16, 32), bool)},
+        "second": {"kernel": params["second"]["kernel"] != 0},
+    }
     refined = refine.block(
         two_layers, params, inputs, targets, optax.adam(3e-3), passes=3, kept=kept
     )
@@ -407,6 +409,30 @@ def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"1\.self_attn\.v_proj\.weight overflows float16"):
         collect(pruned)
+
+
+def test_a_share_that_holds_all_windows_out_is_refused_before_any_work(tmp_path):
+    write_tiny(tmp_path / "model")
+    refinement = BlockRefinement(held_out=1.0)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    with pytest.raises(CalibrationError, match="all 8 windows are held out"):
+        next(prune(checkpoint, tokens(batch=8, length=16), None, None, refinement=refinement))
+
+
+def test_weights_that_a_loss_hides_do_not_count_as_better():
+    params = {"kernel": jnp.full((4, 2), 0.1), "bias": jnp.zeros(2)}
+    inputs = [jnp.full((3, 4), size) for size in (1.0, 2.0, 3.0)]
+    refined = refine.block(
+        lambda params, x: jax.nn.relu(x @ params["kernel"] + params["bias"][None]),
+        params,
+        inputs,
+        [jnp.zeros((3, 2))] * 3,
+        optax.sgd(3e38),
+        kept=True,
+        loss=lambda output, target: 10 * jnp.mean(jnp.square(output - target)),
+    )
+    assert refined.outcome is Outcome.DIVERGED
+    np.testing.assert_array_equal(refined.params["kernel"], params["kernel"])
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0])

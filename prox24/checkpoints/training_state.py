@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from prox24.checkpoints.tensors import writing
 from prox24.checkpoints.unfinished import difference
 from prox24.errors import CheckpointError, DiskError, first_line
 from prox24.refine import Training
@@ -70,9 +72,13 @@ def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
     """Opens a folder of states, or makes it.
 
     Raises:
+      DiskError: nothing can be written there.
       CheckpointError: what was saved there last cannot be read, or is of another job; names the
         difference.
     """
+    with writing(folder):  # Found out before there is a state to be lost.
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         step, losses = manager.latest_step(), []

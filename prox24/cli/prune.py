@@ -446,13 +446,16 @@ def _print_summary(destination: Path, report: Mapping[str, Any]) -> None:
         ["seconds", f"{report['seconds']:.0f}"],
         ["peak memory", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"],
     ]
-    blocks = [linear["block"] for linear in linears if linear["block"]]
+    refined = [linear["block"] for linear in linears if linear["block"]]
+    blocks = {tuple(block.items()): block for block in refined}  # Linears of a layer share one.
     if blocks:
-        errors = [np.mean([block[key] for block in blocks]) for key in ("error_before", "error")]
-        rows.append(["mean error of a layer, refined", f"{errors[0]:.4f} to {errors[1]:.4f}"])
-        diverged = [block for block in blocks if block["outcome"] == Outcome.DIVERGED.value]
-        if diverged:
-            rows.append(["of layers that diverged while refined", f"{len(diverged)} linears"])
+        before, after = (
+            np.mean([block[key] for block in blocks.values()]) for key in ("error_before", "error")
+        )
+        rows.append(["mean error of a layer, refined", f"{before:.4f} to {after:.4f}"])
+        outcomes = [block["outcome"] for block in blocks.values()]
+        if diverged := outcomes.count(Outcome.DIVERGED.value):
+            rows.append(["diverged while refined", f"{diverged} layers"])
     if resumed:
         rows.append(["done by the run before", f"{resumed} linears"])
     cut = [linear for linear in linears if linear["status"] == Status.MAX_STEPS.value]

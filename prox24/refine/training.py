@@ -62,8 +62,8 @@ class Outcome(enum.Enum):
 
     IMPROVED: the loss on held-out batches is lower than before.
     UNCHANGED: it never was; the parameters are those that were given.
-    DIVERGED: a loss was not finite, or a parameter that a projection hides from it; the parameters
-      are the best before that.
+    DIVERGED: a loss was not finite, or a parameter that was before, which a loss may hide; they are
+      the best before that.
     """
 
     IMPROVED = "improved"
@@ -78,7 +78,7 @@ class Refined(NamedTuple):
       params: the best that were measured, in the dtypes that were given.
       outcome: an `Outcome`.
       losses: on held-out batches, before the first step and at each measurement; NaN where a
-        parameter was not finite that a projection hides.
+        parameter was not finite any more.
       steps: of the optimizer.
       resumed_steps: of these, those that were taken before, by what was gone on from.
     """
@@ -222,8 +222,8 @@ def refine(
         state = state._replace(master=master, optimizer=memory, steps=taken)
         if taken % (measured_every or steps_of_pass) == 0 or taken == steps:
             found = candidate(master)
-            hidden = project is not None and not bool(_all_finite(master))
-            losses = [*state.losses, math.nan if hidden else measure(found)]
+            finite = _still_finite(params, master) and _still_finite(params, found)
+            losses = [*state.losses, measure(found) if finite else math.nan]
             best = found if losses[-1] == min(losses) < losses[0] else state.best
             state = state._replace(best=best, losses=losses)
             on_measured(state)
@@ -266,8 +266,11 @@ def lower_step(
 
 
 @jax.jit
-def _all_finite(params: PyTree) -> Array:
-    return jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]).all()
+def _still_finite(before: PyTree, params: PyTree) -> Array:
+    def of(given: Array, leaf: Array) -> Array:
+        return jnp.all(jnp.isfinite(leaf) | ~jnp.isfinite(given))
+
+    return jnp.array(jax.tree.leaves(jax.tree.map(of, before, params))).all()
 
 
 @functools.lru_cache(maxsize=16)
