@@ -9,6 +9,7 @@ one that was written, read back.
 
 import argparse
 import functools
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from prox24 import lora
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
 from prox24.cli.windows import evaluation_windows
+from prox24.errors import Prox24Error
 from prox24.forward import (
     all_linears,
     embedding_weights,
@@ -99,6 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a pruned folder")
     parser.add_argument("destination", type=Path, help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the destination")
     parser.add_argument("--text", type=Path, help="a UTF-8 file; the packaged novel if not given")
     parser.add_argument("--seconds", type=float, default=120, help="of training")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of that rank")
@@ -107,7 +110,7 @@ def main():
     arguments = parser.parse_args()
 
     checkpoint = open_checkpoint(arguments.source)
-    check_destination(arguments.destination, [checkpoint.path])
+    check_destination(arguments.destination, [checkpoint.path], arguments.overwrite)
     windows = evaluation_windows(checkpoint, arguments.text, None, arguments.sequence_length)
     held_out = max(1, len(windows) // 10)
     if held_out == len(windows):
@@ -146,10 +149,13 @@ def main():
         for index, weights in enumerate(with_trained(fixed[1], trained))
         for name, weight in weights.items()
     )
-    write_checkpoint(checkpoint, arguments.destination, tensors)
+    write_checkpoint(checkpoint, arguments.destination, tensors, overwrite=arguments.overwrite)
     print_row("after", arguments.destination, test_windows)
     print(f"\n{steps} steps of {min(BATCH, len(training_windows))} windows")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Prox24Error as error:
+        sys.exit(f"error: {error}")

@@ -244,8 +244,8 @@ def distill(
     held_out = refinement.held_out_of(groups)
     if groups <= held_out:
         raise CalibrationError(
-            f"{len(windows)} windows are too few for steps of {size}: {held_out} are held out, and "
-            "one more is to be taken; give more text, or hold out a smaller share"
+            f"{len(windows)} windows are too few for steps of {size}, of which {held_out} are held "
+            f"out: {(held_out + 1) * size} or more are needed"
         )
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)

@@ -91,6 +91,10 @@ def prune_params(
         function of `params` that returns one, such as `prox24.optax.by_path`. By default embeddings
         and heads are left dense, as their names tell (`prox24.optax.describe`).
 
+    Returns:
+      The parameters, of the same structure and dtypes; what was done with each leaf; and a report
+      on each weight that was pruned.
+
     Raises:
       SolverError: a solution is not finite; names the weight.
       ValueError: a Gram does not fit its weight, or the solver does not support the pattern.
@@ -145,6 +149,9 @@ def prune_in_order(
       pattern: see `prune_params`.
       damping: see `prune_params`.
       mask: see `prune_params`.
+
+    Returns:
+      See `prune_params`.
 
     Raises:
       CalibrationError: see `calibrate`.
@@ -236,8 +243,8 @@ def _prune(
                     if not jnp.isfinite(entries).all():
                         raise SolverError(f"{part}{name} holds NaN or Inf")
                 raise SolverError(
-                    f"no finite solution for {name}: its Gram is not positive definite; "
-                    "raise damping"
+                    f"no finite solution for {name}: its Gram is not positive definite with "
+                    f"damping {damping}, or numbers are too large for {matrices.dtype}"
                 )
             width = gram.shape[-1]
             reports.append(WeightReport(name, seen, width, solution.status, solution.statistics))

@@ -477,8 +477,8 @@ def _report(linear: Linear, solution: Solution, tokens: int, seconds: float) -> 
         raise SolverError(f"the Gram of {linear.tensor} is not positive semidefinite")
     if solution.status is Status.NONFINITE:
         raise SolverError(
-            f"no finite solution for {linear.tensor}: its Gram is not positive definite; "
-            "raise --damping"
+            f"no finite solution for {linear.tensor}: its Gram is not positive definite with this "
+            "damping, or numbers are too large"
         )
     return LinearReport(
         name=linear.tensor,

@@ -226,7 +226,10 @@ def truncated_shard(workspace):
 
 def pattern_prox_cannot_do(workspace):
     arguments = ["prune", workspace / "model", workspace / "out", "--pattern", "3:4"]
-    return [*arguments, *options(workspace)], "prox supports the patterns 1:M and 2:M, not "
+    return [
+        *arguments,
+        *options(workspace),
+    ], "is for the patterns 1:M and 2:M, not 3:4"
 
 
 def width_not_divisible(workspace):

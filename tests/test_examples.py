@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 
 
-def run(code_or_path):
+def run(code_or_path, folder=ROOT):
     command = [sys.executable, *code_or_path]
-    outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout
 
@@ -165,6 +165,23 @@ def test_digits_are_pruned_to_the_pattern_and_retraining_recovers_accuracy(tmp_p
     assert min(accuracy["fine-tuned"], accuracy["prox"]) >= accuracy["one-shot"]
 
 
+# Pages whose Python opens a model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "language", "name"),
+    [("docs/generate.md", "python", "DIR"), ("docs/scaling.md", "py", "SRC")],
+)
+def test_the_python_of_a_page_runs_on_a_model(page, language, name, tmp_path):
+    write_tiny(tmp_path / name)
+    text = (ROOT / page).read_text()
+    (code,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert name in code
+    code = code.replace("None, 64, 512", "None, 8, 32")
+    run(["-c", "import jax; jax.config.update('jax_num_cpu_devices', 8)\n" + code], tmp_path)
+
+
 # Fine-tuning what was pruned
 
 
@@ -194,6 +211,9 @@ def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, option
     assert before[2:] == after[2:] == ["50.00%", "yes"]
     assert float(after[1]) < 0.5 * float(before[1])
     assert main(["verify", str(destination), "--quiet"]) == 0
+    again = [sys.executable, "examples/finetune.py", source, destination, *options]
+    refused = subprocess.run(again, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert refused.stderr == f"error: {destination} exists; pass --overwrite to replace it\n"
     given, tuned = open_checkpoint(source), open_checkpoint(destination)
     for name in given.tensors:
         assert np.array_equal(given.read(name) == 0, tuned.read(name) == 0)

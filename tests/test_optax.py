@@ -215,6 +215,11 @@ def test_penalty_replaces_lam_and_learning_rate_for_one_step():
     assert np.all(nonzeros(optax.apply_updates(params, none)["dense"]["kernel"]) == 4)
 
 
+def test_a_pattern_without_a_prox_is_refused_at_once():
+    with pytest.raises(ValueError, match="patterns 1:M and 2:M, not 3:4"):
+        proximal(1.0, (3, 4))
+
+
 def test_missing_parameters_are_asked_for():
     transform = proximal(1.0)
     with pytest.raises(ValueError, match="params"):

@@ -28,6 +28,11 @@ ROWS, WIDTH = 3, 40
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
+def test_entries_that_jax_would_round_are_refused():
+    with pytest.raises(ValueError, match="float64, which JAX rounds unless jax_enable_x64"):
+        pack(np.array([1e-50, 1.0, 2.0, 0.0]))
+
+
 def scatter(values, pairs):
     """The dense array of any dtype, by another algorithm: entries are put where they belong."""
     dense = np.zeros((*pairs.shape, 4), values.dtype)

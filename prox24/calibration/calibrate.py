@@ -32,7 +32,12 @@ class InputGram(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """The Grams by path of the weight, in the order of the calls, and why others have none."""
+    """What calibration knows of a model.
+
+    Attributes:
+      grams: by path of the weight, in the order of the calls.
+      left_out: by path, why other weights have none.
+    """
 
     grams: dict[str, InputGram]
     left_out: dict[str, str]
@@ -83,6 +88,9 @@ def calibrate(
       params: pytree; its arrays are the weights, named by their paths.
       batches: pytrees of arrays, which are looked at one by one.
       names: the weights to calibrate; all that can be if None.
+
+    Returns:
+      A `Calibration`.
 
     Raises:
       CalibrationError: there is no batch, a name has no products, a tap does not fit the

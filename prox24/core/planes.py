@@ -26,7 +26,8 @@ def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array,
 
     Args:
       planes: M arrays of one shape and dtype, the entries of each block.
-      lam: nonnegative, a scalar or one that broadcasts to the shape of a plane.
+      lam: nonnegative, a scalar or one that broadcasts to the shape of a plane; NaN where it is
+        negative.
       kept: N of the pattern N:M, 1 or 2.
 
     Returns:
@@ -48,6 +49,7 @@ def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array,
     lam = jnp.asarray(lam).astype(dtype)
     if lam.ndim:
         lam = _broadcast(lam, planes[0].astype(dtype))
+    lam = jnp.where(lam < 0, jnp.nan, lam)  # Which all that it touches becomes.
     w = _prox(tuple(plane.astype(dtype) for plane in planes), lam, kept)
     return tuple(plane.astype(given) for plane in w)
 
@@ -56,8 +58,8 @@ def check_kept(kept: int, group: int) -> None:
     """Raises ValueError, saying what serves instead, unless there is a prox for the pattern."""
     if kept not in KEPT:
         raise ValueError(
-            f"prox supports the patterns 1:M and 2:M, not {kept}:{group}; "
-            "top_mask, magnitude, wanda, sparsegpt and ADMM with a projection support any N:M"
+            f"the proximal operator is for the patterns 1:M and 2:M, not {kept}:{group}; "
+            "magnitude, wanda, sparsegpt and ADMM with a projection take any N:M"
         )
 
 

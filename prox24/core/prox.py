@@ -35,7 +35,8 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
         (in, out) and for convolution kernels (height, width, in, out).
 
     Returns:
-      Array of the shape and dtype of `y`. A NaN makes its own block NaN and no other.
+      Array of the shape and dtype of `y`. A NaN or a negative `lam` makes its own block NaN and no
+      other; a block that holds an infinity may be NaN as well.
 
     Raises:
       ValueError: another pattern, no such axis, M does not divide its length, `lam` does not

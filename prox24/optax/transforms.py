@@ -11,6 +11,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from prox24.core.pattern import as_pattern
+from prox24.core.planes import check_kept
 from prox24.core.prox import prox
 from prox24.optax.leaves import Axis, Mask, PyTree, describe, named_leaves, spread
 
@@ -64,8 +66,9 @@ def proximal(
 
     Args:
       lam: nonnegative scalar, or a schedule: a function of the number of updates so far, such as
-        `exponential`. The product learning_rate * lam is the lam of `prox24.prox`.
-      pattern: (N, M).
+        `exponential`. The product learning_rate * lam is the lam of `prox24.prox`; weights are NaN
+        where it is negative.
+      pattern: (1, M) or (2, M).
       axis: the axis along which blocks of M run: one for all leaves, or a function of the path;
         None to choose by name, see `describe`.
       learning_rate: that of the optimizer, scalar or schedule, if lam is to be a penalty on the
@@ -79,7 +82,8 @@ def proximal(
       replaces learning_rate * lam in this step.
 
     Raises:
-      ValueError: in `update`, if params is missing, or `mask` selects a leaf that cannot be pruned.
+      ValueError: another pattern; in `update`, if params is missing, or `mask` selects a leaf that
+        cannot be pruned.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, for R and its operator.
@@ -96,6 +100,8 @@ def proximal(
       >>> bool(is_sparse(params["kernel"], axis=0))
       True
     """
+
+    check_kept(*as_pattern(pattern))
 
     def init(params: PyTree) -> ProximalState:
         del params

@@ -77,17 +77,19 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
 
     Raises:
       ValueError: a block has more than two nonzeros, the first of which is named by its index,
-        along `axis` that of the block; another dtype; there is no such axis; or four does not
-        divide its length.
+        along `axis` that of the block; another dtype, or one that JAX would round; there is no such
+        axis; or four does not divide its length.
 
     Example:
       >>> w = pack(jnp.array([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 0.0]]))
       >>> w.values.tolist(), w.shape
       ([[1.0, 2.0], [3.0, 0.0]], (2, 4))
     """
-    w = jnp.asarray(w)
+    given, w = getattr(w, "dtype", None), jnp.asarray(w)
     if w.dtype.name not in DTYPES:
         raise ValueError(f"pack takes {', '.join(DTYPES)}, not {w.dtype}")
+    if given == np.float64 != w.dtype:
+        raise ValueError("w is float64, which JAX rounds unless jax_enable_x64 is set")
     axis = checked_axis(w.shape, axis) - w.ndim
     if w.shape[axis] % BLOCK:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {BLOCK}")

@@ -195,7 +195,7 @@ ROUNDINGS = 100
 
 
 def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> Array:
-    """Whether a loss and the diagonal of the Gram are nonnegative but for rounding; a bool scalar.
+    """Whether a loss is nonnegative but for rounding; a bool scalar.
 
     Where every entry G_ij is off by at most c sqrt(G_ii G_jj), the loss of a row d is no less than
     -c (sum_j |d_j| sqrt(G_jj))^2. Here c is 100 eps.
@@ -206,11 +206,15 @@ def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> A
       gram: shape (in, in).
       eps: of the dtype in which the Gram was summed.
     """
-    diagonal = jnp.diagonal(gram)
-    deviation = jnp.sqrt(jnp.maximum(diagonal, 0))
+    deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
     most = jnp.sum(jnp.square(jnp.sum(jnp.abs(difference) * deviation[None, :], axis=1)))
-    error = ROUNDINGS * eps
-    return (loss >= -error * most) & jnp.all(diagonal >= -error * jnp.max(diagonal))
+    return loss >= -ROUNDINGS * eps * most
+
+
+def has_negative_diagonal(gram: Array, eps: float) -> Array:
+    """Whether a finite entry of the diagonal is negative beyond rounding; a bool scalar."""
+    diagonal = jnp.diagonal(gram)
+    return jnp.any(jnp.isfinite(diagonal) & (diagonal < -ROUNDINGS * eps * jnp.max(diagonal)))
 
 
 DEFAULT_PULL = 1.0

@@ -1,6 +1,7 @@
 """One entry for every solver and every refit."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from prox24.solvers.problem import (
     Statistics,
     Status,
     check_problem,
+    has_negative_diagonal,
     is_nonnegative,
     normalize,
     quadratic_loss,
@@ -79,8 +81,8 @@ def solve(
 
     Raises:
       ValueError: the shapes do not fit, M does not divide the input width, an array is not
-        floating-point, damping is negative, or the solver or the refit does not support the
-        pattern.
+        floating-point, damping is negative or infinite, or the solver or the refit does not
+        support the pattern.
 
     Example:
       >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
@@ -90,7 +92,7 @@ def solve(
       (<Status.SPARSE: 'sparse'>, 64)
     """
     pattern = check_problem(problem, pattern)
-    if not damping >= 0:
+    if not 0 <= damping < math.inf:
         raise ValueError(f"damping {damping} is not a nonnegative number")
     weight, mask, figures = solve_program(problem, solver, refit, jnp.asarray(damping), pattern)
     statistics = Statistics(
@@ -104,9 +106,11 @@ def solve(
         damping=float(figures["damping"]),
         damping_raised=bool(figures["damping_raised"]),
     )
-    if not figures["finite"]:
+    if figures["negative_diagonal"]:
+        status = Status.INDEFINITE
+    elif not figures["finite"]:
         status = Status.NONFINITE
-    elif not figures["semidefinite"]:
+    elif not figures["nonnegative"]:
         status = Status.INDEFINITE
     elif statistics.dense_blocks:
         status = Status.MAX_STEPS
@@ -226,8 +230,9 @@ def _solve(
         "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
         "damping": damping_amount(problem.gram, used),
         "damping_raised": candidate.damping_raised | (used > damping),
+        "negative_diagonal": has_negative_diagonal(problem.gram, eps),
         "finite": jnp.all(jnp.isfinite(weight)) & jnp.isfinite(total),
-        "semidefinite": is_nonnegative(loss, difference, problem.gram, eps)
+        "nonnegative": is_nonnegative(loss, difference, problem.gram, eps)
         & is_nonnegative(total, problem.weight, problem.gram, eps),
     }
     return weight, mask, figures
