@@ -16,6 +16,7 @@ the file together are drawn in FOLDER/model-TABLE.png.
 import argparse
 import csv
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,6 +187,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def check_columns(path: Path, rows: list[dict[str, str]], before: str, names: list[str]) -> None:
+    """Ends the command, before a line is measured, where those behind one are not of these names."""
+    if not rows:
+        return
+    titles = list(rows[0])
+    found = titles[titles.index(before) + 1 :]
+    if set(found) != set(names):
+        sys.exit(f"{path} has {', '.join(found)}, not {', '.join(names)}: give another --output")
+
+
 def add_row(path: Path, row: dict[str, object]) -> list[dict[str, str]]:
     """Appends a line, and the titles before the first; all lines that are there then.
 
@@ -315,8 +326,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"model-{arguments.table}.csv"
     rows = read_rows(path)
-    if rows and not set(texts) <= set(rows[0]):
-        parser.error(f"{path} has no column for {', '.join(texts)}: give another --output")
+    check_columns(path, rows, "seconds", list(texts))
     for seed in arguments.seeds:
         for run in runs:
             if arguments.only and run.method not in arguments.only:

@@ -28,7 +28,7 @@ from typing import NamedTuple, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-from model import add_row, drawn_windows, read_rows, with_tensors
+from model import add_row, check_columns, drawn_windows, read_rows, with_tensors
 from multiple_choice import Question, accuracies, read_questions
 from rich.console import Console
 from rich.table import Table
@@ -386,11 +386,10 @@ def main() -> None:
     path = arguments.output / "refine.csv"
     rows = read_rows(path)
     texts = [text.stem for text in arguments.texts]
-    if rows and not set(texts) <= set(rows[0]):
-        parser.error(f"{path} has no column for {', '.join(texts)}: give another --output")
-    if rows and ("right_answers" in rows[0]) != (arguments.bigbench is not None):
-        parser.error(f"{path} was begun with --bigbench, or without: go on so, or elsewhere")
     bigbench = arguments.bigbench
+    check_columns(
+        path, rows, "held_out_loss", [*texts, *([] if bigbench is None else ["right_answers"])]
+    )
     questions = None if bigbench is None else read_questions(bigbench, QUESTIONS)
     for run in runs():
         key = {

@@ -460,6 +460,11 @@ def test_lines_of_a_table_keep_to_its_columns(tmp_path):
     with pytest.raises(ValueError, match=r"table\.csv has"):
         benchmark["add_row"](path, {"run": "c", "first": 5})
     assert benchmark["read_rows"](path) == rows
+    benchmark["check_columns"](path, rows, "run", ["second", "first"])
+    benchmark["check_columns"](path, [], "run", ["other"])
+    for names in (["second"], ["first", "second", "third"]):
+        with pytest.raises(SystemExit, match=r"table\.csv has first, second, not "):
+            benchmark["check_columns"](path, rows, "run", names)
 
 
 def test_tasks_that_an_archive_lacks_are_named(tmp_path):
