@@ -188,7 +188,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def check_columns(path: Path, rows: list[dict[str, str]], before: str, names: list[str]) -> None:
-    """Ends the command, before a line is measured, where those behind one are not of these names."""
+    """Ends the command, before a line is measured, if titles behind one are not of these names."""
     if not rows:
         return
     titles = list(rows[0])
