@@ -6,10 +6,10 @@ Every mask is found on the first 64 windows of 512 tokens of the calibration tex
 by the seed; the refinements see those and the windows that follow. Each row runs in a process of
 its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
 is there already is skipped, so that an interrupted command can be given again. Pruned models are
-kept in FOLDER/models of the cache, by method and windows. FOLDER/refine.png
-shows the gap in log-perplexity to the dense model against the tokens trained on and the seconds,
-pruning included. With --bigbench FILE every model answers the questions of multiple_choice.py, too.
-Printed are the table, and how much of what is evaluated is in the calibration text word for word.
+kept in FOLDER/models of the cache, by method and windows. FOLDER/refine.png shows the gap in
+log-perplexity to the dense model against the tokens trained on and the seconds, pruning included.
+With --bigbench FILE every model answers the questions of multiple_choice.py, too. Printed are the
+table, and how much of what is evaluated is in the calibration text word for word.
 """
 
 import argparse
