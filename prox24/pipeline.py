@@ -478,7 +478,7 @@ def _report(linear: Linear, solution: Solution, tokens: int, seconds: float) -> 
     if solution.status is Status.NONFINITE:
         raise SolverError(
             f"no finite solution for {linear.tensor}: its Gram is not positive definite with this "
-            "damping, or numbers are too large"
+            "--damping, or numbers are too large"
         )
     return LinearReport(
         name=linear.tensor,

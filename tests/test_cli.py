@@ -229,7 +229,7 @@ def pattern_prox_cannot_do(workspace):
     return [
         *arguments,
         *options(workspace),
-    ], "is for the patterns 1:M and 2:M, not 3:4"
+    ], "the proximal operator supports 1:M and 2:M, not 3:4"
 
 
 def width_not_divisible(workspace):

@@ -216,7 +216,7 @@ def test_penalty_replaces_lam_and_learning_rate_for_one_step():
 
 
 def test_a_pattern_without_a_prox_is_refused_at_once():
-    with pytest.raises(ValueError, match="patterns 1:M and 2:M, not 3:4"):
+    with pytest.raises(ValueError, match="supports 1:M and 2:M, not 3:4"):
         proximal(1.0, (3, 4))
 
 

@@ -122,7 +122,7 @@ def test_a_width_that_the_pattern_does_not_divide_is_named(tmp_path):
 
 def test_a_pattern_that_prox_cannot_do_says_what_can(tmp_path):
     write_tiny(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"is for the patterns 1:M and 2:M, not 4:8.*sparsegpt"):
+    with pytest.raises(ValueError, match=r"supports 1:M and 2:M, not 4:8.*sparsegpt"):
         prune_folder(tmp_path / "source", Prox(), pattern=(4, 8))
 
 

@@ -58,8 +58,8 @@ def check_kept(kept: int, group: int) -> None:
     """Raises ValueError, saying what serves instead, unless there is a prox for the pattern."""
     if kept not in KEPT:
         raise ValueError(
-            f"the proximal operator is for the patterns 1:M and 2:M, not {kept}:{group}; "
-            "magnitude, wanda, sparsegpt and ADMM with a projection take any N:M"
+            f"the proximal operator supports 1:M and 2:M, not {kept}:{group}; "
+            "magnitude, wanda, sparsegpt and ADMM with a projection support any N:M"
         )
 
 
