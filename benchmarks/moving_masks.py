@@ -169,8 +169,7 @@ def refined(layer: Layer, params: Weights, rate: float, passes: int) -> Weights:
     """Of what `--refine block` does."""
     own = layer._replace(scales={name: jnp.ones_like(s) for name, s in layer.scales.items()})
     batches = layer.steps_of_pass + HELD_OUT
-    refinement = BlockRefinement(rate, passes, held_out=HELD_OUT / batches)
-    optimizer = refinement.optimizer(batches)
+    optimizer = BlockRefinement(rate, passes, HELD_OUT / batches).optimizer(batches)
     return trained(own, scaled(own.scales, params), optimizer, passes).params
 
 
@@ -192,8 +191,7 @@ def moving(
         # Of the last step, at which lambda has grown, not of the best before that.
         on_measured=lambda state: masters.append(jax.tree.map(jnp.copy, state.master)),
     )
-    found = scaled(layer.scales, pattern(layer, masters[-1]), -1)
-    return fixed(layer, found, rate, last)
+    return fixed(layer, scaled(layer.scales, pattern(layer, masters[-1]), -1), rate, last)
 
 
 def error(layer: Layer, params: Weights) -> float:

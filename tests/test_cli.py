@@ -226,10 +226,7 @@ def truncated_shard(workspace):
 
 def pattern_prox_cannot_do(workspace):
     arguments = ["prune", workspace / "model", workspace / "out", "--pattern", "3:4"]
-    return [
-        *arguments,
-        *options(workspace),
-    ], "the proximal operator supports 1:M and 2:M, not 3:4"
+    return [*arguments, *options(workspace)], "supports 1:M and 2:M, not 3:4"
 
 
 def width_not_divisible(workspace):

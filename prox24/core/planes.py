@@ -49,7 +49,7 @@ def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array,
     lam = jnp.asarray(lam).astype(dtype)
     if lam.ndim:
         lam = _broadcast(lam, planes[0].astype(dtype))
-    lam = jnp.where(lam < 0, jnp.nan, lam)  # Which all that it touches becomes.
+    lam = jnp.where(lam < 0, jnp.nan, lam)  # Not the identity in silence.
     w = _prox(tuple(plane.astype(dtype) for plane in planes), lam, kept)
     return tuple(plane.astype(given) for plane in w)
 

@@ -212,7 +212,12 @@ def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> A
 
 
 def has_negative_diagonal(gram: Array, eps: float) -> Array:
-    """Whether a finite entry of the diagonal is negative beyond rounding; a bool scalar."""
+    """Whether a finite entry of the diagonal is negative beyond rounding; a bool scalar.
+
+    Args:
+      gram: shape (in, in).
+      eps: of the dtype in which the Gram was summed.
+    """
     diagonal = jnp.diagonal(gram)
     return jnp.any(jnp.isfinite(diagonal) & (diagonal < -ROUNDINGS * eps * jnp.max(diagonal)))
 
