@@ -56,27 +56,22 @@ WINDOWS = 64
 IN_BFLOAT16 = ModelRefinement(rate=5e-4, compute_dtype="bfloat16")
 MIXED = ModelRefinement(rate=5e-4, cross_entropy=0.6)
 TRIED = {
-    64: [
-        *(ModelRefinement(rate=rate) for rate in (5e-4, 1e-3, 2e-3)),
-        *(ModelRefinement(rate=5e-4, cross_entropy=share) for share in (0.3, 0.6)),
-        IN_BFLOAT16,
-    ],
-    256: [ModelRefinement(rate=5e-4), MIXED, IN_BFLOAT16],
-    1024: [
-        MIXED,
-        dataclasses.replace(MIXED, compute_dtype="bfloat16", passes=2),
-        IN_BFLOAT16,
-    ],
+    64: [ModelRefinement(rate=rate) for rate in (5e-4, 1e-3, 2e-3)],
+    256: [ModelRefinement(rate=5e-4)],
+    1024: [MIXED, dataclasses.replace(MIXED, compute_dtype="bfloat16", passes=2)],
 }
-"""With so many windows, besides the defaults."""
+"""With so many windows, of the default mask."""
 MOVING = {
     "growing mask, rate 0.003": ModelRefinement(rate=3e-3, mask=MovingMask()),
     "growing mask, rate 0.01": ModelRefinement(rate=1e-2, mask=MovingMask()),
     "ProxSparse's mask": ModelRefinement.proxsparse(),
 }
 """Of the dense model: what finds a mask while it trains."""
-PASSES = (1, 5, 18)
-"""Of blocks, over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024."""
+BLOCKS = {
+    f"block, bfloat16, passes: {passes}": BlockRefinement(passes=passes, compute_dtype="bfloat16")
+    for passes in (1, 5, 18)
+}
+"""Over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024."""
 QUESTIONS = 250
 """Of each task."""
 PIECE = 60
@@ -109,10 +104,13 @@ REFINED = {
 """What is refined, as blocks and as a whole."""
 PRUNED = {"sparsegpt": Base(SparseGPT()), "prox, no refit": Base(Prox()), **REFINED}
 BASES = PRUNED | {
-    f"{name} + block, passes: {passes}": base._replace(blocks=BlockRefinement(passes=passes))
-    for passes in PASSES
+    f"{name} + {how}": base._replace(blocks=blocks)
+    for how, blocks in BLOCKS.items()
     for name, base in REFINED.items()
 }
+BLOCKWISE = f"{DEFAULT} + block, passes: 5"
+"""In float32; what is refined as blocks, and then as a whole."""
+BASES[BLOCKWISE] = REFINED[DEFAULT]._replace(blocks=BlockRefinement())
 
 
 class Run(NamedTuple):
@@ -164,21 +162,12 @@ def runs() -> list[Run]:
         for one in tried:
             name = f"{DEFAULT} + model, {changed(one)}"
             table.append(Run(name, DEFAULT, windows, one))
-    table += [
-        Run(f"dense + model, {name}", "dense", windows, one)
-        for windows in (64, 256)
-        for name, one in MOVING.items()
-    ]
-    table += [
-        Run(f"{base} + model", base, windows, ModelRefinement())
-        for windows in TRIED
-        for base in REFINED
-    ]
+    table += [Run(f"dense + model, {name}", "dense", WINDOWS, one) for name, one in MOVING.items()]
+    table += [Run(f"{base} + model", base, WINDOWS, ModelRefinement()) for base in REFINED]
     table += [
         Run(f"{base} + model, {changed(IN_BFLOAT16)}", base, windows, IN_BFLOAT16)
         for windows in TRIED
-        for base in BASES
-        if BASES[base].blocks == BlockRefinement()
+        for base in (*REFINED, BLOCKWISE)
     ]
     return table
 

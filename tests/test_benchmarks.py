@@ -304,12 +304,13 @@ def test_gaps_of_refined_models_are_shares_and_drawn_by_tokens_and_seconds(
     benchmark["draw"](rows, ["text"], tmp_path / "refine.png")
     by_tokens, by_seconds = drawn[0].axes
     lines = {line.get_label(): line.get_xdata().tolist() for line in by_tokens.lines}
-    assert lines["sparsegpt + refit + model"] == [0, 64 * 480, 256 * 480, 1024 * 480]
+    whole = "sparsegpt + refit + model, rate 0.0005, bfloat16"
+    assert lines[whole] == [0, 64 * 480, 256 * 480, 1024 * 480]
     assert set(lines) == {run.line for run in runs if run.before not in (None, "dense")}
     seconds = {line.get_label(): line.get_xdata().tolist() for line in by_seconds.lines}
-    assert seconds["sparsegpt + refit + model"] == [10, 20, 20, 20]
-    assert seconds["sparsegpt + refit + block"] == [10, 10, 10, 10]
-    both = "sparsegpt + refit + block, passes: 5 + model, rate 0.0005, bfloat16"
+    assert seconds[whole] == [10, 20, 20, 20]
+    assert seconds["sparsegpt + refit + block, bfloat16"] == [10, 10, 10, 10]
+    both = "admm, dense targets + block, passes: 5 + model, rate 0.0005, bfloat16"
     assert lines[both] == [0, 64 * 480, 256 * 480, 1024 * 480]
     assert seconds[both] == [10, 20, 20, 20]
     plt.close(drawn[0])
@@ -501,7 +502,7 @@ def test_a_model_is_pruned_once_for_the_rows_that_refine_it(tmp_path, monkeypatc
     row = benchmark["measure"](run, text, [text], 2, 0, cache, None)
     assert row["seconds"] == took[0]
     assert row["tokens"] == 0
-    blocks = benchmark["BASES"]["sparsegpt + refit + block, passes: 5"]
+    blocks = benchmark["BASES"]["sparsegpt + refit + block, bfloat16, passes: 5"]
     assert blocks.trained_on == 5 * 7 * 16  # of 8 windows one is held out
     dense = benchmark["measure"](
         benchmark["Run"]("dense", "dense"), text, [text], 2, 0, cache, None
