@@ -35,6 +35,12 @@ EPS = {np.float32: 2.0**-23, np.float64: 2.0**-52}
 compiled = jax.jit(diagnose)
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (0, 0), (2, 3), (2, 2, 2)], ids=str)
+def test_what_is_no_gram_by_its_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"is not \(in, in\)"):
+        diagnose(jnp.zeros(shape))
+
+
 def figures_of(gram, dtype=np.float64) -> dict:
     figures = compiled(jnp.asarray(gram, dtype))
     return {name: value.item() for name, value in figures._asdict().items()}

@@ -137,6 +137,12 @@ def test_a_pull_that_is_none_is_refused(pull):
         correct_inputs(problem, problem.gram, pull)
 
 
+def test_a_cross_gram_of_another_width_is_refused():
+    problem = LayerProblem(jnp.ones((2, 4), jnp.float32), jnp.eye(4, dtype=jnp.float32))
+    with pytest.raises(ValueError, match=r"\(3, 3\) is not of the Gram's shape \(4, 4\)"):
+        correct_inputs(problem, jnp.eye(3, dtype=jnp.float32))
+
+
 @pytest.mark.parametrize("damping", [float("nan"), 0.0])
 def test_damping_that_cannot_help_ends(damping):
     gram = jnp.full((4, 4), jnp.nan, jnp.float32)

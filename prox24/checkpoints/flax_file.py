@@ -29,17 +29,12 @@ from prox24.checkpoints.tensors import (
 from prox24.errors import CheckpointError, UnsupportedModelError, first_line
 
 NORM_LEAVES: dict[str, str] = {
-    "bert": "scale",
     "bloom": "scale",
     "gemma": "weight",
     "gpt2": "scale",
-    "gpt_neo": "scale",
-    "gptj": "scale",
     "llama": "weight",
     "mistral": "weight",
     "opt": "scale",
-    "roberta": "scale",
-    "xglm": "scale",
 }
 """Language models with a Flax class, by model_type, and what it called the weight of a norm."""
 

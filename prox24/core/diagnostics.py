@@ -55,13 +55,18 @@ def diagnose(gram: Array) -> GramDiagnostics:
     Returns:
       `GramDiagnostics`; the floating figures have the dtype of `gram`.
 
+    Raises:
+      ValueError: the gram is not square, or empty.
+
     Example:
       >>> figures = diagnose(jnp.array([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 9.0]]))
       >>> float(figures.coherence), int(figures.kruskal_lower), int(figures.kruskal_upper)
       (0.5, 2, 3)
     """
+    width = len(gram) if gram.ndim else 0
+    if not width or gram.shape != (width, width):
+        raise ValueError(f"gram {gram.shape} is not (in, in)")
     gram = jnp.where(jnp.all(jnp.isfinite(gram)), gram, jnp.nan)
-    width = len(gram)
     rounding = _rounding(gram)
     dead = jnp.count_nonzero(jnp.diagonal(gram) == 0).astype(jnp.int32)
     live = width - dead

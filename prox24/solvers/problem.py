@@ -151,6 +151,8 @@ def check_problem(
             raise ValueError(f"the {name} is {array.dtype}, not floating-point")
     if len(weight) != 2 or gram != (weight[1], weight[1]):
         raise ValueError(f"weight {weight} and gram {gram} are not (out, in) and (in, in)")
+    if 0 in weight:
+        raise ValueError(f"weight {weight} has no entries")
     if isinstance(pattern, Unstructured):
         return pattern
     pattern = as_pattern(pattern)
@@ -247,7 +249,7 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PU
       Gram or the cross-Gram holds NaN.
 
     Raises:
-      ValueError: the pull is not positive and finite.
+      ValueError: the pull is not positive and finite, or the cross-Gram's shape is not the Gram's.
 
     Example:
       >>> x = jnp.eye(4)
@@ -257,6 +259,10 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PU
     """
     if not 0 < pull < math.inf:
         raise ValueError(f"a pull of {pull} is not positive and finite")
+    if cross.shape != problem.gram.shape:
+        raise ValueError(
+            f"cross-Gram {cross.shape} is not of the Gram's shape {problem.gram.shape}"
+        )
     return LayerProblem(corrected_weight(*problem, cross, pull), problem.gram)
 
 

@@ -80,9 +80,9 @@ def solve(
       A `Solution`. Check its status: a solver never raises on numerical failure.
 
     Raises:
-      ValueError: the shapes do not fit, M does not divide the input width, an array is not
-        floating-point, damping is negative or infinite, or the solver or the refit does not
-        support the pattern.
+      ValueError: the shapes do not fit, the weight has no entries, M does not divide the input
+        width, an array is not floating-point, damping is negative or infinite, or the solver or the
+        refit does not support the pattern.
 
     Example:
       >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
