@@ -150,9 +150,14 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="to the dense weight, with dense targets, relative to the Gram's trace (1)",
     )
     command.add_argument(
-        "--damping", type=_nonnegative, default=0.01, help="relative to the Gram's mean diagonal"
+        "--damping",
+        type=_nonnegative,
+        default=0.01,
+        help="relative to the Gram's mean diagonal (0.01)",
     )
-    command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="UTF-8 text (packaged speeches)"
+    )
     command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
     command.add_argument(
         "--memory",
@@ -210,7 +215,9 @@ def _add_distill(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("dense", type=Path, help=f"the model that was pruned: {MODEL}")
     command.add_argument("pruned", type=Path, help="HF folder of the pruned model")
     command.add_argument("destination", type=Path, help="HF folder to write")
-    command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to train on")
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text to train on (packaged speeches)"
+    )
     command.add_argument("--samples", type=_positive, default=64, help="windows of the text (64)")
     command.add_argument("--step-windows", type=_positive, default=1, help="windows of a step (1)")
     command.add_argument(
@@ -302,7 +309,7 @@ def _add_eval(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("eval", help="measure the perplexity of a checkpoint")
     command.set_defaults(run=evaluate.run)
     command.add_argument("model", type=Path, help=MODEL)
-    command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
+    command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (packaged novel)")
     command.add_argument("--samples", type=_positive, help="windows (default: the whole text)")
     _add_length(command)
     _add_output(command, quiet="no progress bar")
@@ -351,7 +358,9 @@ def _add_inspect(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("inspect", help="list what would be pruned, or diagnose Grams")
     command.set_defaults(run=inspect_model.run)
     command.add_argument("source", type=Path, help=MODEL)
-    command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="UTF-8 text (packaged speeches)"
+    )
     command.add_argument("--samples", type=_positive, default=64, help="calibration windows (64)")
     _add_pattern(command)
     command.add_argument(
@@ -398,8 +407,12 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.set_defaults(run=demo.run)
     command.add_argument("--cache", type=Path, default=Path(".cache"), help="for the download")
     command.add_argument("--output", type=Path, default=Path("."), help="folder for the models")
-    command.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
-    command.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on")
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="UTF-8 text (packaged speeches)"
+    )
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on (packaged novel)"
+    )
     command.add_argument("--samples", type=_positive, default=16, help="calibration windows (16)")
     command.add_argument(
         "--evaluation-samples", type=_positive, default=16, help="evaluation windows (16)"
