@@ -220,9 +220,10 @@ def distill(
       A `Distilled`.
 
     Raises:
-      CheckpointError: the models differ in more than their weights, no linear of the pruned one has
-        a zero, or a mask is to be found and a linear's input width is not divisible by 4, or a mask
-        alone is asked for and the weights that it is for are pruned already.
+      CheckpointError: the models differ in more than their weights; the pruned one has no linear
+        with a quarter of zeros, or with more of them than the dense one's; a mask is to be found
+        and a linear's input width is not divisible by 4; or a mask alone is asked for and the
+        weights that it is for are pruned already.
       CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
         the first step.
       Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
@@ -249,7 +250,7 @@ def distill(
         )
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
-    if mask is None and not _has_zeros(config, params):
+    if mask is None and not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config)):
         raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
     if mask is not None and mask.alone and _is_pruned(config, params):
         raise CheckpointError(f"{pruned.path} is pruned: a mask alone is put on dense weights")
@@ -397,11 +398,14 @@ def _of_linears(
     ]
 
 
-def _has_zeros(config: Config, params: whole.Stacked) -> bool:
-    linears = _linears(config)
-    return any(
-        bool(jnp.any(leaf == 0)) for run in params for name, leaf in run.items() if name in linears
-    )
+def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bool:
+    """Whether a linear has more than the same one of the dense model, which may have a few."""
+
+    def zeros(checkpoint: Checkpoint, tensor: str) -> int:
+        return int(np.count_nonzero(checkpoint.read(tensor) == 0))
+
+    names = (linear.tensor for linear in all_linears(config))
+    return any(zeros(pruned, name) > zeros(dense, name) for name in names)
 
 
 def _is_pruned(config: Config, params: whole.Stacked) -> bool:

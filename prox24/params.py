@@ -234,6 +234,9 @@ def _prune(
         matrices = to_matrices(jnp.asarray(values[i]), layout)
         pruned: list[Array] = []
         for problem, seen in zip(map(LayerProblem, matrices, gram), rows, strict=True):
+            if not seen:
+                identity = jnp.fill_diagonal(problem.gram, 1, inplace=False)
+                problem = problem._replace(gram=identity)
             solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
             name = leaf.path if len(matrices) == 1 else f"{leaf.path}[{len(pruned)}]"
             if solution.status is Status.INDEFINITE:

@@ -61,6 +61,8 @@ def connected(
     except (Prox24Error, OSError, MemoryError):
         raise
     except Exception as error:
+        if is_missing_device(error):
+            raise
         if not is_broken_off(error):
             traceback.print_exc()
             leave(1)
@@ -84,6 +86,16 @@ def is_broken_off(error: Exception) -> bool:
     if isinstance(error, ValueError):
         return re.match(r"[A-Z_]+: ", str(error)) is not None
     return isinstance(error, jax.errors.JaxRuntimeError)
+
+
+def is_missing_device(error: Exception) -> bool:
+    """Whether JAX could not start on the devices that it was told of, or found.
+
+    Example:
+      >>> is_missing_device(RuntimeError("Unable to initialize backend 'cuda': no driver"))
+      True
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend")
 
 
 def is_first() -> bool:

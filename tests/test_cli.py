@@ -307,6 +307,7 @@ def test_an_error_is_one_line_and_leaves_nothing_behind(workspace, capsys, make)
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
             "a device fails: RE",
         ),
+        (RuntimeError("Unable to initialize backend 'cuda': no driver\nmore"), "'cuda': no driver"),
         (MemoryError("cannot allocate 8 GB"), "out of memory: cannot allocate 8 GB"),
         (PermissionError(13, "Permission denied", "/root/model"), "denied: '/root/model'"),
     ],

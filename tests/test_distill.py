@@ -399,11 +399,16 @@ def test_the_dense_model_predicts_by_its_own_head(workspace, capsys):
     assert losses == pytest.approx([losses[0]] * len(losses))
 
 
-def test_a_model_without_zeros_is_not_trained_as_a_pruned_one(workspace, capsys):
-    command = ["distill", workspace / "model", workspace / "model", workspace / "out", "--quiet"]
+@pytest.mark.parametrize("zeros", [0, 1])
+def test_a_dense_model_is_not_trained_as_a_pruned_one(workspace, capsys, zeros):
+    config = config_dict()
+    weights = random_weights(config)
+    weights[Q_PROJ].ravel()[:zeros] = 0  # as float16 has them
+    write_folder(workspace / "dense", config, weights)
+    command = ["distill", workspace / "dense", workspace / "dense", workspace / "out", "--quiet"]
     command += ["--text", workspace / "text.txt", "--sequence-length", "32", "--samples", "16"]
     assert main([*map(str, command)]) == 2
-    assert "model has no zeros to keep in its linears: prune it first" in capsys.readouterr().err
+    assert "dense has no zeros to keep in its linears: prune it first" in capsys.readouterr().err
     assert not (workspace / "out").exists()
 
 

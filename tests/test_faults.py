@@ -1,5 +1,6 @@
 """What goes wrong while a model is pruned: nothing is half-written, and nothing is lost."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -9,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import time
 import types
 from pathlib import Path
@@ -22,7 +24,8 @@ from tiny import write_tiny
 
 from prox24 import pipeline
 from prox24.checkpoints import safetensors_file, unfinished, writer
-from prox24.checkpoints.unfinished import unfinished_folder
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.unfinished import check_unchanged, source_files, unfinished_folder
 from prox24.cli import prune
 from prox24.cli.main import main
 from prox24.errors import CheckpointError, DiskError
@@ -641,10 +644,95 @@ def test_a_source_that_changes_while_it_is_read_is_named(workspace, monkeypatch,
     assert sorted(path.name for path in workspace.iterdir()) == ["model", "text.txt"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "notes.txt", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["README.md", "pytorch_model.bin", "tokenizer_config.json"])
 def test_a_file_that_decides_nothing_may_change(workspace, monkeypatch, name):
     change_after_filling(monkeypatch, workspace / "model" / name)
     assert main(command(workspace)) == 0
+
+
+def test_weights_that_are_not_read_may_be_deleted(workspace, monkeypatch):
+    other = workspace / "model" / "optimizer.pt"
+    other.write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, KeyboardInterrupt)
+        assert main(command(workspace)) == 130
+    other.unlink()
+    assert main(command(workspace)) == 0
+
+
+def test_every_shard_that_is_read_decides_a_run(tmp_path):
+    assert main(convert(tmp_path)) == 0
+    files = source_files(tmp_path / "shards")
+    assert len(files) > 3
+    assert files.keys() == {
+        path.name for path in (tmp_path / "shards").iterdir() if path.name.startswith("model")
+    } | {"config.json"}
+    check_unchanged(tmp_path / "shards", files)
+    last = max(files)
+    (tmp_path / "shards" / last).unlink()
+    with pytest.raises(CheckpointError, match=f"{last} changed"):
+        check_unchanged(tmp_path / "shards", files)
+
+
+def convert(tmp_path):
+    write_tiny(tmp_path / "model")
+    given = [str(tmp_path / name) for name in ("model", "shards")]
+    return ["convert", *given, "--shard-size", "20KB", "--quiet"]
+
+
+def test_a_file_system_that_cannot_wait_for_names_is_written_to(tmp_path, monkeypatch):
+    fsync, refused = os.fsync, []
+
+    def of_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    assert main(convert(tmp_path)) == 0
+    assert refused
+
+
+def test_a_run_that_is_ended_in_its_last_step_is_done(workspace, monkeypatch, capsys):
+    synchronise = unfinished.synchronise
+
+    def ended(path):
+        if path == workspace and (workspace / "out").exists():
+            raise KeyboardInterrupt
+        synchronise(path)
+
+    monkeypatch.setattr(unfinished, "synchronise", ended)
+    assert main(command(workspace)) == 130
+    assert "goes on with it" not in capsys.readouterr().err
+    assert sorted(path.name for path in workspace.iterdir()) == ["model", "out", "text.txt"]
+    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_report_that_cannot_be_written_takes_nothing_with_it(workspace, capsys):
+    given = ["--report", "/dev/full", "--json"]
+    assert main(command(workspace, "out", *given)) == 2
+    printed = capsys.readouterr()
+    assert "linears" in json.loads(printed.out)
+    assert "cannot write /dev/full: No space left on device" in printed.err
+    assert main(["verify", str(workspace / "out"), *given]) == 2
+    assert json.loads(capsys.readouterr().out)["problems"] == {}
+
+
+def test_a_tokenizer_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys):
+    class Full:
+        def save_pretrained(self, folder):
+            raise Exception("No space left on device (os error 28)")
+
+    write_tiny(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"  # in place of a GGUF file, which holds a tokenizer
+    given = dataclasses.replace(checkpoint, path=file, load_tokenizer=Full)
+    tensors = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
+    with pytest.raises(DiskError, match=r"cannot write .*: No space left on device"):
+        writer.write_checkpoint(given, tmp_path / "out", tensors)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_goes_on_takes_the_companions_that_are_there_now(workspace, monkeypatch):

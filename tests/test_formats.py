@@ -15,7 +15,7 @@ from tiny import config_dict, random_weights, write_folder, write_tiny
 from prox24.checkpoints import flax_file, hub, pickle_file
 from prox24.checkpoints.checkpoint import open_checkpoint, parameter_shapes
 from prox24.checkpoints.writer import write_checkpoint
-from prox24.errors import CheckpointError, UnsupportedModelError
+from prox24.errors import CheckpointError, DiskError, UnsupportedModelError
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -479,6 +479,15 @@ def test_a_file_that_becomes_shorter_is_noticed_when_read(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[: content.index(VALUES.tobytes()) + 8])
     with pytest.raises(CheckpointError, match="became shorter"):
+        source.read()
+
+
+def test_a_file_that_the_disk_fails_to_read_is_not_a_shorter_one(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "x.bin", entries({"x": tensor()}))
+    [source] = pickle_file.open_file(path).values()
+    fromfile = np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *given, **more: fromfile(*given, **more)[:-1])
+    with pytest.raises(DiskError, match=r"x\.bin: the disk fails at byte"):
         source.read()
 
 

@@ -135,6 +135,26 @@ def test_logits_of_a_gguf_are_those_of_the_model_it_was_made_of(tmp_path, kind):
     )
 
 
+def test_heads_that_rotate_in_part_are_refused(tmp_path, monkeypatch):
+    variant, changes = CASES["llama"]
+    config = config_dict(variant, **changes)
+    width = config["hidden_size"] // config["num_attention_heads"]
+    start = gguf.GGUFWriter.add_embedding_length
+    for rotated in (width, width // 2):
+
+        def add_both(writer, length, rotated=rotated):
+            start(writer, length)
+            writer.add_rope_dimension_count(rotated)
+
+        monkeypatch.setattr(gguf.GGUFWriter, "add_embedding_length", add_both)
+        write_gguf(tmp_path / f"{rotated}.gguf", "llama", config | {"head_dim": width}, {})
+    fits, part = tmp_path / f"{width}.gguf", tmp_path / f"{width // 2}.gguf"
+    with pytest.raises(CheckpointError, match="missing"):  # this file holds no tensors
+        open_checkpoint(fits)
+    with pytest.raises(UnsupportedModelError, match=f"{width // 2} of {width} entries rotate"):
+        open_checkpoint(part)
+
+
 @pytest.mark.parametrize("field", ["scale_linear", "scaling.factor"])
 def test_scaled_rope_frequencies_of_older_files_are_refused(tmp_path, field):
     variant, changes = CASES["llama"]

@@ -197,6 +197,16 @@ def test_every_matrix_of_a_stack_is_solved_and_reported():
         np.testing.assert_allclose(pruned.params["experts"][i], expected, atol=1e-5)
 
 
+def test_a_matrix_that_no_row_has_met_keeps_its_largest_entries():
+    experts, x = normal(2, 8, 4), normal(2, 20, 8, seed=1).at[1].set(0)
+    params = {"experts": experts}
+    calibration = prox24.calibrate(lambda params, x: x @ params["experts"], params, [x])
+    pruned = prox24.prune_params(params, calibration, Wanda(), None)
+    assert [report.rows for report in pruned.reports] == [20, 0]
+    kept = pruned.params["experts"][1] != 0
+    np.testing.assert_array_equal(kept, prox24.top_mask(abs(experts[1]), axis=0))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
 def test_weights_keep_their_dtype(dtype):
     params, x = {"kernel": normal(8, 4, dtype=dtype)}, normal(20, 8, dtype=dtype)

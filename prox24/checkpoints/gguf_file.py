@@ -180,6 +180,12 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
     head_dim = fields.number(
         "attention.key_length", fields.number("rope.dimension_count", hidden // heads)
     )
+    rotated = fields.number("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise UnsupportedModelError(
+            f"of this GGUF's heads {rotated} of {head_dim} entries rotate, which its format does "
+            "not have with this architecture; prune the model's HF folder instead"
+        )
     config = {
         "architectures": [architecture.hf_class],
         "model_type": architecture.model_type,

@@ -124,14 +124,35 @@ def open_shards(folder: Path, formats: Iterable[WeightFiles]) -> list[dict[str, 
     raise CheckpointError(f"{folder} has no weights: none of {names}, nor an index of shards")
 
 
-def _open_index(folder: Path, files: WeightFiles) -> list[dict[str, TensorSource]]:
-    index = folder / files.index_file
+def weight_files(folder: Path, formats: Iterable[WeightFiles]) -> list[str]:
+    """Names of the files that `open_shards` reads; none where there are no weights.
+
+    Raises:
+      CheckpointError: an index is damaged, or points outside the folder.
+    """
+    for files in formats:
+        if (folder / files.single_file).is_file():
+            return [files.single_file]
+        if (folder / files.index_file).is_file():
+            shards = _read_index(folder / files.index_file).values()
+            return [files.index_file, *sorted(set(shards))]
+    return []
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The name of a shard by the tensor's."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
             raise CheckpointError(f"{index} places tensor {name} outside the folder: {shard!r}")
+    return weight_map
+
+
+def _open_index(folder: Path, files: WeightFiles) -> list[dict[str, TensorSource]]:
+    index = folder / files.index_file
+    weight_map = _read_index(index)
     places = {files.tensor_name(name): shard for name, shard in weight_map.items()}
     shards = {name: _open_file(folder / name, files) for name in sorted(set(places.values()))}
     for name, shard in places.items():

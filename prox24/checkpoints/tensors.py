@@ -74,11 +74,15 @@ def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> ND
     Raises:
       CheckpointError: the file cannot be read, or ends before.
     """
+    size = count * dtype.itemsize
     try:
-        content = np.fromfile(path, np.uint8, count=count * dtype.itemsize, offset=start)
+        content = np.fromfile(path, np.uint8, count=size, offset=start)
+        whole = path.stat().st_size >= start + size
     except OSError as error:
         raise DiskError(f"cannot read {path}: {error.strerror}") from error
-    if content.size < count * dtype.itemsize:
+    if content.size < size and whole:  # numpy does not say what failed
+        raise DiskError(f"cannot read {path}: the disk fails at byte {start + content.size}")
+    if content.size < size:
         raise CheckpointError(f"{path} became shorter")
     return content.view(dtype)
 

@@ -12,6 +12,7 @@ Beside a destination DST stands DST.unfinished while it is written:
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -26,7 +27,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from prox24.checkpoints import safetensors_file
-from prox24.checkpoints.hf_folder import NOT_CARRIED
+from prox24.checkpoints.checkpoint import FORMATS
+from prox24.checkpoints.hf_folder import weight_files
 from prox24.checkpoints.tensors import TensorSource, writing
 from prox24.errors import CheckpointError, DiskError, Prox24Error
 
@@ -142,6 +144,8 @@ def unfinished_folder(
             except BaseException as error:
                 if isinstance(error, Prox24Error) and not isinstance(error, DiskError):
                     done.clear()  # The same command would end in the same way.
+                if not (work / "model").exists():
+                    done.clear()  # It is at the destination.
                 if done:
                     error.add_note(f"what is done is in {work}: the same command goes on with it")
                 raise
@@ -174,21 +178,23 @@ def source_files(path: Path) -> dict[str, list[int]]:
     What its other files hold goes into the result as well, or decides the tokens of a text, which
     have a hash of their own: no work is lost when they change.
     """
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
-    return {
-        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(files)
-        if file.name == "config.json"
-        or (file.name.endswith(NOT_CARRIED) and not file.name.startswith("."))
-    }
+    if path.is_file():
+        return {path.name: _size_and_time(path)}
+    names = ["config.json", *weight_files(path, FORMATS)]
+    return {name: _size_and_time(path / name) for name in names}
 
 
 def check_unchanged(path: Path, files: Mapping[str, list[int]]) -> None:
     """Raises CheckpointError unless every file is what `source_files` said; new ones may come."""
-    now = source_files(path)
-    changed = next((name for name in files if now.get(name) != files[name]), None)
-    if changed is not None:
-        raise CheckpointError(f"{path}: {changed} changed while it was read")
+    for name, before in files.items():
+        file = path if path.is_file() else path / name
+        if not file.is_file() or _size_and_time(file) != before:
+            raise CheckpointError(f"{path}: {name} changed while it was read")
+
+
+def _size_and_time(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def sha256(values: NDArray[Any]) -> str:
@@ -312,9 +318,15 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def synchronise(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk."""
+    """Waits until a file, or the names in a folder, are on disk.
+
+    Some file systems cannot wait for names.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)

@@ -23,7 +23,7 @@ from prox24.checkpoints.unfinished import (
     unfinished_folder,
     work_folder,
 )
-from prox24.errors import CheckpointError, DiskError
+from prox24.errors import CheckpointError, DiskError, first_line
 from prox24.models.families import config_from_hf
 
 MODEL_CARD = "README.md"
@@ -291,7 +291,11 @@ def _write_companions(
         with file, (folder / carried.name).open("wb") as copy:
             shutil.copyfileobj(file, copy)
     if source.path.is_file():  # which holds the tokenizer as well
-        source.load_tokenizer().save_pretrained(folder)
+        tokenizer = source.load_tokenizer()
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers has no type for a disk that is full
+            raise DiskError(f"cannot write {folder}: {first_line(error)}") from error
     if note is not None:
         with (folder / MODEL_CARD).open("ab") as card:
             card.write(f"\n{note}".encode() if card.tell() else note.encode())

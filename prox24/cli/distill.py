@@ -29,8 +29,8 @@ from prox24.cli.output import (
     print_json,
     print_table,
     progress_bar,
+    reporting,
     versions,
-    write_report,
 )
 from prox24.cli.windows import calibration_windows, shuffled
 from prox24.core.masks import mean_sparsity
@@ -118,22 +118,22 @@ def run(arguments: argparse.Namespace) -> int:
         "versions": versions(),
         "remark": OUTPUTS["safetensors"](pruned).remark,
     }
-    write_report(arguments.report, report)
-    if arguments.json:
-        print_json(report)
-    elif not arguments.quiet:
-        rows = [
-            ["outcome", refined.outcome.value],
-            ["loss on held-out windows", f"{refined.losses[0]:.4f} to {min(refined.losses):.4f}"],
-            ["steps", str(refined.steps)],
-            ["tokens", str(distilled.tokens)],
-            ["seconds", f"{report['seconds']:.0f}"],
-            ["peak memory", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"],
-        ]
-        if refined.resumed_steps:
-            rows.append(["done by the run before", f"{refined.resumed_steps} steps"])
-        print_table(["written", str(arguments.destination)], rows)
-        print(report["remark"])
+    rows = [
+        ["outcome", refined.outcome.value],
+        ["loss on held-out windows", f"{refined.losses[0]:.4f} to {min(refined.losses):.4f}"],
+        ["steps", str(refined.steps)],
+        ["tokens", str(distilled.tokens)],
+        ["seconds", f"{report['seconds']:.0f}"],
+        ["peak memory", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"],
+    ]
+    if refined.resumed_steps:
+        rows.append(["done by the run before", f"{refined.resumed_steps} steps"])
+    with reporting(arguments.report, report):
+        if arguments.json:
+            print_json(report)
+        elif not arguments.quiet:
+            print_table(["written", str(arguments.destination)], rows)
+            print(report["remark"])
     return 0
 
 

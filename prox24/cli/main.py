@@ -32,7 +32,7 @@ from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.errors import Prox24Error, first_line
 from prox24.models.decoder import COMPUTE_DTYPES
 from prox24.packed.codes import BLOCK
-from prox24.processes import leave
+from prox24.processes import is_missing_device, leave
 from prox24.solvers.solve import REFITS, SOLVERS
 
 MODEL = "HF folder, GGUF file, or the hub's OWNER/NAME[@REVISION]"
@@ -60,6 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _end(f"error: {error}", error, 2)
     except jax.errors.JaxRuntimeError as error:
         return _end(f"error: a device fails: {first_line(error)}", error, 2)
+    except RuntimeError as error:
+        if not is_missing_device(error):
+            raise
+        return _end(f"error: {first_line(error)}", error, 2)
     except BrokenPipeError:  # whoever read what was printed has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

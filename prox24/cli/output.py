@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prox24.checkpoints.tensors import writing
 from prox24.checkpoints.writer import check_outside
 from prox24.errors import CheckpointError
 
@@ -82,14 +83,15 @@ def check_writable(path: Path, what: str) -> None:
         raise CheckpointError(f"the {what} {path} cannot be written: permission denied")
 
 
-def write_report(path: Path | None, report: dict[str, Any]) -> None:
-    """Writes a JSON report, if one is asked for."""
-    if path is None:
-        return
+@contextlib.contextmanager
+def reporting(path: Path | None, report: dict[str, Any]) -> Iterator[None]:
+    """Writes a JSON report, if one is asked for, when the block ends, even by a closed pipe."""
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+        yield  # prints first: what was measured is not lost where the disk is full
+    finally:
+        if path is not None:
+            with writing(path):
+                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

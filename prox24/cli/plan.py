@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     samples, length, budget = arguments.samples, arguments.sequence_length, arguments.memory
     # As many as divide the windows, as `prune` uses.
-    devices = max(n for n in range(1, arguments.devices + 1) if samples % n == 0)
+    devices = max(n for n in range(1, min(arguments.devices, samples) + 1) if samples % n == 0)
     check_shared(arguments.shard_grams, devices)
     size = batch_size(samples // devices, length)
     memories = [

@@ -37,8 +37,8 @@ from prox24.cli.output import (
     print_json,
     print_table,
     progress_bar,
+    reporting,
     versions,
-    write_report,
 )
 from prox24.cli.windows import calibration_windows, shuffled
 from prox24.core.pattern import PatternLike, Unstructured
@@ -237,11 +237,11 @@ def _run(arguments: argparse.Namespace) -> int:
         "remark": OUTPUTS["safetensors"](checkpoint).remark,
         "linears": figures,
     }
-    write_report(arguments.report, report)
-    if arguments.json:
-        print_json(report)
-    elif not arguments.quiet:
-        _print_summary(arguments.destination, report)
+    with reporting(arguments.report, report):
+        if arguments.json:
+            print_json(report)
+        elif not arguments.quiet:
+            _print_summary(arguments.destination, report)
     return 0
 
 

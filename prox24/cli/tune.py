@@ -34,11 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
     with progress_bar("tune", len(cases), arguments.quiet) as advance:
         for case in cases:
             measurements.append(measure(case))
+            try:
+                table.write(measurements[-1:])
+            except OSError as error:
+                raise DiskError(
+                    f"cannot write {path}: {error.strerror}; set PROX24_CACHE"
+                ) from error
             advance(f"{case.outputs}x{case.inputs}, batch {case.batch}", None)
-    try:
-        table.write(measurements)
-    except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror}; set PROX24_CACHE") from error
     if arguments.json:
         found = [
             {

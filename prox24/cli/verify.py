@@ -17,8 +17,8 @@ from prox24.cli.output import (
     print_json,
     print_table,
     progress_bar,
+    reporting,
     versions,
-    write_report,
 )
 from prox24.core.masks import count_violations, mean_sparsity
 from prox24.core.pattern import Unstructured
@@ -80,10 +80,6 @@ def run(arguments: argparse.Namespace) -> int:
         "problems": problems,
         "versions": versions(),
     }
-    write_report(arguments.report, report)
-    if arguments.json:
-        print_json(report)
-        return 1 if problems else 0
     others = len(checkpoint.tensors.keys() - axes.keys() - refined)
     rows = [
         ["pattern, along the input axis", str(pattern)],
@@ -97,10 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
         ["refined tensors, not compared", str(len(refined))],
         ["tensors with problems", str(len(problems))],
     ]
-    if not arguments.quiet:
-        print_table(["model", str(arguments.model)], rows)
-    for name, problem in problems.items():
-        print(f"{name}: {problem}")
+    with reporting(arguments.report, report):
+        if arguments.json:
+            print_json(report)
+        else:
+            if not arguments.quiet:
+                print_table(["model", str(arguments.model)], rows)
+            for name, problem in problems.items():
+                print(f"{name}: {problem}")
     return 1 if problems else 0
 
 
