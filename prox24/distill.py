@@ -243,11 +243,13 @@ def distill(
     if mask is not None:
         check_widths(input_widths(all_linears(config)), (2, 4))
     held_out = refinement.held_out_of(groups)
-    if groups <= held_out:
+    if groups < 2:
         raise CalibrationError(
-            f"{len(windows)} windows are too few for steps of {size}, of which {held_out} are held "
-            f"out: {(held_out + 1) * size} or more are needed"
+            f"{len(windows)} windows are too few for steps of {size}: {2 * size} or more are "
+            f"needed, {size} of them held out"
         )
+    if groups == held_out:
+        raise CalibrationError(f"all {len(windows)} windows are held out; use a smaller share")
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
     if mask is None and not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config)):

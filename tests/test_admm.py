@@ -1,5 +1,7 @@
 """ADMM against a NumPy reference with a linear solve in every step; its fixed points."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -125,6 +127,18 @@ def test_alps_ends_when_the_support_is_still():
     steps = solve(make_problem("power_law"), ADMM.alps(), None).statistics.steps
     assert 3 < steps < 300
     assert steps % 3 == 0
+
+
+@pytest.mark.parametrize("sparsify", [Projection(), Shrinkage()], ids=["projection", "operator"])
+def test_an_early_end_gives_what_so_many_steps_give(sparsify):
+    problem = make_problem("power_law", dtype="float64", rows=64, width=64)
+    early = ADMM(300, Exponential(0.1, 1.3), sparsify, interval=3, tolerance=1e-2)
+    ended = solve(problem, early, None)
+    steps = ended.statistics.steps
+    assert 3 < steps < 300
+    whole = solve(problem, dataclasses.replace(early, steps=steps, tolerance=0.0), None)
+    assert np.array_equal(ended.mask, whole.mask)
+    np.testing.assert_allclose(ended.weight, whole.weight, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 4)])

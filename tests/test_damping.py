@@ -29,13 +29,14 @@ def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
         assert np.all(np.isnan(inverted.matrix))
 
 
-def test_an_indefinite_gram_gets_the_damping_that_it_needs():
-    gram = jnp.asarray(definite(40, 10.0, np.random.default_rng(0)) - 0.2 * np.eye(40))
-    mean = float(jnp.mean(jnp.diagonal(gram)))
-    inverted = damped_inverse(gram, jnp.float64(1e-3))
-    assert float(inverted.damping) == pytest.approx(1.0)
-    expected = np.linalg.inv(gram + mean * np.eye(40))
-    np.testing.assert_allclose(inverted.matrix, expected, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("asked", [1e-3, 0.15])
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-5), (np.float64, 1e-9)])
+def test_an_indefinite_gram_gets_the_damping_that_it_needs(dtype, rounding, asked):
+    gram = definite(40, 10.0, np.random.default_rng(0)) - 0.2 * np.eye(40)
+    expected = np.linalg.inv(gram + np.mean(np.diagonal(gram)) * np.eye(40))
+    inverted = damped_inverse(jnp.asarray(gram, dtype), jnp.asarray(asked, dtype))
+    assert float(inverted.damping) == 1.0
+    np.testing.assert_allclose(inverted.matrix, expected, rtol=rounding, atol=rounding)
 
 
 # Less than a block, one, several, and several that are filled up.

@@ -41,6 +41,12 @@ def test_what_is_no_gram_by_its_shape_is_refused(shape):
         diagnose(jnp.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_a_gram_of_another_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"the gram is {dtype.dtype}"):
+        diagnose(jnp.eye(4, dtype=dtype))
+
+
 def figures_of(gram, dtype=np.float64) -> dict:
     figures = compiled(jnp.asarray(gram, dtype))
     return {name: value.item() for name, value in figures._asdict().items()}

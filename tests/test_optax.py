@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from optax import contrib
 from reference import largest
 
-from prox24 import prox
+from prox24 import is_sparse, prox
 from prox24.optax import (
     by_path,
     check,
@@ -218,6 +218,14 @@ def test_penalty_replaces_lam_and_learning_rate_for_one_step():
 def test_a_pattern_without_a_prox_is_refused_at_once():
     with pytest.raises(ValueError, match="supports 1:M and 2:M, not 3:4"):
         proximal(1.0, (3, 4))
+
+
+def test_a_pattern_may_be_a_list():
+    params = {"kernel": normal((8, 4))}
+    transform = proximal(1e30, [2, 4])
+    none = jax.tree.map(jnp.zeros_like, params)
+    steps, _ = transform.update(none, transform.init(params), params)
+    assert is_sparse(optax.apply_updates(params, steps)["kernel"], axis=0)
 
 
 def test_missing_parameters_are_asked_for():

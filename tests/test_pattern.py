@@ -16,7 +16,7 @@ from reference import PATTERNS, largest
 
 from prox24.core.blocks import join, ranks, split
 from prox24.core.masks import count_violations, is_sparse, mean_sparsity, top_mask
-from prox24.core.pattern import as_pattern
+from prox24.core.pattern import Unstructured, as_pattern
 from prox24.core.penalty import penalty
 from prox24.core.prox import prox
 
@@ -165,6 +165,8 @@ def test_penalty_of_16_bit_entries_is_computed_in_float32(dtype):
 def test_an_axis_that_is_not_there_is_refused(function, axis):
     with pytest.raises(ValueError, match=rf"shape \(8, 8\) has no axis {axis}"):
         function(jnp.ones((8, 8), jnp.float32), axis=axis)
+    with pytest.raises(ValueError, match=rf"shape \(8, 2\) has no axis {axis}"):
+        join(split(jnp.ones((8, 8), jnp.float32)), axis)
 
 
 def test_penalty_of_a_pattern_that_keeps_everything_is_zero():
@@ -176,6 +178,16 @@ def test_penalty_of_a_pattern_that_keeps_everything_is_zero():
 def test_invalid_pattern_is_named_in_the_error(pattern, function):
     with pytest.raises(ValueError, match=f"{pattern[0]}:{pattern[1]}"):
         function(jnp.ones(20), pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", [(1.5, 4), (2.0, 4.0), (2,), (2, 4, 8), Unstructured(0.5)], ids=str
+)
+@pytest.mark.parametrize("function", [top_mask, penalty, split, prox])
+def test_what_is_no_pair_of_integers_is_refused(pattern, function):
+    given = (1.0, pattern) if function is prox else (pattern,)
+    with pytest.raises(ValueError, match=f"{re.escape(str(pattern))} is not N:M"):
+        function(jnp.ones(20, jnp.float32), *given)
 
 
 @every_pattern

@@ -279,6 +279,14 @@ def test_gradient_of_any_finite_input_is_finite(pattern, data, lam):
     assert np.all(np.isfinite(gradients(y, np.float32(lam), pattern)[1]))
 
 
+@every_pattern
+def test_without_a_penalty_the_derivative_is_the_identity_at_any_size(pattern):
+    y = jnp.full(pattern[1], 1e30, jnp.float32)
+    tangent = jnp.arange(pattern[1], dtype=jnp.float32)
+    _, found = jax.jvp(lambda y: prox(y, 0.0, pattern), (y,), (tangent,))
+    assert np.array_equal(found, tangent)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_gradient_in_half_precision_is_that_of_float32_rounded(dtype):
     y = jnp.asarray(blocks((2, 4), 6)[0]).astype(dtype)

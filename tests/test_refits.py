@@ -141,6 +141,9 @@ def test_a_cross_gram_of_another_width_is_refused():
     problem = LayerProblem(jnp.ones((2, 4), jnp.float32), jnp.eye(4, dtype=jnp.float32))
     with pytest.raises(ValueError, match=r"\(3, 3\) is not of the Gram's shape \(4, 4\)"):
         correct_inputs(problem, jnp.eye(3, dtype=jnp.float32))
+    kernel = problem._replace(weight=problem.weight.T)  # (in, out)
+    with pytest.raises(ValueError, match=r"weight \(4, 2\) and gram \(4, 4\)"):
+        correct_inputs(kernel, problem.gram)
 
 
 @pytest.mark.parametrize("damping", [float("nan"), 0.0])

@@ -353,6 +353,11 @@ def test_prox_refuses_other_patterns(pattern):
         solve(make_problem("low_rank"), Prox(), pattern=pattern)
 
 
+def test_prox_refuses_units_of_rows_where_lam_has_none():
+    with pytest.raises(ValueError, match=r"per_row is for 2:M"):
+        solve(make_problem("low_rank"), Prox(per_row=True), pattern=(1, 4))
+
+
 @pytest.mark.parametrize("pattern", [(1, 2), (1, 4), (2, 8)])
 def test_prox_beats_sparsegpt_on_the_other_patterns_that_it_supports(pattern):
     problem = make_problem("power_law")
@@ -632,7 +637,7 @@ def test_float64_problem_is_solved_in_float64(solver):
     ("solvers", "refits"),
     [
         (
-            [Prox(), Prox(Exponential(0.02, 1.1), 0.5, max_steps=50)],
+            [Prox(), Prox(Exponential(0.02, 1.1), momentum=0, max_steps=50)],
             [ConjugateGradients(), ConjugateGradients(3, 1e-2)],
         ),
         ([ADMM(), ADMM.in_steps(10)], [GradientSteps(), GradientSteps(steps=10)]),
@@ -654,7 +659,7 @@ def test_other_hyperparameter_values_do_not_compile_again(solvers, refits, monke
     for kind in (type(solvers[0]), type(refits[0])):
         monkeypatch.setattr(kind, "__call__", counted(kind.__call__))
     problem = make_problem("power_law", rows=5, width=12)
-    for solver, refit, damping in zip(solvers, refits, [0.01, 0.3], strict=True):
+    for solver, refit, damping in zip(solvers, refits, [0.01, 1], strict=True):
         solve(problem, solver, refit, damping=damping)
     assert len(traces) == 2
 

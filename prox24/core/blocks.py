@@ -86,12 +86,15 @@ def join(planes: Sequence[Array], axis: int = -1) -> Array:
     Returns:
       Array of that shape, M times longer along `axis`.
 
+    Raises:
+      ValueError: the planes have no such axis.
+
     Example:
       >>> join(split(jnp.arange(8))).tolist()
       [0, 1, 2, 3, 4, 5, 6, 7]
     """
+    axis = checked_axis(planes[0].shape, axis)
     shape = list(planes[0].shape)
-    axis = range(len(shape))[axis]
     blocks = _stack(tuple(planes), axis + 1)
     shape[axis] *= len(planes)
     return blocks.reshape(shape)

@@ -56,7 +56,7 @@ def diagnose(gram: Array) -> GramDiagnostics:
       `GramDiagnostics`; the floating figures have the dtype of `gram`.
 
     Raises:
-      ValueError: the gram is not square, or empty.
+      ValueError: the gram is not square, is empty, or has another dtype.
 
     Example:
       >>> figures = diagnose(jnp.array([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 9.0]]))
@@ -66,6 +66,8 @@ def diagnose(gram: Array) -> GramDiagnostics:
     width = len(gram) if gram.ndim else 0
     if not width or gram.shape != (width, width):
         raise ValueError(f"gram {gram.shape} is not (in, in)")
+    if gram.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"the gram is {gram.dtype}, not float32 or float64")
     gram = jnp.where(jnp.all(jnp.isfinite(gram)), gram, jnp.nan)
     rounding = _rounding(gram)
     dead = jnp.count_nonzero(jnp.diagonal(gram) == 0).astype(jnp.int32)

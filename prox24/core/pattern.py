@@ -1,6 +1,7 @@
 """What may be nonzero: N of every M consecutive entries, or a fraction of all entries."""
 
 import dataclasses
+import operator
 from typing import NamedTuple
 
 PatternLike = tuple[int, int]
@@ -58,7 +59,10 @@ def as_pattern(pattern: PatternLike) -> Pattern:
       >>> as_pattern((2, 4)).kept
       2
     """
-    kept, group = pattern
+    try:
+        kept, group = map(operator.index, pattern)
+    except (TypeError, ValueError):
+        raise ValueError(f"pattern {pattern} is not N:M, a pair of integers") from None
     if not 1 <= kept <= group:
         raise ValueError(f"pattern {kept}:{group} is not N:M with 1 <= N <= M")
     return Pattern(kept, group)

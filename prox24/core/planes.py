@@ -108,11 +108,12 @@ def _prox_jvp(
     acting = sum(here.astype(lam.dtype) for here in support) > kept
     lam = jnp.where(acting, lam, 0)
     magnitudes = [jnp.where(acting, jnp.abs(entry), 0) for entry in w]
+    # An infinite slope times a tangent of zero would be NaN.
+    largest = jnp.finfo(lam.dtype).max
+    slopes = [jnp.minimum(slope, largest) for slope in KEPT[kept].gradient(magnitudes)]
     r = [
         jnp.where(here, sign * d - dlam * slope, 0)
-        for here, sign, d, slope in zip(
-            support, signs, dy, KEPT[kept].gradient(magnitudes), strict=True
-        )
+        for here, sign, d, slope in zip(support, signs, dy, slopes, strict=True)
     ]
     dw = KEPT[kept].solve(magnitudes, support, lam, r)
     return w, tuple(sign * d for sign, d in zip(signs, dw, strict=True))

@@ -36,7 +36,8 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
 
     Returns:
       Array of the shape and dtype of `y`. A NaN or a negative `lam` makes its own block NaN and no
-      other; a block that holds an infinity may be NaN as well.
+      other; a block that holds an infinity may be NaN as well. CPUs read subnormal entries as
+      zeros, and may return those that are pruned as they are.
 
     Raises:
       ValueError: another pattern, no such axis, M does not divide its length, `lam` does not

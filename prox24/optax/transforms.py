@@ -101,7 +101,8 @@ def proximal(
       True
     """
 
-    check_kept(*as_pattern(pattern))
+    pattern = as_pattern(pattern)
+    check_kept(*pattern)
 
     def init(params: PyTree) -> ProximalState:
         del params

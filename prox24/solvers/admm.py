@@ -272,7 +272,9 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         after, before = (planes.split(each.sparse, pattern) for each in (end, state))
         change = changed(after, before, pattern)
         next_rho = solver.rho(Progress(end.rho, end.steps, change))
-        rho = jnp.where(end.steps < solver.steps, next_rho, end.rho)
+        ends = (end.steps >= solver.steps) | (change < solver.tolerance)
+        # The result is a projection of W + U, in units of the rho of the last step.
+        rho = jnp.where(ends, end.rho, next_rho)
         return end._replace(
             dual=end.dual * (end.rho / rho),
             rho=rho,

@@ -59,8 +59,8 @@ def inverse_factor(gram: Array, damping: Array) -> Factor:
     """Factors the inverse of the damped Gram, with more damping than asked for if it must.
 
     Where the damped Gram is not positive definite to rounding, damping becomes 1e-6 or ten times
-    what failed, whichever is more, up to 1. A Gram for which all fail, such as one that holds NaN,
-    keeps what was asked for, and U is NaN.
+    what failed, whichever is more, but at most 1. A Gram for which all fail, such as one that holds
+    NaN, keeps what was asked for, and U is NaN.
 
     Factoring G from its last row to its first gives G = R R^T with R upper triangular, so U = R^-1
     comes from one Cholesky factorization and one triangular solve, and G is never inverted.
@@ -113,11 +113,11 @@ def _with_enough_damping(
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         result, used, following = state
         first = jnp.isnan(used) & ~jnp.isnan(following)
-        return ~jnp.isfinite(result[-1, -1]) & (first | (following <= LARGEST_DAMPING))
+        return ~jnp.isfinite(result[-1, -1]) & (first | (used < LARGEST_DAMPING))
 
     def advance(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         used = state[2]
-        following = jnp.maximum(RAISE * used, jnp.asarray(FIRST_RAISED_DAMPING, used.dtype))
+        following = jnp.clip(RAISE * used, FIRST_RAISED_DAMPING, LARGEST_DAMPING)
         return attempt(damped_gram(gram, used)), used, following
 
     # One loop, so that the attempt is compiled once.

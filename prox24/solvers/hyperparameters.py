@@ -34,9 +34,15 @@ def hyperparameters(cls: type[T]) -> type[T]:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # mypy sees no dataclass here
     static = [field.name for field in fields if field.metadata.get("static")]
     traced = [field.name for field in fields if not field.metadata.get("static")]
+    floats = {field.name for field in fields if field.type is float}
+
+    def leaf(value: T, name: str) -> Any:
+        given = getattr(value, name)
+        # Of another dtype it would be of another program.
+        return float(given) if name in floats and isinstance(given, int) else given
 
     def flatten_with_keys(value: T) -> tuple[Iterable[tuple[Any, Any]], Any]:
-        keyed = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in traced]
+        keyed = [(jax.tree_util.GetAttrKey(name), leaf(value, name)) for name in traced]
         return keyed, (cls, *(getattr(value, name) for name in static))
 
     def flatten(value: T) -> tuple[Iterable[Any], Any]:

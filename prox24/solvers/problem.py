@@ -144,7 +144,18 @@ class Normalized(NamedTuple):
 def check_problem(
     problem: LayerProblem, pattern: PatternLike | Unstructured
 ) -> Pattern | Unstructured:
-    """Raises ValueError unless the shapes fit one another and the pattern divides the input."""
+    """Raises ValueError unless the arrays fit one another and the pattern divides the input."""
+    check_arrays(problem)
+    if isinstance(pattern, Unstructured):
+        return pattern
+    pattern, width = as_pattern(pattern), problem.weight.shape[1]
+    if width % pattern.group:
+        raise ValueError(f"input width {width} is not divisible by {pattern.group}")
+    return pattern
+
+
+def check_arrays(problem: LayerProblem) -> None:
+    """Raises ValueError unless they are floating-point and their shapes fit one another."""
     weight, gram = problem.weight.shape, problem.gram.shape
     for name, array in problem._asdict().items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -153,12 +164,6 @@ def check_problem(
         raise ValueError(f"weight {weight} and gram {gram} are not (out, in) and (in, in)")
     if 0 in weight:
         raise ValueError(f"weight {weight} has no entries")
-    if isinstance(pattern, Unstructured):
-        return pattern
-    pattern = as_pattern(pattern)
-    if weight[1] % pattern.group:
-        raise ValueError(f"input width {weight[1]} is not divisible by {pattern.group}")
-    return pattern
 
 
 def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Normalized:
@@ -249,7 +254,7 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PU
       Gram or the cross-Gram holds NaN.
 
     Raises:
-      ValueError: the pull is not positive and finite, or the cross-Gram's shape is not the Gram's.
+      ValueError: the pull is not positive and finite, or the shapes do not fit.
 
     Example:
       >>> x = jnp.eye(4)
@@ -259,6 +264,7 @@ def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PU
     """
     if not 0 < pull < math.inf:
         raise ValueError(f"a pull of {pull} is not positive and finite")
+    check_arrays(problem)
     if cross.shape != problem.gram.shape:
         raise ValueError(
             f"cross-Gram {cross.shape} is not of the Gram's shape {problem.gram.shape}"

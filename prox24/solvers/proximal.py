@@ -38,7 +38,7 @@ class Prox:
       max_steps: steps after which blocks that are still dense are cut; the status then says so.
 
     Raises:
-      ValueError: on a pattern other than 1:M and 2:M.
+      ValueError: on a pattern other than 1:M and 2:M, or 1:M with per_row.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, algorithm 1.
@@ -62,6 +62,8 @@ class Prox:
         """Finds a candidate; traceable, with the pattern static."""
         pattern = check_grouped(pattern, "prox")
         planes.check_kept(*pattern)
+        if self.per_row and pattern.kept == 1:
+            raise ValueError("per_row is for 2:M: of 1:M lam has no unit")
         normalized = normalize(problem.weight, damped_gram(problem.gram, damping))
         start, gram = to_planes(normalized, pattern)
         final = _iterate(start, gram, pattern, self)

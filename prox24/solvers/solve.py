@@ -94,7 +94,9 @@ def solve(
     pattern = check_problem(problem, pattern)
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping {damping} is not a nonnegative number")
-    weight, mask, figures = solve_program(problem, solver, refit, jnp.asarray(damping), pattern)
+    weight, mask, figures = solve_program(
+        problem, solver, refit, jnp.asarray(float(damping)), pattern
+    )
     statistics = Statistics(
         relative_loss=float(figures["relative_loss"]),
         relative_loss_before_refit=float(figures["relative_loss_before_refit"]),
