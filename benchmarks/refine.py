@@ -319,6 +319,8 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
         for row, gap in zip(rows, gaps(rows, texts), strict=True)
     }
     pruned_on = str(WINDOWS * LENGTH)
+    for axes in panels:
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     lines: dict[tuple[str, ...], list[np.ndarray]] = {}
     for (name, _, *place), point in points.items():
         run = by_name.get(name)  # None for what an older table had.
