@@ -224,8 +224,8 @@ def distill(
         with a quarter of zeros, or with more of them than the dense one's; a mask is to be found
         and a linear's input width is not divisible by 4; or a mask alone is asked for and the
         weights that it is for are pruned already.
-      CalibrationError: there are fewer than two steps' windows, or the loss is not finite before
-        the first step.
+      CalibrationError: there are fewer than two steps' windows, all are held out, or the loss is
+        not finite before the first step.
       Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
         of the second the heads or the width of a layer.
     """
@@ -253,7 +253,9 @@ def distill(
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
     if mask is None and not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config)):
-        raise CheckpointError(f"{pruned.path} has no zeros to keep in its linears: prune it first")
+        raise CheckpointError(
+            f"{pruned.path} has no more zeros in its linears than {dense.path}: prune it first"
+        )
     if mask is not None and mask.alone and _is_pruned(config, params):
         raise CheckpointError(f"{pruned.path} is pruned: a mask alone is put on dense weights")
     outer = _outer(embedding_weights(student) | head_weights(student), mesh)

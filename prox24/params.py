@@ -78,7 +78,8 @@ def prune_params(
     the input channel of a convolution and `head_dim` of an attention's output.
 
     All Grams come from the dense model: nothing makes up for what pruning one layer does to the
-    inputs of the next, see `prune_in_order`.
+    inputs of the next, see `prune_in_order`. A matrix that no row has met, as an expert may, is
+    pruned as if its Gram were the identity, of which its loss is then told.
 
     Args:
       params: pytree: dicts, `FrozenDict`, `nnx.State`, NNX or Equinox modules, lists, tuples.

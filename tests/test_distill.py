@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
 from prox24.distill import ModelRefinement, MovingMask, _functions, distill
+from prox24.errors import CalibrationError
 from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
 from prox24.optax import exponential, proximal
@@ -408,7 +410,25 @@ def test_a_dense_model_is_not_trained_as_a_pruned_one(workspace, capsys, zeros):
     command = ["distill", workspace / "dense", workspace / "dense", workspace / "out", "--quiet"]
     command += ["--text", workspace / "text.txt", "--sequence-length", "32", "--samples", "16"]
     assert main([*map(str, command)]) == 2
-    assert "dense has no zeros to keep in its linears: prune it first" in capsys.readouterr().err
+    assert "dense has no more zeros in its linears than" in capsys.readouterr().err
+
+
+def test_a_model_with_a_tenth_of_zeros_keeps_them(workspace):
+    options = ["--calibration", workspace / "text.txt", "--sequence-length", "32", "--samples", "8"]
+    given = ["prune", workspace / "model", workspace / "few", "--pattern", "10%", "--quiet"]
+    assert main([*map(str, given), "--method", "wanda", *map(str, options)]) == 0
+    shutil.rmtree(workspace / "pruned")
+    (workspace / "few").rename(workspace / "pruned")
+    assert distilled(workspace) == 0
+    trained, given = (open_checkpoint(workspace / name).read(Q_PROJ) for name in ("out", "pruned"))
+    np.testing.assert_array_equal(trained == 0, given == 0)
+
+
+def test_windows_that_are_all_held_out_are_refused(workspace):
+    dense, pruned = (open_checkpoint(workspace / name) for name in ("model", "pruned"))
+    windows = np.zeros((4, 32), np.int32)
+    with pytest.raises(CalibrationError, match="all 4 windows are held out"):
+        distill(dense, pruned, windows, ModelRefinement(held_out=1.0))
     assert not (workspace / "out").exists()
 
 

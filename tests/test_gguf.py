@@ -151,7 +151,7 @@ def test_heads_that_rotate_in_part_are_refused(tmp_path, monkeypatch):
     fits, part = tmp_path / f"{width}.gguf", tmp_path / f"{width // 2}.gguf"
     with pytest.raises(CheckpointError, match="missing"):  # this file holds no tensors
         open_checkpoint(fits)
-    with pytest.raises(UnsupportedModelError, match=f"{width // 2} of {width} entries rotate"):
+    with pytest.raises(UnsupportedModelError, match=f"is {width // 2}, a head has {width} entries"):
         open_checkpoint(part)
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jax import export
 from tiny import write_tiny
 
+from prox24.cli import tune
 from prox24.cli.main import main
 from prox24.packed import (
     Packed24,
@@ -628,6 +629,20 @@ def test_tune_measures_shapes_and_writes_the_table(tables, capsys):
         assert set(entry.seconds) == served
         assert entry.dense > 0
         assert table.choose(entry.case) == entry.fastest
+
+
+def test_what_tune_has_measured_is_kept_when_it_is_ended(tables, monkeypatch):
+    arguments = ["tune", "--shapes", "8x64,4x36", "--batches", "1", "--quiet"]
+    measure = tune.measure
+
+    def ended(case):
+        if case.inputs == 36:
+            raise KeyboardInterrupt
+        return measure(case)
+
+    monkeypatch.setattr(tune, "measure", ended)
+    assert main(arguments) == 130
+    assert [measured.case.inputs for measured in table.read("cpu")] == [64]
 
 
 def wrong_in_an_entry(x, values, codes):

@@ -36,13 +36,11 @@ NORM_LEAVES: dict[str, str] = {
     "mistral": "weight",
     "opt": "scale",
 }
-"""Language models with a Flax class, by model_type, and what it called the weight of a norm."""
+"""What the Flax class of a model_type called the weight of a norm."""
 
 EMBEDDINGS = (
     "embed_positions",
     "embed_tokens",
-    "position_embeddings",
-    "token_type_embeddings",
     "word_embeddings",
     "wpe",
     "wte",

@@ -183,8 +183,8 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
     rotated = fields.number("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise UnsupportedModelError(
-            f"of this GGUF's heads {rotated} of {head_dim} entries rotate, which its format does "
-            "not have with this architecture; prune the model's HF folder instead"
+            f"rope.dimension_count of the GGUF is {rotated}, a head has {head_dim} entries, of "
+            f"which {architecture.hf_class} rotates all; prune the model's HF folder instead"
         )
     config = {
         "architectures": [architecture.hf_class],

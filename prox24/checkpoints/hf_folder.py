@@ -1,7 +1,7 @@
 """The files of an HF folder: config.json, weights with or without an index, and what goes along."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,35 +108,32 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
-def open_shards(folder: Path, formats: Iterable[WeightFiles]) -> list[dict[str, TensorSource]]:
+def open_shards(folder: Path, formats: Sequence[WeightFiles]) -> list[dict[str, TensorSource]]:
     """The tensors of a folder, file by file, in the first of the formats that it has.
 
     Raises:
       CheckpointError: no weights, a shard that is missing or damaged, or an index that disagrees
         with the shards or points outside the folder.
     """
-    for files in formats:
-        if (folder / files.single_file).is_file():
-            return [_open_file(folder / files.single_file, files)]
-        if (folder / files.index_file).is_file():
-            return _open_index(folder, files)
-    names = ", ".join(files.single_file for files in formats)
-    raise CheckpointError(f"{folder} has no weights: none of {names}, nor an index of shards")
+    files = next((files for files in formats if files.are_in(folder)), None)
+    if files is None:
+        names = ", ".join(files.single_file for files in formats)
+        raise CheckpointError(f"{folder} has no weights: none of {names}, nor an index of shards")
+    if (folder / files.single_file).is_file():
+        return [_open_file(folder / files.single_file, files)]
+    return _open_index(folder, files)
 
 
-def weight_files(folder: Path, formats: Iterable[WeightFiles]) -> list[str]:
-    """Names of the files that `open_shards` reads; none where there are no weights.
+def weight_files(folder: Path, formats: Sequence[WeightFiles]) -> list[str]:
+    """Names of the files that `open_shards` reads of a folder that it has opened.
 
     Raises:
       CheckpointError: an index is damaged, or points outside the folder.
     """
-    for files in formats:
-        if (folder / files.single_file).is_file():
-            return [files.single_file]
-        if (folder / files.index_file).is_file():
-            shards = _read_index(folder / files.index_file).values()
-            return [files.index_file, *sorted(set(shards))]
-    return []
+    files = next(files for files in formats if files.are_in(folder))
+    if (folder / files.single_file).is_file():
+        return [files.single_file]
+    return [files.index_file, *sorted(set(_read_index(folder / files.index_file).values()))]
 
 
 def _read_index(index: Path) -> dict[str, str]:

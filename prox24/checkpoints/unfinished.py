@@ -140,12 +140,11 @@ def unfinished_folder(
                 yield Unfinished(work / "model", dict(done), finished, record)
                 with writing(destination):
                     _move_into_place(work, destination, overwrite)
-                done.clear()
+                    done.clear()
+                    synchronise(work.parent)
             except BaseException as error:
                 if isinstance(error, Prox24Error) and not isinstance(error, DiskError):
                     done.clear()  # The same command would end in the same way.
-                if not (work / "model").exists():
-                    done.clear()  # It is at the destination.
                 if done:
                     error.add_note(f"what is done is in {work}: the same command goes on with it")
                 raise
@@ -294,7 +293,6 @@ def _move_into_place(work: Path, destination: Path, overwrite: bool) -> None:
     folder.rename(destination)
     if replaced.exists():
         replaced.rename(work / "old")
-    synchronise(work.parent)
 
 
 def _put_back(work: Path, destination: Path) -> None:

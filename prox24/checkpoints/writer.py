@@ -294,7 +294,9 @@ def _write_companions(
         tokenizer = source.load_tokenizer()
         try:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers has no type for a disk that is full
+        except Exception as error:
+            if type(error) is not Exception:  # tokenizers's for a disk that is full
+                raise
             raise DiskError(f"cannot write {folder}: {first_line(error)}") from error
     if note is not None:
         with (folder / MODEL_CARD).open("ab") as card:
