@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prox24.calibration.calibrate import Calibration, InputGram, calibrate, survey_products
+from prox24.calibration.gram import identity_if_unseen
 from prox24.calibration.layout import Layout, from_matrices, to_matrices
 from prox24.calibration.products import Apply
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
@@ -234,10 +235,8 @@ def _prune(
         gram, rows, layout = grams[leaf.path]
         matrices = to_matrices(jnp.asarray(values[i]), layout)
         pruned: list[Array] = []
-        for problem, seen in zip(map(LayerProblem, matrices, gram), rows, strict=True):
-            if not seen:
-                identity = jnp.fill_diagonal(problem.gram, 1, inplace=False)
-                problem = problem._replace(gram=identity)
+        problems = map(LayerProblem, matrices, map(identity_if_unseen, gram, rows))
+        for problem, seen in zip(problems, rows, strict=True):
             solution = solve(problem, solver, refit, pattern=pattern, damping=damping)
             name = leaf.path if len(matrices) == 1 else f"{leaf.path}[{len(pruned)}]"
             if solution.status is Status.INDEFINITE:

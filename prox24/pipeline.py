@@ -21,6 +21,7 @@ from prox24.calibration.gram import (
     add_layer_inputs,
     empty_columns,
     empty_gram,
+    identity_if_unseen,
     over_devices,
 )
 from prox24.checkpoints.checkpoint import Checkpoint
@@ -383,8 +384,7 @@ def _prune_linears(
         given, (gram, tokens) = dense[linear.weight], grams[linear.input]
         # Columns of the weight are where those of the Gram are, if these are not everywhere.
         axis = 0 if gram.sharding.is_fully_replicated else 1
-        if not tokens:
-            gram = jnp.fill_diagonal(gram, 1, inplace=False)
+        gram = identity_if_unseen(gram, tokens)
         problem = LayerProblem(apart(given.astype(jnp.float32), model.mesh, axis), gram)
         if tokens and pull is not None:
             problem = correct_inputs(problem, crosses[linear.input], pull)

@@ -47,6 +47,12 @@ def command(workspace, destination="out", *more, method="wanda"):
     return [str(argument) for argument in [*every, "--quiet", *more]]
 
 
+def in_shards(tmp_path):
+    write_tiny(tmp_path / "model")
+    given = [str(tmp_path / name) for name in ("model", "shards")]
+    return ["convert", *given, "--shard-size", "20KB", "--quiet"]
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -662,7 +668,7 @@ def test_weights_that_are_not_read_may_be_deleted(workspace, monkeypatch):
 
 
 def test_every_shard_that_is_read_decides_a_run(tmp_path):
-    assert main(convert(tmp_path)) == 0
+    assert main(in_shards(tmp_path)) == 0
     files = source_files(tmp_path / "shards")
     assert len(files) > 3
     assert files.keys() == {
@@ -675,12 +681,6 @@ def test_every_shard_that_is_read_decides_a_run(tmp_path):
         check_unchanged(tmp_path / "shards", files)
 
 
-def convert(tmp_path):
-    write_tiny(tmp_path / "model")
-    given = [str(tmp_path / name) for name in ("model", "shards")]
-    return ["convert", *given, "--shard-size", "20KB", "--quiet"]
-
-
 def test_a_file_system_that_cannot_wait_for_names_is_written_to(tmp_path, monkeypatch):
     fsync, refused = os.fsync, []
 
@@ -691,7 +691,7 @@ def test_a_file_system_that_cannot_wait_for_names_is_written_to(tmp_path, monkey
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", of_files)
-    assert main(convert(tmp_path)) == 0
+    assert main(in_shards(tmp_path)) == 0
     assert refused
 
 

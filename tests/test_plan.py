@@ -224,6 +224,8 @@ def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):
     assert (said["devices"], said["micro_batch_windows"], said["fits"]) == (4, 4, True)
     assert said["fitting_micro_batch_windows"] == 2
     rows = said
+    assert main([*arguments, "--json", "--devices", str(10**12)]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"] == 16
     assert main([*arguments, "--json", "--devices", "4", "--shard-grams"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["layer_gram_bytes"] == rows["layer_gram_bytes"] / 4
