@@ -97,10 +97,9 @@ class ModelRefinement:
       warmup: the share of the steps in which the rate rises.
       micro_batches: in which the windows of a step are computed one after the other, for memory.
       compute_dtype: of the operands of products with the weights of the layers' linears and of the
-        head, forwards and backwards: "float32", at the highest precision, or "bfloat16", whose
-        products are summed in float32. All else is float32, the dense model's layers included, but
-        for the gradients of these weights, which are rounded to bfloat16 when devices have added
-        them.
+        head, forwards and backwards, in both models: "float32", at the highest precision, or
+        "bfloat16", whose products are summed in float32. All else is float32, but for the gradients
+        of these weights, which are rounded to bfloat16 when devices have added them.
 
     Raises:
       Prox24Error: the micro-batches do not divide the windows of a step.
@@ -258,26 +257,29 @@ def distill(
         )
     if mask is not None and mask.alone and _is_pruned(config, params):
         raise CheckpointError(f"{pruned.path} is pruned: a mask alone is put on dense weights")
-    outer = _outer(embedding_weights(student) | head_weights(student), mesh)
+    dtype = refinement.compute_dtype
+    around = _around(embedding_weights(student) | head_weights(student), mesh)
+    head = _head(config, dtype, around)
     taught = refinement.cross_entropy < 1
     batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
     if taught:
-        targets = _targets(teacher, windows, micro_batch)
-        of_teacher = (_shared(_outer(head_weights(teacher), mesh), outer), None)
+        targets = _targets(teacher, windows, micro_batch, dtype)
+        of_teacher = _shared(_head(config, dtype, _around(head_weights(teacher), mesh)), head)
     else:  # Not looked at.
-        targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), None
+        targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), head
     units = None
     if mask is not None and mask.normalised:
         units = _mean_magnitudes(config, params)
         params = jax.tree.map(jnp.divide, params, units)
+    outer = _Outer({name: around[name] for name in decoder.embedding_shapes(config)}, head, units)
     trained = refine.distill(
-        *_functions(config, mesh, refinement.compute_dtype),
+        *_functions(config, mesh, dtype),
         params,
-        (outer, units),
+        outer,
         batches,
         targets,
         _optimizer(config, refinement, steps),
-        teacher=of_teacher,
+        teacher=outer._replace(head=of_teacher),
         cross_entropy=refinement.cross_entropy,
         passes=refinement.passes,
         held_out=held_out * refinement.micro_batches,
@@ -313,31 +315,46 @@ def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
     return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
 
 
-def _outer(weights: Weights, mesh: Mesh | None) -> Weights:
+def _around(weights: Weights, mesh: Mesh | None) -> Weights:
+    """What is before or behind the layers, on its devices."""
     if mesh is None:
         return weights
     return {name: jax.device_put(w, partition.outer(mesh, w.shape)) for name, w in weights.items()}
 
 
+def _head(config: Config, compute_dtype: str, weights: Weights) -> Weights:
+    """Of weights around the layers those behind them, rounded once for all steps."""
+    behind = {name: weights[name] for name in decoder.head_shapes(config)}
+    return decoder.computed_in(compute_dtype, behind, {decoder.head_weight(config.head)})
+
+
 def _shared(weights: Weights, others: Weights) -> Weights:
     """The weights, of which those that equal the others' are not in memory twice."""
 
-    def equal(a: Array, b: Array) -> bool:
-        return a.dtype == b.dtype and bool(jnp.all(a == b))
+    def shared(weight: Array, other: Array) -> Array:
+        equal = weight.dtype == other.dtype and bool(jnp.all(weight == other))
+        return other if equal else weight
 
-    return {name: others[name] if equal(w, others[name]) else w for name, w in weights.items()}
+    return jax.tree.map(shared, weights, others)
 
 
-def _targets(model: Model, windows: NDArray[np.int32], size: int) -> list[NDArray[np.float32]]:
+def _targets(
+    model: Model, windows: NDArray[np.int32], size: int, compute_dtype: str
+) -> list[NDArray[np.float32]]:
     """What the last layer puts out, by batch: shape (size, length, hidden)."""
-    hidden = list(embed_windows(model, windows, size))
-    for index in range(len(model.config.layers)):
-        run_in_place(model, index, layer_weights(model, index), hidden)
+    config, hidden = model.config, list(embed_windows(model, windows, size))
+    for index in range(len(config.layers)):
+        weights = decoder.computed_in(compute_dtype, layer_weights(model, index), _linears(config))
+        run_in_place(model, index, weights, hidden)
     return hidden
 
 
-_Outer = tuple[Weights, whole.Stacked | None]
-"""What is before and behind the layers, and the units of their tensors."""
+class _Outer(NamedTuple):
+    """What a training computes with besides the layers, and the units of their tensors."""
+
+    embedding: Weights
+    head: Weights
+    units: whole.Stacked | None
 
 
 @functools.lru_cache(maxsize=4)
@@ -355,13 +372,12 @@ def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[F
         )
 
     def features(params: whole.Stacked, outer: _Outer, tokens: Array) -> Array:
-        weights, units = outer
-        layers = list(zip(params, [None] * len(params) if units is None else units, strict=True))
-        return whole.features(config, layers, weights, in_parts(tokens, mesh), enter)
+        units = [None] * len(params) if outer.units is None else outer.units
+        layers = list(zip(params, units, strict=True))
+        return whole.features(config, layers, outer.embedding, in_parts(tokens, mesh), enter)
 
     def logits(outer: _Outer, hidden: Array) -> Array:
-        head = {decoder.head_weight(config.head)}
-        return decoder.logits(config, decoder.computed_in(compute_dtype, outer[0], head), hidden)
+        return decoder.logits(config, outer.head, hidden)
 
     return features, logits
 

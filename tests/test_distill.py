@@ -16,7 +16,7 @@ from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
-from prox24.distill import ModelRefinement, MovingMask, _functions, distill
+from prox24.distill import ModelRefinement, MovingMask, _functions, _head, _Outer, _targets, distill
 from prox24.errors import CalibrationError
 from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
@@ -173,6 +173,14 @@ def test_unequal_batches_and_a_share_beyond_one_are_refused(student):
         )
 
 
+def exact_hidden(model, ids):
+    """What the last layer puts out, layer by layer."""
+    hidden = decoder.embed(model.config, embedding_weights(model), jnp.asarray(ids))
+    for index, spec in enumerate(model.config.layers):
+        hidden = decoder.layer(spec, layer_weights(model, index), hidden, decoder.no_tap)
+    return hidden
+
+
 @pytest.mark.parametrize("variant", ["llama1", "gpt2", "gemma2"])
 def test_the_whole_model_is_its_layers(tmp_path, variant):
     write_tiny(tmp_path / "model", variant)
@@ -180,9 +188,7 @@ def test_the_whole_model_is_its_layers(tmp_path, variant):
     ids = jnp.asarray(tokens(batch=2, length=24))
     layers = [layer_weights(model, index) for index in range(len(model.config.layers))]
     outer = embedding_weights(model) | head_weights(model)
-    expected = decoder.embed(model.config, outer, ids)
-    for spec, weights in zip(model.config.layers, layers, strict=True):
-        expected = decoder.layer(spec, weights, expected, decoder.no_tap)
+    expected = exact_hidden(model, ids)
     stacked = whole.stacked(
         model.config,
         lambda index, name: layers[index][name],
@@ -203,13 +209,14 @@ def test_linears_and_head_multiply_in_bfloat16_and_little_is_lost(tmp_path, vari
         lambda index, name: layer_weights(model, index)[name],
         lambda name, tensors: jnp.stack(tensors),
     )
-    outer = (embedding_weights(model) | head_weights(model), None)
+    around = embedding_weights(model) | head_weights(model)
     ids = jnp.asarray(tokens(batch=2, length=24))
     gradients, products = [], []
     for dtype in decoder.COMPUTE_DTYPES:
         features, logits = _functions(model.config, None, dtype)
+        outer = _Outer(around, _head(model.config, dtype, around), None)
 
-        def loss(params, features=features, logits=logits):
+        def loss(params, features=features, logits=logits, outer=outer):
             return jnp.mean(logits(outer, features(params, outer, ids)) ** 2)
 
         gradient = jax.jit(jax.grad(loss))
@@ -383,6 +390,16 @@ def test_the_mask_is_found_from_the_dense_model(workspace, mask, capsys):
     kept = open_checkpoint(workspace / "out").read(Q_PROJ) != 0
     largest = prox24.top_mask(np.abs(open_checkpoint(dense).read(Q_PROJ)))
     assert np.any(kept != largest)
+
+
+def test_the_dense_model_multiplies_in_the_same_dtype(workspace):
+    model = load_model(open_checkpoint(workspace / "model"))
+    windows = np.asarray(tokens(batch=4, length=24))
+    exact, rounded = (_targets(model, windows, 2, dtype) for dtype in decoder.COMPUTE_DTYPES)
+    expected = exact_hidden(model, windows)
+    np.testing.assert_allclose(np.concatenate(exact), expected, rtol=1e-5, atol=1e-5)
+    error = np.concatenate(rounded) - expected
+    assert 0 < np.max(np.abs(error)) < 0.03 * np.max(np.abs(expected))
 
 
 def test_the_dense_model_predicts_by_its_own_head(workspace, capsys):
