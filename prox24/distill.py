@@ -258,20 +258,19 @@ def distill(
     if mask is not None and mask.alone and _is_pruned(config, params):
         raise CheckpointError(f"{pruned.path} is pruned: a mask alone is put on dense weights")
     dtype = refinement.compute_dtype
-    around = _around(embedding_weights(student) | head_weights(student), mesh)
-    head = _head(config, dtype, around)
+    outer = _outer(student, mesh, dtype)
     taught = refinement.cross_entropy < 1
     batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
     if taught:
         targets = _targets(teacher, windows, micro_batch, dtype)
-        of_teacher = _shared(_head(config, dtype, _around(head_weights(teacher), mesh)), head)
+        of_teacher = _shared(_head(config, dtype, _placed(head_weights(teacher), mesh)), outer.head)
     else:  # Not looked at.
-        targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), head
+        targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), outer.head
     units = None
     if mask is not None and mask.normalised:
         units = _mean_magnitudes(config, params)
         params = jax.tree.map(jnp.divide, params, units)
-    outer = _Outer({name: around[name] for name in decoder.embedding_shapes(config)}, head, units)
+    outer = outer._replace(units=units)
     trained = refine.distill(
         *_functions(config, mesh, dtype),
         params,
@@ -315,15 +314,28 @@ def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
     return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
 
 
-def _around(weights: Weights, mesh: Mesh | None) -> Weights:
-    """What is before or behind the layers, on its devices."""
+class _Outer(NamedTuple):
+    """What a training computes with besides the layers, and the units of their tensors."""
+
+    embedding: Weights
+    head: Weights
+    units: whole.Stacked | None = None
+
+
+def _outer(model: Model, mesh: Mesh | None, compute_dtype: str) -> _Outer:
+    weights = _placed(embedding_weights(model) | head_weights(model), mesh)
+    embedding = {name: weights[name] for name in decoder.embedding_shapes(model.config)}
+    return _Outer(embedding, _head(model.config, compute_dtype, weights))
+
+
+def _placed(weights: Weights, mesh: Mesh | None) -> Weights:
     if mesh is None:
         return weights
     return {name: jax.device_put(w, partition.outer(mesh, w.shape)) for name, w in weights.items()}
 
 
 def _head(config: Config, compute_dtype: str, weights: Weights) -> Weights:
-    """Of weights around the layers those behind them, rounded once for all steps."""
+    """What is behind the layers, rounded once for all steps."""
     behind = {name: weights[name] for name in decoder.head_shapes(config)}
     return decoder.computed_in(compute_dtype, behind, {decoder.head_weight(config.head)})
 
@@ -347,14 +359,6 @@ def _targets(
         weights = decoder.computed_in(compute_dtype, layer_weights(model, index), _linears(config))
         run_in_place(model, index, weights, hidden)
     return hidden
-
-
-class _Outer(NamedTuple):
-    """What a training computes with besides the layers, and the units of their tensors."""
-
-    embedding: Weights
-    head: Weights
-    units: whole.Stacked | None
 
 
 @functools.lru_cache(maxsize=4)

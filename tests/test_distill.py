@@ -16,7 +16,7 @@ from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
-from prox24.distill import ModelRefinement, MovingMask, _functions, _head, _Outer, _targets, distill
+from prox24.distill import ModelRefinement, MovingMask, _functions, _outer, _targets, distill
 from prox24.errors import CalibrationError
 from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
@@ -209,12 +209,11 @@ def test_linears_and_head_multiply_in_bfloat16_and_little_is_lost(tmp_path, vari
         lambda index, name: layer_weights(model, index)[name],
         lambda name, tensors: jnp.stack(tensors),
     )
-    around = embedding_weights(model) | head_weights(model)
     ids = jnp.asarray(tokens(batch=2, length=24))
     gradients, products = [], []
     for dtype in decoder.COMPUTE_DTYPES:
         features, logits = _functions(model.config, None, dtype)
-        outer = _Outer(around, _head(model.config, dtype, around), None)
+        outer = _outer(model, None, dtype)
 
         def loss(params, features=features, logits=logits, outer=outer):
             return jnp.mean(logits(outer, features(params, outer, ids)) ** 2)
