@@ -13,7 +13,9 @@ weight = jax.random.normal(weight_key, (OUT, IN))
 strength = 1 / jnp.sqrt(1 + jnp.arange(IN, dtype=jnp.float32))
 mixing = jnp.linalg.qr(jax.random.normal(mixing_key, (IN, IN)))[0]
 tokens = (jax.random.normal(token_key, (TOKENS, IN)) * strength[None, :]) @ mixing
-problem = prox24.LayerProblem(weight, tokens.T @ tokens)
+# Accelerators round more than float32 does, unless they are told not to.
+gram = jnp.matmul(tokens.T, tokens, precision="highest")
+problem = prox24.LayerProblem(weight, gram)
 
 for solver in (
     prox24.Magnitude(),

@@ -13,7 +13,7 @@ from prox24.calibration.layout import Layout, from_matrices, to_matrices
 from prox24.calibration.products import Apply
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.errors import CalibrationError, SolverError
-from prox24.optax.leaves import Leaf, Mask, PyTree, describe, spread
+from prox24.optax.leaves import Leaf, Mask, PyTree, describe, nonzeros, spread
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem, Statistics, Status
 from prox24.solvers.refit import ConjugateGradients
@@ -60,6 +60,11 @@ class PrunedParams(NamedTuple):
     params: PyTree
     leaves: tuple[Leaf, ...]
     reports: list[WeightReport]
+
+    @property
+    def kept(self) -> PyTree:
+        """For `prox24.optax.keep_pattern`: the nonzeros of what was pruned, and all else."""
+        return nonzeros(self.params, self.leaves)
 
 
 def prune_params(

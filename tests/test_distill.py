@@ -87,6 +87,18 @@ def test_the_loss_is_what_is_defined(student, share, other_head):
     np.testing.assert_allclose(refined.losses, expected, rtol=1e-5)
 
 
+def test_without_a_share_the_text_may_hold_what_is_excluded(student):
+    _, pruned, outer, ids, targets = student
+
+    def excluding(outer, hidden):
+        return logits(outer, hidden).at[..., ids[0][0, 1]].set(-jnp.inf)
+
+    refined = refine.distill(
+        features, excluding, pruned, outer, ids, targets, optax.adam(0.01), passes=2
+    )
+    assert refined.outcome is refine.Outcome.IMPROVED
+
+
 def test_the_text_alone_needs_no_teacher(student):
     *others, targets = student
     unknown = (*others, [jnp.full_like(target, jnp.nan) for target in targets])

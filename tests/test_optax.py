@@ -488,9 +488,11 @@ def test_kept_of_another_shape_names_the_leaf():
         keep_pattern(optax.sgd(0.1), tree).init(parameters())
 
 
-def test_states_can_be_mapped_like_parameters():
+@pytest.mark.parametrize("kept", ["none", "tree", "function"])
+def test_states_can_be_mapped_like_parameters(kept):
     params = pruned_parameters()
-    transform = keep_pattern(optax.chain(optax.adam(0.1), proximal(1.0)))
+    given = {"none": None, "tree": kept_entries(params), "function": kept_entries}[kept]
+    transform = keep_pattern(optax.chain(optax.adam(0.1), proximal(1.0)), given)
     state = transform.init(params)
     mapped = optax.tree_utils.tree_map_params(transform, lambda leaf: "param", state)
     assert mapped.kept == jax.tree.map(lambda _: "param", params)

@@ -6,14 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import prox24
 from prox24 import ADMM, ConjugateGradients, LayerProblem, Magnitude, SparseGPT, Status, Wanda
 from prox24.errors import CalibrationError, SolverError
-from prox24.optax import by_path
+from prox24.optax import by_path, keep_pattern
 
+BASELINE = {"solver": Wanda(), "refit": None}
 MLP = ("first", "second", "third")
 
 
@@ -277,6 +279,24 @@ def test_what_is_not_pruned_says_why():
     assert reasons["mlp"] == "not in mask"
     assert reasons["spare"] == "no Gram: unused"
     assert [report.name for report in chosen.reports] == ["head"]
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), prox24.Unstructured(0.5)])
+def test_a_training_keeps_the_zeros_whatever_chose_them(pattern):
+    def apply(params, x):
+        return jnp.tanh(x @ params["first"]) @ params["head"] + params["bias"][None]
+
+    params = {"first": normal(16, 8), "head": normal(8, 10, seed=1), "bias": jnp.zeros(10, jnp.float32)}
+    calibration = prox24.calibrate(apply, params, [normal(64, 16, seed=2)])
+    everything = by_path(lambda path: path != "bias")
+    pruned = prox24.prune_params(params, calibration, pattern=pattern, mask=everything, **BASELINE)
+    optimizer = keep_pattern(optax.sgd(0.1), pruned.kept)
+    steps = jax.tree.map(jnp.ones_like, params)
+    steps, _ = optimizer.update(steps, optimizer.init(pruned.params), pruned.params)
+    for name in ("first", "head"):
+        assert np.mean(pruned.params[name] == 0) == 0.5
+        assert np.array_equal(steps[name] == 0, pruned.params[name] == 0)
+    assert np.all(steps["bias"] != 0)
 
 
 def test_too_few_rows_are_reported_and_only_damped():

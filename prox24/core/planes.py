@@ -108,9 +108,12 @@ def _prox_jvp(
     acting = sum(here.astype(lam.dtype) for here in support) > kept
     lam = jnp.where(acting, lam, 0)
     magnitudes = [jnp.where(acting, jnp.abs(entry), 0) for entry in w]
-    # An infinite slope times a tangent of zero would be NaN.
+    # An infinite slope times a tangent of zero would be NaN. What is zero is zero for every lam.
     largest = jnp.finfo(lam.dtype).max
-    slopes = [jnp.minimum(slope, largest) for slope in KEPT[kept].gradient(magnitudes)]
+    slopes = [
+        jnp.where(entry != 0, jnp.minimum(slope, largest), 0)
+        for entry, slope in zip(w, KEPT[kept].gradient(magnitudes), strict=True)
+    ]
     r = [
         jnp.where(here, sign * d - dlam * slope, 0)
         for here, sign, d, slope in zip(support, signs, dy, slopes, strict=True)

@@ -39,6 +39,9 @@ def check(
     so large that `proximal` keeps the N largest entries of every block. A transform behind it that
     scales, decays, clips, averages or adds noise leaves blocks with more nonzeros.
 
+    Parameters, gradients and the optimizer's state are made on the default device: for a model that
+    does not fit there, give the shapes of a smaller one with the same names.
+
     Args:
       optimizer: a transform that contains `proximal`.
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`; only shapes and dtypes matter.

@@ -2,7 +2,7 @@
 
 import collections
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +97,25 @@ def describe(
     return tuple(
         _leaf(path, leaf, pattern, axis, choice)
         for (path, leaf), choice in zip(leaves, chosen, strict=True)
+    )
+
+
+def nonzeros(params: PyTree, leaves: Sequence[Leaf]) -> PyTree:
+    """Of leaves that are pruned the nonzeros, of the others a scalar True.
+
+    Example:
+      >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 1))}
+      >>> found = nonzeros(params, describe(params))
+      >>> found["bias"].shape, found["kernel"].shape
+      ((), (4, 1))
+    """
+    weights, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(
+        structure,
+        [
+            weight != 0 if leaf.pruned else jnp.ones((), bool)
+            for leaf, weight in zip(leaves, weights, strict=True)
+        ],
     )
 
 

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from prox24.core.pattern import as_pattern
 from prox24.core.planes import check_kept
 from prox24.core.prox import prox
-from prox24.optax.leaves import Axis, Mask, PyTree, describe, named_leaves, spread
+from prox24.optax.leaves import Axis, Mask, PyTree, describe, named_leaves, nonzeros, spread
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 
@@ -149,7 +149,9 @@ def keep_pattern(
       inner: a whole optimizer.
       kept: bool pytree like the parameters or a prefix of it, True for entries to train, or a
         function of the parameters that returns one, called by `init`; None for `kept_entries`, the
-        nonzeros of the leaves that `proximal` prunes by default.
+        nonzeros of the leaves that `proximal` prunes by default. For those of other leaves it is
+        `kept_entries` with their mask, not the mask itself, which would train them whole; what
+        `prox24.prune_params` pruned has `kept` of its own.
 
     Returns:
       A transform whose state holds the kept entries and that of `inner`; extra arguments of
@@ -170,7 +172,9 @@ def keep_pattern(
         inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> KeepPatternState:
-        entries = spread(kept_entries if kept is None else kept, params)
+        # What optax maps states with is a placeholder without leaves, which no tree fits.
+        chosen = kept if kept is not None and jax.tree.leaves(params) else kept_entries
+        entries = spread(chosen, params)
         checked = [
             _checked_entries(path, entry, leaf)
             for (path, leaf), entry in zip(
@@ -220,15 +224,7 @@ def kept_entries(
       >>> kept["kernel"].ravel().tolist(), kept["bias"].tolist()
       ([True, False, False, True], True)
     """
-    leaves = describe(params, pattern, axis=axis, mask=mask)
-    weights, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(
-        structure,
-        [
-            weight != 0 if leaf.pruned else jnp.ones((), bool)
-            for leaf, weight in zip(leaves, weights, strict=True)
-        ],
-    )
+    return nonzeros(params, describe(params, pattern, axis=axis, mask=mask))
 
 
 def takes_extra_arguments(optimizer: optax.GradientTransformation) -> bool:

@@ -123,7 +123,7 @@ def distill(
     if not 0 <= cross_entropy <= 1:
         raise ValueError(f"a share of cross-entropy of {cross_entropy} is not from 0 to 1")
     return refine(
-        _loss(features, logits, cross_entropy < 1),
+        _loss(features, logits, cross_entropy < 1, cross_entropy > 0),
         params,
         (outer, outer if teacher is None else teacher, jnp.asarray(cross_entropy, jnp.float32)),
         list(zip(tokens, targets, strict=True)),
@@ -140,7 +140,9 @@ def distill(
 
 
 @functools.lru_cache(maxsize=16)
-def _loss(features: Features, logits: Logits, taught: bool) -> Loss:
+def _loss(features: Features, logits: Logits, taught: bool, mixed: bool) -> Loss:
+    """With or without the teacher, and the text's next tokens."""
+
     def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
         (outer, teacher, share), (tokens, targets) = constants, batch
         windows, length = tokens.shape
@@ -149,11 +151,12 @@ def _loss(features: Features, logits: Logits, taught: bool) -> Loss:
         @jax.checkpoint
         def of_chunk(chunk: list[Array]) -> tuple[Array, Array]:
             hidden, following, seen, predicts, *target = chunk
-            own = logits(outer, hidden)
-            entropy = optax.softmax_cross_entropy_with_integer_labels(
-                at_least_float32(own), following
-            )
-            gap = divergence(own, logits(teacher, *target)) if taught else jnp.zeros_like(entropy)
+            own = at_least_float32(logits(outer, hidden))
+            gap = entropy = jnp.zeros(following.shape, own.dtype)
+            if taught:
+                gap = divergence(own, logits(teacher, *target))
+            if mixed:
+                entropy = optax.softmax_cross_entropy_with_integer_labels(own, following)
             return jnp.sum(jnp.where(seen, gap, 0)), jnp.sum(jnp.where(predicts, entropy, 0))
 
         place = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)

@@ -97,6 +97,7 @@ def solve(
     weight, mask, figures = solve_program(
         problem, solver, refit, jnp.asarray(float(damping)), pattern
     )
+    figures = jax.device_get(figures)  # all at once
     statistics = Statistics(
         relative_loss=float(figures["relative_loss"]),
         relative_loss_before_refit=float(figures["relative_loss_before_refit"]),
