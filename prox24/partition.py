@@ -71,8 +71,8 @@ def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weight
     def common(name: str, weight: Array) -> Array:
         # The first is for the gradient: it would be whole on each device that has its own windows.
         for axes in ((TENSOR, AXIS), (TENSOR,)):
-            _, *spec = _spec(mesh, name, (1, *weight.shape), axes)
-            weight = divided(weight, PartitionSpec(*spec))
+            spec = [*_spec(mesh, name, (1, *weight.shape), axes)]
+            weight = divided(weight, PartitionSpec(*spec[1:]))
         return weight
 
     weights = {
@@ -83,16 +83,22 @@ def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weight
 
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
-    """Without the axes that do not divide their dimension: those devices have copies."""
+    """Without the axes that do not divide their dimension: those devices have copies.
+
+    As programs write it, without axes of one device and what is whole at the end: arrays that come
+    out of a step are then placed as those that went in, and it is compiled once.
+    """
     dimensions = {AXIS: 1, TENSOR: _shared_dimension(name)}
     parts: list[tuple[str, ...]] = [()] * len(shape)
     for axis in axes:
         dimension = dimensions[axis]
-        if dimension is None:
+        if dimension is None or mesh.shape[axis] == 1:
             continue
         divided = (*parts[dimension], axis)
         if shape[dimension] % math.prod(mesh.shape[part] for part in divided) == 0:
             parts[dimension] = divided
+    while parts and not parts[-1]:
+        parts.pop()
     return PartitionSpec(*(part or None for part in parts))
 
 

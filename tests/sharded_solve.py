@@ -40,7 +40,7 @@ from prox24.forward import (
 from prox24.models import whole
 from prox24.pipeline import collect, prune
 from prox24.plan import Method, layer_memory
-from prox24.refine import BlockRefinement
+from prox24.refine import BlockRefinement, training
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.proximal import Prox
@@ -358,7 +358,14 @@ def distillation_reports(folder):
     pruned = folder.with_name("pruned")
     tensors = collect(prune(checkpoint, windows[:8], Wanda(), None)).tensors
     write_checkpoint(checkpoint, pruned, tensors.items())
-    pruned, shares = open_checkpoint(pruned), []
+    pruned, shares, steps = open_checkpoint(pruned), [], []
+    step_of = training._advance
+
+    def watched(*arguments):
+        steps.append(step_of(*arguments))
+        return steps[-1]
+
+    training._advance = watched
 
     def trained(student, mesh, on_measured=lambda state: None, **options):
         def look(state):
@@ -383,7 +390,9 @@ def distillation_reports(folder):
         for tensor, more in ((1, {}), (2, {}), (4, {"micro_batches": 2})):
             together, found = trained(student, common_mesh(8 // tensor, tensor), **options, **more)
             pairs = zip(together.losses, alone.losses, strict=True)
+            (*_, step) = steps
             yield {
+                "compiled": step._cache_size(),
                 "distilled": together.outcome.value,
                 "tensor": tensor,
                 "moving": bool(options),

@@ -286,7 +286,11 @@ def test_a_training_keeps_the_zeros_whatever_chose_them(pattern):
     def apply(params, x):
         return jnp.tanh(x @ params["first"]) @ params["head"] + params["bias"][None]
 
-    params = {"first": normal(16, 8), "head": normal(8, 10, seed=1), "bias": jnp.zeros(10, jnp.float32)}
+    params = {
+        "first": normal(16, 8),
+        "head": normal(8, 10, seed=1),
+        "bias": jnp.zeros(10, jnp.float32),
+    }
     calibration = prox24.calibrate(apply, params, [normal(64, 16, seed=2)])
     everything = by_path(lambda path: path != "bias")
     pruned = prox24.prune_params(params, calibration, pattern=pattern, mask=everything, **BASELINE)

@@ -150,6 +150,7 @@ def test_a_model_is_distilled_alike_on_one_and_eight_devices(reports):
     ]
     for report in found:
         assert report["distilled"] == "improved"
+        assert report["compiled"] == 1  # of the first step and those that follow
         # Where the mask is to be found, rounding decides some blocks, and those all that follows.
         assert report["losses"] <= (0.05 if report["moving"] else 1e-5)
         assert report["same"] >= (0.99 if report["moving"] else 1)

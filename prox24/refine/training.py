@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from prox24.core.precision import working_dtype
 from prox24.optax import keep_pattern
@@ -206,6 +207,7 @@ def refine(
     transform = keep_pattern(optimizer, kept) if project is None else optimizer
     # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
     memory = _each_its_own(transform.init(jax.tree.map(jnp.copy, master)))
+    memory = _placed_like(master, memory)
     begun = Training(master, memory, best, [measure(best)], 0)
     del master, memory, best  # Where a state goes on, these are not needed any more.
     state = resume(begun)
@@ -228,6 +230,22 @@ def refine(
             state = state._replace(best=best, losses=losses)
             on_measured(state)
     return state.refined()._replace(resumed_steps=resumed_steps)
+
+
+def _placed_like(params: PyTree, tree: PyTree) -> PyTree:
+    """The tree, with what is on no device by choice on those of the parameters.
+
+    There a step leaves it; else the second step would be compiled anew.
+    """
+    placed = jax.tree.leaves(params)[0].sharding
+    if not isinstance(placed, NamedSharding):
+        return tree
+    everywhere = NamedSharding(placed.mesh, PartitionSpec())
+
+    def place(leaf: Any) -> Array:
+        return leaf if getattr(leaf, "committed", False) else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, tree)
 
 
 def _each_its_own(tree: PyTree) -> PyTree:
