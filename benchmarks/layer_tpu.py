@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from prox24.calibration.gram import GramSum, add_layer_inputs
+from prox24.calibration.gram import GramSum
+from prox24.calibration.layer import add_layer_inputs
 from prox24.core.pattern import Pattern
 from prox24.devices import AXIS
 from prox24.forward import run_layer

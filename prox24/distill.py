@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from prox24 import partition, refine
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.core.masks import top_mask
+from prox24.core.precision import check_compute_dtype
 from prox24.devices import AXIS, in_parts
 from prox24.errors import CalibrationError, CheckpointError, Prox24Error
 from prox24.forward import (
@@ -35,7 +36,7 @@ from prox24.forward import (
     run_in_place,
 )
 from prox24.models import decoder, whole
-from prox24.models.decoder import Config, Weights, check_compute_dtype
+from prox24.models.decoder import Config, Weights
 from prox24.optax import exponential, proximal
 from prox24.refine import Refined, Training
 from prox24.refine.distillation import Features, Logits

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from prox24.activations import ActivationFiles
 from prox24.calibration.gram import (
     Sums,
-    add_layer_inputs,
     empty_columns,
     empty_gram,
     identity_if_unseen,
     over_devices,
 )
+from prox24.calibration.layer import add_layer_inputs
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.core.masks import mean_sparsity

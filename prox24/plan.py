@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prox24.calibration.gram import Sums, add_layer_inputs, empty_gram, layer_inputs
+from prox24.calibration.gram import Sums, empty_gram
+from prox24.calibration.layer import add_layer_inputs, layer_inputs
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.core.precision import PRECISION
 from prox24.errors import Prox24Error

@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 from prox24 import forward, is_sparse, partition, pipeline
-from prox24.calibration.gram import add_in_turn, add_layer_inputs, empty_columns, empty_gram
+from prox24.calibration.gram import add_in_turn, empty_columns, empty_gram
+from prox24.calibration.layer import add_layer_inputs
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.training_state import states
 from prox24.checkpoints.writer import write_checkpoint

@@ -16,6 +16,7 @@ from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
+from prox24.core.precision import COMPUTE_DTYPES
 from prox24.distill import ModelRefinement, MovingMask, _functions, _outer, _targets, distill
 from prox24.errors import CalibrationError
 from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
@@ -223,7 +224,7 @@ def test_linears_and_head_multiply_in_bfloat16_and_little_is_lost(tmp_path, vari
     )
     ids = jnp.asarray(tokens(batch=2, length=24))
     gradients, products = [], []
-    for dtype in decoder.COMPUTE_DTYPES:
+    for dtype in COMPUTE_DTYPES:
         features, logits = _functions(model.config, None, dtype)
         outer = _outer(model, None, dtype)
 
@@ -406,7 +407,7 @@ def test_the_mask_is_found_from_the_dense_model(workspace, mask, capsys):
 def test_the_dense_model_multiplies_in_the_same_dtype(workspace):
     model = load_model(open_checkpoint(workspace / "model"))
     windows = np.asarray(tokens(batch=4, length=24))
-    exact, rounded = (_targets(model, windows, 2, dtype) for dtype in decoder.COMPUTE_DTYPES)
+    exact, rounded = (_targets(model, windows, 2, dtype) for dtype in COMPUTE_DTYPES)
     expected = exact_hidden(model, windows)
     np.testing.assert_allclose(np.concatenate(exact), expected, rtol=1e-5, atol=1e-5)
     error = np.concatenate(rounded) - expected

@@ -16,6 +16,7 @@ from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
+from prox24.core.precision import COMPUTE_DTYPES
 from prox24.errors import CalibrationError, CheckpointError
 from prox24.forward import all_linears, load_model
 from prox24.models import decoder
@@ -332,7 +333,7 @@ def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(tmp_path):
     write_tiny(tmp_path / "model")
     checkpoint, windows = open_checkpoint(tmp_path / "model"), tokens(batch=32, length=16)
     errors, weights = [], []
-    for dtype in decoder.COMPUTE_DTYPES:
+    for dtype in COMPUTE_DTYPES:
         refinement = BlockRefinement(rate=3e-3, passes=2, compute_dtype=dtype)
         model = collect(prune(checkpoint, windows, Wanda(), None, refinement=refinement))
         assert {report.block.outcome for report in model.reports} == {Outcome.IMPROVED}

@@ -1,4 +1,4 @@
-"""Grams of the inputs of a layer's linears, accumulated over micro-batches."""
+"""Grams of tokens, accumulated over micro-batches."""
 
 import functools
 from typing import NamedTuple
@@ -11,8 +11,6 @@ from jax.sharding import Mesh
 from prox24.core.placement import whole
 from prox24.core.precision import PRECISION
 from prox24.devices import apart, everywhere, parts, parts_or_copies
-from prox24.models import decoder
-from prox24.models.decoder import Layer
 
 
 class GramSum(NamedTuple):
@@ -84,11 +82,11 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     shape = (*(gram.tokens.shape or (1,)), -1, x.shape[-1])
     x, y = (tokens.reshape(shape).astype(jnp.float32) for tokens in (x, y))
     product = jnp.matmul(x.mT, y, precision=PRECISION).reshape(gram.total.shape)
-    tokens = jnp.sum(_is_sent(y), axis=-1, dtype=jnp.int32)
+    tokens = jnp.sum(is_sent(y), axis=-1, dtype=jnp.int32)
     return add(gram, GramSum(product, jnp.zeros_like(product), tokens.reshape(gram.tokens.shape)))
 
 
-def _is_sent(x: Array) -> Array:
+def is_sent(x: Array) -> Array:
     """Whether a token comes to a linear: one that goes to other experts is zero."""
     return jnp.any(x != 0, axis=-1)
 
@@ -136,59 +134,3 @@ def over_devices(gram: GramSum, mesh: Mesh | None) -> GramSum:
 @jax.jit
 def _add_parts(gram: GramSum) -> GramSum:
     return functools.reduce(add, map(GramSum, *gram))
-
-
-def layer_inputs(layer: Layer, weights: dict[str, Array], hidden: Array) -> dict[str, Array]:
-    """What the linears of a layer see, by the names that `tap` gives to inputs.
-
-    Args:
-      layer: which the weights are of.
-      weights: the layer's tensors.
-      hidden: shape (batch, length, hidden).
-
-    Returns:
-      Arrays (batch, length, in) for each input.
-    """
-    seen: dict[str, Array] = {}
-    decoder.layer(layer, weights, hidden, seen.__setitem__)
-    return seen
-
-
-@functools.partial(
-    jax.jit, static_argnames=("layer", "devices"), donate_argnames=("grams", "crosses")
-)
-def add_layer_inputs(
-    layer: Layer,
-    weights: dict[str, Array],
-    hidden: Array,
-    dense_hidden: Array | None,
-    grams: Sums,
-    crosses: Sums,
-    devices: int | None = None,
-) -> tuple[Sums, Sums]:
-    """Runs one layer on a micro-batch and adds what its linears see to their Grams.
-
-    Args:
-      layer: static.
-      weights: the layer's tensors.
-      hidden: shape (batch, length, hidden), of the pruned model.
-      dense_hidden: the same tokens in the dense model; None leaves the cross-Grams as they are.
-      grams: sums of x' x'^T, by the names that `tap` gives to inputs; donated.
-      crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated. Where x is zero,
-        as it is for a token that the dense model sends to other experts, x' takes its place.
-      devices: how many share the columns of every sum; static. None where each has its own sum.
-
-    Returns:
-      The updated Grams and cross-Grams.
-    """
-    put = add_tokens if devices is None else functools.partial(add_in_turn, devices=devices)
-    pruned = layer_inputs(layer, weights, hidden)
-    grams = {name: put(grams[name], x, x) for name, x in pruned.items()}
-    if dense_hidden is not None:
-        dense = layer_inputs(layer, weights, dense_hidden)
-        crosses = {
-            # What only the pruned model sends to an expert has the expert's own output as target.
-            name: put(crosses[name], jnp.where(_is_sent(dense[name])[..., None], dense[name], x), x)
-            for name, x in pruned.items()
-        }
-    return grams, crosses

@@ -29,8 +29,8 @@ from prox24.cli import (
     verify,
 )
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
+from prox24.core.precision import COMPUTE_DTYPES
 from prox24.errors import Prox24Error, first_line
-from prox24.models.decoder import COMPUTE_DTYPES
 from prox24.packed.codes import BLOCK
 from prox24.processes import is_missing_device, leave
 from prox24.solvers.solve import REFITS, SOLVERS

@@ -18,3 +18,17 @@ def working_dtype(given: np.dtype[Any]) -> type[jnp.floating]:
       dtype('float32')
     """
     return jnp.float64 if given == jnp.float64 else jnp.float32
+
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+"""In which products with linears may be computed."""
+
+
+def check_compute_dtype(dtype: str) -> None:
+    """Raises ValueError unless it is one of `COMPUTE_DTYPES`.
+
+    Example:
+      >>> check_compute_dtype("bfloat16")
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")

@@ -484,22 +484,8 @@ class InBfloat16(NamedTuple):
     weight: Array
 
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
-"""In which products with linears may be computed."""
-
-
-def check_compute_dtype(dtype: str) -> None:
-    """Raises ValueError unless it is one of `COMPUTE_DTYPES`.
-
-    Example:
-      >>> check_compute_dtype("bfloat16")
-    """
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")
-
-
 def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) -> dict[str, Any]:
-    """Weights whose linears are multiplied in one of `COMPUTE_DTYPES`.
+    """Weights whose linears are multiplied in one of `prox24.core.precision.COMPUTE_DTYPES`.
 
     Args:
       compute_dtype: "float32" leaves the weights as they are, to be multiplied in float32.

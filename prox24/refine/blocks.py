@@ -11,8 +11,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from prox24.core.precision import check_compute_dtype
 from prox24.errors import CalibrationError
-from prox24.models.decoder import check_compute_dtype
 from prox24.refine.training import (
     Loss,
     Project,
