@@ -65,6 +65,9 @@ def solve(
     weight in every step, and with the solvers that docs/scaling.md names they never exchange the
     Gram.
 
+    It ends on the host, where it looks at what the program found: call it outside of `jax.jit` and
+    `jax.vmap`.
+
     Args:
       problem: weight (out, in) and gram (in, in), in any floating dtype; the work is done in
         float32, or in float64 when the Gram is float64.
