@@ -104,8 +104,7 @@ def prune_params(
 
     Raises:
       SolverError: a solution is not finite; names the weight.
-      ValueError: no weight is pruned, which says why; a Gram does not fit its weight, or the solver
-        does not support the pattern.
+      ValueError: a Gram does not fit its weight, or the solver does not support the pattern.
 
     Example:
       >>> from prox24 import calibrate
@@ -220,11 +219,7 @@ def _choose(
             return leaf._replace(axis=axis, pruned=True, reason=reason)
         return leaf._replace(axis=axis, pruned=False, reason=reason)
 
-    leaves = tuple(map(choose, by_name, wanted))
-    if not any(leaf.pruned for leaf in leaves):
-        why = [f"{leaf.path} ({leaf.reason})" for leaf in leaves if len(leaf.shape) > 1]
-        raise ValueError(f"no leaf is pruned: {', '.join(why[:3]) or 'none has two dimensions'}")
-    return leaves
+    return tuple(map(choose, by_name, wanted))
 
 
 def _prune(

@@ -303,17 +303,6 @@ def test_a_training_keeps_the_zeros_whatever_chose_them(pattern):
     assert np.all(steps["bias"] != 0)
 
 
-def test_a_model_of_which_nothing_is_pruned_says_why():
-    params, x = {"kernel": normal(6, 5), "bias": jnp.zeros(5, jnp.float32)}, normal(64, 6, seed=1)
-    calibration = prox24.calibrate(lambda params, x: x @ params["kernel"], params, [x])
-    for mask, why in (
-        (None, "axis 0 is not divisible by 4"),
-        (lambda params: False, "not in mask"),
-    ):
-        with pytest.raises(ValueError, match=rf"no leaf is pruned: kernel \({why}\)"):
-            prox24.prune_params(params, calibration, mask=mask)
-
-
 def test_too_few_rows_are_reported_and_only_damped():
     params = {"kernel": normal(16, 4)}
     few, enough = (

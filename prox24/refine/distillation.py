@@ -85,7 +85,8 @@ def distill(
       targets: hidden states of the dense model for each; with a share of 1 not looked at.
       optimizer: compiled once for each object, and for each pair of functions.
       teacher: what `outer` is in the dense model; None if it is the same.
-      cross_entropy: the share c, from 0 to 1; with 1 the teacher is not asked.
+      cross_entropy: the share c, from 0 to 1; with 1 the teacher is not asked, with 0 the next
+        tokens are not looked at.
       passes: as `prox24.refine.training.refine` has it, and all that follow.
       held_out: batches, from the end.
       micro_batches: batches that make one step, by the mean of their gradients.
@@ -140,7 +141,7 @@ def distill(
 
 
 @functools.lru_cache(maxsize=16)
-def _loss(features: Features, logits: Logits, taught: bool, mixed: bool) -> Loss:
+def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) -> Loss:
     """With or without the teacher, and the text's next tokens."""
 
     def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
@@ -155,7 +156,7 @@ def _loss(features: Features, logits: Logits, taught: bool, mixed: bool) -> Loss
             gap = entropy = jnp.zeros(following.shape, own.dtype)
             if taught:
                 gap = divergence(own, logits(teacher, *target))
-            if mixed:
+            if reads_text:
                 entropy = optax.softmax_cross_entropy_with_integer_labels(own, following)
             return jnp.sum(jnp.where(seen, gap, 0)), jnp.sum(jnp.where(predicts, entropy, 0))
 

@@ -90,7 +90,8 @@ def solve(
     Example:
       >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
       >>> tokens = jax.random.normal(jax.random.key(1), (64, 16))
-      >>> solution = solve(LayerProblem(weight, tokens.T @ tokens))
+      >>> gram = jnp.matmul(tokens.T, tokens, precision="highest")
+      >>> solution = solve(LayerProblem(weight, gram))
       >>> solution.status, int(solution.mask.sum())
       (<Status.SPARSE: 'sparse'>, 64)
     """
