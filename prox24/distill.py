@@ -267,11 +267,9 @@ def distill(
         of_teacher = _shared(_head(config, dtype, _placed(head_weights(teacher), mesh)), outer.head)
     else:  # Not looked at.
         targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), outer.head
-    units = None
     if mask is not None and mask.normalised:
-        units = _mean_magnitudes(config, params)
-        params = jax.tree.map(jnp.divide, params, units)
-    outer = outer._replace(units=units)
+        outer = outer._replace(units=_mean_magnitudes(config, params))
+        params = jax.tree.map(jnp.divide, params, outer.units)
     trained = refine.distill(
         *_functions(config, mesh, dtype),
         params,
@@ -295,7 +293,9 @@ def distill(
     if not math.isfinite(trained.losses[0]):
         raise CalibrationError(f"{pruned.path}: the loss on the text is {trained.losses[0]}")
     tokens = trained.steps * size * windows.shape[1]
-    found = trained.params if units is None else jax.tree.map(jnp.multiply, trained.params, units)
+    found = trained.params
+    if outer.units is not None:
+        found = jax.tree.map(jnp.multiply, found, outer.units)
     tensors = _named(config, found)
     if mask is not None and mask.alone:
         linears = {linear.tensor for linear in all_linears(config)}

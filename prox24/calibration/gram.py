@@ -87,7 +87,14 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
 
 
 def is_sent(x: Array) -> Array:
-    """Whether a token comes to a linear: one that goes to other experts is zero."""
+    """Whether a token comes to a linear: one that goes to other experts is zero.
+
+    Args:
+      x: tokens, shape (..., in).
+
+    Returns:
+      Bools, shape (...).
+    """
     return jnp.any(x != 0, axis=-1)
 
 

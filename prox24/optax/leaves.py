@@ -103,6 +103,13 @@ def describe(
 def nonzeros(params: PyTree, leaves: Sequence[Leaf]) -> PyTree:
     """Of leaves that are pruned the nonzeros, of the others a scalar True.
 
+    Args:
+      params: pytree of arrays.
+      leaves: of it, as `describe` lists them.
+
+    Returns:
+      Bool pytree like `params`.
+
     Example:
       >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 1))}
       >>> found = nonzeros(params, describe(params))
