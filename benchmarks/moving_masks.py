@@ -43,9 +43,9 @@ from prox24.refine.blocks import relative_error
 from prox24.refine.training import Loss, Refined, refine
 from prox24.solvers.solve import Refit, Solver
 
-LENGTH, BATCH = 512, 4
-HELD_OUT, TESTED = 2, 2
-"""Batches: the last before those that are tested, and the last."""
+LENGTH = 512
+HELD_OUT, TESTED = 8, 8
+"""Windows: the last before those that are tested, and the last."""
 FIRST, LAST = 1e-3, 1e3
 """Of lambda."""
 
@@ -63,18 +63,29 @@ class Layer(NamedTuple):
     problems: dict[str, LayerProblem]
     batches: list[Batch]
 
+    def steps(self, windows: int) -> int:
+        """Batches that have so many windows."""
+        return windows // len(self.batches[0][0])
+
+    @property
+    def seen(self) -> list[Batch]:
+        """By a training, held out or not."""
+        return self.batches[: -self.steps(TESTED)]
+
     @property
     def steps_of_pass(self) -> int:
-        return len(self.batches) - HELD_OUT - TESTED
+        return len(self.seen) - self.steps(HELD_OUT)
 
 
-def dense_layers(indices: list[int], calibration: Path | None, samples: int) -> Iterator[Layer]:
+def dense_layers(
+    indices: list[int], calibration: Path | None, samples: int, step_windows: int
+) -> Iterator[Layer]:
     """Each with the dense model's own activations."""
     checkpoint = open_checkpoint(fetch_model(Path(".cache")))
     model = load_model(checkpoint)
     text = text_or_packaged(calibration, "speeches.txt")
     ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
-    hidden = list(embed_windows(model, drawn_windows(ids, samples, LENGTH, 0), BATCH))
+    hidden = list(embed_windows(model, drawn_windows(ids, samples, LENGTH, 0), step_windows))
     for index in range(max(indices) + 1):
         weights, inputs = layer_weights(model, index), list(hidden)
         run_in_place(model, index, weights, hidden)
@@ -150,10 +161,10 @@ def trained(
         layer.loss,
         params,
         layer.scales,
-        layer.batches[:-TESTED],
+        layer.seen,
         optimizer,
         passes=passes,
-        held_out=HELD_OUT,
+        held_out=layer.steps(HELD_OUT),
         kept=kept(layer, params),
     )
 
@@ -168,8 +179,8 @@ def fixed(layer: Layer, params: Weights, rate: float, passes: int) -> Weights:
 def refined(layer: Layer, params: Weights, rate: float, passes: int) -> Weights:
     """Of what `--refine block` does."""
     own = layer._replace(scales={name: jnp.ones_like(s) for name, s in layer.scales.items()})
-    batches = layer.steps_of_pass + HELD_OUT
-    optimizer = BlockRefinement(rate, passes, HELD_OUT / batches).optimizer(batches)
+    held_out = layer.steps(HELD_OUT) / len(layer.seen)
+    optimizer = BlockRefinement(rate, passes, held_out).optimizer(len(layer.seen))
     return trained(own, scaled(own.scales, params), optimizer, passes).params
 
 
@@ -183,10 +194,10 @@ def moving(
         layer.loss,
         scaled(layer.scales, params),
         layer.scales,
-        layer.batches[:-TESTED],
+        layer.seen,
         pruning(rate, (passes - last) * layer.steps_of_pass, frozenset(layer.scales)),
         passes=passes - last,
-        held_out=HELD_OUT,
+        held_out=layer.steps(HELD_OUT),
         project=functools.partial(pattern, layer),
         # Of the last step, at which lambda has grown, not of the best before that.
         on_measured=lambda state: masters.append(jax.tree.map(jnp.copy, state.master)),
@@ -197,7 +208,8 @@ def moving(
 def error(layer: Layer, params: Weights) -> float:
     """On the batches that no training sees."""
     given = scaled(layer.scales, params)
-    losses = [jax.jit(layer.loss)(given, layer.scales, batch) for batch in layer.batches[-TESTED:]]
+    tested = layer.batches[-layer.steps(TESTED) :]
+    losses = [jax.jit(layer.loss)(given, layer.scales, batch) for batch in tested]
     return float(np.mean(losses))
 
 
@@ -245,19 +257,24 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 15, 29])
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens")
+    parser.add_argument("--step-windows", type=int, default=4, choices=(1, 2, 4, 8))
     parser.add_argument("--passes", type=int, default=6)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--only", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     arguments = parser.parse_args()
     if arguments.passes < 4:
         parser.error("with fewer than 4 passes the two ways to move a mask are one")
-    if arguments.samples // BATCH <= HELD_OUT + TESTED:
+    if arguments.samples <= HELD_OUT + TESTED:
         parser.error(f"--samples {arguments.samples} leave none to train on")
+    if arguments.samples % arguments.step_windows:
+        parser.error(f"--samples {arguments.samples} are no whole number of --step-windows")
     table = Table()
     table.add_column("layer, rate", no_wrap=True)
     for title in (*SOLVED, *arguments.only):
         table.add_column(title, justify="right")
-    layers = dense_layers(arguments.layers, arguments.calibration, arguments.samples)
+    layers = dense_layers(
+        arguments.layers, arguments.calibration, arguments.samples, arguments.step_windows
+    )
     for index, layer in zip(sorted(arguments.layers), layers, strict=True):
         pruned = {name: solved(layer, *method) for name, method in SOLVED.items()}
         before = [f"{error(layer, weights):.5f}" for weights in pruned.values()]

@@ -5,30 +5,32 @@
 Every mask is found on the first 64 windows of 512 tokens of the calibration text, in an order drawn
 by the seed; the refinements see those and the windows that follow. Each row runs in a process of
 its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
-is there already is skipped, so that an interrupted command can be given again. Pruned models are
-kept in FOLDER/models of the cache, by method and windows. FOLDER/refine.png shows the gap in
-log-perplexity to the dense model against the tokens trained on and the seconds, pruning included.
-With --bigbench FILE every model answers the questions of multiple_choice.py, too. Printed are the
-table, and how much of what is evaluated is in the calibration text word for word.
+is there already is skipped, so that an interrupted command can be given again. Pruned and refined
+models are kept in FOLDER/models of the cache, from which --unseen and --evaluation-windows evaluate
+them again. FOLDER/refine.png shows the gap in log-perplexity to the dense model against the tokens
+trained on and the seconds, pruning included. With --bigbench FILE every model answers the questions
+of multiple_choice.py, too. Printed are the table, and how much of what is evaluated is in the
+calibration text word for word.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-from model import add_row, check_columns, drawn_windows, read_rows, with_tensors
+from model import add_row, check_columns, drawn_windows, read_rows
 from multiple_choice import Question, accuracies, read_questions
 from rich.console import Console
 from rich.table import Table
@@ -40,9 +42,8 @@ from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo import fetch_model
 from prox24.cli.output import peak_memory_bytes
 from prox24.distill import ModelRefinement, MovingMask, distill
-from prox24.forward import batch_size
 from prox24.perplexity import perplexity
-from prox24.pipeline import PrunedModel, collect, prune
+from prox24.pipeline import collect, prune
 from prox24.refine import BlockRefinement
 from prox24.solvers.problem import DEFAULT_PULL
 from prox24.solvers.solve import Refit, Solver
@@ -67,11 +68,15 @@ MOVING = {
     "ProxSparse's mask": ModelRefinement.proxsparse(),
 }
 """Of the dense model: what finds a mask while it trains."""
+LONG_STEPS = BlockRefinement(step_tokens=2048)
 BLOCKS = {
-    f"block, bfloat16, passes: {passes}": BlockRefinement(passes=passes, compute_dtype="bfloat16")
+    f"block, bfloat16, passes: {passes}": dataclasses.replace(
+        LONG_STEPS, passes=passes, compute_dtype="bfloat16"
+    )
     for passes in (1, 5, 18)
 }
 """Over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024."""
+SHORT_STEPS = BlockRefinement(compute_dtype="bfloat16")
 QUESTIONS = 250
 """Of each task."""
 PIECE = 60
@@ -91,7 +96,7 @@ class Base(NamedTuple):
         """Tokens, in all passes."""
         if self.blocks is None:
             return 0
-        size = self.blocks.step_windows(WINDOWS, batch_size(WINDOWS, LENGTH))
+        size = self.blocks.step_windows(WINDOWS, LENGTH)
         steps = WINDOWS // size
         return self.blocks.passes * (steps - self.blocks.held_out_of(steps)) * size * LENGTH
 
@@ -110,7 +115,9 @@ BASES = PRUNED | {
 }
 BLOCKWISE = f"{DEFAULT} + block, passes: 5"
 """In float32; what is refined as blocks, and then as a whole."""
-BASES[BLOCKWISE] = REFINED[DEFAULT]._replace(blocks=BlockRefinement())
+BASES[BLOCKWISE] = REFINED[DEFAULT]._replace(blocks=LONG_STEPS)
+STEPWISE = f"{DEFAULT} + block, bfloat16, short steps, passes: 5"
+BASES[STEPWISE] = REFINED[DEFAULT]._replace(blocks=SHORT_STEPS)
 
 
 class Run(NamedTuple):
@@ -167,7 +174,7 @@ def runs() -> list[Run]:
     table += [
         Run(f"{base} + model, {changed(IN_BFLOAT16)}", base, windows, IN_BFLOAT16)
         for windows in TRIED
-        for base in (*REFINED, BLOCKWISE)
+        for base in (*REFINED, BLOCKWISE, STEPWISE)
     ]
     return table
 
@@ -178,65 +185,77 @@ def windows_of(dense: Checkpoint, text: Path, count: int, seed: int) -> np.ndarr
     return drawn_windows(ids, max(WINDOWS, count), LENGTH, seed)
 
 
-def pruned_by(base: Base, dense: Checkpoint, windows: np.ndarray) -> PrunedModel:
-    """The model pruned on the windows."""
-    solver, refit, pull, blocks = base
-    return collect(prune(dense, windows, solver, refit, pull=pull, refinement=blocks))
+class Made(NamedTuple):
+    """A model in the cache, and what it took."""
+
+    folder: str
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    held_out_loss: float
 
 
-def pruned_folder(base: str, calibration: Path, seed: int, cache: Path) -> tuple[Path, list[float]]:
-    """Of a pruned model, made where it is not there yet; and the seconds and the peak memory."""
-    dense = open_checkpoint(fetch_model(cache))
-    windows = windows_of(dense, calibration, WINDOWS, seed)
-    made_of = hashlib.sha256(repr(BASES[base]).encode() + windows.tobytes()).hexdigest()[:8]
-    folder = cache / "models" / f"{base}-{made_of}"
+Tensors = Iterable[tuple[str, np.ndarray]]
+
+
+def made(
+    name: str,
+    settings: object,
+    windows: np.ndarray,
+    make: Callable[[Checkpoint], tuple[Tensors, int, float]],
+    cache: Path,
+) -> Made:
+    """Made where it is not there yet, of these settings and windows."""
+    digest = hashlib.sha256(repr(settings).encode() + windows.tobytes()).hexdigest()[:8]
+    folder = cache / "models" / f"{name}-{digest}"
     took = folder.with_name(f"{folder.name}.json")
     if not took.exists():
+        dense = open_checkpoint(fetch_model(cache))
         start = time.perf_counter()
-        pruned = pruned_by(BASES[base], dense, windows)
+        tensors, tokens, loss = make(dense)
         folder.parent.mkdir(exist_ok=True)
-        write_checkpoint(dense, folder, pruned.tensors.items(), dtype="float32", overwrite=True)
-        took.write_text(json.dumps([time.perf_counter() - start, peak_memory_bytes()]))
-    return folder, json.loads(took.read_text())
+        write_checkpoint(dense, folder, tensors, dtype="float32", overwrite=True)
+        numbers = (tokens, time.perf_counter() - start, peak_memory_bytes(), loss)
+        took.write_text(json.dumps([str(folder), *numbers]))
+    return Made(*json.loads(took.read_text()))
 
 
-def measure(
-    run: Run,
-    calibration: Path,
-    texts: list[Path],
-    evaluation_windows: int,
-    seed: int,
-    cache: Path,
+def pruned_model(name: str, calibration: Path, seed: int, cache: Path) -> Made:
+    """Of the bases."""
+    base = BASES[name]
+    solver, refit, pull, blocks = base
+    windows = windows_of(open_checkpoint(fetch_model(cache)), calibration, WINDOWS, seed)
+
+    def make(dense: Checkpoint) -> tuple[Tensors, int, float]:
+        pruned = prune(dense, windows, solver, refit, pull=pull, refinement=blocks)
+        return collect(pruned).tensors.items(), base.trained_on, math.nan
+
+    return made(name, base, windows, make, cache)
+
+
+def refined_model(run: Run, before: str, calibration: Path, seed: int, cache: Path) -> Made:
+    """Of a pruned model, or of the dense one."""
+    windows = windows_of(open_checkpoint(fetch_model(cache)), calibration, run.windows, seed)
+    windows = windows[: run.windows]
+
+    def make(dense: Checkpoint) -> tuple[Tensors, int, float]:
+        distilled = distill(dense, open_checkpoint(before), windows, run.refinement)
+        return distilled.tensors, distilled.tokens, min(distilled.refined.losses)
+
+    return made(run.name, (BASES.get(run.base), run.refinement), windows, make, cache)
+
+
+def evaluate(
+    folder: str,
+    texts: dict[str, np.ndarray],
     questions: dict[str, list[Question]] | None,
-) -> dict[str, object]:
-    """Prunes or reads a pruned model, refines it and evaluates it on every text."""
-    dense = open_checkpoint(fetch_model(cache))
-    tokenizer, vocabulary = dense.load_tokenizer(), dense.config["vocab_size"]
-    windows = windows_of(dense, calibration, run.windows, seed)
-    model, tokens, error = dense, 0, math.nan
-    start = time.perf_counter()
-    seconds, peak = None, 0
-    if run.base != "dense":
-        folder, (seconds, peak) = pruned_folder(run.base, calibration, seed, cache)
-        model, tokens = open_checkpoint(folder), BASES[run.base].trained_on
-    if run.refinement is not None:
-        start, seconds, peak = time.perf_counter(), None, 0  # of the refinement alone
-        distilled = distill(dense, model, windows[: run.windows], run.refinement)
-        model, tokens = with_tensors(dense, dict(distilled.tensors)), distilled.tokens
-        error = min(distilled.refined.losses)
-    row: dict[str, object] = {
-        "tokens": tokens,
-        "seconds": seconds or time.perf_counter() - start,
-        "peak_memory_bytes": max(peak, peak_memory_bytes()),
-        "held_out_loss": error,
-    }
-    for path in texts:
-        text = tokenize(tokenizer, read_text(path), vocabulary)
-        chosen = first_windows(text, evaluation_windows, LENGTH)
-        row[path.stem] = perplexity(model, chosen).perplexity
+) -> tuple[dict[str, float], int]:
+    """The model on the windows of every text, and on the questions; and the peak memory."""
+    model = open_checkpoint(folder)
+    found = {name: perplexity(model, windows).perplexity for name, windows in texts.items()}
     if questions is not None:
-        row["right_answers"] = np.mean(list(accuracies(model, questions).values()))
-    return row
+        found["right_answers"] = float(np.mean(list(accuracies(model, questions).values())))
+    return found, peak_memory_bytes()
 
 
 def alone(function: Callable[..., Result], *arguments: object) -> Result:
@@ -297,14 +316,26 @@ def share_seen(text: str, calibration: str) -> float:
     return float(np.mean([piece in calibration for piece in pieces]))
 
 
-def print_shares_seen(calibration: Path, texts: list[Path], count: int, cache: Path) -> None:
-    """Of every text's windows that are evaluated."""
+def evaluated_windows(
+    text: Path, count: int, calibration: Path, unseen: bool, cache: Path
+) -> np.ndarray:
+    """The first of a text; or of those of which no piece is in the calibration text."""
     dense = open_checkpoint(fetch_model(cache))
     tokenizer, vocabulary = dense.load_tokenizer(), dense.config["vocab_size"]
-    for path in texts:
-        windows = first_windows(tokenize(tokenizer, read_text(path), vocabulary), count, LENGTH)
+    ids, seen = tokenize(tokenizer, read_text(text), vocabulary), read_text(calibration)
+    if not unseen:
+        return first_windows(ids, count, LENGTH)
+    windows = first_windows(ids, None, LENGTH)
+    chosen = (one for one in windows if share_seen(tokenizer.decode(one), seen) == 0)
+    return np.stack(list(itertools.islice(chosen, count)))
+
+
+def print_shares_seen(calibration: Path, texts: dict[str, np.ndarray], cache: Path) -> None:
+    """Of every text's windows that are evaluated."""
+    tokenizer = open_checkpoint(fetch_model(cache)).load_tokenizer()
+    for name, windows in texts.items():
         share = share_seen(tokenizer.decode(windows.ravel()), read_text(calibration))
-        print(f"{share:.0%} of what is evaluated of {path.name} is in {calibration.name}")
+        print(f"{share:.0%} of what is evaluated of {name} is in {calibration.name}")
 
 
 def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
@@ -363,6 +394,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--evaluation-windows", type=int, default=16)
+    parser.add_argument(
+        "--unseen", action="store_true", help="only those without a piece of the calibration text"
+    )
     parser.add_argument("--seed", type=int, default=0)
     names = list(dict.fromkeys(run.name for run in runs()))
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="names of rows")
@@ -376,19 +410,25 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "refine.csv"
     rows = read_rows(path)
-    texts = [text.stem for text in arguments.texts]
+    names = [text.stem for text in arguments.texts]
     bigbench = arguments.bigbench
     check_columns(
-        path, rows, "held_out_loss", [*texts, *([] if bigbench is None else ["right_answers"])]
+        path, rows, "held_out_loss", [*names, *([] if bigbench is None else ["right_answers"])]
     )
     questions = None if bigbench is None else read_questions(bigbench, QUESTIONS)
+    calibration, seed, cache = arguments.calibration, arguments.seed, arguments.cache
+    count, unseen = arguments.evaluation_windows, arguments.unseen
+    texts = {
+        text.stem: evaluated_windows(text, count, calibration, unseen, cache)
+        for text in arguments.texts
+    }
     for run in runs():
         key = {
             "run": run.name,
             "distinct_tokens": run.distinct_tokens,
-            "seed": arguments.seed,
-            "calibration": arguments.calibration.stem,
-            "evaluation_windows": arguments.evaluation_windows,
+            "seed": seed,
+            "calibration": calibration.stem,
+            "evaluation_windows": f"{count} unseen" if unseen else count,
         }
         if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
             continue
@@ -396,17 +436,23 @@ def main() -> None:
             continue
         if run.windows and run.windows not in arguments.windows:
             continue
-        calibration, seed, cache = arguments.calibration, arguments.seed, arguments.cache
+        model = Made(str(fetch_model(cache)), 0, 0.0, 0, math.nan)
         if run.base in BASES:
-            alone(pruned_folder, run.base, calibration, seed, cache)
-        evaluated = (arguments.texts, arguments.evaluation_windows)
-        row = alone(measure, run, calibration, *evaluated, seed, cache, questions)
-        rows = add_row(path, key | row)
-    print_table(rows, texts)
-    print_shares_seen(
-        arguments.calibration, arguments.texts, arguments.evaluation_windows, arguments.cache
-    )
-    draw(rows, texts, path.with_suffix(".png"))
+            model = alone(pruned_model, run.base, calibration, seed, cache)
+        if run.refinement is not None:
+            model = alone(refined_model, run, model.folder, calibration, seed, cache)
+        folder, tokens, seconds, peak, loss = model
+        found, evaluating = alone(evaluate, folder, texts, questions)
+        measured: dict[str, object] = {
+            "tokens": tokens,
+            "seconds": seconds,
+            "peak_memory_bytes": max(peak, evaluating),
+            "held_out_loss": loss,
+        }
+        rows = add_row(path, key | measured | found)
+    print_table(rows, names)
+    print_shares_seen(calibration, texts, cache)
+    draw(rows, names, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def prune(
             f"micro-batches of {size} do not divide {count} windows among {devices} devices"
         )
     if refinement is not None:
-        step = refinement.step_windows(count, batch_size(count, length), devices)
+        step = refinement.step_windows(count, length, devices)
         size = devices * micro_batches_of(step // devices, max(1, size // devices))[0]
         micro_batches = step // size
         if refinement.held_out_of(count // step) == count // step:

@@ -20,7 +20,6 @@ from prox24.errors import Prox24Error
 from prox24.forward import (
     Linear,
     Model,
-    batch_size,
     check_widths,
     input_widths,
     layer_function,
@@ -173,7 +172,7 @@ def fitting_micro_batch(
     count, length = windows
     whole = count // devices
     if method.refinement is not None:
-        step = method.refinement.step_windows(count, batch_size(count, length), devices)
+        step = method.refinement.step_windows(count, length, devices)
         whole = step // devices
     most = whole
 

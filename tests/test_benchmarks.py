@@ -425,8 +425,9 @@ def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
     module = benchmark["main"].__globals__
     monkeypatch.setitem(module, "fetch_model", lambda cache: tmp_path / "model")
     monkeypatch.setitem(module, "LENGTH", 8)
-    monkeypatch.setitem(module, "BATCH", 1)
-    layer, other = benchmark["dense_layers"]([0, 1], None, 8)
+    monkeypatch.setitem(module, "HELD_OUT", 2)
+    monkeypatch.setitem(module, "TESTED", 2)
+    layer, other = benchmark["dense_layers"]([0, 1], None, 8, 1)
     assert layer.loss is other.loss
     assert layer.steps_of_pass == 8 - 4
     assert benchmark["error"](layer, layer.weights) < 1e-6
@@ -439,6 +440,7 @@ def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
             benchmark["refined"](layer, pruned, 3e-3, 2),
         ]
         arguments = ["--layers", "0", "--samples", "8", "--passes", "4", "--rates", "1e-3"]
+        arguments += ["--step-windows", "2"]
         monkeypatch.setattr(sys, "argv", ["moving_masks.py", *arguments])
         benchmark["main"]()
     errors = [benchmark["error"](layer, weights) for weights in found]
@@ -485,26 +487,35 @@ def test_pieces_of_a_text_that_are_in_the_calibration_are_counted(monkeypatch):
     assert share_seen(other, seen) == 0
 
 
-def test_a_model_is_pruned_once_for_the_rows_that_refine_it(tmp_path, monkeypatch):
+def test_a_model_is_made_once_and_evaluated_again(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     write_tiny(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("Text of which a model reads the bytes. " * 60)
+    calibration, text = tmp_path / "calibration.txt", tmp_path / "text.txt"
+    calibration.write_text("Text of which a model reads the bytes. " * 60)
+    text.write_text(calibration.read_text()[:64] + "And what it never read, is this text. " * 5)
     benchmark = runpy.run_path(str(BENCHMARKS / "refine.py"))
-    module = benchmark["measure"].__globals__
+    module = benchmark["made"].__globals__
     monkeypatch.setitem(module, "fetch_model", lambda cache: tmp_path / "model")
-    monkeypatch.setitem(module, "LENGTH", 16)
+    monkeypatch.setitem(module, "LENGTH", 64)
     monkeypatch.setitem(module, "WINDOWS", 8)
-    text, cache = tmp_path / "text.txt", tmp_path
-    folder, took = benchmark["pruned_folder"]("sparsegpt", text, 0, cache)
-    monkeypatch.setitem(module, "pruned_by", None)
-    assert benchmark["pruned_folder"]("sparsegpt", text, 0, cache) == (folder, took)
-    run = benchmark["Run"]("sparsegpt", "sparsegpt")
-    row = benchmark["measure"](run, text, [text], 2, 0, cache, None)
-    assert row["seconds"] == took[0]
-    assert row["tokens"] == 0
+    given = calibration, 0, tmp_path
+    pruned = benchmark["pruned_model"]("sparsegpt", *given)
+    run = benchmark["Run"]("both", "sparsegpt", 8, benchmark["ModelRefinement"]())
+    # Optax's optimizers mix dtypes and ranks.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        refined = benchmark["refined_model"](run, pruned.folder, *given)
+    assert (pruned.tokens, refined.tokens) == (0, 7 * 64)
+    for function in ("prune", "distill"):
+        monkeypatch.setitem(module, function, None)
+    assert benchmark["pruned_model"]("sparsegpt", *given)[:-1] == pruned[:-1]
+    assert benchmark["refined_model"](run, pruned.folder, *given) == refined
+    windows = {
+        unseen: benchmark["evaluated_windows"](text, 2, calibration, unseen, tmp_path)
+        for unseen in (False, True)
+    }
+    np.testing.assert_array_equal(windows[False][1], windows[True][0])
+    folders = pruned.folder, refined.folder
+    found = [benchmark["evaluate"](one, {"text": windows[True]}, None)[0] for one in folders]
+    assert found[0]["text"] != found[1]["text"]
     blocks = benchmark["BASES"]["sparsegpt + refit + block, bfloat16, passes: 5"]
-    assert blocks.trained_on == 5 * 7 * 16  # of 8 windows one is held out
-    dense = benchmark["measure"](
-        benchmark["Run"]("dense", "dense"), text, [text], 2, 0, cache, None
-    )
-    assert row["text"] != dense["text"]
+    assert blocks.trained_on == 5 * 7 * 64  # of 8 windows one is held out

@@ -452,14 +452,15 @@ def test_a_rate_is_relative_to_the_weights(size):
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_devices_divide_a_step(devices):
     steps = [
-        BlockRefinement().step_windows(windows, most, devices)
-        for windows, most in ((64, 4), (64, 32), (16, 4), (24, 1))
+        BlockRefinement(step_tokens=2048).step_windows(windows, length, devices)
+        for windows, length in ((64, 512), (64, 500), (64, 64), (16, 512), (24, 1100), (24, 4096))
     ]
-    expected = [4, 8, 2, 1]
+    expected = [4, 4, 8, 2, 1, 1]
     assert steps == [max(step, devices) for step in expected]
-    assert BlockRefinement().step_windows(88, 11, 8) == 8  # 11 is enough, 88 would be all
+    # 11 would be enough, and 88 is all.
+    assert BlockRefinement(step_tokens=11).step_windows(88, 1, 8) == 8
     with pytest.raises(CalibrationError, match=f"takes {2 * devices} calibration windows"):
-        BlockRefinement().step_windows(devices, 1, devices)
+        BlockRefinement().step_windows(devices, 512, devices)
 
 
 def test_a_single_window_is_refused(tmp_path, capsys):
@@ -479,6 +480,7 @@ def test_a_single_window_is_refused(tmp_path, capsys):
         ["--refine-compute-dtype", "bfloat16"],
         ["--refine-rate", "0.0002"],
         ["--refine-passes", "5"],
+        ["--refine-step-tokens", "512"],
     ],
 )
 def test_options_without_a_refinement_are_refused(tmp_path, capsys, option):

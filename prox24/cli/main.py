@@ -191,6 +191,9 @@ def _add_prune(commands: "_Commands[argparse.ArgumentParser]") -> None:
     )
     command.add_argument("--refine-passes", type=_positive, help="over the calibration windows (5)")
     command.add_argument(
+        "--refine-step-tokens", type=_positive, help="of a step, about; a window has more (512)"
+    )
+    command.add_argument(
         "--refine-linears-only",
         action="store_true",
         help="leave norms, biases and routers as they are",

@@ -95,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
         others = {
             "--refine-rate": arguments.refine_rate is not None,
             "--refine-passes": arguments.refine_passes is not None,
+            "--refine-step-tokens": arguments.refine_step_tokens is not None,
             "--refine-linears-only": arguments.refine_linears_only,
             "--refine-compute-dtype": arguments.refine_compute_dtype != "float32",
         }
@@ -124,6 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
         refinement = BlockRefinement(
             arguments.refine_rate or BlockRefinement.rate,
             arguments.refine_passes or BlockRefinement.passes,
+            step_tokens=arguments.refine_step_tokens or BlockRefinement.step_tokens,
             linears_only=arguments.refine_linears_only,
             compute_dtype=arguments.refine_compute_dtype,
         )

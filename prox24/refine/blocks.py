@@ -42,14 +42,15 @@ class BlockRefinement:
       passes: over the calibration windows that are not held out.
       held_out: the share of the steps' windows, the last ones, that decides which pass was best; at
         least one step's are. Shuffle windows that are in the order of a text.
+      step_tokens: of a step, about; a window has more, or devices that share its windows.
       linears_only: leaves norms, biases and routers as they are.
       compute_dtype: of the operands of products with the weights of linears, forwards and
         backwards: "float32", at the highest precision, or "bfloat16", whose products are summed in
         float32. All else is float32.
 
     Raises:
-      ValueError: the rate or the passes are not positive, the share is not from 0 to 1, or it is
-        another dtype.
+      ValueError: the rate, the passes or the tokens of a step are not positive, the share is not
+        from 0 to 1, or it is another dtype.
 
     References:
       "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235, section 8,
@@ -59,27 +60,28 @@ class BlockRefinement:
     rate: float = 1e-2
     passes: int = 5
     held_out: float = 0.125
+    step_tokens: int = 512
     linears_only: bool = False
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_positive(self, "rate", "passes")
+        check_positive(self, "rate", "passes", "step_tokens")
         check_shares(self, "held_out")
         check_compute_dtype(self.compute_dtype)
 
-    def step_windows(self, windows: int, most: int, devices: int = 1) -> int:
-        """Windows of a step: about `most`, less where a pass would have fewer than eight steps.
+    def step_windows(self, windows: int, length: int, devices: int = 1) -> int:
+        """Windows of a step: of `step_tokens`, less where a pass would have fewer than eight steps.
 
         Args:
-          windows: of all steps, a multiple of `most` and of the devices.
-          most: windows.
+          windows: of all steps, a multiple of the devices.
+          length: of a window, in tokens.
           devices: that share the windows of a step, and so divide them.
 
         Raises:
           CalibrationError: there is no second step, which decides what was best.
         """
-        fits = max(1, windows // 8)
-        enough = max(size for size in range(1, most + 1) if most % size == 0 and size <= fits)
+        most = max(1, min(self.step_tokens // length, windows // 8))
+        enough = max(size for size in range(1, most + 1) if windows % size == 0)
         shared = [n for n in range(devices, windows // 2 + 1, devices) if windows % n == 0]
         if not shared:
             raise CalibrationError(f"refining takes {2 * devices} calibration windows or more")
