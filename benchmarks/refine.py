@@ -381,7 +381,7 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
             loc="outside lower center",
             ncols=2,
             frameon=False,
-            fontsize=9,
+            fontsize=8,
         )
     figure.savefig(path, dpi=150)
     plt.close(figure)
