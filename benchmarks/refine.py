@@ -116,8 +116,8 @@ BASES = PRUNED | {
 BLOCKWISE = f"{DEFAULT} + block, passes: 5"
 """In float32; what is refined as blocks, and then as a whole."""
 BASES[BLOCKWISE] = REFINED[DEFAULT]._replace(blocks=LONG_STEPS)
-STEPWISE = f"{DEFAULT} + block, bfloat16, short steps, passes: 5"
-BASES[STEPWISE] = REFINED[DEFAULT]._replace(blocks=SHORT_STEPS)
+BLOCKWISE_SHORT_STEPS = f"{DEFAULT} + block, bfloat16, short steps, passes: 5"
+BASES[BLOCKWISE_SHORT_STEPS] = REFINED[DEFAULT]._replace(blocks=SHORT_STEPS)
 
 
 class Run(NamedTuple):
@@ -174,7 +174,7 @@ def runs() -> list[Run]:
     table += [
         Run(f"{base} + model, {changed(IN_BFLOAT16)}", base, windows, IN_BFLOAT16)
         for windows in TRIED
-        for base in (*REFINED, BLOCKWISE, STEPWISE)
+        for base in (*REFINED, BLOCKWISE, BLOCKWISE_SHORT_STEPS)
     ]
     return table
 
@@ -202,47 +202,48 @@ def made(
     name: str,
     settings: object,
     windows: np.ndarray,
-    make: Callable[[Checkpoint], tuple[Tensors, int, float]],
+    make: Callable[[], tuple[Tensors, int, float]],
+    dense: Checkpoint,
     cache: Path,
 ) -> Made:
-    """Made where it is not there yet, of these settings and windows."""
+    """Of these settings and windows, made where it is not there yet: tensors, tokens and loss."""
     digest = hashlib.sha256(repr(settings).encode() + windows.tobytes()).hexdigest()[:8]
     folder = cache / "models" / f"{name}-{digest}"
     took = folder.with_name(f"{folder.name}.json")
     if not took.exists():
-        dense = open_checkpoint(fetch_model(cache))
         start = time.perf_counter()
-        tensors, tokens, loss = make(dense)
+        tensors, tokens, loss = make()
         folder.parent.mkdir(exist_ok=True)
         write_checkpoint(dense, folder, tensors, dtype="float32", overwrite=True)
         numbers = (tokens, time.perf_counter() - start, peak_memory_bytes(), loss)
-        took.write_text(json.dumps([str(folder), *numbers]))
-    return Made(*json.loads(took.read_text()))
+        took.write_text(json.dumps(numbers))
+    return Made(str(folder), *json.loads(took.read_text()))
 
 
 def pruned_model(name: str, calibration: Path, seed: int, cache: Path) -> Made:
     """Of the bases."""
-    base = BASES[name]
+    base, dense = BASES[name], open_checkpoint(fetch_model(cache))
     solver, refit, pull, blocks = base
-    windows = windows_of(open_checkpoint(fetch_model(cache)), calibration, WINDOWS, seed)
+    windows = windows_of(dense, calibration, WINDOWS, seed)
 
-    def make(dense: Checkpoint) -> tuple[Tensors, int, float]:
+    def make() -> tuple[Tensors, int, float]:
         pruned = prune(dense, windows, solver, refit, pull=pull, refinement=blocks)
         return collect(pruned).tensors.items(), base.trained_on, math.nan
 
-    return made(name, base, windows, make, cache)
+    return made(name, base, windows, make, dense, cache)
 
 
 def refined_model(run: Run, before: str, calibration: Path, seed: int, cache: Path) -> Made:
     """Of a pruned model, or of the dense one."""
-    windows = windows_of(open_checkpoint(fetch_model(cache)), calibration, run.windows, seed)
-    windows = windows[: run.windows]
+    dense = open_checkpoint(fetch_model(cache))
+    windows = windows_of(dense, calibration, run.windows, seed)[: run.windows]
 
-    def make(dense: Checkpoint) -> tuple[Tensors, int, float]:
+    def make() -> tuple[Tensors, int, float]:
         distilled = distill(dense, open_checkpoint(before), windows, run.refinement)
         return distilled.tensors, distilled.tokens, min(distilled.refined.losses)
 
-    return made(run.name, (BASES.get(run.base), run.refinement), windows, make, cache)
+    settings = BASES.get(run.base), run.refinement
+    return made(run.name, settings, windows, make, dense, cache)
 
 
 def evaluate(
@@ -326,8 +327,11 @@ def evaluated_windows(
     if not unseen:
         return first_windows(ids, count, LENGTH)
     windows = first_windows(ids, None, LENGTH)
-    chosen = (one for one in windows if share_seen(tokenizer.decode(one), seen) == 0)
-    return np.stack(list(itertools.islice(chosen, count)))
+    found = (one for one in windows if share_seen(tokenizer.decode(one), seen) == 0)
+    chosen = list(itertools.islice(found, count))
+    if len(chosen) < count:
+        raise SystemExit(f"{text} has {len(chosen)} windows that are not in {calibration}")
+    return np.stack(chosen)
 
 
 def print_shares_seen(calibration: Path, texts: dict[str, np.ndarray], cache: Path) -> None:

@@ -514,6 +514,8 @@ def test_a_model_is_made_once_and_evaluated_again(tmp_path, monkeypatch):
         for unseen in (False, True)
     }
     np.testing.assert_array_equal(windows[False][1], windows[True][0])
+    with pytest.raises(SystemExit, match="has 2 windows that are not in"):
+        benchmark["evaluated_windows"](text, 3, calibration, True, tmp_path)
     folders = pruned.folder, refined.folder
     found = [benchmark["evaluate"](one, {"text": windows[True]}, None)[0] for one in folders]
     assert found[0]["text"] != found[1]["text"]

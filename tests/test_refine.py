@@ -378,6 +378,18 @@ def test_a_refined_run_goes_on_with_the_same_bytes(tmp_path, monkeypatch, capsys
     assert main(["verify", str(tmp_path / "whole")]) == 0
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [(32, 14), (64, 7)])
+def test_the_tokens_of_a_step_are_chosen(tmp_path, capsys, tokens, steps):
+    write_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
+    options = ["--method", "wanda", "--refine", "block", "--refine-passes", "1", "--json"]
+    options += ["--refine-step-tokens", str(tokens), "--sequence-length", "32", "--samples", "16"]
+    options += ["--calibration", str(tmp_path / "text.txt")]
+    assert main(["prune", str(tmp_path / "model"), str(tmp_path / "out"), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {linear["block"]["steps"] for linear in report["linears"]} == {steps}
+
+
 def test_windows_are_held_out_from_all_of_the_text(tmp_path, monkeypatch):
     write_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
