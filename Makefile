@@ -10,7 +10,7 @@ define run-tests
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(1)/bin/python -m pytest -m "not optimized and $(2)"
 endef
 
-.PHONY: demo test test-slow lint test-newest test-torchax test-bitmask clean
+.PHONY: demo test test-slow lint test-newest test-torchax clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -35,10 +35,6 @@ test-newest: .venv-newest/test.stamp
 test-torchax: .venv-torchax/test.stamp
 	REQUIRE_TORCHAX=1 .venv-torchax/bin/python -m pytest tests/test_torchax.py
 
-# What compressed-tensors reads of `prox24 convert --format sparse-24-bitmask`.
-test-bitmask: .venv/test.stamp .venv-bitmask/test.stamp
-	.venv/bin/python -m pytest -m slow tests/test_convert.py -k compressed_tensors
-
 .venv/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --editable .
@@ -58,11 +54,5 @@ test-bitmask: .venv/test.stamp .venv-bitmask/test.stamp
 	.venv-torchax/bin/python -m pip install --quiet --editable '.[test-newest,torchax]'
 	touch $@
 
-.venv-bitmask/test.stamp:
-	$(PYTHON) -m venv .venv-bitmask
-	.venv-bitmask/bin/python -m pip install --quiet \
-		compressed-tensors==0.14.0.1 'transformers<5' accelerate psutil torch
-	touch $@
-
 clean:
-	rm -rf .venv .venv-newest .venv-torchax .venv-bitmask
+	rm -rf .venv .venv-newest .venv-torchax

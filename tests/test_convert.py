@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,84 +43,6 @@ def test_to_flax_and_back(tmp_path, capsys):
     for name, values in weights.items():
         assert read[name].dtype == values.dtype
         assert read[name].tobytes() == values.tobytes()
-
-
-@pytest.fixture(params=["qwen2", "gpt_neox"])
-def pruned(tmp_path, request):
-    write_tiny(tmp_path / "model", request.param, dtype="bfloat16")
-    (tmp_path / "text.txt").write_text(TEXT)
-    options = ["--samples", "2", "--sequence-length", "32", "--method", "magnitude", "--quiet"]
-    options += ["--refit", "none", "--calibration", str(tmp_path / "text.txt")]
-    assert main(["prune", str(tmp_path / "model"), str(tmp_path / "pruned"), *options]) == 0
-    return tmp_path / "pruned"
-
-
-def test_a_bitmask_places_the_kept_values_of_every_linear(pruned, capsys):
-    packed = pruned.with_name("packed")
-    assert convert(pruned, packed, "--format", "sparse-24-bitmask", "--shard-size", "20KB") == 0
-    assert "no runtime of today" in " ".join(capsys.readouterr().out.split())
-    assert len(list(packed.glob("*.safetensors"))) > 1
-    expected, read = read_all(pruned), read_all(packed)
-    index = json.loads((packed / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == read.keys()
-    assert index["metadata"]["total_size"] == sum(values.nbytes for values in read.values())
-    linears = [name for name in expected if name.removesuffix("weight") + "bitmask" in read]
-    assert len(linears) == (14 if "model.norm.weight" in expected else 8)
-    for name in linears:
-        module = name.removesuffix(".weight")
-        shape, values, bits = (
-            read.pop(f"{module}.{part}") for part in ("shape", "compressed", "bitmask")
-        )
-        dense = np.zeros_like(expected.pop(name))
-        assert shape.dtype == np.int64
-        assert shape.ravel().tolist() == list(dense.shape)
-        dense[np.unpackbits(bits, axis=1, bitorder="little").astype(bool)] = values.ravel()
-        assert dense.tobytes() == read_all(pruned)[name].tobytes()
-    assert read.keys() == expected.keys()
-    for name, values in expected.items():
-        assert read[name].tobytes() == values.tobytes()
-    config = json.loads((packed / "config.json").read_text())
-    assert config["quantization_config"]["sparsity_config"]["format"] == "sparse-24-bitmask"
-
-
-@pytest.mark.slow
-def test_compressed_tensors_reads_the_same_weights(pruned):
-    """Its last release that does asks for an environment of its own, `make test-bitmask`."""
-    python = Path(__file__).parents[1] / ".venv-bitmask/bin/python"
-    if not python.exists():
-        pytest.skip("no environment of compressed-tensors: make test-bitmask")
-    packed = pruned.with_name("packed")
-    assert convert(pruned, packed, "--format", "sparse-24-bitmask") == 0
-    program = Path(__file__).with_name("read_bitmask.py")
-    environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
-    outcome = subprocess.run(
-        [python, program, packed, packed / "read.safetensors"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    expected, read = load_file(pruned / "model.safetensors"), load_file(packed / "read.safetensors")
-    assert read.keys() >= expected.keys()
-    for name, values in expected.items():
-        assert read[name].tobytes() == values.tobytes(), name
-
-
-@pytest.mark.parametrize("variant", ["gpt2", "mixtral"])
-def test_what_a_bitmask_cannot_hold_is_refused(tmp_path, capsys, variant):
-    write_tiny(tmp_path / "source", variant)
-    assert convert(tmp_path / "source", tmp_path / "out", "--format", "sparse-24-bitmask") == 2
-    assert "every Linear module" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-
-
-def test_a_dense_weight_has_no_bitmask(tmp_path, capsys):
-    write_tiny(tmp_path / "source")
-    assert convert(tmp_path / "source", tmp_path / "out", "--format", "sparse-24-bitmask") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "proj.weight cannot be packed: w is not 2:4" in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_json_names_what_was_left_out(tmp_path, capsys):

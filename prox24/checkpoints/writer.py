@@ -4,13 +4,12 @@ import contextlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prox24.checkpoints import bitmask_file, flax_file, safetensors_file
+from prox24.checkpoints import flax_file, safetensors_file
 from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json, parameter_shapes
 from prox24.checkpoints.hf_folder import WeightFiles, carried_files
 from prox24.checkpoints.tensors import Put, Spec, byte_count, is_finite, writing
@@ -24,7 +23,6 @@ from prox24.checkpoints.unfinished import (
     work_folder,
 )
 from prox24.errors import CheckpointError, DiskError, first_line
-from prox24.models.families import config_from_hf
 
 MODEL_CARD = "README.md"
 
@@ -35,18 +33,16 @@ class Output(NamedTuple):
     Attributes:
       files: how they are called.
       names: of the tensors that it holds, by HF's names.
-      stored: what a file holds of a tensor, which may be in parts, by HF's name.
+      stored_name: of a tensor in the index, by HF's name and the number of its axes.
       create: a file for tensors of those names, and what writes one of them to it.
       remark: what runs faster for it.
-      config: what config.json says besides.
     """
 
     files: WeightFiles
     names: Collection[str]
-    stored: Callable[[str, Spec], Mapping[str, Spec]]
+    stored_name: Callable[[str, int], str]
     create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
     remark: str
-    config: Mapping[str, Any] = MappingProxyType({})
 
 
 ZEROS_ARE_STORED = "zeros are stored like other weights: no runtime skips them by itself"
@@ -56,7 +52,7 @@ def _safetensors(source: Checkpoint) -> Output:
     return Output(
         files=safetensors_file.FILES,
         names=source.tensors.keys(),
-        stored=lambda name, spec: {name: spec},
+        stored_name=lambda name, dimensions: name,
         create=safetensors_file.create_file,
         remark=f"{ZEROS_ARE_STORED}; PyTorch's to_sparse_semi_structured packs a 2:4 linear",
     )
@@ -68,32 +64,17 @@ def _flax(source: Checkpoint) -> Output:
         files=flax_file.FILES,
         # Flax classes had no buffers.
         names=parameter_shapes(source.config, source.tensors).keys(),
-        stored=lambda name, spec: {flax_file.leaf_path(name, len(spec.shape), norm): spec},
+        stored_name=lambda name, dimensions: flax_file.leaf_path(name, dimensions, norm),
         create=lambda path, specs: flax_file.create_file(path, norm),
         remark=ZEROS_ARE_STORED,
-    )
-
-
-def _bitmask(source: Checkpoint) -> Output:
-    config = config_from_hf(source.config, source.tensors)
-    linears = bitmask_file.packed_linears(config)
-    return Output(
-        files=safetensors_file.FILES,
-        names=source.tensors.keys(),
-        stored=lambda name, spec: bitmask_file.stored(name, spec, linears),
-        create=lambda path, specs: bitmask_file.create_file(path, specs, linears),
-        remark=bitmask_file.REMARK,
-        config=bitmask_file.config_entries(config),
     )
 
 
 OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {
     "safetensors": _safetensors,
     "flax": _flax,
-    "sparse-24-bitmask": _bitmask,
 }
-"""The formats to write in: safetensors, the msgpack files of transformers' Flax classes, and the
-archival format of compressed-tensors."""
+"""The formats to write in: safetensors, and the msgpack files of transformers' Flax classes."""
 
 
 def check_destination(
@@ -223,23 +204,19 @@ def fill_folder(
     folder = unfinished.folder
     output = OUTPUTS[file_format](source)
     specs = {name: written_spec(source, name, dtype) for name in output.names}
-    sizes = {
-        name: sum(map(byte_count, output.stored(name, spec).values()))
-        for name, spec in specs.items()
-    }
+    sizes = {name: byte_count(spec) for name, spec in specs.items()}
     shards = _shards(source, sizes, max_shard_bytes)
     files = [folder / file for file in output.files.names(len(shards))]
     size = sum(sizes.values())
     with writing(folder):
         if shutil.disk_usage(folder).free < size - _allocated(folder):
             raise DiskError(f"cannot write {folder}: its {size} bytes do not fit")
-        _write_companions(source, folder, dtype, note, output.config)
+        _write_companions(source, folder, dtype, note)
         if len(shards) > 1:
             weight_map = {
-                stored: file.name
+                output.stored_name(name, len(specs[name].shape)): file.name
                 for file, names in zip(files, shards, strict=True)
                 for name in names
-                for stored in output.stored(name, specs[name])
             }
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / output.files.index_file).write_text(config_json(index), encoding="utf-8")
@@ -274,11 +251,7 @@ def fill_folder(
 
 
 def _write_companions(
-    source: Checkpoint,
-    folder: Path,
-    dtype: str | None,
-    note: str | None,
-    config_of_format: Mapping[str, Any],
+    source: Checkpoint, folder: Path, dtype: str | None, note: str | None
 ) -> None:
     """Everything but the weights."""
     for left in carried_files(folder):  # by a run before this, from which the source may differ
@@ -302,7 +275,6 @@ def _write_companions(
         with (folder / MODEL_CARD).open("ab") as card:
             card.write(f"\n{note}".encode() if card.tell() else note.encode())
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    config |= config_of_format
     if dtype is not None:
         config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
     (folder / "config.json").write_text(config_json(config), encoding="utf-8")
