@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from prox24.checkpoints.safetensors_file import open_file
 from prox24.errors import CheckpointError
-from prox24.packed import Packed24, from_arrays, pack, to_arrays, to_bitmask, unpack
+from prox24.packed import Packed24, from_arrays, pack, to_arrays, unpack
 from prox24.packed.codes import PAIRS
 
 DTYPES = {
@@ -192,7 +192,7 @@ def test_gradients_pass_through_both_ways():
 def test_a_cut_within_a_word_is_refused():
     packed = pack(random_24((2, 80)))
     halves = Packed24(packed.values[:, :20], packed.codes[:, :2], remainder=packed.remainder)
-    for function in (unpack, to_bitmask, functools.partial(to_arrays, "up")):
+    for function in (unpack, functools.partial(to_arrays, "up")):
         with pytest.raises(ValueError, match="at multiples of 32"):
             function(halves)
 

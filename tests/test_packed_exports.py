@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_packed import bits, random_24
 
-from prox24.packed import pack, to_bitmask, to_cutlass
+from prox24.packed import pack, to_cutlass
 
 SHAPES = [(32, 64), (64, 192), (96, 128)]
 
@@ -53,36 +53,20 @@ def test_pytorch_writes_the_same_where_two_of_every_block_are_nonzero(conversion
         np.testing.assert_array_equal(np.asarray(ours), theirs.numpy())
 
 
-@pytest.mark.parametrize("width", [4, 8, 36, 128])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_bits_of_a_mask_place_the_values(width, dtype):
-    dense = with_few_nonzeros(random_24((5, width), dtype=dtype))
-    values, mask = map(np.asarray, to_bitmask(pack(dense)))
-    assert mask.dtype == np.uint8
-    kept = np.unpackbits(mask, axis=1, bitorder="little")
-    assert not kept[:, width:].any()
-    kept = kept[:, :width].astype(bool)
-    assert np.all(kept.reshape(5, -1, 4).sum(-1) == 2)
-    read = np.zeros_like(dense)
-    read[kept] = values.ravel()
-    np.testing.assert_array_equal(bits(read), bits(dense))
-
-
 @pytest.mark.parametrize(
-    ("export", "weight", "said"),
+    ("weight", "said"),
     [
-        (to_cutlass, jnp.zeros((32, 64), jnp.float32), "float16 or bfloat16, not float32"),
-        (to_cutlass, jnp.zeros((30, 64), jnp.float16), r"multiples of 32 and 64, not \(30, 64\)"),
-        (to_cutlass, jnp.zeros((32, 32), jnp.float16), r"multiples of 32 and 64, not \(32, 32\)"),
-        (to_bitmask, jnp.zeros((2, 3, 4)), r"shape \(2, 3, 4\) packed along axis -1"),
+        (jnp.zeros((32, 64), jnp.float32), "float16 or bfloat16, not float32"),
+        (jnp.zeros((30, 64), jnp.float16), r"multiples of 32 and 64, not \(30, 64\)"),
+        (jnp.zeros((32, 32), jnp.float16), r"multiples of 32 and 64, not \(32, 32\)"),
+        (jnp.zeros((2, 3, 4)), r"shape \(2, 3, 4\) packed along axis -1"),
     ],
 )
-def test_what_the_other_library_cannot_hold_is_refused(export, weight, said):
+def test_what_the_other_library_cannot_hold_is_refused(weight, said):
     with pytest.raises(ValueError, match=said):
-        export(pack(weight))
+        to_cutlass(pack(weight))
 
 
-@pytest.mark.parametrize("export", [to_cutlass, to_bitmask])
-def test_another_axis_is_refused(export):
+def test_another_axis_is_refused():
     with pytest.raises(ValueError, match="packed along axis -2"):
-        export(pack(jnp.zeros((64, 32), jnp.float16), axis=-2))
+        to_cutlass(pack(jnp.zeros((64, 32), jnp.float16), axis=-2))

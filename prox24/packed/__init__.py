@@ -2,7 +2,7 @@
 
 from prox24.packed.arrays import from_arrays, to_arrays
 from prox24.packed.choice import packed_or_dense
-from prox24.packed.exports import to_bitmask, to_cutlass
+from prox24.packed.exports import to_cutlass
 from prox24.packed.format import Packed24, pack, unpack
 from prox24.packed.product import matmul
 
@@ -13,7 +13,6 @@ __all__ = [
     "pack",
     "packed_or_dense",
     "to_arrays",
-    "to_bitmask",
     "to_cutlass",
     "unpack",
 ]

@@ -1,10 +1,8 @@
 """Packed weights in the layouts of other libraries."""
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from prox24.packed.codes import BLOCK, KEPT, from_words
 from prox24.packed.format import Packed24, check_words
 
 CUTLASS_DTYPES = ("float16", "bfloat16")
@@ -57,39 +55,6 @@ def to_cutlass(w: Packed24) -> tuple[Array, Array]:
     metadata = metadata.reshape(rows // 32, 4, 8, -1).swapaxes(1, 2)
     squares = metadata.reshape(rows // 2, 2, -1, 2)
     return w.values, squares.transpose(2, 0, 3, 1).reshape(rows, -1)
-
-
-def to_bitmask(w: Packed24) -> tuple[Array, Array]:
-    """Values and a bit for every entry: the format sparse-24-bitmask of compressed-tensors.
-
-    Its files hold for a module NAME the tensors NAME.compressed and NAME.bitmask, which these are,
-    and NAME.shape, int64 of shape (2, 1). No release of today accelerates it: the last that reads
-    it, compressed-tensors 0.14.0.1, unpacks it when a model is loaded.
-
-    Args:
-      w: packed along the last axis of (out, in).
-
-    Returns:
-      values (out, in / 2) as in `w`, and bits (out, ceil(in / 8)), uint8, the first entry in the
-      lowest one, set for the two kept entries of every block.
-
-    Raises:
-      ValueError: another axis or shape, or codes that do not fit the values.
-
-    Example:
-      >>> from prox24.packed import pack
-      >>> values, bits = to_bitmask(pack(jnp.array([[0.0, 2.0, 0.0, 3.0, 5.0, 0.0, 0.0, 7.0]])))
-      >>> values.tolist(), bin(bits[0, 0])
-      ([[2.0, 3.0, 5.0, 7.0]], '0b10011010')
-    """
-    _check_weight("to_bitmask", w)
-    code = from_words(w.codes, w.values.shape[-1] // KEPT)
-    one = np.uint32(1)
-    kept = (one << (code & 3) | one << (code >> 2)).astype(jnp.uint8)
-    if kept.shape[-1] % 2:
-        kept = jnp.pad(kept, [(0, 0), (0, 1)])
-    low, high = kept[:, ::2], kept[:, 1::2]
-    return w.values, low | high << np.uint8(BLOCK)
 
 
 def _check_weight(function: str, w: Packed24) -> None:
