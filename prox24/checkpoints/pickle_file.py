@@ -1,21 +1,21 @@
 """PyTorch's .bin and .pt files, read without torch and without running what they say.
 
-torch.save writes a pickle, a program for a stack machine that can call any function of Python. The
-machine here, `_run`, has the instructions that a state dict needs. It looks no name up: one of
-`FUNCTIONS` or `STORAGES` stands for what this module has under it, and every other is refused. The
-values of the tensors lie outside the pickle and are read when they are asked for.
+torch.save writes a pickle, a program that can call any function of Python. `_Unpickler` has only
+the instructions that a state dict needs, and knows three functions, all of this module. The values
+of the tensors lie outside the pickle and are read when they are asked for.
 """
 
 import io
 import math
 import mmap
 import os
+import pickle
 import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 import ml_dtypes
 import numpy as np
@@ -42,8 +42,6 @@ STORAGES: dict[str, np.dtype[Any]] = {
 ZIP_START = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-MAX_ARGUMENTS = 8
-"""Of a function; a long tuple of arguments, passed again and again, would take forever."""
 
 
 class _Storage(NamedTuple):
@@ -70,17 +68,35 @@ class _Range(NamedTuple):
     size: int
 
 
-class _Name(NamedTuple):
-    """What stands for a function or a class."""
-
-    name: str
+INSTRUCTIONS = (
+    # Values, and the collections that hold them.
+    (pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT)
+    + (pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1)
+    + (pickle.BINUNICODE + pickle.SHORT_BINUNICODE)
+    + (pickle.EMPTY_DICT + pickle.EMPTY_LIST + pickle.APPEND + pickle.APPENDS + pickle.MARK)
+    + (pickle.EMPTY_TUPLE + pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3)
+    # The memo, storages and functions.
+    + (pickle.BINPUT + pickle.LONG_BINPUT + pickle.MEMOIZE + pickle.BINGET + pickle.LONG_BINGET)
+    + (pickle.BINPERSID + pickle.GLOBAL + pickle.STACK_GLOBAL + pickle.REDUCE)
+    + (pickle.PROTO + pickle.FRAME + pickle.STOP)
+)
+"""Those of a state dict that pickle executes; SETITEM, SETITEMS and BUILD have versions here."""
 
 
 def _ordered_dict() -> dict[Any, Any]:
     return {}
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradient: Any) -> _View:
+# The numbers of arguments are fixed: a long tuple, passed again and again, would take forever.
+def _rebuild_tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _requires_grad: Any,
+    _hooks: Any,
+    _metadata: Any = None,
+) -> _View:
     if not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple:
         raise ValueError("a tensor is described by something else than storage, shape and strides")
     if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
@@ -92,9 +108,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradi
     return _View(storage, offset, shape, strides)
 
 
-def _rebuild_parameter(data: Any, *_gradient: Any) -> _View:
-    if not isinstance(data, _View):
-        raise ValueError("a parameter holds no tensor")
+def _rebuild_parameter(data: Any, _requires_grad: Any, _hooks: Any) -> Any:
     return data
 
 
@@ -105,129 +119,68 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _find(name: str) -> _Name:
-    if name not in STORAGES and name not in FUNCTIONS:
-        raise ValueError(f"it names {name}, which has no place in a state dict")
-    return _Name(name)
+def _fill(target: Any, keys_and_values: list[Any]) -> None:
+    keys, values = keys_and_values[::2], keys_and_values[1::2]
+    # No tuple: one of the same tuple twice, and so on, takes forever to hash or to print.
+    if type(target) is not dict or not all(type(key) in (str, int) for key in keys):
+        raise ValueError("it fills a dict by a key that is neither text nor a number")
+    target.update(zip(keys, values, strict=True))
 
 
-def _call(function: Any, arguments: Any) -> Any:
-    if not isinstance(function, _Name) or function.name not in FUNCTIONS:
-        raise ValueError("it calls something else than a function")
-    if type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
-        raise ValueError(f"it calls a function without arguments, or more than {MAX_ARGUMENTS}")
-    return FUNCTIONS[function.name](*arguments)
+def _set_item(unpickler: Any) -> None:
+    value, key = unpickler.stack.pop(), unpickler.stack.pop()
+    _fill(unpickler.stack[-1], [key, value])
 
 
-def _storage(pid: Any) -> _Storage:
-    if type(pid) is not tuple or len(pid) not in (5, 6):
-        raise ValueError("a storage is described by something else than five or six things")
-    # The legacy format adds what part of another storage this is, and torch always writes None.
-    kind, storage_type, key, _device, length, *part = pid
-    if (
-        kind != "storage"
-        or not isinstance(storage_type, _Name)
-        or storage_type.name not in STORAGES
-        or type(key) is not str
-        or type(length) is not int
-        or not 0 <= length < 2**63
-        or part not in ([], [None])
-    ):
-        raise ValueError("a storage is described by something else than type, key and length")
-    return _Storage(key, STORAGES[storage_type.name], length)
+def _set_items(unpickler: Any) -> None:
+    keys_and_values = unpickler.pop_mark()
+    _fill(unpickler.stack[-1], keys_and_values)
 
 
-def _run(file: BinaryIO) -> Any:
-    """Runs the pickle that comes next in a file, and returns what it made.
+def _build(unpickler: Any) -> None:
+    """Drops the attributes that torch sets on an OrderedDict."""
+    unpickler.stack.pop()
+    if type(unpickler.stack[-1]) is not dict:
+        raise ValueError("it sets attributes of something else than a dict")
 
-    The file is one in memory, or mapped: such a one reads no more than there is, however much a
-    pickle asks for, and allocates no more.
 
-    Raises:
-      ValueError: it has an instruction, or a name, that no state dict needs.
+class _Instructions(dict[int, Callable[[Any], None]]):
+    def __missing__(self, code: int) -> NoReturn:
+        name = {known.code: known.name for known in pickletools.opcodes}.get(chr(code), code)
+        raise ValueError(f"it has the instruction {name}, which no state dict needs")
+
+
+# Not pickle.Unpickler, which is in C: its instructions cannot be replaced, and it allocates memory
+# for as many entries or bytes as a file says, before it looks whether the file has them.
+class _Unpickler(pickle._Unpickler):
+    """Runs the pickle that comes next in a file, which is in memory or mapped.
+
+    Such a file gives no more bytes than it has, however much a pickle asks for.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
 
-    def take(count: int) -> list[Any]:
-        if count > len(stack) - (marks[-1] if marks else 0):
-            raise ValueError("it takes more than there is")
-        first = len(stack) - count
-        taken = stack[first:]
-        del stack[first:]
-        return taken
+    dispatch = _Instructions(
+        {code: pickle._Unpickler.dispatch[code] for code in INSTRUCTIONS}
+        | {pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.BUILD[0]: _build}
+    )
 
-    def take_to_mark() -> list[Any]:
-        taken = take(len(stack) - marks[-1])
-        marks.pop()
-        return taken
+    def find_class(self, module: str, name: str) -> Any:
+        """One of `FUNCTIONS`, or the name of a storage."""
+        full = f"{module}.{name}"
+        if full not in STORAGES and full not in FUNCTIONS:
+            raise ValueError(f"it names {full}, which has no place in a state dict")
+        return FUNCTIONS.get(full, full)
 
-    def fill(keys_and_values: list[Any]) -> None:
-        # No tuple: one of the same tuple twice, and so on, takes forever to hash or to print.
-        if not all(type(key) in (str, int) for key in keys_and_values[::2]):
-            raise ValueError("a key of a dict is neither text nor a number")
-        stack[-1].update(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
+    def persistent_load(self, pid: Any) -> _Storage:
+        """A storage; the legacy format adds None, which could be a part of another storage."""
+        match pid:
+            case ("storage", str(kind), str(key), _, int(length), *part):
+                if kind in STORAGES and 0 <= length < 2**63 and part in ([], [None]):
+                    return _Storage(key, STORAGES[kind], length)
+        raise ValueError("a storage is described by something else than type, key and length")
 
-    argument: Any
-    for instruction, argument, _ in pickletools.genops(file):
-        match instruction.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(instruction.name == "NEWTRUE")
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(argument)
-            case "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(argument)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(take_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(take(int(instruction.name[-1]))))
-            case "APPEND":
-                [item] = take(1)
-                stack[-1].append(item)
-            case "APPENDS":
-                items = take_to_mark()
-                stack[-1].extend(items)
-            case "SETITEM":
-                fill(take(2))
-            case "SETITEMS":
-                fill(take_to_mark())
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                stack.append(_find(argument.replace(" ", ".")))
-            case "STACK_GLOBAL":
-                stack.append(_find(".".join(take(2))))
-            case "REDUCE":
-                stack.append(_call(*take(2)))
-            case "BINPERSID":
-                stack.append(_storage(*take(1)))
-            case "BUILD":  # the attributes that torch sets on an OrderedDict
-                take(1)
-                if not isinstance(stack[-1], dict):
-                    raise ValueError("it sets attributes of something else than a dict")
-            case "STOP":
-                [made] = take(1)
-                return made
-            case name:
-                raise ValueError(f"it has the instruction {name}, which no state dict needs")
-    raise ValueError("it has no end")
+
+def _load(file: BinaryIO) -> Any:
+    return _Unpickler(file).load()  # each pickle has its own memo
 
 
 def open_file(path: Path) -> dict[str, TensorSource]:
@@ -260,7 +213,7 @@ def _open_zip(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, _Range]]:
     [root] = {name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")}
     if _read(file, records.get(f"{root}byteorder", _Range(0, 0))) not in (b"", b"little"):
         raise ValueError("it was written on a big-endian machine")
-    state = _run(io.BytesIO(_read(file, records[f"{root}data.pkl"])))
+    state = _load(io.BytesIO(_read(file, records[f"{root}data.pkl"])))
     folder = f"{root}data/"
     return _views(state), {
         name.removeprefix(folder): record
@@ -285,14 +238,14 @@ def _read(file: mmap.mmap, record: _Range) -> bytes:
 def _open_legacy(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, _Range]]:
     """The format before torch 1.6: five pickles, then each storage behind its length."""
     pickles = cast(BinaryIO, file)
-    if _run(pickles) != LEGACY_MAGIC or _run(pickles) != LEGACY_PROTOCOL:
+    if _load(pickles) != LEGACY_MAGIC or _load(pickles) != LEGACY_PROTOCOL:
         raise ValueError("it was not written by torch.save")
-    if not _run(pickles)["little_endian"]:
+    if not _load(pickles)["little_endian"]:
         raise ValueError("it was written on a big-endian machine")
-    views = _views(_run(pickles))
+    views = _views(_load(pickles))
     widths = {view.storage.key: view.storage.dtype.itemsize for view in views.values()}
     ranges = {}
-    for key in _run(pickles):
+    for key in _load(pickles):
         if type(key) is not str:
             raise ValueError("the key of a storage is something else than text")
         [length] = struct.unpack("<Q", file.read(8))
