@@ -1,6 +1,7 @@
 """Strict JAX modes and a deterministic hypothesis profile for every test."""
 
 import os
+import tracemalloc
 from importlib.metadata import version
 
 import jax
@@ -38,3 +39,14 @@ def forgotten_programs():
     """A long session does not keep the programs of every module."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def little_memory():
+    """Fails a test that takes more than a MiB at any time."""
+    tracemalloc.start(1)
+    before, _ = tracemalloc.get_traced_memory()
+    yield
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak - before < 2**20

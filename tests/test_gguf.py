@@ -1,6 +1,7 @@
 """GGUF files as llama.cpp's converter writes them, against the HF weights they were made of."""
 
 import itertools
+import struct
 from pathlib import Path
 
 import gguf
@@ -9,9 +10,10 @@ import pytest
 from tiny import config_dict, jax_logits, random_weights, tokens
 
 from prox24.calibration.text import start_tokens
+from prox24.checkpoints import gguf_header
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.gguf_tokenizer import build_tokenizer
-from prox24.errors import CheckpointError, UnsupportedModelError
+from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
 
 # By llama.cpp's conventions; written here independently of what reads them.
 LAYER = {
@@ -240,3 +242,113 @@ def test_an_architecture_that_is_not_read_names_those_that_are(tmp_path):
     writer.close()
     with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; .*'gemma3'"):
         open_checkpoint(tmp_path / "model.gguf")
+
+
+# Files that are damaged or say too much
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    config = config_dict("grouped_heads", vocab_size=8, num_hidden_layers=1)
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_gguf(path, "llama", config, random_weights(config))
+    return path
+
+
+def test_the_header_is_what_the_reader_of_the_gguf_package_finds(small_model):
+    metadata, tensors = gguf_header.read_header(small_model)
+    reader = gguf.GGUFReader(small_model)
+    expected = {name: field.contents() for name, field in reader.fields.items()}
+    assert metadata == {name: x for name, x in expected.items() if not name.startswith("GGUF.")}
+    assert tensors == {
+        found.name: (found.tensor_type, tuple(found.shape[::-1]), found.data_offset, found.n_bytes)
+        for found in reader.tensors
+    }
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def tensor(name="a", shape=(32,), kind=0, start=0):
+    form = f"<I{len(shape)}QIQ"
+    return text(name) + struct.pack(form, len(shape), *shape, kind, start)
+
+
+def header(fields=b"", tensors=b"", *, field_count=None, count=0, magic=b"GGUF", version=3):
+    field_count = bool(fields) if field_count is None else field_count
+    return struct.pack("<4sIQQ", magic, version, count, field_count) + fields + tensors
+
+
+ALIGNMENT = text("general.alignment")
+HEADERS = [
+    ("not begin with GGUF", header(magic=b"GGML")),
+    ("version 1", header(version=1)),
+    ("ends within", header(text("a") + struct.pack("<IIQ", 9, 7, 2**60))),
+    ("ends within", header(text("a") + struct.pack("<IIQ", 9, 8, 2**60))),
+    ("ends within", header(text("a") + struct.pack("<IQ", 8, 2**64 - 1))),
+    ("ends within", header(tensors=tensor(), count=2**60)),
+    ("a list of lists", header(text("a") + struct.pack("<IIQIQ", 9, 9, 1, 0, 0))),
+    ("99 is not a valid GGUFValueType", header(text("a") + struct.pack("<I", 99))),
+    ("can't decode", header(text("a") + struct.pack("<IQ", 8, 1) + b"\xff")),
+    ("power of two", header(ALIGNMENT + struct.pack("<II", 4, 3))),
+    ("power of two", header(ALIGNMENT + struct.pack("<IQ", 8, 0))),
+    ("64 dimensions", header(tensors=tensor(shape=(1,) * 64), count=1)),
+    (r"shape \(\)", header(tensors=tensor(shape=()), count=1)),
+    ("in blocks of 32", header(tensors=tensor(shape=(16, 2), kind=8), count=1)),
+    ("not a valid GGMLQ", header(tensors=tensor(kind=9999), count=1)),
+    ("not within the file", header(tensors=tensor(shape=(2**32, 2**32)), count=1)),
+    ("not within the file", header(tensors=tensor(start=2**63), count=1)),
+    ("not within the file", header(tensors=tensor(shape=(0, 2**62)), count=1)),
+    ("something twice", header(tensors=tensor() * 2, count=2)),
+    ("something twice", header((text("a") + struct.pack("<IB", 0, 1)) * 2, field_count=2)),
+    ("overlap", header(tensors=tensor("a") + tensor("b") + tensor("c") + bytes(160), count=3)),
+]
+
+
+@pytest.mark.parametrize(("named", "content"), HEADERS, ids=[named for named, _ in HEADERS])
+def test_hostile_headers_are_refused(tmp_path, named, content, little_memory):
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"not a readable GGUF file: .*{named}"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("llama.attention.head_count", struct.pack("<II", 4, 0), "head_count is 0"),
+        ("llama.attention.head_count", struct.pack("<IIQII", 9, 4, 2, 4, 4), "is no int"),
+        ("llama.attention.head_count_kv", struct.pack("<II", 4, 3), "rows of blk.0.attn_k.weight"),
+        ("llama.rope.freq_base", struct.pack("<II", 4, 100), "freq_base' is no float"),
+        ("llama.embedding_length", None, "lacks the metadata field 'llama.embedding_length'"),
+        ("general.architecture", struct.pack("<IIQ", 9, 4, 0), r"architecture \[\]"),
+    ],
+)
+def test_wrong_metadata_are_named(tmp_path, small_model, name, value, named):
+    # The field in its place is renamed, and the wrong one is put first.
+    content = small_model.read_bytes().replace(name.encode(), b"x" * len(name))
+    tensors, fields = struct.unpack("<8x2Q", content[:24])
+    wrong = b"" if value is None else text(name) + value
+    wrong += text("fill") + struct.pack("<IQ", 8, padding := -(len(wrong) + 24) % 32)
+    wrong += b"x" * padding
+    head = header(wrong, content[24:], field_count=fields + 1 + (value is not None), count=tensors)
+    (tmp_path / "model.gguf").write_bytes(head)
+    with pytest.raises(Prox24Error, match=named):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer.ggml.token_type": None},
+        {"tokenizer.ggml.tokens": ["a" * 10**6]},
+        {"tokenizer.ggml.bos_token_id": 10**6},
+        {"tokenizer.ggml.model": ["llama"]},
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"},
+    ],
+)
+def test_a_tokenizer_that_the_metadata_do_not_describe_is_refused(changes):
+    changed = SENTENCE_PIECE | changes
+    metadata = {name: value for name, value in changed.items() if value is not None}
+    with pytest.raises(CheckpointError, match=r"model\.gguf: (the )?tokenizer"):
+        build_tokenizer(metadata, 64, Path("model.gguf"))
