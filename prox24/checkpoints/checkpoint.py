@@ -138,15 +138,14 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     _check_quantization(path, config)
     shards = hf_folder.open_shards(path, FORMATS)
     tensors = {name: source for shard in shards for name, source in shard.items()}
-    if not any_family:
-        shapes = parameter_shapes(config, tensors)
-        tensors = _without_copies(tensors, shapes)
+    model = None if any_family else config_from_hf(config, tensors)
+    shapes = tensor_shapes(model) if model else {}
+    tensors = _without_copies(tensors, shapes)
     tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
-
     buffers: frozenset[str] = frozenset()
-    if not any_family:
-        # A tied head that is stored besides is the embedding's copy, and has to stay one.
-        head = outer_tensor(config_from_hf(config, tensors).names, "lm_head.weight")
+    if model:
+        # A tied head that is also stored is a copy of the embedding, and has to stay one.
+        head = outer_tensor(model.names, "lm_head.weight")
         buffers = frozenset(tensors.keys() - shapes.keys() - {head})
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
@@ -169,8 +168,7 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
         carried=hf_folder.carried_files(path),
         buffers=buffers,
     )
-    if not any_family:
-        _check_tensors(checkpoint, shapes)
+    _check_tensors(checkpoint, shapes)
     return checkpoint
 
 
