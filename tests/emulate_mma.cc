@@ -1,4 +1,4 @@
-// One tile of what matmul_cuda.cu computes, 8 vectors, on a CPU: mma.sp.m16n8k32 is done by the layouts
+// One tile of what kernels/cuda.cu computes, 8 vectors, on a CPU: mma.sp.m16n8k32 is done by the layouts
 // of the PTX ISA, from what every lane would hold by fragments.h. How the kernel stores the sums, and
 // adds those of its warps, is not done here.
 

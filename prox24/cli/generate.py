@@ -1,25 +1,14 @@
 """`prox24 generate`: what a model makes of a prompt."""
 
 import argparse
-import sys
 import time
-from collections.abc import Callable
-
-from jax import Array
 
 from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24.cli.output import peak_memory_bytes, print_json, progress_bar
 from prox24.cli.windows import prompt_tokens
-from prox24.forward import Model, all_weights, layer_linears, load_model
-from prox24.models.generate import ModelWeights, check_prompts, generate
-from prox24.packed import Packed24, pack, packed_or_dense, table
-from prox24.packed.implementation import Case, default_platform
-
-PACKED: dict[str, Callable[[Array], Array | Packed24]] = {
-    "all": pack,
-    "faster": lambda weight: packed_or_dense(pack(weight)),
-}
-"""How the weight of a linear is kept."""
+from prox24.forward import all_weights, load_model
+from prox24.models.generate import check_prompts, generate
+from prox24.packed import pack
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,10 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = prompt_tokens(checkpoint, arguments.prompt)
     check_prompts(model.config, prompt, arguments.tokens)
     stop = stop_tokens(checkpoint)
-    pack_linear = PACKED.get(arguments.packed)
+    pack_linear = pack if arguments.packed else None
     weights = all_weights(model, DTYPES.get(arguments.dtype), pack_linear=pack_linear)
-    if arguments.packed:
-        warn_of_unmeasured(model, weights)
     tokens: list[int] = []
     times = [time.perf_counter()]
     with progress_bar("generate", arguments.tokens, arguments.quiet) as advance:
@@ -72,22 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
         }
     )
     return 0
-
-
-def warn_of_unmeasured(model: Model, weights: ModelWeights) -> None:
-    """Names a weight that is unpacked, at once or every time, as its product was not measured."""
-    platform = default_platform()
-    measured = {entry.case for entry in table.read(platform)}
-    for index, layer in enumerate(weights.layers):
-        for linear in layer_linears(model.config, index):
-            dtype, (outputs, inputs) = layer[linear.weight].dtype, linear.shape
-            if Case(platform, dtype.name, outputs, inputs, 1) not in measured:
-                print(
-                    f"prox24: packed weights of {outputs}x{inputs} are unpacked, since their "
-                    f"products were not measured here: run `prox24 tune MODEL --dtype {dtype}`",
-                    file=sys.stderr,
-                )
-                return
 
 
 def decoding_rate(times: list[float]) -> float | None:

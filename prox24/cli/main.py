@@ -25,13 +25,11 @@ from prox24.cli import (
     inspect_model,
     plan,
     prune,
-    tune,
     verify,
 )
 from prox24.core.pattern import Pattern, Unstructured, as_pattern
 from prox24.core.precision import COMPUTE_DTYPES
 from prox24.errors import Prox24Error, first_line
-from prox24.packed.codes import BLOCK
 from prox24.processes import is_missing_device, leave
 from prox24.solvers.solve import REFITS, SOLVERS
 
@@ -134,7 +132,6 @@ def parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_inspect(commands)
     _add_convert(commands)
-    _add_tune(commands)
     _add_demo(commands)
     return top
 
@@ -344,9 +341,8 @@ def _add_generate(commands: "_Commands[argparse.ArgumentParser]") -> None:
     )
     command.add_argument(
         "--packed",
-        choices=list(generate.PACKED),
-        help="keep linears of a 2:4 model packed in memory: all, or those whose products were "
-        "measured to be as fast as dense ones, within 2%%, or faster",
+        action="store_true",
+        help="keep the linears of a 2:4 model packed in memory",
     )
     _add_output(command, quiet="no progress bar")
 
@@ -388,25 +384,6 @@ def _add_convert(commands: "_Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("--format", choices=OUTPUTS, default="safetensors")
     _add_writing(command)
     _add_output(command, quiet="no summary")
-
-
-def _add_tune(commands: "_Commands[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("tune", help="measure products with packed weights")
-    command.set_defaults(run=tune.run)
-    shapes = command.add_mutually_exclusive_group(required=True)
-    shapes.add_argument("source", nargs="?", type=Path, help=f"of whose linears: {MODEL}")
-    shapes.add_argument(
-        "--shapes", type=parse_shapes, metavar="OUTxIN,...", help="of weights, as 4096x4096,64x32"
-    )
-    command.add_argument(
-        "--batches",
-        type=parse_batches,
-        default=[1, 4, 16],
-        metavar="N,...",
-        help="vectors that are multiplied at once (1,4,16)",
-    )
-    command.add_argument("--dtype", choices=DTYPES, help="(the model's, or float32 for --shapes)")
-    _add_output(command)
 
 
 def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
@@ -526,36 +503,6 @@ def parse_size(text: str) -> int:
     if not size:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MiB")
     return size
-
-
-def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """Reads shapes (out, in) whose inputs are blocks of four.
-
-    Example:
-      >>> parse_shapes("64x32,16x96")
-      [(64, 32), (16, 96)]
-    """
-    shapes = []
-    for part in text.split(","):
-        # With more digits their product would be more than any array has.
-        found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", part)
-        outputs, inputs = (int(found[1]), int(found[2])) if found else (0, 0)
-        if not outputs or not inputs or inputs % BLOCK:
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is not OUTxIN with a multiple of {BLOCK} inputs"
-            )
-        shapes.append((outputs, inputs))
-    return shapes
-
-
-def parse_batches(text: str) -> list[int]:
-    """Reads positive integers.
-
-    Example:
-      >>> parse_batches("1,16")
-      [1, 16]
-    """
-    return [_at_least(part, 1, 2**31) for part in text.split(",")]
 
 
 def _positive(text: str) -> int:

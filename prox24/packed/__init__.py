@@ -1,8 +1,6 @@
 """2:4 weights at run time: a packed format, and products with it."""
 
-from prox24.packed.arrays import from_arrays, to_arrays
-from prox24.packed.choice import packed_or_dense
-from prox24.packed.exports import to_cutlass
+from prox24.packed.arrays import from_arrays, to_arrays, to_cutlass
 from prox24.packed.format import Packed24, pack, unpack
 from prox24.packed.product import matmul
 
@@ -11,7 +9,6 @@ __all__ = [
     "from_arrays",
     "matmul",
     "pack",
-    "packed_or_dense",
     "to_arrays",
     "to_cutlass",
     "unpack",

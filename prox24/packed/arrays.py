@@ -1,4 +1,4 @@
-"""Packed weights as named arrays, which safetensors and other files of tensors can hold."""
+"""Packed weights as arrays that files of tensors and other libraries can hold."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
@@ -22,13 +23,16 @@ from prox24.packed.codes import (
 from prox24.packed.format import DTYPES, Packed24, check_words
 
 PARTS = ("values", "codes", "axis")
+CUTLASS_DTYPES = ("float16", "bfloat16")
+CUTLASS_ROWS, CUTLASS_COLUMNS = 32, 64
+"""The weight's shape must be a multiple of these for PyTorch's kernels."""
 
 
 def to_arrays(name: str, w: Packed24) -> dict[str, NDArray[Any]]:
-    """Host arrays that hold a packed weight, by names that begin with its own.
+    """Host arrays that hold a packed weight, by name.
 
     Args:
-      name: of the weight.
+      name: of the weight; the names of its arrays begin with it.
       w: the weight.
 
     Returns:
@@ -49,19 +53,18 @@ def to_arrays(name: str, w: Packed24) -> dict[str, NDArray[Any]]:
 
 
 def from_arrays(name: str, arrays: Mapping[str, ArrayLike]) -> Packed24:
-    """Reads what `to_arrays` gave, from among other arrays too, and checks every code.
+    """The packed weight that `to_arrays` wrote; checks every code.
 
     Args:
       name: of the weight.
-      arrays: by name.
+      arrays: by name, those of other weights too.
 
     Returns:
       `Packed24` on JAX's default device.
 
     Raises:
-      CheckpointError: an array is missing, or of another dtype or shape, or a code is not of two
-        places in order, or bits of the last word are set that tell of no entry, or JAX would round
-        the values.
+      CheckpointError: an array is missing or has another dtype or shape, or a code is invalid, or
+        unused bits of the last word are set, or JAX would round the values.
 
     Example:
       >>> from prox24.packed import pack, unpack
@@ -97,6 +100,58 @@ def from_arrays(name: str, arrays: Mapping[str, ArrayLike]) -> Packed24:
     )
 
 
+def to_cutlass(w: Packed24) -> tuple[Array, Array]:
+    """Values and metadata of a weight (out, in) as CUTLASS's sparse products read them.
+
+    PyTorch's `SparseSemiStructuredTensorCUTLASS` holds the two side by side, `torch.cat` of the
+    values and of the metadata viewed in the weight's dtype. cuSPARSELt compresses a dense weight
+    by itself: `unpack` is its input.
+
+    A code is the same four bits there. Four make an int16, the first in its lowest bits, and the
+    int16 are reordered: within every 32 rows, row 8 i + j comes to 4 j + i; every square of two
+    rows and two columns is transposed; and pairs of columns are stored one after the other.
+
+    Args:
+      w: packed along the last axis of (out, in), out a multiple of 32 and in of 64; float16 or
+        bfloat16.
+
+    Returns:
+      values (out, in / 2) as in `w`, and metadata (out, in / 16), int16.
+
+    Raises:
+      ValueError: another dtype, axis or shape, or codes that do not fit the values.
+
+    References:
+      torch/sparse/_semi_structured_conversions.py of PyTorch, and reorder_meta in
+      tools/util/include/cutlass/util/host_reorder.h of CUTLASS.
+
+    Example:
+      >>> from prox24.packed import pack
+      >>> values, metadata = to_cutlass(pack(jnp.zeros((32, 64), jnp.float16)))
+      >>> values.shape, metadata.shape
+      ((32, 32), (32, 4))
+    """
+    if w.values.ndim != 2 or w.axis != -1:
+        raise ValueError(
+            "to_cutlass takes a weight (out, in) that is packed along its last axis, not one of "
+            f"shape {w.shape} packed along axis {w.axis}"
+        )
+    check_words(w)
+    if w.dtype.name not in CUTLASS_DTYPES:
+        raise ValueError(f"to_cutlass takes {' or '.join(CUTLASS_DTYPES)}, not {w.dtype}")
+    rows, columns = w.shape
+    if rows % CUTLASS_ROWS or columns % CUTLASS_COLUMNS:
+        raise ValueError(
+            f"to_cutlass takes weights of shape (out, in) that are multiples of {CUTLASS_ROWS} and "
+            f"{CUTLASS_COLUMNS}, not {w.shape}"
+        )
+    # The low half of a word comes first.
+    metadata = lax.bitcast_convert_type(w.codes, jnp.int16).reshape(rows, -1)
+    metadata = metadata.reshape(rows // 32, 4, 8, -1).swapaxes(1, 2)
+    squares = metadata.reshape(rows // 2, 2, -1, 2)
+    return w.values, squares.transpose(2, 0, 3, 1).reshape(rows, -1)
+
+
 def _find(name: str, part: str, arrays: Mapping[str, ArrayLike]) -> NDArray[Any]:
     if f"{name}.{part}" not in arrays:
         raise CheckpointError(f"tensor {name}.{part} is missing")
@@ -113,5 +168,5 @@ def _check_codes(name: str, codes: NDArray[np.uint32], blocks: int) -> None:
             *row, word = (int(i) for i in np.argwhere(wrong)[0])
             raise CheckpointError(
                 f"tensor {name}.codes: the code {code[(*row, word)]} of block "
-                f"{(*row, int(block[word]))} is no pair of places in order; the file is damaged"
+                f"{(*row, int(block[word]))} is invalid; the file is damaged"
             )

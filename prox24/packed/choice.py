@@ -1,45 +1,118 @@
-"""Whether a weight is better kept packed or dense: what was measured on this machine."""
+"""The implementations of the product with a packed weight, and which of them runs."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 from jax import Array
 
-from prox24.packed import table
-from prox24.packed.codes import BLOCK, KEPT
-from prox24.packed.format import Packed24, unpack
-from prox24.packed.implementation import Case, default_platform
+from prox24.packed.kernels import cpu, cuda, cusparselt, native, tpu, xla
+
+UNPACK = "unpack"
+"""The implementation that computes every product: XLA unpacks the weight and multiplies."""
+AUTO = "auto"
 
 
-def packed_or_dense(w: Packed24, batches: Iterable[int] = (1,)) -> Packed24 | Array:
-    """The weight as it is, or unpacked for good where its products would be slower than dense ones.
+class Case(NamedTuple):
+    """A product x W^T, as far as an implementation depends on it.
 
-    It stays packed if what `matmul` runs was measured by `prox24 tune`, for every batch, to take at
-    most 2% longer than the faster of XLA's dense products x W^T and W x^T in the dtype of the
-    weight, at the default precision. The dense weights take their memory.
+    Attributes:
+      platform: "cpu", "cuda", "tpu" or another one.
+      dtype: name of that of x and W.
+      outputs, inputs: shape of W.
+      batch: vectors in x.
+    """
+
+    platform: str
+    dtype: str
+    outputs: int
+    inputs: int
+    batch: int
+
+
+class Implementation(NamedTuple):
+    """A way to compute some products.
+
+    Attributes:
+      run: x (..., in), values (out, in / 2) of the same dtype and codes (out, words) to (..., out)
+        of that dtype; traceable. Sums are in float32.
+      platform, dtypes: of the products.
+      multiples: that outputs, inputs and batch must be.
+      largest_batch: that it computes.
+      row_bytes: of a dense row of W, at most.
+      library: that has to be built first.
+    """
+
+    run: Callable[[Array, Array, Array], Array]
+    platform: str
+    dtypes: tuple[str, ...]
+    multiples: tuple[int, int, int]
+    largest_batch: float = 64
+    row_bytes: float = math.inf
+    library: native.Library | None = None
+
+    def problem(self, case: Case) -> str | None:
+        """Why it cannot compute a product, or None; the first call builds its library."""
+        sizes = case.outputs, case.inputs, case.batch
+        if not (
+            case.platform == self.platform
+            and case.dtype in self.dtypes
+            and all(n > 0 and n % of == 0 for n, of in zip(sizes, self.multiples, strict=True))
+            and case.batch <= self.largest_batch
+            and case.inputs * np.dtype(case.dtype).itemsize <= self.row_bytes
+        ):
+            multiples = "multiples of {} outputs, {} inputs and {} vectors".format(*self.multiples)
+            limits = {"vectors": self.largest_batch, "bytes of a dense row": self.row_bytes}
+            at_most = [f", at most {n} {of}" for of, n in limits.items() if n < math.inf]
+            dtypes = " and ".join(self.dtypes)
+            return f"it takes {dtypes} on {self.platform}, {multiples}{''.join(at_most)}"
+        return native.problem(self.library) if self.library else None
+
+
+SIXTEEN_BITS = ("float16", "bfloat16")
+IMPLEMENTATIONS = {
+    "cpu": Implementation(cpu.run, "cpu", ("float32", "bfloat16"), (1, 32, 1), library=cpu.LIBRARY),
+    "cuda": Implementation(cuda.run, "cuda", SIXTEEN_BITS, (16, 64, 1), library=cuda.LIBRARY),
+    "cusparselt": Implementation(
+        cusparselt.run, "cuda", SIXTEEN_BITS, (16, 16, 8), math.inf, library=cusparselt.LIBRARY
+    ),
+    "tpu": Implementation(
+        tpu.run,
+        "tpu",
+        ("float32", "bfloat16"),
+        (tpu.OUTPUTS, tpu.INPUTS, 1),
+        row_bytes=tpu.LARGEST_ROW,
+    ),
+}
+"""All but `UNPACK`."""
+AUTOMATIC = {("cpu", "float32"): ("cpu", 64), ("cpu", "bfloat16"): ("cpu", 32)}
+"""For a platform and a dtype, what runs unasked up to which batch: what was measured to be faster
+than `UNPACK` (docs/packed.md). No GPU and no TPU has run the other kernels."""
+
+
+def choose(implementation: str, case: Case) -> Callable[[Array, Array, Array], Array]:
+    """What computes a product.
 
     Args:
-      w: packed, (out, in) along -1 or (in, out) along -2.
-      batches: numbers of vectors that it will be multiplied with, on the default platform.
-
-    Returns:
-      `w`, or an array of its shape and dtype.
+      implementation: a name, or `AUTO` for what `AUTOMATIC` says if it can compute it, else for
+        `UNPACK`.
+      case: the product.
 
     Raises:
-      ValueError: `w` has another number of axes, or there are no batches.
+      ValueError: the one that is named cannot compute it.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from prox24.packed import pack
-      >>> packed_or_dense(pack(jnp.array([[0.0, 1.0, 0.0, 2.0]]))).tolist()  # was never measured
-      [[0.0, 1.0, 0.0, 2.0]]
+      >>> choose("auto", Case("cuda", "bfloat16", 4096, 4096, 1)) is xla.run
+      True
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("packed_or_dense takes the number of vectors of one product at least")
-    if w.values.ndim != 2:
-        raise ValueError(f"packed_or_dense takes a weight of two axes, not of shape {w.shape}")
-    outputs, half = w.values.shape
-    case = Case(default_platform(), w.dtype.name, outputs, half // KEPT * BLOCK, 1)
-    if all(table.keeps_up(case._replace(batch=batch)) for batch in batches):
-        return w
-    return unpack(w)
+    if implementation == AUTO:
+        name, largest_batch = AUTOMATIC.get((case.platform, case.dtype), (UNPACK, 0))
+        usable = 0 < case.batch <= largest_batch and IMPLEMENTATIONS[name].problem(case) is None
+        return IMPLEMENTATIONS[name].run if usable else xla.run
+    if implementation == UNPACK:
+        return xla.run
+    problem = IMPLEMENTATIONS[implementation].problem(case)
+    if problem is not None:
+        raise ValueError(f"implementation {implementation!r} cannot compute {case}: {problem}")
+    return IMPLEMENTATIONS[implementation].run

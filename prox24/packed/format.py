@@ -10,8 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24.core.blocks import checked_axis
-from prox24.packed import codes as blocks
-from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT, words_of
+from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT, compress, expand, words_of
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -138,12 +137,12 @@ def check_words(w: Packed24) -> None:
 
 @jax.jit
 def _unpack(w: Packed24) -> Array:
-    return jnp.moveaxis(blocks.expand(w.values, w.codes), -1, w.axis)
+    return jnp.moveaxis(expand(w.values, w.codes), -1, w.axis)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _pack(w: Array, axis: int) -> tuple[Array, Array, Array]:
-    return blocks.compress(jnp.moveaxis(w, axis, -1))
+    return compress(jnp.moveaxis(w, axis, -1))
 
 
 def _check(w: Array, excess: Array, axis: int) -> None:

@@ -1,4 +1,4 @@
-// What prox24/packed/matmul_cusparselt.cc calls of cuSPARSELt, as its documentation has it, in the
+// What prox24/packed/kernels/cusparselt.cc calls of cuSPARSELt, as its documentation has it, in the
 // memory of the host: descriptors say how matrices lie, and everything is done at once.
 
 #pragma once

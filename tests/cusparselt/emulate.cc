@@ -1,6 +1,6 @@
-// Products by matmul_cusparselt.cc with the cuSPARSELt of this folder.
+// Products by cusparselt.cc with the cuSPARSELt of this folder.
 
-#include "matmul_cusparselt.cc"
+#include "cusparselt.cc"
 
 #include <vector>
 

@@ -10,24 +10,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24.core.precision import PRECISION
-from prox24.packed import unpacked
 from prox24.packed.codes import BITS, BLOCK, CODES_PER_WORD, KEPT
-from prox24.packed.implementation import Case, Implementation
+from prox24.packed.kernels import xla
 
-DTYPES = ("float32", "bfloat16")
-LARGEST_BATCH = 64
-LARGEST_ROW = 2 * 28672
-"""Bytes of a dense row, so that the rows of a tile fit into on-chip memory."""
 OUTPUTS = 128
-"""Rows of the weight in a tile: as many as there are lanes."""
+"""Rows of the weight in a tile: the number of lanes."""
 BLOCKS = 128
 """Blocks of every row that are unpacked at once."""
+INPUTS = BLOCKS * BLOCK
+"""A multiple of these is multiplied."""
+LARGEST_ROW = 2 * 28672
+"""Bytes of a dense row, so that the rows of a tile fit into on-chip memory."""
 ROWS = 16
-"""Vectors of x are padded to a multiple of these, the rows of a tile in 16 bits."""
+"""Vectors of x are padded to a multiple of these, the rows of a tile in 16-bit types."""
 
 
 def run(x: Array, values: Array, codes: Array, interpret: bool = False) -> Array:
-    """x W^T, see `Implementation`; `serves` must have said yes.
+    """x W^T, see `prox24.packed.choice.Implementation`.
 
     A tile of the weight is turned, so that its rows lie along lanes and a block's two values in
     neighbouring rows of registers. Place p of all blocks is then a plane, made by comparing codes
@@ -94,7 +93,7 @@ def run(x: Array, values: Array, codes: Array, interpret: bool = False) -> Array
             ],
             out_specs=pl.BlockSpec((rows, OUTPUTS), lambda i: (0, i)),
             # Inside of shard_map this says over which axes the result varies, as well.
-            out_shape=jax.eval_shape(unpacked.run, flat, values, codes),
+            out_shape=jax.eval_shape(xla.run, flat, values, codes),
             scratch_shapes=[
                 pltpu.VMEM((inputs // KEPT, OUTPUTS), jnp.float32),
                 pltpu.VMEM((words, OUTPUTS), jnp.int32),
@@ -112,19 +111,3 @@ def run(x: Array, values: Array, codes: Array, interpret: bool = False) -> Array
             name="matmul24",
         )(planes, values, lax.bitcast_convert_type(codes, jnp.int32))
     return y[:batch].reshape(*x.shape[:-1], outputs)
-
-
-def serves(case: Case) -> bool:
-    """Whether the kernel may run a case."""
-    return (
-        case.platform == "tpu"
-        and case.dtype in DTYPES
-        and 1 <= case.batch <= LARGEST_BATCH
-        and case.outputs > 0
-        and case.outputs % OUTPUTS == 0
-        and 0 < case.inputs * jnp.dtype(case.dtype).itemsize <= LARGEST_ROW
-        and case.inputs % (BLOCKS * BLOCK) == 0
-    )
-
-
-TPU = Implementation(run, serves)

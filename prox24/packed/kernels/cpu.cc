@@ -215,7 +215,7 @@ AVX2 void Avx2(const Product<T>& p, int64_t row, int64_t rows) {
 
 #endif  // __x86_64__
 
-// The forms of the kernel, as prox24/packed/cpu.py numbers them.
+// The forms of the kernel, as cpu.py numbers them.
 enum Instructions { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 Instructions Supported() {

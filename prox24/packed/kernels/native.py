@@ -1,0 +1,155 @@
+"""Builds kernels with the machine's compilers, keeps them in a cache folder, and loads them."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib.version
+from jax import Array
+
+logger = logging.getLogger("prox24.packed")
+"""Says, once and in one line, why a kernel is not used; silenced by its level."""
+FOLDER = Path(__file__).parent
+CPP_COMPILERS = ("g++", "clang++", "c++")
+CPP_FLAGS = ("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden")
+
+
+class NoKernelError(Exception):
+    """The kernel cannot be built."""
+
+
+class Library(NamedTuple):
+    """A kernel in a language of its own.
+
+    Attributes:
+      target: the function, and what XLA calls it.
+      platform: on which it runs, as XLA spells it.
+      sources: the file that is compiled and those that it includes, in this folder.
+      compilers: the first that is installed compiles it.
+      flags: of the compiler, for this machine; may raise NoKernelError.
+    """
+
+    target: str
+    platform: str
+    sources: tuple[str, ...]
+    compilers: tuple[str, ...]
+    flags: Callable[[], list[str]]
+
+    def command(self, compiler: str, output: Path) -> list[str]:
+        """What compiles it into a file."""
+        source = str(FOLDER / self.sources[0])
+        include = f"-I{jax.ffi.include_dir()}"
+        return [compiler, *self.flags(), include, source, "-o", str(output)]
+
+    def path(self, version: str) -> Path:
+        """The file in the cache for these sources and flags, this machine and jaxlib.
+
+        Args:
+          version: of the compiler, as it prints it.
+        """
+        made_for = [(FOLDER / source).read_text() for source in self.sources]
+        made_for += [*self.flags(), version, platform.machine(), jaxlib.version.__version__]
+        digest = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
+        return cache_folder() / f"{self.target}-{digest}.so"
+
+
+def cache_folder() -> Path:
+    """PROX24_CACHE, or prox24 in XDG_CACHE_HOME, or ~/.cache/prox24; need not exist.
+
+    Raises:
+      NoKernelError: the user has no home folder, and the environment names none.
+    """
+    named, base = os.environ.get("PROX24_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named).absolute()  # dlopen looks elsewhere for a name without a folder.
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "prox24"
+    except RuntimeError as error:
+        raise NoKernelError("there is no home folder; set PROX24_CACHE") from error
+
+
+_loading = threading.Lock()
+
+
+def problem(library: Library) -> str | None:
+    """Why XLA cannot call a kernel, or None; the first call builds, loads and logs."""
+    with _loading:  # XLA takes the name of a function once.
+        return _load(library)
+
+
+@functools.cache
+def _load(library: Library) -> str | None:
+    try:
+        path = _built(library)
+        try:
+            target = jax.ffi.pycapsule(ctypes.CDLL(str(path))[library.target])
+        except (OSError, AttributeError) as error:
+            raise NoKernelError(f"delete {path}, which cannot be loaded: {error}") from error
+    # A RuntimeError is JAX's, where there is no device of the platform.
+    except (NoKernelError, OSError, RuntimeError) as error:
+        found = f"{library.target} cannot run on {library.platform.upper()}: {error}"
+        logger.warning(found)
+        return found
+    jax.ffi.register_ffi_target(library.target, target, platform=library.platform)
+    return None
+
+
+def call(library: Library, x: Array, *weight: Array, **attributes: Any) -> Array:
+    """x W^T by a kernel that has no `problem`.
+
+    Args:
+      library: of the kernel.
+      x: (..., in).
+      weight: values (out, in / 2) and codes (out, in / 32), or what else the kernel takes of W, the
+        first of shape (out, ...).
+      attributes: of the kernel, of numpy's types.
+    """
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    outputs = len(weight[0])
+    result = jax.ShapeDtypeStruct((len(flat), outputs), x.dtype)
+    found = jax.ffi.ffi_call(library.target, result)(flat, *weight, **attributes)
+    return found.reshape(*x.shape[:-1], outputs)
+
+
+def _built(library: Library) -> Path:
+    """The file, compiled unless the cache has it."""
+    compiler = next(filter(None, map(shutil.which, library.compilers)), None)
+    if compiler is None:
+        raise NoKernelError(f"there is no compiler; install one of {', '.join(library.compilers)}")
+    path = library.path(_output([compiler, "--version"]))
+    if path.exists():
+        return path
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Beside its place, so that the renaming is atomic and a process never sees half of a file.
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".building")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        _output(library.command(compiler, partial))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # Half of a library would never be built again.
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.splitlines() or ["no message"]
+        telling = [line for line in lines if "error" in line or "fatal" in line]
+        raise NoKernelError(f"{command[0]} failed: {(telling or lines)[0]}")
+    return done.stdout
