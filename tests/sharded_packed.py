@@ -3,6 +3,7 @@
 A program of its own, since the number of devices is fixed when JAX starts.
 """
 
+import functools
 import json
 import re
 
@@ -12,10 +13,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prox24.packed import Packed24, matmul, native, pack, table, unpack
-from prox24.packed.implementation import Case
-from prox24.packed.table import Measurement
-from prox24.packed.tuning import random_packed
+import prox24
+from prox24.packed import Packed24, matmul, pack, unpack
+from prox24.packed.kernels import cpu
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,23 +30,19 @@ def report(name, function, placed, expected, spec=None):
     """The largest error, the collectives, and whether the result is sharded as it should be."""
     compiled = jax.jit(function).lower(*placed).compile()
     found = compiled(*placed)
-    leaves = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    errors = jax.tree.map(
+        lambda a, b: np.max(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32))),
+        *(found, expected),
+    )
     return {
         "name": name,
-        "error": float(
-            np.max(
-                [
-                    np.max(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)))
-                    for a, b in leaves
-                ]
-            )
-        ),
+        "error": float(np.max(jax.tree.leaves(errors))),
         "collectives": sorted(set(COLLECTIVES.findall(compiled.as_text()))),
-        "kernel": native.CPU.target in compiled.as_text(),
+        "kernel": cpu.LIBRARY.target in compiled.as_text(),
         "kept": spec is None
         or all(
-            a.sharding.is_equivalent_to(NamedSharding(a.sharding.mesh, spec), a.ndim)
-            for a, _ in leaves
+            leaf.sharding.is_equivalent_to(NamedSharding(leaf.sharding.mesh, spec), leaf.ndim)
+            for leaf in jax.tree.leaves(found)
         ),
     }
 
@@ -55,16 +51,15 @@ def loss(x, w):
     return jnp.sum(jnp.sin(matmul(x, w)))
 
 
-def gradients(x, values, codes):
+def gradients(x, values, codes, loss=loss):
     return jax.grad(lambda x, values: loss(x, Packed24(values, codes)), argnums=(0, 1))(x, values)
 
 
 def reports():
     """One report for each function, kind of mesh and sharding."""
-    rng = np.random.default_rng(0)
-    w = random_packed(rng, OUTPUTS, INPUTS, "float32")
-    x = jnp.asarray(rng.normal(size=(BATCH, INPUTS)), jnp.float32)
-    dense = unpack(w)
+    dense = jax.random.normal(jax.random.key(0), (OUTPUTS, INPUTS))
+    dense = jnp.where(prox24.top_mask(jnp.abs(dense)), dense, 0)
+    w, x = pack(dense), jax.random.normal(jax.random.key(1), (BATCH, INPUTS))
     product, slopes = matmul(x, w), gradients(x, w.values, w.codes)
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(kind, kind))
@@ -88,27 +83,18 @@ def reports():
 
 
 def mapped(x, w, product, slopes):
-    """The reports inside of shard_map, where the table says that the kernel is faster."""
-    for outputs, inputs in ((OUTPUTS // 8, INPUTS), (OUTPUTS, INPUTS // 8)):
-        case = Case("cpu", "float32", outputs, inputs, BATCH)
-        table.write([Measurement(case, {"unpack": 2.0, "cpu": 1.0}, 1.5)])
+    """The reports inside of shard_map."""
     mesh = jax.make_mesh((8,), ("all",), axis_types=(AxisType.Auto,))
     rows, columns = P("all", None), P(None, "all")
 
     def summed(x, w):
         return jax.lax.psum(matmul(x, w), "all")
 
-    def summed_gradients(x, values, codes):
-        def total(x, values):
-            return jnp.sum(jnp.sin(summed(x, Packed24(values, codes))))
+    def sum_of_rows(x, w):
+        return jax.lax.psum(loss(x, w), "all")
 
-        return jax.grad(total, argnums=(0, 1))(x, values)
-
-    def row_gradients(x, values, codes):
-        def total(x, values):
-            return jax.lax.psum(loss(x, Packed24(values, codes)), "all")
-
-        return jax.grad(total, argnums=(0, 1))(x, values)
+    def sum_of_columns(x, w):
+        return jnp.sum(jnp.sin(summed(x, w)))
 
     def shard(function, of_x, of_w, out, results):
         specs = (of_x, *[of_w] * results)
@@ -117,9 +103,9 @@ def mapped(x, w, product, slopes):
     def place(array, spec):
         return jax.device_put(array, NamedSharding(mesh, spec))
 
-    for label, of_x, of_w, out, function, of_slopes in (
-        ("rows", P(), rows, columns, matmul, row_gradients),
-        ("columns", columns, columns, P(), summed, summed_gradients),
+    for label, of_x, of_w, out, function, total in (
+        ("rows", P(), rows, columns, matmul, sum_of_rows),
+        ("columns", columns, columns, P(), summed, sum_of_columns),
     ):
         packed = jax.tree.map(lambda array, of_w=of_w: place(array, of_w), w)
         there = place(x, of_x)
@@ -131,7 +117,7 @@ def mapped(x, w, product, slopes):
         )
         yield report(
             f"gradients, shard_map, {label}",
-            shard(of_slopes, of_x, of_w, (of_x, of_w), 2),
+            shard(functools.partial(gradients, loss=total), of_x, of_w, (of_x, of_w), 2),
             [there, packed.values, packed.codes],
             slopes,
         )

@@ -1,131 +1,209 @@
-"""The kernel for GPUs, which none has run: its layouts on a CPU, its machine code, its lowering."""
+"""The kernels for GPUs, which none has run: on a CPU by emulation, and their machine code."""
 
 import ctypes
 import re
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_packed_matmul import assert_product
+from test_packed_product import assert_product, needs_compiler, operands, problem
 
-from prox24.packed import cuda, matmul, native, table, unpack
-from prox24.packed.implementation import Case, default_platform
-from prox24.packed.table import Measurement
-from prox24.packed.tuning import random_packed
+from prox24.packed import matmul, unpack
+from prox24.packed.kernels import cuda, cusparselt, native
 
-COMPILER = next(filter(None, map(shutil.which, native.CPU.compilers)), None)
-NVCC = next(filter(None, map(shutil.which, native.CUDA.compilers)), None)
+HERE = Path(__file__).parent
+COMPILER = next(filter(None, map(shutil.which, native.CPP_COMPILERS)), None)
+NVCC = next(filter(None, map(shutil.which, cuda.LIBRARY.compilers)), None)
 DISASSEMBLER = shutil.which("nvdisasm") and shutil.which("cuobjdump")
+CUDA_HEADERS = "/usr/local/cuda/include"
 KERNELS = 2 * 4
 """Of an architecture: each dtype and tile."""
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-CASE = Case("cuda", "bfloat16", 32, 128, 4)
+ALLOC_FAILED, INVALID_VALUE, NOT_SUPPORTED = 2, 3, 10
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU")
+dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
-@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def compiled_for_tests(source, output, *flags):
+    command = [COMPILER, *native.CPP_FLAGS, "-fvisibility=default", f"-I{native.FOLDER}", *flags]
+    subprocess.run([*command, source, "-o", output], check=True)
+    return ctypes.CDLL(str(output))
+
+
+def addresses(*arrays):
+    return [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+
+
+# The kernel on sparse tensor cores
+
+
+@needs_compiler
 def test_what_lanes_hold_makes_the_product(tmp_path):
-    library = tmp_path / "emulate.so"
-    source = Path(__file__).with_name("emulate_mma.cc")
-    folder = native.CUDA.source.parent
-    command = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{folder}", source]
-    subprocess.run([*command, "-o", library], check=True)
-    emulate = ctypes.CDLL(str(library)).emulate
-    rng = np.random.default_rng(0)
-    w = random_packed(rng, 48, 192, "float32")
-    x = rng.standard_normal((8, 192), np.float32)
+    library = compiled_for_tests(HERE / "emulate_mma.cc", tmp_path / "emulate.so")
+    x, w = operands(8, 48, 192)
     found = np.full((8, 48), np.nan)
-    arrays = [np.ascontiguousarray(array) for array in (x, w.values, w.codes)]
-    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, found)]
-    emulate(*pointers, ctypes.c_int64(48), ctypes.c_int64(192))
-    expected = x.astype(np.float64) @ np.asarray(unpack(w), np.float64).T
+    pointers = addresses(*map(np.asarray, (x, w.values, w.codes)), found)
+    library.emulate(*pointers, ctypes.c_int64(48), ctypes.c_int64(192))
+    expected = np.asarray(x, np.float64) @ np.asarray(unpack(w), np.float64).T
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
-
-
-class Compiled(NamedTuple):
-    """The library, for how many architectures it is, and what the compiler said."""
-
-    library: Path
-    architectures: int
-    said: str
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
+    """The library, the number of architectures it is for, and what the compiler printed."""
     if NVCC is None:
         pytest.skip("there is no nvcc")
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    codes = {number: f"sm_{number.replace('.', '')}" for number in ARCHITECTURES}
-    architectures = [number for number, code in codes.items() if code in known.stdout.split()]
+    targets = [n for n in ARCHITECTURES if f"sm_{n.replace('.', '')}" in known.stdout.split()]
     library = tmp_path_factory.mktemp("cuda") / "kernel.so"
-    command = native.CUDA.command(NVCC, library, architectures)
+    command = cuda.LIBRARY._replace(flags=lambda: cuda.flags_for(targets)).command(NVCC, library)
     done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=True)
-    return Compiled(library, len(architectures), done.stdout + done.stderr)
+    return library, len(targets), done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_it_compiles_for_every_architecture_without_spilled_registers(compiled):
-    kernels = re.findall(r"(\d+) bytes spill stores", compiled.said)
-    assert len(kernels) == compiled.architectures * KERNELS
+    _, architectures, printed = compiled
+    kernels = re.findall(r"(\d+) bytes spill stores", printed)
+    assert len(kernels) == architectures * KERNELS
     assert set(kernels) == {"0"}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DISASSEMBLER is None, reason="there are no cuobjdump and nvdisasm")
 def test_its_machine_code_multiplies_sparse_matrices(compiled):
-    command = [DISASSEMBLER, "-sass", compiled.library]
+    library, architectures, _ = compiled
+    command = [DISASSEMBLER, "-sass", library]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert code.count("HMMA.SP") >= compiled.architectures * KERNELS * 2
+    assert code.count("HMMA.SP") >= architectures * KERNELS * 2
 
 
-@pytest.mark.skipif(default_platform() != "cuda", reason="there is no GPU")
-@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@needs_gpu
+@dtypes
 @pytest.mark.parametrize("batch", [1, 8, 9, 17, 33, 64])
 @pytest.mark.parametrize("shape", [(16, 64), (48, 192), (64, 4096)])
 def test_a_gpu_multiplies_as_float64_does(shape, batch, dtype):
-    w = random_packed(np.random.default_rng(0), *shape, dtype)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((batch, shape[1])), dtype)
-    assert cuda.serves(Case("cuda", dtype, *shape, batch))
-    assert_product(cuda.run(x, w.values, w.codes), x, w)
+    x, w = operands(batch, *shape, dtype)
+    assert_product(matmul(x, w, implementation="cuda"), x, w)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"platform": "cpu"},
-        {"dtype": "float32"},
-        {"inputs": 96},
-        {"outputs": 24},
-        {"outputs": 0},
-        {"batch": 0},
-        {"batch": 65},
-    ],
-    ids=str,
-)
-def test_it_says_what_it_does_not_serve(monkeypatch, change):
-    monkeypatch.setattr(native, "is_ready", lambda library: library is native.CUDA)
-    assert cuda.serves(CASE)
-    assert not cuda.serves(CASE._replace(**change))
+# cuSPARSELt
 
 
-@pytest.mark.parametrize(
-    ("name", "library"), [("cuda", native.CUDA), ("cusparselt", native.CUSPARSELT)]
-)
-def test_a_program_for_gpus_calls_it_where_it_was_measured_to_be_faster(monkeypatch, name, library):
-    monkeypatch.setattr(native, "is_ready", lambda asked: asked is library)
-    case = CASE._replace(batch=8)
-    w = random_packed(np.random.default_rng(0), case.outputs, case.inputs, case.dtype)
-    x = jnp.ones((case.batch, case.inputs), case.dtype)
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """Products by cusparselt.cc with a library of the same interface, in the host's memory."""
+    path, folder = tmp_path_factory.mktemp("cusparselt") / "emulate.so", HERE / "cusparselt"
+    includes = f"-I{folder}", f"-I{jax.ffi.include_dir()}"
+    library = compiled_for_tests(folder / "emulate.cc", path, *includes)
 
-    def lowered(*measured):
-        monkeypatch.setattr(table, "read", lambda platform: measured)
-        jax.clear_caches()
-        return jax.jit(matmul).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    def run(x, weight, device=0, without_memory=False):
+        """The status, the product, and how often the library and plans were begun so far."""
+        found, used = np.zeros((len(x), len(weight)), x.dtype), (ctypes.c_int * 2)()
+        sizes = map(ctypes.c_int64, (*weight.shape, len(x)))
+        pointers = addresses(x, weight, found)
+        status = library.emulate(device, *pointers, *sizes, without_memory, used)
+        return status, found, np.array(used)
 
-    assert library.target not in lowered()
-    assert library.target in lowered(Measurement(case, {"unpack": 2.0, name: 1.0}, 3.0))
-    assert library.target not in lowered(Measurement(case, {"unpack": 1.0, name: 2.0}, 3.0))
+    run.library = library
+    return run
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(8, 16, 16), (24, 16, 64), (16, 48, 32)])
+def test_its_descriptors_make_the_product(stand_in, shape):
+    x, w = operands(*shape, "bfloat16")
+    status, found, _ = stand_in(np.asarray(x), np.asarray(unpack(w)))
+    assert status == 0
+    assert_product(found, x, w)
+
+
+@needs_compiler
+def test_a_case_has_one_plan_and_a_device_one_handle(stand_in):
+    def begun(batch, device):
+        x, w = operands(batch, 32, 64, "bfloat16")
+        status, _, used = stand_in(np.asarray(x), np.asarray(unpack(w)), device=device)
+        assert status == 0
+        return used
+
+    first = begun(128, 1)
+    assert (begun(128, 1) - first).tolist() == [0, 0]
+    assert (begun(8, 1) - first).tolist() == [0, 1]
+    assert (begun(128, 2) - first).tolist() == [1, 2]
+
+
+@needs_compiler
+def test_what_it_cannot_do_is_a_status_and_is_not_kept(stand_in):
+    x, zeros = np.ones((8, 16), jnp.bfloat16), np.zeros((16, 16), jnp.bfloat16)
+    status, _, before = stand_in(x, zeros)
+    assert status == 0
+    assert stand_in(x, np.ones_like(zeros))[0] == INVALID_VALUE  # four nonzeros in a block
+    assert stand_in(x, zeros, without_memory=True)[0] == ALLOC_FAILED
+    for _ in range(2):
+        assert stand_in(x[:4], zeros)[0] == INVALID_VALUE
+    status, _, after = stand_in(x, zeros)
+    assert (status, (after - before).tolist()) == (0, [0, 0])
+
+
+@needs_compiler
+def test_a_library_of_another_release_is_not_called(stand_in):
+    x, zeros = np.ones((8, 16), jnp.bfloat16), np.zeros((16, 16), jnp.bfloat16)
+    stand_in.library.load_release(8)
+    assert stand_in(x, zeros, device=7)[0] == NOT_SUPPORTED
+    stand_in.library.load_release(10)
+    assert stand_in(x, zeros, device=7)[0] == 0
+
+
+@needs_compiler
+def test_xla_finds_the_function_that_calls_it(tmp_path):
+    flags = [*native.CPP_FLAGS, f"-I{HERE / 'cusparselt'}"]
+    library = cusparselt.LIBRARY._replace(flags=lambda: flags)
+    subprocess.run(library.command(COMPILER, tmp_path / "kernel.so"), check=True)
+    assert hasattr(ctypes.CDLL(str(tmp_path / "kernel.so")), library.target)
+
+
+@pytest.fixture
+def installed():
+    try:
+        folder, _ = cusparselt.installed()
+    except native.NoKernelError as error:
+        pytest.skip(str(error))
+    if not any(Path(f, "driver_types.h").exists() for f in (f"{folder}/include", CUDA_HEADERS)):
+        pytest.skip("there are no headers of CUDA")
+
+
+@needs_compiler
+def test_it_is_compiled_against_the_library(installed, tmp_path):
+    library = tmp_path / "kernel.so"
+    subprocess.run(cusparselt.LIBRARY.command(COMPILER, library), check=True)
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    assert "libcusparseLt.so" in needed.stdout
+    assert hasattr(ctypes.CDLL(str(library)), cusparselt.LIBRARY.target)
+
+
+@needs_gpu
+@dtypes
+@pytest.mark.parametrize("shape", [(8, 16, 16), (24, 48, 192), (4096, 512, 1024)])
+def test_a_gpu_multiplies_by_cusparselt_as_float64_does(installed, shape, dtype):
+    x, w = operands(*shape, dtype)
+    assert_product(matmul(x, w, implementation="cusparselt"), x, w)
+
+
+@needs_compiler
+@pytest.mark.parametrize("release", [None, "0.8.1"])
+def test_without_the_library_one_line_says_so(monkeypatch, caplog, tmp_path, release):
+    def found(name):
+        if release is None:
+            raise metadata.PackageNotFoundError(name)
+        return SimpleNamespace(version=release, locate_file=lambda name: tmp_path / name)
+
+    monkeypatch.setattr(metadata, "distribution", found)
+    said = "not installed" if release is None else "of release 0.8.1"
+    message = problem(caplog, cusparselt.LIBRARY)
+    assert f"nvidia-cusparselt-cu13 is {said}: pip install 'nvidia-cusparselt-cu13" in message

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from programs import output_of
 
-from prox24.packed import native
+from prox24.packed.kernels import native
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_sums_over_shards_of_columns_are_all_that_is_communicated(reports):
 
 
 def test_the_kernel_runs_in_shard_map_and_in_no_program_that_xla_partitions(reports):
-    if not any(shutil.which(name) for name in native.CPU.compilers):
+    if not any(shutil.which(name) for name in native.CPP_COMPILERS):
         pytest.skip("there is no C++ compiler")
     with_kernel = {name for name, report in reports.items() if report["kernel"]}
     assert with_kernel == {

@@ -1,10 +1,8 @@
-// What prox24/packed/kernels/cusparselt.cc calls of cuSPARSELt, as its documentation has it, in the
-// memory of the host: descriptors say how matrices lie, and everything is done at once.
+// What prox24/packed/kernels/cusparselt.cc calls of cuSPARSELt, as its documentation has it, for
+// bfloat16 in the memory of the host: descriptors say how matrices lie; nothing is asynchronous.
 
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -34,8 +32,8 @@ struct cusparseLtMatDescriptor_t {
   bool sparse;
 };
 struct cusparseLtMatmulDescriptor_t {
-  cusparseOperation_t of_a, of_b;
-  const cusparseLtMatDescriptor_t *a, *b, *c, *d;
+  bool transposed;
+  const cusparseLtMatDescriptor_t *a, *b, *d;
 };
 struct cusparseLtMatmulAlgSelection_t {
   const cusparseLtMatmulDescriptor_t* product;
@@ -50,6 +48,10 @@ struct cusparseLtMatmulPlan_t {
 inline int initialized = 0, planned = 0, minor_release = CUSPARSELT_VER_MINOR;
 constexpr size_t kWorkspace = 24, kCompressing = 40;
 
+inline cusparseStatus_t ValidIf(bool valid) {
+  return valid ? CUSPARSE_STATUS_SUCCESS : CUSPARSE_STATUS_INVALID_VALUE;
+}
+
 inline const char* cusparseLtGetErrorString(cusparseStatus_t) { return "failed"; }
 
 inline cusparseStatus_t cusparseLtGetProperty(libraryPropertyType type, int* value) {
@@ -62,28 +64,26 @@ inline cusparseStatus_t cusparseLtInit(cusparseLtHandle_t* handle) {
   return CUSPARSE_STATUS_SUCCESS;
 }
 
-inline cusparseStatus_t Describe(const cusparseLtHandle_t* handle, cusparseLtMatDescriptor_t* made,
-                                 int64_t rows, int64_t cols, int64_t ld, uint32_t alignment,
-                                 cudaDataType type, cusparseOrder_t order, bool sparse) {
-  const int64_t multiple = sparse ? 16 : 8, least = order == CUSPARSE_ORDER_ROW ? cols : rows;
-  if (!handle->opened || rows % multiple || cols % multiple || ld < least || alignment != 16)
-    return CUSPARSE_STATUS_INVALID_VALUE;
-  *made = {rows, cols, ld, type, order, sparse};
-  return CUSPARSE_STATUS_SUCCESS;
+inline cusparseStatus_t Describe(const cusparseLtHandle_t* handle, uint32_t alignment,
+                                 cusparseLtMatDescriptor_t* made, cusparseLtMatDescriptor_t m) {
+  const int64_t multiple = m.sparse ? 16 : 8;
+  *made = m;
+  return ValidIf(handle->opened && m.rows % multiple == 0 && m.cols % multiple == 0 &&
+                 m.ld >= (m.order == CUSPARSE_ORDER_ROW ? m.cols : m.rows) && alignment == 16);
 }
 
 inline cusparseStatus_t cusparseLtDenseDescriptorInit(const cusparseLtHandle_t* handle,
                                                       cusparseLtMatDescriptor_t* made, int64_t rows,
                                                       int64_t cols, int64_t ld, uint32_t alignment,
                                                       cudaDataType type, cusparseOrder_t order) {
-  return Describe(handle, made, rows, cols, ld, alignment, type, order, false);
+  return Describe(handle, alignment, made, {rows, cols, ld, type, order, false});
 }
 
 inline cusparseStatus_t cusparseLtStructuredDescriptorInit(
     const cusparseLtHandle_t* handle, cusparseLtMatDescriptor_t* made, int64_t rows, int64_t cols,
     int64_t ld, uint32_t alignment, cudaDataType type, cusparseOrder_t order,
     cusparseLtSparsity_t) {
-  return Describe(handle, made, rows, cols, ld, alignment, type, order, true);
+  return Describe(handle, alignment, made, {rows, cols, ld, type, order, true});
 }
 
 inline cusparseStatus_t cusparseLtMatmulDescriptorInit(
@@ -91,15 +91,14 @@ inline cusparseStatus_t cusparseLtMatmulDescriptorInit(
     cusparseOperation_t of_b, const cusparseLtMatDescriptor_t* a,
     const cusparseLtMatDescriptor_t* b, const cusparseLtMatDescriptor_t* c,
     const cusparseLtMatDescriptor_t* d, cusparseComputeType) {
-  *made = {of_a, of_b, a, b, c, d};
-  const bool plain = of_b == CUSPARSE_OPERATION_NON_TRANSPOSE;
-  const int64_t inner = plain ? b->rows : b->cols, outer = plain ? b->cols : b->rows;
-  // Of the structured matrix, the forms that are computed here.
-  if (!a->sparse || a->order != CUSPARSE_ORDER_ROW || of_a != CUSPARSE_OPERATION_NON_TRANSPOSE ||
-      a->cols != inner || d->rows != a->rows || d->cols != outer || a->type != b->type ||
-      d->type != a->type || std::memcmp(c, d, sizeof(*c)))
-    return CUSPARSE_STATUS_INVALID_VALUE;
-  return CUSPARSE_STATUS_SUCCESS;
+  const bool transposed = of_b == CUSPARSE_OPERATION_TRANSPOSE;
+  *made = {transposed, a, b, d};
+  // Of the structured matrix, the one form that is computed here.
+  return ValidIf(a->sparse && a->order == CUSPARSE_ORDER_ROW &&
+                 of_a == CUSPARSE_OPERATION_NON_TRANSPOSE && d->rows == a->rows &&
+                 a->cols == (transposed ? b->cols : b->rows) &&
+                 d->cols == (transposed ? b->rows : b->cols) && a->type == CUDA_R_16BF &&
+                 b->type == a->type && d->type == a->type && !std::memcmp(c, d, sizeof(*c)));
 }
 
 inline cusparseStatus_t cusparseLtMatmulAlgSelectionInit(
@@ -113,10 +112,9 @@ inline cusparseStatus_t cusparseLtMatmulPlanInit(const cusparseLtHandle_t*,
                                                  cusparseLtMatmulPlan_t* made,
                                                  const cusparseLtMatmulDescriptor_t* product,
                                                  const cusparseLtMatmulAlgSelection_t* algorithm) {
-  if (algorithm->product != product) return CUSPARSE_STATUS_INVALID_VALUE;
   *made = {product};
   ++planned;
-  return CUSPARSE_STATUS_SUCCESS;
+  return ValidIf(algorithm->product == product);
 }
 
 inline cusparseStatus_t cusparseLtMatmulGetWorkspace(const cusparseLtHandle_t*,
@@ -125,10 +123,9 @@ inline cusparseStatus_t cusparseLtMatmulGetWorkspace(const cusparseLtHandle_t*,
   return CUSPARSE_STATUS_SUCCESS;
 }
 
-// A block is its two values, and a byte for the places of both.
 struct Block {
   uint16_t values[2];
-  uint8_t places;
+  uint8_t places[2];
 };
 
 inline cusparseStatus_t cusparseLtSpMMACompressedSize(const cusparseLtHandle_t*,
@@ -151,37 +148,25 @@ inline cusparseStatus_t cusparseLtSpMMACompress(const cusparseLtHandle_t*,
     for (int64_t j = 0; j < a->cols; j += 4, ++block) {
       *block = {};
       int kept = 0;
-      for (int k = 0; k < 4; ++k) {
+      for (uint8_t k = 0; k < 4; ++k) {
         if (!(row[j + k] & 0x7fff)) continue;  // a zero of either sign
         if (kept == 2) return CUSPARSE_STATUS_INVALID_VALUE;
         block->values[kept] = row[j + k];
-        block->places |= k << (4 * kept++);
+        block->places[kept++] = k;
       }
     }
   }
   return CUSPARSE_STATUS_SUCCESS;
 }
 
-inline float Wide(uint16_t bits, cudaDataType type) {
-  if (type == CUDA_R_16F) {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const float size = exponent ? std::ldexp(1024.f + fraction, exponent - 25)
-                                : std::ldexp(static_cast<float>(fraction), -24);
-    return bits >> 15 ? -size : size;
-  }
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+inline float Wide(uint16_t bits) {
+  const uint32_t word = uint32_t{bits} << 16;
   float value;
   std::memcpy(&value, &word, sizeof(value));
   return value;
 }
 
-inline uint16_t Narrow(float value, cudaDataType type) {
-  if (type == CUDA_R_16F) {
-    // Of normal numbers; a fraction that rounds up to 2048 is the next exponent's first.
-    const int exponent = std::max(std::ilogb(value) + 15, 1);
-    const int fraction = std::nearbyint(std::ldexp(std::fabs(value), 25 - exponent));
-    return std::signbit(value) << 15 | (exponent << 10) + fraction - 1024;
-  }
+inline uint16_t Narrow(float value) {
   uint32_t word;
   std::memcpy(&word, &value, sizeof(word));
   return (word + 0x7fff + (word >> 16 & 1)) >> 16;
@@ -196,26 +181,23 @@ inline cusparseStatus_t cusparseLtMatmul(const cusparseLtHandle_t*,
                                          const void* compressed, const void* b, const void* beta,
                                          const void* c, void* d, void* workspace,
                                          cudaStream_t* streams, int32_t count) {
-  const auto* product = plan->product;
-  const auto *of_b = product->b, *of_d = product->d;
-  const bool plain = product->of_b == CUSPARSE_OPERATION_NON_TRANSPOSE;
+  const auto [transposed, of_a, of_b, of_d] = *plan->product;
   if (*static_cast<const float*>(alpha) != 1 || *static_cast<const float*>(beta) != 0 || c != d ||
       streams == nullptr || count != 1)
     return CUSPARSE_STATUS_INVALID_VALUE;
   std::memset(workspace, 1, kWorkspace);
-  const int64_t blocks = product->a->cols / 4;
+  const int64_t blocks = of_a->cols / 4;
   for (int64_t i = 0; i < of_d->rows; ++i)
     for (int64_t j = 0; j < of_d->cols; ++j) {
-      const Block* block = static_cast<const Block*>(compressed) + i * blocks;
+      const Block* row = static_cast<const Block*>(compressed) + i * blocks;
       float sum = 0;
       for (int64_t k = 0; k < blocks; ++k)
         for (int n = 0; n < 2; ++n) {
-          const int64_t inner = 4 * k + (block[k].places >> 4 * n & 3);
-          const int64_t at = plain ? At(of_b, inner, j) : At(of_b, j, inner);
-          sum += Wide(block[k].values[n], of_d->type) *
-                 Wide(static_cast<const uint16_t*>(b)[at], of_d->type);
+          const int64_t inner = 4 * k + row[k].places[n];
+          const int64_t at = transposed ? At(of_b, j, inner) : At(of_b, inner, j);
+          sum += Wide(row[k].values[n]) * Wide(static_cast<const uint16_t*>(b)[at]);
         }
-      static_cast<uint16_t*>(d)[At(of_d, i, j)] = Narrow(sum, of_d->type);
+      static_cast<uint16_t*>(d)[At(of_d, i, j)] = Narrow(sum);
     }
   return CUSPARSE_STATUS_SUCCESS;
 }

@@ -7,9 +7,8 @@
 extern "C" void load_release(int minor) { minor_release = minor; }
 
 // The status; `used` gets how often the library was initialized, and plans were made, so far.
-extern "C" int emulate(int device, int bfloat16, const void* x, const void* weight, void* y,
-                       int64_t outputs, int64_t inputs, int64_t batch, int without_memory,
-                       int* used) {
+extern "C" int emulate(int device, const void* x, const void* weight, void* y, int64_t outputs,
+                       int64_t inputs, int64_t batch, int without_memory, int* used) {
   std::vector<std::vector<char>> memory;
   const auto allocate = [&](size_t size) -> std::optional<void*> {
     if (without_memory) return std::nullopt;
@@ -17,8 +16,7 @@ extern "C" int emulate(int device, int bfloat16, const void* x, const void* weig
     return memory.back().data();
   };
   const cusparseStatus_t status =
-      Multiply({device, bfloat16 ? CUDA_R_16BF : CUDA_R_16F, outputs, inputs, batch}, x, weight, y,
-               nullptr, allocate);
+      Multiply({device, CUDA_R_16BF, outputs, inputs, batch}, x, weight, y, nullptr, allocate);
   used[0] = initialized;
   used[1] = planned;
   return status;

@@ -1,0 +1,414 @@
+"""Products with packed weights against float64, the choice of an implementation, native kernels."""
+
+import dataclasses
+import functools
+import logging
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+from test_packed import random_24
+
+from prox24.packed import matmul, pack, unpack
+from prox24.packed.choice import AUTO, IMPLEMENTATIONS, UNPACK, Case, choose
+from prox24.packed.kernels import cpu, native, tpu, xla
+
+HAS_COMPILER = any(shutil.which(name) for name in native.CPP_COMPILERS)
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of this module's own, in which the kernel is built once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROX24_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def operands(batch, outputs, inputs, dtype="float32", seed=0):
+    x = np.random.default_rng(seed).normal(size=(batch, inputs))
+    return jnp.asarray(x, dtype), pack(random_24((outputs, inputs), dtype=dtype, seed=seed))
+
+
+def assert_product(found, x, w):
+    """The product in float64, to the rounding of sums in float32 and of the result."""
+    assert found.dtype == w.dtype
+    x, dense = np.asarray(x, np.float64), np.asarray(unpack(w), np.float64)
+    eps = float(jnp.finfo(found.dtype).eps)
+    sums = min(1.2e-7, eps)
+    exact, size = x @ dense.T, np.abs(x) @ np.abs(dense).T
+    bound = 0.51 * eps * np.abs(exact) + np.sqrt(x.shape[-1]) * sums * size
+    assert np.all(np.abs(np.asarray(found, np.float64) - exact) <= bound)
+
+
+# Implementations
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_unpacking_multiplies_as_float64_does(dtype):
+    x, w = operands(5, 7, 68, dtype)
+    assert_product(matmul(x, w, implementation="unpack"), x, w)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 128, 512), "float32"), ((5, 256, 1536), "bfloat16"), ((64, 128, 1024), "float32")],
+)
+def test_the_kernel_for_tpus_multiplies_as_float64_does(shape, dtype):
+    x, w = operands(*shape, dtype=dtype)
+    assert IMPLEMENTATIONS["tpu"].problem(Case("tpu", dtype, *w.shape, len(x))) is None
+    found = tpu.run(x.reshape(1, *x.shape), w.values, w.codes, interpret=True)
+    assert_product(found[0], x, w)
+
+
+# Fewer rows than a group, rows that neither four nor the threads divide, and the largest batch.
+@needs_compiler
+@pytest.mark.parametrize("instructions", cpu.INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1, 32), (7, 13, 160), (64, 5, 64), (3, 1030, 1024)])
+def test_the_kernel_for_cpus_multiplies_as_float64_does(shape, dtype, instructions):
+    x, w = operands(*shape, dtype)
+    assert IMPLEMENTATIONS["cpu"].problem(Case("cpu", dtype, *w.shape, len(x))) is None
+    assert_product(cpu.run(x, w.values, w.codes, instructions), x, w)
+
+
+run_kernel = jax.jit(cpu.run, static_argnames="instructions")
+
+
+@needs_compiler
+@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-30, 1.0, 1e30]))
+@settings(max_examples=20)
+@pytest.mark.parametrize("instructions", cpu.INSTRUCTIONS)
+def test_the_kernel_for_cpus_takes_any_codes_and_values(instructions, seed, scale):
+    x, w = operands(2, 5, 64, seed=seed)
+    w = dataclasses.replace(w, values=w.values * jnp.float32(scale))
+    assert native.problem(cpu.LIBRARY) is None
+    assert_product(run_kernel(x, w.values, w.codes, instructions), x, w)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", cpu.INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_finite_stays_in_its_row(dtype, instructions):
+    x, w = operands(1, 6, 64, dtype)
+    w = dataclasses.replace(w, values=w.values.at[2, 3].set(jnp.nan).at[4, 5].set(jnp.inf))
+    assert native.problem(cpu.LIBRARY) is None
+    found = np.asarray(run_kernel(x, w.values, w.codes, instructions), np.float32)[0]
+    assert np.isnan(found[2])
+    assert np.isinf(found[4])
+    assert np.isfinite(found[[0, 1, 3, 5]]).all()
+
+
+@needs_compiler
+def test_the_kernel_for_cpus_refuses_arrays_that_do_not_fit():
+    x, w = operands(1, 6, 64)
+    assert native.problem(cpu.LIBRARY) is None
+    with pytest.raises(Exception, match="do not fit"):
+        run_kernel(x, w.values[:, :-16], w.codes, cpu.INSTRUCTIONS[-1]).block_until_ready()
+
+
+# The choice
+
+
+CASES = {
+    "cpu": Case("cpu", "float32", 8, 64, 1),
+    "cuda": Case("cuda", "bfloat16", 32, 128, 64),
+    "cusparselt": Case("cuda", "bfloat16", 32, 64, 128),
+    "tpu": Case("tpu", "float32", 128, 512, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *(("cpu", c) for c in ({"platform": "tpu"}, {"dtype": "float16"}, {"inputs": 68})),
+        *(("cpu", c) for c in ({"outputs": 0}, {"batch": 0}, {"batch": 65})),
+        *(("cuda", c) for c in ({"dtype": "float32"}, {"inputs": 96}, {"outputs": 24})),
+        ("cusparselt", {"batch": 12}),
+        *(("tpu", c) for c in ({"outputs": 192}, {"inputs": 640}, {"inputs": 28672})),
+    ],
+    ids=str,
+)
+def test_an_implementation_that_is_named_refuses_what_it_cannot_compute(monkeypatch, name, change):
+    monkeypatch.setattr(native, "problem", lambda library: None)
+    run = IMPLEMENTATIONS[name].run
+    assert choose(name, CASES[name]) is run
+    with pytest.raises(ValueError, match=rf"'{name}' cannot compute Case\(.*: it takes \w+ and"):
+        choose(name, CASES[name]._replace(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "kernel"),
+    [
+        ({"batch": 64}, True),
+        ({"batch": 65}, False),
+        ({"batch": 0}, False),
+        ({"dtype": "bfloat16", "batch": 32}, True),
+        ({"dtype": "bfloat16", "batch": 33}, False),
+        ({"dtype": "float16"}, False),
+        ({"inputs": 68}, False),
+        ({"platform": "rocm"}, False),
+    ],
+    ids=str,
+)
+def test_the_kernel_for_cpus_runs_unasked_where_it_was_measured_to_be_faster(
+    monkeypatch, change, kernel
+):
+    monkeypatch.setattr(native, "problem", lambda library: None)
+    assert choose(AUTO, CASES["cpu"]._replace(**change)) is (cpu.run if kernel else xla.run)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cusparselt", "tpu"])
+def test_kernels_that_no_device_has_run_do_not_run_unasked(monkeypatch, name):
+    monkeypatch.setattr(native, "problem", lambda library: None)
+    assert choose(AUTO, CASES[name]) is xla.run
+
+
+def test_a_kernel_that_cannot_be_built_is_an_error_where_it_is_named(monkeypatch):
+    monkeypatch.setattr(native, "problem", lambda library: "there is no compiler")
+    x, w = operands(1, 8, 64)
+    assert_product(jax.jit(matmul)(x, w), x, w)
+    with pytest.raises(ValueError, match="'cpu' cannot compute .*: there is no compiler"):
+        matmul(x, w, implementation="cpu")
+
+
+@needs_compiler
+def test_programs_hold_the_kernel_of_their_batch():
+    x, w = operands(66, 8, 64)
+
+    def lowered(function, *arguments):
+        return cpu.LIBRARY.target in jax.jit(function).lower(*arguments).as_text()
+
+    assert lowered(matmul, x[:2], w)
+    assert not lowered(matmul, x[:65], w)
+    assert not lowered(functools.partial(matmul, implementation=UNPACK), x[:2], w)
+    # The rows of x that are mapped over make the batch.
+    mapped = jax.vmap(functools.partial(matmul, w=w))
+    assert [lowered(mapped, x[:rows]) for rows in (64, 65)] == [True, False]
+    gradient = jax.grad(lambda x: jnp.sum(matmul(x, w, implementation="cpu")))(x[:1])
+    np.testing.assert_allclose(gradient[0], jnp.sum(unpack(w), axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cusparselt"])
+def test_a_program_for_gpus_calls_the_kernel_that_is_named(monkeypatch, name):
+    monkeypatch.setattr(native, "problem", lambda library: None)
+    x, w = operands(8, 32, 128, "bfloat16")
+    for implementation in (AUTO, name):
+        multiply = jax.jit(functools.partial(matmul, implementation=implementation))
+        text = multiply.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+        called = IMPLEMENTATIONS[name].library.target in text
+        assert called == (implementation == name)
+
+
+def test_what_is_exported_has_no_kernel_of_this_process():
+    x, w = operands(4, 8, 64)
+    for rows in (4, export.symbolic_shape("rows")[0]):
+        shape = jax.ShapeDtypeStruct((rows, 64), x.dtype)
+        exported = export.export(jax.jit(matmul))(shape, w)
+        assert cpu.LIBRARY.target not in exported.mlir_module()
+        assert_product(exported.call(x, w), x, w)
+        with pytest.raises(ValueError, match="in a program of one device"):
+            export.export(jax.jit(functools.partial(matmul, implementation="cpu")))(shape, w)
+
+
+# The product as a function
+
+
+def test_leading_axes_of_x_are_kept():
+    x, w = operands(6, 5, 64)
+    for shape in ((64,), (2, 3, 64), (0, 64)):
+        part = x.ravel()[: np.prod(shape)].reshape(shape)
+        found = matmul(part, w)
+        assert found.shape == (*shape[:-1], 5)
+        assert_product(found.reshape(-1, 5), part.reshape(-1, 64), w)
+
+
+def test_a_flax_kernel_is_summed_over_its_first_axis():
+    x, w = operands(3, 5, 64)
+    kernel = pack(unpack(w).T, axis=0)
+    assert kernel.shape == (64, 5)
+    np.testing.assert_array_equal(matmul(x, kernel), matmul(x, w))
+
+
+def dense_loss(x, dense):
+    return jnp.sum(jnp.sin(jnp.matmul(x, dense.T, precision="highest")))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_those_of_the_dense_product_at_what_is_kept(compiled):
+    x, w = operands(3, 5, 68, "float64")
+
+    def loss(x, values):
+        return jnp.sum(jnp.sin(matmul(x, dataclasses.replace(w, values=values))))
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    of_x, of_values = (jax.jit(gradient) if compiled else gradient)(x, w.values)
+    dense = unpack(w)
+    expected_x, expected = jax.grad(dense_loss, argnums=(0, 1))(x, dense)
+    np.testing.assert_allclose(of_x, expected_x, rtol=0, atol=1e-12)
+    full = unpack(dataclasses.replace(w, values=of_values))
+    np.testing.assert_allclose(full, np.where(np.asarray(dense) != 0, expected, 0), atol=1e-12)
+
+
+def test_second_derivatives_are_those_of_the_dense_product():
+    x, w = operands(1, 3, 32, "float64")
+
+    def along(loss):
+        return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(x)
+
+    found = along(lambda x: jnp.sum(jnp.sin(matmul(x, w))))
+    expected = along(lambda x: dense_loss(x, unpack(w)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_gradients_of_16_bit_weights_have_their_dtype():
+    x, w = operands(3, 5, 64, "bfloat16")
+
+    def loss(x, values):
+        return jnp.sum(matmul(x, dataclasses.replace(w, values=values)))
+
+    of_x, of_values = jax.grad(loss, argnums=(0, 1))(x, w.values)
+    assert of_x.dtype == of_values.dtype == jnp.bfloat16
+
+
+def test_products_are_mapped_over_vectors_weights_and_both():
+    x, w = operands(4, 5, 64)
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), w, operands(4, 5, 64, seed=1)[1])
+    np.testing.assert_allclose(jax.vmap(matmul, (0, None))(x, w), matmul(x, w), atol=1e-5)
+    mapped = jax.vmap(matmul, (1, None))(x.reshape(2, 2, 64), w)
+    assert_product(jnp.swapaxes(mapped, 0, 1).reshape(4, 5), x, w)
+    each = [matmul(x, jax.tree.map(lambda array, i=i: array[i], stack)) for i in range(2)]
+    np.testing.assert_allclose(jax.vmap(matmul, (None, 0))(x, stack), each, atol=1e-5)
+    pairs = jax.vmap(matmul)(jnp.stack([x, x]), stack)
+    np.testing.assert_allclose(pairs, each, atol=1e-5)
+    _, scanned = jax.lax.scan(lambda x, layer: (x, matmul(x, layer)), x, stack)
+    np.testing.assert_allclose(scanned, each, atol=1e-5)
+    with pytest.raises(ValueError, match="'cpu' is for one weight .* use"):
+        jax.vmap(functools.partial(matmul, implementation="cpu"), (None, 0))(x, stack)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, w: (x[:, :-4], w), "does not end in the 64 inputs"),
+        (lambda x, w: (x[0, 0], w), "does not end in"),
+        (lambda x, w: (x.astype(jnp.bfloat16), w), "x is bfloat16 and w is float32"),
+        (lambda x, w: (x, jax.tree.map(lambda a: a[None], w)), "two axes"),
+        *(
+            (lambda x, w, change=change: (x, dataclasses.replace(w, **change(w))), "do not fit")
+            for change in (
+                lambda w: {"codes": w.codes[:, :1]},
+                lambda w: {"codes": w.codes.astype(jnp.int32)},
+                lambda w: {"values": w.values[:, :-1]},
+                lambda w: {"values": w.values[:, :-2]},
+            )
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        matmul(*change(*operands(2, 5, 64)))
+
+
+def test_an_implementation_that_is_unknown_is_named():
+    with pytest.raises(ValueError, match="'gpu' is none of auto, unpack, cpu, cuda"):
+        matmul(*operands(2, 5, 64), implementation="gpu")
+
+
+# Native kernels
+
+
+@needs_compiler
+def test_a_kernel_is_built_once_for_its_sources_flags_compiler_and_jaxlib(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROX24_CACHE", str(tmp_path))
+    version, built = "1.0", []
+
+    def compile_nothing(command):
+        if "-o" in command:
+            built.append(command[-1])
+        return version
+
+    monkeypatch.setattr(native, "_output", compile_nothing)
+    assert native._built(cpu.LIBRARY) == native._built(cpu.LIBRARY)
+    assert len(built) == 1
+    paths = {native._built(cpu.LIBRARY)}
+    paths.add(native._built(cpu.LIBRARY._replace(flags=lambda: ["-O0"])))
+    paths.add(native._built(cpu.LIBRARY._replace(sources=("cpu.cc", "fragments.h"))))
+    version = "2.0"
+    paths.add(native._built(cpu.LIBRARY))
+    monkeypatch.setattr(native.jaxlib.version, "__version__", "0.0")
+    paths.add(native._built(cpu.LIBRARY))
+    assert len(paths) == 5
+    assert set(tmp_path.iterdir()) == paths  # nothing is left of the building
+
+
+@pytest.mark.parametrize("value", [".", ""])
+def test_the_cache_folder_is_absolute_and_may_be_empty(monkeypatch, tmp_path, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROX24_CACHE", value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert native.cache_folder() == (tmp_path if value else tmp_path / "xdg" / "prox24")
+
+
+def problem(caplog, library=cpu.LIBRARY):
+    """Why there is no kernel, asked anew; it is logged in one line."""
+    with caplog.at_level(logging.WARNING, "prox24.packed"):
+        found = native._load.__wrapped__(library)
+    assert caplog.messages == [found]
+    assert "\n" not in found
+    return found
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert "install one of g++" in problem(caplog)
+
+
+@needs_compiler
+def test_without_a_home_folder_one_line_says_so(monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PROX24_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    assert "there is no home folder; set PROX24_CACHE" in problem(caplog)
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_leaves_nothing_and_is_one_line(
+    monkeypatch, caplog, tmp_path
+):
+    monkeypatch.setenv("PROX24_CACHE", str(tmp_path))
+    broken = cpu.LIBRARY._replace(flags=lambda: ["-include", "there_is_none.h"])
+    assert "failed: " in problem(caplog, broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+def test_a_cache_that_is_no_library_is_one_line(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("PROX24_CACHE", str(tmp_path))
+    compiler = next(found for name in native.CPP_COMPILERS if (found := shutil.which(name)))
+    path = cpu.LIBRARY.path(native._output([compiler, "--version"]))
+    path.write_text("no library")
+    assert f"delete {path}, which cannot be loaded" in problem(caplog)
+
+
+def test_threads_that_ask_first_together_load_one_kernel(monkeypatch):
+    loaded = []
+
+    def slowly(library):
+        time.sleep(0.1)
+        loaded.append(library)
+
+    monkeypatch.setattr(native, "_load", functools.cache(slowly))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(native.problem, [cpu.LIBRARY] * 4)) == [None] * 4
+    assert len(loaded) == 1
