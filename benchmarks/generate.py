@@ -5,13 +5,12 @@
     python benchmarks/generate.py --synthetic
 
 The model is SmolLM2-135M-Instruct, or a checkpoint, or random weights in the shape of Llama-3.2-1B.
-Packed forms run what `prox24 tune` has measured to be the fastest, or else unpack every weight for
-every token. Each form of the weights has a process of its own, which goes on from the same prompt,
+Each form of the weights has a process of its own, which goes on from the same prompt,
 and all forms take turns --rounds times: printed are medians. The rate is that of all tokens but the
 first, which is the prompt's, and the second, for which programs are compiled. Speed is that rate
 over the dense form's in the same dtype, and its ceiling the bytes of all weights of the dense form
 over those of the packed one. Resident memory is what the process has after the last token, on
-Linux. Products are those that `matmul` runs for a vector and the packed linears.
+Linux.
 """
 
 import argparse
@@ -43,8 +42,7 @@ from prox24.models import decoder
 from prox24.models.decoder import Config
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights, generate
-from prox24.packed import Packed24, table
-from prox24.packed.implementation import Case, default_platform
+from prox24.packed import Packed24
 
 Weights = dict[str, Array]
 
@@ -110,14 +108,6 @@ def synthetic(form: Callable[[Weights], Weights]) -> tuple[Config, ModelWeights]
     return config, ModelWeights(outer, layers)
 
 
-def products(weights: ModelWeights) -> list[str]:
-    """The implementations that multiply a vector with packed weights."""
-    leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, Packed24))
-    linears = [leaf for leaf in leaves if isinstance(leaf, Packed24)]
-    platform = default_platform()
-    return sorted({table.choose(Case(platform, w.dtype.name, *w.shape, 1)) for w in linears})
-
-
 def ratio(rows: list[dict[str, Any]], row: dict[str, Any], of: str) -> float:
     """Of a packed form's figure to that of the dense form in its dtype; NaN if that did not run."""
     dtype, of_packed, _ = row["form"].partition(", packed")
@@ -150,7 +140,6 @@ def measure(form: str, path: Path | None, prompt: int, tokens: int) -> dict[str,
         times.append(time.perf_counter())
     return {
         "form": form,
-        "products": products(weights),
         "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(weights)),
         "resident_bytes": resident_bytes(),
         "peak_bytes": peak_memory_bytes(),
@@ -193,7 +182,7 @@ def main() -> None:
     grid = Table()
     titles = ["GB", "resident, GB", "peak, GB", "first s", "second s", "tokens / s"]
     grid.add_column("weights", no_wrap=True)
-    for title in (*titles, "speed", "ceiling", "products"):
+    for title in (*titles, "speed", "ceiling"):
         grid.add_column(title, justify="right")
     for row in rows:
         sizes = ("weights_bytes", "resident_bytes", "peak_bytes")
@@ -202,7 +191,7 @@ def main() -> None:
         speed, bytes_left = (ratio(rows, row, of) for of in ("tokens_per_second", "weights_bytes"))
         shares = ["" if math.isnan(share) else f"{share:.2f}" for share in (speed, 1 / bytes_left)]
         rate = f"{row['tokens_per_second']:.2f}"
-        grid.add_row(row["form"], *cells, *seconds, rate, *shares, ", ".join(row["products"]))
+        grid.add_row(row["form"], *cells, *seconds, rate, *shares)
     Console(width=120).print(grid)
 
 

@@ -1,40 +1,31 @@
-"""Times products with packed 2:4 weights against XLA's dense product, on the shapes of Llama.
+"""Times products with packed weights against dense ones, for the linears of Llama 8B and 70B.
 
-    python benchmarks/matmul.py [--batches N,...] [--scale F] [--dtype NAME] [--output FOLDER]
+    python benchmarks/matmul.py --seconds 0.5
+    python benchmarks/matmul.py --seconds 0.5 --batches 1,16,32 --dtype bfloat16
 
-The shapes are the linears of Llama 8B and 70B. All contenders get the same random weight and
-inputs. The dense product is taken in two forms, of which now the one, now the other is the faster;
-the others are prox24's implementations, each where it serves, and on a GPU, where torch has it too,
-PyTorch's semi-structured weights by CUTLASS and by cuSPARSELt, compressed once, before. GPUs have
-kernels for 16-bit weights: give --dtype bfloat16 or float16 there. What fails is left out, with a
-line that says why. Each repetition runs every contender, starting one further than the last, so
-that a change in the machine's speed meets all of them; the first does not count. Each runs for a
-while before it is timed: a processor that had nothing to do is slow at first, which it is not
-within a model. Where it takes longer to start a program than to multiply, which is not on CPUs, a
-run is of 32 products, one after the other in one program (PyTorch's are started one by one), and a
-product has its share. Times are medians. Speeds are relative to the faster dense form. The error is
-the largest difference to the product in float64 of eight vectors and 64 rows, relative to the
-largest entry.
+Every contender multiplies the same random weight and vectors: XLA with the dense weight, in two
+forms, and each of prox24's implementations that can. Times are medians, in turns, so that a change
+in the machine's speed meets all; speeds are relative to the faster dense form. The error is the
+largest difference to the product in float64 of eight vectors and 64 rows, relative to the largest
+entry.
 
-The roofline of a contender is the time that it takes to read its weight and inputs and write its
-result at the speed at which 256 MiB are negated in place, or to do its multiplications at the speed
-of a dense product of 2,048 x 2,048 matrices, whichever is more; a packed weight has half of the
-multiplications. A weight that the last cache holds is read faster than that.
+The roofline of a contender is the longer of two times: to read its weight and vectors and write its
+result, at the speed at which 256 MiB are negated in place; and to multiply, at the speed of a dense
+product of 2,048 x 2,048 matrices. A packed weight has half of the multiplications.
 
-A case whose dense product would take more than --seconds, or which takes half of the free memory,
-is made smaller, inputs and outputs halved until it fits, and its line says by how much. Writes
-matmul.csv, one line per case and contender, and matmul.png, those speeds.
+A case whose dense product would take more than --seconds, or half of the free memory, is made
+smaller: inputs and outputs are halved until it fits. Writes matmul.csv and matmul.png.
 """
 
 import argparse
 import csv
-import dataclasses
 import functools
-import importlib.util
-import math
 import os
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +34,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from prox24.errors import first_line
-from prox24.packed import unpack
-from prox24.packed.codes import BLOCK, ENTRIES_PER_WORD, KEPT
-from prox24.packed.implementation import Case, default_platform
-from prox24.packed.registry import IMPLEMENTATIONS
-from prox24.packed.tuning import DENSE, calls_of, medians, random_packed, repeated
+import prox24
+from prox24.packed import matmul, pack
+from prox24.packed.choice import IMPLEMENTATIONS, UNPACK, Case
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SEED = 0
 SHAPES = {
     "8B qkv": (6144, 4096),
     "8B o": (4096, 4096),
@@ -65,265 +52,142 @@ SHAPES = {
     "70B down": (8192, 28672),
 }
 BATCHES = (1, 16, 32, 8192, 16384, 32768)
-NEGATED_BYTES = 1 << 28
-PEAK_WIDTH = 2048
+DENSE = {"dense x W^T": lambda x, w: x @ w.T, "dense W x^T": lambda x, w: (w @ x.T).T}
+"""XLA's products with a dense weight, either of which may be the faster one."""
+NEGATED_BYTES, PEAK_WIDTH = 1 << 28, 2048
 CHECKED_VECTORS, CHECKED_ROWS = 8, 64
+WAKING_SECONDS = 0.02
+Run = Callable[[], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What a contender's time is compared with.
-
-    Attributes:
-      bandwidth: bytes per second, read and written.
-      peak: multiplications per second of a dense product.
-    """
-
-    bandwidth: float
-    peak: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the result."""
-
-    linear: str
-    dtype: str
-    outputs: int
-    inputs: int
-    batch: int
-    scale: float
-    contender: str
-    seconds: float
-    speed_relative_to_dense: float
-    fraction_of_roofline: float
-    error: float
+def medians(runs: Mapping[str, Run], repetitions: int) -> dict[str, float]:
+    """Median seconds of each, in turns, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            # A processor that had nothing to do is slow at first.
+            awake = time.perf_counter() + WAKING_SECONDS
+            while True:
+                start = time.perf_counter()
+                jax.block_until_ready(run())
+                if start > awake:
+                    break
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def measure_machine(dtype: str, repetitions: int) -> Machine:
-    """The speeds of memory and of a dense product in a dtype."""
-    rng = np.random.default_rng(SEED)
-    long = jnp.asarray(rng.random(NEGATED_BYTES // 4, np.float32))
-    square = jnp.asarray(rng.standard_normal((PEAK_WIDTH, PEAK_WIDTH), np.float32), dtype)
+def machine_speeds(dtype: str, repetitions: int) -> tuple[float, float]:
+    """Bytes that are read and written, and multiplications of a dense product, in a second."""
+    square = jax.random.normal(jax.random.key(0), (PEAK_WIDTH, PEAK_WIDTH)).astype(dtype)
     # In place, since fresh memory has to be cleared by the system first.
-    negate, product = jax.jit(jnp.negative, donate_argnums=0), jax.jit(lambda x, y: x @ y)
-    latest = [long]
+    negate = jax.jit(jnp.negative, donate_argnums=0)
+    latest = [jnp.ones(NEGATED_BYTES // 4, jnp.float32)]
 
     def rewrite() -> jax.Array:
         latest.append(negate(latest.pop()))
         return latest[0]
 
-    runs = {"memory": rewrite, "product": lambda: product(square, square)}
+    product = jax.jit(lambda x: x @ x)
+    runs = {"memory": rewrite, "product": lambda: product(square)}
     seconds = medians(runs, repetitions)
-    return Machine(2 * NEGATED_BYTES / seconds["memory"], PEAK_WIDTH**3 / seconds["product"])
+    return 2 * NEGATED_BYTES / seconds["memory"], PEAK_WIDTH**3 / seconds["product"]
 
 
-def seconds_at_best(case: Case, packed: bool, machine: Machine) -> float:
-    """The roofline of the product with a packed or a dense weight."""
+def roofline(case: Case, weight_bytes: float, share: float, speeds: tuple[float, float]) -> float:
+    """Seconds of a product that makes a share of the dense multiplications."""
     size = jnp.dtype(case.dtype).itemsize
-    weights = case.outputs * case.inputs
-    vectors = case.batch * (case.inputs + case.outputs) * size
-    read, multiplications = weights * size, case.batch * weights
-    if packed:
-        read = weights * size * KEPT // BLOCK + weights // ENTRIES_PER_WORD * 4
-        multiplications = case.batch * weights * KEPT // BLOCK
-    return max((read + vectors) / machine.bandwidth, multiplications / machine.peak)
+    moved = weight_bytes + case.batch * (case.inputs + case.outputs) * size
+    multiplications = share * case.batch * case.outputs * case.inputs
+    return max(moved / speeds[0], multiplications / speeds[1])
 
 
-def free_memory() -> int:
-    """Bytes of the device, or where it does not say, of the host."""
-    said = jax.devices()[0].memory_stats()
-    if said and "bytes_limit" in said:
-        return said["bytes_limit"] - said["bytes_in_use"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def fitting(case: Case, scale: float, machine: Machine, limit: float) -> tuple[Case, float]:
-    """The largest case, scaled and halved, that fits; and its scale.
-
-    Args:
-      case: at scale 1.
-      scale: of inputs and outputs, to begin with.
-      machine: its speeds.
-      limit: seconds of the dense product, at its roofline.
-    """
-    free = free_memory()
+def fitting(
+    case: Case, scale: float, speeds: tuple[float, float], limit: float
+) -> tuple[Case, float]:
+    """The largest case, scaled and halved, that fits; and its scale."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = jax.devices()[0].memory_stats()
+    if memory and "bytes_limit" in memory:
+        free = memory["bytes_limit"] - memory["bytes_in_use"]
     while True:
-        outputs, inputs = (
-            max(round(length * scale / ENTRIES_PER_WORD), 1) * ENTRIES_PER_WORD
-            for length in (case.outputs, case.inputs)
-        )
+        outputs, inputs = (max(round(n * scale / 32), 1) * 32 for n in case[2:4])
         scaled = case._replace(outputs=outputs, inputs=inputs)
-        # In float32 at least: the weight dense, packed and unpacked, and vectors, two copies each.
-        entries = 6 * outputs * inputs + 2 * case.batch * (inputs + outputs)
-        smallest = min(outputs, inputs) == ENTRIES_PER_WORD
-        fits = 4 * entries < free / 2 and seconds_at_best(scaled, False, machine) < limit
-        if smallest or fits:
+        # In float32: the weight in several forms, and two copies of the vectors.
+        needed = 4 * (6 * outputs * inputs + 2 * case.batch * (inputs + outputs))
+        weight_bytes = outputs * inputs * jnp.dtype(case.dtype).itemsize
+        fast = roofline(scaled, weight_bytes, 1, speeds) < limit
+        if (needed < free / 2 and fast) or outputs == inputs == 32:
             return scaled, scale
         scale /= 2
 
 
-Contender = Callable[[int], Callable[[], jax.Array]]
-"""Given a number of products, what makes them, and returns the last."""
-
-
-def by_xla(run: Callable[..., jax.Array], *operands: jax.Array) -> Contender:
-    return lambda calls: functools.partial(repeated(run, calls), *operands)
-
-
-def by_pytorch(x: jax.Array, dense: jax.Array) -> dict[str, Contender]:
-    """Products by PyTorch's sparse classes with the same numbers; none without a GPU for it."""
-    if importlib.util.find_spec("torch") is None:
-        return {}
-    import torch
-    from torch import sparse
-
-    if not torch.cuda.is_available():
-        return {}
-
-    def by_linear(vectors: torch.Tensor, compressed: torch.Tensor) -> Contender:
-        def run(calls: int) -> jax.Array:
-            for _ in range(calls):
-                result = torch.nn.functional.linear(vectors, compressed)
-            torch.cuda.synchronize()
-            return jnp.from_dlpack(result)
-
-        return lambda calls: functools.partial(run, calls)
-
-    vectors, weight = torch.from_dlpack(x), torch.from_dlpack(dense)
-    found: dict[str, Contender] = {}
-    for name, form in (
-        ("PyTorch, CUTLASS", sparse.SparseSemiStructuredTensorCUTLASS),
-        ("PyTorch, cuSPARSELt", sparse.SparseSemiStructuredTensorCUSPARSELT),
-    ):
-        try:
-            compressed = form.from_dense(weight)
-        except RuntimeError as error:  # of a shape, a dtype, or a library that is not there
-            print(f"{name} is left out: {first_line(error)}")
-        else:
-            found[name] = by_linear(vectors, compressed)
-    return found
-
-
-def measure(linear: str, case: Case, scale: float, machine: Machine, repetitions: int) -> list[Row]:
-    """Every contender on a case."""
-    rng = np.random.default_rng(SEED)
-    w = random_packed(rng, case.outputs, case.inputs, case.dtype)
-    x = jnp.asarray(rng.standard_normal((case.batch, case.inputs), np.float32), case.dtype)
-    dense = unpack(w)
-    contenders = {name: by_xla(form, x, dense) for name, form in DENSE.items()}
-    contenders |= {
-        name: by_xla(implementation.run, x, w.values, w.codes)
-        for name, implementation in IMPLEMENTATIONS.items()
-        if implementation.serves(case)
+def measure(
+    case: Case, speeds: tuple[float, float], repetitions: int
+) -> dict[str, dict[str, float]]:
+    """Seconds, relative speed, fraction of the roofline and error of each contender."""
+    keys = jax.random.split(jax.random.key(0))
+    dense = jax.random.normal(keys[0], (case.outputs, case.inputs))
+    dense = jnp.where(prox24.top_mask(jnp.abs(dense)), dense, 0).astype(case.dtype)
+    x = jax.random.normal(keys[1], (case.batch, case.inputs)).astype(case.dtype)
+    w = pack(dense)
+    runs: dict[str, Run] = {
+        name: functools.partial(jax.jit(form), x, dense) for name, form in DENSE.items()
     }
-    contenders |= by_pytorch(x, dense)
-    exact = (
-        np.asarray(x[:CHECKED_VECTORS], np.float64) @ np.asarray(dense[:CHECKED_ROWS], np.float64).T
-    )
-    calls, runs, errors = calls_of(case.platform), {}, {}
-    for name, contender in contenders.items():
-        run = contender(1)
-        try:
-            found = np.asarray(run()[:CHECKED_VECTORS, :CHECKED_ROWS], np.float64)
-            run = run if calls == 1 else contender(calls)
-            jax.block_until_ready(run())
-        except Exception as error:  # a kernel's, or that of its compiler, whatever it raises
-            print(f"{name} is left out: {first_line(error)}")
-        else:
-            runs[name] = run
-            errors[name] = np.abs(found - exact).max() / np.abs(exact).max()
-    seconds = {name: taken / calls for name, taken in medians(runs, repetitions).items()}
-    fastest = min(seconds.get(name, math.inf) for name in DENSE)
-    return [
-        Row(
-            linear=linear,
-            dtype=case.dtype,
-            outputs=case.outputs,
-            inputs=case.inputs,
-            batch=case.batch,
-            scale=scale,
-            contender=name,
-            seconds=taken,
-            speed_relative_to_dense=fastest / taken,
-            fraction_of_roofline=seconds_at_best(case, name not in DENSE, machine) / taken,
-            error=float(errors[name]),
-        )
-        for name, taken in seconds.items()
-    ]
+    for name in (UNPACK, *IMPLEMENTATIONS):
+        if name == UNPACK or IMPLEMENTATIONS[name].problem(case) is None:
+            runs[name] = functools.partial(
+                jax.jit(matmul, static_argnames="implementation"), x, w, implementation=name
+            )
+    exact = np.asarray(x[:CHECKED_VECTORS], np.float64)
+    exact = exact @ np.asarray(dense[:CHECKED_ROWS], np.float64).T
+    seconds = medians(runs, repetitions)
+    fastest = min(seconds[name] for name in DENSE)
+    rows = {}
+    for name, run in runs.items():
+        found = np.asarray(run()[:CHECKED_VECTORS, :CHECKED_ROWS], np.float64)
+        weight_bytes, share = (dense.nbytes, 1) if name in DENSE else (w.nbytes, 0.5)
+        rows[name] = {
+            "seconds": seconds[name],
+            "speed_relative_to_dense": fastest / seconds[name],
+            "fraction_of_roofline": roofline(case, weight_bytes, share, speeds) / seconds[name],
+            "error": float(np.abs(found - exact).max() / np.abs(exact).max()),
+        }
+    return rows
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """One line per case and contender."""
-    result = Table()
-    columns = (
-        "linear",
-        "out x in",
-        "batch",
-        "contender",
-        "ms",
-        "speed /\ndense",
-        "of the\nroofline",
-    )
-    for index, name in enumerate((*columns, "error")):
-        result.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
-    for row in rows:
-        scaled = "" if row.scale == 1 else f", scaled by {row.scale:.3g}"
-        result.add_row(
-            row.linear,
-            f"{row.outputs} x {row.inputs}{scaled}",
-            str(row.batch),
-            row.contender,
-            f"{1e3 * row.seconds:.3g}",
-            f"{row.speed_relative_to_dense:.2f}",
-            f"{row.fraction_of_roofline:.0%}",
-            f"{row.error:.0e}",
-        )
-    return result
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Speed relative to the dense product, a panel for each batch."""
-    batches = sorted({row.batch for row in rows})
-    names = list(dict.fromkeys(row.contender for row in rows if row.contender not in DENSE))
+    batches, linears, names = (
+        list(dict.fromkeys(row[key] for row in rows if row["contender"] not in DENSE))
+        for key in ("batch", "linear", "contender")
+    )
     figure, panels = plt.subplots(
         len(batches), 1, figsize=(8, 1.6 * len(batches) + 1), sharex=True, squeeze=False
     )
+    width = 0.8 / len(names)
     for batch, panel in zip(batches, panels[:, 0], strict=True):
-        linears = list(dict.fromkeys(row.linear for row in rows))
         for i, name in enumerate(names):
-            speeds = {
-                row.linear: row.speed_relative_to_dense
-                for row in rows
-                if row.batch == batch and row.contender == name
-            }
-            step = 0.8 / len(names)
+            shown = [row for row in rows if (row["batch"], row["contender"]) == (batch, name)]
             places = [
-                linears.index(linear) + (i - (len(names) - 1) / 2) * step for linear in speeds
+                linears.index(row["linear"]) + (i - (len(names) - 1) / 2) * width for row in shown
             ]
-            panel.bar(places, list(speeds.values()), 0.95 * step, label=name, color=f"C{i}")
+            speeds = [row["speed_relative_to_dense"] for row in shown]
+            panel.bar(places, speeds, 0.95 * width, label=name, color=f"C{i}")
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_ylabel(f"batch {batch}")
         panel.set_xticks(range(len(linears)), linears, rotation=30, ha="right")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(names))]
-    panels[0, 0].legend(handles, names, ncols=len(names), frameon=False, fontsize="small")
-    figure.suptitle(f"speed relative to the dense product, {rows[0].dtype}")
+    panels[0, 0].legend(ncols=len(names), frameon=False, fontsize="small")
+    figure.suptitle(f"speed relative to the dense product, {rows[0]['dtype']}")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-def positive_integers(text: str) -> list[int]:
-    found = text.split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive integers")
-    return [int(part) for part in found]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batches", type=positive_integers, default=list(BATCHES), metavar="N,...")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), metavar="N,...")
     parser.add_argument("--scale", type=float, default=1.0, help="of inputs and outputs (1)")
     parser.add_argument("--linears", default=",".join(SHAPES), help="which of them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -331,35 +195,40 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of a dense product at most (2)")
     parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
     arguments = parser.parse_args()
-    linears = arguments.linears.split(",")
-    for linear in linears:
-        if linear not in SHAPES:
-            parser.error(f"--linears {linear} is none of {', '.join(SHAPES)}")
-    for name in ("scale", "repetitions", "seconds"):
-        if not getattr(arguments, name) > 0:
-            parser.error(f"--{name} {getattr(arguments, name)} is not positive")
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    machine = measure_machine(arguments.dtype, arguments.repetitions)
-    console = Console(width=max(Console().width, 120))
-    console.print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
-        f"{arguments.dtype}: memory at {machine.bandwidth / 1e9:.3g} GB/s, "
-        f"{machine.peak / 1e9:.3g} G multiplications/s"
+    dtype, backend = arguments.dtype, jax.default_backend()
+    platform = "cuda" if backend == "gpu" else backend
+    speeds = machine_speeds(dtype, arguments.repetitions)
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype}: "
+        f"{speeds[0] / 1e9:.3g} GB/s, {speeds[1] / 1e9:.3g} G multiplications/s"
     )
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
+    table = Table("linear", "out x in", "batch", "contender", "ms", "speed / dense", "roofline")
+    table.add_column("error")
+    for batch in map(int, arguments.batches.split(",")):
+        for linear in arguments.linears.split(","):
+            case = Case(platform, dtype, *SHAPES[linear], batch)
+            case, scale = fitting(case, arguments.scale, speeds, arguments.seconds)
+            named = {"linear": linear, **case._asdict(), "scale": scale}
+            del named["platform"]
+            for name, found in measure(case, speeds, arguments.repetitions).items():
+                rows.append(named | {"contender": name} | found)
+                table.add_row(
+                    linear,
+                    f"{case.outputs} x {case.inputs}, scaled by {scale:.3g}",
+                    str(batch),
+                    name,
+                    f"{1e3 * found['seconds']:.3g}",
+                    f"{found['speed_relative_to_dense']:.2f}",
+                    f"{found['fraction_of_roofline']:.0%}",
+                    f"{found['error']:.0e}",
+                )
+    Console(width=120).print(table)
     with (arguments.output / "matmul.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        for batch in arguments.batches:
-            for linear in linears:
-                case = Case(default_platform(), arguments.dtype, *SHAPES[linear], batch)
-                case, scale = fitting(case, arguments.scale, machine, arguments.seconds)
-                found = measure(linear, case, scale, machine, arguments.repetitions)
-                writer.writerows(dataclasses.asdict(row) for row in found)
-                file.flush()
-                rows += found
-    console.print(table(rows))
+        writer.writerows(rows)
     draw(rows, arguments.output / "matmul.png")
 
 
