@@ -260,6 +260,7 @@ def test_codes_are_read_exactly_if_every_one_is_a_pair(words, valid):
         with pytest.raises(CheckpointError, match="is invalid"):
             from_arrays("up", stored)
 
+
 # Other libraries
 
 
