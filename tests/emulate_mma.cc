@@ -66,7 +66,7 @@ void MultiplyAdd(const Lane (&lanes)[32], int instruction, double (&sums)[kRows]
 }  // namespace
 
 // y (8, outputs) = x (8, inputs) W^T.
-extern "C" void emulate(const float* x, const float* values, const uint32_t* codes, double* y,
+extern "C" __attribute__((visibility("default"))) void emulate(const float* x, const float* values, const uint32_t* codes, double* y,
                         int64_t outputs, int64_t inputs) {
   for (int64_t row = 0; row < outputs; row += kRows) {
     double sums[kRows][kVectors] = {};

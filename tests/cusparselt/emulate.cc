@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#pragma GCC visibility push(default)
+
 extern "C" void load_release(int minor) { minor_release = minor; }
 
 // The status; `used` gets how often the library was initialized, and plans were made, so far.
