@@ -25,20 +25,28 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from baselines import ALPS
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
 import prox24
-from prox24 import ADMM, ConjugateGradients, GradientSteps, Prox, SparseGPT, Swaps, Wanda
+from prox24 import (
+    ADMM,
+    ConjugateGradients,
+    Exponential,
+    GradientSteps,
+    Prox,
+    SparseGPT,
+    Swaps,
+    Wanda,
+)
 from prox24.calibration.text import first_windows, read_text, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.cli.demo import fetch_model
 from prox24.perplexity import perplexity
 from prox24.pipeline import collect, prune
-from prox24.solvers.admm import Projection
-from prox24.solvers.schedules import Exponential
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -84,10 +92,10 @@ def main_table() -> list[Run]:
         Run("sparsegpt", SparseGPT()),
         Run("sparsegpt + refit", SparseGPT(), CONVERGED),
         Run("sparsegpt + swaps", SparseGPT(), Swaps()),
-        Run("admm, ALPS + refit", ADMM.alps(), CONVERGED),
+        Run("admm, ALPS + refit", ALPS(), CONVERGED),
         ADMM_REFIT,
         Run("admm with the prox + swaps", ADMM(), Swaps()),
-        Run("admm, projection + refit", ADMM(sparsify=Projection()), ConjugateGradients()),
+        Run("admm, projection + refit", ADMM(penalty=None), ConjugateGradients()),
         Run("prox + refit", Prox(), ConjugateGradients()),
         Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
         *(

@@ -18,7 +18,6 @@ import matplotlib
 import numpy as np
 
 import prox24
-from prox24 import schedules
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,7 +33,7 @@ SOLVERS = {
     "wanda": prox24.Wanda(),
     "SparseGPT": prox24.SparseGPT(),
     "prox": prox24.Prox(),
-    "prox, slower": prox24.Prox(schedules.Exponential(0.01, 1.01)),
+    "prox, slower": prox24.Prox(prox24.Exponential(0.01, 1.01)),
     "ADMM": prox24.ADMM(),
 }
 

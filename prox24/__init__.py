@@ -15,11 +15,11 @@ from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.penalty import penalty
 from prox24.core.prox import prox
 from prox24.params import PrunedParams, WeightReport, prune_in_order, prune_params
-from prox24.solvers import schedules
-from prox24.solvers.admm import ADMM, GradualProjection, Projection, Shrinkage
+from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
 from prox24.solvers.proximal import Prox
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+from prox24.solvers.schedules import Exponential
 from prox24.solvers.scores import Magnitude, Wanda
 from prox24.solvers.solve import solve
 from prox24.solvers.sparsegpt import SparseGPT
@@ -29,18 +29,16 @@ __all__ = [
     "ADMM",
     "Calibration",
     "ConjugateGradients",
+    "Exponential",
     "GradientSteps",
     "GramDiagnostics",
-    "GradualProjection",
     "InputGram",
     "LayerProblem",
     "LeastSquares",
     "Magnitude",
     "Pattern",
-    "Projection",
     "Prox",
     "PrunedParams",
-    "Shrinkage",
     "Solution",
     "SparseGPT",
     "Statistics",
@@ -59,7 +57,6 @@ __all__ = [
     "prox",
     "prune_in_order",
     "prune_params",
-    "schedules",
     "solve",
     "tap",
     "top_mask",

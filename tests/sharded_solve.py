@@ -62,7 +62,7 @@ SOLVERS = {
     "sparsegpt": (SparseGPT(), None),
     "prox": (Prox(), None),
     "admm, cg": (ADMM(), ConjugateGradients()),
-    "alps, gradient": (ADMM.alps(), GradientSteps(steps=10)),
+    "projection, gradient": (ADMM(penalty=None), GradientSteps(steps=10)),
 }
 COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("

@@ -16,17 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import brute_force_prox, largest, prox_objective, sparsegpt
+from test_solvers import make_problem
 from tiny import tokens, write_tiny
 
 from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.core.masks import is_sparse
 from prox24.perplexity import perplexity
 from prox24.pipeline import collect, prune
-from prox24.solvers.problem import LayerProblem
+from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.scores import Wanda
 from prox24.solvers.solve import solve
+from prox24.solvers.sparsegpt import SparseGPT
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RIVALS = runpy.run_path(str(BENCHMARKS / "rivals.py"))
+sys.path.append(str(BENCHMARKS))  # as for a script there
+
+from baselines import ALPS, Boza  # noqa: E402
+
 FORMS = {"prox24.prox", "prox24.prox, rows of one block", "prox24.planes.prox"}
 
 
@@ -267,7 +274,6 @@ def test_an_ablation_varies_a_column_and_is_drawn_with_the_mean_over_seeds(tmp_p
 def test_gaps_of_refined_models_are_shares_and_drawn_by_tokens_and_seconds(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     benchmark = runpy.run_path(str(BENCHMARKS / "refine.py"))
     runs = benchmark["runs"]()
     assert len({(run.name, run.distinct_tokens) for run in runs}) == len(runs)
@@ -322,12 +328,26 @@ def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full(
     x = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
     problem = LayerProblem(jnp.asarray(rng.normal(size=(8, 16)), jnp.float32), x.T @ x)
     field = benchmark["contenders"]()
-    for name in (benchmark["DEFAULT"], benchmark["REFERENCE"], benchmark["PAPER"]):
+    names = [benchmark[name] for name in ("DEFAULT", "REFERENCE", "PAPER")]
+    for name in (*names, "admm, ALPS", "admm, Boza"):
         contender = field[name]
         solution, seconds = benchmark["measure"](contender, problem)
         assert seconds > 0
+        assert solution.status is Status.SPARSE
         expected = solve(problem, contender.solver, contender.refit)
         assert np.array_equal(solution.weight, expected.weight)
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8)])
+def test_the_published_forms_of_admm_lose_less_than_sparsegpt(pattern):
+    problem = make_problem("power_law")
+    rival = solve(problem, SparseGPT(), pattern=pattern).statistics.relative_loss
+    for solver in (ALPS(), Boza()):
+        solution = solve(problem, solver, pattern=pattern)
+        assert solution.status is Status.SPARSE
+        assert bool(is_sparse(solution.weight, pattern))
+        assert 3 < solution.statistics.steps < 300
+        assert solution.statistics.relative_loss < rival
 
 
 def test_generation_is_measured_for_each_form_of_the_weights(tmp_path, monkeypatch):
@@ -397,7 +417,6 @@ def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(tmp_path, monke
 def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     write_tiny(tmp_path / "model")
     benchmark = runpy.run_path(str(BENCHMARKS / "moving_masks.py"))
     module = benchmark["main"].__globals__
@@ -457,7 +476,6 @@ def test_tasks_that_an_archive_lacks_are_named(tmp_path):
 
 
 def test_pieces_of_a_text_that_are_in_the_calibration_are_counted(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     share_seen = runpy.run_path(str(BENCHMARKS / "refine.py"))["share_seen"]
     seen, other = "so many words that " * 10, "and others that it has not, " * 10
     length = 60 * (min(len(seen), len(other)) // 60)
@@ -466,7 +484,6 @@ def test_pieces_of_a_text_that_are_in_the_calibration_are_counted(monkeypatch):
 
 
 def test_a_model_is_made_once_and_evaluated_again(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     write_tiny(tmp_path / "model")
     calibration, text = tmp_path / "calibration.txt", tmp_path / "text.txt"
     calibration.write_text("Text of which a model reads the bytes. " * 60)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from reference import damped, definite, quadratic_loss
 
-from prox24.solvers.admm import ADMM, Projection
+from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.proximal import Prox
 from prox24.solvers.solve import REFITS, SOLVERS, solve, solve_program
@@ -28,9 +28,7 @@ def loss(solution, problem, damping):
 
 
 METHODS = {name: method() for name, method in SOLVERS.items()} | {
-    "projection": ADMM(sparsify=Projection()),
-    "alps": ADMM.alps(),
-    "boza": ADMM.boza(),
+    "projection": ADMM(penalty=None),
     "paper": Prox.paper(),
 }
 # What a refit does hangs little on where it begins.

@@ -67,7 +67,7 @@ def test_outside_of_loops_only_scalars_are_reduced(solvers):
 
 def test_some_loop_has_a_stop_test_that_is_reduced(solvers):
     stopping = {report["solver"] for report in solvers if any(report["loops"])}
-    assert stopping == {"wanda, swaps", "prox", "admm, cg", "alps, gradient"}
+    assert stopping == {"wanda, swaps", "prox", "admm, cg"}
 
 
 def test_solvers_find_what_they_find_on_one_device(solvers):

@@ -127,6 +127,17 @@ class Solution(NamedTuple):
     statistics: Statistics
 
 
+def check_grouped(
+    pattern: Pattern | Unstructured,
+    method: str,
+    instead: str = "magnitude, wanda and sparsegpt do",
+) -> Pattern:
+    """The pattern; raises ValueError, naming what serves instead, for sparsity without one."""
+    if isinstance(pattern, Unstructured):
+        raise ValueError(f"{method} supports patterns N:M, not unstructured {pattern}; {instead}")
+    return pattern
+
+
 class Normalized(NamedTuple):
     """A problem without units: W0 scaled to unit mean magnitude, and the Gram accordingly.
 

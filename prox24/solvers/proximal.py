@@ -1,6 +1,6 @@
 """Accelerated proximal gradient descent with a growing penalty, in planar layout."""
 
-import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,9 +14,8 @@ from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
 from prox24.solvers.damping import damped_gram
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.planar import changed, check_grouped, dense_blocks, from_planes, to_planes
-from prox24.solvers.problem import Candidate, LayerProblem, normalize
-from prox24.solvers.schedules import Exponential, Progress, Schedule
+from prox24.solvers.problem import Candidate, LayerProblem, check_grouped, normalize
+from prox24.solvers.schedules import Exponential
 
 
 @hyperparameters
@@ -33,22 +32,17 @@ class Prox:
     Attributes:
       penalty: schedule of lam.
       momentum: 1 for Nesterov's sequence, 0 for none, between for a damped one.
-      restart: whether a row's momentum starts anew where the step points against it.
-      per_row: whether lam is divided by the mean magnitude of each row, not of the matrix; for 2:M.
       max_steps: steps after which blocks that are still dense are cut; the status then says so.
 
     Raises:
-      ValueError: on a pattern other than 1:M and 2:M, or 1:M with per_row.
+      ValueError: on a pattern other than 1:M and 2:M.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, algorithm 1.
-      "Adaptive Restart for Accelerated Gradient Schemes", arXiv 1204.3982, for the restart.
     """
 
-    penalty: Schedule = Exponential(0.01, 1.05)
+    penalty: Exponential = Exponential(0.01, 1.05)
     momentum: float = 1.0
-    restart: bool = dataclasses.field(default=False, metadata={"static": True})
-    per_row: bool = dataclasses.field(default=False, metadata={"static": True})
     max_steps: int = 2000
 
     @classmethod
@@ -62,12 +56,13 @@ class Prox:
         """Finds a candidate; traceable, with the pattern static."""
         pattern = check_grouped(pattern, "prox")
         planes.check_kept(*pattern)
-        if self.per_row and pattern.kept == 1:
-            raise ValueError("per_row is for 2:M: of 1:M lam has no unit")
         normalized = normalize(problem.weight, damped_gram(problem.gram, damping))
-        start, gram = to_planes(normalized, pattern)
+        # With the columns of plane 0 first, then those of 1, ..., the product with the Gram sees
+        # an ordinary matrix, and nothing is interleaved until the end.
+        order = jnp.concatenate(planes.split(jnp.arange(problem.weight.shape[1]), pattern))
+        start, gram = normalized.weight[:, order], normalized.gram[order][:, order]
         final = _iterate(start, gram, pattern, self)
-        dense = from_planes(final.weight, pattern)
+        dense = planes.join(jnp.split(final.weight, pattern.group, axis=1))
         mask = top_mask(jnp.abs(dense), pattern)
         blocks = jnp.sum(final.dense_blocks)
         return Candidate.of(dense / normalized.scale[None, :], mask, damping, blocks, final.steps)
@@ -79,7 +74,6 @@ class _State(NamedTuple):
     origin: Array
     weight: Array
     extrapolated: Array
-    unit: Array
     nesterov: Array
     dense_blocks: Array
     penalty: Array
@@ -92,32 +86,23 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _Stat
     # NaN would never become sparse.
     most_steps = jnp.where(jnp.isfinite(bound) & jnp.isfinite(jnp.sum(start)), solver.max_steps, 0)
 
-    def split(weight: Array) -> list[Array]:
-        return jnp.split(weight, pattern.group, axis=1)
-
     def advance(state: _State) -> _State:
         difference = state.extrapolated - state.origin
         gradient = jnp.matmul(difference, gram, precision=PRECISION)
-        target = split(state.extrapolated - step_size * gradient)
-        blocks = planes.prox(target, state.penalty * step_size / state.unit, pattern.kept)
+        target = jnp.split(state.extrapolated - step_size * gradient, pattern.group, axis=1)
+        blocks = planes.prox(target, state.penalty * step_size, pattern.kept)
         weight = jnp.concatenate(blocks, axis=1)
         move = weight - state.weight
-        nesterov = state.nesterov
-        if solver.restart:
-            against = jnp.sum((state.extrapolated - weight) * move, axis=1, keepdims=True) > 0
-            nesterov = jnp.where(against, 1, nesterov)
-        following = (1 + jnp.sqrt(1 + 4 * jnp.square(nesterov))) / 2
-        momentum = solver.momentum * (nesterov - 1) / following
-        steps = state.steps + 1
-        progress = Progress(state.penalty, steps, changed(blocks, split(state.weight), pattern))
-        dense = dense_blocks(blocks, pattern)
+        following = (1 + jnp.sqrt(1 + 4 * jnp.square(state.nesterov))) / 2
+        momentum = solver.momentum * (state.nesterov - 1) / following
+        nonzeros = functools.reduce(jnp.add, [(plane != 0).astype(jnp.int32) for plane in blocks])
         return state._replace(
             weight=weight,
             extrapolated=weight + momentum * move,
             nesterov=following,
-            dense_blocks=jnp.sum(dense, axis=1, keepdims=True, dtype=jnp.int32),
-            penalty=solver.penalty(progress),
-            steps=steps,
+            dense_blocks=jnp.sum(nonzeros > pattern.kept, axis=1, keepdims=True, dtype=jnp.int32),
+            penalty=solver.penalty(state.penalty),
+            steps=state.steps + 1,
         )
 
     def run(state: _State, few: int) -> _State:
@@ -131,15 +116,14 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _Stat
 
     rows, dtype = len(start), start.dtype
     parts = math.gcd(rows, PARTS)
-    magnitude = jnp.mean(jnp.abs(start), axis=1, keepdims=True)
     initial = _State(
         origin=start,
         weight=start,
         extrapolated=start,
-        unit=jnp.where((magnitude > 0) & solver.per_row, magnitude, 1),
-        nesterov=jnp.ones((rows, 1), dtype),
+        nesterov=jnp.ones((), dtype),
         dense_blocks=jnp.full((rows, 1), start.shape[1] // pattern.group, jnp.int32),
-        penalty=jnp.asarray(solver.penalty.first, dtype),
+        # One for each row: XLA would round a division by a single scalar in another way.
+        penalty=jnp.full((rows, 1), solver.penalty.first, dtype),
         steps=jnp.zeros((), jnp.int32),
     )
     few = rows // (8 * parts) if rows >= MANY_ROWS else 0

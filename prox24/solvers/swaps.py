@@ -12,8 +12,7 @@ from jax import Array, lax
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.core.precision import PRECISION
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.planar import check_grouped
-from prox24.solvers.problem import Normalized
+from prox24.solvers.problem import Normalized, check_grouped
 from prox24.solvers.refit import ConjugateGradients, Refitted
 
 MOST_MASKS = 1000
