@@ -150,7 +150,7 @@ def main():
     adam = optax.adam(3e-3)
     keep = prox24.optax.keep_pattern(adam)
     growth = (LAST_PENALTY / FIRST_PENALTY) ** (1 / (PROX_EPOCHS * STEPS_PER_EPOCH))
-    penalty = prox24.optax.exponential(FIRST_PENALTY, growth)
+    penalty = optax.exponential_decay(FIRST_PENALTY, 1, growth, end_value=1e30)
     prox = optax.chain(adam, prox24.optax.proximal(penalty))
 
     half, half_curve = train_on_digits(adam, DENSE_EPOCHS, start)

@@ -37,7 +37,7 @@ from prox24.forward import (
 )
 from prox24.models import decoder, whole
 from prox24.models.decoder import Config, Weights
-from prox24.optax import exponential, proximal
+from prox24.optax import proximal
 from prox24.refine import Refined, Training
 from prox24.refine.distillation import Features, Logits
 from prox24.refine.training import Resume, check_positive, check_shares, share_of
@@ -394,7 +394,8 @@ def _optimizer(
     adam, rate, mask = refinement.optimizer(steps), refinement.schedule(steps), refinement.mask
     if mask is None:
         return adam
-    lam = exponential(mask.first, (mask.last / mask.first) ** (1 / max(1, steps - 1)))
+    growth = (mask.last / mask.first) ** (1 / max(1, steps - 1))
+    lam = optax.exponential_decay(mask.first, 1, growth)
 
     def pruned(params: whole.Stacked) -> list[dict[str, bool]]:
         return [{name: name in _linears(config) for name in run} for run in params]

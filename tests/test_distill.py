@@ -21,7 +21,7 @@ from prox24.distill import ModelRefinement, MovingMask, _functions, _outer, _tar
 from prox24.errors import CalibrationError
 from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
-from prox24.optax import exponential, proximal
+from prox24.optax import proximal
 from prox24.refine import BlockRefinement
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
@@ -132,7 +132,9 @@ def test_a_mask_that_moves_begins_dense_and_ends_in_the_pattern(student):
             lambda leaf: jnp.where(prox24.top_mask(jnp.abs(leaf), axis=0), leaf, 0), params
         )
 
-    optimizer = optax.chain(optax.adam(0.01), proximal(exponential(0.01, 1.2), axis=0))
+    optimizer = optax.chain(
+        optax.adam(0.01), proximal(optax.exponential_decay(0.01, 1, 1.2), axis=0)
+    )
     found = []
     refined = refine.distill(
         features,

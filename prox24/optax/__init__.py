@@ -1,13 +1,12 @@
 """optax transforms that prune to N:M while training, and keep the pattern while fine-tuning.
 
-`proximal` ends a chain with the proximal step of the penalty, `exponential` is its usual schedule,
-`check` finds a chain that undoes it. `keep_pattern` wraps an optimizer so that the zeros of pruned
+`proximal` ends a chain with the proximal step of the penalty, and `check` finds a chain that undoes
+it. `keep_pattern` wraps an optimizer so that the zeros of pruned
 parameters stay. `describe` lists which parameters are pruned, along which axis, and why.
 """
 
 from prox24.optax.check import check
 from prox24.optax.leaves import Leaf, by_path, describe
-from prox24.optax.schedules import exponential
 from prox24.optax.transforms import (
     KeepPatternState,
     ProximalState,
@@ -23,7 +22,6 @@ __all__ = [
     "by_path",
     "check",
     "describe",
-    "exponential",
     "keep_pattern",
     "kept_entries",
     "proximal",

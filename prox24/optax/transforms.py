@@ -66,8 +66,8 @@ def proximal(
 
     Args:
       lam: nonnegative scalar, or a schedule: a function of the number of updates so far, such as
-        `exponential`. The product learning_rate * lam is the lam of `prox24.prox`; weights are NaN
-        where it is negative.
+        `optax.exponential_decay` with a rate above 1. The product learning_rate * lam is the lam
+        of `prox24.prox`; weights are NaN where it is negative.
       pattern: (1, M) or (2, M).
       axis: the axis along which blocks of M run: one for all leaves, or a function of the path;
         None to choose by name, see `describe`.
@@ -90,8 +90,8 @@ def proximal(
 
     Example:
       >>> from prox24 import is_sparse
-      >>> from prox24.optax import exponential
-      >>> optimizer = optax.chain(optax.adam(1e-3), proximal(exponential(0.01, 1.5)))
+      >>> growing = optax.exponential_decay(0.01, 1, 1.5, end_value=1e30)
+      >>> optimizer = optax.chain(optax.adam(1e-3), proximal(growing))
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
       >>> state = optimizer.init(params)
       >>> for _ in range(20):
