@@ -41,7 +41,7 @@ from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo import fetch_model
 from prox24.cli.output import peak_memory_bytes
-from prox24.distill import ModelRefinement, MovingMask, distill
+from prox24.distill import ModelRefinement, distill
 from prox24.perplexity import perplexity
 from prox24.pipeline import collect, prune
 from prox24.refine import BlockRefinement
@@ -62,12 +62,6 @@ TRIED = {
     1024: [MIXED, dataclasses.replace(MIXED, compute_dtype="bfloat16", passes=2)],
 }
 """With so many windows, of the default mask."""
-MOVING = {
-    "growing mask, rate 0.003": ModelRefinement(rate=3e-3, mask=MovingMask()),
-    "growing mask, rate 0.01": ModelRefinement(rate=1e-2, mask=MovingMask()),
-    "ProxSparse's mask": ModelRefinement.proxsparse(),
-}
-"""Of the dense model: what finds a mask while it trains."""
 LONG_STEPS = BlockRefinement(step_tokens=2048)
 BLOCKS = {
     f"block, bfloat16, passes: {passes}": dataclasses.replace(
@@ -169,7 +163,6 @@ def runs() -> list[Run]:
         for one in tried:
             name = f"{DEFAULT} + model, {changed(one)}"
             table.append(Run(name, DEFAULT, windows, one))
-    table += [Run(f"dense + model, {name}", "dense", WINDOWS, one) for name, one in MOVING.items()]
     table += [Run(f"{base} + model", base, WINDOWS, ModelRefinement()) for base in REFINED]
     table += [
         Run(f"{base} + model, {changed(IN_BFLOAT16)}", base, windows, IN_BFLOAT16)

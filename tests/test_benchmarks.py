@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import itertools
 import json
 import runpy
 import subprocess
@@ -412,40 +411,6 @@ def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(tmp_path, monke
     tokenizer = checkpoint.load_tokenizer()
     losses = benchmark["text_losses"](checkpoint, [tokenizer(t)["input_ids"] for t in question[0]])
     assert share == dict.fromkeys(questions, float(np.argmin(losses) == 1))
-
-
-def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
-    tmp_path, monkeypatch, capsys
-):
-    write_tiny(tmp_path / "model")
-    benchmark = runpy.run_path(str(BENCHMARKS / "moving_masks.py"))
-    module = benchmark["main"].__globals__
-    monkeypatch.setitem(module, "fetch_model", lambda cache: tmp_path / "model")
-    monkeypatch.setitem(module, "LENGTH", 8)
-    monkeypatch.setitem(module, "HELD_OUT", 2)
-    monkeypatch.setitem(module, "TESTED", 2)
-    layer, other = benchmark["dense_layers"]([0, 1], None, 8, 1)
-    assert layer.loss is other.loss
-    assert layer.steps_of_pass == 8 - 4
-    assert benchmark["error"](layer, layer.weights) < 1e-6
-    # Optax's optimizers mix dtypes and ranks.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        pruned = benchmark["pattern"](layer, layer.weights)
-        found = [
-            benchmark["moving"](layer, layer.weights, 3e-3, 4, 2),
-            benchmark["fixed"](layer, pruned, 3e-3, 2),
-            benchmark["refined"](layer, pruned, 3e-3, 2),
-        ]
-        arguments = ["--layers", "0", "--samples", "8", "--passes", "4", "--rates", "1e-3"]
-        arguments += ["--step-windows", "2"]
-        monkeypatch.setattr(sys, "argv", ["moving_masks.py", *arguments])
-        benchmark["main"]()
-    errors = [benchmark["error"](layer, weights) for weights in found]
-    assert max(errors) < benchmark["error"](layer, pruned)
-    for name, values in itertools.chain(*(weights.items() for weights in found)):
-        if name in layer.scales:
-            assert np.count_nonzero(np.asarray(values).reshape(-1, 4), axis=1).max() == 2
-    assert "0, 0.001" in capsys.readouterr().out
 
 
 def test_lines_of_a_table_keep_to_its_columns(tmp_path):

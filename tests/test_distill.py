@@ -17,11 +17,10 @@ from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.cli.windows import shuffled
 from prox24.core.precision import COMPUTE_DTYPES
-from prox24.distill import ModelRefinement, MovingMask, _functions, _outer, _targets, distill
+from prox24.distill import ModelRefinement, _functions, _outer, _targets, distill
 from prox24.errors import CalibrationError
-from prox24.forward import all_linears, embedding_weights, head_weights, layer_weights, load_model
+from prox24.forward import embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
-from prox24.optax import proximal
 from prox24.refine import BlockRefinement
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
@@ -122,39 +121,6 @@ def test_the_loss_falls_and_the_zeros_stay(student):
     assert refined.outcome is refine.Outcome.IMPROVED
     assert refined.losses[-1] < 0.6 * refined.losses[0]
     np.testing.assert_array_equal(refined.params["kernel"] == 0, pruned["kernel"] == 0)
-
-
-def test_a_mask_that_moves_begins_dense_and_ends_in_the_pattern(student):
-    dense, _, outer, ids, targets = student
-
-    def project(params):
-        return jax.tree.map(
-            lambda leaf: jnp.where(prox24.top_mask(jnp.abs(leaf), axis=0), leaf, 0), params
-        )
-
-    optimizer = optax.chain(
-        optax.adam(0.01), proximal(optax.exponential_decay(0.01, 1, 1.2), axis=0)
-    )
-    found = []
-    refined = refine.distill(
-        features,
-        logits,
-        dense,
-        outer,
-        ids,
-        targets,
-        optimizer,
-        passes=12,
-        project=project,
-        measured_every=10,
-        on_measured=lambda state: found.append(state.master["kernel"] != 0),
-    )
-    assert refined.outcome is refine.Outcome.IMPROVED
-    assert len(refined.losses) == 1 + 6
-    assert prox24.is_sparse(refined.params["kernel"], axis=0)
-    # At first nothing is zero; at the end the penalty has brought all blocks to the pattern.
-    assert np.mean(found[0]) > 0.9
-    assert prox24.is_sparse(found[-1], axis=0)
 
 
 def test_a_training_goes_on_with_the_same_bits(student):
@@ -354,56 +320,10 @@ def test_windows_of_a_step_are_computed_in_parts(workspace, capsys):
     assert "3 micro-batches do not divide 4 windows of a step" in capsys.readouterr().err
 
 
-def test_proxsparse_takes_the_mask_alone(workspace, monkeypatch):
-    # It learns from the text, so that the dense model does not run.
-    monkeypatch.setattr("prox24.distill._targets", None)
-    dense = open_checkpoint(workspace / "model")
-    windows = tokens(batch=16, length=32)
-    found = distill(dense, dense, windows, ModelRefinement.proxsparse(lam=1.0, rate=0.01))
-    assert found.refined.steps == 15
-    with pytest.raises(ValueError, match="in the units of the given weights"):
-        MovingMask(alone=True)
-    changed, found = 0, dict(found.tensors)
-    linears = {linear.tensor for linear in all_linears(load_model(dense).config)}
-    assert found.keys() == linears  # norms are as they were
-    for name, values in found.items():
-        given = dense.read(name).astype(np.float32)
-        np.testing.assert_array_equal(values, np.where(values == 0, 0, given))
-        assert prox24.is_sparse(values), name
-        changed += np.any((values != 0) != prox24.top_mask(np.abs(given)))
-    assert changed
-
-
-def test_a_mask_alone_does_not_hide_that_its_training_diverged(workspace):
-    dense = open_checkpoint(workspace / "model")
-    refinement = ModelRefinement.proxsparse(lam=1.0, rate=1e38)
-    refined = distill(dense, dense, tokens(batch=16, length=32), refinement).refined
-    assert refined.outcome is refine.Outcome.DIVERGED
-    assert np.isfinite(refined.losses[0])
-    assert np.isnan(refined.losses[-1])
-
-
 def test_more_devices_than_there_are_do_not_share_heads(workspace, capsys):
     assert distilled(workspace, "out", "--tensor-parallel", "64") == 2
     said = "64 devices are to share heads and widths, and a process has 1"
     assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "mask", [["growing"], pytest.param(["constant", "--penalty", "0.5"], marks=pytest.mark.slow)]
-)
-def test_the_mask_is_found_from_the_dense_model(workspace, mask, capsys):
-    dense = workspace / "model"
-    command = ["distill", dense, dense, workspace / "out", "--text", workspace / "text.txt"]
-    command += ["--sequence-length", "32", "--samples", "16", "--passes", "4", "--rate", "0.01"]
-    assert main([*map(str, command), "--json", "--quiet", "--mask", *mask]) == 0
-    report = json.loads(capsys.readouterr().out)
-    # Before the first step it is the dense model's two largest weights of each block.
-    assert report["outcome"] == "improved"
-    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
-    kept = open_checkpoint(workspace / "out").read(Q_PROJ) != 0
-    largest = prox24.top_mask(np.abs(open_checkpoint(dense).read(Q_PROJ)))
-    assert np.any(kept != largest)
 
 
 def test_the_dense_model_multiplies_in_the_same_dtype(workspace):
@@ -463,23 +383,11 @@ def test_windows_that_are_all_held_out_are_refused(workspace):
     assert not (workspace / "out").exists()
 
 
-def test_a_mask_alone_is_not_put_on_pruned_weights(workspace, capsys):
-    assert distilled(workspace, "out", "--mask", "constant", "--penalty", "0.5") == 2
-    assert "pruned is pruned: a mask alone is put on dense weights" in capsys.readouterr().err
-    assert not (workspace / "out").exists()
-
-
 def test_windows_are_taken_in_an_order_of_their_own():
     windows = np.arange(40).reshape(20, 2)
     found = shuffled(windows)
     assert found.tolist() == shuffled(windows).tolist() != windows.tolist()
     assert sorted(found.tolist()) == windows.tolist()
-
-
-def test_a_penalty_goes_with_a_constant_one(workspace, capsys):
-    assert distilled(workspace, "out", "--penalty", "0.5") == 2
-    assert distilled(workspace, "out", "--mask", "constant") == 2
-    assert capsys.readouterr().err.count("--penalty and --mask constant go together") == 2
 
 
 @pytest.mark.parametrize(
@@ -552,7 +460,7 @@ def test_a_state_that_cannot_be_read_is_named(workspace, capsys, damaged, left):
     assert not (workspace / "again").exists()
 
 
-@pytest.mark.parametrize("option", ["--rate", "--passes", "--penalty"])
+@pytest.mark.parametrize("option", ["--rate", "--passes"])
 def test_a_training_that_does_nothing_is_refused(workspace, capsys, option):
     with pytest.raises(SystemExit) as error:
         distilled(workspace, "out", option, "0")
@@ -566,7 +474,6 @@ def test_a_training_that_does_nothing_is_refused(workspace, capsys, option):
         lambda: ModelRefinement(rate=0.0),
         lambda: ModelRefinement(passes=0),
         lambda: ModelRefinement(measurements=0),
-        lambda: MovingMask.constant(0.0),
         lambda: BlockRefinement(rate=float("nan")),
         lambda: BlockRefinement(passes=0),
     ],
@@ -601,26 +508,6 @@ def test_a_training_that_diverges_is_reported_as_json(workspace, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["outcome"] == "diverged"
     assert report["losses"][-1] is None
-    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
-
-
-def test_a_mask_does_not_fit_every_width(workspace, capsys):
-    config = config_dict(intermediate_size=46)
-    write_folder(workspace / "narrow", config, random_weights(config))
-    command = ["distill", *[str(workspace / "narrow")] * 2, str(workspace / "out"), "--quiet"]
-    command += ["--text", str(workspace / "text.txt"), "--sequence-length", "32"]
-    assert main([*command, "--samples", "16", "--mask", "growing"]) == 2
-    assert "down_proj.weight has input width 46" in capsys.readouterr().err
-
-
-def test_a_linear_of_zeros_has_a_unit_where_the_mask_is_found(workspace):
-    config = config_dict()
-    weights = random_weights(config)
-    weights["model.layers.0.self_attn.o_proj.weight"][:] = 0
-    write_folder(workspace / "zeros", config, weights)
-    command = ["distill", *[str(workspace / "zeros")] * 2, str(workspace / "out"), "--quiet"]
-    command += ["--text", str(workspace / "text.txt"), "--sequence-length", "32"]
-    assert main([*command, "--samples", "16", "--mask", "growing", "--rate", "0.01"]) == 0
     assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
 
 

@@ -20,7 +20,6 @@ from prox24.core.precision import COMPUTE_DTYPES
 from prox24.errors import CalibrationError, CheckpointError
 from prox24.forward import all_linears, load_model
 from prox24.models import decoder
-from prox24.optax import proximal
 from prox24.pipeline import collect, prune
 from prox24.refine import BlockRefinement, Outcome
 from prox24.solvers.solve import Wanda
@@ -69,24 +68,14 @@ def test_the_error_falls_and_the_zeros_stay(pruned):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "moving"),
-    [
-        (optax.adam(3e-3), False),
-        (optax.sgd(0.1), False),  # whose step a sum instead of a mean would double
-        (optax.chain(optax.adam(3e-3), proximal(0.01)), True),
-    ],
-    ids=["adam", "sgd", "moving"],
+    "optimizer",
+    [optax.adam(3e-3), optax.sgd(0.1)],  # A sum instead of a mean would double the step of sgd.
+    ids=["adam", "sgd"],
 )
-def test_micro_batches_make_one_step(pruned, optimizer, moving):
+def test_micro_batches_make_one_step(pruned, optimizer):
     params, inputs, targets = pruned
 
-    def project(params):
-        return jax.tree.map(
-            lambda leaf: jnp.where(prox24.top_mask(jnp.abs(leaf), axis=0), leaf, 0), params
-        )
-
     def trained(inputs, targets, **more):
-        more |= {"project": project} if moving else {}
         return refine.block(two_layers, params, inputs, targets, optimizer, passes=3, **more)
 
     whole = trained(inputs, targets)
@@ -247,10 +236,9 @@ def test_unequal_batches_and_a_mask_of_another_shape_are_refused(pruned):
     [
         ({"passes": 0}, "passes 0 is not positive"),
         ({"micro_batches": 0}, "micro_batches 0 is not positive"),
-        ({"kept": True, "project": lambda params: params}, "`kept` has no use"),
     ],
 )
-def test_counts_of_nothing_and_a_mask_beside_a_projection_are_refused(pruned, given, said):
+def test_counts_of_nothing_are_refused(pruned, given, said):
     params, inputs, targets = pruned
     with pytest.raises(ValueError, match=said):
         refine.block(two_layers, params, inputs, targets, optax.sgd(0.1), **given)

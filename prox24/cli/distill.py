@@ -35,8 +35,7 @@ from prox24.cli.output import (
 from prox24.cli.windows import calibration_windows, shuffled
 from prox24.core.masks import mean_sparsity
 from prox24.devices import common_mesh
-from prox24.distill import ModelRefinement, MovingMask, distill
-from prox24.errors import Prox24Error
+from prox24.distill import ModelRefinement, distill
 from prox24.forward import all_linears, load_model
 from prox24.refine import Training
 from prox24.refine.training import Resume
@@ -58,7 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         micro_batches=arguments.micro_batches,
         warmup=arguments.warmup,
         cross_entropy=arguments.cross_entropy,
-        mask=moving_mask(arguments),
         measurements=arguments.measurements,
         compute_dtype=arguments.compute_dtype,
     )
@@ -164,29 +162,11 @@ def _training(
         yield resume, on_measured
 
 
-def moving_mask(arguments: argparse.Namespace) -> MovingMask | None:
-    """What the arguments say of the mask; None if it is kept.
-
-    Raises:
-      Prox24Error: a penalty without a mask that is found with it, or the reverse.
-    """
-    if (arguments.mask == "constant") != (arguments.penalty is not None):
-        raise Prox24Error("--penalty and --mask constant go together")
-    if arguments.mask == "constant":
-        return MovingMask.constant(arguments.penalty)
-    return MovingMask() if arguments.mask == "growing" else None
-
-
 def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
-    trained = "What pruning kept was trained"
-    if refinement.mask is not None:
-        trained = "Weights and mask were found"
-        if refinement.mask.alone:
-            trained = "The mask, and no weight, was found"
     return f"""## Distillation
 
-{trained} by prox24 {versions()["prox24"]} on {windows.shape[0]} windows of {windows.shape[1]}
-tokens, {refinement.passes} times, but for those that are held out to choose the best weights:
-Adam with rates up to {refinement.rate}; of the loss a share of {refinement.cross_entropy} is the
-text's own next tokens, the rest the dense model's predictions.
+prox24 {versions()["prox24"]} trained the weights that pruning kept, in {refinement.passes} passes
+over {windows.shape[0]} windows of {windows.shape[1]} tokens. Some were held out to choose the best
+weights. Adam had rates up to {refinement.rate}. A share of {refinement.cross_entropy} of the loss
+is the text's own next tokens, the rest the dense model's predictions.
 """

@@ -265,17 +265,6 @@ def _add_distill(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="share of the loss that is the text's own next tokens, from 0 to 1 (0)",
     )
     command.add_argument(
-        "--mask",
-        choices=("kept", "growing", "constant"),
-        default="kept",
-        help="train the nonzeros of PRUNED, or find the mask from DENSE, given as PRUNED too, by a "
-        "proximal step after each of Adam, with a penalty that grows; or is constant, and then the "
-        "mask alone is used, on the weights of PRUNED (kept)",
-    )
-    command.add_argument(
-        "--penalty", type=_positive_number, metavar="LAM", help="that is constant, of every step"
-    )
-    command.add_argument(
         "--state",
         type=Path,
         metavar="FOLDER",

@@ -15,7 +15,6 @@ from prox24.core.precision import check_compute_dtype
 from prox24.errors import CalibrationError
 from prox24.refine.training import (
     Loss,
-    Project,
     PyTree,
     Refined,
     at_least_float32,
@@ -133,7 +132,6 @@ def block(
     held_out: int = 1,
     micro_batches: int = 1,
     kept: PyTree | Callable[[PyTree], PyTree] | None = None,
-    project: Project | None = None,
     loss: OutputLoss = relative_error,
 ) -> Refined:
     """Trains the kept parameters of a block so that it reproduces targets.
@@ -154,9 +152,7 @@ def block(
       micro_batches: so many batches, in memory one after the other, make one step, by the mean of
         their gradients.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
-        leaves that `prox24.optax.proximal` prunes, and all other leaves. Not with `project`.
-      project: None to train what is kept; a function to the pattern lets the mask move, by an
-        optimizer that ends with `prox24.optax.proximal`.
+        leaves that `prox24.optax.proximal` prunes, and all other leaves.
       loss: of an output and its target, a scalar.
 
     Returns:
@@ -189,7 +185,6 @@ def block(
         held_out=held_out,
         micro_batches=micro_batches,
         kept=kept,
-        project=project,
     )
 
 

@@ -11,7 +11,6 @@ from jax.typing import ArrayLike
 
 from prox24.refine.training import (
     Loss,
-    Project,
     PyTree,
     Refined,
     Resume,
@@ -60,7 +59,6 @@ def distill(
     held_out: int = 1,
     micro_batches: int = 1,
     kept: PyTree | Callable[[PyTree], PyTree] | None = None,
-    project: Project | None = None,
     measured_every: int | None = None,
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
@@ -91,7 +89,6 @@ def distill(
       held_out: batches, from the end.
       micro_batches: batches that make one step, by the mean of their gradients.
       kept: which entries are trained.
-      project: to the pattern, lets the mask move.
       measured_every: steps between measurements; None for every pass.
       resume: the state to begin with, given the one before the first step.
       on_measured: called after each measurement.
@@ -133,7 +130,6 @@ def distill(
         held_out=held_out,
         micro_batches=micro_batches,
         kept=kept,
-        project=project,
         measured_every=measured_every,
         resume=resume,
         on_measured=on_measured,

@@ -18,7 +18,6 @@ from prox24.optax import keep_pattern
 PyTree = Any
 Loss = Callable[[PyTree, PyTree, PyTree], Array]
 """Of parameters, of what is not trained, and of a batch: a scalar, to be minimised."""
-Project = Callable[[PyTree], PyTree]
 
 
 def check_positive(settings: Any, *names: str) -> None:
@@ -137,7 +136,6 @@ def refine(
     held_out: int,
     micro_batches: int = 1,
     kept: PyTree | Callable[[PyTree], PyTree] | None = None,
-    project: Project | None = None,
     measured_every: int | None = None,
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
@@ -159,10 +157,7 @@ def refine(
       micro_batches: so many batches, in memory one after the other, make one step of the optimizer,
         by the mean of their gradients.
       kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
-        leaves that `prox24.optax.proximal` prunes, and all other leaves. Not with `project`.
-      project: None to train what is kept. A function of the parameters, to the pattern, lets the
-        mask move: all entries are trained, by an optimizer that ends with `prox24.optax.proximal`,
-        and what is measured and returned is the projection.
+        leaves that `prox24.optax.proximal` prunes, and all other leaves.
       measured_every: this many steps, and after the last; None for every pass.
       resume: the state to begin with, given the one before the first step; one that `on_measured`
         got, to go on with it.
@@ -171,15 +166,12 @@ def refine(
 
     Raises:
       ValueError: no batch is left to train on, or none held out; those left are no whole number of
-        steps; a number is not positive; `kept` and `project` are both given; or the shape of an
-        entry of `kept` does not fit.
+        steps; a number is not positive; or the shape of an entry of `kept` does not fit.
     """
     counts = {"passes": passes, "micro_batches": micro_batches, "measured_every": measured_every}
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} {count} is not positive")
-    if kept is not None and project is not None:
-        raise ValueError("a projection lets all entries move: `kept` has no use")
     if not 0 < held_out < len(batches):
         raise ValueError(
             f"{len(batches)} batches: {held_out} held out leave none to train or measure"
@@ -189,12 +181,11 @@ def refine(
         raise ValueError(f"{len(training)} batches are no whole number of steps of {micro_batches}")
     steps_of_pass = len(training) // micro_batches
     steps = passes * steps_of_pass
-    advance = _advance(loss, optimizer, project is None, micro_batches)
+    advance = _advance(loss, optimizer, micro_batches)
 
     def candidate(master: PyTree) -> PyTree:
-        used = master if project is None else project(master)
         return jax.tree.map(
-            lambda leaf, given: jnp.array(leaf, given.dtype, copy=True), used, params
+            lambda leaf, given: jnp.array(leaf, given.dtype, copy=True), master, params
         )
 
     def measure(candidate: PyTree) -> float:
@@ -203,13 +194,11 @@ def refine(
 
     # A copy also of what is float32 already: steps overwrite the master.
     master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-    best = params if project is None else candidate(master)
-    transform = keep_pattern(optimizer, kept) if project is None else optimizer
     # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
-    memory = _each_its_own(transform.init(jax.tree.map(jnp.copy, master)))
+    memory = _each_its_own(keep_pattern(optimizer, kept).init(jax.tree.map(jnp.copy, master)))
     memory = _placed_like(master, memory)
-    begun = Training(master, memory, best, [measure(best)], 0)
-    del master, memory, best  # Where a state goes on, these are not needed any more.
+    begun = Training(master, memory, params, [measure(params)], 0)
+    del master, memory  # Where a state goes on, these are not needed any more.
     state = resume(begun)
     resumed_steps = state.steps
     del begun
@@ -279,7 +268,7 @@ def lower_step(
 
     master, state = jax.eval_shape(begun, params)
     total = None if micro_batches == 1 else master
-    advance = _advance(loss, optimizer, True, micro_batches)
+    advance = _advance(loss, optimizer, micro_batches)
     return advance.lower(master, state, total, None, batch)
 
 
@@ -302,10 +291,10 @@ def _add_gradient(loss: Loss) -> Callable[[PyTree, PyTree, PyTree, PyTree], PyTr
 
 @functools.lru_cache(maxsize=16)
 def _advance(
-    loss: Loss, optimizer: optax.GradientTransformation, fixed: bool, micro_batches: int
+    loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int
 ) -> jax.stages.Wrapped:
     # The state holds what is kept, so that the transform's own choice is never asked for here.
-    transform = keep_pattern(optimizer) if fixed else optimizer
+    transform = keep_pattern(optimizer)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def advance(
