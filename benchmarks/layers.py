@@ -33,7 +33,7 @@ from prox24 import (
     ConjugateGradients,
     Exponential,
     LayerProblem,
-    Prox,
+    ProximalGradient,
     SparseGPT,
     Swaps,
     Wanda,
@@ -85,7 +85,7 @@ def contenders() -> dict[str, Contender]:
     )
     slower = {
         f"prox, growth {growth}": Contender(
-            Prox(Exponential(0.01, growth)), ConjugateGradients(), curve="prox"
+            ProximalGradient(Exponential(0.01, growth)), ConjugateGradients(), curve="prox"
         )
         for growth in grow
     }
@@ -105,10 +105,10 @@ def contenders() -> dict[str, Contender]:
         f"{DEFAULT}, no refit": Contender(ADMM(), None),
         f"{DEFAULT} + swaps": Contender(ADMM(), Swaps()),
         f"{DEFAULT}, scaling 0": Contender(ADMM(scaling=0.0), ConjugateGradients()),
-        "prox": Contender(Prox(), ConjugateGradients(), curve="prox"),
-        "prox, no refit": Contender(Prox(), None),
-        "prox, no momentum": Contender(Prox(momentum=0.0), ConjugateGradients()),
-        PAPER: Contender(Prox.paper(), prox24.GradientSteps()),
+        "prox": Contender(ProximalGradient(), ConjugateGradients(), curve="prox"),
+        "prox, no refit": Contender(ProximalGradient(), None),
+        "prox, no momentum": Contender(ProximalGradient(momentum=0.0), ConjugateGradients()),
+        PAPER: Contender(ProximalGradient.paper(), prox24.GradientSteps()),
         **stretched,
         **projected,
         **slower,

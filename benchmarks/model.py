@@ -36,7 +36,7 @@ from prox24 import (
     ConjugateGradients,
     Exponential,
     GradientSteps,
-    Prox,
+    ProximalGradient,
     SparseGPT,
     Swaps,
     Wanda,
@@ -96,18 +96,18 @@ def main_table() -> list[Run]:
         ADMM_REFIT,
         Run("admm with the prox + swaps", ADMM(), Swaps()),
         Run("admm, projection + refit", ADMM(penalty=None), ConjugateGradients()),
-        Run("prox + refit", Prox(), ConjugateGradients()),
+        Run("prox + refit", ProximalGradient(), ConjugateGradients()),
         Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
         *(
             on_dense_targets(run, pull)
             for run, pulls in (
                 (ADMM_REFIT, (3, 1, 0.3, 0.1)),
-                (Run("prox + refit", Prox(), ConjugateGradients()), (1,)),
+                (Run("prox + refit", ProximalGradient(), ConjugateGradients()), (1,)),
                 (Run("sparsegpt + refit", SparseGPT(), CONVERGED), (1,)),
             )
             for pull in pulls
         ),
-        Run("prox, paper + 1,000 gradient steps", Prox.paper(), GradientSteps()),
+        Run("prox, paper + 1,000 gradient steps", ProximalGradient.paper(), GradientSteps()),
     ]
 
 
@@ -118,7 +118,7 @@ def samples_table() -> list[Run]:
         Run("wanda + refit", Wanda(), ConjugateGradients()),
         Run("sparsegpt", SparseGPT()),
         Run("sparsegpt + refit", SparseGPT(), ConjugateGradients()),
-        Run("prox + refit", Prox(), ConjugateGradients()),
+        Run("prox + refit", ProximalGradient(), ConjugateGradients()),
         ADMM_REFIT,
     ]
     runs = [(2**power, method) for power in range(12) for method in methods]
@@ -129,7 +129,9 @@ def samples_table() -> list[Run]:
 def refit_table() -> list[Run]:
     """Gradient steps after masking; none is the proximal gradient method with no refit."""
     return [
-        Run("prox", Prox(), GradientSteps(steps=steps), varied={"gradient_steps": steps})
+        Run(
+            "prox", ProximalGradient(), GradientSteps(steps=steps), varied={"gradient_steps": steps}
+        )
         for steps in (0, 50, 100, 200, 400, 800, 1600)
     ]
 
@@ -137,7 +139,7 @@ def refit_table() -> list[Run]:
 def growth_table() -> list[Run]:
     """How fast lambda grows."""
     return [
-        Run(method, Prox(Exponential(0.01, growth)), refit, varied={"growth": growth})
+        Run(method, ProximalGradient(Exponential(0.01, growth)), refit, varied={"growth": growth})
         for growth in (1.5, 1.2, 1.1, 1.05, 1.02)
         for method, refit in (("prox", None), ("prox + refit", ConjugateGradients()))
     ]

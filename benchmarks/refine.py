@@ -35,7 +35,7 @@ from multiple_choice import Question, accuracies, read_questions
 from rich.console import Console
 from rich.table import Table
 
-from prox24 import ADMM, ConjugateGradients, Prox, SparseGPT
+from prox24 import ADMM, ConjugateGradients, ProximalGradient, SparseGPT
 from prox24.calibration.text import first_windows, read_text, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
@@ -101,7 +101,7 @@ REFINED = {
     DEFAULT: Base(ADMM(), ConjugateGradients(), DEFAULT_PULL),
 }
 """What is refined, as blocks and as a whole."""
-PRUNED = {"sparsegpt": Base(SparseGPT()), "prox, no refit": Base(Prox()), **REFINED}
+PRUNED = {"sparsegpt": Base(SparseGPT()), "prox, no refit": Base(ProximalGradient()), **REFINED}
 BASES = PRUNED | {
     f"{name} + {how}": base._replace(blocks=blocks)
     for how, blocks in BLOCKS.items()

@@ -32,8 +32,8 @@ GRAMS = {
 SOLVERS = {
     "wanda": prox24.Wanda(),
     "SparseGPT": prox24.SparseGPT(),
-    "prox": prox24.Prox(),
-    "prox, slower": prox24.Prox(prox24.Exponential(0.01, 1.01)),
+    "prox": prox24.ProximalGradient(),
+    "prox, slower": prox24.ProximalGradient(prox24.Exponential(0.01, 1.01)),
     "ADMM": prox24.ADMM(),
 }
 

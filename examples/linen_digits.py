@@ -22,7 +22,7 @@ SEEDS, EPOCHS, BATCH, CHANNELS = 5, 30, 64, 8
 METHODS = {
     "wanda": (prox24.Wanda(), None),
     "sparsegpt": (prox24.SparseGPT(), None),
-    "prox + refit": (prox24.Prox(), prox24.ConjugateGradients()),
+    "prox + refit": (prox24.ProximalGradient(), prox24.ConjugateGradients()),
     "admm with the prox + refit": (prox24.ADMM(), prox24.ConjugateGradients()),
 }
 

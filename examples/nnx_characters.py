@@ -24,7 +24,7 @@ CALIBRATION, TEST = 128, 256  # windows
 METHODS = {
     "wanda": (prox24.Wanda(), None),
     "sparsegpt": (prox24.SparseGPT(), None),
-    "prox + refit": (prox24.Prox(), prox24.ConjugateGradients()),
+    "prox + refit": (prox24.ProximalGradient(), prox24.ConjugateGradients()),
     "admm with the prox + refit": (prox24.ADMM(), prox24.ConjugateGradients()),
 }
 

@@ -21,7 +21,7 @@ for solver in (
     prox24.Magnitude(),
     prox24.Wanda(),
     prox24.SparseGPT(),
-    prox24.Prox(),
+    prox24.ProximalGradient(),
     prox24.ADMM(),
 ):
     solution = prox24.solve(problem, solver)

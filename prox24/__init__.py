@@ -17,7 +17,7 @@ from prox24.core.prox import prox
 from prox24.params import PrunedParams, WeightReport, prune_in_order, prune_params
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
-from prox24.solvers.proximal import Prox
+from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.schedules import Exponential
 from prox24.solvers.scores import Magnitude, Wanda
@@ -37,7 +37,7 @@ __all__ = [
     "LeastSquares",
     "Magnitude",
     "Pattern",
-    "Prox",
+    "ProximalGradient",
     "PrunedParams",
     "Solution",
     "SparseGPT",

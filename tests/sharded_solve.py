@@ -44,7 +44,7 @@ from prox24.plan import Method, layer_memory
 from prox24.refine import BlockRefinement, training
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem
-from prox24.solvers.proximal import Prox
+from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients, GradientSteps
 from prox24.solvers.scores import Wanda
 from prox24.solvers.solve import solve, solve_program
@@ -56,11 +56,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROWS, WIDTH = 512, 32
-"""So many rows that `Prox` goes on with some of them."""
+"""So many rows that `ProximalGradient` goes on with some of them."""
 SOLVERS = {
     "wanda, swaps": (Wanda(), Swaps(1)),
     "sparsegpt": (SparseGPT(), None),
-    "prox": (Prox(), None),
+    "prox": (ProximalGradient(), None),
     "admm, cg": (ADMM(), ConjugateGradients()),
     "projection, gradient": (ADMM(penalty=None), GradientSteps(steps=10)),
 }

@@ -9,7 +9,7 @@ from test_solvers import DAMPING, assert_has_pattern, make_problem
 from prox24.core.prox import prox
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import Status
-from prox24.solvers.proximal import Prox
+from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.schedules import Exponential
 from prox24.solvers.solve import solve
@@ -93,7 +93,7 @@ def test_default_loses_less_than_the_rivals_with_a_converged_refit(kind):
         ours = solve(problem, ADMM(), ConjugateGradients())
         assert ours.status is Status.SPARSE
         assert_has_pattern(ours)
-        for rival in (SparseGPT(), Prox.paper()):
+        for rival in (SparseGPT(), ProximalGradient.paper()):
             theirs = solve(problem, rival, refit)
             assert ours.statistics.relative_loss < theirs.statistics.relative_loss
 

@@ -43,7 +43,7 @@ def test_pruning_one_layer():
         line.split()[0]: float(line.split()[-1])
         for line in run(["examples/prune_a_layer.py"]).splitlines()
     }
-    assert sorted(losses, key=losses.get)[:2] == ["ADMM", "Prox"]
+    assert sorted(losses, key=losses.get)[:2] == ["ADMM", "ProximalGradient"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_prox_finds_the_best_mask_of_uncorrelated_features(seed):
     gram = np.diag(rng.lognormal(size=8)) if seed % 2 else np.eye(8)
     problem = prox24.LayerProblem(jnp.asarray(weight), jnp.asarray(gram))
     wanda = prox24.solve(problem, prox24.Wanda(), damping=0.0)
-    prox = prox24.solve(problem, prox24.Prox(), damping=0.0)
+    prox = prox24.solve(problem, prox24.ProximalGradient(), damping=0.0)
     best = [best_mask_by_enumeration(row, gram)[0] for row in weight]
     assert np.array_equal(wanda.mask, best)
     assert np.array_equal(prox.mask, best)

@@ -27,7 +27,7 @@ from prox24.forward import all_linears, batch_size, load_model
 from prox24.perplexity import from_losses
 from prox24.pipeline import collect, prune
 from prox24.solvers.problem import Candidate
-from prox24.solvers.proximal import Prox
+from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.scores import Magnitude, Wanda
 from prox24.solvers.solve import SOLVERS, solve_program
@@ -87,7 +87,7 @@ def relative_losses_by_hand(weights, pruned, config_json, layer_index):
     return losses
 
 
-@pytest.mark.parametrize("solver", [Wanda(), Prox()])
+@pytest.mark.parametrize("solver", [Wanda(), ProximalGradient()])
 def test_each_layer_is_calibrated_on_the_output_of_the_pruned_ones(tmp_path, solver):
     weights = write_tiny(tmp_path / "source")
     pruned = prune_folder(tmp_path / "source", solver, ConjugateGradients())
@@ -123,7 +123,7 @@ def test_a_width_that_the_pattern_does_not_divide_is_named(tmp_path):
 def test_a_pattern_that_prox_cannot_do_says_what_can(tmp_path):
     write_tiny(tmp_path / "source")
     with pytest.raises(ValueError, match=r"supports 1:M and 2:M, not 4:8.*sparsegpt"):
-        prune_folder(tmp_path / "source", Prox(), pattern=(4, 8))
+        prune_folder(tmp_path / "source", ProximalGradient(), pattern=(4, 8))
 
 
 @pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT()])
@@ -162,7 +162,7 @@ def test_one_window_that_is_not_finite_is_enough_to_be_named(tmp_path, capsys):
 def test_fewer_tokens_than_features_need_damping(tmp_path):
     write_tiny(tmp_path / "source")
     checkpoint = open_checkpoint(tmp_path / "source")
-    pruned = collect(prune(checkpoint, tokens(1, 8), Prox(), ConjugateGradients()))
+    pruned = collect(prune(checkpoint, tokens(1, 8), ProximalGradient(), ConjugateGradients()))
     assert all(np.isfinite(values).all() for values in pruned.tensors.values())
     assert all(report.statistics.damping > 0 for report in pruned.reports)
     assert not any(report.statistics.damping_raised for report in pruned.reports)
@@ -239,7 +239,7 @@ def test_dead_input_features_are_reported(tmp_path):
     weights = random_weights(config_dict())
     weights["model.layers.0.input_layernorm.weight"][[1, 5, 6]] = 0
     write_folder(tmp_path / "source", config_dict(), weights)
-    pruned = prune_folder(tmp_path / "source", Prox(), ConjugateGradients())
+    pruned = prune_folder(tmp_path / "source", ProximalGradient(), ConjugateGradients())
     dead = {report.name: report.statistics.dead_features for report in pruned.reports}
     for name, count in dead.items():
         reads_dead_features = name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")
@@ -264,8 +264,8 @@ def test_a_linear_is_given_out_before_the_next_layer_is_read(tmp_path):
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     write_tiny(tmp_path / "source")
-    first = prune_folder(tmp_path / "source", Prox(), ConjugateGradients())
-    second = prune_folder(tmp_path / "source", Prox(), ConjugateGradients())
+    first = prune_folder(tmp_path / "source", ProximalGradient(), ConjugateGradients())
+    second = prune_folder(tmp_path / "source", ProximalGradient(), ConjugateGradients())
     for name, values in first.tensors.items():
         assert values.tobytes() == second.tensors[name].tobytes()
 

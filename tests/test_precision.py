@@ -9,7 +9,7 @@ from reference import damped, definite, quadratic_loss
 
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem, Status
-from prox24.solvers.proximal import Prox
+from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.solve import REFITS, SOLVERS, solve, solve_program
 
 
@@ -29,7 +29,7 @@ def loss(solution, problem, damping):
 
 METHODS = {name: method() for name, method in SOLVERS.items()} | {
     "projection": ADMM(penalty=None),
-    "paper": Prox.paper(),
+    "paper": ProximalGradient.paper(),
 }
 # What a refit does hangs little on where it begins.
 PAIRS = [(method, refit) for method in METHODS for refit in ("none", "cg")]

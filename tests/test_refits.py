@@ -11,7 +11,7 @@ from test_solvers import DAMPING, assert_has_pattern, damped_loss, make_problem
 from prox24.solvers.admm import ADMM
 from prox24.solvers.damping import damped_inverse
 from prox24.solvers.problem import LayerProblem, Status, correct_inputs
-from prox24.solvers.proximal import Prox
+from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.schedules import Exponential
 from prox24.solvers.scores import Magnitude, Wanda
@@ -223,7 +223,7 @@ def test_dead_features_lose_their_weights_whatever_the_scale_of_the_gram():
     problem = make_problem("power_law")
     dead = np.isin(np.arange(64), [0, 6, 17])
     gram = jnp.where(dead[:, None] | dead[None, :], 0, problem.gram)
-    for solver in (SparseGPT(), ADMM(), Prox()):
+    for solver in (SparseGPT(), ADMM(), ProximalGradient()):
         for scale in (1e-4, 1.0, 1e4):
             solution = solve(problem._replace(gram=scale * gram), solver, damping=0.0)
             assert not np.any(np.asarray(solution.mask)[:, dead])
@@ -243,8 +243,8 @@ def test_integers_are_refused():
 
 def test_hyperparameters_may_be_numpy_numbers_of_another_precision():
     problem = make_problem("power_law")
-    solver = Prox(Exponential(0.01, np.float64(1.05)))
-    expected = solve(problem, Prox())
+    solver = ProximalGradient(Exponential(0.01, np.float64(1.05)))
+    expected = solve(problem, ProximalGradient())
     assert np.array_equal(solve(problem, solver).mask, expected.mask)
 
 

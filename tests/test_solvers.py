@@ -20,7 +20,7 @@ from prox24.core.pattern import Unstructured
 from prox24.core.prox import prox
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem, Status
-from prox24.solvers.proximal import Prox, eigenvalue_bound
+from prox24.solvers.proximal import ProximalGradient, eigenvalue_bound
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.schedules import Exponential
 from prox24.solvers.scores import Magnitude, Wanda
@@ -148,7 +148,7 @@ def test_wanda_mask_is_optimal_for_a_diagonal_gram():
 def test_prox_with_refit_is_optimal_for_a_diagonal_gram():
     problem = diagonal_problem(16, 32, "float32")
     best = solve(problem, Wanda(), None, damping=0.0)
-    found = solve(problem, Prox(), ConjugateGradients(), damping=0.0)
+    found = solve(problem, ProximalGradient(), ConjugateGradients(), damping=0.0)
     assert np.array_equal(found.mask, best.mask)
     assert found.statistics.relative_loss == pytest.approx(best.statistics.relative_loss, rel=1e-5)
 
@@ -237,7 +237,7 @@ def test_refit_keeps_entries_outside_the_mask_exactly_zero(refit):
     assert np.count_nonzero(solution.weight) == ROWS * WIDTH // 2
 
 
-# Prox
+# ProximalGradient
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_refit_keeps_entries_outside_the_mask_exactly_zero(refit):
 def test_prox_beats_sparsegpt_with_the_same_refit_on_correlated_inputs(width, kind, ratio):
     for seed in range(4):
         problem = make_problem(kind, seed, width=width)
-        ours, theirs = solve(problem, Prox()), solve(problem, SparseGPT())
+        ours, theirs = solve(problem, ProximalGradient()), solve(problem, SparseGPT())
         assert ours.status is Status.SPARSE
         assert_has_pattern(ours)
         assert ours.statistics.relative_loss <= ratio * theirs.statistics.relative_loss
@@ -258,7 +258,7 @@ def test_prox_is_close_to_the_best_of_all_masks_on_average(kind, bound):
     ratios = []
     for seed in range(6):
         problem = make_problem(kind, seed, rows=12, width=12)
-        solution = solve(problem, Prox(), ConjugateGradients(30), damping=0.0)
+        solution = solve(problem, ProximalGradient(), ConjugateGradients(30), damping=0.0)
         for row, weight_row in enumerate(problem.weight):
             _, best = best_mask_by_enumeration(weight_row, problem.gram)
             ratios.append(
@@ -288,7 +288,9 @@ def proximal_gradients(problem, solver):
 
 @every_kind
 @pytest.mark.parametrize(
-    "solver", [Prox(), Prox.paper(), Prox(Exponential(0.05, 1.1), 0.7)], ids=str
+    "solver",
+    [ProximalGradient(), ProximalGradient.paper(), ProximalGradient(Exponential(0.05, 1.1), 0.7)],
+    ids=str,
 )
 def test_prox_equals_the_reference_in_float64(solver, kind):
     problem = make_problem(kind, dtype="float64")
@@ -307,28 +309,28 @@ def test_rows_that_are_done_are_left_out_and_end_as_they_are():
     easy = np.arange(1024) % 16 > 0
     weight[easy] = np.where(largest(np.abs(weight[easy]), 2, 4), weight[easy], 1e-3)
     gram = make_gram("power_law", 16, rng)
-    many = solve(LayerProblem(jnp.asarray(weight), jnp.asarray(gram)), Prox(), None)
+    many = solve(LayerProblem(jnp.asarray(weight), jnp.asarray(gram)), ProximalGradient(), None)
     assert many.status is Status.SPARSE
     assert_has_pattern(many)
     hard = jnp.asarray(weight[~easy])
     # The strength is relative to the mean magnitude, which the easy rows would make another.
-    alone = solve(LayerProblem(hard, jnp.asarray(gram)), Prox(), None)
+    alone = solve(LayerProblem(hard, jnp.asarray(gram)), ProximalGradient(), None)
     agreement = np.mean(np.asarray(many.mask)[~easy] == np.asarray(alone.mask))
     assert agreement >= 0.95
 
 
 def test_rows_solved_among_many_are_solved_as_well_as_alone():
     problem = make_problem("power_law", rows=600, width=32)
-    together = solve(problem, Prox()).statistics.relative_loss
+    together = solve(problem, ProximalGradient()).statistics.relative_loss
     parts = [problem._replace(weight=part) for part in jnp.split(problem.weight, 4)]
-    weights = jnp.concatenate([solve(part, Prox()).weight for part in parts])
+    weights = jnp.concatenate([solve(part, ProximalGradient()).weight for part in parts])
     apart = quadratic_loss(weights, problem.weight, problem.gram)
     apart /= quadratic_loss(0 * weights, problem.weight, problem.gram)
     assert together == pytest.approx(apart, rel=0.02)
 
 
 def test_prox_refit_changes_its_loss_little():
-    figures = solve(make_problem("low_rank"), Prox()).statistics
+    figures = solve(make_problem("low_rank"), ProximalGradient()).statistics
     assert figures.relative_loss <= figures.relative_loss_before_refit * (1 + 1e-5)
     assert figures.relative_loss_before_refit <= 1.1 * figures.relative_loss
 
@@ -336,7 +338,7 @@ def test_prox_refit_changes_its_loss_little():
 @pytest.mark.parametrize("max_steps", [0, 1, 5])
 @every_refit
 def test_prox_that_runs_out_of_steps_says_so_and_is_still_sparse(max_steps, refit):
-    solution = solve(make_problem("low_rank"), Prox(max_steps=max_steps), refit)
+    solution = solve(make_problem("low_rank"), ProximalGradient(max_steps=max_steps), refit)
     assert solution.status is Status.MAX_STEPS
     assert solution.statistics.steps == max_steps
     assert 0 < solution.statistics.dense_blocks <= ROWS * WIDTH // 4
@@ -346,13 +348,13 @@ def test_prox_that_runs_out_of_steps_says_so_and_is_still_sparse(max_steps, refi
 @pytest.mark.parametrize("pattern", [(3, 4), (4, 8)])
 def test_prox_refuses_other_patterns(pattern):
     with pytest.raises(ValueError, match=r"1:M and 2:M"):
-        solve(make_problem("low_rank"), Prox(), pattern=pattern)
+        solve(make_problem("low_rank"), ProximalGradient(), pattern=pattern)
 
 
 @pytest.mark.parametrize("pattern", [(1, 2), (1, 4), (2, 8)])
 def test_prox_beats_sparsegpt_on_the_other_patterns_that_it_supports(pattern):
     problem = make_problem("power_law")
-    solution = solve(problem, Prox(), pattern=pattern)
+    solution = solve(problem, ProximalGradient(), pattern=pattern)
     assert solution.status is Status.SPARSE
     assert_has_pattern(solution, *pattern)
     rival = solve(problem, SparseGPT(), pattern=pattern)
@@ -379,7 +381,7 @@ def test_solution_is_sparse_and_its_statistics_are_those_of_its_weight(kind, ref
     assert figures.refit_steps <= getattr(refit, "steps", 60)
     assert (figures.refit_steps > 0) <= (refit is not None)
     assert figures.dense_blocks == figures.dead_features == 0
-    assert (figures.steps > 0) == isinstance(solver, Prox | ADMM)
+    assert (figures.steps > 0) == isinstance(solver, ProximalGradient | ADMM)
 
 
 @every_solver
@@ -411,13 +413,13 @@ def test_nonfinite_input_is_reported(case, refit, solver):
     problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
     solution = solve(problem, solver, refit)
     assert solution.status is Status.NONFINITE
-    if isinstance(solver, Prox):
+    if isinstance(solver, ProximalGradient):
         assert solution.statistics.steps == 0
 
 
 PRESETS = {
     "projection": ADMM(penalty=None),
-    "paper": Prox.paper(),
+    "paper": ProximalGradient.paper(),
 }
 
 
@@ -458,7 +460,7 @@ def test_a_matrix_that_is_no_gram_is_reported(refit, solver):
         assert solve(LayerProblem(weight, matrix), solver, refit).status is Status.INDEFINITE
 
 
-@pytest.mark.parametrize("solver", [Prox(), Wanda(), Magnitude()], ids=str)
+@pytest.mark.parametrize("solver", [ProximalGradient(), Wanda(), Magnitude()], ids=str)
 def test_a_negative_loss_is_reported(solver):
     weight, _ = make_problem("power_law")
     gram = jnp.full((WIDTH, WIDTH), 2, jnp.float32) - jnp.eye(WIDTH, dtype=jnp.float32)
@@ -474,7 +476,7 @@ def test_a_gram_that_was_rounded_is_still_one(dtype, damping, kind):
     weight, gram = make_problem(kind)
     # A constant feature of a covariance: zero but for rounding.
     gram = gram.at[7].set(0).at[:, 7].set(0).at[7, 7].set(-1e-7)
-    for solver, refit in ((Prox(), ConjugateGradients()), (Wanda(), None)):
+    for solver, refit in ((ProximalGradient(), ConjugateGradients()), (Wanda(), None)):
         problem = LayerProblem(weight, gram.astype(dtype))
         assert solve(problem, solver, refit, damping=damping).status is Status.SPARSE
 
@@ -501,9 +503,9 @@ def test_the_eigenvalue_bound_of_zeros_is_zero():
 @pytest.mark.parametrize(
     ("solver", "refit", "pattern"),
     [
-        (Prox(), None, (3, 4)),
+        (ProximalGradient(), None, (3, 4)),
         (ADMM(), None, (3, 4)),
-        (Prox(), None, Unstructured(0.5)),
+        (ProximalGradient(), None, Unstructured(0.5)),
         (Wanda(), Swaps(), Unstructured(0.5)),
     ],
 )
@@ -626,7 +628,10 @@ def test_float64_problem_is_solved_in_float64(solver):
     ("solvers", "refits"),
     [
         (
-            [Prox(), Prox(Exponential(0.02, 1.1), momentum=0, max_steps=50)],
+            [
+                ProximalGradient(),
+                ProximalGradient(Exponential(0.02, 1.1), momentum=0, max_steps=50),
+            ],
             [ConjugateGradients(), ConjugateGradients(3, 1e-2)],
         ),
         ([ADMM(), ADMM.in_steps(10)], [GradientSteps(), GradientSteps(steps=10)]),
@@ -698,7 +703,7 @@ def test_eigenvalue_bound_is_attained_by_equal_eigenvalues():
 
 def test_structures_of_different_parts_are_different():
     """Or `jax.jit` may run the program of another, which the hashes decide by chance."""
-    parts = [Magnitude(), Wanda(), SparseGPT(), Prox(), ADMM(), ConjugateGradients()]
+    parts = [Magnitude(), Wanda(), SparseGPT(), ProximalGradient(), ADMM(), ConjugateGradients()]
     parts += [GradientSteps(), LeastSquares(), Swaps(), Exponential(1.0, 2.0)]
     parts += [ADMM(penalty=None)]
     structures = [jax.tree.structure(part) for part in parts]

@@ -12,7 +12,7 @@ from prox24.core.masks import count_violations, largest_mask
 from prox24.core.pattern import Unstructured
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import Status
-from prox24.solvers.proximal import Prox
+from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.scores import Magnitude, Wanda
 from prox24.solvers.solve import solve
@@ -90,7 +90,7 @@ def test_a_refit_lowers_the_loss_and_keeps_the_zeros(solver):
     assert int(count_violations(problem.weight, HALF)) == problem.weight.size // 2 - ROWS - WIDTH
 
 
-@pytest.mark.parametrize("solver", [Prox(), ADMM()], ids=["prox", "admm"])
+@pytest.mark.parametrize("solver", [ProximalGradient(), ADMM()], ids=["prox", "admm"])
 def test_methods_that_need_blocks_say_so(solver):
     with pytest.raises(ValueError, match=r"N:M, not unstructured 50%"):
         solve(make_problem("power_law"), solver, pattern=HALF)

@@ -34,8 +34,8 @@ class Status(enum.Enum):
     SPARSE = "sparse"
     """The pattern holds and every entry is finite."""
     MAX_STEPS = "max_steps"
-    """Of `Prox`: blocks were still dense after the last step and were cut to their largest entries.
-    ADMM always ends with a projection."""
+    """`ProximalGradient` ran out of steps: blocks that were still dense were cut to their largest
+    entries. ADMM always ends with a projection."""
     NONFINITE = "nonfinite"
     """NaN or Inf appeared, in the input or because the damped Gram is not positive definite."""
     INDEFINITE = "indefinite"
@@ -50,8 +50,8 @@ class Candidate(NamedTuple):
       weight: shape (out, in), zero outside the mask.
       mask: bool, shape (out, in), exactly N True in each block, or as many as `Unstructured` keeps.
       damping: scalar, relative to the mean of the Gram's diagonal; as given, or raised.
-      dense_blocks: int32 scalar, the blocks that had more than N nonzeros when `Prox` ran out of
-        steps.
+      dense_blocks: int32 scalar, the blocks that had more than N nonzeros when `ProximalGradient`
+        ran out of steps.
       steps: int32 scalar, iterations taken.
       damping_raised: bool scalar, whether an inverse took more damping than that.
     """
@@ -93,7 +93,7 @@ class Statistics(NamedTuple):
       steps: the solver's iterations.
       refit_steps: the refit's iterations.
       refit_exhausted: whether the refit took all its steps before it met its own stop test.
-      dense_blocks: blocks that were cut to the pattern because `Prox` ran out of steps.
+      dense_blocks: blocks that were cut to the pattern because `ProximalGradient` ran out of steps.
       dead_features: input features that are zero in every calibration token.
       damping: what was added to the diagonal of the Gram, in its units.
       damping_raised: whether that is more than was asked for, or an inverse within ADMM, of the

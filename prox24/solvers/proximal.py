@@ -19,12 +19,12 @@ from prox24.solvers.schedules import Exponential
 
 
 @hyperparameters
-class Prox:
+class ProximalGradient:
     """W <- prox_{lam R / L}(Z - (Z - W0) G / L), lam growing until every block is 2:4.
 
     The problem is normalized first (unit diagonal of the Gram, unit mean magnitude of the weight),
     so that lam has no units. Z extrapolates W with Nesterov's momentum, L bounds the largest
-    eigenvalue of the normalized Gram. `Prox.paper()` is the paper's iteration.
+    eigenvalue of the normalized Gram. `ProximalGradient.paper()` is the paper's iteration.
 
     Once at most an eighth of the rows in each of eight parts of a large weight hold a dense block,
     only those go on.
@@ -46,7 +46,7 @@ class Prox:
     max_steps: int = 2000
 
     @classmethod
-    def paper(cls) -> "Prox":
+    def paper(cls) -> "ProximalGradient":
         """No momentum, and lam growing by 1% a step; to be followed by 1,000 gradient steps."""
         return cls(Exponential(0.01, 1.01), momentum=0.0)
 
@@ -80,7 +80,7 @@ class _State(NamedTuple):
     steps: Array
 
 
-def _iterate(start: Array, gram: Array, pattern: Pattern, solver: Prox) -> _State:
+def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradient) -> _State:
     bound = eigenvalue_bound(gram)
     step_size = 1 / bound
     # NaN would never become sparse.

@@ -24,20 +24,20 @@ from prox24.solvers.problem import (
     normalize,
     quadratic_loss,
 )
-from prox24.solvers.proximal import Prox
+from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.scores import Magnitude, Wanda
 from prox24.solvers.sparsegpt import SparseGPT
 from prox24.solvers.swaps import Swaps
 
-Solver = Magnitude | Wanda | SparseGPT | Prox | ADMM
+Solver = Magnitude | Wanda | SparseGPT | ProximalGradient | ADMM
 Refit = ConjugateGradients | GradientSteps | LeastSquares | Swaps
 
 SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
-    "prox": Prox,
+    "prox": ProximalGradient,
     "admm": ADMM,
 }
 REFITS: dict[str, type[Refit]] = {
