@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from prox24.cli.output import peak_memory_bytes
 from rich.console import Console
 from rich.table import Table
 
@@ -36,8 +37,7 @@ import prox24.packed
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.demo import fetch_model
 from prox24.cli.generate import decoding_rate
-from prox24.cli.output import peak_memory_bytes
-from prox24.forward import embedding_weights, head_weights, layer_weights, load_model
+from prox24.jobs.forward import embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder
 from prox24.models.decoder import Config
 from prox24.models.families import config_from_hf

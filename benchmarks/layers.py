@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from baselines import ALPS, Boza
+from prox24.pipeline import gather_grams
 from rich.console import Console
 from rich.table import Table
 
@@ -38,11 +39,16 @@ from prox24 import (
     Swaps,
     Wanda,
 )
-from prox24.calibration.text import spread_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.demo import fetch_model
-from prox24.forward import embed_windows, layer_linears, layer_weights, load_model, run_in_place
-from prox24.pipeline import gather_grams
+from prox24.jobs.forward import (
+    embed_windows,
+    layer_linears,
+    layer_weights,
+    load_model,
+    run_in_place,
+)
+from prox24.jobs.text import spread_windows, text_or_packaged, tokenize
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

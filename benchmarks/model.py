@@ -27,6 +27,7 @@ import matplotlib
 import numpy as np
 from baselines import ALPS
 from matplotlib.ticker import NullLocator, ScalarFormatter
+from prox24.pipeline import collect, prune
 from rich.console import Console
 from rich.table import Table
 
@@ -41,12 +42,11 @@ from prox24 import (
     Swaps,
     Wanda,
 )
-from prox24.calibration.text import first_windows, read_text, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.cli.demo import fetch_model
-from prox24.perplexity import perplexity
-from prox24.pipeline import collect, prune
+from prox24.jobs.perplexity import perplexity
+from prox24.jobs.text import first_windows, read_text, tokenize
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

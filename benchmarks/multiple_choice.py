@@ -25,9 +25,15 @@ from rich.table import Table
 
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.errors import CalibrationError
-from prox24.forward import embedding_weights, head_weights, layer_weights, load_model, run_in_place
+from prox24.jobs.forward import (
+    embedding_weights,
+    head_weights,
+    layer_weights,
+    load_model,
+    run_in_place,
+)
+from prox24.jobs.perplexity import token_losses
 from prox24.models import decoder
-from prox24.perplexity import token_losses
 
 TASKS = {
     "goal": "goal_step_wikihow/goal_inference",

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from prox24.cli.windows import evaluation_windows
 
 import prox24
 from prox24 import lora
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import check_destination, write_checkpoint
-from prox24.cli.windows import evaluation_windows
 from prox24.errors import Prox24Error
-from prox24.forward import (
+from prox24.jobs.forward import (
     all_linears,
     embedding_weights,
     head_weights,
@@ -32,9 +32,9 @@ from prox24.forward import (
     load_model,
     oriented,
 )
+from prox24.jobs.perplexity import perplexity, window_losses
 from prox24.models import decoder, whole
 from prox24.optax import keep_pattern
-from prox24.perplexity import perplexity, window_losses
 
 BATCH = 2  # windows of a step
 RATE, LORA_RATE = 2e-4, 1e-3  # at the start; both fall to zero with the time that is left

@@ -1,63 +1,136 @@
 """prox24: prunes models to 2:4 sparsity in JAX, by the exact proximal operator of a penalty.
 
-The names here are the mathematics: patterns, the penalty, its proximal operator, and the layer-wise
-problem with its solvers; and what prunes a model of your own: `calibrate`, `prune_params` and
-`prune_in_order`. They import only jax, numpy and optax. Checkpoints, models and the pipeline are in
-the submodules.
+`prune` and its companions work on checkpoints of Hugging Face; `prune_params` on the parameters of
+any JAX model; `solve` on one layer; `prox` is the operator. `prox24.optax` has the operator as a
+gradient transformation, `prox24.refine` trains what is kept, `prox24.packed` multiplies with 2:4
+weights. A name is imported when it is used first: `import prox24` imports no other package.
 """
 
-from prox24.calibration.calibrate import Calibration, InputGram, calibrate
-from prox24.calibration.tap import tap
-from prox24.core import planes
-from prox24.core.diagnostics import GramDiagnostics, diagnose
-from prox24.core.masks import count_violations, is_sparse, top_mask
-from prox24.core.pattern import Pattern, Unstructured
-from prox24.core.penalty import penalty
-from prox24.core.prox import prox
-from prox24.params import PrunedParams, WeightReport, prune_in_order, prune_params
-from prox24.solvers.admm import ADMM
-from prox24.solvers.problem import LayerProblem, Solution, Statistics, Status, correct_inputs
-from prox24.solvers.proximal import ProximalGradient
-from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
-from prox24.solvers.schedules import Exponential
-from prox24.solvers.scores import Magnitude, Wanda
-from prox24.solvers.solve import solve
-from prox24.solvers.sparsegpt import SparseGPT
-from prox24.solvers.swaps import Swaps
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from prox24.core import planes as planes
+    from prox24.core.masks import count_violations, is_sparse, top_mask
+    from prox24.core.pattern import Pattern, Unstructured
+    from prox24.core.penalty import penalty
+    from prox24.core.prox import prox
+    from prox24.jobs.distill import ModelRefinement, distill
+    from prox24.jobs.evaluate import perplexity
+    from prox24.jobs.load import load
+    from prox24.jobs.plan import plan
+    from prox24.jobs.prune import prune
+    from prox24.jobs.text import Text
+    from prox24.jobs.verify import verify
+    from prox24.pruning.recipe import DenseTargets, Recipe
+    from prox24.refine.blocks import BlockRefinement
+    from prox24.solvers import schedules as schedules
+    from prox24.solvers.admm import ADMM, Projection, Shrinkage
+    from prox24.solvers.problem import LayerProblem, Solution, Status, correct_inputs
+    from prox24.solvers.proximal import ProximalGradient
+    from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+    from prox24.solvers.scores import Magnitude, Wanda
+    from prox24.solvers.solve import solve
+    from prox24.solvers.sparsegpt import SparseGPT
+    from prox24.solvers.swaps import Swaps
+    from prox24.trees.calibrate import Calibration, calibrate
+    from prox24.trees.params import PrunedParams, prune_params
+    from prox24.trees.tap import tap
+
+_PLACES = {
+    "core.masks": ("count_violations", "is_sparse", "top_mask"),
+    "core.pattern": ("Pattern", "Unstructured"),
+    "core.penalty": ("penalty",),
+    "core.prox": ("prox",),
+    "jobs.distill": ("ModelRefinement", "distill"),
+    "jobs.evaluate": ("perplexity",),
+    "jobs.load": ("load",),
+    "jobs.plan": ("plan",),
+    "jobs.prune": ("prune",),
+    "jobs.text": ("Text",),
+    "jobs.verify": ("verify",),
+    "pruning.recipe": ("DenseTargets", "Recipe"),
+    "refine.blocks": ("BlockRefinement",),
+    "solvers.admm": ("ADMM", "Projection", "Shrinkage"),
+    "solvers.problem": ("LayerProblem", "Solution", "Status", "correct_inputs"),
+    "solvers.proximal": ("ProximalGradient",),
+    "solvers.refit": ("ConjugateGradients", "GradientSteps", "LeastSquares"),
+    "solvers.scores": ("Magnitude", "Wanda"),
+    "solvers.solve": ("solve",),
+    "solvers.sparsegpt": ("SparseGPT",),
+    "solvers.swaps": ("Swaps",),
+    "trees.calibrate": ("Calibration", "calibrate"),
+    "trees.params": ("PrunedParams", "prune_params"),
+    "trees.tap": ("tap",),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+_SUBMODULES = {
+    "planes": "core.planes",
+    "schedules": "solvers.schedules",
+    "optax": "optax",
+    "refine": "refine",
+    "packed": "packed",
+    "lora": "trees.lora",
+    "errors": "errors",
+}
 
 __all__ = [
     "ADMM",
+    "BlockRefinement",
     "Calibration",
     "ConjugateGradients",
-    "Exponential",
+    "DenseTargets",
     "GradientSteps",
-    "GramDiagnostics",
-    "InputGram",
     "LayerProblem",
     "LeastSquares",
     "Magnitude",
+    "ModelRefinement",
     "Pattern",
+    "Projection",
     "ProximalGradient",
     "PrunedParams",
+    "Recipe",
+    "Shrinkage",
     "Solution",
     "SparseGPT",
-    "Statistics",
     "Status",
     "Swaps",
+    "Text",
     "Unstructured",
     "Wanda",
-    "WeightReport",
     "calibrate",
     "correct_inputs",
     "count_violations",
-    "diagnose",
+    "distill",
     "is_sparse",
+    "load",
     "penalty",
+    "perplexity",
+    "plan",
     "planes",
     "prox",
-    "prune_in_order",
+    "prune",
     "prune_params",
+    "schedules",
     "solve",
     "tap",
     "top_mask",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        found = importlib.import_module(f"prox24.{_SUBMODULES[name]}")
+    elif name in _PLACE_OF:
+        found = getattr(importlib.import_module(f"prox24.{_PLACE_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module 'prox24' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACE_OF, *_SUBMODULES])

@@ -25,6 +25,10 @@ class PromptError(Prox24Error):
     """A prompt that a model cannot go on from."""
 
 
+class RecipeError(Prox24Error, ValueError):
+    """A recipe with a field that is unknown, of a wrong type or out of range."""
+
+
 class SolverError(Prox24Error):
     """A layer for which no solution was found."""
 

@@ -18,19 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from prox24.pipeline import collect, prune
 from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 from prox24 import forward, is_sparse, partition, pipeline
-from prox24.calibration.gram import add_in_turn, empty_columns, empty_gram
-from prox24.calibration.layer import add_layer_inputs
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.training_state import states
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.main import main
 from prox24.core.pattern import Pattern
-from prox24.devices import AXIS, apart, common_mesh, in_parts, placed
-from prox24.distill import ModelRefinement, distill
-from prox24.forward import (
+from prox24.core.placement import AXIS, apart, common_mesh, in_parts, placed
+from prox24.jobs.distill import ModelRefinement, distill
+from prox24.jobs.forward import (
     embed_windows,
     embedding_weights,
     layer_linears,
@@ -38,9 +37,10 @@ from prox24.forward import (
     layer_weights,
     load_model,
 )
+from prox24.jobs.memory import Method, layer_memory
+from prox24.jobs.observe import add_layer_inputs
 from prox24.models import whole
-from prox24.pipeline import collect, prune
-from prox24.plan import Method, layer_memory
+from prox24.pruning.grams import add_in_turn, empty_columns, empty_gram
 from prox24.refine import BlockRefinement, training
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem

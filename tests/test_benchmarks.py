@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prox24.pipeline import collect, prune
 from reference import brute_force_prox, largest, prox_objective, sparsegpt
 from test_solvers import make_problem
 from tiny import tokens, write_tiny
 
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.core.masks import is_sparse
-from prox24.perplexity import perplexity
-from prox24.pipeline import collect, prune
+from prox24.jobs.perplexity import perplexity
 from prox24.solvers.problem import LayerProblem, Status
 from prox24.solvers.scores import Wanda
 from prox24.solvers.solve import solve

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from prox24 import calibrate, tap
-from prox24.calibration.layout import Layout, from_matrices, to_matrices
-from prox24.calibration.products import find_products
 from prox24.errors import CalibrationError
+from prox24.trees.layout import Layout, from_matrices, to_matrices
+from prox24.trees.products import find_products
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from unittest.mock import ANY
 import jax
 import numpy as np
 import pytest
+from prox24.cli.output import print_table
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
 from prox24.cli import evaluate
 from prox24.cli.main import main
-from prox24.cli.output import print_table
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 

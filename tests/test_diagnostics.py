@@ -21,11 +21,11 @@ from tiny import (
 )
 
 import prox24
-from prox24.calibration.text import spread_windows, tokenize
 from prox24.cli.inspect_grams import reading
 from prox24.cli.main import main
 from prox24.core.diagnostics import GramDiagnostics, diagnose
-from prox24.forward import layer_linears
+from prox24.jobs.forward import layer_linears
+from prox24.jobs.text import spread_windows, tokenize
 from prox24.models.families import config_from_hf
 
 COUNTS = {"dead_features", "kruskal_lower", "kruskal_upper"}

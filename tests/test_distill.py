@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from prox24.cli.windows import shuffled
 from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 import prox24
 from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
-from prox24.cli.windows import shuffled
 from prox24.core.precision import COMPUTE_DTYPES
-from prox24.distill import ModelRefinement, _functions, _outer, _targets, distill
 from prox24.errors import CalibrationError
-from prox24.forward import embedding_weights, head_weights, layer_weights, load_model
+from prox24.jobs.distill import ModelRefinement, _functions, _outer, _targets, distill
+from prox24.jobs.forward import embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder, whole
 from prox24.refine import BlockRefinement
 

@@ -13,7 +13,7 @@ from tiny import VARIANTS, config_dict, model_weights, random_weights, tokens, w
 from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24.cli.main import main
 from prox24.errors import CheckpointError, PromptError, Prox24Error
-from prox24.forward import all_weights, load_model
+from prox24.jobs.forward import all_weights, load_model
 from prox24.models import decoder
 from prox24.models.generate import advance, choose, empty_cache, generate
 

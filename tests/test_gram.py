@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from prox24.calibration.gram import GramSum, add_tokens, empty_gram
-from prox24.calibration.layer import add_layer_inputs, layer_inputs
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.forward import layer_weights, load_model
+from prox24.jobs.forward import layer_weights, load_model
+from prox24.jobs.observe import add_layer_inputs, layer_inputs
+from prox24.pruning.grams import GramSum, add_tokens, empty_gram
 
 pytestmark = pytest.mark.optimized
 

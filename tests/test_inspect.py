@@ -12,7 +12,7 @@ from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.inspect_model import list_tensors, sparse_bytes
 from prox24.cli.main import main
 from prox24.core.pattern import Pattern, Unstructured
-from prox24.forward import all_linears, load_model
+from prox24.jobs.forward import all_linears, load_model
 
 PATTERN = Pattern(2, 4)
 

@@ -15,8 +15,8 @@ from test_optax_leaves import PRUNED, every_model
 
 import prox24
 from prox24 import lora, refine
-from prox24.lora import Adapter
 from prox24.optax import by_path, describe
+from prox24.trees.lora import Adapter
 
 jitted_merge = jax.jit(lora.merge)
 
@@ -306,6 +306,8 @@ def test_adapters_are_the_parameters_of_a_block_if_all_are_kept(kept):
 
     optimizer = optax.adam(1e-2)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        refined = refine.block(apply, adapters, inputs, targets, optimizer, passes=20, kept=kept)
+        refined = refine.train_block(
+            apply, adapters, inputs, targets, optimizer, passes=20, kept=kept
+        )
     # By default a leaf that is wholly zero stays so.
     assert (refined.outcome is refine.Outcome.IMPROVED) == (kept is True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prox24.pipeline import collect, prune
 from tiny import (
     VARIANTS,
     config_dict,
@@ -15,15 +16,14 @@ from tiny import (
     write_tiny,
 )
 
-from prox24.calibration.text import first_windows
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.masks import is_sparse
 from prox24.errors import UnsupportedModelError
-from prox24.forward import all_linears, load_model, oriented
+from prox24.jobs.forward import all_linears, load_model, oriented
+from prox24.jobs.text import first_windows
 from prox24.models import decoder
 from prox24.models.families import FAMILIES, config_from_hf
-from prox24.pipeline import collect, prune
 from prox24.solvers.solve import Magnitude
 
 # Other positions or residuals do not matter to files.

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prox24.pipeline import collect, prune
 from safetensors.numpy import load_file
 from tiny import (
     byte_tokenizer,
@@ -17,15 +18,14 @@ from tiny import (
 )
 
 from prox24 import pipeline
-from prox24.calibration.text import first_windows, spread_windows, start_tokens, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.main import main
 from prox24.core.masks import is_sparse, top_mask
 from prox24.errors import CalibrationError, CheckpointError, SolverError
-from prox24.forward import all_linears, batch_size, load_model
-from prox24.perplexity import from_losses
-from prox24.pipeline import collect, prune
+from prox24.jobs.forward import all_linears, batch_size, load_model
+from prox24.jobs.perplexity import from_losses
+from prox24.jobs.text import first_windows, spread_windows, start_tokens, tokenize
 from prox24.solvers.problem import Candidate
 from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients

@@ -12,7 +12,7 @@ from prox24 import plan
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
 from prox24.errors import Prox24Error
-from prox24.forward import layer_linears, load_model
+from prox24.jobs.forward import layer_linears, load_model
 from prox24.refine import BlockRefinement
 from prox24.solvers.solve import SparseGPT, Wanda
 

@@ -375,18 +375,18 @@ def test_in_order_counts_weights_that_share_an_input_as_one_step(monkeypatch):
 
     params = {name: normal(8, 8) for name in ("q", "k", "v", "twice", "out")}
     groups = []
-    calibrate = prox24.params.calibrate
+    calibrate = prox24.trees.params.calibrate
 
     def record(*arguments, names):
         groups.append(names)
         return calibrate(*arguments, names=names)
 
-    monkeypatch.setattr(prox24.params, "calibrate", record)
+    monkeypatch.setattr(prox24.trees.params, "calibrate", record)
     pruned = prox24.prune_in_order(
         apply, params, [normal(20, 8)], Wanda(), None, mask={name: name != "k" for name in params}
     )
     assert groups == [["q"], ["twice"], ["out"], ["v"]]
-    assert prox24.calibration.calibrate.survey_products(apply, params, normal(20, 8)).groups == [
+    assert prox24.trees.calibrate.survey_products(apply, params, normal(20, 8)).groups == [
         ["q", "k"], ["twice"], ["out"], ["v"]
     ]  # fmt: skip
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)

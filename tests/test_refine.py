@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from prox24.cli.windows import shuffled
+from prox24.pipeline import collect, prune
 from test_faults import interrupt_after
 from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
@@ -15,12 +17,10 @@ import prox24
 from prox24 import refine
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.main import main
-from prox24.cli.windows import shuffled
 from prox24.core.precision import COMPUTE_DTYPES
 from prox24.errors import CalibrationError, CheckpointError
-from prox24.forward import all_linears, load_model
+from prox24.jobs.forward import all_linears, load_model
 from prox24.models import decoder
-from prox24.pipeline import collect, prune
 from prox24.refine import BlockRefinement, Outcome
 from prox24.solvers.solve import Wanda
 
@@ -56,7 +56,7 @@ def pruned():
 
 def test_the_error_falls_and_the_zeros_stay(pruned):
     params, inputs, targets = pruned
-    refined = refine.block(two_layers, params, inputs, targets, optax.adam(3e-3), passes=20)
+    refined = refine.train_block(two_layers, params, inputs, targets, optax.adam(3e-3), passes=20)
     assert refined.outcome is Outcome.IMPROVED
     assert refined.steps == 20 * (BATCHES - 1)
     assert len(refined.losses) == 21
@@ -76,7 +76,7 @@ def test_micro_batches_make_one_step(pruned, optimizer):
     params, inputs, targets = pruned
 
     def trained(inputs, targets, **more):
-        return refine.block(two_layers, params, inputs, targets, optimizer, passes=3, **more)
+        return refine.train_block(two_layers, params, inputs, targets, optimizer, passes=3, **more)
 
     whole = trained(inputs, targets)
     halves = [half for x in inputs for half in jnp.split(x, 2)]
@@ -104,7 +104,7 @@ def test_a_linear_block_reaches_least_squares():
     def apply(params, x):
         return x @ params["kernel"]
 
-    refined = refine.block(
+    refined = refine.train_block(
         apply,
         {"kernel": jnp.where(mask, weight, 0)},
         inputs,
@@ -123,14 +123,14 @@ def test_a_linear_block_reaches_least_squares():
 
 def test_a_rate_of_zero_changes_nothing(pruned):
     params, inputs, targets = pruned
-    refined = refine.block(two_layers, params, inputs, targets, optax.sgd(0.0), passes=2)
+    refined = refine.train_block(two_layers, params, inputs, targets, optax.sgd(0.0), passes=2)
     assert refined.outcome is Outcome.UNCHANGED
     jax.tree.map(np.testing.assert_array_equal, refined.params, params)
 
 
 def test_what_never_improves_is_given_back(pruned):
     params, inputs, targets = pruned
-    refined = refine.block(two_layers, params, inputs, targets, optax.sgd(-0.1), passes=3)
+    refined = refine.train_block(two_layers, params, inputs, targets, optax.sgd(-0.1), passes=3)
     assert refined.outcome is Outcome.UNCHANGED
     jax.tree.map(np.testing.assert_array_equal, refined.params, params)
 
@@ -138,7 +138,7 @@ def test_what_never_improves_is_given_back(pruned):
 def test_divergence_rolls_back_to_the_best(pruned):
     params, inputs, targets = pruned
     rate = optax.piecewise_constant_schedule(3e-3, {3 * (BATCHES - 1): 1e30})
-    refined = refine.block(two_layers, params, inputs, targets, optax.sgd(rate), passes=9)
+    refined = refine.train_block(two_layers, params, inputs, targets, optax.sgd(rate), passes=9)
     assert refined.outcome is Outcome.DIVERGED
     assert not np.isfinite(refined.losses[-1])
     error = refine.relative_error(two_layers(refined.params, inputs[-1]), targets[-1])
@@ -153,7 +153,7 @@ def test_16_bit_parameters_are_trained_in_float32(pruned):
         return two_layers(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), x)
 
     # Steps too small for bfloat16 to take one by one.
-    refined = refine.block(apply, half, inputs, targets, optax.sgd(1e-3), passes=60)
+    refined = refine.train_block(apply, half, inputs, targets, optax.sgd(1e-3), passes=60)
     assert refined.outcome is Outcome.IMPROVED
     for new, old in zip(jax.tree.leaves(refined.params), jax.tree.leaves(half), strict=True):
         assert new.dtype == jnp.bfloat16
@@ -166,7 +166,7 @@ def test_what_is_kept_may_be_given(pruned):
         "first": {"kernel": jnp.zeros((16, 32), bool)},
         "second": {"kernel": params["second"]["kernel"] != 0},
     }
-    refined = refine.block(
+    refined = refine.train_block(
         two_layers, params, inputs, targets, optax.adam(3e-3), passes=3, kept=kept
     )
     np.testing.assert_array_equal(refined.params["first"]["kernel"], params["first"]["kernel"])
@@ -200,7 +200,7 @@ def mechanized(rate):
 )
 def test_optimizers_that_keep_the_first_parameters(pruned, make):
     params, inputs, targets = pruned
-    refined = refine.block(two_layers, params, inputs, targets, make(1e-2), passes=3)
+    refined = refine.train_block(two_layers, params, inputs, targets, make(1e-2), passes=3)
     assert refined.outcome is not Outcome.DIVERGED
     assert refined.steps == 3 * (BATCHES - 1)
 
@@ -212,7 +212,7 @@ def test_optimizers_that_keep_the_first_parameters(pruned, make):
 def test_too_few_batches_are_refused(pruned, count, held_out, said):
     params, inputs, targets = pruned
     with pytest.raises(ValueError, match=said):
-        refine.block(
+        refine.train_block(
             two_layers,
             params,
             inputs[:count],
@@ -225,10 +225,10 @@ def test_too_few_batches_are_refused(pruned, count, held_out, said):
 def test_unequal_batches_and_a_mask_of_another_shape_are_refused(pruned):
     params, inputs, targets = pruned
     with pytest.raises(ValueError, match="6 batches of inputs, but 5 of targets"):
-        refine.block(two_layers, params, inputs, targets[1:], optax.sgd(0.1))
+        refine.train_block(two_layers, params, inputs, targets[1:], optax.sgd(0.1))
     kept = {"first": {"kernel": jnp.ones((3, 3), bool)}, "second": {"kernel": True}}
     with pytest.raises(ValueError, match="shape"):
-        refine.block(two_layers, params, inputs, targets, optax.sgd(0.1), kept=kept)
+        refine.train_block(two_layers, params, inputs, targets, optax.sgd(0.1), kept=kept)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_unequal_batches_and_a_mask_of_another_shape_are_refused(pruned):
 def test_counts_of_nothing_are_refused(pruned, given, said):
     params, inputs, targets = pruned
     with pytest.raises(ValueError, match=said):
-        refine.block(two_layers, params, inputs, targets, optax.sgd(0.1), **given)
+        refine.train_block(two_layers, params, inputs, targets, optax.sgd(0.1), **given)
 
 
 def test_no_divergence_where_both_exclude_a_token():
@@ -263,7 +263,7 @@ def test_equal_blocks_share_one_program(pruned):
 
     optimizer = optax.adam(1e-3)
     for _ in range(3):
-        refine.block(apply, params, inputs, targets, optimizer, passes=1)
+        refine.train_block(apply, params, inputs, targets, optimizer, passes=1)
     assert len(traces) == 2  # to train and to measure
 
 
@@ -423,7 +423,7 @@ def test_a_share_that_holds_all_windows_out_is_refused_before_any_work(tmp_path)
 def test_weights_that_a_loss_hides_do_not_count_as_better():
     params = {"kernel": jnp.full((4, 2), 0.1), "bias": jnp.zeros(2)}
     inputs = [jnp.full((3, 4), size) for size in (1.0, 2.0, 3.0)]
-    refined = refine.block(
+    refined = refine.train_block(
         lambda params, x: jax.nn.relu(x @ params["kernel"] + params["bias"][None]),
         params,
         inputs,

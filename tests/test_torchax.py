@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prox24.pipeline import collect, prune
 from safetensors.numpy import load_file, save_file
 from tiny import VOCABULARY, byte_tokenizer, config_dict, tokens, write_folder, write_tiny
 
 import prox24
-from prox24 import torchax
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.main import main
 from prox24.cli.verify import native_axes
 from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
-from prox24.perplexity import perplexity
-from prox24.pipeline import collect, prune
+from prox24.jobs import torchax
+from prox24.jobs.perplexity import perplexity
 from prox24.solvers.solve import SparseGPT, Wanda
 
 WINDOWS = tokens(batch=8, length=32)
@@ -197,7 +197,7 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     [("grouped_heads", "float32"), ("gpt2", "bfloat16"), ("gemma2", "float32")],
 )
 def test_layers_are_pruned_as_by_the_native_forward_pass(tmp_path, monkeypatch, variant, dtype):
-    monkeypatch.setattr("prox24.forward.BATCH_TOKENS", 64)  # four batches
+    monkeypatch.setattr("prox24.jobs.forward.BATCH_TOKENS", 64)  # four batches
     write_tiny(tmp_path / "model", variant, dtype)
     native = collect(prune(open_checkpoint(tmp_path / "model"), WINDOWS, SparseGPT(), None))
     checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
@@ -262,7 +262,7 @@ def test_layers_that_depend_on_more_than_hidden_states_are_refused(tmp_path, mon
 
     model.model.register_forward_pre_hook(rotate_by_token, with_kwargs=True)
     monkeypatch.setattr(torchax, "_load", lambda path: model)
-    monkeypatch.setattr("prox24.forward.BATCH_TOKENS", 64)
+    monkeypatch.setattr("prox24.jobs.forward.BATCH_TOKENS", 64)
     write_foreign(tmp_path / "model", "stablelm")
     checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
     with pytest.raises(UnsupportedModelError, match="depend on more than their hidden states"):

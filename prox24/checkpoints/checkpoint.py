@@ -78,7 +78,7 @@ def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint
       path: a folder with config.json and weights as safetensors, PyTorch's .bin or Flax's msgpack,
         in one file or with an index of shards; a file that ends in .gguf; or an id of the hub,
         "owner/name" or "owner/name@revision".
-      any_family: opens folders of models without a forward pass here too, for `prox24.torchax`.
+      any_family: opens folders of models without a forward pass here too, for torchax.
 
     Returns:
       A `Checkpoint` whose tensors are those the model's family computes with, and no fewer; all

@@ -56,8 +56,8 @@ def write_manifest(
         path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What the manifest of a folder says of each tensor, or None without one.
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, whose "tensors" have an entry each, or None without one.
 
     Raises:
       CheckpointError: it is damaged.
@@ -65,10 +65,11 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    tensors = read_json(path).get("tensors")
+    manifest = read_json(path)
+    tensors = manifest.get("tensors")
     if not isinstance(tensors, dict) or not all(
         isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
         for entry in tensors.values()
     ):
         raise CheckpointError(f"{path} does not list the tensors with their hashes")
-    return tensors
+    return manifest

@@ -13,7 +13,7 @@ from prox24.cli.output import peak_memory_bytes, print_json, print_table
 from prox24.cli.prune import choose, choose_pull, prune_with_progress, tensors_of
 from prox24.cli.windows import calibration_windows, evaluation_windows
 from prox24.errors import CheckpointError
-from prox24.perplexity import perplexity
+from prox24.jobs.perplexity import perplexity
 from prox24.pipeline import LinearReport
 
 WHEEL = Wheel(

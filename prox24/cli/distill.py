@@ -34,9 +34,9 @@ from prox24.cli.output import (
 )
 from prox24.cli.windows import calibration_windows, shuffled
 from prox24.core.masks import mean_sparsity
-from prox24.devices import common_mesh
-from prox24.distill import ModelRefinement, distill
-from prox24.forward import all_linears, load_model
+from prox24.core.placement import common_mesh
+from prox24.jobs.distill import ModelRefinement, distill
+from prox24.jobs.forward import all_linears, load_model
 from prox24.refine import Training
 from prox24.refine.training import Resume
 

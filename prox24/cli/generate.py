@@ -6,7 +6,7 @@ import time
 from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24.cli.output import peak_memory_bytes, print_json, progress_bar
 from prox24.cli.windows import prompt_tokens
-from prox24.forward import all_weights, load_model
+from prox24.jobs.forward import all_weights, load_model
 from prox24.models.generate import check_prompts, generate
 from prox24.packed import pack
 

@@ -15,7 +15,7 @@ from prox24.cli.output import check_writable, print_json, print_table, progress_
 from prox24.cli.windows import calibration_windows
 from prox24.core.diagnostics import diagnose
 from prox24.errors import CheckpointError, Prox24Error
-from prox24.forward import (
+from prox24.jobs.forward import (
     Model,
     embed_windows,
     layer_linears,

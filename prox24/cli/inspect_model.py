@@ -11,7 +11,7 @@ from prox24.cli import inspect_grams
 from prox24.cli.output import print_json, print_table
 from prox24.core.pattern import Pattern, Unstructured
 from prox24.errors import Prox24Error
-from prox24.forward import all_linears, load_model
+from prox24.jobs.forward import all_linears, load_model
 from prox24.models import decoder
 
 DENSE = "dense: "

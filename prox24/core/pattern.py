@@ -5,6 +5,7 @@ import operator
 from typing import NamedTuple
 
 PatternLike = tuple[int, int]
+"""What a function takes as a pattern; `Pattern` is one."""
 
 
 class Pattern(NamedTuple):
@@ -66,3 +67,31 @@ def as_pattern(pattern: PatternLike) -> Pattern:
     if not 1 <= kept <= group:
         raise ValueError(f"pattern {kept}:{group} is not N:M with 1 <= N <= M")
     return Pattern(kept, group)
+
+
+AnyPattern = Pattern | Unstructured
+
+
+def as_any_pattern(pattern: "PatternLike | Unstructured | str") -> AnyPattern:
+    """Checks a pattern: a pair (N, M), `Unstructured`, or text, "N:M" or "P%".
+
+    Raises:
+      ValueError: it is none of them.
+
+    Example:
+      >>> as_any_pattern("2:4"), as_any_pattern("50%")
+      (Pattern(kept=2, group=4), Unstructured(sparsity=0.5))
+    """
+    if isinstance(pattern, Unstructured):
+        return pattern
+    if not isinstance(pattern, str):
+        return as_pattern(pattern)
+    try:
+        if pattern.endswith("%"):
+            return Unstructured(float(pattern.removesuffix("%")) / 100)
+        kept, group = pattern.split(":")
+        return as_pattern((int(kept), int(group)))
+    except ValueError as error:
+        raise ValueError(
+            f"{pattern!r} is neither N:M with 1 <= N <= M nor a percentage below 100%"
+        ) from error

@@ -5,7 +5,7 @@ norms and biases are trained together on the block's output, or those of a whole
 model's predictions, by any optax optimizer, and the zeros stay zeros.
 """
 
-from prox24.refine.blocks import BlockRefinement, block, relative_error
+from prox24.refine.blocks import BlockRefinement, relative_error, train_block
 from prox24.refine.distillation import distill, divergence
 from prox24.refine.training import Outcome, Refined, Training
 
@@ -14,8 +14,8 @@ __all__ = [
     "Outcome",
     "Refined",
     "Training",
-    "block",
     "distill",
     "divergence",
     "relative_error",
+    "train_block",
 ]

@@ -31,7 +31,7 @@ OutputLoss = Callable[[Array, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class BlockRefinement:
-    """How `prox24.pipeline.prune` refines a layer after its linears are pruned.
+    """How the pruning loop refines a layer after its linears are pruned.
 
     Adam with a rate that falls to zero along a cosine. The steps of each tensor are multiplied by
     the root mean square of its entries, at least 0.001: one rate serves weights of any size.
@@ -121,7 +121,7 @@ def relative_error(output: Array, target: Array) -> Array:
     return jnp.mean(error / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
 
 
-def block(
+def train_block(
     apply: Apply,
     params: PyTree,
     inputs: Sequence[ArrayLike],
@@ -167,8 +167,8 @@ def block(
       >>> weight = jnp.array([[1.0, 0.0, 0.0, 2.0]])
       >>> inputs = list(jax.random.normal(jax.random.key(0), (8, 16, 4)))
       >>> targets = [x @ jnp.array([[3.0], [0.0], [0.0], [2.0]]) for x in inputs]
-      >>> refined = block(lambda w, x: x @ w["kernel"], {"kernel": weight.T}, inputs, targets,
-      ...                 optax.adam(0.3), passes=20)
+      >>> refined = train_block(lambda w, x: x @ w["kernel"], {"kernel": weight.T}, inputs, targets,
+      ...                       optax.adam(0.3), passes=20)
       >>> refined.outcome, refined.params["kernel"].ravel().round().tolist()
       (<Outcome.IMPROVED: 'improved'>, [3.0, 0.0, 0.0, 2.0])
     """
@@ -196,7 +196,7 @@ def block_step(
     refinement: BlockRefinement,
     micro_batches: int,
 ) -> jax.stages.Lowered:
-    """The program of the last batch of a step of `block`, to be looked at; arrays may be specs."""
+    """The program of the last batch of a step of `train_block`; arrays may be specs."""
     optimizer = refinement.optimizer(8)  # The program is the same for any number of steps.
     loss = _block_loss(apply, relative_error)
     return lower_step(loss, params, (inputs, targets), optimizer, micro_batches)

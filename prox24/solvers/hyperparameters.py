@@ -8,10 +8,15 @@ import jax
 
 T = TypeVar("T")
 
+REGISTERED: dict[str, type] = {}
+"""The classes that a recipe holds in JSON, by name: those of others with their modules before."""
+
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def hyperparameters(cls: type[T]) -> type[T]:
     """Makes a class a frozen dataclass and a pytree: one program serves all values of its fields.
+
+    A recipe's JSON can hold its objects, by the name of the class.
 
     Fields with metadata {"static": True} are compiled in. The class takes part in the comparison of
     structures, which it does not with `jax.tree_util.register_dataclass` (jaxlib 0.10.2, 0.12.0).
@@ -53,5 +58,7 @@ def hyperparameters(cls: type[T]) -> type[T]:
         values = dict(zip(traced, children, strict=True))
         return cls(**values, **dict(zip(static, structure[1:], strict=True)))
 
+    own = cls.__module__.startswith("prox24.")
+    REGISTERED[cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"] = cls
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls

@@ -1,4 +1,4 @@
-"""What the linears of a decoder's layer see, and their Grams."""
+"""The inputs of the linears of a decoder's layer, and their Grams."""
 
 import functools
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prox24.calibration.gram import Sums, add_in_turn, add_tokens, is_sent
 from prox24.models import decoder
 from prox24.models.decoder import Layer
+from prox24.pruning.grams import Sums, add_in_turn, add_tokens, is_sent
 
 
 def layer_inputs(layer: Layer, weights: dict[str, Array], hidden: Array) -> dict[str, Array]:
@@ -30,7 +30,7 @@ def layer_inputs(layer: Layer, weights: dict[str, Array], hidden: Array) -> dict
 @functools.partial(
     jax.jit, static_argnames=("layer", "devices"), donate_argnames=("grams", "crosses")
 )
-def add_layer_inputs(
+def observe_layer(
     layer: Layer,
     weights: dict[str, Array],
     hidden: Array,
@@ -38,30 +38,34 @@ def add_layer_inputs(
     grams: Sums,
     crosses: Sums,
     devices: int | None = None,
-) -> tuple[Sums, Sums]:
-    """Runs one layer on a micro-batch and adds what its linears see to their Grams.
+) -> tuple[Sums, Sums, Array | None]:
+    """Runs one dense layer on a micro-batch and adds the inputs of its linears to their Grams.
 
     Args:
       layer: static.
       weights: the layer's tensors.
       hidden: shape (batch, length, hidden), of the pruned model.
-      dense_hidden: the same tokens in the dense model; None leaves the cross-Grams as they are.
-      grams: sums of x' x'^T, by the names that `tap` gives to inputs; donated.
+      dense_hidden: the same tokens in the dense model, or None.
+      grams: sums of x' x'^T, by the names that `tap` gives to inputs; donated. Those that are
+        there are added to.
       crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated. Where x is zero,
         as it is for a token that the dense model sends to other experts, x' takes its place.
-      devices: how many share the columns of every sum; static. None where each has its own sum.
+      devices: the number that share the columns of every sum; static. None where each has its own
+        sum.
 
     Returns:
-      The updated Grams and cross-Grams.
+      The updated Grams and cross-Grams, and the layer's output for `dense_hidden`, or None.
     """
     put = add_tokens if devices is None else functools.partial(add_in_turn, devices=devices)
     pruned = layer_inputs(layer, weights, hidden)
-    grams = {name: put(grams[name], x, x) for name, x in pruned.items()}
-    if dense_hidden is not None:
-        dense = layer_inputs(layer, weights, dense_hidden)
-        crosses = {
-            # What only the pruned model sends to an expert has the expert's own output as target.
-            name: put(crosses[name], jnp.where(is_sent(dense[name])[..., None], dense[name], x), x)
-            for name, x in pruned.items()
-        }
-    return grams, crosses
+    grams = {name: put(grams[name], pruned[name], pruned[name]) for name in grams}
+    if dense_hidden is None:
+        return grams, crosses, None
+    dense: dict[str, Array] = {}
+    output = decoder.layer(layer, weights, dense_hidden, dense.__setitem__)
+    for name in crosses:
+        x, given = pruned[name], dense[name]
+        # What only the pruned model sends to an expert has the expert's own output as target.
+        target = jnp.where(is_sent(given)[..., None], given, x)
+        crosses = crosses | {name: put(crosses[name], target, x)}
+    return grams, crosses, output

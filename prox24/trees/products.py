@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Literal
 
-from prox24.calibration.layout import Layout
-from prox24.calibration.tap import tap_p
 from prox24.errors import CalibrationError
 from prox24.optax.leaves import PyTree, named_leaves
+from prox24.trees.layout import Layout
+from prox24.trees.tap import tap_p
 
 Apply = Callable[[Any, Any], Any]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.errors import CalibrationError
-from prox24.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
+from prox24.jobs.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
 from prox24.models import decoder
 from prox24.models.decoder import Config
 
@@ -38,7 +38,7 @@ class Perplexity(NamedTuple):
     predicted_tokens: int
 
 
-def perplexity(
+def native_perplexity(
     checkpoint: Checkpoint,
     windows: NDArray[np.int32],
     *,

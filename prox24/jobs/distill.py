@@ -14,12 +14,13 @@ from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from prox24 import partition, refine
+from prox24 import refine
 from prox24.checkpoints.checkpoint import Checkpoint
+from prox24.core.placement import AXIS, in_parts
 from prox24.core.precision import check_compute_dtype
-from prox24.devices import AXIS, in_parts
 from prox24.errors import CalibrationError, CheckpointError, Prox24Error
-from prox24.forward import (
+from prox24.jobs import partition
+from prox24.jobs.forward import (
     Model,
     all_linears,
     embed_windows,

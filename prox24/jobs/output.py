@@ -1,20 +1,17 @@
-"""What the commands print: progress, tables and JSON."""
+"""What jobs show: progress, tables and JSON."""
 
+import argparse
 import contextlib
 import importlib.metadata
+import io
 import json
-import math
 import os
 import platform
-import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from typing import Any, Protocol
 
 from prox24.checkpoints.tensors import writing
 from prox24.checkpoints.writer import check_outside
@@ -28,6 +25,15 @@ Advance = Callable[[str, float | None], None]
 @contextlib.contextmanager
 def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[Advance]:
     """A bar on standard error with what was done last, its relative loss, and the time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     # A log file has no use for the frames of a bar.
     console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
     columns = (
@@ -47,13 +53,29 @@ def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> I
         yield advance
 
 
+class Shown(Protocol):
+    """A report: a table as text, and JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+
+
+def show(report: Shown, arguments: argparse.Namespace) -> None:
+    """Prints a report as --json and --quiet say, and writes it where --report says."""
+    with reporting(getattr(arguments, "report", None), report.to_dict()):
+        if arguments.json:
+            print_json(report.to_dict())
+        elif not arguments.quiet:
+            print(report)
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output."""
     print(json.dumps(value, allow_nan=False))
 
 
 def check_report(
-    path: Path | None, inputs: Iterable[Path | None] = (), destination: Path | None = None
+    path: Path | None, inputs: Iterable[str | Path | None] = (), destination: Path | None = None
 ) -> None:
     """Raises CheckpointError where a report could not be written, before hours are spent.
 
@@ -65,7 +87,7 @@ def check_report(
     if path is None:
         return
     check_writable(path, "report")
-    for given in filter(None, inputs):
+    for given in map(Path, filter(None, inputs)):
         held = given.iterdir() if given.is_dir() else [given]
         if path.exists() and any(file.exists() and path.samefile(file) for file in held):
             raise CheckpointError(f"the report {path} would replace what is there, or read")
@@ -94,32 +116,34 @@ def reporting(path: Path | None, report: dict[str, Any]) -> Iterator[None]:
                 path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON has it: text for paths and patterns, nothing for an infinite ratio."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return value if isinstance(value, bool | int | str | list | dict | None) else str(value)
+def table(columns: list[str], rows: list[list[str]], width: int | None = None) -> str:
+    """A table as text: the first column to the left, figures to the right.
 
+    Args:
+      columns: their titles.
+      rows: cells.
+      width: characters of a line; None for those of the terminal, or 120 where there is none.
+    """
+    from rich.console import Console
+    from rich.table import Table
 
-class _Console(Console):
-    """Leaves a closed pipe to `main`; rich by itself ends the process, with 1."""
-
-    def on_broken_pipe(self) -> None:
-        raise  # the error that is handled where this is called
+    drawn = Table()
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    # A path is no markup.
+    console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
+    with console.capture() as captured:
+        console.print(drawn)
+    return captured.get().rstrip("\n")
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output: the first column to the left, figures to the right."""
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    # Without a terminal there is no width to fit into. A path is no markup.
-    width = None if sys.stdout.isatty() else 120
-    _Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    """A table on standard output."""
+    print(table(columns, rows))
 
 
 def versions() -> dict[str, str]:
@@ -128,7 +152,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far."""
+def peak_memory_bytes() -> int | None:
+    """The largest resident memory of this process so far; None where no system call tells."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
-from prox24.devices import everywhere, in_parts, one_axis, own_windows, placed, taken
+from prox24.core.placement import everywhere, in_parts, one_axis, own_windows, placed, taken
 from prox24.errors import CheckpointError
 from prox24.models import decoder
 from prox24.models.decoder import Config, Layer

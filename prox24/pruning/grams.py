@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from prox24.core.placement import whole
+from prox24.core.placement import apart, everywhere, parts, parts_or_copies, whole
 from prox24.core.precision import PRECISION
-from prox24.devices import apart, everywhere, parts, parts_or_copies
 
 
 class GramSum(NamedTuple):

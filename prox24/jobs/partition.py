@@ -14,7 +14,7 @@ import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prox24.devices import AXIS, TENSOR
+from prox24.core.placement import AXIS, TENSOR
 from prox24.errors import Prox24Error
 from prox24.models.decoder import Config, Weights
 

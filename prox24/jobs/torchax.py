@@ -4,12 +4,11 @@ torch and torchax are imported when a function of this module is called; the res
 without them.
 """
 
+import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +16,20 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from prox24.calibration.calibrate import Calibration, calibrate
-from prox24.calibration.products import Apply
-from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from prox24.checkpoints.tensors import TensorSource
-from prox24.core.masks import mean_sparsity
-from prox24.core.pattern import PatternLike, Unstructured
-from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError, first_line
-from prox24.forward import batch_size
-from prox24.params import prune_params
-from prox24.perplexity import Perplexity, from_losses, sequence_loss
-from prox24.pipeline import LinearReport, PrunedTensor
-from prox24.solvers.solve import Refit, Solver
+from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from prox24.errors import (
+    CheckpointError,
+    Prox24Error,
+    RecipeError,
+    UnsupportedModelError,
+    first_line,
+)
+from prox24.jobs.forward import batch_size
+from prox24.jobs.perplexity import Perplexity, from_losses, sequence_loss
+from prox24.pruning.recipe import Recipe
+from prox24.pruning.runner import Block, Inputs, Linear, Streams
+from prox24.trees.calibrate import Stream, gather
+from prox24.trees.products import Apply
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ def open_any(path: str | Path) -> tuple[Checkpoint, bool]:
 
 
 def from_torch(model: "torch.nn.Module") -> TorchModel:
-    """An HF model as a function of JAX, for `prox24.calibrate`, `prune_params`, `prune_in_order`.
+    """An HF model as a function of JAX, for `prox24.calibrate` and `prune_params`.
 
     Args:
       model: in evaluation mode; it is not changed.
@@ -137,88 +138,170 @@ def _as_function(module: "torch.nn.Module", prefix: str, call: Call) -> TorchMod
     return TorchModel(apply, params)
 
 
-def prune(
-    checkpoint: Checkpoint,
-    windows: NDArray[np.int32],
-    solver: Solver,
-    refit: Refit | None,
-    *,
-    pattern: PatternLike | Unstructured = (2, 4),
-    damping: float = 0.01,
-    dtype: np.dtype[Any] | None = None,
-    finished: Mapping[str, TensorSource] = MappingProxyType({}),
-) -> Iterator[PrunedTensor]:
-    """Prunes the linears of every decoder layer of any HF decoder, as `prox24.pipeline.prune` does.
+class Hidden(NamedTuple):
+    """What enters a layer, batch by batch, in the pruned and in the dense model."""
+
+    pruned: list[Array]
+    dense: list[Array] | None
+    crosses: bool
+
+
+class TorchLayer(NamedTuple):
+    """A decoder layer: its module, the prefix of its tensors' names, and its call."""
+
+    module: Any
+    prefix: str
+    call: Call
+
+    def axes(self) -> dict[str, int]:
+        """The weights of its linears, with the axis that each sums over."""
+        return _linear_axes(self.module, self.prefix)
+
+
+@dataclasses.dataclass
+class TorchRunner:
+    """Any HF decoder as a `prox24.pruning.runner.Runner`; see `torch_runner`.
 
     The decoder layers are transformers' own modules, each run as a function of JAX. They may depend
     on the hidden states, and otherwise only on what is the same for all windows: positions, masks.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    layers: list[TorchLayer]
+    first_inputs: list[Array]
+    mesh: None = None
+    _latest: tuple[int, TorchModel] | None = None
+
+    @property
+    def stages(self) -> int:
+        """Layers."""
+        return len(self.layers)
+
+    def linears(self, index: int) -> list[Linear]:
+        """The linears of a layer; each has a Gram of its own."""
+        layer = self.layers[index]
+        shapes = {
+            layer.prefix + name: tuple(values.shape)
+            for name, values in layer.module.named_parameters()
+        }
+        return [Linear(name, name, shapes[name][axis]) for name, axis in layer.axes().items()]
+
+    def tensors(self, index: int) -> list[str]:
+        """The names of a layer's tensors."""
+        layer = self.layers[index]
+        return [layer.prefix + name for name, _ in layer.module.named_parameters()]
+
+    def function(self, index: int) -> TorchModel:
+        """A layer as a function, which is made once; only one layer's is kept."""
+        if self._latest is None or self._latest[0] != index:
+            layer = self.layers[index]
+            self._latest = (index, _as_function(layer.module, layer.prefix, layer.call))
+        return self._latest[1]
+
+    def weights(self, index: int) -> dict[str, Array]:
+        """The parameters of a layer, float32."""
+        return dict(self.function(index).params)
+
+    def enter(self, streams: Streams) -> tuple[int, Hidden]:
+        """The embedded windows."""
+        hidden = self.first_inputs
+        return 0, Hidden(hidden, hidden if streams.dense else None, streams.crosses)
+
+    def observe(
+        self, index: int, weights: Mapping[str, Array], state: Hidden, wanted: Collection[str]
+    ) -> tuple[dict[str, list[Inputs]], Hidden]:
+        """Runs the dense layer on each stream."""
+        apply = self.function(index).apply
+        inputs: dict[str, list[Inputs]] = {}
+        if wanted:
+            pruned = Stream(weights, state.pruned)
+            dense = None if state.dense is None or not state.crosses else state.dense
+            alongside = None if dense is None else Stream(weights, dense)
+            found, left_out = gather(apply, pruned, alongside, names=wanted)
+            for name in wanted:
+                if name not in found:
+                    reason = left_out.get(name, "unused")
+                    raise UnsupportedModelError(f"tensor {name} has no Gram: {reason}")
+                inputs[name] = found[name].inputs()
+        if state.dense is not None:
+            state = state._replace(dense=_run(apply, weights, state.dense))
+        return inputs, state
+
+    def advance(self, index: int, weights: Mapping[str, Array], state: Hidden) -> Hidden:
+        """Runs the pruned layer."""
+        apply = self.function(index).apply
+        own = {name: weight.astype(jnp.float32) for name, weight in weights.items()}
+        return state._replace(pruned=_run(apply, own, state.pruned))
+
+    def dtype(self, tensor: str) -> np.dtype[Any]:
+        """The recipe's, or the checkpoint's own."""
+        dtype = self.recipe.dtype
+        return self.checkpoint.tensors[tensor].dtype if dtype is None else DTYPES[dtype]
+
+    def matrices(self, linear: Linear, weight: Array) -> list[Array]:
+        """The weight as (out, in)."""
+        return [weight if self._axis(linear.tensor) else weight.T]
+
+    def joined(self, linear: Linear, matrices: list[Array]) -> Array:
+        """The matrix in the module's layout."""
+        (weight,) = matrices
+        return weight if self._axis(linear.tensor) else weight.T
+
+    def _axis(self, tensor: str) -> int:
+        layer = next(layer for layer in self.layers if tensor.startswith(layer.prefix))
+        return layer.axes()[tensor]
+
+    def loaded(self, tensor: str, stored: NDArray[Any]) -> Array:
+        """In the module's layout, as the file has it."""
+        return jnp.asarray(stored)
+
+    def stored(self, tensor: str, weight: Array) -> NDArray[Any]:
+        """On the host."""
+        return np.asarray(weight)
+
+    def in_memory(self) -> Self:
+        """Everything is in memory."""
+        return self
+
+    def block(self, index: int, state: Hidden) -> Block:
+        """Raises RecipeError: a module of PyTorch is not trained."""
+        raise RecipeError("refine is for models with a forward pass of prox24's own")
+
+
+def torch_runner(checkpoint: Checkpoint, windows: NDArray[np.int32], recipe: Recipe) -> TorchRunner:
+    """Any HF decoder, as the loop prunes it.
 
     Args:
       checkpoint: the model, as `open_checkpoint(path, any_family=True)` opens it.
       windows: calibration tokens, shape (windows, length).
-      solver: finds the masks, see `prox24.solve`.
-      refit: updates the kept weights, or None.
-      pattern: (N, M) along the input axis, or unstructured.
-      damping: see `prox24.solve`.
-      dtype: see `prox24.pipeline.prune`.
-      finished: see `prox24.pipeline.prune`.
-
-    Yields:
-      Each linear, when it is solved.
+      recipe: how it will be pruned.
 
     Raises:
-      CheckpointError: a linear's input width is not divisible by M.
-      UnsupportedModelError: transformers or torchax cannot run the model, it is no such decoder, or
-        a linear is used in other ways than by its product.
+      CheckpointError: the files call a tensor by another name than transformers does.
+      UnsupportedModelError: transformers or torchax cannot run the model, or it is no such decoder.
       Prox24Error: see `require`.
-      CalibrationError: activations are not finite; names the linear.
-      SolverError: a solution is not finite; names the tensor.
-      ValueError: the solver does not support the pattern.
     """
     model = _load(checkpoint.path)
     prefix, layers = _decoder_layers(model)
     size = batch_size(*windows.shape)
     batches = [windows[i : i + size] for i in range(0, len(windows), size)]
     hidden, calls = _layer_calls(model, layers, batches)
-    for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-        apply, params = _as_function(layer, f"{prefix}.{index}.", call)
-        names = list(_linear_axes(layer, f"{prefix}.{index}."))
-        remaining = [name for name in names if name not in finished]
-        if remaining:
-            grams, left_out = calibrate(apply, params, hidden)
-        done = [name for name in names if name in finished]
-        params |= {name: jnp.asarray(finished[name].read(), jnp.float32) for name in done}
-        for name in remaining:
-            if name not in grams:
-                reason = left_out.get(name, "unused")
-                raise UnsupportedModelError(f"tensor {name} has no Gram: {reason}")
-            began = time.perf_counter()
-            one = Calibration({name: grams[name]}, {})
-            pruned = prune_params(params, one, solver, refit, pattern=pattern, damping=damping)
-            leaf = next(leaf for leaf in pruned.leaves if leaf.path == name)
-            if not leaf.pruned:
-                raise CheckpointError(f"tensor {name} cannot be pruned: {leaf.reason}")
-            _check_stored(checkpoint, name)
-            values = np.asarray(pruned.params[name])
-            # What comes after sees the weight as it will be written.
-            written = values.astype(checkpoint.tensors[name].dtype if dtype is None else dtype)
-            params = params | {name: jnp.asarray(written, jnp.float32)}
-            [matrix] = pruned.reports
-            report = LinearReport(
-                name=name,
-                status=matrix.status,
-                sparsity=float(mean_sparsity(pruned.params[name])),
-                inputs=matrix.width,
-                tokens=matrix.rows,
-                seconds=time.perf_counter() - began,
-                statistics=matrix.statistics,
-            )
-            yield PrunedTensor(name, values, report)
-        hidden = list(map(functools.partial(jax.jit(apply), params), hidden))
+    own = [
+        TorchLayer(layer, f"{prefix}.{index}.", call)
+        for index, (layer, call) in enumerate(zip(layers, calls, strict=True))
+    ]
+    for tensor in (tensor for layer in own for tensor in layer.axes()):
+        _check_stored(checkpoint, tensor)
+    return TorchRunner(checkpoint, recipe, own, hidden)
+
+
+def _run(apply: Apply, params: Mapping[str, Array], hidden: list[Array]) -> list[Array]:
+    return list(map(functools.partial(jax.jit(apply), dict(params)), hidden))
 
 
 def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
-    """The weights of the linears that `prune` prunes, with the axis that each sums over.
+    """The weights of the linears that are pruned, with the axis that each sums over.
 
     Raises:
       CheckpointError: the files call a tensor by another name than transformers does.
@@ -241,13 +324,13 @@ def _check_stored(checkpoint: Checkpoint, name: str) -> None:
         raise CheckpointError(f"{checkpoint.path}: tensor {name} is not in the files")
 
 
-def perplexity(
+def torch_perplexity(
     checkpoint: Checkpoint,
     windows: NDArray[np.int32],
     *,
     on_window: Callable[[int], None] = lambda index: None,
 ) -> Perplexity:
-    """`prox24.perplexity.perplexity` of any HF decoder, all of which is in memory.
+    """The perplexity of any HF decoder, all of which is in memory.
 
     Args:
       checkpoint: the model.
@@ -259,7 +342,7 @@ def perplexity(
       UnsupportedModelError: transformers or torchax cannot run the model.
       Prox24Error: see `require`.
     """
-    apply, params = from_torch(_load(checkpoint.path))
+    apply, params = loaded(checkpoint)
 
     @jax.jit
     def loss(params: dict[str, Array], tokens: Array) -> Array:
@@ -270,6 +353,11 @@ def perplexity(
         losses.append(float(loss(params, jnp.asarray(window))))
         on_window(index)
     return from_losses(checkpoint.path, windows, np.array(losses))
+
+
+def loaded(checkpoint: Checkpoint) -> TorchModel:
+    """A whole model as a function of JAX; see `from_torch` for what is raised."""
+    return from_torch(_load(checkpoint.path))
 
 
 def _load(path: Path) -> "torch.nn.Module":

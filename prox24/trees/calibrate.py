@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prox24.calibration.gram import GramSum, Sums, add_tokens, empty_gram
-from prox24.calibration.layout import Layout
-from prox24.calibration.products import Apply, find_products, split_arrays
 from prox24.errors import CalibrationError
 from prox24.optax.leaves import PyTree
+from prox24.pruning.grams import GramSum, Sums, add_tokens, empty_gram, is_sent
+from prox24.pruning.runner import Inputs
+from prox24.trees.layout import Layout
+from prox24.trees.products import Apply, find_products, split_arrays
 
 
 class InputGram(NamedTuple):
@@ -24,11 +25,18 @@ class InputGram(NamedTuple):
         but for grouped convolutions, batched products and weights that `lax.scan` runs over.
       rows: how many rows each problem has seen that were not all zero.
       layout: which axes of the weight make the matrices (out, in) of the problems.
+      cross: sum of x' x^T, with x' the same rows in the dense model; None where they are the same.
     """
 
     gram: Array
     rows: tuple[int, ...]
     layout: Layout
+    cross: Array | None = None
+
+    def inputs(self) -> list[Inputs]:
+        """The inputs of each problem."""
+        crosses = itertools.repeat(None) if self.cross is None else self.cross
+        return list(map(Inputs, self.gram, self.rows, crosses))
 
 
 class Calibration(NamedTuple):
@@ -104,42 +112,96 @@ def calibrate(
       >>> found.grams["kernel"].gram.tolist(), found.grams["kernel"].rows
       ([[[2.0, 2.0], [2.0, 4.0]]], (2,))
     """
-    batches = iter(batches)
+    return gather(apply, Stream(params, batches), names=names)
+
+
+class Stream(NamedTuple):
+    """A model's parameters, and the batches that run through it."""
+
+    params: PyTree
+    batches: Iterable[PyTree]
+
+
+def gather(
+    apply: Apply,
+    stream: Stream,
+    dense: Stream | None = None,
+    *,
+    names: Collection[str] | None = None,
+) -> Calibration:
+    """`calibrate`, with the cross-Grams of the inputs in the dense model, if one is given.
+
+    Args:
+      apply: see `calibrate`.
+      stream: the model.
+      dense: the dense model on the same data. Where an input of it is zero, as that of a token that
+        it sends to other experts, the pruned model's takes its place.
+      names: see `calibrate`.
+
+    Raises:
+      CalibrationError: see `calibrate`.
+    """
+    batches = iter(stream.batches)
     first = next(batches, None)
     if first is None:
         raise CalibrationError("there is no batch to calibrate on")
-    survey = survey_products(apply, params, first)
+    survey = survey_products(apply, stream.params, first)
     for name in names or ():
         if name not in survey.layouts:
             raise CalibrationError(f"{name} has no products: {survey.left_out.get(name, 'unused')}")
-    arrays, join = split_arrays(params)
-    sums = {
-        path: _empty_grams(shape)
-        for path, shape in survey.shapes.items()
-        if names is None or path in names
+    chosen = {
+        path: shape for path, shape in survey.shapes.items() if names is None or path in names
     }
+    grams = {path: _empty_grams(shape) for path, shape in chosen.items()}
+    crosses = {} if dense is None else jax.tree.map(jnp.copy, grams)
+    arrays, join = split_arrays(stream.params)
+    dense_arrays, join_dense = split_arrays(stream.params if dense is None else dense.params)
 
-    @functools.partial(jax.jit, donate_argnames="sums")
-    def add(arrays: list[Array], batch: PyTree, sums: Sums) -> Sums:
-        sums = dict(sums)
-        for product in find_products(apply, join(arrays), batch)[0]:
-            if product.path in sums:
-                sums[product.path] = jax.vmap(add_tokens)(
-                    sums[product.path], product.rows, product.rows
-                )
-        return sums
+    @functools.partial(jax.jit, donate_argnames=("grams", "crosses"))
+    def add(
+        arrays: list[Array],
+        dense_arrays: list[Array],
+        batch: PyTree,
+        dense_batch: PyTree,
+        grams: Sums,
+        crosses: Sums,
+    ) -> tuple[Sums, Sums]:
+        products = find_products(apply, join(arrays), batch)[0]
+        grams, crosses = dict(grams), dict(crosses)
+        for product in products:
+            if product.path in grams:
+                grams[product.path] = _add(grams[product.path], product.rows, product.rows)
+        if not crosses:
+            return grams, crosses
+        of_dense = find_products(apply, join_dense(dense_arrays), dense_batch)[0]
+        for product, given in zip(products, of_dense, strict=True):
+            if product.path in crosses:
+                rows = jnp.where(is_sent(given.rows)[..., None], given.rows, product.rows)
+                crosses[product.path] = _add(crosses[product.path], rows, product.rows)
+        return grams, crosses
 
-    for batch in itertools.chain([first], batches):
-        sums = add(arrays, batch, sums)
-    grams = {}
+    alongside = itertools.repeat(None) if dense is None else dense.batches
+    for batch, dense_batch in zip(itertools.chain([first], batches), alongside, strict=False):
+        grams, crosses = add(arrays, dense_arrays, batch, dense_batch, grams, crosses)
+    found = {}
     # Compiled functions return dicts in the order of their keys.
     for path, layout in survey.layouts.items():
-        if path in sums:
-            gram = sums[path]
-            if not jnp.all(jnp.isfinite(jnp.trace(gram.total, axis1=1, axis2=2))):
-                raise CalibrationError(f"NaN or Inf in the inputs of {path}")
-            grams[path] = InputGram(gram.total, tuple(gram.tokens.tolist()), layout)
-    return Calibration(grams, survey.left_out)
+        if path in grams:
+            gram, cross = grams[path], crosses.get(path)
+            for each in (gram, cross):
+                if each is not None and not _is_finite(each):
+                    raise CalibrationError(f"NaN or Inf in the inputs of {path}")
+            total = None if cross is None else cross.total
+            found[path] = InputGram(gram.total, tuple(gram.tokens.tolist()), layout, total)
+    return Calibration(found, survey.left_out)
+
+
+def _add(gram: GramSum, x: Array, y: Array) -> GramSum:
+    return jax.vmap(add_tokens)(gram, x, y)
+
+
+def _is_finite(gram: GramSum) -> bool:
+    return bool(jnp.all(jnp.isfinite(jnp.trace(gram.total, axis1=1, axis2=2))))
 
 
 def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:

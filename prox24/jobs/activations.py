@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints.tensors import writing
 from prox24.checkpoints.unfinished import synchronise
-from prox24.processes import latest, meet
+from prox24.jobs.processes import latest, meet
 
 
 class ActivationFiles:

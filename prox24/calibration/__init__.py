@@ -1,1 +1,0 @@
-"""Statistics of a model's activations on calibration text."""

@@ -1,0 +1,1 @@
+"""Whole jobs around checkpoints: prune, distill, plan, verify, measure, load."""
