@@ -239,11 +239,6 @@ def width_not_divisible_within_a_memory(workspace):
     return [*arguments, "--memory", "1GB"], named
 
 
-def a_text_without_grams(workspace):
-    text = workspace / "text.txt"
-    return ["inspect", workspace / "model", "--calibration", text], "--calibration is for --grams"
-
-
 def report_that_is_a_folder(workspace):
     return ["verify", workspace / "model", "--report", workspace], "is a folder"
 
@@ -280,7 +275,6 @@ ERRORS = [
     width_not_divisible,
     width_not_divisible_within_a_memory,
     report_that_is_a_folder,
-    a_text_without_grams,
     nan_weight,
     pull_without_dense_targets,
     missing_tokenizer,

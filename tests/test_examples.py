@@ -149,6 +149,57 @@ def test_prox_finds_the_best_mask_of_uncorrelated_features(seed):
     assert np.array_equal(prox.mask, best)
 
 
+# Correlations in a model
+
+
+def test_quantities_of_known_grams():
+    diagnose = runpy.run_path(str(EXAMPLES / "gram_diagnostics.py"))["diagnose"]
+    rho, width = 0.5, 4
+    gram = np.pad((1 - rho) * np.eye(width) + rho, (0, 2))
+    spectrum = np.array([1 + (width - 1) * rho] + [1 - rho] * (width - 1)) / width
+    assert diagnose(gram) == pytest.approx(
+        {
+            "condition": (1 + (width - 1) * rho) / (1 - rho),
+            "effective rank": np.exp(-np.sum(spectrum * np.log(spectrum))),
+            "off diagonal": (width - 1) * rho**2 / (1 + (width - 1) * rho**2),
+            "coherence": rho,
+            "dead": 2,
+        }
+    )
+    assert diagnose(np.ones((3, 3), np.float32))["condition"] == np.inf
+    assert diagnose(np.zeros((3, 3)))["dead"] == 3
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_wanda_is_within_the_condition_number_of_the_best_mask(correlated):
+    diagnose = runpy.run_path(str(EXAMPLES / "gram_diagnostics.py"))["diagnose"]
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 8)) * rng.lognormal(size=8)
+    gram = features.T @ features
+    gram = gram if correlated else np.diag(np.diag(gram))
+    weight = rng.normal(size=(32, 8))
+    problem = prox24.LayerProblem(jnp.asarray(weight), jnp.asarray(gram))
+    removed = np.asarray(prox24.solve(problem, prox24.Wanda()).weight) - weight
+    losses = np.einsum("oi,ij,oj->o", removed, gram, removed)
+    best = np.array([best_mask_by_enumeration(row, gram)[1] for row in weight])
+    condition = diagnose(gram)["condition"]
+    assert condition == pytest.approx(1) if not correlated else 1 < condition < 50
+    assert np.all(losses <= condition * best * (1 + 1e-9))
+
+
+def test_grams_of_a_model_are_printed_and_drawn(tmp_path):
+    write_tiny(tmp_path / "model")
+    figure = tmp_path / "grams.svg"
+    sizes = ["--samples", "4", "--sequence-length", "32"]
+    command = ["examples/gram_diagnostics.py", tmp_path / "model", *sizes, "--output", figure]
+    header, *table, summary = rows(run(command))
+    assert header[:3] == ["layer", "input", "condition"]
+    inputs = {"attention_input", "attention_output", "mlp_input", "mlp_activation"}
+    assert {(row[0], row[1]) for row in table} == {(i, name) for i in "01" for name in inputs}
+    assert "off the diagonal on average" in summary[0]
+    assert figure.read_text().startswith("<?xml")
+
+
 # Digits
 
 

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.tensors import byte_count
-from prox24.cli import inspect_grams
 from prox24.cli.output import print_json, print_table
 from prox24.core.pattern import Pattern, Unstructured
-from prox24.errors import Prox24Error
 from prox24.jobs.forward import all_linears, load_model
 from prox24.models import decoder
 
@@ -39,10 +37,6 @@ class Entry(NamedTuple):
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
-    if arguments.grams or arguments.figure is not None:
-        return inspect_grams.run(arguments)
-    if arguments.calibration is not None:
-        raise Prox24Error("--calibration is for --grams")
     checkpoint = open_checkpoint(arguments.source)
     entries = list_tensors(checkpoint, arguments.pattern)
     size = sum(entry.size for entry in entries)
