@@ -35,7 +35,7 @@ from rich.table import Table
 
 import prox24.packed
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.demo import fetch_model
+from prox24.cli.demo_model import fetch_model
 from prox24.cli.generate import decoding_rate
 from prox24.jobs.forward import embedding_weights, head_weights, layer_weights, load_model
 from prox24.models import decoder

@@ -23,32 +23,18 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from baselines import ALPS, Boza
-from prox24.pipeline import gather_grams
 from rich.console import Console
 from rich.table import Table
 
 import prox24
-from prox24 import (
-    ADMM,
-    ConjugateGradients,
-    Exponential,
-    LayerProblem,
-    ProximalGradient,
-    SparseGPT,
-    Swaps,
-    Wanda,
-)
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.demo import fetch_model
-from prox24.jobs.forward import (
-    embed_windows,
-    layer_linears,
-    layer_weights,
-    load_model,
-    run_in_place,
-)
+from prox24 import ADMM, ConjugateGradients, LayerProblem, Prox, SparseGPT, Swaps, Wanda
 from prox24.jobs.text import spread_windows, text_or_packaged, tokenize
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.demo_model import fetch_model
+from prox24.jobs.forward import embed_windows, layer_linears, layer_weights, load_model, run_in_place
+from prox24.pipeline import gather_grams
+from prox24.solvers.admm import Projection
+from prox24.solvers.schedules import Adaptive, Cosine, Exponential, Linear
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,6 +46,17 @@ class Contender(NamedTuple):
     solver: object
     refit: object
     curve: str = ""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Boza:
+    """Boza's iteration as published: a tenth of the Gram's diagonal is added to the diagonal."""
+
+    def __call__(self, problem: LayerProblem, pattern: prox24.Pattern, damping: jax.Array):
+        gram = problem.gram + 0.1 * jnp.diag(jnp.diagonal(problem.gram))
+        found = ADMM.boza()(problem._replace(gram=gram), pattern, jnp.zeros_like(damping))
+        return found._replace(damping=damping)
 
 
 CONVERGED = ConjugateGradients(100, 1e-6)
@@ -79,19 +76,19 @@ def contenders() -> dict[str, Contender]:
     }
     projected = {
         f"admm, projection, {steps} steps": Contender(
-            dataclasses.replace(ADMM.in_steps(steps), penalty=None),
+            dataclasses.replace(ADMM.in_steps(steps), sparsify=Projection()),
             ConjugateGradients(),
             curve="admm, projection",
         )
         for steps in (12, 24, 96)
     }
-    projected["admm, projection, no refit"] = Contender(ADMM(penalty=None), None)
+    projected["admm, projection, no refit"] = Contender(ADMM(sparsify=Projection()), None)
     projected["admm, projection, scaling 0"] = Contender(
-        ADMM(penalty=None, scaling=0.0), ConjugateGradients()
+        ADMM(sparsify=Projection(), scaling=0.0), ConjugateGradients()
     )
     slower = {
         f"prox, growth {growth}": Contender(
-            ProximalGradient(Exponential(0.01, growth)), ConjugateGradients(), curve="prox"
+            Prox(Exponential(0.01, growth)), ConjugateGradients(), curve="prox"
         )
         for growth in grow
     }
@@ -105,16 +102,21 @@ def contenders() -> dict[str, Contender]:
         "sparsegpt + swaps": Contender(SparseGPT(), Swaps(), curve="sparsegpt, swaps"),
         "admm, Boza": Contender(Boza(), None),
         "admm, Boza + refit": Contender(Boza(), CONVERGED),
-        "admm, ALPS": Contender(ALPS(), ConjugateGradients(10)),
-        "admm, ALPS + refit": Contender(ALPS(), CONVERGED),
+        "admm, ALPS": Contender(ADMM.alps(), ConjugateGradients(10)),
+        "admm, ALPS + refit": Contender(ADMM.alps(), CONVERGED),
         DEFAULT: Contender(ADMM(), ConjugateGradients(), curve="admm with the prox"),
         f"{DEFAULT}, no refit": Contender(ADMM(), None),
         f"{DEFAULT} + swaps": Contender(ADMM(), Swaps()),
         f"{DEFAULT}, scaling 0": Contender(ADMM(scaling=0.0), ConjugateGradients()),
-        "prox": Contender(ProximalGradient(), ConjugateGradients(), curve="prox"),
-        "prox, no refit": Contender(ProximalGradient(), None),
-        "prox, no momentum": Contender(ProximalGradient(momentum=0.0), ConjugateGradients()),
-        PAPER: Contender(ProximalGradient.paper(), prox24.GradientSteps()),
+        "prox": Contender(Prox(), ConjugateGradients(), curve="prox"),
+        "prox, no refit": Contender(Prox(), None),
+        "prox, no momentum": Contender(Prox(momentum=0.0), ConjugateGradients()),
+        "prox, restart": Contender(Prox(restart=True), ConjugateGradients()),
+        "prox, per row": Contender(Prox(per_row=True), ConjugateGradients()),
+        "prox, adaptive": Contender(Prox(Adaptive(0.01)), ConjugateGradients()),
+        "prox, linear": Contender(Prox(Linear(0.01, 0.5)), ConjugateGradients()),
+        "prox, cosine": Contender(Prox(Cosine(0.01, 200.0, 200.0)), ConjugateGradients()),
+        PAPER: Contender(Prox.paper(), prox24.GradientSteps()),
         **stretched,
         **projected,
         **slower,

@@ -25,28 +25,20 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from baselines import ALPS
 from matplotlib.ticker import NullLocator, ScalarFormatter
-from prox24.pipeline import collect, prune
 from rich.console import Console
 from rich.table import Table
 
 import prox24
-from prox24 import (
-    ADMM,
-    ConjugateGradients,
-    Exponential,
-    GradientSteps,
-    ProximalGradient,
-    SparseGPT,
-    Swaps,
-    Wanda,
-)
+from prox24 import ADMM, ConjugateGradients, GradientSteps, Prox, SparseGPT, Swaps, Wanda
+from prox24.jobs.text import first_windows, read_text, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.tensors import TensorSource
-from prox24.cli.demo import fetch_model
+from prox24.cli.demo_model import fetch_model
 from prox24.jobs.perplexity import perplexity
-from prox24.jobs.text import first_windows, read_text, tokenize
+from prox24.pipeline import collect, prune
+from prox24.solvers.admm import Projection
+from prox24.solvers.schedules import Exponential
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -92,22 +84,22 @@ def main_table() -> list[Run]:
         Run("sparsegpt", SparseGPT()),
         Run("sparsegpt + refit", SparseGPT(), CONVERGED),
         Run("sparsegpt + swaps", SparseGPT(), Swaps()),
-        Run("admm, ALPS + refit", ALPS(), CONVERGED),
+        Run("admm, ALPS + refit", ADMM.alps(), CONVERGED),
         ADMM_REFIT,
         Run("admm with the prox + swaps", ADMM(), Swaps()),
-        Run("admm, projection + refit", ADMM(penalty=None), ConjugateGradients()),
-        Run("prox + refit", ProximalGradient(), ConjugateGradients()),
+        Run("admm, projection + refit", ADMM(sparsify=Projection()), ConjugateGradients()),
+        Run("prox + refit", Prox(), ConjugateGradients()),
         Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
         *(
             on_dense_targets(run, pull)
             for run, pulls in (
                 (ADMM_REFIT, (3, 1, 0.3, 0.1)),
-                (Run("prox + refit", ProximalGradient(), ConjugateGradients()), (1,)),
+                (Run("prox + refit", Prox(), ConjugateGradients()), (1,)),
                 (Run("sparsegpt + refit", SparseGPT(), CONVERGED), (1,)),
             )
             for pull in pulls
         ),
-        Run("prox, paper + 1,000 gradient steps", ProximalGradient.paper(), GradientSteps()),
+        Run("prox, paper + 1,000 gradient steps", Prox.paper(), GradientSteps()),
     ]
 
 
@@ -118,7 +110,7 @@ def samples_table() -> list[Run]:
         Run("wanda + refit", Wanda(), ConjugateGradients()),
         Run("sparsegpt", SparseGPT()),
         Run("sparsegpt + refit", SparseGPT(), ConjugateGradients()),
-        Run("prox + refit", ProximalGradient(), ConjugateGradients()),
+        Run("prox + refit", Prox(), ConjugateGradients()),
         ADMM_REFIT,
     ]
     runs = [(2**power, method) for power in range(12) for method in methods]
@@ -129,9 +121,7 @@ def samples_table() -> list[Run]:
 def refit_table() -> list[Run]:
     """Gradient steps after masking; none is the proximal gradient method with no refit."""
     return [
-        Run(
-            "prox", ProximalGradient(), GradientSteps(steps=steps), varied={"gradient_steps": steps}
-        )
+        Run("prox", Prox(), GradientSteps(steps=steps), varied={"gradient_steps": steps})
         for steps in (0, 50, 100, 200, 400, 800, 1600)
     ]
 
@@ -139,7 +129,7 @@ def refit_table() -> list[Run]:
 def growth_table() -> list[Run]:
     """How fast lambda grows."""
     return [
-        Run(method, ProximalGradient(Exponential(0.01, growth)), refit, varied={"growth": growth})
+        Run(method, Prox(Exponential(0.01, growth)), refit, varied={"growth": growth})
         for growth in (1.5, 1.2, 1.1, 1.05, 1.02)
         for method, refit in (("prox", None), ("prox + refit", ConjugateGradients()))
     ]

