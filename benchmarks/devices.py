@@ -14,14 +14,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from numpy.typing import NDArray
+from prox24.cli.windows import calibration_windows
+from prox24.pipeline import PrunedTensor, prune
 from rich.console import Console
 from rich.table import Table
 
 from prox24 import ADMM, ConjugateGradients
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.cli.demo_model import fetch_model
-from prox24.cli.windows import calibration_windows
-from prox24.pipeline import PrunedTensor, prune
 
 CASES = [(2, 14), (8, 4)]
 """How many devices, and how many linears."""

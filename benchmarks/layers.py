@@ -23,16 +23,22 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from prox24.pipeline import gather_grams
 from rich.console import Console
 from rich.table import Table
 
 import prox24
 from prox24 import ADMM, ConjugateGradients, LayerProblem, Prox, SparseGPT, Swaps, Wanda
-from prox24.jobs.text import spread_windows, text_or_packaged, tokenize
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.demo_model import fetch_model
-from prox24.jobs.forward import embed_windows, layer_linears, layer_weights, load_model, run_in_place
-from prox24.pipeline import gather_grams
+from prox24.jobs.forward import (
+    embed_windows,
+    layer_linears,
+    layer_weights,
+    load_model,
+    run_in_place,
+)
+from prox24.jobs.text import spread_windows, text_or_packaged, tokenize
 from prox24.solvers.admm import Projection
 from prox24.solvers.schedules import Adaptive, Cosine, Exponential, Linear
 

@@ -26,17 +26,17 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.ticker import NullLocator, ScalarFormatter
+from prox24.pipeline import collect, prune
 from rich.console import Console
 from rich.table import Table
 
 import prox24
 from prox24 import ADMM, ConjugateGradients, GradientSteps, Prox, SparseGPT, Swaps, Wanda
-from prox24.jobs.text import first_windows, read_text, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.tensors import TensorSource
 from prox24.cli.demo_model import fetch_model
 from prox24.jobs.perplexity import perplexity
-from prox24.pipeline import collect, prune
+from prox24.jobs.text import first_windows, read_text, tokenize
 from prox24.solvers.admm import Projection
 from prox24.solvers.schedules import Exponential
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from prox24.cli.windows import evaluation_windows
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -23,7 +24,6 @@ from transformers import AutoModelForCausalLM
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo_model import fetch_model
-from prox24.cli.windows import evaluation_windows
 from prox24.jobs.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
 from prox24.models import decoder
 

@@ -32,18 +32,18 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from model import add_row, check_columns, drawn_windows, read_rows
 from multiple_choice import Question, accuracies, read_questions
+from prox24.cli.output import peak_memory_bytes
+from prox24.pipeline import collect, prune
 from rich.console import Console
 from rich.table import Table
 
 from prox24 import ADMM, ConjugateGradients, Prox, SparseGPT
-from prox24.jobs.text import first_windows, read_text, tokenize
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo_model import fetch_model
-from prox24.cli.output import peak_memory_bytes
 from prox24.jobs.distill import ModelRefinement, MovingMask, distill
 from prox24.jobs.perplexity import perplexity
-from prox24.pipeline import collect, prune
+from prox24.jobs.text import first_windows, read_text, tokenize
 from prox24.refine import BlockRefinement
 from prox24.solvers.problem import DEFAULT_PULL
 from prox24.solvers.solve import Refit, Solver

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-
-from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.cli.windows import calibration_windows
 from prox24.forward import embed_windows, layer_weights, load_model, run_in_place
 from prox24.pipeline import gather_grams
+
+from prox24.checkpoints.checkpoint import open_checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prox24.core.pattern import Pattern, Unstructured
     from prox24.core.penalty import penalty
     from prox24.core.prox import prox
-    from prox24.jobs.distill import ModelRefinement, distill
+    from prox24.jobs.distill import distill
     from prox24.jobs.evaluate import perplexity
     from prox24.jobs.load import load
     from prox24.jobs.plan import plan
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from prox24.jobs.verify import verify
     from prox24.pruning.recipe import DenseTargets, Recipe
     from prox24.refine.blocks import BlockRefinement
+    from prox24.refine.model import ModelRefinement
     from prox24.solvers import schedules as schedules
-    from prox24.solvers.admm import ADMM, Projection, Shrinkage
+    from prox24.solvers.admm import ADMM
     from prox24.solvers.problem import LayerProblem, Solution, Status, correct_inputs
     from prox24.solvers.proximal import ProximalGradient
     from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
@@ -44,7 +45,7 @@ _PLACES = {
     "core.pattern": ("Pattern", "Unstructured"),
     "core.penalty": ("penalty",),
     "core.prox": ("prox",),
-    "jobs.distill": ("ModelRefinement", "distill"),
+    "jobs.distill": ("distill",),
     "jobs.evaluate": ("perplexity",),
     "jobs.load": ("load",),
     "jobs.plan": ("plan",),
@@ -53,7 +54,8 @@ _PLACES = {
     "jobs.verify": ("verify",),
     "pruning.recipe": ("DenseTargets", "Recipe"),
     "refine.blocks": ("BlockRefinement",),
-    "solvers.admm": ("ADMM", "Projection", "Shrinkage"),
+    "refine.model": ("ModelRefinement",),
+    "solvers.admm": ("ADMM",),
     "solvers.problem": ("LayerProblem", "Solution", "Status", "correct_inputs"),
     "solvers.proximal": ("ProximalGradient",),
     "solvers.refit": ("ConjugateGradients", "GradientSteps", "LeastSquares"),
@@ -88,11 +90,9 @@ __all__ = [
     "Magnitude",
     "ModelRefinement",
     "Pattern",
-    "Projection",
     "ProximalGradient",
     "PrunedParams",
     "Recipe",
-    "Shrinkage",
     "Solution",
     "SparseGPT",
     "Status",

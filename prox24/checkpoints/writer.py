@@ -4,7 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from prox24.checkpoints.unfinished import (
 from prox24.errors import CheckpointError, DiskError, first_line
 
 MODEL_CARD = "README.md"
+
+Replacement = TypeVar("Replacement", bound=tuple[Any, ...])
 
 
 class Output(NamedTuple):
@@ -169,28 +171,28 @@ def write_checkpoint(
 def fill_folder(
     source: Checkpoint,
     unfinished: Unfinished,
-    replaced: Iterable[tuple[str, NDArray[Any]]] = (),
+    replaced: Iterable[Replacement] = (),
     *,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     file_format: str = "safetensors",
     note: str | None = None,
-    on_replaced: Callable[[Written], None] = lambda written: None,
+    on_replaced: Callable[[Written, Replacement], None] = lambda written, replacement: None,
 ) -> dict[str, str]:
     """Writes the files of an HF folder.
 
     Args:
       source: gives the names, the order, the config, the tokenizer and every other file.
       unfinished: the folder; what is finished there is left as it is.
-      replaced: names and new values of tensors, each of which is written before the next is asked
-        for; the others are copied bit for bit.
+      replaced: tuples of the name of a tensor, its new values, and more that is not looked at. Each
+        is written before the next is asked for. Other tensors are copied bit for bit.
       dtype: "float32", "float16" or "bfloat16" for all but buffers and integers; None keeps each
         tensor's own.
       max_shard_bytes: of the tensors in one file, unless a single one is larger; None keeps
         together what is in one file of the source.
       file_format: one of `OUTPUTS`.
       note: Markdown that is appended to the model card, README.md.
-      on_replaced: called when a replaced tensor is written.
+      on_replaced: called when a replaced tensor is written, with the tuple that it came in.
 
     Returns:
       The SHA-256 of every tensor that the files hold, by name, in their order: of all, but for the
@@ -239,12 +241,13 @@ def fill_folder(
             digests[name] = sha256(converted)
             return Written(name, file, digests[name])
 
-        for name, values in replaced:
+        for replacement in replaced:
+            name, values = replacement[:2]
             if name not in places or values.shape != specs[name].shape:
                 raise CheckpointError(
                     f"{source.path} has no place for a tensor {name} of shape {values.shape}"
                 )
-            on_replaced(write(name, values))
+            on_replaced(write(name, values), replacement)
         for name in list(places):
             write(name, source.read(name))
     return {name: digests[name] for names in shards for name in names}

@@ -1,15 +1,30 @@
 """`prox24 convert`: a checkpoint from one format, dtype or size of shards into another."""
 
 import argparse
+from pathlib import Path
 
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import OUTPUTS, check_destination, write_checkpoint
-from prox24.cli.output import print_json, print_table
+from prox24.cli import options
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    command.add_argument("source", help=options.MODEL)
+    command.add_argument("destination", type=Path, help="HF folder to write")
+    command.add_argument("--format", choices=("safetensors", "flax"), default="safetensors")
+    command.add_argument(
+        "--dtype", choices=options.DTYPES, help="of the output (default: the source's)"
+    )
+    options.add_writing(command)
+    options.add_output(command, quiet="no summary")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
-    check_destination(arguments.destination, [arguments.source], arguments.overwrite)
+    from prox24.checkpoints.checkpoint import open_checkpoint
+    from prox24.checkpoints.writer import OUTPUTS, check_destination, write_checkpoint
+    from prox24.jobs.output import print_json, print_table
+
+    check_destination(arguments.destination, [Path(arguments.source)], arguments.overwrite)
     checkpoint = open_checkpoint(arguments.source)
     written = write_checkpoint(
         checkpoint,

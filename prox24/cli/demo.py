@@ -1,37 +1,66 @@
-"""`prox24 demo`: a real 135M-parameter model, pruned by the baselines and the default."""
+"""`prox24 demo`: a real model of 135M parameters, pruned by the baselines and the default."""
 
 import argparse
-import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import write_checkpoint
-from prox24.cli.demo_model import fetch_model
-from prox24.cli.output import peak_memory_bytes, print_json, print_table
-from prox24.cli.prune import choose, choose_pull, prune_with_progress, tensors_of
-from prox24.cli.windows import calibration_windows, evaluation_windows
+from prox24.cli import options
 from prox24.errors import CheckpointError
-from prox24.jobs.perplexity import perplexity
-from prox24.pipeline import LinearReport
+from prox24.pruning.recipe import PRESETS
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "admm")
+METHODS = {
+    "magnitude": "magnitude",
+    "wanda": "wanda",
+    "sparsegpt": "sparsegpt",
+    "admm": "admm + refit, dense targets",
+}
+"""Presets, with what the table calls them."""
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    command.add_argument(
+        "--cache", type=Path, default=Path(".cache"), help="folder for the download"
+    )
+    command.add_argument(
+        "--output", type=Path, default=Path("."), help="folder for the models (replaces its four)"
+    )
+    options.add_windows(command, "calibration", "UTF-8 text (default: speeches)", 16)
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on (default: a novel)"
+    )
+    command.add_argument(
+        "--evaluation-samples",
+        type=options.positive,
+        default=16,
+        help="evaluation windows (default: 16)",
+    )
+    options.add_output(command, quiet="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
+    from prox24.checkpoints.checkpoint import open_checkpoint
+    from prox24.cli.demo_model import fetch_model
+    from prox24.jobs.evaluate import perplexity
+    from prox24.jobs.output import peak_memory_bytes, print_json, print_table
+    from prox24.jobs.prune import prune
+    from prox24.jobs.text import Text, calibration_windows, evaluation_windows
+
     for folder in (arguments.cache, arguments.output):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
-    checkpoint = open_checkpoint(fetch_model(arguments.cache))
+    model, length = fetch_model(arguments.cache), arguments.sequence_length
+    checkpoint = open_checkpoint(model)
     evaluation = evaluation_windows(
-        checkpoint, arguments.text, arguments.evaluation_samples, arguments.sequence_length
+        checkpoint, Text(arguments.text, arguments.evaluation_samples, length)
     )
     calibration = calibration_windows(
-        checkpoint, arguments.calibration, arguments.samples, arguments.sequence_length
+        checkpoint, Text(arguments.calibration, arguments.samples, length)
     )
     if not (arguments.quiet or arguments.json):
         print(
@@ -40,40 +69,28 @@ def run(arguments: argparse.Namespace) -> int:
         )
 
     began = time.perf_counter()
-    dense = perplexity(checkpoint, evaluation)
-    rows: list[dict[str, Any]] = [
-        {"method": "dense", **dense._asdict(), "seconds": time.perf_counter() - began}
-    ]
-    for method in METHODS:
+    dense = perplexity(model, evaluation, quiet=arguments.quiet)
+    seconds = time.perf_counter() - began
+    rows: list[dict[str, Any]] = [{"method": "dense", **dense.to_dict(), "seconds": seconds}]
+    for method, name in METHODS.items():
         began = time.perf_counter()
-        (solver, refit), pull = choose(method), choose_pull(method)
-        linears = prune_with_progress(
-            checkpoint,
-            calibration,
-            solver,
-            refit,
-            title=method,
-            pattern=(2, 4),
-            damping=0.01,
-            pull=pull,
+        destination = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
+        report = prune(
+            model,
+            destination,
+            PRESETS[method](),
+            calibration=calibration,
+            overwrite=True,
             quiet=arguments.quiet,
         )
-        destination = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
-        reports: list[LinearReport | None] = []
-        with contextlib.closing(linears):
-            write_checkpoint(checkpoint, destination, tensors_of(linears, reports), overwrite=True)
         # What is measured is what was written, read back.
-        result = perplexity(open_checkpoint(destination), evaluation)
-        pruned = [report for report in reports if report is not None]
-        losses = [report.statistics.relative_loss for report in pruned]
+        result = perplexity(destination, evaluation, quiet=arguments.quiet)
         rows.append(
             {
-                "method": method
-                + ("" if refit is None else " + refit")
-                + ("" if pull is None else ", dense targets"),
-                **result._asdict(),
-                "mean_relative_loss": sum(losses) / len(losses),
-                "solver_seconds": sum(report.seconds for report in pruned),
+                "method": name,
+                **result.to_dict(),
+                "mean_relative_loss": report.mean_relative_loss,
+                "solver_seconds": sum(linear.seconds for linear in report.linears),
                 "seconds": time.perf_counter() - began,
                 "folder": str(destination),
             }

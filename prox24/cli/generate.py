@@ -3,16 +3,50 @@
 import argparse
 import time
 
-from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
-from prox24.cli.output import peak_memory_bytes, print_json, progress_bar
-from prox24.cli.windows import prompt_tokens
-from prox24.jobs.forward import all_weights, load_model
-from prox24.models.generate import check_prompts, generate
-from prox24.packed import pack
+from prox24.cli import options
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    command.add_argument("model", help=options.MODEL)
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    command.add_argument(
+        "--tokens", type=options.positive, default=64, help="most tokens to generate (default: 64)"
+    )
+    command.add_argument(
+        "--temperature",
+        type=options.nonnegative,
+        default=0.0,
+        help="0 takes the most probable tokens (default: 0)",
+    )
+    command.add_argument(
+        "--top-p",
+        type=options.probability,
+        default=1.0,
+        metavar="P",
+        help="draw from the most probable tokens that have this probability together (default: 1)",
+    )
+    command.add_argument(
+        "--seed", type=options.index, default=0, help="of the random draws (default: 0)"
+    )
+    command.add_argument(
+        "--dtype", choices=options.DTYPES, help="of the weights in memory (default: the model's)"
+    )
+    command.add_argument(
+        "--packed", action="store_true", help="keep the linears of a 2:4 model packed in memory"
+    )
+    options.add_output(command, quiet="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
+    from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
+    from prox24.jobs.forward import all_weights, load_model
+    from prox24.jobs.output import peak_memory_bytes, print_json, progress_bar
+    from prox24.jobs.text import prompt_tokens
+    from prox24.models.generate import check_prompts, generate
+    from prox24.packed import pack
+
     checkpoint = open_checkpoint(arguments.model)
     model, tokenizer = load_model(checkpoint), checkpoint.load_tokenizer()
     prompt = prompt_tokens(checkpoint, arguments.prompt)

@@ -114,8 +114,8 @@ def add_field(group: Any, cls: type, name: str, prefix: str = "") -> None:
     group.add_argument(
         option(prefix + name),
         type=KINDS.get(name, KINDS.get(kind, str)),
-        choices=DTYPES if name == "dtype" else None,
-        metavar=METAVARS.get(name) if name != "dtype" else None,
+        choices=CHOICES.get(name),
+        metavar=METAVARS.get(name),
         help=(help_text + shown).replace("%", "%%"),
     )
 
@@ -275,9 +275,13 @@ KINDS: dict[Any, Callable[[str], Any]] = {
     "keep_dense": count_or_share,
     "damping": nonnegative,
     "held_out": share,
+    "cross_entropy": share,
+    "warmup": share,
     float: positive_number,
     int: positive,
 }
 """How an option is read, by the name of its field or by its type."""
+
+CHOICES = {"dtype": DTYPES, "compute_dtype": ("float32", "bfloat16")}
 
 METAVARS = {"pattern": "N:M", "only": "REGEX", "skip": "REGEX", "keep_dense": "COUNT"}

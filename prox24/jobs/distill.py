@@ -1,355 +1,231 @@
-"""Training all kept weights of a pruned checkpoint together, on what the dense one predicts."""
+"""The whole job of training a pruned model on the dense model's predictions."""
 
+import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
-from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from prox24 import refine
-from prox24.checkpoints.checkpoint import Checkpoint
-from prox24.core.placement import AXIS, in_parts
-from prox24.core.precision import check_compute_dtype
-from prox24.errors import CalibrationError, CheckpointError, Prox24Error
-from prox24.jobs import partition
-from prox24.jobs.forward import (
-    Model,
-    all_linears,
-    embed_windows,
-    embedding_weights,
-    head_weights,
-    layer_linears,
-    layer_tensor,
-    layer_weights,
-    load_model,
-    oriented,
-    run_in_place,
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.manifest import write_manifest
+from prox24.checkpoints.training_state import states
+from prox24.checkpoints.unfinished import (
+    check_unchanged,
+    sha256,
+    source_files,
+    unfinished_folder,
 )
-from prox24.models import decoder, whole
-from prox24.models.decoder import Config, Weights
-from prox24.refine import Refined, Training
-from prox24.refine.distillation import Features, Logits
-from prox24.refine.training import Resume, check_positive, check_shares, share_of
+from prox24.checkpoints.writer import OUTPUTS, check_destination, check_outside, fill_folder
+from prox24.core.masks import mean_sparsity
+from prox24.core.placement import common_mesh
+from prox24.jobs.forward import all_linears, load_model
+from prox24.jobs.output import peak_memory_bytes, progress_bar, table, versions
+from prox24.jobs.prune import described
+from prox24.jobs.reports import Report, gigabytes
+from prox24.jobs.text import SPEECHES, Text, Windows, calibration_windows, shuffled
+from prox24.jobs.training import train_model
+from prox24.refine.model import ModelRefinement
+from prox24.refine.training import Resume, Training
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelRefinement:
-    """How `distill` trains: Adam on gradients of norm 1 at the most.
-
-    The rate rises along a line, from the n-th part of the highest in the first of n steps, and
-    falls to zero along a cosine.
+class DistillReport(Report):
+    """How a model was trained; printed, it is a table.
 
     Attributes:
-      rate: the highest.
-      passes: over the windows that are not held out.
-      step_windows: the windows of a step.
-      held_out: the share of the steps' windows, the last ones, that decides which weights were
-        best; at least one step's are. Shuffle windows that are in the order of a text.
-      cross_entropy: the share of the loss that is the text's own, see `prox24.refine.distill`.
-      measurements: of the loss on what is held out, so many at the most, evenly over the steps.
-      warmup: the share of the steps in which the rate rises.
-      micro_batches: in which the windows of a step are computed one after the other, for memory.
-      compute_dtype: of the operands of products with the weights of the layers' linears and of the
-        head, forwards and backwards, in both models: "float32", at the highest precision, or
-        "bfloat16", whose products are summed in float32. All else is float32, but for the gradients
-        of these weights, which are rounded to bfloat16 when devices have added them.
-
-    Raises:
-      Prox24Error: the micro-batches do not divide the windows of a step.
-      ValueError: the rate, the passes, the measurements or the windows of a step are not positive,
-        a share is not from 0 to 1, or it is another dtype.
+      dense: the model that was pruned.
+      pruned: the model that was trained.
+      destination: the folder that was written.
+      refinement: how it was trained, by field of `ModelRefinement`.
+      text: the text, its windows and tokens.
+      outcome: "improved", "unchanged" or "diverged".
+      losses: on held-out windows, before the first step and at each measurement; None where one is
+        not finite.
+      steps: of the optimizer.
+      resumed_steps: the steps that a run before had taken.
+      tokens: that were trained on, counted once for each pass.
+      seconds: wall-clock time of the job.
+      peak_memory_bytes: the largest resident memory; None where it is not known.
+      versions: of Python and packages.
+      remark: what a runtime makes of the zeros.
     """
 
-    rate: float = 2e-4
-    passes: int = 1
-    step_windows: int = 1
-    held_out: float = 0.0625
-    cross_entropy: float = 0.0
-    measurements: int = 4
-    warmup: float = 0.1
-    micro_batches: int = 1
-    compute_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        check_positive(self, "rate", "passes", "measurements", "step_windows")
-        check_shares(self, "held_out", "cross_entropy", "warmup")
-        check_compute_dtype(self.compute_dtype)
-        if self.micro_batches < 1 or self.step_windows % self.micro_batches:
-            raise Prox24Error(
-                f"{self.micro_batches} micro-batches do not divide {self.step_windows} windows of "
-                "a step"
-            )
-
-    @property
-    def micro_batch(self) -> int:
-        """Windows that are in memory together."""
-        return self.step_windows // self.micro_batches
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """The rate by the number of steps before, of so many that the optimizer takes."""
-        rising = min(round(self.warmup * steps), steps - 1)
-        first = self.rate / max(1, rising)
-        return optax.warmup_cosine_decay_schedule(first, self.rate, rising, steps)
-
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Of so many steps."""
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.schedule(steps)))
-
-    def held_out_of(self, groups: int) -> int:
-        """Of the groups of windows that make a step each, those that are held out."""
-        return share_of(self.held_out, groups)
-
-    def steps(self, groups: int) -> int:
-        """Of the optimizer."""
-        return self.passes * (groups - self.held_out_of(groups))
-
-    def measured_every(self, steps: int) -> int:
-        """Steps from one measurement to the next."""
-        return max(1, math.ceil(steps / self.measurements))
-
-
-class Distilled(NamedTuple):
-    """A pruned model after its training.
-
-    Attributes:
-      tensors: names and values, in the checkpoint's layout, of every tensor of every layer.
-      refined: how it went.
-      tokens: of all windows that were trained on, counted once for each pass.
-    """
-
-    tensors: Iterator[tuple[str, NDArray[Any]]]
-    refined: Refined
+    dense: str
+    pruned: str
+    destination: str
+    refinement: dict[str, Any]
+    text: dict[str, Any]
+    outcome: str
+    losses: list[float | None]
+    steps: int
+    resumed_steps: int
     tokens: int
+    seconds: float
+    peak_memory_bytes: int | None
+    versions: dict[str, str]
+    remark: str
+
+    def __str__(self) -> str:
+        best = min(loss for loss in self.losses if loss is not None)
+        rows = [
+            ["outcome", self.outcome],
+            ["loss on held-out windows", f"{self.losses[0]:.4f} to {best:.4f}"],
+            ["steps", str(self.steps)],
+            ["tokens", str(self.tokens)],
+            ["seconds", f"{self.seconds:.0f}"],
+            ["peak memory", gigabytes(self.peak_memory_bytes)],
+        ]
+        if self.resumed_steps:
+            rows.append(["done by the run before", f"{self.resumed_steps} steps"])
+        return f"{table(['written', self.destination], rows)}\n{self.remark}"
 
 
 def distill(
-    dense: Checkpoint,
-    pruned: Checkpoint,
-    windows: NDArray[np.int32],
-    refinement: ModelRefinement,
+    dense: str | Path,
+    pruned: str | Path,
+    destination: str | Path,
+    refinement: ModelRefinement = ModelRefinement(),
     *,
-    mesh: Mesh | None = None,
-    resume: Resume = lambda state: state,
-    on_measured: Callable[[Training], None] = lambda state: None,
-) -> Distilled:
-    """Trains the nonzeros of every linear, norms and biases; embeddings and head stay.
+    text: Windows = Text(),
+    state: str | Path | None = None,
+    tensor_parallel: int = 1,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> DistillReport:
+    """Trains the weights that pruning kept on the dense model's predictions, and writes the result.
 
-    The dense model runs once, layer by layer, and the hidden states that it ends with are kept on
-    the host: hidden width * 4 bytes for a token. With cross-entropy alone it does not run. The
-    pruned model is in memory as a whole: its weights as they were given and the best ones, in
-    float32 the trained ones, two moments of Adam and a gradient, and a byte for each entry, whether
-    it is trained; embeddings and head besides.
+    The zeros stay zeros. Norms and biases are trained, too; embeddings and head are not.
 
     Args:
-      dense: the teacher.
-      pruned: with the same config; its zeros stay zeros. Where its embeddings or head differ from
-        the dense model's, each has its own.
-      windows: tokens, shape (windows, length).
-      refinement: see there.
-      mesh: devices of one process, of which the first axis shares the windows of a micro-batch and
-        the parts of every weight. A second axis, if there is one, shares heads and widths.
-      resume: the state to begin with, given the one before the first step.
-      on_measured: see `prox24.refine.distill`.
+      dense: the model that was pruned: an HF folder, a GGUF file, or the hub's
+        OWNER/NAME[@REVISION].
+      pruned: the pruned model.
+      destination: the HF folder to write; complete or absent.
+      refinement: how it is trained.
+      text: to train on; or token ids, shape (windows, length).
+      state: a folder for the state of the training at each measurement; the same call goes on from
+        there.
+      tensor_parallel: devices that share heads and widths; the others share the windows.
+      overwrite: replaces the destination.
+      quiet: shows no progress bar.
 
     Returns:
-      A `Distilled`.
+      A `DistillReport`.
 
     Raises:
-      CheckpointError: the models differ in more than their weights, or the pruned one has no linear
-        with a quarter of zeros, or with more of them than the dense one's.
-      CalibrationError: there are fewer than two steps' windows, all are held out, or the loss is
-        not finite before the first step.
-      Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
-        of the second the heads or the width of a layer.
+      CheckpointError: the models differ in more than their weights, the pruned one is not pruned,
+        or the destination cannot be written.
+      CalibrationError: the text is too short, or the loss is not finite before the first step.
+      Prox24Error: the devices do not divide windows, heads or widths.
     """
-    mesh = None if mesh is None else partition.training_mesh(mesh)
-    # Devices of the second axis would compute the same.
-    teacher = load_model(dense, None if mesh is None else Mesh(mesh.devices[:, 0], (AXIS,)))
-    student = load_model(pruned)
-    config = student.config
-    if config != teacher.config:
-        raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
-    size, micro_batch = refinement.step_windows, refinement.micro_batch
-    if mesh is not None:
-        partition.check_divides(config, mesh, micro_batch)
-    groups = len(windows) // size
-    held_out = refinement.held_out_of(groups)
-    if groups < 2:
-        raise CalibrationError(
-            f"{len(windows)} windows are too few for steps of {size}: {2 * size} or more are "
-            f"needed, {size} of them held out"
-        )
-    if groups == held_out:
-        raise CalibrationError(f"all {len(windows)} windows are held out; use a smaller share")
-    windows, steps = windows[: groups * size], refinement.steps(groups)
-    params = _params(student, mesh)
-    if not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config)):
-        raise CheckpointError(
-            f"{pruned.path} has no more zeros in its linears than {dense.path}: prune it first"
-        )
-    dtype = refinement.compute_dtype
-    outer = _outer(student, mesh, dtype)
-    taught = refinement.cross_entropy < 1
-    batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
-    if taught:
-        targets = _targets(teacher, windows, micro_batch, dtype)
-        of_teacher = _shared(_head(config, dtype, _placed(head_weights(teacher), mesh)), outer.head)
-    else:  # Not looked at.
-        targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), outer.head
-    trained = refine.distill(
-        *_functions(config, mesh, dtype),
-        params,
-        outer,
-        batches,
-        targets,
-        _optimizer(refinement, steps),
-        teacher=outer._replace(head=of_teacher),
-        cross_entropy=refinement.cross_entropy,
-        passes=refinement.passes,
-        held_out=held_out * refinement.micro_batches,
-        micro_batches=refinement.micro_batches,
-        kept=functools.partial(_kept, config),
-        measured_every=refinement.measured_every(steps),
-        resume=resume,
-        on_measured=on_measured,
-    )
-    if not math.isfinite(trained.losses[0]):
-        raise CalibrationError(f"{pruned.path}: the loss on the text is {trained.losses[0]}")
-    tokens = trained.steps * size * windows.shape[1]
-    return Distilled(_named(config, trained.params), trained, tokens)
+    began = time.perf_counter()
+    destination = Path(destination)
+    file = text.file if isinstance(text, Text) else None
+    inputs = [Path(dense), Path(pruned), None if file is None else Path(file)]
+    check_destination(destination, inputs, overwrite)
+    if state is not None:
+        check_outside(destination, Path(state))
+    teacher, student = open_checkpoint(dense), open_checkpoint(pruned)
+    mesh = common_mesh(refinement.micro_batch, tensor_parallel)
+    windows = shuffled(calibration_windows(teacher, text))
+    models = {"dense": teacher, "pruned": student}
+    files = {role: source_files(model.path) for role, model in models.items()}
+    job = {
+        "command": "distill",
+        "refinement": dataclasses.asdict(refinement),
+        "text": {"tokens": windows.size, "sha256": sha256(windows)},
+        "dense": files["dense"],
+        "source": files["pruned"],
+        "versions": versions(),
+        "devices": [jax.devices()[0].device_kind, *([1] if mesh is None else mesh.devices.shape)],
+    }
+    linears = {linear.tensor for linear in all_linears(load_model(student).config)}
+    figures: list[dict[str, Any]] = []
+    trained: set[str] = set()
 
+    def watched(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        for name, values in tensors:
+            trained.add(name)
+            if name in linears:
+                figures.append({"name": name, "sparsity": float(mean_sparsity(values))})
+            yield name, values
 
-def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
-    """The tensors of all layers; on the host are those of one name at a time."""
-
-    def stack(name: str, tensors: list[NDArray[Any]]) -> Array:
-        values = np.stack(tensors)
-        return jax.device_put(
-            values, None if mesh is None else partition.stored(mesh, name, values.shape)
-        )
-
-    return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
-
-
-class _Outer(NamedTuple):
-    """What a training computes with besides the layers."""
-
-    embedding: Weights
-    head: Weights
-
-
-def _outer(model: Model, mesh: Mesh | None, compute_dtype: str) -> _Outer:
-    weights = _placed(embedding_weights(model) | head_weights(model), mesh)
-    embedding = {name: weights[name] for name in decoder.embedding_shapes(model.config)}
-    return _Outer(embedding, _head(model.config, compute_dtype, weights))
-
-
-def _placed(weights: Weights, mesh: Mesh | None) -> Weights:
-    if mesh is None:
-        return weights
-    return {name: jax.device_put(w, partition.outer(mesh, w.shape)) for name, w in weights.items()}
-
-
-def _head(config: Config, compute_dtype: str, weights: Weights) -> Weights:
-    """What is behind the layers, rounded once for all steps."""
-    behind = {name: weights[name] for name in decoder.head_shapes(config)}
-    return decoder.computed_in(compute_dtype, behind, {decoder.head_weight(config.head)})
-
-
-def _shared(weights: Weights, others: Weights) -> Weights:
-    """The weights, of which those that equal the others' are not in memory twice."""
-
-    def shared(weight: Array, other: Array) -> Array:
-        equal = weight.dtype == other.dtype and bool(jnp.all(weight == other))
-        return other if equal else weight
-
-    return jax.tree.map(shared, weights, others)
-
-
-def _targets(
-    model: Model, windows: NDArray[np.int32], size: int, compute_dtype: str
-) -> list[NDArray[np.float32]]:
-    """What the last layer puts out, by batch: shape (size, length, hidden)."""
-    config, hidden = model.config, list(embed_windows(model, windows, size))
-    for index in range(len(config.layers)):
-        weights = decoder.computed_in(compute_dtype, layer_weights(model, index), _linears(config))
-        run_in_place(model, index, weights, hidden)
-    return hidden
-
-
-@functools.lru_cache(maxsize=4)
-def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[Features, Logits]:
-    """Objects that are the same for the same model, so that they are compiled once."""
-    linears = _linears(config)
-
-    def enter(weights: Weights, hidden: Array) -> tuple[Weights, Array]:
-        # In that dtype already when devices send them to each other.
-        return partition.gathered(
-            mesh, decoder.computed_in(compute_dtype, weights, linears), hidden
-        )
-
-    def features(params: whole.Stacked, outer: _Outer, tokens: Array) -> Array:
-        return whole.features(config, params, outer.embedding, in_parts(tokens, mesh), enter)
-
-    def logits(outer: _Outer, hidden: Array) -> Array:
-        return decoder.logits(config, outer.head, hidden)
-
-    return features, logits
-
-
-@functools.lru_cache(maxsize=4)
-def _optimizer(refinement: ModelRefinement, steps: int) -> optax.GradientTransformation:
-    """The same object for the same numbers, so that it is compiled once."""
-    return refinement.optimizer(steps)
-
-
-@functools.lru_cache(maxsize=4)
-def _linears(config: Config) -> frozenset[str]:
-    """The names of linears among the tensors of layers."""
-    indices = range(len(config.layers))
-    return frozenset(linear.weight for i in indices for linear in layer_linears(config, i))
-
-
-def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bool:
-    """Whether a linear has more than the same one of the dense model, which may have a few."""
-
-    def zeros(checkpoint: Checkpoint, tensor: str) -> int:
-        return int(np.count_nonzero(checkpoint.read(tensor) == 0))
-
-    names = (linear.tensor for linear in all_linears(config))
-    return any(zeros(pruned, name) > zeros(dense, name) for name in names)
-
-
-def _is_pruned(config: Config, params: whole.Stacked) -> bool:
-    """Whether a linear has so many zeros as no dense or quantised one has: a quarter."""
-    linears = _linears(config)
-    return any(
-        bool(jnp.max(jnp.mean(leaf == 0, axis=(1, 2), dtype=jnp.float32)) >= 0.25)
-        for run in params
-        for name, leaf in run.items()
-        if name in linears
+    # Opened before hours are spent.
+    with unfinished_folder(destination, overwrite=overwrite) as unfinished:
+        with _training(state, job, refinement, len(windows), quiet) as (resume, on_measured):
+            found = train_model(
+                teacher,
+                student,
+                windows,
+                refinement,
+                mesh=mesh,
+                resume=resume,
+                on_measured=on_measured,
+            )
+        note = _model_card(windows, refinement)
+        digests = fill_folder(student, unfinished, watched(found.tensors), note=note)
+        for role, model in models.items():
+            check_unchanged(model.path, files[role])
+        write_manifest(unfinished.folder, job, digests, figures, trained - linears)
+    refined = found.refined
+    return DistillReport(
+        dense=str(dense),
+        pruned=str(pruned),
+        destination=str(destination),
+        refinement=dataclasses.asdict(refinement),
+        text=described(text, windows, SPEECHES),
+        outcome=refined.outcome.value,
+        losses=[loss if math.isfinite(loss) else None for loss in refined.losses],
+        steps=refined.steps,
+        resumed_steps=refined.resumed_steps,
+        tokens=found.tokens,
+        seconds=time.perf_counter() - began,
+        peak_memory_bytes=peak_memory_bytes(),
+        versions=versions(),
+        remark=OUTPUTS["safetensors"](student).remark,
     )
 
 
-def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
-    """The nonzeros of linears, and every entry of the other tensors."""
-    linears = _linears(config)
-    return [
-        {name: leaf != 0 if name in linears else jnp.array(True) for name, leaf in run.items()}
-        for run in params
-    ]
+@contextlib.contextmanager
+def _training(
+    state: str | Path | None,
+    job: Mapping[str, Any],
+    refinement: ModelRefinement,
+    windows: int,
+    quiet: bool,
+) -> Iterator[tuple[Resume, Callable[[Training], None]]]:
+    """Where the training begins, and what is done at each measurement: progress, and the state."""
+    steps = refinement.steps(windows // refinement.step_windows)
+    measurements = math.ceil(steps / refinement.measured_every(steps))
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress_bar("distill", measurements, quiet))
+        saved = None if state is None else stack.enter_context(states(Path(state), job))
+
+        def on_measured(state: Training) -> None:
+            advance(f"step {state.steps} of {steps}", state.losses[-1])
+            if saved is not None:
+                saved.save(state)
+
+        def resume(begun: Training) -> Training:
+            state = begun if saved is None else saved.resume(begun)
+            for loss in state.losses[1:]:
+                advance(f"step {state.steps} of {steps}", loss)
+            return state
+
+        yield resume, on_measured
 
 
-def _named(config: Config, params: whole.Stacked) -> Iterator[tuple[str, NDArray[Any]]]:
-    for index, weights in enumerate(whole.unstacked(config, params)):
-        for name, values in weights.items():
-            tensor = decoder.layer_tensor(config.names, index, name)
-            yield tensor, np.asarray(oriented(config, values.astype(jnp.float32)))
+def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
+    return f"""## Distillation
+
+prox24 {versions()["prox24"]} trained the weights that pruning kept, in {refinement.passes} passes
+over {windows.shape[0]} windows of {windows.shape[1]} tokens. Some were held out to choose the best
+weights. Adam had rates up to {refinement.rate}. A share of {refinement.cross_entropy} of the loss
+is the text's own next tokens, the rest the dense model's predictions.
+"""

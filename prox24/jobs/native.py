@@ -186,7 +186,7 @@ class NativeRunner:
     def loaded(self, tensor: str, stored: NDArray[Any]) -> Array:
         """On every device, (out, in)."""
         weight = forward.oriented(self.model.config, jnp.asarray(stored))
-        return everywhere(weight, self.mesh)  # type: ignore[no-any-return]
+        return everywhere(weight, self.mesh)
 
     def stored(self, tensor: str, weight: Array) -> NDArray[Any]:
         """On the host, in the checkpoint's layout."""

@@ -87,7 +87,7 @@ def check_report(
     if path is None:
         return
     check_writable(path, "report")
-    for given in map(Path, filter(None, inputs)):
+    for given in (Path(place) for place in inputs if place is not None):
         held = given.iterdir() if given.is_dir() else [given]
         if path.exists() and any(file.exists() and path.samefile(file) for file in held):
             raise CheckpointError(f"the report {path} would replace what is there, or read")

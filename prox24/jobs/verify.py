@@ -13,7 +13,7 @@ from prox24.checkpoints.manifest import read_manifest
 from prox24.checkpoints.tensors import is_finite
 from prox24.checkpoints.unfinished import sha256
 from prox24.core.masks import count_violations, mean_sparsity
-from prox24.core.pattern import AnyPattern, PatternLike, Unstructured
+from prox24.core.pattern import PatternLike, Unstructured
 from prox24.jobs import torchax
 from prox24.jobs.forward import all_linears, load_model
 from prox24.jobs.output import progress_bar, table, versions
@@ -85,7 +85,7 @@ class VerifyReport(Report):
 def verify(
     model: str | Path,
     source: str | Path | None = None,
-    pattern: AnyPattern | PatternLike | str | None = None,
+    pattern: PatternLike | Unstructured | str | None = None,
     *,
     quiet: bool = True,
 ) -> VerifyReport:

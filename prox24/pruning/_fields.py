@@ -65,12 +65,11 @@ def decode(value: Any, expected: Any, place: str) -> Any:
 
 
 def _decode_object(value: Mapping[str, Any], options: tuple[Any, ...], place: str) -> Any:
-    classes = [option for option in options if dataclasses.is_dataclass(option)]
-    name = value.get("name", classes[0].__name__ if len(classes) == 1 else None)
-    cls = REGISTERED.get(name) if isinstance(name, str) else None
-    if cls is None or not (cls in classes or Any in options):
-        known = [each for each, cls in REGISTERED.items() if cls in classes]
-        raise RecipeError(f"{place} has the name {name!r}, which is not one of {', '.join(known)}")
+    names = [name for name, cls in REGISTERED.items() if cls in options or Any in options]
+    name = value.get("name", names[0] if len(names) == 1 else None)
+    cls = REGISTERED[name] if name in names else None
+    if cls is None:
+        raise RecipeError(f"{place} has the name {name!r}, which is not one of {', '.join(names)}")
     given = {key: item for key, item in value.items() if key != "name"}
     return build(cls, given, place)
 

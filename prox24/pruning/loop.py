@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prox24.core.masks import mean_sparsity
+from prox24.core.pattern import AnyPattern
 from prox24.core.placement import apart, everywhere
 from prox24.core.precision import working_dtype
 from prox24.errors import CalibrationError, CheckpointError, RecipeError, SolverError
@@ -154,7 +155,7 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
         inputs, state = runner.observe(index, weights, state, wanted)
         for linear in linears:
             matrices = runner.matrices(linear, weights[linear.tensor])
-            pattern = recipe.pattern_of(linear.tensor)
+            pattern = _pattern(recipe, linear)
             losses[linear.tensor] = max(
                 solve(
                     _problem(runner, matrix, own), Wanda(), None, pattern=pattern
@@ -165,6 +166,12 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
     share = recipe.keep_dense
     count = share if isinstance(share, int) else round(share * len(losses))
     return frozenset(sorted(losses, key=losses.__getitem__, reverse=True)[:count])
+
+
+def _pattern(recipe: Recipe, linear: Linear) -> AnyPattern:
+    pattern = recipe.pattern_of(linear.tensor)
+    assert pattern is not None, f"{linear.tensor} is not pruned"
+    return pattern
 
 
 def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProblem:
@@ -178,7 +185,7 @@ def _pruned(
     runner: Runner[State], recipe: Recipe, linear: Linear, weight: Array, inputs: list[Inputs]
 ) -> tuple[Array, tuple[LinearReport, ...]]:
     """A weight as it will be written, and a report on each of its matrices."""
-    pattern = recipe.pattern_of(linear.tensor)
+    pattern = _pattern(recipe, linear)
     given = runner.matrices(linear, weight)
     pruned, reports = [], []
     for number, (matrix, own) in enumerate(zip(given, inputs, strict=True)):

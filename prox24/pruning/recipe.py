@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from prox24.core.pattern import AnyPattern, Pattern, PatternLike, Unstructured, as_any_pattern
 from prox24.errors import RecipeError
@@ -87,7 +87,7 @@ class Recipe:
 
     solver: Solver = ADMM()
     refit: Refit | None = ConjugateGradients()
-    pattern: Pattern | PatternLike | Unstructured | PatternsByTensor = Pattern(2, 4)
+    pattern: PatternLike | Unstructured | str | PatternsByTensor = Pattern(2, 4)
     damping: float = 0.01
     targets: DenseTargets | None = DenseTargets()
     refine: BlockRefinement | None = None
@@ -155,19 +155,21 @@ class Recipe:
             return None
         if self.skip is not None and re.search(self.skip, tensor):
             return None
-        if not isinstance(self.pattern, tuple) or isinstance(self.pattern, Pattern):
-            return self.pattern  # type: ignore[return-value]  # __post_init__ made it one
-        for expression, pattern in self.pattern:
-            if re.search(expression, tensor):  # type: ignore[type-var]
-                return None if pattern == DENSE else pattern  # type: ignore[return-value]
+        for expression, pattern in self._pairs:
+            if re.search(expression, tensor):
+                return None if pattern == DENSE else cast(AnyPattern, pattern)
         return None
 
     @property
     def patterns(self) -> list[AnyPattern]:
         """Every pattern that a tensor may have."""
-        if not isinstance(self.pattern, tuple) or isinstance(self.pattern, Pattern):
-            return [self.pattern]  # type: ignore[list-item]
-        return [pattern for _, pattern in self.pattern if pattern != DENSE]  # type: ignore[misc]
+        return [cast(AnyPattern, pattern) for _, pattern in self._pairs if pattern != DENSE]
+
+    @property
+    def _pairs(self) -> PatternsByTensor:
+        if isinstance(self.pattern, Pattern | Unstructured):
+            return (("", self.pattern),)
+        return cast(PatternsByTensor, self.pattern)  # after __post_init__
 
     def check_supported(self) -> None:
         """Raises RecipeError where the solver or the refit cannot make a pattern."""
@@ -211,7 +213,7 @@ class Recipe:
             raise RecipeError(f"version {version!r} of recipes is unknown; this is {VERSION}")
         fields = {key: value for key, value in given.items() if key != "recipe"}
         pattern = _pattern_of_json(fields.pop("pattern", str(cls.pattern)))
-        return dataclasses.replace(build(cls, fields, "recipe"), pattern=pattern)  # type: ignore[no-any-return]
+        return dataclasses.replace(build(cls, fields, "recipe"), pattern=pattern)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -321,7 +323,7 @@ def _check_expression(name: str, expression: str | None) -> None:
 
 def _yaml() -> Any:
     try:
-        import yaml
+        import yaml  # type: ignore[import-untyped]
     except ImportError as error:
         raise RecipeError("PyYAML is not installed: pip install pyyaml, or use JSON") from error
     return yaml

@@ -7,10 +7,12 @@ model's predictions, by any optax optimizer, and the zeros stay zeros.
 
 from prox24.refine.blocks import BlockRefinement, relative_error, train_block
 from prox24.refine.distillation import distill, divergence
+from prox24.refine.model import ModelRefinement
 from prox24.refine.training import Outcome, Refined, Training
 
 __all__ = [
     "BlockRefinement",
+    "ModelRefinement",
     "Outcome",
     "Refined",
     "Training",

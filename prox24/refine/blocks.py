@@ -37,15 +37,14 @@ class BlockRefinement:
     the root mean square of its entries, at least 0.001: one rate serves weights of any size.
 
     Attributes:
-      rate: the first.
-      passes: over the calibration windows that are not held out.
-      held_out: the share of the steps' windows, the last ones, that decides which pass was best; at
-        least one step's are. Shuffle windows that are in the order of a text.
-      step_tokens: of a step, about; a window has more, or devices that share its windows.
+      rate: first rate of Adam, relative to the size of each tensor's entries.
+      passes: passes over the calibration windows that are not held out.
+      held_out: share of the steps' windows, the last ones, by which the best pass is chosen; at
+        least one step's. Shuffle windows that are in the order of a text.
+      step_tokens: tokens of a step, about; a window, or devices that share windows, may need more.
       linears_only: leaves norms, biases and routers as they are.
-      compute_dtype: of the operands of products with the weights of linears, forwards and
-        backwards: "float32", at the highest precision, or "bfloat16", whose products are summed in
-        float32. All else is float32.
+      compute_dtype: dtype in which products with linears are computed, "float32" or "bfloat16".
+        bfloat16 is for accelerators and for CPUs with instructions for it.
 
     Raises:
       ValueError: the rate, the passes or the tokens of a step are not positive, the share is not

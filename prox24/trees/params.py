@@ -269,8 +269,8 @@ def _choose(
             reason = "dense by the recipe"
         elif layout is None:
             reason = f"no Gram: {left_out.get(leaf.path, 'unused')}"
-        elif leaf.shape[axis] % getattr(pattern, "group", 1):
-            reason = f"axis {axis} is not divisible by {pattern.group}"
+        elif leaf.shape[axis] % (group := getattr(pattern, "group", 1)):
+            reason = f"axis {axis} is not divisible by {group}"
         else:
             reason = "default" if wanted is None else "in mask"
             return leaf._replace(axis=axis, pruned=True, reason=reason)
