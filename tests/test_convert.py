@@ -5,8 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from tiny import config_dict, random_weights, write_folder, write_tiny
+from tiny import assert_same, config_dict, load_folder, random_weights, write_folder, write_tiny
 
 from prox24.cli.main import main, parse_size
 
@@ -18,13 +17,6 @@ def convert(*arguments):
     return main(["convert", *map(str, arguments)])
 
 
-def read_all(folder):
-    read = {}
-    for shard in folder.glob("*.safetensors"):
-        read |= load_file(shard)
-    return read
-
-
 def test_to_flax_and_back(tmp_path, capsys):
     weights = write_tiny(tmp_path / "source", dtype="bfloat16")
     assert convert(tmp_path / "source", tmp_path / "flax", "--format", "flax") == 0
@@ -34,10 +26,7 @@ def test_to_flax_and_back(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "back").iterdir()} == {
         path.name for path in (tmp_path / "source").iterdir()
     }
-    read = load_file(tmp_path / "back" / "model.safetensors")
-    assert read.keys() == weights.keys()
-    for name, values in weights.items():
-        assert read[name].tobytes() == values.tobytes()
+    assert_same(load_folder(tmp_path / "back"), weights)
 
 
 def test_json_names_what_was_left_out(tmp_path, capsys):
@@ -64,7 +53,7 @@ def test_dtype_and_shard_size(tmp_path):
     weights = write_tiny(tmp_path / "source")
     options = ["--dtype", "bfloat16", "--shard-size", "20KB", "--quiet"]
     assert convert(tmp_path / "source", tmp_path / "out", *options) == 0
-    read = read_all(tmp_path / "out")
+    read = load_folder(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert read.keys() == weights.keys()
     for name, values in weights.items():

@@ -10,8 +10,8 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from tiny import config_dict, random_weights, write_folder, write_tiny
+from safetensors.numpy import save_file
+from tiny import assert_same, config_dict, load_folder, random_weights, write_folder, write_tiny
 
 from prox24.checkpoints import flax_file, hub, pickle_file
 from prox24.checkpoints.checkpoint import open_checkpoint
@@ -202,18 +202,6 @@ def test_a_disk_that_fails_is_not_a_shorter_file(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "fromfile", lambda *given, **more: fromfile(*given, **more)[:-1])
     with pytest.raises(DiskError, match=r"x\.bin: the disk fails at byte"):
         source.read()
-
-
-def assert_same(read, weights):
-    assert read.keys() == weights.keys()
-    for name, values in weights.items():
-        assert read[name].dtype == values.dtype
-        assert read[name].tobytes() == values.tobytes()
-
-
-def load_folder(folder):
-    shards = map(load_file, folder.glob("*.safetensors"))
-    return {name: values for shard in shards for name, values in shard.items()}
 
 
 def test_sharded_bin_files_become_as_many_safetensors(tmp_path):
@@ -482,7 +470,7 @@ def test_float8_with_a_scale_for_each_block_is_dequantised(tmp_path, dtype):
     assert checkpoint.tensors[Q_PROJ].dtype == BFLOAT16
     np.testing.assert_array_equal(checkpoint.read(Q_PROJ), expected.astype(BFLOAT16))
     write_checkpoint(checkpoint, tmp_path / "out")
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = load_folder(tmp_path / "out")
     assert written.keys() == random_weights(config_dict()).keys()
     np.testing.assert_array_equal(written[Q_PROJ], expected.astype(BFLOAT16))
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -220,6 +220,18 @@ def write_folder(folder: Path, config: dict, weights: dict, shards: int = 1):
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return weights
+
+
+def load_folder(folder: Path) -> dict[str, np.ndarray]:
+    shards = map(load_file, folder.glob("*.safetensors"))
+    return {name: values for shard in shards for name, values in shard.items()}
+
+
+def assert_same(read: dict, weights: dict) -> None:
+    assert read.keys() == weights.keys()
+    for name, values in weights.items():
+        assert read[name].dtype == values.dtype
+        assert read[name].tobytes() == values.tobytes()
 
 
 def tokens(batch: int = 2, length: int = 48) -> np.ndarray:
