@@ -70,12 +70,12 @@ def gguf_name(name: str, layer: dict[str, str]) -> str:
 
 
 def write_gguf(
-    path: Path, kind: str, config: dict, weights: dict, factors: dict | None = None
+    path: Path, kind: str, config: dict, weights: dict, rope_fields: dict | None = None
 ) -> None:
     writer = gguf.GGUFWriter(path, kind)
-    for field, factor in (factors or {}).items():
-        add = writer.add_array if isinstance(factor, list) else writer.add_float32
-        add(f"{kind}.rope.{field}", factor)
+    adds = {list: writer.add_array, float: writer.add_float32, int: writer.add_uint32}
+    for field, value in (rope_fields or {}).items():
+        adds[type(value)](f"{kind}.rope.{field}", value)
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -137,24 +137,15 @@ def test_logits_of_a_gguf_are_those_of_the_model_it_was_made_of(tmp_path, kind):
     )
 
 
-def test_heads_that_rotate_in_part_are_refused(tmp_path, monkeypatch):
+def test_heads_that_rotate_in_part_are_refused(tmp_path):
     variant, changes = CASES["llama"]
     config = config_dict(variant, **changes)
     width = config["hidden_size"] // config["num_attention_heads"]
-    start = gguf.GGUFWriter.add_embedding_length
-    for rotated in (width, width // 2):
-
-        def add_both(writer, length, rotated=rotated):
-            start(writer, length)
-            writer.add_rope_dimension_count(rotated)
-
-        monkeypatch.setattr(gguf.GGUFWriter, "add_embedding_length", add_both)
-        write_gguf(tmp_path / f"{rotated}.gguf", "llama", config | {"head_dim": width}, {})
-    fits, part = tmp_path / f"{width}.gguf", tmp_path / f"{width // 2}.gguf"
-    with pytest.raises(CheckpointError, match="missing"):  # this file holds no tensors
-        open_checkpoint(fits)
-    with pytest.raises(UnsupportedModelError, match=f"is {width // 2}, a head has {width} entries"):
-        open_checkpoint(part)
+    for rotated, named in ((width, "is missing"), (width // 2, f"is {width // 2}, a head has")):
+        fields = {"dimension_count": rotated}
+        write_gguf(tmp_path / "model.gguf", "llama", config | {"head_dim": width}, {}, fields)
+        with pytest.raises(Prox24Error, match=named):
+            open_checkpoint(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("field", ["scale_linear", "scaling.factor"])
@@ -162,10 +153,10 @@ def test_scaled_rope_frequencies_of_older_files_are_refused(tmp_path, field):
     variant, changes = CASES["llama"]
     config = config_dict(variant, **changes)
     weights = random_weights(config)
-    for factor in (0, 1):
+    for factor in (0.0, 1.0):
         write_gguf(tmp_path / "model.gguf", "llama", config, weights, {field: factor})
         open_checkpoint(tmp_path / "model.gguf")
-    for factor in (4, [1.0, 4.0]):
+    for factor in (4.0, [1.0, 4.0]):
         write_gguf(tmp_path / "model.gguf", "llama", config, weights, {field: factor})
         with pytest.raises(UnsupportedModelError, match="scaled rope frequencies"):
             open_checkpoint(tmp_path / "model.gguf")
