@@ -266,7 +266,7 @@ PICKLES = [
     ("65 dimensions", entries({"x": tensor((1,) * 65, (1,) * 65)})),
     ("not all numbers from 0 on", entries({"x": tensor((2, 3), (-3, 1), 3)})),
     ("not all numbers from 0 on", entries({"x": call(REBUILD, *TRUE_SIZES)})),
-    ("(storage 1 is missing|'0')", entries({"x": tensor(stored=storage(key="1"))})),
+    ("(1 is missing|stores something else)", entries({"x": tensor(stored=storage(key="1"))})),
     ("storage 0 is truncated", entries({"x": tensor(stored=storage(7))})),
     ("no array has the shape", entries({"x": tensor((0,) + (2**31 - 1,) * 3, (1,) * 4)})),
     ("reaches beyond", entries({"x": tensor(offset=1)})),
@@ -317,7 +317,7 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path):
     keys = b"\x80\x02]q\x00X\x01\x00\x00\x000q\x01a."
     legacy, archive = write_legacy(path, body).read_bytes(), write_zip(path, body).read_bytes()
     for named, content in (
-        ("key of a storage", legacy.replace(keys, b"\x80\x02]" + BOMB + b"a.")),
+        ("stores something else", legacy.replace(keys, b"\x80\x02]" + BOMB + b"a.")),
         ("not written by torch.save", program(number(1))),
         (
             "has no header",

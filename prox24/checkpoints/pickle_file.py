@@ -246,8 +246,8 @@ def _open_legacy(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, _Range]]:
     widths = {view.storage.key: view.storage.dtype.itemsize for view in views.values()}
     ranges = {}
     for key in _load(pickles):
-        if type(key) is not str:
-            raise ValueError("the key of a storage is something else than text")
+        if type(key) is not str or key not in widths:
+            raise ValueError("it stores something else than the storages of its tensors")
         [length] = struct.unpack("<Q", file.read(8))
         ranges[key] = _Range(file.tell(), length * widths[key])
         file.seek(ranges[key].size, os.SEEK_CUR)
