@@ -32,6 +32,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 def compilation_cache(tmp_path_factory):
     """Of this process alone, since an entry that another one writes could be read half-written."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    os.environ["PROX24_CACHE"] = str(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -333,8 +333,7 @@ def test_bad_values_of_options_exit_2(capsys, option, value):
     assert option in capsys.readouterr().err
 
 
-def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
+def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, capsys):
     write_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
     command = ["prune", str(tmp_path / "model"), str(tmp_path / "pruned"), "--method", "wanda"]

@@ -22,14 +22,6 @@ HAS_COMPILER = any(shutil.which(name) for name in native.CPP_COMPILERS)
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of this module's own, in which the kernel is built once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROX24_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def operands(batch, outputs, inputs, dtype="float32", seed=0):
     x = np.random.default_rng(seed).normal(size=(batch, inputs))
     return jnp.asarray(x, dtype), pack(random_24((outputs, inputs), dtype=dtype, seed=seed))

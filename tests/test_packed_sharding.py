@@ -9,9 +9,8 @@ from prox24.packed.kernels import native
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return {report["name"]: report for report in output_of("sharded_packed.py", PROX24_CACHE=cache)}
+def reports():
+    return {report["name"]: report for report in output_of("sharded_packed.py")}
 
 
 def test_every_function_ran_under_every_sharding(reports):

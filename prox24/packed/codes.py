@@ -1,8 +1,8 @@
-"""Blocks of four as two values and a code; everything else of the format is made of this.
+"""Blocks of four entries as two values and a code: the arithmetic of the packed format.
 
-A code has four bits: the place of the first kept entry in its two low bits, and that of the second,
-which comes later, in its two high bits. Eight codes make a word, the first in its lowest bits, so
-that a word tells of 32 entries; where the last word has fewer, the rest of it is zero.
+A code has four bits: the place of the first kept entry in its two low bits, and the place of the
+second, which comes later, in its two high bits. Eight codes make a word, the first in its lowest
+bits, so a word describes 32 entries. Unused bits of the last word are zero.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ PAIRS = tuple(first | second << 2 for second in range(BLOCK) for first in range(
 
 
 def words_of(entries: int) -> int:
-    """How many words tell of that many entries.
+    """The number of words for a number of entries.
 
     Example:
       >>> words_of(64), words_of(68)
@@ -133,24 +133,10 @@ def gather(dense: Array, codes: Array) -> Array:
       [1.0, 3.0]
     """
     planes = split(dense)
-    code = from_words(codes, planes[0].shape[-1])
+    code = _split_words(codes).reshape(*codes.shape[:-1], codes.shape[-1] * CODES_PER_WORD)
+    code = code[..., : planes[0].shape[-1]]
     kept = [((code & 3) == i) | ((code >> 2) == i) for i in range(BLOCK)]
     return join(_pick(kept, planes))
-
-
-def from_words(codes: Array, blocks: int) -> Array:
-    """The code of each block, uint32.
-
-    Args:
-      codes: shape (..., words), uint32.
-      blocks: how many there are; what the words hold beyond that is left out.
-
-    Example:
-      >>> from_words(jnp.array([0x4E], jnp.uint32), 2).tolist()
-      [14, 4]
-    """
-    every = _split_words(codes).reshape(*codes.shape[:-1], codes.shape[-1] * CODES_PER_WORD)
-    return every if every.shape[-1] == blocks else every[..., :blocks]
 
 
 def _split_words(codes: Array) -> Array:

@@ -18,19 +18,19 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed24:
-    """A 2:4 array, packed along the axis that its blocks run along; `pack` makes one.
+    """A 2:4 array, packed along the axis of its blocks; `pack` makes one.
 
-    That axis is the last one of both arrays, whichever it is of the weight: the entries of a dot
-    product lie together. All else is read off the arrays' own shapes, so that a slice, a shard or
-    a stack of packed weights is one too. Both arrays shard by the same `PartitionSpec`, rows and
-    columns; a shard of columns must have whole words, 32 inputs.
+    The packed axis of the weight is the last axis of both arrays: the entries of a dot product lie
+    together. All else follows from the shapes of the arrays, so a slice, a shard or a stack of
+    packed weights is a packed weight. Both arrays shard by the same `PartitionSpec`; a shard of
+    columns must have whole words, 32 inputs.
 
     Attributes:
       values: shape (..., in / 2), the two kept entries of every block.
-      codes: shape (..., ceil(in / 32)), uint32: `prox24.packed.codes` says of which bits.
+      codes: shape (..., ceil(in / 32)), uint32, see `prox24.packed.codes`.
       axis: negative, the axis of the weight along which blocks run.
-      remainder: in modulo 32, the entries that the last word tells of if it is not full. It shows
-        where an axis without whole words was cut.
+      remainder: in modulo 32, the entries of a last word that is not full. It shows that an axis
+        without whole words was cut.
     """
 
     values: Array
@@ -60,8 +60,8 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
     """Packs a 2:4 weight; `unpack` gives it back bit for bit.
 
     A NaN or a subnormal number is a nonzero, -0.0 is not. A block with fewer than two nonzeros
-    keeps entries -0.0 besides, and then its earliest zeros. So the one thing that can be lost is
-    the sign of a zero in a block without room for it, which `unpack` gives as +0.0.
+    keeps entries -0.0 first, and then its earliest zeros. Only the sign of a zero can be lost, in a
+    block without a place for it: `unpack` gives +0.0.
 
     Differentiable in `w`. Blocks are independent: the result is sharded as `w` is.
 
@@ -71,13 +71,13 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
         (in, out).
 
     Returns:
-      `Packed24`. Under `jit` and other transformations, where entries cannot be looked at, both
-      values of a block with more than two nonzeros become NaN.
+      `Packed24`. Under `jit` and other transformations, which hide the entries, both values of a
+      block with more than two nonzeros become NaN.
 
     Raises:
-      ValueError: a block has more than two nonzeros, the first of which is named by its index,
-        along `axis` that of the block; another dtype, or one that JAX would round; there is no such
-        axis; or four does not divide its length.
+      ValueError: a block has more than two nonzeros (the message has the index of the first such
+        block); another dtype, or one that JAX would round; there is no such axis; or four does not
+        divide its length.
 
     Example:
       >>> w = pack(jnp.array([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 0.0]]))
