@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from prox24 import __version__
 from prox24.checkpoints.tensors import writing
 from prox24.checkpoints.writer import check_outside
 from prox24.errors import CheckpointError
 
-PACKAGES = ("prox24", "jax", "jaxlib", "optax", "numpy", "transformers", "safetensors", "gguf")
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "transformers", "safetensors", "gguf")
 
 Advance = Callable[[str, float | None], None]
 
@@ -149,7 +150,7 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), "prox24": __version__, **found}
 
 
 def peak_memory_bytes() -> int | None:
