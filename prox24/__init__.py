@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from prox24.pruning.recipe import DenseTargets, Recipe
     from prox24.refine.blocks import BlockRefinement
     from prox24.refine.model import ModelRefinement
-    from prox24.solvers import schedules as schedules
     from prox24.solvers.admm import ADMM
     from prox24.solvers.problem import LayerProblem, Solution, Status, correct_inputs
     from prox24.solvers.proximal import ProximalGradient
     from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+    from prox24.solvers.schedules import Exponential
     from prox24.solvers.scores import Magnitude, Wanda
     from prox24.solvers.solve import solve
     from prox24.solvers.sparsegpt import SparseGPT
@@ -59,6 +59,7 @@ _PLACES = {
     "solvers.problem": ("LayerProblem", "Solution", "Status", "correct_inputs"),
     "solvers.proximal": ("ProximalGradient",),
     "solvers.refit": ("ConjugateGradients", "GradientSteps", "LeastSquares"),
+    "solvers.schedules": ("Exponential",),
     "solvers.scores": ("Magnitude", "Wanda"),
     "solvers.solve": ("solve",),
     "solvers.sparsegpt": ("SparseGPT",),
@@ -70,7 +71,6 @@ _PLACES = {
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 _SUBMODULES = {
     "planes": "core.planes",
-    "schedules": "solvers.schedules",
     "optax": "optax",
     "refine": "refine",
     "packed": "packed",
@@ -84,6 +84,7 @@ __all__ = [
     "Calibration",
     "ConjugateGradients",
     "DenseTargets",
+    "Exponential",
     "GradientSteps",
     "LayerProblem",
     "LeastSquares",
@@ -113,7 +114,6 @@ __all__ = [
     "prox",
     "prune",
     "prune_params",
-    "schedules",
     "solve",
     "tap",
     "top_mask",

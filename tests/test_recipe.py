@@ -1,0 +1,161 @@
+"""`prox24.Recipe`: exact round trips, refusals by name, patterns by tensor, presets."""
+
+import dataclasses
+import json
+
+import optax
+import pytest
+
+import prox24
+from prox24 import DenseTargets, Recipe
+from prox24.core.pattern import Pattern, Unstructured
+from prox24.errors import Prox24Error, RecipeError
+from prox24.pruning.recipe import PRESETS
+from prox24.refine import BlockRefinement
+from prox24.solvers.hyperparameters import hyperparameters
+from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+from prox24.solvers.schedules import Exponential
+from prox24.solvers.swaps import Swaps
+
+RECIPES = {
+    **{name: make() for name, make in PRESETS.items()},
+    "unequal floats": Recipe(prox24.ADMM(rho=Exponential(0.1, 1 / 3), penalty=None), damping=1e-17),
+    "refits": Recipe(refit=Swaps(sweeps=3, refit=ConjugateGradients(5, 0.1))),
+    "exact refit": Recipe(refit=LeastSquares(), targets=DenseTargets(0.1)),
+    "share of zeros": Recipe(prox24.Wanda(), None, pattern=Unstructured(0.3)),
+    "by tensor": Recipe(
+        pattern=(("mlp.*", (1, 4)), ("o_proj", "dense"), ("", Unstructured(1 / 3)))
+    ),
+    "choice": Recipe(only="mlp", skip=r"layers\.0\.", keep_dense=0.1, dtype="bfloat16"),
+    "refined": Recipe(refine=BlockRefinement(rate=0.1, linears_only=True)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_json_gives_an_equal_recipe(name):
+    recipe = RECIPES[name]
+    again = Recipe.from_json(recipe.to_json())
+    assert again == recipe
+    assert hash(again) == hash(recipe)
+    assert repr(again) == repr(recipe)
+    assert again.to_json() == recipe.to_json()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_a_file_gives_an_equal_recipe(tmp_path, suffix):
+    if suffix == ".yaml":
+        pytest.importorskip("yaml")
+    path = tmp_path / f"recipe{suffix}"
+    for recipe in RECIPES.values():
+        recipe.save(path)
+        assert Recipe.load(path) == recipe
+
+
+def test_fields_that_are_not_given_have_their_defaults():
+    assert Recipe.from_dict({}) == Recipe()
+    given = {"solver": {"name": "ADMM", "steps": 8}, "refine": {"passes": 2}, "pattern": [2, 8]}
+    expected = Recipe(
+        prox24.ADMM(steps=8), refine=BlockRefinement(passes=2), pattern=Pattern(2, 8)
+    )
+    assert Recipe.from_dict(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"recipe": 2}, "version 2 of recipes is unknown; this is 1"),
+        ({"recipe": "1"}, "version '1' of recipes is unknown"),
+        ({"solvers": None}, "recipe has no field 'solvers'; its fields are solver, refit"),
+        ({"solver": {"name": "ADMM", "step": 3}}, "recipe.solver has no field 'step'"),
+        ({"solver": {"name": "Simplex"}}, "recipe.solver has the name 'Simplex', .* ADMM"),
+        ({"solver": {"steps": 3}}, "recipe.solver has the name None"),
+        ({"solver": {"name": "ConjugateGradients"}}, "has the name 'ConjugateGradients'"),
+        ({"solver": None}, "recipe.solver is None, not"),
+        ({"solver": {"name": "ADMM", "steps": 2.5}}, "recipe.solver.steps is 2.5, not int"),
+        ({"solver": {"name": "ADMM", "steps": True}}, "recipe.solver.steps is True, not int"),
+        ({"damping": "much"}, "recipe.damping is 'much', not float"),
+        ({"damping": -1}, "damping -1.0 is not a nonnegative number"),
+        ({"targets": {"pull": 0}}, "recipe.targets: pull 0.0 is not a positive number"),
+        ({"refine": {"passes": 0}}, "recipe.refine: passes 0 is not positive"),
+        ({"pattern": "5:4"}, "'5:4' is neither N:M"),
+        ({"pattern": {"sparsity": 2}}, "sparsity 2.0 is not a fraction"),
+        ({"pattern": [["(", "2:4"]]}, r"pattern '\(' is no regular expression"),
+        ({"pattern": [["mlp", "3:2"]]}, "the pattern of 'mlp': '3:2' is neither"),
+        ({"only": "["}, r"only '\[' is no regular expression"),
+        ({"keep_dense": 1.5}, "keep_dense 1.5 is neither a count nor a share"),
+        ({"keep_dense": -1}, "keep_dense -1 is neither"),
+        ({"dtype": "int8"}, "dtype 'int8' is not float32, float16 or bfloat16"),
+        ([], r"a recipe is an object of fields, not \[\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(given, said):
+    with pytest.raises(RecipeError, match=said):
+        Recipe.from_dict(given)
+    assert issubclass(RecipeError, Prox24Error)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "recipe.json"
+    with pytest.raises(RecipeError, match=r"cannot read .*recipe\.json: No such file"):
+        Recipe.load(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(RecipeError, match="it is not UTF-8 text"):
+        Recipe.load(path)
+    path.write_text("{")
+    with pytest.raises(RecipeError, match=r"recipe\.json: the recipe is not JSON"):
+        Recipe.load(path)
+    path.write_text('{"dampin": 1}')
+    with pytest.raises(RecipeError, match=r"recipe\.json: recipe has no field 'dampin'"):
+        Recipe.load(path)
+
+
+def test_what_json_cannot_hold_is_refused_by_name():
+    with pytest.raises(RecipeError, match=r"recipe\.refit\.transform is a Gradient.*cannot hold"):
+        Recipe(refit=GradientSteps(optax.adam(1e-3))).to_json()
+    with pytest.raises(RecipeError, match=r"recipe\.solver is a Own, which JSON cannot hold"):
+        Recipe(Own()).to_json()  # type: ignore[arg-type]
+
+
+class Own:
+    """Not registered."""
+
+
+@hyperparameters
+class Registered:
+    """Of another module than prox24's, so that its name holds the module's."""
+
+    rate: float = 0.5
+
+
+def test_a_registered_class_of_others_goes_by_its_module():
+    recipe = Recipe(refit=Registered(0.25))  # type: ignore[arg-type]
+    assert json.loads(recipe.to_json())["refit"] == {
+        "name": f"{__name__}.Registered",
+        "rate": 0.25,
+    }
+
+
+def test_a_tensor_has_the_first_pattern_that_is_found():
+    recipe = Recipe(pattern=[("mlp.up", "1:4"), ("mlp", (2, 4)), ("o_proj", "dense")])
+    names = ["0.mlp.up.weight", "0.mlp.down.weight", "0.o_proj.weight", "0.q_proj.weight"]
+    assert [recipe.pattern_of(name) for name in names] == [(1, 4), (2, 4), None, None]
+    chosen = Recipe(only="mlp", skip="down")
+    assert [chosen.pattern_of(name) for name in names] == [(2, 4), None, None, None]
+
+
+def test_best_trains_on_about_as_many_tokens_whatever_the_text():
+    assert Recipe.best() == Recipe(refine=BlockRefinement())
+    assert Recipe.best(tokens=8_192).refine == BlockRefinement(passes=20)
+    assert Recipe.best(tokens=10**7).refine == BlockRefinement(passes=1)
+
+
+def test_a_solver_that_cannot_make_a_pattern_says_so():
+    with pytest.raises(RecipeError, match="3:4"):
+        Recipe(pattern=(3, 4)).check_supported()
+    with pytest.raises(RecipeError, match="3:4"):
+        Recipe(pattern=[("mlp", "2:4"), ("", "3:4")]).check_supported()
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().damping = 1.0  # type: ignore[misc]
