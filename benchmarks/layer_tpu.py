@@ -10,7 +10,7 @@ as the compiler reports them; and what `prox24.pipeline.prune` holds on the chip
 exit code is 1 if a program does not compile or its memory is above 16 GB.
 """
 
-import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,18 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tpu_compiler
+from common import config_from_hf, decoder, llama, parser_of, show
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
-from rich.table import Table
 
+from prox24.calibration.gram import GramSum
+from prox24.calibration.layer import add_layer_inputs
 from prox24.core.pattern import Pattern
-from prox24.core.placement import AXIS
-from prox24.jobs.forward import run_layer
-from prox24.jobs.observe import add_layer_inputs
-from prox24.models import decoder
-from prox24.models.families import config_from_hf
-from prox24.pruning.grams import GramSum
+from prox24.devices import AXIS
+from prox24.forward import run_layer
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.refit import ConjugateGradients
@@ -40,27 +37,17 @@ from prox24.solvers.solve import solve_program
 LIMIT = 16e9
 LENGTH = 2048
 PATTERN = Pattern(2, 4)
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 LAYERS = {
-    "8B": LLAMA,
-    "70B": LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+    "8B": llama(4096, 14336, 1, 32, rope_parameters=ROPE),
+    "70B": llama(8192, 28672, 1, 64, rope_parameters=ROPE),
 }
 CASES = [("8B", 1, "rows"), ("8B", 8, "rows"), ("8B", 8, "columns"), ("70B", 8, "columns")]
 """A model, the number of chips, and what of its weights they share."""
@@ -140,45 +127,38 @@ def gigabytes(compiled: Any, held: float) -> dict[str, float]:
 
 def main() -> int:
     """Compiles everything that was asked for, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--chip", choices=tpu_compiler.CHIPS, action="append", help="both by default"
-    )
+    parser = parser_of(__doc__)
+    chips = tpu_compiler.CHIPS
+    parser.add_argument("--chip", choices=chips, action="append", help="both by default")
     parser.add_argument("--model", choices=LAYERS, action="append", help="both by default")
     parser.add_argument("--only", default="", help="programs whose names begin so")
     arguments = parser.parse_args()
     if not tpu_compiler.is_installed():
         return 2
-    parts = ("arguments", "results", "temporary", "held beside")
-    table = Table(title=f"Llama-3.1, GB of one chip, jax {jax.__version__}")
-    words = ("chip", "model", "chips", "shared", "program")
-    for name in (*words, *parts, "in all", "GB accessed"):
-        table.add_column(name, justify="left" if name in words else "right")
-    console, fits = Console(width=120), True
-    for chip in arguments.chip or tpu_compiler.CHIPS:
-        chips = tpu_compiler.devices(chip)
-        for model, count, shared in CASES:
-            if model not in (arguments.model or LAYERS):
+    rows, fits = [], True
+    for chip, (model, count, shared) in itertools.product(arguments.chip or chips, CASES):
+        if model not in (arguments.model or LAYERS):
+            continue
+        mesh = Mesh(np.array(tpu_compiler.devices(chip)[:count]), (AXIS,))
+        for program in programs(LAYERS[model], mesh, shared):
+            if not program.name.startswith(arguments.only):
                 continue
-            mesh = Mesh(np.array(chips[:count]), (AXIS,))
-            for program in programs(LAYERS[model], mesh, shared):
-                if not program.name.startswith(arguments.only):
-                    continue
-                place = [chip, model, str(count), shared, program.name]
-                try:
-                    compiled = program.function.lower(*program.arguments).compile()
-                except jax.errors.JaxRuntimeError as error:
-                    print(*place, error, file=sys.stderr, sep=": ")
-                    fits = False
-                    continue
-                sizes = gigabytes(compiled, program.held)
-                total = sum(sizes.values())
-                fits &= total * 1e9 <= LIMIT
-                accessed = compiled.cost_analysis()["bytes accessed"] / 1e9
-                cells = [f"{sizes[part]:.2f}" for part in parts]
-                table.add_row(*place, *cells, f"{total:.2f}", f"{accessed:.1f}")
-                print(*place, *cells, f"{total:.2f}", f"{accessed:.1f}", file=sys.stderr)
-    console.print(table)
+            place = [chip, model, str(count), shared, program.name]
+            try:
+                compiled = program.function.lower(*program.arguments).compile()
+            except jax.errors.JaxRuntimeError as error:
+                print(*place, error, file=sys.stderr, sep=": ")
+                fits = False
+                continue
+            sizes = gigabytes(compiled, program.held)
+            fits &= sum(sizes.values()) * 1e9 <= LIMIT
+            accessed = compiled.cost_analysis()["bytes accessed"] / 1e9
+            cells = [f"{size:.2f}" for size in (*sizes.values(), sum(sizes.values()))]
+            rows.append((*place, *cells, f"{accessed:.1f}"))
+            print(*rows[-1], file=sys.stderr)
+    titles = "arguments", "results", "temporary", "held beside", "in all", "GB accessed"
+    title = f"Llama-3.1, GB of one chip, jax {jax.__version__}"
+    show(("chip", "model", "chips", "shared", "program", *titles), rows, left=5, title=title)
     return 0 if fits else 1
 
 

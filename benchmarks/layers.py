@@ -10,40 +10,33 @@ layers.png, the loss against the time as the budget of each solver grows: both r
 default solver and to SparseGPT, as geometric means over the linears.
 """
 
-import argparse
 import csv
 import dataclasses
-import statistics
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-from prox24.pipeline import gather_grams
-from rich.console import Console
-from rich.table import Table
+from common import (
+    CONVERGED,
+    add_output,
+    dense_model,
+    linears,
+    medians,
+    parser_of,
+    plt,
+    positive,
+    save,
+    show,
+    timed,
+    windows_of,
+)
 
 import prox24
 from prox24 import ADMM, ConjugateGradients, LayerProblem, Prox, SparseGPT, Swaps, Wanda
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.demo_model import fetch_model
-from prox24.jobs.forward import (
-    embed_windows,
-    layer_linears,
-    layer_weights,
-    load_model,
-    run_in_place,
-)
-from prox24.jobs.text import spread_windows, text_or_packaged, tokenize
 from prox24.solvers.admm import Projection
 from prox24.solvers.schedules import Adaptive, Cosine, Exponential, Linear
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 class Contender(NamedTuple):
@@ -65,7 +58,6 @@ class Boza:
         return found._replace(damping=damping)
 
 
-CONVERGED = ConjugateGradients(100, 1e-6)
 DEFAULT = "admm with the prox"
 REFERENCE = "sparsegpt"
 PAPER = "prox, paper + 1,000 gradient steps"
@@ -129,32 +121,6 @@ def contenders() -> dict[str, Contender]:
     }
 
 
-class LayerLinear(NamedTuple):
-    """One linear of the model."""
-
-    layer: int
-    name: str
-    problem: LayerProblem
-
-
-def linears(layers: list[int], calibration: Path | None, samples: int) -> Iterator[LayerLinear]:
-    """The linears of some layers with their Grams in the dense model."""
-    checkpoint = open_checkpoint(fetch_model(Path(".cache")))
-    text = text_or_packaged(calibration, "speeches.txt")
-    ids = tokenize(checkpoint.load_tokenizer(), text, checkpoint.config["vocab_size"])
-    model = load_model(checkpoint)
-    hidden = list(embed_windows(model, spread_windows(ids, samples, 512)))
-    for index in range(max(layers) + 1):
-        weights = layer_weights(model, index)
-        if index in layers:
-            grams = gather_grams(model, index, weights, hidden).grams
-            for linear in layer_linears(model.config, index):
-                weight = weights[linear.weight].astype(jnp.float32)
-                problem = LayerProblem(weight, grams[linear.input].total)
-                yield LayerLinear(index, linear.weight.removesuffix(".weight"), problem)
-        run_in_place(model, index, weights, hidden)
-
-
 def one_step(part: object) -> object:
     """The same compiled program, ended after a step."""
     fields = {"steps", "max_steps", "sweeps"}
@@ -164,112 +130,86 @@ def one_step(part: object) -> object:
 
 def measure(contender: Contender, problem: LayerProblem) -> tuple[prox24.Solution, float]:
     """The solution, and the seconds that it takes once compiled."""
+    jax.block_until_ready(
+        prox24.solve(problem, one_step(contender.solver), one_step(contender.refit))
+    )
 
-    def solve(solver: object, refit: object) -> prox24.Solution:
-        solution = prox24.solve(problem, solver, refit)
-        return jax.block_until_ready(solution)
+    def solve() -> prox24.Solution:
+        return prox24.solve(problem, contender.solver, contender.refit)
 
-    solve(one_step(contender.solver), one_step(contender.refit))
-    seconds: list[float] = []
-    while len(seconds) < 3:
-        start = time.perf_counter()
-        solution = solve(contender.solver, contender.refit)
-        seconds.append(time.perf_counter() - start)
-        if seconds[0] > 2:
-            break
-    return solution, statistics.median(seconds)
+    seconds, solution = timed(solve)
+    return solution, seconds if seconds > 2 else medians({"": solve}, 3)[""]
 
 
 def mean_ratio(rows: list[dict], field: str, name: str, reference: str) -> float:
     """The geometric mean over the linears of a figure of one contender over another's."""
-    values = {row["contender"]: [] for row in rows}
-    for row in rows:
-        values[row["contender"]].append(row[field])
-    return float(np.exp(np.mean(np.log(values[name]) - np.log(values[reference]))))
+    values = [[row[field] for row in rows if row["contender"] == one] for one in (name, reference)]
+    return float(np.exp(np.mean(np.subtract(*np.log(values)))))
 
 
-def summary(rows: list[dict]) -> Table:
-    """One line per contender."""
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    losses = {name: np.array([r["loss"] for r in rows if r["contender"] == name]) for name in names}
-    seconds = {name: sum(r["seconds"] for r in rows if r["contender"] == name) for name in names}
-    table = Table(title=f"{len(losses[DEFAULT])} linears", title_justify="left")
-    table.add_column("contender", no_wrap=True)
-    for title in (
-        "loss /\ndefault's",
-        "default\nis lower",
-        "seconds,\nall",
-        "seconds /\nsparsegpt",
-    ):
-        table.add_column(title, justify="right")
-    for name in names:
-        table.add_row(
-            name,
-            f"{mean_ratio(rows, 'loss', name, DEFAULT):.4f}",
-            "" if name == DEFAULT else f"{np.mean(losses[DEFAULT] < losses[name]):.0%}",
-            f"{seconds[name]:.2f}",
-            f"{seconds[name] / seconds[REFERENCE]:.1f}",
-        )
-    return table
+def summary(rows: list[dict]) -> None:
+    """Prints one line per contender."""
+    lines = []
+    best = np.array([row["loss"] for row in rows if row["contender"] == DEFAULT])
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        losses = np.array([row["loss"] for row in rows if row["contender"] == name])
+        seconds = sum(row["seconds"] for row in rows if row["contender"] == name)
+        reference = sum(row["seconds"] for row in rows if row["contender"] == REFERENCE)
+        lower = "" if name == DEFAULT else f"{np.mean(best < losses):.0%}"
+        ratios = f"{mean_ratio(rows, 'loss', name, DEFAULT):.4f}", lower
+        lines.append((name, *ratios, f"{seconds:.2f}", f"{seconds / reference:.1f}"))
+    titles = "loss /\ndefault's", "default\nis lower", "seconds,\nall", "seconds /\nsparsegpt"
+    show(("contender", *titles), lines, title=f"{len(best)} linears")
 
 
 def draw(rows: list[dict], field: dict[str, Contender], path: Path) -> None:
     """Loss against time, one line per curve."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="tight")
+
+    def point(name: str) -> tuple[float, float]:
+        loss = 100 * (mean_ratio(rows, "loss", name, DEFAULT) - 1)
+        return mean_ratio(rows, "seconds", name, REFERENCE), loss
+
     for curve in dict.fromkeys(c.curve for c in field.values() if c.curve):
-        points = sorted(
-            (
-                mean_ratio(rows, "seconds", name, REFERENCE),
-                100 * (mean_ratio(rows, "loss", name, DEFAULT) - 1),
-            )
-            for name, contender in field.items()
-            if contender.curve == curve
-        )
+        points = sorted(point(name) for name, c in field.items() if c.curve == curve)
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=curve)
-    present = {row["contender"] for row in rows}
     for name in ("admm, ALPS + refit", "admm, Boza + refit", PAPER):
-        if name not in present:
-            continue
-        x = mean_ratio(rows, "seconds", name, REFERENCE)
-        y = 100 * (mean_ratio(rows, "loss", name, DEFAULT) - 1)
-        axes.plot(x, y, marker="s", linestyle="none", label=name)
+        axes.plot(*point(name), marker="s", linestyle="none", label=name)
     axes.set_xscale("log")
     axes.set_xlabel("time / time of SparseGPT")
     axes.set_ylabel("loss above the default's (%)")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", default="0,15,29", help="comma-separated")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--samples", type=int, default=64, help="windows of 512 tokens")
+    parser.add_argument("--samples", type=positive, default=64, help="windows of 512 tokens")
     parser.add_argument("--only", help="contenders, separated by semicolons")
-    parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
+    add_output(parser)
     arguments = parser.parse_args()
-
     field = contenders()
     if arguments.only:
         chosen = {DEFAULT, REFERENCE, *arguments.only.split(";")}
         field = {name: contender for name, contender in field.items() if name in chosen}
-    rows = []
-    layers = [int(layer) for layer in arguments.layers.split(",")]
+    layers = {int(layer) for layer in arguments.layers.split(",")}
+    model = dense_model()
+    windows = windows_of(model, arguments.calibration, arguments.samples, 512, spread=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    rows = []
     with (arguments.output / "layers.csv").open("w", newline="") as file:
         writer = None
-        for linear in linears(layers, arguments.calibration, arguments.samples):
+        for layer, linear, problem in linears(model, layers, windows):
             for name, contender in field.items():
-                solution, seconds = measure(contender, linear.problem)
+                solution, seconds = measure(contender, problem)
                 figures = solution.statistics
                 row = {
-                    "layer": linear.layer,
-                    "linear": linear.name,
-                    "out": linear.problem.weight.shape[0],
-                    "in": linear.problem.weight.shape[1],
+                    "layer": layer,
+                    "linear": linear,
+                    "out": problem.weight.shape[0],
+                    "in": problem.weight.shape[1],
                     "contender": name,
                     "loss_before_refit": figures.relative_loss_before_refit,
                     "loss": figures.relative_loss,
@@ -284,7 +224,7 @@ def main() -> None:
                 writer.writerow(row)
                 file.flush()
                 rows.append(row)
-    Console(width=120).print(summary(rows))
+    summary(rows)
     if not arguments.only:
         draw(rows, field, arguments.output / "layers.png")
 

@@ -9,10 +9,8 @@ end the process if it takes more than the limit, with what the kernel caches of 
 memory cgroup of its own (which takes root).
 """
 
-import argparse
 import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,46 +19,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from common import add_json, llama, parser_of, positive, show, write_json, write_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from prox24.checkpoints.safetensors_file import create_file
-from prox24.checkpoints.tensors import Spec
-from prox24.models.decoder import tensor_shapes
-from prox24.models.families import config_from_hf
-
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
+SHAPE = {
     "vocab_size": 256,
-    "hidden_size": 2048,
-    "intermediate_size": 2400,
-    "num_attention_heads": 16,
     "num_key_value_heads": 16,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
 
 
-def write_model(folder: Path, layers: int) -> int:
-    """A checkpoint of random weights and a tokenizer of bytes; the bytes of the weights."""
-    folder.mkdir()
-    config = CONFIG | {"num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = tensor_shapes(config_from_hf(config, ()))
-    rng = np.random.default_rng(0)
-    specs = {name: Spec(shape, np.dtype(np.float32)) for name, shape in shapes.items()}
-    with create_file(folder / "model.safetensors", specs) as put:
-        for name, shape in shapes.items():
-            put(name, rng.standard_normal(shape, np.float32) * np.float32(0.02))
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return sum(4 * math.prod(shape) for shape in shapes.values())
 
 
 @contextlib.contextmanager
@@ -82,9 +59,10 @@ def cgroup(limit: int | None) -> Iterator[Callable[[], None] | None]:
         group.rmdir()
 
 
-def prune(folder: Path, layers: int, samples: int, limit: int | None) -> dict[str, float]:
-    """Writes, prunes and deletes a checkpoint; what the process took."""
-    size = write_model(folder / "model", layers)
+def prune(folder: Path, config: dict, samples: int, limit: int | None) -> dict[str, float]:
+    """Writes and prunes a checkpoint in a folder; what the process took."""
+    size = write_llama(folder / "model", config, np.float32, np.random.default_rng(0))
+    write_tokenizer(folder / "model")
     command = [sys.executable, "-m", "prox24", "prune", "model", "pruned", "--method", "wanda"]
     command += ["--samples", str(samples), "--sequence-length", "128", "--quiet"]
     command += ["--report", "report.json"]
@@ -92,7 +70,7 @@ def prune(folder: Path, layers: int, samples: int, limit: int | None) -> dict[st
         subprocess.run(command, cwd=folder, check=True, preexec_fn=join)
     report = json.loads((folder / "report.json").read_text())
     return {
-        "layers": layers,
+        "layers": config["num_hidden_layers"],
         "model_bytes": size,
         "peak_bytes": report["peak_memory_bytes"],
         "seconds": report["seconds"],
@@ -100,27 +78,27 @@ def prune(folder: Path, layers: int, samples: int, limit: int | None) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows of 128 tokens")
-    parser.add_argument("--limit", type=int, metavar="BYTES", help="of memory, by a cgroup")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser = parser_of(__doc__)
+    parser.add_argument("--layers", type=positive, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--samples", type=positive, default=16, help="windows of 128 tokens")
+    parser.add_argument("--limit", type=positive, metavar="BYTES", help="of memory, by a cgroup")
+    add_json(parser)
     arguments = parser.parse_args()
     rows = []
     for layers in arguments.layers:
+        config = llama(2048, 2400, layers, 16, **SHAPE)
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(prune(Path(folder), layers, arguments.samples, arguments.limit))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    table = Table()
-    for title in ("layers", "model, GB", "peak, GB", "seconds"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        sizes = [f"{row[name] / 1e9:.3f}" for name in ("model_bytes", "peak_bytes")]
-        table.add_row(str(row["layers"]), *sizes, f"{row['seconds']:.0f}")
-    Console(width=80).print(table)
+            rows.append(prune(Path(folder), config, arguments.samples, arguments.limit))
+    write_json(arguments.json, rows)
+    lines = [
+        (
+            str(row["layers"]),
+            *(f"{row[name] / 1e9:.3f}" for name in ("model_bytes", "peak_bytes")),
+            f"{row['seconds']:.0f}",
+        )
+        for row in rows
+    ]
+    show(("layers", "model, GB", "peak, GB", "seconds"), lines, left=0)
 
 
 if __name__ == "__main__":

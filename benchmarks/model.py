@@ -13,35 +13,21 @@ that is there already is skipped, so that an interrupted command can be given ag
 the file together are drawn in FOLDER/model-TABLE.png.
 """
 
-import argparse
-import csv
-import dataclasses
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-import matplotlib
+import common
 import numpy as np
+from common import CONVERGED, Rows, drawn_windows, plt, positive
 from matplotlib.ticker import NullLocator, ScalarFormatter
-from prox24.pipeline import collect, prune
-from rich.console import Console
-from rich.table import Table
 
 import prox24
 from prox24 import ADMM, ConjugateGradients, GradientSteps, Prox, SparseGPT, Swaps, Wanda
-from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from prox24.checkpoints.tensors import TensorSource
-from prox24.cli.demo_model import fetch_model
-from prox24.jobs.perplexity import perplexity
-from prox24.jobs.text import first_windows, read_text, tokenize
 from prox24.solvers.admm import Projection
 from prox24.solvers.schedules import Exponential
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 EVALUATION_LENGTH = 512
 
@@ -64,7 +50,6 @@ class Run(NamedTuple):
     varied: Mapping[str, float] = MappingProxyType({})
 
 
-CONVERGED = ConjugateGradients(100, 1e-6)
 ADMM_REFIT = Run("admm with the prox + refit", ADMM(), ConjugateGradients())
 
 
@@ -143,32 +128,19 @@ TABLES = {
 }
 
 
-def drawn_windows(ids: np.ndarray, windows: int, length: int, seed: int) -> np.ndarray:
-    """Windows drawn without replacement; fewer are a subset of more."""
-    available = first_windows(ids, None, length)
-    if len(available) < windows:
-        first_windows(ids, windows, length)  # Says what is missing.
-    return available[np.random.default_rng(seed).permutation(len(available))[:windows]]
-
-
-def with_tensors(checkpoint: Checkpoint, tensors: dict[str, np.ndarray]) -> Checkpoint:
-    """The checkpoint with some tensors replaced, in memory."""
-    replaced = {
-        name: TensorSource(value.shape, value.dtype, lambda value=value: value)
-        for name, value in tensors.items()
-    }
-    return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **replaced})
+MEASURED = ("mean_relative_loss", "solver_seconds", "seconds")
 
 
 def measure(
-    run: Run, checkpoint: Checkpoint, calibration: np.ndarray, texts: dict[str, np.ndarray]
+    run: Run, model: common.Checkpoint, calibration: np.ndarray, texts: dict[str, np.ndarray]
 ) -> dict[str, object]:
     """Prunes in memory and evaluates on every text."""
     start = time.perf_counter()
-    reports, pruned = [], checkpoint
+    reports, pruned = [], model
     if run.solver is not None:
-        result = collect(prune(checkpoint, calibration, run.solver, run.refit, pull=run.pull))
-        reports, pruned = result.reports, with_tensors(checkpoint, result.tensors)
+        linears = common.prune(model, calibration, run.solver, run.refit, pull=run.pull)
+        tensors, reports = common.collect(linears)
+        pruned = common.with_tensors(model, tensors)
     seconds = time.perf_counter() - start
     losses = [report.statistics.relative_loss for report in reports]
     row: dict[str, object] = {
@@ -176,46 +148,10 @@ def measure(
         "solver_seconds": sum(r.seconds for r in reports),
         "seconds": seconds,
     }
-    return row | {name: perplexity(pruned, windows).perplexity for name, windows in texts.items()}
+    return row | {name: common.perplexity(pruned, w).perplexity for name, w in texts.items()}
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The lines of an earlier command, if there are any."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def check_columns(path: Path, rows: list[dict[str, str]], before: str, names: list[str]) -> None:
-    """Ends the command, before a line is measured, if titles behind one are not of these names."""
-    if not rows:
-        return
-    titles = list(rows[0])
-    found = titles[titles.index(before) + 1 :]
-    if set(found) != set(names):
-        sys.exit(f"{path} has {', '.join(found)}, not {', '.join(names)}: give another --output")
-
-
-def add_row(path: Path, row: dict[str, object]) -> list[dict[str, str]]:
-    """Appends a line, and the titles before the first; all lines that are there then.
-
-    Raises:
-      ValueError: the lines that are there have other titles.
-    """
-    rows = read_rows(path)
-    titles = list(rows[0] if rows else row)
-    if set(titles) != set(row):
-        raise ValueError(f"{path} has {titles}, but the new line {list(row)}: go on elsewhere")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, titles)
-        if not rows:
-            writer.writeheader()
-        writer.writerow(row)
-    return read_rows(path)
-
-
-def mean_and_spread(rows: list[dict[str, str]], field: str, form: str) -> str:
+def mean_and_spread(rows: Rows, field: str, form: str) -> str:
     """The mean over seeds, and half of the range where there are several."""
     found = [float(row[field]) for row in rows if row[field]]
     if not found:
@@ -224,22 +160,20 @@ def mean_and_spread(rows: list[dict[str, str]], field: str, form: str) -> str:
     return f"{np.mean(found):{form}}" + (f" ± {half:{form}}" if len(found) > 1 else "")
 
 
-def print_table(rows: list[dict[str, str]], texts: list[str], column: str | None) -> None:
+def print_table(rows: Rows, texts: list[str], column: str | None) -> None:
     """One line for all seeds of a run."""
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    for title in (column or "", *texts, "mean loss", "solver s", "seeds"):
-        table.add_column(title, justify="right")
+    lines = []
     for method, value in dict.fromkeys((row["run"], row.get(column, "")) for row in rows):
         same = [r for r in rows if (r["run"], r.get(column, "")) == (method, value)]
         cells = [mean_and_spread(same, text, ".2f") for text in texts]
         losses = mean_and_spread(same, "mean_relative_loss", ".4f")
         seconds = mean_and_spread(same, "solver_seconds", ".0f")
-        table.add_row(method, value, *cells, losses, seconds, str(len(same)))
-    Console(width=130).print(table)
+        lines.append((method, value, *cells, losses, seconds, str(len(same))))
+    titles = ("method", column or "", *texts, "mean loss", "solver s", "seeds")
+    common.show(titles, lines, width=130)
 
 
-def draw(rows: list[dict[str, str]], texts: list[str], column: str, title: str, path: Path) -> None:
+def draw(rows: Rows, texts: list[str], column: str, title: str, path: Path) -> None:
     """Perplexity against what was varied, means over the seeds, a line for each method."""
     figure, panels = plt.subplots(
         1, len(texts), figsize=(4.5 * len(texts), 4.5), layout="constrained", squeeze=False
@@ -262,15 +196,13 @@ def draw(rows: list[dict[str, str]], texts: list[str], column: str, title: str, 
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(title)
         axes.set_title(text, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("perplexity")
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    common.save(figure, path)
 
 
-def draw_methods(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
+def draw_methods(rows: Rows, texts: list[str], path: Path) -> None:
     """Perplexity of every method, a point for each seed; least in the first text on top."""
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -286,66 +218,53 @@ def draw_methods(rows: list[dict[str, str]], texts: list[str], path: Path) -> No
         axes.set_xlabel("perplexity")
         axes.set_title(text, fontsize=10)
         axes.grid(axis="y", linewidth=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_yticks(range(len(methods)), methods, fontsize=8)
     panels[0][0].invert_yaxis()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--windows", type=int, default=64, help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
-    parser.add_argument("--evaluation-windows", type=int, default=16)
+    common.add_texts(parser)
+    parser.add_argument("--windows", type=positive, default=64, help="calibration windows")
+    parser.add_argument("--length", type=positive, default=512, help="of a calibration window")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of rows (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
+    common.add_output(parser)
     arguments = parser.parse_args()
     runs = TABLES[arguments.table]()
     names = {run.method for run in runs}
     if unknown := set(arguments.only or ()) - names:
         parser.error(f"--only: no row is {', '.join(sorted(unknown))}; there are {sorted(names)}")
-
-    checkpoint = open_checkpoint(fetch_model(Path(".cache")))
-    tokenizer, vocabulary = checkpoint.load_tokenizer(), checkpoint.config["vocab_size"]
-
-    def ids(path: Path) -> np.ndarray:
-        return tokenize(tokenizer, read_text(path), vocabulary)
-
-    calibration = ids(arguments.calibration)
+    model = common.dense_model()
+    calibration = common.token_ids(model, arguments.calibration)
     texts = {
-        path.stem: first_windows(ids(path), arguments.evaluation_windows, EVALUATION_LENGTH)
+        path.stem: common.windows_of(model, path, arguments.evaluation_windows, EVALUATION_LENGTH)
         for path in arguments.texts
     }
+
+    def key_of(run: Run, seed: int) -> dict[str, object]:
+        return {
+            "run": run.method,
+            "seed": seed,
+            "calibration": arguments.calibration.stem,
+            "windows": arguments.windows,
+            "length": arguments.length,
+            "evaluation_windows": arguments.evaluation_windows,
+            **run.varied,
+        }
+
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"model-{arguments.table}.csv"
-    rows = read_rows(path)
-    check_columns(path, rows, "seconds", list(texts))
+    rows = common.read_rows(path, [*key_of(runs[0], 0), *MEASURED, *texts])
     for seed in arguments.seeds:
         for run in runs:
-            if arguments.only and run.method not in arguments.only:
-                continue
-            key = {
-                "run": run.method,
-                "seed": seed,
-                "calibration": arguments.calibration.stem,
-                "windows": arguments.windows,
-                "length": arguments.length,
-                "evaluation_windows": arguments.evaluation_windows,
-                **run.varied,
-            }
-            if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
+            key = key_of(run, seed)
+            if common.has_row(rows, key) or run.method not in (arguments.only or names):
                 continue
             windows = drawn_windows(calibration, key["windows"], arguments.length, seed)
-            row = dict(key)
-            row |= measure(run, checkpoint, windows, texts)
-            rows = add_row(path, row)
+            rows = common.add_row(path, key | measure(run, model, windows, texts))
     column, title = VARIED.get(arguments.table, (None, ""))
     print_table(rows, list(texts), column)
     if column is None:

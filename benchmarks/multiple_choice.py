@@ -9,31 +9,20 @@ each of its answers are one text. The answer whose text has the highest probabil
 question is the same, that is the most likely answer to it. Printed is the share of right ones.
 """
 
-import argparse
 import functools
 import json
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import decoder
 from jax import Array, lax
-from rich.console import Console
-from rich.table import Table
 
-from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.errors import CalibrationError
-from prox24.jobs.forward import (
-    embedding_weights,
-    head_weights,
-    layer_weights,
-    load_model,
-    run_in_place,
-)
-from prox24.jobs.perplexity import token_losses
-from prox24.models import decoder
 
 TASKS = {
     "goal": "goal_step_wikihow/goal_inference",
@@ -72,25 +61,21 @@ def as_question(example: dict) -> Question:
     return Question(texts, int(np.argmax(list(scores.values()))))
 
 
-def accuracies(checkpoint: Checkpoint, questions: dict[str, list[Question]]) -> dict[str, float]:
+def accuracies(
+    checkpoint: common.Checkpoint, questions: dict[str, list[Question]]
+) -> dict[str, float]:
     """The share of right answers in each task."""
     tokenizer = checkpoint.load_tokenizer()
     texts = [text for asked in questions.values() for question in asked for text in question.texts]
     losses = iter(text_losses(checkpoint, [tokenizer(text)["input_ids"] for text in texts]))
-    return {
-        name: float(
-            np.mean(
-                [
-                    np.argmin([next(losses) for _ in question.texts]) == question.right
-                    for question in asked
-                ]
-            )
-        )
-        for name, asked in questions.items()
-    }
+
+    def is_right(question: Question) -> bool:
+        return np.argmin([next(losses) for _ in question.texts]) == question.right
+
+    return {name: float(np.mean([*map(is_right, asked)])) for name, asked in questions.items()}
 
 
-def text_losses(checkpoint: Checkpoint, texts: list[list[int]]) -> list[float]:
+def text_losses(checkpoint: common.Checkpoint, texts: list[list[int]]) -> list[float]:
     """Summed negative log-likelihoods; texts of about the same length go together.
 
     Raises:
@@ -98,9 +83,9 @@ def text_losses(checkpoint: Checkpoint, texts: list[list[int]]) -> list[float]:
     """
     order = np.argsort([len(text) for text in texts], kind="stable")
     losses = np.zeros(len(texts))
-    model = load_model(checkpoint)
-    layers = [layer_weights(model, index) for index in range(len(model.config.layers))]
-    embedding, head = embedding_weights(model), head_weights(model)
+    model = common.load_model(checkpoint)
+    layers = [common.layer_weights(model, index) for index in range(len(model.config.layers))]
+    embedding, head = common.embedding_weights(model), common.head_weights(model)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         length = -(-len(texts[chosen[-1]]) // 8) * 8
@@ -111,7 +96,7 @@ def text_losses(checkpoint: Checkpoint, texts: list[list[int]]) -> list[float]:
         lengths = np.pad(lengths, (0, BATCH - len(chosen)))
         hidden = [np.asarray(decoder.embed(model.config, embedding, jnp.asarray(windows)))]
         for index, weights in enumerate(layers):
-            run_in_place(model, index, weights, hidden)
+            common.run_in_place(model, index, weights, hidden)
         found = batch_losses(model.config, head, hidden[0], windows, lengths)
         losses[chosen] = np.asarray(found)[: len(chosen)]
     if not np.isfinite(losses).all():
@@ -127,7 +112,7 @@ def batch_losses(
 
     def loss(text: tuple[Array, Array, Array]) -> Array:
         states, tokens, length = text
-        losses = token_losses(decoder.logits(config, head, states[None])[0], tokens)
+        losses = common.token_losses(decoder.logits(config, head, states[None])[0], tokens)
         place = jnp.arange(1, len(tokens), dtype=length.dtype)
         return jnp.sum(jnp.where(place < length, losses, 0))
 
@@ -135,22 +120,17 @@ def batch_losses(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument("archive", type=Path, help="bigbench-1.0.0.tar.gz")
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
-    parser.add_argument("--count", type=int, default=250, help="questions of each task")
+    parser.add_argument("--count", type=common.positive, default=250, help="of each task")
     arguments = parser.parse_args()
     questions = read_questions(arguments.archive, arguments.count)
-    table = Table()
-    table.add_column("model", no_wrap=True)
-    for name in (*TASKS, "mean"):
-        table.add_column(name, justify="right")
+    rows = []
     for path in arguments.models:
-        found = accuracies(open_checkpoint(path), questions).values()
-        table.add_row(str(path), *(f"{100 * share:.1f}%" for share in (*found, np.mean([*found]))))
-    Console(width=130).print(table)
+        found = [*accuracies(common.open_checkpoint(path), questions).values()]
+        rows.append((str(path), *(f"{100 * share:.1f}%" for share in (*found, np.mean(found)))))
+    common.show(("model", *TASKS, "mean"), rows)
 
 
 if __name__ == "__main__":

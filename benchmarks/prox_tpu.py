@@ -20,9 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tpu_compiler
+from common import show
 from jax.sharding import SingleDeviceSharding
-from rich.console import Console
-from rich.table import Table
 
 import prox24
 from prox24 import planes
@@ -124,16 +123,14 @@ def figures(program: Program, compiled: Any) -> list[str]:
 def main() -> int:
     if not tpu_compiler.is_installed():
         return 2
-    table = Table(title=f"{ROWS} x {COLUMNS}, jax {jax.__version__}", title_justify="left")
-    table.add_column("chip")
-    table.add_column("program")
-    for name in ("MB least", "accessed", "HBM", "MB temporary", "fusions", "million cycles"):
-        table.add_column(name, justify="right")
-    for chip in tpu_compiler.CHIPS:
-        device = tpu_compiler.devices(chip)[0]
-        for program in programs():
-            table.add_row(chip, *figures(program, compile_for(program, device)))
-    Console().print(table)
+    rows = [
+        (chip, *figures(program, compile_for(program, tpu_compiler.devices(chip)[0])))
+        for chip in tpu_compiler.CHIPS
+        for program in programs()
+    ]
+    titles = "MB least", "accessed", "HBM", "MB temporary", "fusions", "million cycles"
+    title = f"{ROWS} x {COLUMNS}, jax {jax.__version__}"
+    show(("chip", "program", *titles), rows, left=2, title=title)
     return 0
 
 

@@ -13,7 +13,6 @@ of multiple_choice.py, too. Printed are the table, and how much of what is evalu
 calibration text word for word.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -25,33 +24,32 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+import common
 import matplotlib
 import numpy as np
+from common import (
+    CONVERGED,
+    BlockRefinement,
+    Checkpoint,
+    ModelRefinement,
+    MovingMask,
+    Refit,
+    Result,
+    Rows,
+    Solver,
+    dense_model,
+    open_checkpoint,
+    plt,
+    positive,
+    read_text,
+)
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-from model import add_row, check_columns, drawn_windows, read_rows
 from multiple_choice import Question, accuracies, read_questions
-from prox24.cli.output import peak_memory_bytes
-from prox24.pipeline import collect, prune
-from rich.console import Console
-from rich.table import Table
 
 from prox24 import ADMM, ConjugateGradients, Prox, SparseGPT
-from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from prox24.checkpoints.writer import write_checkpoint
-from prox24.cli.demo_model import fetch_model
-from prox24.jobs.distill import ModelRefinement, MovingMask, distill
-from prox24.jobs.perplexity import perplexity
-from prox24.jobs.text import first_windows, read_text, tokenize
-from prox24.refine import BlockRefinement
-from prox24.solvers.problem import DEFAULT_PULL
-from prox24.solvers.solve import Refit, Solver
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-Result = TypeVar("Result")
 LENGTH = 512
 WINDOWS = 64
 IN_BFLOAT16 = ModelRefinement(rate=5e-4, compute_dtype="bfloat16")
@@ -103,8 +101,8 @@ class Base(NamedTuple):
 
 DEFAULT = "admm, dense targets"
 REFINED = {
-    "sparsegpt + refit": Base(SparseGPT(), ConjugateGradients(100, 1e-6)),
-    DEFAULT: Base(ADMM(), ConjugateGradients(), DEFAULT_PULL),
+    "sparsegpt + refit": Base(SparseGPT(), CONVERGED),
+    DEFAULT: Base(ADMM(), ConjugateGradients(), common.PULL),
 }
 """What is refined, as blocks and as a whole."""
 PRUNED = {"sparsegpt": Base(SparseGPT()), "prox, no refit": Base(Prox()), **REFINED}
@@ -179,20 +177,20 @@ def runs() -> list[Run]:
     return table
 
 
-def windows_of(dense: Checkpoint, text: Path, count: int, seed: int) -> np.ndarray:
+def calibration_windows(dense: Checkpoint, text: Path, count: int, seed: int) -> np.ndarray:
     """Of the calibration text; fewer are the first of more."""
-    ids = tokenize(dense.load_tokenizer(), read_text(text), dense.config["vocab_size"])
-    return drawn_windows(ids, max(WINDOWS, count), LENGTH, seed)
+    drawn = max(WINDOWS, count)
+    return common.drawn_windows(common.token_ids(dense, text), drawn, LENGTH, seed)[:count]
 
 
 class Made(NamedTuple):
     """A model in the cache, and what it took."""
 
     folder: str
-    tokens: int
-    seconds: float
-    peak_memory_bytes: int
-    held_out_loss: float
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    held_out_loss: float = math.nan
 
 
 Tensors = Iterable[tuple[str, np.ndarray]]
@@ -206,7 +204,10 @@ def made(
     dense: Checkpoint,
     cache: Path,
 ) -> Made:
-    """Of these settings and windows, made where it is not there yet: tensors, tokens and loss."""
+    """A model of these settings and windows, made where it is not there yet.
+
+    `make` returns its tensors, the tokens that it was trained on, and the loss.
+    """
     digest = hashlib.sha256(repr(settings).encode() + windows.tobytes()).hexdigest()[:8]
     folder = cache / "models" / f"{name}-{digest}"
     took = folder.with_name(f"{folder.name}.json")
@@ -214,32 +215,33 @@ def made(
         start = time.perf_counter()
         tensors, tokens, loss = make()
         folder.parent.mkdir(exist_ok=True)
-        write_checkpoint(dense, folder, tensors, dtype="float32", overwrite=True)
-        numbers = (tokens, time.perf_counter() - start, peak_memory_bytes(), loss)
+        common.write_checkpoint(dense, folder, tensors, dtype="float32", overwrite=True)
+        numbers = (tokens, time.perf_counter() - start, common.peak_memory_bytes(), loss)
         took.write_text(json.dumps(numbers))
     return Made(str(folder), *json.loads(took.read_text()))
 
 
 def pruned_model(name: str, calibration: Path, seed: int, cache: Path) -> Made:
     """Of the bases."""
-    base, dense = BASES[name], open_checkpoint(fetch_model(cache))
-    solver, refit, pull, blocks = base
-    windows = windows_of(dense, calibration, WINDOWS, seed)
+    base, dense = BASES[name], dense_model(cache)
+    windows = calibration_windows(dense, calibration, WINDOWS, seed)
 
     def make() -> tuple[Tensors, int, float]:
-        pruned = prune(dense, windows, solver, refit, pull=pull, refinement=blocks)
-        return collect(pruned).tensors.items(), base.trained_on, math.nan
+        pruned = common.prune(
+            dense, windows, base.solver, base.refit, pull=base.pull, refinement=base.blocks
+        )
+        return common.collect(pruned).tensors.items(), base.trained_on, math.nan
 
     return made(name, base, windows, make, dense, cache)
 
 
 def refined_model(run: Run, before: str, calibration: Path, seed: int, cache: Path) -> Made:
     """Of a pruned model, or of the dense one."""
-    dense = open_checkpoint(fetch_model(cache))
-    windows = windows_of(dense, calibration, run.windows, seed)[: run.windows]
+    dense = dense_model(cache)
+    windows = calibration_windows(dense, calibration, run.windows, seed)
 
     def make() -> tuple[Tensors, int, float]:
-        distilled = distill(dense, open_checkpoint(before), windows, run.refinement)
+        distilled = common.distill(dense, open_checkpoint(before), windows, run.refinement)
         return distilled.tensors, distilled.tokens, min(distilled.refined.losses)
 
     settings = BASES.get(run.base), run.refinement
@@ -247,16 +249,14 @@ def refined_model(run: Run, before: str, calibration: Path, seed: int, cache: Pa
 
 
 def evaluate(
-    folder: str,
-    texts: dict[str, np.ndarray],
-    questions: dict[str, list[Question]] | None,
+    folder: str, texts: dict[str, np.ndarray], questions: dict[str, list[Question]] | None
 ) -> tuple[dict[str, float], int]:
     """The model on the windows of every text, and on the questions; and the peak memory."""
     model = open_checkpoint(folder)
-    found = {name: perplexity(model, windows).perplexity for name, windows in texts.items()}
+    found = {name: common.perplexity(model, w).perplexity for name, w in texts.items()}
     if questions is not None:
         found["right_answers"] = float(np.mean(list(accuracies(model, questions).values())))
-    return found, peak_memory_bytes()
+    return found, common.peak_memory_bytes()
 
 
 def alone(function: Callable[..., Result], *arguments: object) -> Result:
@@ -271,7 +271,7 @@ def setting(row: dict[str, str]) -> tuple[str, ...]:
     return row["seed"], row["calibration"], row["evaluation_windows"]
 
 
-def gaps(rows: list[dict[str, str]], texts: list[str]) -> list[float]:
+def gaps(rows: Rows, texts: list[str]) -> list[float]:
     """Of each row: its gap in log-perplexity to dense, all texts together, over SparseGPT's."""
 
     def log(row: dict[str, str]) -> float:
@@ -287,17 +287,10 @@ def gaps(rows: list[dict[str, str]], texts: list[str]) -> list[float]:
     return found
 
 
-def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
-    """Every row."""
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    tokens = ("tokens of text", "trained on")
-    perplexities = (f"{text} (gap)" for text in texts)
-    for title in (*perplexities, "gap, SparseGPT's is 1", "right", *tokens, "seconds", "peak GB"):
-        table.add_column(title, justify="right")
+def print_table(rows: Rows, texts: list[str]) -> None:
     of_text = {text: gaps(rows, [text]) for text in texts}
-    for place, (row, gap) in enumerate(zip(rows, gaps(rows, texts), strict=True)):
-        table.add_row(
+    lines = [
+        (
             row["run"],
             *(f"{float(row[text]):.2f} ({of_text[text][place]:.2f})" for text in texts),
             f"{gap:.2f}",
@@ -307,7 +300,11 @@ def print_table(rows: list[dict[str, str]], texts: list[str]) -> None:
             f"{float(row['seconds']):.0f}",
             f"{int(row['peak_memory_bytes']) / 1e9:.2f}",
         )
-    Console(width=200).print(table)
+        for place, (row, gap) in enumerate(zip(rows, gaps(rows, texts), strict=True))
+    ]
+    tokens = "tokens of text", "trained on"
+    titles = "gap, SparseGPT's is 1", "right", *tokens, "seconds", "peak GB"
+    common.show(("method", *(f"{text} (gap)" for text in texts), *titles), lines, width=200)
 
 
 def share_seen(text: str, calibration: str) -> float:
@@ -318,15 +315,13 @@ def share_seen(text: str, calibration: str) -> float:
 
 
 def evaluated_windows(
-    text: Path, count: int, calibration: Path, unseen: bool, cache: Path
+    dense: Checkpoint, text: Path, count: int, calibration: Path, unseen: bool
 ) -> np.ndarray:
     """The first of a text; or of those of which no piece is in the calibration text."""
-    dense = open_checkpoint(fetch_model(cache))
-    tokenizer, vocabulary = dense.load_tokenizer(), dense.config["vocab_size"]
-    ids, seen = tokenize(tokenizer, read_text(text), vocabulary), read_text(calibration)
     if not unseen:
-        return first_windows(ids, count, LENGTH)
-    windows = first_windows(ids, None, LENGTH)
+        return common.windows_of(dense, text, count, LENGTH)
+    windows, seen = common.windows_of(dense, text, None, LENGTH), read_text(calibration)
+    tokenizer = dense.load_tokenizer()
     found = (one for one in windows if share_seen(tokenizer.decode(one), seen) == 0)
     chosen = list(itertools.islice(found, count))
     if len(chosen) < count:
@@ -334,17 +329,8 @@ def evaluated_windows(
     return np.stack(chosen)
 
 
-def print_shares_seen(calibration: Path, texts: dict[str, np.ndarray], cache: Path) -> None:
-    """Of every text's windows that are evaluated."""
-    tokenizer = open_checkpoint(fetch_model(cache)).load_tokenizer()
-    for name, windows in texts.items():
-        share = share_seen(tokenizer.decode(windows.ravel()), read_text(calibration))
-        print(f"{share:.0%} of what is evaluated of {name} is in {calibration.name}")
-
-
-def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
-    """The gap against tokens and seconds, a line from what was pruned through its refinements."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 6), layout="constrained", sharey=True)
+def lines_of(rows: Rows, texts: list[str]) -> dict[str, list[tuple[float, float, float]]]:
+    """Tokens, seconds and gap of a pruned model and its refinements, by the name of the line."""
     by_name = {run.name: run for run in runs()}
     several = len(set(map(setting, rows))) > 1
     points = {
@@ -353,110 +339,102 @@ def draw(rows: list[dict[str, str]], texts: list[str], path: Path) -> None:
         )
         for row, gap in zip(rows, gaps(rows, texts), strict=True)
     }
-    pruned_on = str(WINDOWS * LENGTH)
-    for axes in panels:
-        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
-    lines: dict[tuple[str, ...], list[np.ndarray]] = {}
+    lines: dict[str, list[np.ndarray]] = {}
     for (name, _, *place), point in points.items():
         run = by_name.get(name)  # None for what an older table had.
-        before = None if run is None else points.get((str(run.before), pruned_on, *place))
-        if run is None or before is None:
+        before = run and points.get((str(run.before), str(WINDOWS * LENGTH), *place))
+        if before is None:
             continue
         # A model is refined after it is pruned, its blocks while it is.
         begun = before * (1, 1, 0) if run.refinement is not None else 0
-        lines.setdefault((run.line, *place), [before]).append(point + begun)
-    for (line, *place), found in lines.items():
-        tokens, seconds, shares = np.transpose(sorted(found, key=lambda point: point[0]))
-        for axes, values in zip(panels, (tokens, seconds), strict=True):
-            label = f"{line}, {', '.join(place)}" if several else line
-            axes.plot(values, shares, marker="o", markersize=4, label=label)
+        label = ", ".join([run.line, *(place if several else ())])
+        lines.setdefault(label, [before]).append(point + begun)
+    return {label: sorted(map(tuple, found)) for label, found in lines.items()}
+
+
+def draw(rows: Rows, texts: list[str], path: Path) -> None:
+    """The gap against tokens and seconds, a line from what was pruned through its refinements."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 6), layout="constrained", sharey=True)
+    for place, title in enumerate(("tokens trained on", "seconds")):
+        axes = panels[place]
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+        for label, points in lines_of(rows, texts).items():
+            columns = list(zip(*points, strict=True))
+            axes.plot(columns[place], columns[2], marker="o", markersize=4, label=label)
+        axes.set_xlabel(title)
     panels[0].set_xscale("symlog", linthresh=1e4)
     panels[1].set_xscale("log")
     panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[1].xaxis.set_major_formatter(ScalarFormatter())
     panels[1].xaxis.set_minor_formatter(NullFormatter())
-    for axes, title in zip(panels, ("tokens trained on", "seconds"), strict=True):
-        axes.set_xlabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("gap in log-perplexity, SparseGPT's is 1")
     if panels[0].lines:
-        figure.legend(
-            *panels[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=2,
-            frameon=False,
-            fontsize=8,
-        )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        handles = panels[0].get_legend_handles_labels()
+        where = {"loc": "outside lower center", "ncols": 2}
+        figure.legend(*handles, **where, frameon=False, fontsize=8)
+    common.save(figure, path)
+
+
+MEASURED = ("tokens", "seconds", "peak_memory_bytes", "held_out_loss")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--evaluation-windows", type=int, default=16)
+    parser = common.parser_of(__doc__)
+    common.add_texts(parser)
     parser.add_argument(
         "--unseen", action="store_true", help="only those without a piece of the calibration text"
     )
     parser.add_argument("--seed", type=int, default=0)
     names = list(dict.fromkeys(run.name for run in runs()))
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="names of rows")
-    parser.add_argument(
-        "--windows", type=int, nargs="+", default=[64, 256, 1024], help="that rows are refined on"
-    )
+    parser.add_argument("--windows", type=positive, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--bigbench", type=Path, metavar="FILE", help="bigbench-1.0.0.tar.gz")
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), metavar="FOLDER")
-    parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
+    parser.add_argument("--cache", type=Path, default=common.CACHE, metavar="FOLDER")
+    common.add_output(parser)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "refine.csv"
-    rows = read_rows(path)
-    names = [text.stem for text in arguments.texts]
-    bigbench = arguments.bigbench
-    check_columns(
-        path, rows, "held_out_loss", [*names, *([] if bigbench is None else ["right_answers"])]
-    )
-    questions = None if bigbench is None else read_questions(bigbench, QUESTIONS)
     calibration, seed, cache = arguments.calibration, arguments.seed, arguments.cache
     count, unseen = arguments.evaluation_windows, arguments.unseen
-    texts = {
-        text.stem: evaluated_windows(text, count, calibration, unseen, cache)
-        for text in arguments.texts
-    }
-    for run in runs():
-        key = {
+
+    def key_of(run: Run) -> dict[str, object]:
+        return {
             "run": run.name,
             "distinct_tokens": run.distinct_tokens,
             "seed": seed,
             "calibration": calibration.stem,
             "evaluation_windows": f"{count} unseen" if unseen else count,
         }
-        if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
-            continue
-        if run.name not in arguments.only:
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path, texts = arguments.output / "refine.csv", [text.stem for text in arguments.texts]
+    answers = [] if arguments.bigbench is None else ["right_answers"]
+    rows = common.read_rows(path, [*key_of(runs()[0]), *MEASURED, *texts, *answers])
+    questions = read_questions(arguments.bigbench, QUESTIONS) if answers else None
+    dense = dense_model(cache)
+    evaluated = {
+        text.stem: evaluated_windows(dense, text, count, calibration, unseen)
+        for text in arguments.texts
+    }
+    for run in runs():
+        if run.name not in arguments.only or common.has_row(rows, key_of(run)):
             continue
         if run.windows and run.windows not in arguments.windows:
             continue
-        model = Made(str(fetch_model(cache)), 0, 0.0, 0, math.nan)
+        model = Made(str(dense.path))
         if run.base in BASES:
             model = alone(pruned_model, run.base, calibration, seed, cache)
         if run.refinement is not None:
             model = alone(refined_model, run, model.folder, calibration, seed, cache)
-        folder, tokens, seconds, peak, loss = model
-        found, evaluating = alone(evaluate, folder, texts, questions)
-        measured: dict[str, object] = {
-            "tokens": tokens,
-            "seconds": seconds,
-            "peak_memory_bytes": max(peak, evaluating),
-            "held_out_loss": loss,
-        }
-        rows = add_row(path, key | measured | found)
-    print_table(rows, names)
-    print_shares_seen(calibration, texts, cache)
-    draw(rows, names, path.with_suffix(".png"))
+        found, peak = alone(evaluate, model.folder, evaluated, questions)
+        peak = max(peak, model.peak_memory_bytes)
+        numbers = model.tokens, model.seconds, peak, model.held_out_loss
+        measured = dict(zip(MEASURED, numbers, strict=True))
+        rows = common.add_row(path, key_of(run) | measured | found)
+    print_table(rows, texts)
+    tokenizer = dense.load_tokenizer()
+    for name, windows in evaluated.items():
+        share = share_seen(tokenizer.decode(windows.ravel()), read_text(calibration))
+        print(f"{share:.0%} of what is evaluated of {name} is in {calibration.name}")
+    draw(rows, texts, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -15,21 +15,14 @@ JAX computes on its default device; PyTorch on the CPU, or on the GPU where ther
 
 import argparse
 import itertools
-import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import common
 import jax
 import numpy as np
 import rivals
 import torch
-from prox import environment
-from rich.console import Console
-from rich.table import Table
 
 import prox24
 
@@ -37,19 +30,6 @@ DAMPING = 0.01
 CORRELATION = 0.9
 DIRECTIONS = 8
 PROX24, PYTORCH = "prox24", "PyTorch"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the result; `mask_agreement` is the share of the mask that equals PyTorch's."""
-
-    shape: str
-    contender: str
-    first_seconds: float
-    seconds: float
-    ratio_to_pytorch: float
-    relative_loss: float
-    mask_agreement: float
 
 
 def make_layer(out_width: int, in_width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,34 +46,22 @@ def make_layer(out_width: int, in_width: int, seed: int) -> tuple[np.ndarray, np
 
 
 def contenders(weight: np.ndarray, gram: np.ndarray) -> dict[str, Callable[[], tuple[Any, Any]]]:
-    """Functions that return a pruned weight and its mask, on the device, when they are complete."""
+    """Functions that return a pruned weight and its mask, on the device."""
     problem = prox24.LayerProblem(jax.device_put(weight), jax.device_put(gram))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_weight = torch.from_numpy(weight).to(device)
-    torch_gram = torch.from_numpy(gram).to(device)
+    given = [torch.from_numpy(array).to(device) for array in (weight, gram)]
 
     def in_jax() -> tuple[jax.Array, jax.Array]:
         found = prox24.solve(problem, prox24.SparseGPT(), None, damping=DAMPING)
-        return jax.block_until_ready((found.weight, found.mask))
+        return found.weight, found.mask
 
     def in_torch() -> tuple[torch.Tensor, torch.Tensor]:
-        found = rivals.sparsegpt(torch_weight, torch_gram, DAMPING)
+        found = rivals.sparsegpt(*given, DAMPING)
         if device == "cuda":
             torch.cuda.synchronize()
         return found
 
     return {PROX24: in_jax, PYTORCH: in_torch}
-
-
-def timed(run: Callable[[], tuple[Any, Any]]) -> tuple[float, tuple[Any, Any]]:
-    """Seconds, and what the function returns."""
-    start = time.perf_counter()
-    found = run()
-    return time.perf_counter() - start, found
-
-
-def as_numpy(array: Any) -> np.ndarray:
-    return array.cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
 
 
 def relative_loss(pruned: np.ndarray, weight: np.ndarray, gram: np.ndarray) -> float:
@@ -103,50 +71,28 @@ def relative_loss(pruned: np.ndarray, weight: np.ndarray, gram: np.ndarray) -> f
     return float(np.sum((difference @ gram) * difference) / np.sum((weight @ gram) * weight))
 
 
-def measure(out_width: int, in_width: int, repetitions: int, seed: int) -> list[Row]:
-    """Both contenders on one layer."""
+def measure(out_width: int, in_width: int, repetitions: int, seed: int) -> list[dict[str, Any]]:
+    """A row for each contender on one layer."""
     weight, gram = make_layer(out_width, in_width, seed)
     field = contenders(weight, gram)
-    first = {name: timed(run) for name, run in field.items()}
-    times: dict[str, list[float]] = {name: [] for name in field}
-    for repetition in range(repetitions):
-        for name in sorted(field, reverse=repetition % 2 == 1):
-            times[name].append(timed(field[name])[0])
-    median = {name: statistics.median(each) for name, each in times.items()}
-    weights = {name: as_numpy(found) for name, (_, (found, _)) in first.items()}
-    masks = {name: as_numpy(mask) for name, (_, (_, mask)) in first.items()}
+    first = {name: common.timed(run) for name, run in field.items()}
+    seconds = common.medians(field, repetitions)
+    found = {
+        name: [np.asarray(part.cpu() if name == PYTORCH else part) for part in parts]
+        for name, (_, parts) in first.items()
+    }
     return [
-        Row(
-            shape=f"{out_width}x{in_width}",
-            contender=name,
-            first_seconds=first[name][0],
-            seconds=median[name],
-            ratio_to_pytorch=median[name] / median[PYTORCH],
-            relative_loss=relative_loss(weights[name], weight, gram),
-            mask_agreement=float(np.mean(masks[name] == masks[PYTORCH])),
-        )
-        for name in field
+        {
+            "shape": f"{out_width}x{in_width}",
+            "contender": name,
+            "first_seconds": first[name][0],
+            "seconds": seconds[name],
+            "ratio_to_pytorch": seconds[name] / seconds[PYTORCH],
+            "relative_loss": relative_loss(pruned, weight, gram),
+            "mask_agreement": float(np.mean(mask == found[PYTORCH][1])),
+        }
+        for name, (pruned, mask) in found.items()
     ]
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """One line per shape and contender."""
-    result = Table()
-    result.add_column("shape", no_wrap=True)
-    result.add_column("contender", no_wrap=True)
-    for name in ("first\ncall s", "median\ns", "time /\nPyTorch", "relative\nloss", "same\nmask"):
-        result.add_column(name, justify="right")
-    for row in rows:
-        result.add_row(
-            row.shape,
-            row.contender,
-            f"{row.first_seconds:.3g}",
-            f"{row.seconds:.3g}",
-            f"{row.ratio_to_pytorch:.2f}",
-            f"{row.relative_loss:.5f}",
-            f"{row.mask_agreement:.3%}",
-        )
-    return result
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
@@ -154,44 +100,41 @@ def shapes(text: str) -> list[tuple[int, int]]:
     found = []
     for shape in text.split(","):
         out_width, _, in_width = shape.partition("x")
-        if not (out_width.isdecimal() and in_width.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{shape} is not OUTxIN")
+        if not (out_width.isdecimal() and in_width.isdecimal()) or int(in_width) % 4:
+            raise argparse.ArgumentTypeError(f"{shape} is not OUTxIN in blocks of four")
         found.append((int(out_width), int(in_width)))
-        if 0 in found[-1] or found[-1][1] % 4:
-            raise argparse.ArgumentTypeError(f"{shape} does not consist of blocks of four")
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", type=shapes, default="4096x4096,576x576", help="OUTxIN,...")
-    parser.add_argument("--repetitions", type=int, default=5, help="timings per contender")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
-    arguments = parser.parse_args()
-    if arguments.repetitions < 1:
-        parser.error(f"--repetitions {arguments.repetitions} is not positive")
+FORMS = {
+    "first\ncall s": ("first_seconds", ".3g"),
+    "median\ns": ("seconds", ".3g"),
+    "time /\nPyTorch": ("ratio_to_pytorch", ".2f"),
+    "relative\nloss": ("relative_loss", ".5f"),
+    "same\nmask": ("mask_agreement", ".3%"),
+}
 
+
+def main() -> None:
+    parser = common.parser_of(__doc__)
+    parser.add_argument("--shapes", type=shapes, default="4096x4096,576x576", help="OUTxIN,...")
+    parser.add_argument("--repetitions", type=common.positive, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
+    common.add_json(parser)
+    arguments = parser.parse_args()
     rows = [
         row
-        for out_width, in_width in arguments.shapes
-        for row in measure(out_width, in_width, arguments.repetitions, arguments.seed)
+        for shape in arguments.shapes
+        for row in measure(*shape, arguments.repetitions, arguments.seed)
     ]
-    settings = environment(with_rivals=True)
-    console = Console()
-    console.print(", ".join(f"{name} {value}" for name, value in settings.items()), soft_wrap=True)
-    console.print(f"float32, {arguments.repetitions} repetitions, seed {arguments.seed}")
-    console.print(table(rows))
-    if arguments.json:
-        figures = {
-            "environment": settings,
-            "repetitions": arguments.repetitions,
-            "seed": arguments.seed,
-            "rows": [asdict(row) for row in rows],
-        }
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    settings = common.environment() | {"seed": arguments.seed}
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    lines = [
+        (row["shape"], row["contender"], *(format(row[f], form) for f, form in FORMS.values()))
+        for row in rows
+    ]
+    common.show(("shape", "contender", *FORMS), lines, left=2)
+    common.write_json(arguments.json, {"environment": settings, "rows": rows})
 
 
 if __name__ == "__main__":
