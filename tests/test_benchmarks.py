@@ -1,38 +1,28 @@
-"""The benchmarks run, show no speed without accuracy, and time rivals that do what they say."""
+"""The benchmarks run, and their rivals do what they say."""
 
 import csv
+import importlib
 import importlib.util
+import itertools
 import json
 import runpy
 import subprocess
 import sys
 import tarfile
-import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prox24.pipeline import collect, prune
-from reference import brute_force_prox, largest, prox_objective, sparsegpt
-from test_solvers import make_problem
-from tiny import tokens, write_tiny
+from reference import brute_force_prox, prox_objective, sparsegpt
+from tiny import write_tiny
 
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.core.masks import is_sparse
-from prox24.jobs.perplexity import perplexity
-from prox24.solvers.problem import LayerProblem, Status
-from prox24.solvers.scores import Wanda
-from prox24.solvers.solve import solve
-from prox24.solvers.sparsegpt import SparseGPT
+from prox24.perplexity import perplexity
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RIVALS = runpy.run_path(str(BENCHMARKS / "rivals.py"))
-sys.path.append(str(BENCHMARKS))  # as for a script there
-
-from baselines import ALPS, Boza  # noqa: E402
-
 FORMS = {"prox24.prox", "prox24.prox, rows of one block", "prox24.planes.prox"}
 
 
@@ -43,47 +33,36 @@ def run(*arguments):
     )
 
 
-def figures(path, *arguments):
-    sizes = ("--blocks", 1024, "--repetitions", 1, "--json", path)
-    outcome = run("benchmarks/prox.py", *sizes, *arguments)
-    assert outcome.returncode == 0, outcome.stderr
-    rows = json.loads(path.read_text())["rows"]
-    printed = [line.split()[1] for line in outcome.stdout.splitlines() if line.startswith("│")]
-    assert len(printed) == len(rows), outcome.stdout
-    return rows
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch, capsys):
+    """Imports a benchmark and runs it on a tiny model, two texts and an output folder."""
+    write_tiny(tmp_path / "model")
+    calibration, text = tmp_path / "calibration.txt", tmp_path / "text.txt"
+    calibration.write_text("Text of which a model reads the bytes. " * 60)
+    text.write_text("And what it never read, is this text. " * 60)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    common = importlib.import_module("common")
+    monkeypatch.setattr(common, "fetch_model", lambda cache: tmp_path / "model")
+
+    def load(name, **settings):
+        module = importlib.import_module(name)
+        for setting, value in settings.items():
+            monkeypatch.setattr(module, setting, value)
+        return module
+
+    def main(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        # Users have these modes, and Optax's optimizers need them.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            module.main()
+        return capsys.readouterr().out
+
+    load.main = main
+    return load
 
 
-def test_no_block_of_prox_is_worse_than_that_of_the_best_rival(tmp_path):
-    pytest.importorskip("torch")
-    rows = figures(tmp_path / "figures.json")
-    names = [row["contender"] for row in rows if row["lam"] == 0.3]
-    assert names == [
-        "copy",
-        "prox24.prox",
-        "prox24.prox, rows of one block",
-        "prox24.planes.prox",
-        "alternating minimisation",
-        "alternating minimisation, tuned",
-        "gradient descent",
-    ]
-    assert len(rows) == 3 * len(names)
-    for row in rows:
-        if row["contender"] in FORMS:
-            assert 0 <= row["mean_excess"] <= row["worst_excess"] <= 1e-6
-
-
-def test_the_forms_of_prox_are_compared_without_pytorch(tmp_path):
-    rows = figures(tmp_path / "figures.json", "--skip-rivals")
-    assert {row["contender"] for row in rows} == FORMS | {"copy"}
-    for row in rows:
-        assert row["ratio_to_alternating_minimisation"] is row["ratio_to_tuned"] is None
-
-
-@pytest.mark.parametrize(("option", "value"), [("--blocks", 100), ("--repetitions", 0)])
-def test_a_size_that_cannot_be_measured_is_one_line_with_its_name(option, value):
-    outcome = run("benchmarks/prox.py", option, value)
-    assert outcome.returncode == 2
-    assert f"{option} {value}" in outcome.stderr.splitlines()[-1]
+# Rivals
 
 
 def alternating_minimisation(y, lam, name="alternating_minimisation"):
@@ -104,13 +83,9 @@ rivals = pytest.mark.parametrize(
 )
 
 
-def blocks(count=512):
-    return np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-
-
 @rivals
 def test_rivals_reach_the_minimum_where_the_objective_is_strongly_convex(rival):
-    y = blocks()
+    y = np.random.default_rng(0).normal(size=(512, 4)).astype(np.float32)
     # The rows of the Hessian's off-diagonal part sum to at most 6 max(y) lam, here 1/2.
     y *= 0.5 / (6 * 0.3 * np.abs(y).max(axis=-1, keepdims=True))
     best = brute_force_prox(y, 0.3)
@@ -119,41 +94,11 @@ def test_rivals_reach_the_minimum_where_the_objective_is_strongly_convex(rival):
 
 
 @rivals
-def test_rivals_keep_the_two_largest_under_a_large_penalty(rival):
-    y = blocks()
-    expected = np.where(largest(np.abs(y), 2, 4), y, 0)
-    np.testing.assert_array_equal(rival(y, 1e3), expected)
-
-
-@rivals
 def test_rivals_choose_each_support_size_where_it_is_the_minimum(rival):
-    y = np.array([[-1.0, 0.4, 0.8, -0.6]] * 3, np.float32)
-    expected = [(-0.911, 0.021, 0.681, -0.404), (-0.904, 0, 0.671, -0.357), (-1, 0, 0.8, 0)]
-    for row, lam, w in zip(y, (0.3, 0.4, 1.0), expected, strict=True):
-        np.testing.assert_allclose(rival(row[None], lam)[0], w, rtol=0, atol=1e-3)
-
-
-@rivals
-def test_rivals_change_nothing_without_a_penalty(rival):
-    y = blocks()
-    np.testing.assert_array_equal(rival(y, 0.0), y)
-
-
-@rivals
-def test_rivals_keep_dtype_and_signs(rival):
-    y = blocks()
-    w = rival(y, 0.3)
-    assert w.dtype == np.float32
-    assert np.all(w * y >= 0)
-    assert np.all(np.abs(w) <= np.abs(y))
-
-
-def test_gradient_descent_reaches_the_minimum_of_every_normal_block():
-    y = blocks()
-    for lam in (0.1, 0.3, 1.0):
-        best = brute_force_prox(y, lam)
-        scale = np.maximum(best, 1e-6 * np.sum(y**2, axis=-1))
-        assert np.all(prox_objective(gradient_descent(y, lam), y, lam) <= best + 1e-6 * scale)
+    y = np.array([[-1.0, 0.4, 0.8, -0.6]], np.float32)
+    known = {0: y[0], 0.3: (-0.911, 0.021, 0.681, -0.404), 0.4: (-0.904, 0, 0.671, -0.357)}
+    for lam, w in (known | {1.0: (-1, 0, 0.8, 0), 1e3: (-1, 0, 0.8, 0)}).items():
+        np.testing.assert_allclose(rival(y, lam)[0], w, rtol=0, atol=1e-3)
 
 
 def test_sparsegpt_in_pytorch_equals_the_columnwise_reference():
@@ -170,41 +115,58 @@ def test_sparsegpt_in_pytorch_equals_the_columnwise_reference():
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
-def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(tmp_path):
+# Scripts
+
+
+def test_no_block_of_prox_is_worse_than_that_of_the_best_rival(tmp_path):
     pytest.importorskip("torch")
     path = tmp_path / "figures.json"
-    sizes = ("--shapes", "16x64,24x200", "--repetitions", 1, "--json", path)
-    outcome = run("benchmarks/sparsegpt.py", *sizes)
+    outcome = run("benchmarks/prox.py", "--blocks", 1024, "--repetitions", 1, "--json", path)
     assert outcome.returncode == 0, outcome.stderr
     rows = json.loads(path.read_text())["rows"]
-    names = [(row["shape"], row["contender"]) for row in rows]
-    assert names == [(s, c) for s in ("16x64", "24x200") for c in ("prox24", "PyTorch")]
+    assert len(rows) == 3 * (1 + len(FORMS) + 3)
+    for row in rows:
+        if row["contender"] in FORMS:
+            assert 0 <= row["mean_excess"] <= row["worst_excess"] <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("prox", "--blocks", 100),
+        ("prox", "--repetitions", 0),
+        ("sparsegpt", "--shapes", "64"),
+        ("sparsegpt", "--shapes", "8x6"),
+    ],
+)
+def test_a_size_that_cannot_be_measured_is_one_line_with_its_name(
+    name, option, value, benchmark, capsys
+):
+    if name == "sparsegpt":
+        pytest.importorskip("torch")
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(benchmark(name), option, value)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert option in last
+    assert str(value) in last
+
+
+def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(benchmark, tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "figures.json"
+    sizes = "--shapes", "16x64,24x200", "--repetitions", 1, "--json", path
+    benchmark.main(benchmark("sparsegpt"), *sizes)
+    rows = json.loads(path.read_text())["rows"]
     for ours, original in zip(rows[::2], rows[1::2], strict=True):
         assert ours["relative_loss"] == pytest.approx(original["relative_loss"], rel=0.01)
         assert ours["mask_agreement"] >= 0.995
 
 
-def test_inverses_are_timed_in_products_and_are_inverses():
-    outcome = run("benchmarks/inverse.py", "--widths", 24, "--repetitions", 1)
-    assert outcome.returncode == 0, outcome.stderr
-    rows = [line.split("│")[1:-1] for line in outcome.stdout.splitlines() if line.startswith("│")]
-    names = [name.strip() for name, *_ in rows]
-    assert names == ["product", "sweeps", "Cholesky", "LU", "eigenvectors"]
-    assert rows[0][3].strip() == "1.00"
-    for row in rows[1:4]:
-        assert float(row[4]) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("--shapes", "64"), ("--shapes", "8x6"), ("--repetitions", 0)]
-)
-def test_a_layer_that_cannot_be_measured_is_one_line_with_its_name(option, value):
-    pytest.importorskip("torch")
-    outcome = run("benchmarks/sparsegpt.py", option, value)
-    assert outcome.returncode == 2
-    last = outcome.stderr.splitlines()[-1]
-    assert option in last
-    assert str(value) in last
+def test_inverses_are_inverses(benchmark):
+    with jax.enable_x64(False):
+        rows = benchmark("inverse").measure(24, 1)
+    assert rows[0][3] == "1.00"
+    assert max(float(row[4]) for row in rows[1:4]) <= 1e-5
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
@@ -216,11 +178,29 @@ def test_compiling_for_tpus_without_libtpu_is_one_line_that_says_what_to_install
     assert "pip install libtpu" in line
 
 
+@pytest.mark.slow
+def test_memory_of_plans_is_tabled(benchmark):
+    common = benchmark("common")
+    tiny = {"tiny": common.llama(64, 64, 1, 8, vocab_size=256)}
+    machines = {"a machine": ["--memory", "1GB"]}
+    plan = benchmark("plan", MODELS=tiny, MACHINES=machines)
+    printed = benchmark.main(plan, "--models", "tiny", "--samples", 2, "--sequence-length", 16)
+    assert "a machine" in printed
+    assert "yes" in printed
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own(benchmark):
+    memory = benchmark("memory")
+    memory.SHAPE["vocab_size"] = 256
+    assert "0.128" in benchmark.main(memory, "--layers", 1, "--samples", 1)
+
+
 # Layers and models
 
 
-def test_windows_of_a_seed_do_not_overlap_and_fewer_are_a_subset_of_more():
-    drawn = runpy.run_path(str(BENCHMARKS / "model.py"))["drawn_windows"]
+def test_windows_of_a_seed_do_not_overlap_and_fewer_are_a_subset_of_more(benchmark):
+    drawn = benchmark("common").drawn_windows
     ids = np.arange(1003)
     many, few, other = drawn(ids, 64, 10, 0), drawn(ids, 8, 10, 0), drawn(ids, 8, 10, 1)
     assert len(np.unique(many)) == many.size == 640
@@ -228,144 +208,140 @@ def test_windows_of_a_seed_do_not_overlap_and_fewer_are_a_subset_of_more():
     assert not np.array_equal(few, other)
 
 
-def test_a_run_of_the_model_benchmark_measures_the_pruned_model(tmp_path):
-    benchmark = runpy.run_path(str(BENCHMARKS / "model.py"))
-    write_tiny(tmp_path / "model")
-    checkpoint = open_checkpoint(tmp_path / "model")
-    windows = {"text": tokens(4, 32)}
-    dense = benchmark["Run"]("dense", None)
-    wanda = benchmark["Run"]("wanda", Wanda())
-    rows = [benchmark["measure"](run, checkpoint, tokens(4, 32), windows) for run in (dense, wanda)]
-    assert rows[0]["text"] == pytest.approx(perplexity(checkpoint, windows["text"]).perplexity)
-    assert rows[1]["text"] != rows[0]["text"]
-    pruned = collect(prune(checkpoint, tokens(4, 32), Wanda(), None))
-    losses = [report.statistics.relative_loss for report in pruned.reports]
-    assert rows[1]["mean_relative_loss"] == pytest.approx(np.mean(losses))
-    replaced = benchmark["with_tensors"](checkpoint, pruned.tensors)
-    assert rows[1]["text"] == pytest.approx(perplexity(replaced, windows["text"]).perplexity)
+def test_lines_of_a_table_keep_to_its_columns(benchmark, tmp_path):
+    common, path = benchmark("common"), tmp_path / "table.csv"
+    common.add_row(path, {"run": "a", "first": 1})
+    rows = common.add_row(path, {"first": 3, "run": "b"})
+    assert rows == common.read_rows(path, ["first", "run"])
+    assert rows[1] == {"run": "b", "first": "3"}
+    assert common.has_row(rows, {"run": "b", "first": 3})
+    assert not common.has_row(rows, {"run": "b", "first": 1})
+    with pytest.raises(SystemExit, match=r"table\.csv has run, first, not run, second"):
+        common.read_rows(path, ["run", "second"])
 
 
-def test_the_tables_of_the_model_benchmark_name_each_run_once():
-    for table in runpy.run_path(str(BENCHMARKS / "model.py"))["TABLES"].values():
-        runs = [(run.method, *run.varied.items()) for run in table()]
-        assert len(set(runs)) == len(runs)
+@pytest.mark.parametrize("table", ["main", "growth"])
+def test_the_model_benchmark_measures_pruned_models_and_goes_on(benchmark, tmp_path, table):
+    model = benchmark("model", EVALUATION_LENGTH=32)
+    for runs in (make() for make in model.TABLES.values()):
+        assert len({(run.method, *run.varied.items()) for run in runs}) == len(runs)
+    runs = [model.Run("dense", None, varied={"growth": 1.1}), *model.growth_table()[-2:]]
+    model = benchmark("model", TABLES={table: lambda: runs})
+    options = table, "--calibration", "calibration.txt", "--texts", "text.txt", "--windows", 4
+    options = *options, "--length", 32, "--evaluation-windows", 2
+    printed = benchmark.main(model, *options, "--seeds", 0, 1)
+    assert printed.count("±") == 3 * 3 - 1  # dense has no loss
+    path = tmp_path / f"model-{table}.csv"
+    before = path.read_text()
+    assert benchmark.main(model, *options, "--seeds", 0, 1) == printed
+    assert path.read_text() == before
+    assert path.with_suffix(".png").stat().st_size > 5000
 
 
-def test_an_ablation_varies_a_column_and_is_drawn_with_the_mean_over_seeds(tmp_path, capsys):
-    benchmark = runpy.run_path(str(BENCHMARKS / "model.py"))
-    rows = [
-        {"run": "prox", "growth": value, "text": text, "mean_relative_loss": "", "seed": seed}
-        | {"solver_seconds": "1"}
-        for value, text, seed in (("1.5", "20", "0"), ("1.1", "10", "0"), ("1.1", "12", "1"))
-    ]
-    for table, (column, title) in benchmark["VARIED"].items():
-        assert all(column in run.varied for run in benchmark["TABLES"][table]())
-        assert title
-    benchmark["print_table"](rows, ["text"], "growth")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "1.1" in line]
-    assert "11.00 ± 1.00" in line
-    benchmark["draw"](rows, ["text"], "growth", "growth of lambda", tmp_path / "growth.png")
-    assert (tmp_path / "growth.png").stat().st_size > 5000
-    benchmark["draw_methods"](rows, ["text"], tmp_path / "main.png")
-    assert (tmp_path / "main.png").stat().st_size > 5000
+def test_layers_are_solved_by_every_contender_that_is_asked_for(benchmark, tmp_path):
+    layers = benchmark("layers")
+    text = "--calibration", "calibration.txt", "--samples", 2
+    assert "sparsegpt" in benchmark.main(layers, "--layers", 0, *text, "--only", "wanda")
+    with (tmp_path / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["wanda", layers.REFERENCE, layers.DEFAULT]
+    assert [row["contender"] for row in rows] == names * 7
 
 
-def test_gaps_of_refined_models_are_shares_and_drawn_by_tokens_and_seconds(
-    tmp_path, monkeypatch, capsys
-):
-    benchmark = runpy.run_path(str(BENCHMARKS / "refine.py"))
-    runs = benchmark["runs"]()
-    assert len({(run.name, run.distinct_tokens) for run in runs}) == len(runs)
-    assert {run.base for run in runs} == {"dense", *benchmark["BASES"]}
-
-    def row(run, seed):
-        dense, sparsegpt = (run.name == name for name in ("dense", "sparsegpt"))
-        return {
-            "run": run.name,
-            "distinct_tokens": str(run.distinct_tokens),
-            "seed": seed,
-            "calibration": "text",
-            "evaluation_windows": "16",
-            "tokens": str(run.windows * 480),
-            "seconds": "10.0",
-            "peak_memory_bytes": "1000000000",
-            "text": str(np.exp(3.0 if dense else 5.0 if sparsegpt else 4.0)),
-            "right_answers": "0.25",
-        }
-
-    rows = [row(run, "0") for run in runs]
-    found = dict(zip((run.name for run in runs), benchmark["gaps"](rows, ["text"]), strict=True))
-    assert (found.pop("dense"), found.pop("sparsegpt")) == (0, 1)
-    np.testing.assert_allclose(list(found.values()), 0.5)
-    # Each seed has its own dense model and SparseGPT; here it has none.
-    assert np.isnan(benchmark["gaps"]([*rows, row(runs[-1], "1")], ["text"])[-1])
-    benchmark["print_table"](rows, ["text"])
-    printed = capsys.readouterr().out
-    assert "25.0%" in printed
-    assert f"{np.exp(4):.2f} (0.50)" in printed
-    drawn, plt = [], benchmark["plt"]
-    kept = types.SimpleNamespace(subplots=plt.subplots, close=drawn.append)
-    monkeypatch.setitem(benchmark["draw"].__globals__, "plt", kept)
-    benchmark["draw"](rows, ["text"], tmp_path / "refine.png")
-    by_tokens, by_seconds = drawn[0].axes
-    lines = {line.get_label(): line.get_xdata().tolist() for line in by_tokens.lines}
-    whole = "sparsegpt + refit + model, rate 0.0005, bfloat16"
-    assert lines[whole] == [0, 64 * 480, 256 * 480, 1024 * 480]
-    assert set(lines) == {run.line for run in runs if run.before not in (None, "dense")}
-    seconds = {line.get_label(): line.get_xdata().tolist() for line in by_seconds.lines}
-    assert seconds[whole] == [10, 20, 20, 20]
-    assert seconds["sparsegpt + refit + block, bfloat16"] == [10, 10, 10, 10]
-    both = "admm, dense targets + block, passes: 5 + model, rate 0.0005, bfloat16"
-    assert lines[both] == [0, 64 * 480, 256 * 480, 1024 * 480]
-    assert seconds[both] == [10, 20, 20, 20]
-    plt.close(drawn[0])
+def test_refined_models_are_made_once_and_evaluated_again(benchmark, tmp_path, monkeypatch):
+    settings = {"alone": lambda function, *arguments: function(*arguments)}
+    refine = benchmark("refine", LENGTH=64, WINDOWS=8, **settings)
+    every = refine.runs()
+    assert len({(run.name, run.distinct_tokens) for run in every}) == len(every)
+    assert {run.base for run in every} == {"dense", *refine.BASES}
+    given = {"calibration": tmp_path / "calibration.txt", "seed": 0, "cache": tmp_path}
+    whole = refine.Run("sparsegpt + model", "sparsegpt", 8, refine.ModelRefinement())
+    monkeypatch.setattr(refine, "runs", lambda: [*every[:2], whole])
+    texts = "--calibration", "calibration.txt", "--texts", "text.txt", "--evaluation-windows", 2
+    printed = benchmark.main(refine, *texts, "--windows", 8, "--cache", tmp_path)
+    assert "0.00)" in printed  # of dense
+    assert "(1.00)" in printed  # of SparseGPT
+    assert "0% of what is evaluated of text is in calibration.txt" in printed
+    for function in ("prune", "distill"):
+        monkeypatch.setattr(refine.common, function, None)
+    assert benchmark.main(refine, *texts, "--windows", 8, "--cache", tmp_path) == printed
+    pruned = refine.pruned_model("sparsegpt", **given)
+    refined = refine.refined_model(whole, pruned.folder, **given)
+    assert (pruned.tokens, refined.tokens) == (0, 7 * 64)
+    blocks = refine.BASES["sparsegpt + refit + block, bfloat16, passes: 5"]
+    assert blocks.trained_on == 5 * 7 * 64  # of 8 windows one is held out
 
 
-def test_contenders_of_the_layers_are_compiled_by_one_step_and_measured_in_full():
-    benchmark = runpy.run_path(str(BENCHMARKS / "layers.py"))
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
-    problem = LayerProblem(jnp.asarray(rng.normal(size=(8, 16)), jnp.float32), x.T @ x)
-    field = benchmark["contenders"]()
-    names = [benchmark[name] for name in ("DEFAULT", "REFERENCE", "PAPER")]
-    for name in (*names, "admm, ALPS", "admm, Boza"):
-        contender = field[name]
-        solution, seconds = benchmark["measure"](contender, problem)
-        assert seconds > 0
-        assert solution.status is Status.SPARSE
-        expected = solve(problem, contender.solver, contender.refit)
-        assert np.array_equal(solution.weight, expected.weight)
+def test_windows_that_are_in_the_calibration_are_left_out(benchmark, tmp_path):
+    refine = benchmark("refine", LENGTH=64)
+    seen, other = "so many words that " * 10, "and others that it has not, " * 10
+    length = 60 * (min(len(seen), len(other)) // 60)
+    text = seen[:length] + other[:length]
+    assert refine.share_seen(text, f"before {seen}".replace(" ", "\n")) == 0.5
+    calibration, path = tmp_path / "calibration.txt", tmp_path / "both.txt"
+    path.write_text(calibration.read_text()[:64] + "And what it never read, is this text. " * 5)
+    dense = open_checkpoint(tmp_path / "model")
+    every, unseen = (
+        refine.evaluated_windows(dense, path, 2, calibration, unseen) for unseen in (False, True)
+    )
+    np.testing.assert_array_equal(every[1], unseen[0])
+    with pytest.raises(SystemExit, match="has 2 windows that are not in"):
+        refine.evaluated_windows(dense, path, 3, calibration, True)
 
 
-@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8)])
-def test_the_published_forms_of_admm_lose_less_than_sparsegpt(pattern):
-    problem = make_problem("power_law")
-    rival = solve(problem, SparseGPT(), pattern=pattern).statistics.relative_loss
-    for solver in (ALPS(), Boza()):
-        solution = solve(problem, solver, pattern=pattern)
-        assert solution.status is Status.SPARSE
-        assert bool(is_sparse(solution.weight, pattern))
-        assert 3 < solution.statistics.steps < 300
-        assert solution.statistics.relative_loss < rival
-
-
-def test_generation_is_measured_for_each_form_of_the_weights(tmp_path, monkeypatch):
+def test_generation_is_measured_for_each_form_of_the_weights(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
-    write_tiny(tmp_path / "model")
-    benchmark = runpy.run_path(str(BENCHMARKS / "generate.py"))
-    rows = [benchmark["measure"](form, tmp_path / "model", 4, 4) for form in benchmark["FORMS"]]
+    generate = benchmark("generate")
+    rows = [generate.measure(form, tmp_path / "model", 4, 4) for form in generate.FORMS]
     sizes = {row["form"]: row["weights_bytes"] for row in rows}
     assert sizes["float32"] == 2 * sizes["bfloat16"]
     assert sizes["float32, packed"] < sizes["float32"]
-    for row in rows:
-        assert min(row["resident_bytes"], row["peak_bytes"]) > row["weights_bytes"]
-        assert row["tokens_per_second"] > 0
-    faster = rows[0] | {"tokens_per_second": 3 * rows[0]["tokens_per_second"]}
-    assert benchmark["median_of"]([faster, rows[0], rows[0]]) == rows[0]
-    share = benchmark["ratio"](rows, rows[1], "weights_bytes")
+    assert generate.median_of([rows[0] | {"tokens_per_second": 1e9}, rows[0], rows[0]]) == rows[0]
+    share = generate.ratio(rows, rows[1], "weights_bytes")
     assert share == sizes["float32, packed"] / sizes["float32"]
-    assert np.isnan(benchmark["ratio"](rows, rows[0], "weights_bytes"))
-    assert np.isnan(benchmark["ratio"](rows[1:], rows[1], "weights_bytes"))
+    assert np.isnan(generate.ratio(rows[1:], rows[1], "weights_bytes"))
+    assert generate.cells(rows, rows[0])[-2:] == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "printed"),
+    [
+        ("devices", ["--samples", 8, "--length", 32], "columns"),
+        ("parity", ["--windows", 2, "--length", 16], "32 of 32"),
+    ],
+)
+def test_devices_and_parity_in_processes_of_their_own(name, options, printed, tmp_path):
+    pytest.importorskip("torch")
+    write_tiny(tmp_path / "model")
+    patched = f"common.fetch_model = lambda cache: {str(tmp_path / 'model')!r}"
+    code = f"import sys; sys.path.insert(0, 'benchmarks'); import common; {patched}; "
+    outcome = run("-c", f"{code} import {name}; {name}.main()", *options)
+    assert outcome.returncode == 0, outcome.stderr
+    assert printed in outcome.stdout
+
+
+def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(benchmark, tmp_path):
+    choice = benchmark("multiple_choice", BATCH=4)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(1, 260, length).tolist() for length in (3, 17, 9, 9, 2, 30)]
+    for text, loss in zip(texts, choice.text_losses(checkpoint, texts), strict=True):
+        alone = perplexity(checkpoint, np.array([text], np.int32)).perplexity
+        assert loss / (len(text) - 1) == pytest.approx(np.log(alone), rel=1e-4)
+    archive, path = tmp_path / "bigbench-1.0.0.tar.gz", tmp_path / "task.json"
+    example = {"input": "A goal is ", "target_scores": {"this": 0, "that": 1, "it": 0}}
+    path.write_text(json.dumps({"examples": [example] * 3}))
+    with tarfile.open(archive, "w:gz") as files:
+        for folder in choice.TASKS.values():
+            files.add(path, f"bigbench-1.0.0/bigbench/benchmark_tasks/{folder}/task.json")
+    questions = choice.read_questions(archive, 2)
+    assert "mean" in benchmark.main(choice, archive, "model")
+    question = questions["goal"][0]
+    assert question == (["A goal is this", "A goal is that", "A goal is it"], 1)
+    tokens = [checkpoint.load_tokenizer()(text)["input_ids"] for text in question.texts]
+    right = float(np.argmin(choice.text_losses(checkpoint, tokens)) == 1)
+    assert choice.accuracies(checkpoint, questions) == dict.fromkeys(questions, right)
 
 
 @pytest.mark.slow
@@ -385,99 +361,56 @@ def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(tmp
     assert (tmp_path / "matmul.png").stat().st_size > 0
 
 
-def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(tmp_path, monkeypatch):
+def test_pytorch_multiplies_the_same_numbers_where_it_has_a_gpu(monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    benchmark = runpy.run_path(str(BENCHMARKS / "matmul.py"))
+    x, dense = jnp.ones((8, 64), "bfloat16"), jnp.ones((32, 64), "bfloat16")
+    assert benchmark["by_pytorch"](x, dense) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    class Dense:
+        from_dense = staticmethod(lambda weight: weight)
+
+    monkeypatch.setattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS", Dense)
+    contenders = benchmark["by_pytorch"](x, dense)
+    # The other one finds out that the numbers are on no GPU.
+    assert "PyTorch, cuSPARSELt is left out: " in capsys.readouterr().out
+    assert list(contenders) == ["PyTorch, CUTLASS"]
+    found = contenders["PyTorch, CUTLASS"](3)()
+    np.testing.assert_array_equal(found, jnp.full((8, 32), 64, "bfloat16"))
+
+
+def test_moving_masks_are_compared_with_fixed_ones_on_windows_of_their_own(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
     write_tiny(tmp_path / "model")
-    checkpoint = open_checkpoint(tmp_path / "model")
-    benchmark = runpy.run_path(str(BENCHMARKS / "multiple_choice.py"))
-    monkeypatch.setitem(benchmark["text_losses"].__globals__, "BATCH", 4)
-    rng = np.random.default_rng(0)
-    texts = [rng.integers(1, 260, length).tolist() for length in (3, 17, 9, 9, 2, 30)]
-    found = benchmark["text_losses"](checkpoint, texts)
-    for text, loss in zip(texts, found, strict=True):
-        alone = perplexity(checkpoint, np.array([text], np.int32)).perplexity
-        assert loss / (len(text) - 1) == pytest.approx(np.log(alone), rel=1e-4)
-    archive = tmp_path / "bigbench-1.0.0.tar.gz"
-    with tarfile.open(archive, "w:gz") as files:
-        for folder in benchmark["TASKS"].values():
-            example = {"input": "A goal is ", "target_scores": {"this": 0, "that": 1, "it": 0}}
-            path = tmp_path / "task.json"
-            path.write_text(json.dumps({"examples": [example] * 3}))
-            files.add(path, f"bigbench-1.0.0/bigbench/benchmark_tasks/{folder}/task.json")
-    questions = benchmark["read_questions"](archive, 2)
-    assert [len(asked) for asked in questions.values()] == [2, 2]
-    question = questions["goal"][0]
-    assert question == (["A goal is this", "A goal is that", "A goal is it"], 1)
-    share = benchmark["accuracies"](checkpoint, questions)
-    tokenizer = checkpoint.load_tokenizer()
-    losses = benchmark["text_losses"](checkpoint, [tokenizer(t)["input_ids"] for t in question[0]])
-    assert share == dict.fromkeys(questions, float(np.argmin(losses) == 1))
-
-
-def test_lines_of_a_table_keep_to_its_columns(tmp_path):
-    benchmark = runpy.run_path(str(BENCHMARKS / "model.py"))
-    path = tmp_path / "table.csv"
-    benchmark["add_row"](path, {"run": "a", "first": 1, "second": 2})
-    rows = benchmark["add_row"](path, {"run": "b", "second": 4, "first": 3})
-    assert rows[1] == {"run": "b", "first": "3", "second": "4"}
-    with pytest.raises(ValueError, match=r"table\.csv has"):
-        benchmark["add_row"](path, {"run": "c", "first": 5})
-    assert benchmark["read_rows"](path) == rows
-    benchmark["check_columns"](path, rows, "run", ["second", "first"])
-    benchmark["check_columns"](path, [], "run", ["other"])
-    for names in (["second"], ["first", "second", "third"]):
-        with pytest.raises(SystemExit, match=r"table\.csv has first, second, not "):
-            benchmark["check_columns"](path, rows, "run", names)
-
-
-def test_tasks_that_an_archive_lacks_are_named(tmp_path):
-    benchmark = runpy.run_path(str(BENCHMARKS / "multiple_choice.py"))
-    there, missing = (f"benchmark_tasks/{name}/task.json" for name in benchmark["TASKS"].values())
-    path, archive = tmp_path / "task.json", tmp_path / "bigbench.tar.gz"
-    path.write_text('{"examples": []}')
-    with tarfile.open(archive, "w:gz") as files:
-        files.add(path, f"bigbench-1.0.0/bigbench/{there}")
-    with pytest.raises(SystemExit, match=f"has no {missing}$"):
-        benchmark["read_questions"](archive, 2)
-
-
-def test_pieces_of_a_text_that_are_in_the_calibration_are_counted(monkeypatch):
-    share_seen = runpy.run_path(str(BENCHMARKS / "refine.py"))["share_seen"]
-    seen, other = "so many words that " * 10, "and others that it has not, " * 10
-    length = 60 * (min(len(seen), len(other)) // 60)
-    assert share_seen(seen[:length] + other[:length], f"before {seen}".replace(" ", "\n")) == 0.5
-    assert share_seen(other, seen) == 0
-
-
-def test_a_model_is_made_once_and_evaluated_again(tmp_path, monkeypatch):
-    write_tiny(tmp_path / "model")
-    calibration, text = tmp_path / "calibration.txt", tmp_path / "text.txt"
-    calibration.write_text("Text of which a model reads the bytes. " * 60)
-    text.write_text(calibration.read_text()[:64] + "And what it never read, is this text. " * 5)
-    benchmark = runpy.run_path(str(BENCHMARKS / "refine.py"))
-    module = benchmark["made"].__globals__
+    benchmark = runpy.run_path(str(BENCHMARKS / "moving_masks.py"))
+    module = benchmark["main"].__globals__
     monkeypatch.setitem(module, "fetch_model", lambda cache: tmp_path / "model")
-    monkeypatch.setitem(module, "LENGTH", 64)
-    monkeypatch.setitem(module, "WINDOWS", 8)
-    given = calibration, 0, tmp_path
-    pruned = benchmark["pruned_model"]("sparsegpt", *given)
-    run = benchmark["Run"]("both", "sparsegpt", 8, benchmark["ModelRefinement"]())
+    monkeypatch.setitem(module, "LENGTH", 8)
+    monkeypatch.setitem(module, "HELD_OUT", 2)
+    monkeypatch.setitem(module, "TESTED", 2)
+    layer, other = benchmark["dense_layers"]([0, 1], None, 8, 1)
+    assert layer.loss is other.loss
+    assert layer.steps_of_pass == 8 - 4
+    assert benchmark["error"](layer, layer.weights) < 1e-6
     # Optax's optimizers mix dtypes and ranks.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        refined = benchmark["refined_model"](run, pruned.folder, *given)
-    assert (pruned.tokens, refined.tokens) == (0, 7 * 64)
-    for function in ("prune", "distill"):
-        monkeypatch.setitem(module, function, None)
-    assert benchmark["pruned_model"]("sparsegpt", *given)[:-1] == pruned[:-1]
-    assert benchmark["refined_model"](run, pruned.folder, *given) == refined
-    windows = {
-        unseen: benchmark["evaluated_windows"](text, 2, calibration, unseen, tmp_path)
-        for unseen in (False, True)
-    }
-    np.testing.assert_array_equal(windows[False][1], windows[True][0])
-    with pytest.raises(SystemExit, match="has 2 windows that are not in"):
-        benchmark["evaluated_windows"](text, 3, calibration, True, tmp_path)
-    folders = pruned.folder, refined.folder
-    found = [benchmark["evaluate"](one, {"text": windows[True]}, None)[0] for one in folders]
-    assert found[0]["text"] != found[1]["text"]
-    blocks = benchmark["BASES"]["sparsegpt + refit + block, bfloat16, passes: 5"]
-    assert blocks.trained_on == 5 * 7 * 64  # of 8 windows one is held out
+        pruned = benchmark["pattern"](layer, layer.weights)
+        found = [
+            benchmark["moving"](layer, layer.weights, 3e-3, 4, 2),
+            benchmark["fixed"](layer, pruned, 3e-3, 2),
+            benchmark["refined"](layer, pruned, 3e-3, 2),
+        ]
+        arguments = ["--layers", "0", "--samples", "8", "--passes", "4", "--rates", "1e-3"]
+        arguments += ["--step-windows", "2"]
+        monkeypatch.setattr(sys, "argv", ["moving_masks.py", *arguments])
+        benchmark["main"]()
+    errors = [benchmark["error"](layer, weights) for weights in found]
+    assert max(errors) < benchmark["error"](layer, pruned)
+    for name, values in itertools.chain(*(weights.items() for weights in found)):
+        if name in layer.scales:
+            assert np.count_nonzero(np.asarray(values).reshape(-1, 4), axis=1).max() == 2
+    assert "0, 0.001" in capsys.readouterr().out
