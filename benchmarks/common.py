@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prox24 import ConjugateGradients, LayerProblem
-from prox24.calibration.text import (
+from prox24.jobs.text import (
     first_windows,
     packaged_text,
     read_text,
@@ -39,8 +39,8 @@ from prox24.cli.demo_model import fetch_model
 from prox24.cli.generate import decoding_rate
 from prox24.cli.output import peak_memory_bytes
 from prox24.cli.windows import calibration_windows, evaluation_windows
-from prox24.distill import ModelRefinement, MovingMask, distill
-from prox24.forward import (
+from prox24.jobs.distill import ModelRefinement, MovingMask, distill
+from prox24.jobs.forward import (
     embed_windows,
     embedding_weights,
     head_weights,
@@ -52,7 +52,7 @@ from prox24.forward import (
 from prox24.models import decoder
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights, generate
-from prox24.perplexity import perplexity, token_losses
+from prox24.jobs.perplexity import perplexity, token_losses
 from prox24.pipeline import PrunedTensor, collect, gather_grams, prune
 from prox24.refine import BlockRefinement
 from prox24.solvers.problem import DEFAULT_PULL

@@ -19,7 +19,7 @@ from reference import brute_force_prox, prox_objective, sparsegpt
 from tiny import write_tiny
 
 from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.perplexity import perplexity
+from prox24.jobs.perplexity import perplexity
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RIVALS = runpy.run_path(str(BENCHMARKS / "rivals.py"))
