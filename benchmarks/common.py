@@ -20,25 +20,19 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from prox24.cli.output import peak_memory_bytes
+from prox24.cli.windows import calibration_windows, evaluation_windows
+from prox24.pipeline import PrunedTensor, collect, gather_grams, prune
 from rich.console import Console
 from rich.table import Table
 
 from prox24 import ConjugateGradients, LayerProblem
-from prox24.jobs.text import (
-    first_windows,
-    packaged_text,
-    read_text,
-    spread_windows,
-    tokenize,
-)
 from prox24.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24.checkpoints.safetensors_file import create_file
 from prox24.checkpoints.tensors import Spec, TensorSource
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.demo_model import fetch_model
 from prox24.cli.generate import decoding_rate
-from prox24.cli.output import peak_memory_bytes
-from prox24.cli.windows import calibration_windows, evaluation_windows
 from prox24.jobs.distill import ModelRefinement, MovingMask, distill
 from prox24.jobs.forward import (
     embed_windows,
@@ -49,11 +43,17 @@ from prox24.jobs.forward import (
     load_model,
     run_in_place,
 )
+from prox24.jobs.perplexity import perplexity, token_losses
+from prox24.jobs.text import (
+    first_windows,
+    packaged_text,
+    read_text,
+    spread_windows,
+    tokenize,
+)
 from prox24.models import decoder
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights, generate
-from prox24.jobs.perplexity import perplexity, token_losses
-from prox24.pipeline import PrunedTensor, collect, gather_grams, prune
 from prox24.refine import BlockRefinement
 from prox24.solvers.problem import DEFAULT_PULL
 from prox24.solvers.solve import Refit, Solver

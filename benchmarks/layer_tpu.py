@@ -24,11 +24,11 @@ from common import config_from_hf, decoder, llama, parser_of, show
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prox24.pruning.grams import GramSum
-from prox24.jobs.observe import add_layer_inputs
 from prox24.core.pattern import Pattern
 from prox24.core.placement import AXIS
 from prox24.jobs.forward import run_layer
+from prox24.jobs.observe import add_layer_inputs
+from prox24.pruning.grams import GramSum
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.refit import ConjugateGradients

@@ -16,6 +16,7 @@ METHODS = {
     "admm": "admm + refit, dense targets",
 }
 """Presets, with what the table calls them."""
+SAMPLES = 16
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
 
 
@@ -27,7 +28,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output", type=Path, default=Path("."), help="folder for the models (replaces its four)"
     )
-    options.add_windows(command, "calibration", "UTF-8 text (default: speeches)", 16)
+    options.add_windows(command, "calibration", "UTF-8 text (default: speeches)", SAMPLES)
     command.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on (default: a novel)"
     )
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         checkpoint, Text(arguments.text, arguments.evaluation_samples, length)
     )
     calibration = calibration_windows(
-        checkpoint, Text(arguments.calibration, arguments.samples, length)
+        checkpoint, Text(arguments.calibration, arguments.samples or SAMPLES, length)
     )
     if not (arguments.quiet or arguments.json):
         print(

@@ -8,7 +8,7 @@ from prox24.cli import options
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options."""
     command.add_argument("model", help=options.MODEL)
-    options.add_windows(command, "text", "UTF-8 text (default: a novel of the package)", None)
+    options.add_windows(command, "text", "UTF-8 text (default: a novel of the package)", "all")
     options.add_output(command)
 
 

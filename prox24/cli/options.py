@@ -153,14 +153,11 @@ def add_output(
 
 
 def add_windows(
-    command: argparse.ArgumentParser, name: str, what: str, samples: int | None = 64
+    command: argparse.ArgumentParser, name: str, what: str, samples: int | str = 64
 ) -> None:
     """Adds a text file, --samples and --sequence-length."""
     command.add_argument(option(name), type=Path, metavar="FILE", help=what)
-    shown = "all of the text" if samples is None else str(samples)
-    command.add_argument(
-        "--samples", type=positive, default=samples, help=f"windows (default: {shown})"
-    )
+    command.add_argument("--samples", type=positive, help=f"windows (default: {samples})")
     command.add_argument(
         "--sequence-length", type=length, default=512, help="tokens of a window (default: 512)"
     )

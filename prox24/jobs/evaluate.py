@@ -43,7 +43,7 @@ class PerplexityReport(Report):
 
 
 def perplexity(
-    model: str | Path, text: Windows = Text(samples=None), *, quiet: bool = True
+    model: str | Path, text: Windows = Text(), *, quiet: bool = True
 ) -> PerplexityReport:
     """exp(-mean log p(token t | tokens 0..t-1 of its window)), on windows that do not overlap.
 

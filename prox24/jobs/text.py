@@ -23,7 +23,7 @@ class Text:
     Attributes:
       file: UTF-8 text; None for a text of the package: speeches to calibrate or train on, a novel
         to evaluate on.
-      samples: windows; None for all of the text.
+      samples: windows; None for 64 to calibrate or train on, and for all of the text to evaluate on.
       sequence_length: tokens of a window.
 
     Raises:
@@ -35,7 +35,7 @@ class Text:
     """
 
     file: str | Path | None = None
-    samples: int | None = 64
+    samples: int | None = None
     sequence_length: int = 512
 
     def __post_init__(self) -> None:
@@ -72,9 +72,7 @@ def calibration_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
     ids, start = _tokens(checkpoint, text.read(SPEECHES))
-    if text.samples is None:
-        return first_windows(ids, None, text.sequence_length, start)
-    return spread_windows(ids, text.samples, text.sequence_length, start)
+    return spread_windows(ids, text.samples or SAMPLES, text.sequence_length, start)
 
 
 def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
@@ -137,6 +135,9 @@ def _checked(checkpoint: Checkpoint, windows: NDArray[np.integer]) -> NDArray[np
         raise CalibrationError(f"tokens are not between 0 and {vocabulary - 1}")
     return windows.astype(np.int32)
 
+
+SAMPLES = 64
+"""Windows to calibrate or train on, by default."""
 
 SPEECHES, NOVEL = "speeches.txt", "austen.txt"
 """Texts of the package's data folder."""
