@@ -23,7 +23,7 @@ class Text:
     Attributes:
       file: UTF-8 text; None for a text of the package: speeches to calibrate or train on, a novel
         to evaluate on.
-      samples: windows; None for 64 to calibrate or train on, and for all of the text to evaluate on.
+      samples: windows; None for 64 to calibrate or train on, and for all of a text to evaluate on.
       sequence_length: tokens of a window.
 
     Raises:
