@@ -33,7 +33,7 @@ from prox24.jobs.forward import (
     oriented,
 )
 from prox24.jobs.perplexity import perplexity, window_losses
-from prox24.models import decoder, whole
+from prox24.models import spec, whole
 from prox24.optax import keep_pattern
 
 BATCH = 2  # windows of a step
@@ -145,7 +145,7 @@ def main():
         objective, optimizer, trained, fixed, training_windows, arguments.seconds
     )
     tensors = (
-        (decoder.layer_tensor(config.names, index, name), np.asarray(oriented(config, weight)))
+        (spec.layer_tensor(config.names, index, name), np.asarray(oriented(config, weight)))
         for index, weights in enumerate(with_trained(fixed[1], trained))
         for name, weight in weights.items()
     )

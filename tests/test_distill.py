@@ -20,7 +20,7 @@ from prox24.core.precision import COMPUTE_DTYPES
 from prox24.errors import CalibrationError
 from prox24.jobs.distill import ModelRefinement, _functions, _outer, _targets, distill
 from prox24.jobs.forward import embedding_weights, head_weights, layer_weights, load_model
-from prox24.models import decoder, whole
+from prox24.models import decoder, spec, whole
 from prox24.refine import BlockRefinement
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
@@ -157,8 +157,8 @@ def test_unequal_batches_and_a_share_beyond_one_are_refused(student):
 def exact_hidden(model, ids):
     """What the last layer puts out, layer by layer."""
     hidden = decoder.embed(model.config, embedding_weights(model), jnp.asarray(ids))
-    for index, spec in enumerate(model.config.layers):
-        hidden = decoder.layer(spec, layer_weights(model, index), hidden, decoder.no_tap)
+    for index, layer in enumerate(model.config.layers):
+        hidden = decoder.layer(layer, layer_weights(model, index), hidden, decoder.no_tap)
     return hidden
 
 
@@ -207,7 +207,7 @@ def test_linears_and_head_multiply_in_bfloat16_and_little_is_lost(tmp_path, vari
         assert not re.findall(r"dot_general.*-> tensor<\S+xbf16>", lowered)
     # Of every linear one forwards and two backwards, of the head one forwards and one backwards.
     assert products[0] == 0
-    assert products[1] >= 3 * len(decoder.linear_inputs(model.config.layers[0])) + 2
+    assert products[1] >= 3 * len(spec.linear_inputs(model.config.layers[0])) + 2
     for exact, found in zip(*map(jax.tree.leaves, gradients), strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, exact, atol=0.03 * np.max(np.abs(exact)))

@@ -16,6 +16,7 @@ from prox24.errors import CheckpointError, PromptError, Prox24Error
 from prox24.jobs.forward import all_weights, load_model
 from prox24.models import decoder
 from prox24.models.generate import advance, choose, empty_cache, generate
+from prox24.models.spec import at_length, head_weight
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT, LENGTH = 44, 48  # programs are shared by the tests of these lengths
@@ -49,7 +50,7 @@ def full_pass(config, weights, text):
 def test_logits_token_by_token_are_those_of_full_passes_in_pytorch(variant):
     config, weights = tiny_model(variant)
     expected = np.load(GOLDEN / f"{variant}.npy")
-    config, cache = decoder.at_length(config, LENGTH), empty_cache(config, 2, LENGTH)
+    config, cache = at_length(config, LENGTH), empty_cache(config, 2, LENGTH)
     logits = []
     for position, last in enumerate(tokens().T):
         found, cache = advance(config, weights, cache, last[:, None], np.int32(position))
@@ -210,7 +211,7 @@ def test_prompts_that_a_model_cannot_go_on_from(prompts, count, named):
 
 def test_what_overflows_gives_no_token():
     config, weights = tiny_model()
-    head = decoder.head_weight(config.head)
+    head = head_weight(config.head)
     broken = weights._replace(outer={**weights.outer, head: weights.outer[head].at[7].set(jnp.nan)})
     with pytest.raises(Prox24Error, match="logits after 48 tokens are NaN"):
         next(generate(config, broken, tokens(), 1))

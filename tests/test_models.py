@@ -22,7 +22,7 @@ from prox24.core.masks import is_sparse
 from prox24.errors import UnsupportedModelError
 from prox24.jobs.forward import all_linears, load_model, oriented
 from prox24.jobs.text import first_windows
-from prox24.models import decoder
+from prox24.models import spec
 from prox24.models.families import FAMILIES, config_from_hf
 from prox24.solvers.solve import Magnitude
 
@@ -138,7 +138,7 @@ def test_tap_sees_the_input_of_every_linear(variant):
     config_json = config_dict(variant)
     weights = random_weights(config_json)
     config = config_from_hf(config_json)
-    for linear in all_linears(config)[: len(decoder.linear_inputs(config.layers[0]))]:
+    for linear in all_linears(config)[: len(spec.linear_inputs(config.layers[0]))]:
         seen = seen_by_linears(config_json, weights, tokens(), 0)
         assert seen[linear.tensor].shape == (tokens().size, linear.shape[1])
 

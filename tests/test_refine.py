@@ -20,7 +20,7 @@ from prox24.cli.main import main
 from prox24.core.precision import COMPUTE_DTYPES
 from prox24.errors import CalibrationError, CheckpointError
 from prox24.jobs.forward import all_linears, load_model
-from prox24.models import decoder
+from prox24.models import spec
 from prox24.refine import BlockRefinement, Outcome
 from prox24.solvers.solve import Wanda
 
@@ -279,7 +279,7 @@ def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears
     model = collect(prune(checkpoint, windows, Wanda(), None, refinement=refinement, micro_batch=4))
     linears = [linear.tensor for linear in all_linears(config)]
     assert [report.name for report in model.reports] == linears
-    in_layers = {name for name in decoder.tensor_shapes(config) if re.search(r"\.\d+\.", name)}
+    in_layers = {name for name in spec.tensor_shapes(config) if re.search(r"\.\d+\.", name)}
     trained = set(linears) if linears_only else in_layers
     assert model.tensors.keys() == trained
     for report in model.reports:

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from prox24.models import decoder
+from prox24.models import decoder, spec
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights
 
@@ -170,7 +170,7 @@ def config_dict(variant: str = "llama1", **changes) -> dict:
 
 
 def random_weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
-    shapes = decoder.tensor_shapes(config_from_hf(config))
+    shapes = spec.tensor_shapes(config_from_hf(config))
     generator = np.random.default_rng(24)
     weights = {}
     for name, shape in sorted(shapes.items()):
@@ -247,7 +247,7 @@ def jax_logits(config_json: dict, weights: dict, token_ids: np.ndarray) -> np.nd
     return np.asarray(decoder.logits(config, outer, hidden))
 
 
-def model_weights(config_json: dict, weights: dict) -> tuple[decoder.Config, ModelWeights]:
+def model_weights(config_json: dict, weights: dict) -> tuple[spec.Config, ModelWeights]:
     """The decoder, and its weights as `prox24.models.generate` takes them."""
     config = config_from_hf(config_json, weights)
     layers = [_layer_weights(config, weights, index) for index in range(len(config.layers))]
@@ -263,28 +263,28 @@ def seen_by_linears(config_json: dict, weights: dict, token_ids: np.ndarray, ind
         own = _layer_weights(config, weights, number)
         hidden = decoder.layer(layer, own, hidden, seen.__setitem__)
     return {
-        decoder.layer_tensor(config.names, index, f"{linear}.weight"): np.asarray(
+        spec.layer_tensor(config.names, index, f"{linear}.weight"): np.asarray(
             seen[name], np.float64
         ).reshape(-1, seen[name].shape[-1])
-        for linear, name in decoder.linear_inputs(config.layers[index]).items()
+        for linear, name in spec.linear_inputs(config.layers[index]).items()
     }
 
 
-def _embed(config: decoder.Config, weights: dict, token_ids: np.ndarray):
+def _embed(config: spec.Config, weights: dict, token_ids: np.ndarray):
     outer = _outer_weights(config, weights)
     return outer, decoder.embed(config, outer, jnp.asarray(token_ids))
 
 
-def _outer_weights(config: decoder.Config, weights: dict) -> dict:
+def _outer_weights(config: spec.Config, weights: dict) -> dict:
     return {
-        name: jnp.asarray(weights[decoder.outer_tensor(config.names, name)])
-        for name in decoder.embedding_shapes(config) | decoder.head_shapes(config)
+        name: jnp.asarray(weights[spec.outer_tensor(config.names, name)])
+        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
     }
 
 
-def _layer_weights(config: decoder.Config, weights: dict, index: int) -> dict:
+def _layer_weights(config: spec.Config, weights: dict, index: int) -> dict:
     found = {
-        name: jnp.asarray(weights[decoder.layer_tensor(config.names, index, name)])
-        for name in decoder.layer_shapes(config.layers[index])
+        name: jnp.asarray(weights[spec.layer_tensor(config.names, index, name)])
+        for name in spec.layer_shapes(config.layers[index])
     }
     return {name: w.T for name, w in found.items()} if config.names.transposed else found

@@ -22,8 +22,8 @@ from prox24.checkpoints import (
 )
 from prox24.checkpoints.tensors import TensorSource, is_finite
 from prox24.errors import CheckpointError, first_line
-from prox24.models.decoder import outer_tensor, tensor_shapes
 from prox24.models.families import config_from_hf
+from prox24.models.spec import outer_tensor, tensor_shapes
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

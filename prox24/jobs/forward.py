@@ -15,10 +15,10 @@ from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.core.pattern import PatternLike, Unstructured, as_pattern
 from prox24.core.placement import everywhere, in_parts, one_axis, own_windows, placed, taken
 from prox24.errors import CheckpointError
-from prox24.models import decoder
-from prox24.models.decoder import Config, Layer
+from prox24.models import decoder, spec
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights
+from prox24.models.spec import Config, Layer
 from prox24.packed import Packed24
 
 BATCH_TOKENS = 2048
@@ -68,11 +68,11 @@ def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Model:
 def layer_linears(config: Config, index: int) -> list[Linear]:
     """The linears of a layer, in the order of pruning."""
     layer = config.layers[index]
-    shapes = decoder.layer_shapes(layer)
+    shapes = spec.layer_shapes(layer)
     return [
-        Linear(decoder.layer_tensor(config.names, index, weight), weight, shapes[weight], source)
+        Linear(spec.layer_tensor(config.names, index, weight), weight, shapes[weight], source)
         for weight, source in (
-            (f"{name}.weight", source) for name, source in decoder.linear_inputs(layer).items()
+            (f"{name}.weight", source) for name, source in spec.linear_inputs(layer).items()
         )
     ]
 
@@ -107,7 +107,7 @@ def oriented(config: Config, weight: AnyArray) -> AnyArray:
 
 def layer_tensor(model: Model, index: int, name: str) -> NDArray[Any]:
     """Reads a tensor of a layer by the decoder's name; a linear is (out, in)."""
-    tensor = decoder.layer_tensor(model.config.names, index, name)
+    tensor = spec.layer_tensor(model.config.names, index, name)
     return oriented(model.config, model.checkpoint.read(tensor))
 
 
@@ -115,23 +115,23 @@ def layer_weights(model: Model, index: int) -> dict[str, Array]:
     """Reads the tensors of one layer, under the decoder's names, linears as (out, in)."""
     weights = {
         name: jnp.asarray(layer_tensor(model, index, name))
-        for name in decoder.layer_shapes(model.config.layers[index])
+        for name in spec.layer_shapes(model.config.layers[index])
     }
     return everywhere(weights, model.mesh)
 
 
 def embedding_weights(model: Model) -> dict[str, Array]:
     """Reads what comes before the layers."""
-    return _outer_weights(model, decoder.embedding_shapes(model.config))
+    return _outer_weights(model, spec.embedding_shapes(model.config))
 
 
 def head_weights(model: Model) -> dict[str, Array]:
     """Reads what comes after the layers: the final norm and the head."""
-    return _outer_weights(model, decoder.head_shapes(model.config))
+    return _outer_weights(model, spec.head_shapes(model.config))
 
 
 def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
-    tensors = {name: decoder.outer_tensor(model.config.names, name) for name in names}
+    tensors = {name: spec.outer_tensor(model.config.names, name) for name in names}
     return {name: jnp.asarray(model.checkpoint.read(tensor)) for name, tensor in tensors.items()}
 
 
@@ -157,7 +157,7 @@ def all_weights(
         return weights if dtype is None else jax.tree.map(lambda w: w.astype(dtype), weights)
 
     config = model.config
-    names = decoder.embedding_shapes(config) | decoder.head_shapes(config)
+    names = spec.embedding_shapes(config) | spec.head_shapes(config)
     layers: list[dict[str, Any]] = []
     for index in range(len(config.layers)):
         layers.append(dict(cast(layer_weights(model, index))))
@@ -197,9 +197,9 @@ def embed_windows(
     micro-batch.
     """
     config, tokens = model.config, "embed_tokens.weight"
-    table = model.checkpoint.read(decoder.outer_tensor(config.names, tokens))
+    table = model.checkpoint.read(spec.outer_tensor(config.names, tokens))
     others = _outer_weights(
-        model, [name for name in decoder.embedding_shapes(config) if name != tokens]
+        model, [name for name in spec.embedding_shapes(config) if name != tokens]
     )
     size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
     own = own_windows(size, model.mesh)
@@ -227,7 +227,7 @@ def layer_function(
       mesh: of the devices.
       compute_dtype: see `prox24.refine.BlockRefinement`.
     """
-    linears = {f"{name}.weight" for name in decoder.linear_inputs(layer)}
+    linears = {f"{name}.weight" for name in spec.linear_inputs(layer)}
 
     def run(weights: dict[str, Array], hidden: Array) -> Array:
         used = decoder.computed_in(compute_dtype, weights, linears)

@@ -12,8 +12,8 @@ from prox24.core.pattern import AnyPattern, Unstructured
 from prox24.jobs.forward import all_linears, load_model
 from prox24.jobs.output import table
 from prox24.jobs.reports import Report
-from prox24.models import decoder
-from prox24.models.decoder import Config
+from prox24.models import spec
+from prox24.models.spec import Config
 from prox24.pruning.recipe import Recipe
 
 DENSE, PRUNED = "dense: ", "pruned"
@@ -131,12 +131,12 @@ def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
 
 def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
     decisions = {
-        decoder.outer_tensor(config.names, name): DENSE + _role(name)
-        for name in decoder.embedding_shapes(config) | decoder.head_shapes(config)
+        spec.outer_tensor(config.names, name): DENSE + _role(name)
+        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
     }
     for index, layer in enumerate(config.layers):
-        for name in decoder.layer_shapes(layer):
-            decisions[decoder.layer_tensor(config.names, index, name)] = DENSE + _role(name)
+        for name in spec.layer_shapes(layer):
+            decisions[spec.layer_tensor(config.names, index, name)] = DENSE + _role(name)
     for linear in all_linears(config):
         width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
         if pattern is None:

@@ -9,9 +9,9 @@ from jax import Array
 
 from prox24.checkpoints.checkpoint import parameter_shapes
 from prox24.jobs import torchax
-from prox24.models import decoder
-from prox24.models.decoder import Config
+from prox24.models import decoder, spec
 from prox24.models.families import config_from_hf
+from prox24.models.spec import Config
 from prox24.trees.products import Apply
 
 if TYPE_CHECKING:
@@ -58,14 +58,14 @@ def load(model: str | Path) -> Loaded:
 
 def _logits(config: Config, params: dict[str, Array], tokens: Array) -> Array:
     outer = {
-        name: params[decoder.outer_tensor(config.names, name)]
-        for name in decoder.embedding_shapes(config) | decoder.head_shapes(config)
+        name: params[spec.outer_tensor(config.names, name)]
+        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
     }
     hidden = decoder.embed(config, outer, tokens)
     for index, layer in enumerate(config.layers):
         own = {
-            name: params[decoder.layer_tensor(config.names, index, name)]
-            for name in decoder.layer_shapes(layer)
+            name: params[spec.layer_tensor(config.names, index, name)]
+            for name in spec.layer_shapes(layer)
         }
         if config.names.transposed:
             own = {name: weight.T for name, weight in own.items()}

@@ -18,7 +18,7 @@ from prox24.jobs.forward import (
     micro_batches_of,
 )
 from prox24.jobs.observe import layer_inputs, observe_layer
-from prox24.models import decoder
+from prox24.models import spec
 from prox24.pruning.grams import Sums, empty_gram
 from prox24.pruning.recipe import Recipe
 from prox24.refine.blocks import block_step
@@ -182,8 +182,8 @@ def streams(recipe: Recipe) -> int:
 def _weights(model: Model, index: int) -> dict[str, Spec]:
     tensors, names = model.checkpoint.tensors, model.config.names
     return {
-        name: Spec(shape, tensors[decoder.layer_tensor(names, index, name)].dtype)
-        for name, shape in decoder.layer_shapes(model.config.layers[index]).items()
+        name: Spec(shape, tensors[spec.layer_tensor(names, index, name)].dtype)
+        for name, shape in spec.layer_shapes(model.config.layers[index]).items()
     }
 
 

@@ -19,7 +19,7 @@ from prox24.jobs import forward
 from prox24.jobs.activations import ActivationFiles
 from prox24.jobs.forward import HiddenStates, Model
 from prox24.jobs.observe import observe_layer
-from prox24.models import decoder
+from prox24.models import spec
 from prox24.pruning.grams import Sums, empty_columns, empty_gram, over_devices
 from prox24.pruning.recipe import Recipe
 from prox24.pruning.runner import Block, Inputs, Linear, Streams
@@ -84,8 +84,8 @@ class NativeRunner:
         """The checkpoint's names of a layer's tensors, by the decoder's."""
         config = self.model.config
         return {
-            key: decoder.layer_tensor(config.names, index, key)
-            for key in decoder.layer_shapes(config.layers[index])
+            key: spec.layer_tensor(config.names, index, key)
+            for key in spec.layer_shapes(config.layers[index])
         }
 
     def _own(self, index: int, weights: Mapping[str, Array]) -> dict[str, Array]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prox24.models import decoder
-from prox24.models.decoder import Layer
+from prox24.models.spec import Layer
 from prox24.pruning.grams import Sums, add_in_turn, add_tokens, is_sent
 
 

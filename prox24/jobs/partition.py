@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prox24.core.placement import AXIS, TENSOR
 from prox24.errors import Prox24Error
-from prox24.models.decoder import Config, Weights
+from prox24.models.decoder import Weights
+from prox24.models.spec import Config
 
 
 def training_mesh(mesh: Mesh) -> Mesh:

@@ -17,7 +17,7 @@ from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.errors import CalibrationError
 from prox24.jobs.forward import embed_windows, head_weights, layer_weights, load_model, run_in_place
 from prox24.models import decoder
-from prox24.models.decoder import Config
+from prox24.models.spec import Config
 
 LARGEST_LOSS = math.log(sys.float_info.max)
 

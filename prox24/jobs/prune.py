@@ -32,6 +32,7 @@ from prox24.jobs.output import Advance, peak_memory_bytes, progress_bar, version
 from prox24.jobs.processes import agree, is_first, meet
 from prox24.jobs.reports import PruneReport
 from prox24.jobs.text import SPEECHES, Text, Windows, calibration_windows, shuffled
+from prox24.jobs.torch_runner import torch_runner
 from prox24.pruning import loop
 from prox24.pruning.loop import PrunedTensor
 from prox24.pruning.recipe import Recipe
@@ -149,7 +150,7 @@ def prune(
                 "refine": recipe.refine is not None,
             }
             _check_not_given(options, "models with a forward pass of prox24's own")
-            runner = torchax.torch_runner(checkpoint, windows, recipe)
+            runner = torch_runner(checkpoint, windows, recipe)
         chosen, quiet = loop.check(runner, recipe), quiet or not is_first()
         if not unfinished.entries:  # else the run before has looked
             _check_tensors(checkpoint, recipe.dtype, quiet)

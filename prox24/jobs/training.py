@@ -31,8 +31,9 @@ from prox24.jobs.forward import (
     oriented,
     run_in_place,
 )
-from prox24.models import decoder, whole
-from prox24.models.decoder import Config, Weights
+from prox24.models import decoder, spec, whole
+from prox24.models.decoder import Weights
+from prox24.models.spec import Config
 from prox24.refine import Refined, Training
 from prox24.refine.distillation import Features, Logits
 from prox24.refine.model import ModelRefinement
@@ -171,7 +172,7 @@ class _Outer(NamedTuple):
 
 def _outer(model: Model, mesh: Mesh | None, compute_dtype: str) -> _Outer:
     weights = _placed(embedding_weights(model) | head_weights(model), mesh)
-    embedding = {name: weights[name] for name in decoder.embedding_shapes(model.config)}
+    embedding = {name: weights[name] for name in spec.embedding_shapes(model.config)}
     return _Outer(embedding, _head(model.config, compute_dtype, weights))
 
 
@@ -183,8 +184,8 @@ def _placed(weights: Weights, mesh: Mesh | None) -> Weights:
 
 def _head(config: Config, compute_dtype: str, weights: Weights) -> Weights:
     """What is behind the layers, rounded once for all steps."""
-    behind = {name: weights[name] for name in decoder.head_shapes(config)}
-    return decoder.computed_in(compute_dtype, behind, {decoder.head_weight(config.head)})
+    behind = {name: weights[name] for name in spec.head_shapes(config)}
+    return decoder.computed_in(compute_dtype, behind, {spec.head_weight(config.head)})
 
 
 def _shared(weights: Weights, others: Weights) -> Weights:
@@ -274,5 +275,5 @@ def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
 def _named(config: Config, params: whole.Stacked) -> Iterator[tuple[str, NDArray[Any]]]:
     for index, weights in enumerate(whole.unstacked(config, params)):
         for name, values in weights.items():
-            tensor = decoder.layer_tensor(config.names, index, name)
+            tensor = spec.layer_tensor(config.names, index, name)
             yield tensor, np.asarray(oriented(config, values.astype(jnp.float32)))

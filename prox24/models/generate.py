@@ -19,17 +19,18 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from prox24.errors import PromptError, Prox24Error
-from prox24.models import decoder
-from prox24.models.decoder import Config, Layer, Past
+from prox24.models import decoder, spec
+from prox24.models.decoder import Past
+from prox24.models.spec import Config, Layer
 
 
 class ModelWeights(NamedTuple):
     """All weights of a decoder, in any floating dtypes.
 
     Attributes:
-      outer: of the embedding and the head, as `decoder.embedding_shapes` and `decoder.head_shapes`
+      outer: of the embedding and the head, as `spec.embedding_shapes` and `spec.head_shapes`
         list them.
-      layers: of each layer, as `decoder.layer_shapes` lists them; those of linears may be packed.
+      layers: of each layer, as `spec.layer_shapes` lists them; those of linears may be packed.
     """
 
     outer: dict[str, Array]
@@ -66,7 +67,7 @@ def advance(
     It can be compiled as one program, with `jax.jit(advance, static_argnums=0, donate_argnums=2)`.
 
     Args:
-      config: of texts of the cache's capacity, see `decoder.at_length`.
+      config: of texts of the cache's capacity, see `spec.at_length`.
       weights: of the model.
       cache: with the tokens before; it is donated, and must not be used again.
       tokens: shape (batch, length), integers.
@@ -199,7 +200,7 @@ def generate(
     key = jax.random.key(seed)
     ended = np.zeros(len(text), bool)
     for capacity in _capacities(config, text.shape[1], text.shape[1] + tokens - 1):
-        fixed = decoder.at_length(config, capacity)
+        fixed = spec.at_length(config, capacity)
         cache = empty_cache(config, len(text), capacity)
         unseen = text
         while text.shape[1] <= capacity:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from prox24.errors import UnsupportedModelError
-from prox24.models.decoder import Rope
+from prox24.models.spec import Rope
 
 Parameters = Mapping[str, Any]
 Frequencies = NDArray[Any]

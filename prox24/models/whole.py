@@ -9,7 +9,8 @@ import jax
 from jax import Array, lax
 
 from prox24.models import decoder
-from prox24.models.decoder import Config, Weights
+from prox24.models.decoder import Weights
+from prox24.models.spec import Config, Layer, layer_shapes
 
 Tensor = TypeVar("Tensor")
 
@@ -35,7 +36,7 @@ def stacked(
     return [
         {
             name: stack(name, [tensor(index, name) for index in run])
-            for name in decoder.layer_shapes(config.layers[run.start])
+            for name in layer_shapes(config.layers[run.start])
         }
         for run in _runs(config)
     ]
@@ -74,7 +75,7 @@ def features(
         spec = config.layers[run.start]
 
         @jax.checkpoint
-        def step(hidden: Array, layer: Any, spec: decoder.Layer = spec) -> tuple[Array, None]:
+        def step(hidden: Array, layer: Any, spec: Layer = spec) -> tuple[Array, None]:
             return decoder.layer(spec, *enter(layer, hidden), decoder.no_tap), None
 
         hidden, _ = lax.scan(step, hidden, stack)
