@@ -18,17 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from prox24.pipeline import collect, prune
 from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
-from prox24 import forward, is_sparse, partition, pipeline
+from prox24 import is_sparse
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.training_state import states
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.main import main
 from prox24.core.pattern import Pattern
 from prox24.core.placement import AXIS, apart, common_mesh, in_parts, placed
-from prox24.jobs.distill import ModelRefinement, distill
+from prox24.jobs import forward, partition
 from prox24.jobs.forward import (
     embed_windows,
     embedding_weights,
@@ -37,11 +36,15 @@ from prox24.jobs.forward import (
     layer_weights,
     load_model,
 )
-from prox24.jobs.memory import Method, layer_memory
-from prox24.jobs.observe import add_layer_inputs
+from prox24.jobs.memory import Setup, layer_memory
+from prox24.jobs.native import native_runner
+from prox24.jobs.observe import observe_layer
+from prox24.jobs.training import train_model
 from prox24.models import whole
 from prox24.pruning.grams import add_in_turn, empty_columns, empty_gram
-from prox24.refine import BlockRefinement, training
+from prox24.pruning.loop import prune
+from prox24.pruning.recipe import DenseTargets, Recipe
+from prox24.refine import BlockRefinement, ModelRefinement, training
 from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import LayerProblem
 from prox24.solvers.proximal import ProximalGradient
@@ -107,10 +110,9 @@ def collectives(text):
     inner = []
 
     def descend(name, depth):
-        lines = computations.get(name, [])
         if depth > 1:
-            inner.extend(m.groups() for m in map(COLLECTIVE.search, lines) if m)
-        for other in called(lines):
+            inner.extend(m.groups() for m in map(COLLECTIVE.search, computations[name]) if m)
+        for other in called(computations.get(name, [])):
             descend(other, depth + (other in bodies))
 
     for name in re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE):
@@ -223,8 +225,8 @@ def planned_reports(folder):
     write_folder(folder.with_name("wide"), config, random_weights(config))
     model = load_model(open_checkpoint(folder.with_name("wide")))
     methods = (ADMM(), ConjugateGradients())
-    method = Method(*methods, dense_targets=True, shard_grams=True)
-    memory = layer_memory(model, 0, (2, 256), method, devices=8)
+    setup = Setup(Recipe(*methods), devices=8, shard_grams=True)
+    memory = layer_memory(model, 0, (2, 256), setup)
 
     mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,))
     whole, parts, columns = (NamedSharding(mesh, P(*axes)) for axes in ((), (AXIS,), (None, AXIS)))
@@ -232,7 +234,7 @@ def planned_reports(folder):
     weights = jax.device_put(layer_weights(model, 0), whole)
     hidden = jax.device_put(jnp.ones((16, 256, layer.hidden)), parts)
     grams = {linear.input: empty_columns(linear.shape[1], mesh) for linear in linears}
-    gathering = add_layer_inputs.lower(
+    gathering = observe_layer.lower(
         layer, weights, hidden, hidden, grams, grams, devices=8
     ).compile()
     down = next(linear for linear in linears if linear.tensor == memory.widest)
@@ -243,7 +245,7 @@ def planned_reports(folder):
         "planned": memory.widest,
         "gathered": [
             gram.total.is_equivalent_to(columns, 2)
-            for sums in gathering.output_shardings
+            for sums in gathering.output_shardings[:2]
             for gram in sums.values()
         ],
         "planned_gathering": memory.gather / reserved(gathering),
@@ -277,56 +279,56 @@ def model_reports(folder):
     write_folder(folder, config, random_weights(config))
     checkpoint, windows = open_checkpoint(folder), tokens(batch=16, length=16)
 
-    def pruned(mesh, **options):
-        methods = (ADMM(), ConjugateGradients())
-        return collect(prune(checkpoint, windows, *methods, mesh=mesh, **options))
+    def pruned(mesh, targets=None, refine=None, **options):
+        recipe = Recipe(targets=targets, refine=refine)
+        runner = native_runner(checkpoint, windows, recipe, mesh=mesh, **options)
+        tensors = list(prune(runner, recipe))
+        reports = [report for tensor in tensors for report in tensor.reports]
+        return {tensor.name: tensor.values for tensor in tensors}, reports
 
-    alone = {pull: pruned(None, pull=pull) for pull in (None, 0.03)}
-    for count, options in ((2, {"pull": 0.03}), (8, {"shard_grams": True, "pull": 0.03}), (8, {})):
+    dense = DenseTargets(0.03)
+    alone = {targets: pruned(None, targets) for targets in (None, dense)}
+    for count, targets, shard_grams in ((2, dense, False), (8, dense, True), (8, None, False)):
         mesh = jax.make_mesh((count,), ("any",), devices=jax.devices()[:count])
-        result = pruned(mesh, **options)
-        expected = alone[options.get("pull")]
+        result, reports = pruned(mesh, targets, shard_grams=shard_grams)
+        expected, expected_reports = alone[targets]
         masks, others = (
-            np.concatenate([values.ravel() for values in model.tensors.values()]) != 0
-            for model in (result, expected)
+            np.concatenate([values.ravel() for values in tensors.values()]) != 0
+            for tensors in (result, expected)
         )
         yield {
             "devices": count,
-            "shard_grams": "shard_grams" in options,
-            "sparse": all(bool(is_sparse(values)) for values in result.tensors.values()),
+            "shard_grams": shard_grams,
+            "sparse": all(bool(is_sparse(values)) for values in result.values()),
             "same_blocks": same_blocks(masks, others),
             "weights": max(
-                relative_difference(values, expected.tensors[name])
-                for name, values in result.tensors.items()
+                relative_difference(values, expected[name]) for name, values in result.items()
             ),
             "loss": max(
                 abs(a.statistics.relative_loss / b.statistics.relative_loss - 1)
-                for a, b in zip(result.reports, expected.reports, strict=True)
+                for a, b in zip(reports, expected_reports, strict=True)
             ),
-            "tokens": [a.tokens for a in result.reports] == [b.tokens for b in expected.reports],
+            "tokens": [a.tokens for a in reports] == [b.tokens for b in expected_reports],
         }
     pair = jax.make_mesh((2,), ("any",), devices=jax.devices()[:2])
     # Optax's optimizers mix dtypes and ranks.
-    meshes, run_layer = [], pipeline.layer_function
+    meshes, run_layer = [], forward.layer_function
 
     def watched(layer, mesh=None, *compute_dtype):
         meshes.append(None if mesh is None else mesh.size)
         return run_layer(layer, mesh, *compute_dtype)
 
-    pipeline.layer_function = watched
+    forward.layer_function = watched
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        one, two = (pruned(mesh, refinement=BlockRefinement(1e-3, 1)) for mesh in (None, pair))
+        one, two = (pruned(mesh, refine=BlockRefinement(1e-3, 1)) for mesh in (None, pair))
+    forward.layer_function = run_layer
     yield {
         "shared_by": meshes,
-        "refined": [result.reports[-1].block.outcome.value for result in (one, two)],
-        "weights": max(
-            largest_difference(values, one.tensors[name]) for name, values in two.tensors.items()
-        ),
+        "refined": [reports[-1].block.outcome.value for _, reports in (one, two)],
+        "weights": max(largest_difference(values, one[0][name]) for name, values in two[0].items()),
     }
-    again = pruned(mesh)
-    same = [
-        values.tobytes() == again.tensors[name].tobytes() for name, values in result.tensors.items()
-    ]
+    again, _ = pruned(mesh)
+    same = [values.tobytes() == again[name].tobytes() for name, values in result.items()]
     yield {"devices": count, "again": all(same)}
 
     model = load_model(checkpoint, mesh)
@@ -343,7 +345,7 @@ def model_reports(folder):
         grams,
         {},
     )
-    text = add_layer_inputs.lower(*arguments).compile().as_text()
+    text = observe_layer.lower(*arguments).compile().as_text()
     yield {"gathering": [kind for kinds in collectives(text)[0].values() for kind in kinds]}
     run = jax.jit(forward.layer_function(model.config.layers[0], model.mesh))
     (output,) = jax.tree.leaves(run.lower(arguments[1], hidden).compile().output_shardings)
@@ -357,8 +359,9 @@ def distillation_reports(folder):
     """What eight devices train, against one device; and the sharding of it while it is trained."""
     checkpoint, windows = open_checkpoint(folder), tokens(batch=48, length=16)
     pruned = folder.with_name("pruned")
-    tensors = collect(prune(checkpoint, windows[:8], Wanda(), None)).tensors
-    write_checkpoint(checkpoint, pruned, tensors.items())
+    recipe = Recipe.wanda()
+    tensors = prune(native_runner(checkpoint, windows[:8], recipe), recipe)
+    write_checkpoint(checkpoint, pruned, ((name, values) for name, values, _ in tensors))
     pruned, shares, steps = open_checkpoint(pruned), [], []
     step_of = training._advance
 
@@ -380,7 +383,7 @@ def distillation_reports(folder):
             resume = on_measured.resume
         # Optax's optimizers mix dtypes and ranks.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            result = distill(
+            result = train_model(
                 checkpoint, student, windows, settings, mesh=mesh, on_measured=look, resume=resume
             )
         return result.refined, dict(result.tensors)
