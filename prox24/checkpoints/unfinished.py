@@ -115,8 +115,7 @@ def unfinished_folder(
             journal_known = True
             if (work / "replaced").exists():
                 raise DiskError(f"{work}/replaced stood at {destination} before; move one away")
-            if destination.exists() and not overwrite:
-                raise CheckpointError(f"{destination} exists; pass --overwrite to replace it")
+            check_replaceable(destination, overwrite)
             if done:
                 _check_job(work, len(done), job)
             else:
@@ -169,6 +168,14 @@ def opened_by_another(destination: Path) -> Unfinished:
             raise CheckpointError(f"{work}: tensor {name} is not there")
     finished = {name: tensors[name] for name in entries}
     return Unfinished(work / "model", entries, finished, lambda written, also: None)
+
+
+def check_replaceable(destination: Path, overwrite: bool) -> None:
+    """Raises CheckpointError where something stands at the destination and has to stay."""
+    if destination.exists() and not overwrite:
+        raise CheckpointError(
+            f"{destination} exists; pass overwrite=True, or --overwrite, to replace it"
+        )
 
 
 def source_files(path: Path) -> dict[str, list[int]]:
@@ -241,6 +248,12 @@ def _intact(path: Path) -> Iterator[None]:
 def _check_job(work: Path, count: int, job: Mapping[str, Any] | None) -> None:
     with _intact(work / "job.json"):
         began = json.loads((work / "job.json").read_text(encoding="utf-8"))
+        version = began["versions"]["prox24"]
+    if job is not None and version != job["versions"]["prox24"]:
+        raise CheckpointError(
+            f"{work} was begun by prox24 {version}; finish it with that version, "
+            "or delete it to start anew"
+        )
     found = "of another command" if job is None else difference(began, json.loads(json.dumps(job)))
     if found is not None:
         raise CheckpointError(

@@ -16,6 +16,7 @@ from prox24.checkpoints.tensors import Put, Spec, byte_count, is_finite, writing
 from prox24.checkpoints.unfinished import (
     Unfinished,
     Written,
+    check_replaceable,
     check_unchanged,
     sha256,
     source_files,
@@ -96,8 +97,7 @@ def check_destination(
             check_outside(destination, path)
     if destination.is_symlink() and not destination.exists():
         raise CheckpointError(f"{destination} is a link to what does not exist; remove it")
-    if destination.exists() and not overwrite:
-        raise CheckpointError(f"{destination} exists; pass --overwrite to replace it")
+    check_replaceable(destination, overwrite)
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; choose a folder")
     if not destination.absolute().parent.is_dir():

@@ -119,7 +119,8 @@ def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
     Without a pattern, a place is one bit for each weight, kept or not.
 
     Example:
-      >>> sparse_bytes(32, 2, Pattern(2, 4))
+      >>> import prox24
+      >>> sparse_bytes(32, 2, prox24.Pattern(2, 4))
       18
     """
     weights = size // width

@@ -144,7 +144,7 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
         ):
             if bytes_needed > budget:
                 raise Prox24Error(
-                    f"--memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
+                    f"memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
                 )
         sizes = micro_batches_of(whole, most)
         most = next(size for size in sizes if needed(index, size) <= budget)
