@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -9,11 +10,14 @@ from unittest.mock import ANY
 import jax
 import numpy as np
 import pytest
-from prox24.cli.output import print_table
+import yaml
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
-from prox24.cli import evaluate
-from prox24.cli.main import main
+import prox24
+from prox24.cli import eval as eval_command
+from prox24.cli.main import main, parser
+from prox24.cli.options import recipe_of
+from prox24.jobs.output import print_table
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 
@@ -30,24 +34,45 @@ def options(workspace, samples=8):
     return ["--calibration", str(workspace / "text.txt"), *length]
 
 
+def prune(workspace, *choices, destination="out"):
+    places = [workspace / "model", workspace / destination]
+    return main([*map(str, ["prune", *places, *options(workspace), *choices])])
+
+
+def printed_json(capsys, *arguments):
+    capsys.readouterr()
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def run_process(*arguments):
     command = [sys.executable, "-m", "prox24", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_prune_verify_and_eval_as_processes(workspace):
+def test_prune_verify_and_eval(workspace, capsys):
     source, out, report = workspace / "model", workspace / "out", workspace / "report.json"
     pruned = run_process("prune", source, out, "--report", report, "--json", *options(workspace))
     assert pruned.returncode == 0, pruned.stderr
     printed = json.loads(pruned.stdout)
     assert printed == json.loads(report.read_text())
-    assert printed["solver"]["name"] == "ADMM"
-    assert printed["solver"]["rho"] == {"name": "Exponential", "first": 0.5, "growth": ANY}
-    assert printed["arguments"]["pattern"] == "2:4"
-    assert printed["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 1e-4}
-    assert printed["pull"] == 1
-    assert printed["arguments"]["samples"] == 8
-    assert printed["calibration_tokens"] == 8 * 32
+    recipe = printed["recipe"]
+    assert recipe == prox24.Recipe().to_dict()
+    assert recipe["solver"]["name"] == "ADMM"
+    assert recipe["solver"]["rho"] == {"name": "Exponential", "first": 0.5, "growth": ANY}
+    assert recipe["pattern"] == "2:4"
+    assert recipe["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 1e-4}
+    assert recipe["targets"] == {"name": "DenseTargets", "pull": 1}
+    assert printed["calibration"] == {
+        "text": str(workspace / "text.txt"),
+        "windows": 8,
+        "sequence_length": 32,
+        "tokens": 8 * 32,
+    }
     assert printed["versions"].keys() > {"python", "jax", "prox24"}
     assert printed["peak_memory_bytes"] > 1e8
     assert len(printed["linears"]) == 14
@@ -58,51 +83,122 @@ def test_prune_verify_and_eval_as_processes(workspace):
         assert linear["steps"] > 10
         assert linear["seconds"] > 0
 
-    verified = run_process("verify", out, "--json")
-    assert verified.returncode == 0, verified.stderr
-    counts = json.loads(verified.stdout)
-    assert counts["linears"] == 14
-    assert counts["sparsity"] == 0.5
-    assert counts["violations"] == {}
+    counts = printed_json(capsys, "verify", out)
+    assert (counts["linears"], counts["sparsity"], counts["violations"]) == (14, 0.5, {})
 
-    evaluated = run_process(
-        "eval", out, "--text", workspace / "text.txt", "--sequence-length", "64", "--json"
-    )
-    assert evaluated.returncode == 0, evaluated.stderr
-    result = json.loads(evaluated.stdout)
+    text = ["--text", workspace / "text.txt", "--sequence-length", "64"]
+    result = printed_json(capsys, "eval", out, *text)
     assert result["context_length"] == 64
     assert result["windows"] == len(TEXT) // 64
     assert result["predicted_tokens"] == result["windows"] * 63
     assert 1 < result["perplexity"] < 1e6
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_half_of_the_weights_without_a_pattern(workspace, capsys, method):
-    half = ["--pattern", "50%"]
-    planned = ["plan", str(workspace / "model"), "--method", method, *half, "--rate", "1e12"]
-    assert main([*planned, "--samples", "8", "--sequence-length", "32"]) == 0
+def test_python_options_and_recipe_files_write_the_same_bytes(workspace, capsys):
+    recipe = dataclasses.replace(prox24.Recipe.wanda(), pattern=(4, 8), only="self_attn")
+    report = prox24.prune(
+        workspace / "model",
+        workspace / "python",
+        recipe,
+        calibration=prox24.Text(workspace / "text.txt", samples=8, sequence_length=32),
+    )
+    expected = contents(workspace / "python")
+    given = ["--method", "wanda", "--pattern", "4:8", "--only", "self_attn", "--json"]
+    assert prune(workspace, *given) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert contents(workspace / "out") == expected
+    assert {linear["name"] for linear in printed["linears"]} == {
+        linear.name for linear in report.linears
+    }
+    assert printed.keys() == report.to_dict().keys()
+    recipe.save(workspace / "recipe.json")
+    # As people write it: for YAML 1.1, 4:8 would be a number and 1e-2 would be text.
+    text = "recipe: 1\nsolver: {name: Wanda}\nrefit:\npattern: 4:8\ndamping: 1e-2\ntargets: null\n"
+    (workspace / "recipe.yaml").write_text(text)
+    for file, more in (("recipe.json", []), ("recipe.yaml", ["--only", "self_attn"])):
+        assert prune(workspace, "--recipe", workspace / file, *more, destination=file + "-out") == 0
+        assert contents(workspace / f"{file}-out") == expected
+    card = (workspace / "out" / "README.md").read_text()
+    (written,) = card.split("```json\n")[1:]
+    assert prox24.Recipe.from_json(written.split("```")[0]) == recipe
+
+
+def test_a_recipe_is_saved_as_yaml_too(tmp_path):
+    recipe = prox24.Recipe(pattern=(("mlp", "50%"), ("", (2, 4))), skip="layers.0.")
+    recipe.save(tmp_path / "recipe.yaml")
+    assert prox24.Recipe.load(tmp_path / "recipe.yaml") == recipe
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == recipe.to_dict()
+
+
+def recipe_from(*choices):
+    given = ["inspect", "model", *choices]
+    return recipe_of(parser(given).parse_args(given))
+
+
+def test_options_change_parts_of_a_recipe(tmp_path):
+    dense, replace = prox24.DenseTargets, dataclasses.replace
+    default, wanda = prox24.Recipe(), prox24.Recipe.wanda()
+    refinement = prox24.BlockRefinement
+    tuned = replace(prox24.Recipe.best(), damping=0.5)
+    tuned.save(tmp_path / "tuned.json")
+    file = ["--recipe", str(tmp_path / "tuned.json")]
+    for choices, expected in (
+        ([], default),
+        (["--method", "paper"], prox24.Recipe.paper()),
+        (
+            ["--method", "prox", "--targets", "pruned"],
+            replace(prox24.Recipe.proximal(), targets=None),
+        ),
+        (["--method", "wanda", "--targets", "dense"], replace(wanda, targets=dense())),
+        (
+            ["--method", "wanda", "--targets", "dense", "--pull", "3"],
+            replace(wanda, targets=dense(3.0)),
+        ),
+        (["--pull", "3"], replace(default, targets=dense(3.0))),
+        (["--refit", "gradient"], replace(default, refit=prox24.GradientSteps())),
+        (["--refit", "none"], replace(default, refit=None)),
+        (
+            ["--skip", "q_proj", "--keep-dense", "0.1"],
+            replace(default, skip="q_proj", keep_dense=0.1),
+        ),
+        (
+            ["--keep-dense", "3", "--dtype", "float16"],
+            replace(default, keep_dense=3, dtype="float16"),
+        ),
+        (["--refine", "block"], replace(default, refine=refinement())),
+        (
+            ["--method", "best", "--refine-rate", "0.5", "--refine-linears-only"],
+            replace(default, refine=refinement(rate=0.5, linears_only=True)),
+        ),
+        (file, tuned),
+        ([*file, "--damping", "1", "--refine", "none"], replace(tuned, damping=1.0, refine=None)),
+    ):
+        assert recipe_from(*choices) == expected, choices
+
+
+@pytest.mark.parametrize(
+    ("choices", "pattern", "linears"),
+    [
+        (["--pattern", "4:8", "--method", "wanda"], "4:8", 14),
+        (["--method", "wanda", "--skip", r"layers\.0\.", "--keep-dense", "1"], "2:4", 6),
+        (["--method", "sparsegpt", "--pattern", "50%"], "50%", 14),
+    ],
+)
+def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pattern, linears):
+    assert prune(workspace, *choices, "--quiet") == 0
     out = workspace / "out"
-    command = ["prune", str(workspace / "model"), str(out), "--method", method, *half]
-    assert main([*command, *options(workspace), "--quiet"]) == 0
-    capsys.readouterr()
-    assert main(["verify", str(out), *half, "--json"]) == 0
-    verified = json.loads(capsys.readouterr().out)
-    assert verified["pattern"] == "50%"
+    verified = printed_json(capsys, "verify", out, "--source", workspace / "model")
+    assert (verified["pattern"], verified["linears"]) == (pattern, linears)
     assert verified["sparsity"] == pytest.approx(0.5, abs=0.01)
+    # One that is given holds for every linear.
     assert main(["verify", str(out), "--pattern", "2:4", "--quiet"]) == 1
-    capsys.readouterr()
-    assert main(["inspect", str(workspace / "model"), *half, "--json"]) == 0
-    inspected = json.loads(capsys.readouterr().out)
-    assert inspected["pattern"] == "50%"
-    assert inspected["bytes"] / 2 < inspected["sparse_bytes"] < inspected["bytes"]
 
 
 def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypatch, capsys):
-    monkeypatch.setattr("prox24.cli.demo.fetch_model", lambda cache: workspace / "model")
+    monkeypatch.setattr("prox24.cli.demo_model.fetch_model", lambda cache: workspace / "model")
     command = ["demo", "--cache", workspace / "cache", "--output", workspace / "models"]
     command += ["--text", workspace / "text.txt", *options(workspace, 4)]
-    assert main([*map(str, command), "--evaluation-samples", "4", "--json"]) == 0
-    dense, *rows = json.loads(capsys.readouterr().out)["rows"]
+    dense, *rows = printed_json(capsys, *command, "--evaluation-samples", "4")["rows"]
     assert dense["method"] == "dense"
     methods = ["magnitude", "wanda", "sparsegpt", "admm + refit, dense targets"]
     assert [row["method"] for row in rows] == methods
@@ -130,58 +226,33 @@ def test_a_name_that_is_no_unicode_is_one_line(workspace):
 def test_verify_exits_1_and_names_the_tensor(workspace, capsys):
     assert main(["verify", str(workspace / "model")]) == 1
     assert "model.layers.0.self_attn.q_proj.weight: 256 blocks" in capsys.readouterr().out
+    assert main(["verify", str(workspace / "model"), "--quiet"]) == 1
+    assert capsys.readouterr().out.count("256 blocks") == 8  # a line for each problem, no table
 
 
-def test_every_command_prints_for_people_too(workspace, capsys):
+def test_every_command_prints_for_people_or_is_quiet(workspace, capfd):
     out = workspace / "out"
-    arguments = ["prune", str(workspace / "model"), str(out), "--method", "wanda"]
-    assert main([*arguments, *options(workspace)]) == 0
-    printed = capsys.readouterr().out
+    assert prune(workspace, "--method", "wanda") == 0
+    printed = capfd.readouterr().out
     for row in ("mean relative loss", "calibration tokens", "peak memory", "no runtime skips them"):
         assert row in printed
-    assert main(["verify", str(out)]) == 0
-    assert "50.00%" in capsys.readouterr().out
     text = ["--text", str(workspace / "text.txt"), "--sequence-length", "32"]
-    assert main(["eval", str(out), *text]) == 0
-    assert "perplexity" in capsys.readouterr().out
+    for arguments, said in (
+        (["verify", str(out)], "50.00%"),
+        (["eval", str(out), *text], "plexity"),
+    ):
+        assert main(arguments) == 0
+        assert said in capfd.readouterr().out
+        assert main([*arguments, "--quiet"]) == 0
+        assert capfd.readouterr() == ("", "")
+    assert prune(workspace, "--method", "wanda", "--overwrite", "--quiet") == 0
+    assert capfd.readouterr() == ("", "")
 
 
-def test_quiet_prints_nothing(workspace, capfd):
-    arguments = ["prune", str(workspace / "model"), str(workspace / "out"), "--quiet"]
-    assert main([*arguments, "--method", "magnitude", *options(workspace)]) == 0
-    assert capfd.readouterr().out == ""
-
-
-def test_refit_and_pattern_choices(workspace, capsys):
-    arguments = ["prune", str(workspace / "model"), str(workspace / "out"), "--json"]
-    choices = ["--method", "sparsegpt", "--refit", "gradient", "--pattern", "4:8"]
-    assert main([*arguments, *choices, *options(workspace)]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["refit"] == {"name": "GradientSteps", "transform": None, "steps": 1000}
-    for linear in printed["linears"]:
+def test_a_refit_lowers_every_loss(workspace, capsys):
+    assert prune(workspace, "--method", "sparsegpt", "--refit", "gradient", "--json") == 0
+    for linear in json.loads(capsys.readouterr().out)["linears"]:
         assert linear["relative_loss"] <= linear["relative_loss_before_refit"] * 1.0001
-    assert main(["verify", str(workspace / "out"), "--pattern", "4:8"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("choices", "pull"),
-    [
-        (["--method", "prox"], 1),
-        (["--method", "prox", "--targets", "pruned"], None),
-        (["--method", "sparsegpt"], None),
-        (["--method", "sparsegpt", "--targets", "dense"], 1),
-        (["--method", "wanda", "--targets", "dense", "--pull", "0.5"], 0.5),
-        (["--method", "admm", "--pull", "3"], 3),
-    ],
-    ids=str,
-)
-def test_targets_are_dense_by_default_but_for_baselines(workspace, capsys, choices, pull):
-    out = workspace / "out"
-    arguments = ["prune", str(workspace / "model"), str(out), "--json"]
-    assert main([*arguments, *choices, *options(workspace)]) == 0
-    assert json.loads(capsys.readouterr().out)["pull"] == pull
-    card = "pruned" if pull is None else f"dense, pull {pull}"
-    assert f"- targets: {card}\n" in (out / "README.md").read_text()
 
 
 def missing_source(workspace):
@@ -191,7 +262,8 @@ def missing_source(workspace):
 def existing_destination(workspace):
     (workspace / "out").mkdir()
     (workspace / "out" / "precious").write_text("x")
-    return ["prune", workspace / "model", workspace / "out"], "--overwrite"
+    arguments = ["prune", workspace / "model", workspace / "out"]
+    return arguments, "exists; pass overwrite=True, or --overwrite, to replace it"
 
 
 def no_parent(workspace):
@@ -256,11 +328,51 @@ def pull_without_dense_targets(workspace):
     return [*arguments, "--method", "wanda", "--pull", "2"], "--pull is for --targets dense"
 
 
+def rate_without_a_refinement(workspace):
+    arguments = ["prune", workspace / "model", workspace / "out", *options(workspace)]
+    return [*arguments, "--refine-rate", "0.1"], "--refine-rate is for --refine block"
+
+
+def place_without_other_processes(workspace):
+    arguments = ["prune", workspace / "model", workspace / "out", "--process-id", "0"]
+    return arguments, "--process-id are for --distributed"
+
+
 def missing_tokenizer(workspace):
     for file in (workspace / "model").glob("tokenizer*"):
         file.unlink()
     return ["eval", workspace / "model"], "tokenizer"
 
+
+def recipe_file(text, named, name="recipe.json"):
+    def make(workspace):
+        (workspace / name).write_text(text)
+        arguments = ["prune", workspace / "model", workspace / "out", *options(workspace)]
+        return [*arguments, "--recipe", workspace / name], f"{name}: {named}"
+
+    return make
+
+
+def missing_recipe_file(workspace):
+    arguments = ["prune", workspace / "model", workspace / "out", "--recipe", workspace / "none"]
+    return arguments, f"cannot read {workspace}/none: No such file"
+
+
+RECIPE_FILES = {
+    "unknown field": recipe_file('{"dampen": 1}', "recipe has no field 'dampen'; its fields are"),
+    "unknown field of a solver": recipe_file(
+        '{"solver": {"name": "ADMM", "speed": 1}}', "recipe.solver has no field 'speed'"
+    ),
+    "unknown solver": recipe_file('{"solver": {"name": "X"}}', "recipe.solver has the name 'X'"),
+    "wrong type": recipe_file('{"damping": "1"}', "recipe.damping is '1', not float"),
+    "number without a float": recipe_file(f'{{"damping": 1{"0" * 400}}}', "recipe.damping is 1"),
+    "out of range": recipe_file('{"targets": {"pull": 0}}', "recipe.targets: pull 0.0 is not"),
+    "unknown version": recipe_file('{"recipe": 2}', "version 2 of recipes is unknown; this is 1"),
+    "no object": recipe_file("[]", "a recipe is an object of fields, not []"),
+    "no JSON": recipe_file("{", "the recipe is not JSON: "),
+    "no YAML": recipe_file("a: [", "the recipe is not YAML: ", "recipe.yaml"),
+    "bad pattern": recipe_file("pattern: 5:4", "pattern: '5:4' is neither", "recipe.yaml"),
+}
 
 ERRORS = [
     missing_source,
@@ -277,7 +389,11 @@ ERRORS = [
     report_that_is_a_folder,
     nan_weight,
     pull_without_dense_targets,
+    rate_without_a_refinement,
+    place_without_other_processes,
     missing_tokenizer,
+    missing_recipe_file,
+    *(pytest.param(make, id=name) for name, make in RECIPE_FILES.items()),
 ]
 
 
@@ -306,12 +422,12 @@ def test_an_error_is_one_line_and_leaves_nothing_behind(workspace, capsys, make)
         (PermissionError(13, "Permission denied", "/root/model"), "denied: '/root/model'"),
     ],
 )
-def test_what_the_machine_refuses_is_one_line(workspace, monkeypatch, capsys, error, said):
+def test_what_the_machine_refuses_is_one_line(monkeypatch, capsys, error, said):
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr(evaluate, "run", fail)
-    assert main(["eval", str(workspace / "model")]) == 2
+    monkeypatch.setattr(eval_command, "run", fail)
+    assert main(["eval", "model"]) == 2
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1
@@ -324,8 +440,7 @@ def test_a_path_is_printed_as_it_is(capsys):
     assert all(name in printed for name in names)
 
 
-@pytest.mark.parametrize("form", [[], ["--json"]])
-@pytest.mark.parametrize("unbuffered", ["1", ""])
+@pytest.mark.parametrize(("form", "unbuffered"), [([], "1"), (["--json"], "")])
 def test_a_reader_that_has_ended_is_no_error(workspace, form, unbuffered):
     read, write = os.pipe()
     os.close(read)
@@ -343,21 +458,35 @@ def test_a_reader_that_has_ended_is_no_error(workspace, form, unbuffered):
     ("option", "value"),
     [
         ("--pattern", "2to4"),
-        ("--pattern", "5:4"),
         ("--samples", "0"),
         ("--samples", str(2**63)),
         ("--sequence-length", "1"),
         ("--damping", "-1"),
         ("--damping", "inf"),
         ("--damping", "much"),
+        ("--refine-rate", "0"),
+        ("--refine-held-out", "1.5"),
+        ("--keep-dense", "-1"),
         ("--method", "none"),
+        ("--dtype", "int8"),
     ],
 )
-def test_bad_values_of_options_exit_2(workspace, capsys, option, value):
-    arguments = ["prune", str(workspace / "model"), str(workspace / "out"), option, value]
+def test_bad_values_of_options_exit_2(capsys, option, value):
     with pytest.raises(SystemExit, match="2"):
-        main(arguments)
+        main(["prune", "model", "out", option, value])
     assert option in capsys.readouterr().err
+
+
+def test_a_method_and_a_recipe_exclude_each_other(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["prune", "model", "out", "--method", "wanda", "--recipe", "recipe.json"])
+    assert "--recipe: not allowed with argument --method" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"prox24 {prox24.__version__}\n"
 
 
 def test_an_error_of_a_process_has_exit_code_2_and_no_traceback(workspace):

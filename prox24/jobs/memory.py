@@ -13,6 +13,7 @@ from prox24.errors import Prox24Error
 from prox24.jobs.forward import (
     Linear,
     Model,
+    all_linears,
     layer_function,
     layer_linears,
     micro_batches_of,
@@ -21,6 +22,8 @@ from prox24.jobs.observe import layer_inputs, observe_layer
 from prox24.models import spec
 from prox24.pruning.grams import Sums, empty_gram
 from prox24.pruning.recipe import Recipe
+from prox24.pruning.runner import Linear as Width
+from prox24.pruning.runner import check_widths
 from prox24.refine.blocks import block_step
 from prox24.solvers.admm import ADMM
 from prox24.solvers.damping import WIDEST_BLOCK
@@ -149,6 +152,12 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
         sizes = micro_batches_of(whole, most)
         most = next(size for size in sizes if needed(index, size) <= budget)
     return most * devices
+
+
+def check_patterns(model: Model, recipe: Recipe) -> None:
+    """Raises CheckpointError that names a linear whose input width is not divisible by M."""
+    linears = all_linears(model.config)
+    check_widths([Width(each.tensor, each.input, each.shape[1]) for each in linears], recipe)
 
 
 def distinct_layers(model: Model) -> list[int]:

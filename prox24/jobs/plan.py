@@ -7,9 +7,10 @@ from pathlib import Path
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.tensors import byte_count
 from prox24.errors import Prox24Error
-from prox24.jobs.forward import all_linears, batch_size, load_model
+from prox24.jobs.forward import batch_size, load_model
 from prox24.jobs.memory import (
     Setup,
+    check_patterns,
     distinct_layers,
     fitting_micro_batch,
     layer_memory,
@@ -20,7 +21,6 @@ from prox24.jobs.output import table
 from prox24.jobs.prune import check_shared
 from prox24.jobs.reports import Report, gigabytes
 from prox24.pruning.recipe import Recipe
-from prox24.pruning.runner import Linear, check_widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,7 @@ def plan(
     recipe.check_supported()
     checkpoint = open_checkpoint(source)
     model = load_model(checkpoint)
-    linears = all_linears(model.config)
-    check_widths([Linear(each.tensor, each.input, each.shape[1]) for each in linears], recipe)
+    check_patterns(model, recipe)
     # As many as divide the windows, as `prune` uses.
     used = max(n for n in range(1, min(devices, samples) + 1) if samples % n == 0)
     if shard_grams:

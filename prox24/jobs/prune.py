@@ -26,7 +26,7 @@ from prox24.core.placement import common_mesh
 from prox24.errors import DiskError, Prox24Error, RecipeError
 from prox24.jobs import torchax
 from prox24.jobs.forward import load_model
-from prox24.jobs.memory import Setup, fitting_micro_batch
+from prox24.jobs.memory import Setup, check_patterns, fitting_micro_batch
 from prox24.jobs.native import native_runner
 from prox24.jobs.output import Advance, peak_memory_bytes, progress_bar, versions
 from prox24.jobs.processes import agree, is_first, meet
@@ -112,6 +112,7 @@ def prune(
     micro_batch = None
     if memory is not None and native:
         model = load_model(checkpoint)
+        check_patterns(model, recipe)
         setup = Setup(recipe, devices, shard_grams)
         micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
     job = {

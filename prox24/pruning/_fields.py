@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ def decode(value: Any, expected: Any, place: str) -> Any:
     if isinstance(value, Mapping):
         return _decode_object(value, options, place)
     for option in options:
-        if option is float and type(value) in (int, float) and math.isfinite(value):
+        if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
         if option in (int, bool, str) and type(value) is option:
             return value

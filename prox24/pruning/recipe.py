@@ -246,7 +246,7 @@ class Recipe:
                 return cls.from_json(text)
             yaml = _yaml()
             try:
-                given = yaml.safe_load(text)
+                given = yaml.load(text, _json_numbers(yaml))
             except yaml.YAMLError as error:
                 reason = " ".join(str(error).split())
                 raise RecipeError(f"the recipe is not YAML: {reason}") from error
@@ -327,3 +327,18 @@ def _yaml() -> Any:
     except ImportError as error:
         raise RecipeError("PyYAML is not installed: pip install pyyaml, or use JSON") from error
     return yaml
+
+
+def _json_numbers(yaml: Any) -> Any:
+    """A safe loader for which 1e-2 is a number and 2:4 is text; for YAML 1.1 it is 124."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if not pair[0].endswith((":int", ":float"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for kind, number in (("int", r"-?\d+$"), ("float", r"-?\d+(\.\d*)?([eE][-+]?\d+)?$")):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(number), "-0123456789")
+    return Loader
