@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import prox24
+
 ROOT = Path(__file__).parents[1]
 MATHEMATICS = {"jax", "numpy", "optax", "prox24"}
 
@@ -30,7 +32,31 @@ def test_the_mathematics_imports_only_jax_numpy_and_optax(folder):
                 assert package in MATHEMATICS | sys.stdlib_module_names, (path, name)
 
 
-def test_importing_prox24_needs_no_checkpoint_library():
-    code = "import sys, prox24; print([m for m in ('transformers', 'torch') if m in sys.modules])"
+HEAVY = {"jax", "optax", "numpy", "transformers", "torch", "safetensors", "flax", "orbax"}
+HEAVY |= {"gguf", "rich", "tokenizers", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("code", "needed"),
+    [
+        ("import prox24", set()),
+        ("from prox24.cli.main import main; main(['--help'])", set()),
+        (
+            "from prox24.cli.main import main; main(['prune', '--help'])",
+            {"jax", "optax", "numpy"},
+        ),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(code, needed):
+    code = f"import sys, contextlib\nwith contextlib.suppress(SystemExit): {code}\n"
+    code += f"print(*sorted({HEAVY} & sys.modules.keys()))"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert outcome.stdout.strip() == "[]", outcome.stderr
+    assert set(outcome.stdout.splitlines()[-1].split()) == needed, outcome.stderr
+
+
+def test_every_public_name_is_found():
+    names = [*prox24.__all__, "optax", "refine", "packed", "lora", "errors"]
+    assert set(names) <= set(dir(prox24))
+    assert all(getattr(prox24, name) is not None for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'prone'"):
+        prox24.prone  # noqa: B018

@@ -8,13 +8,10 @@ import pytest
 from safetensors.numpy import save_file
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.inspect_model import list_tensors, sparse_bytes
 from prox24.cli.main import main
 from prox24.core.pattern import Pattern, Unstructured
-from prox24.jobs.forward import all_linears, load_model
-
-PATTERN = Pattern(2, 4)
+from prox24.jobs.inspect import inspect_model, sparse_bytes
+from prox24.pruning.recipe import Recipe
 
 
 def test_the_listing_adds_up(tmp_path, capsys):
@@ -25,29 +22,27 @@ def test_the_listing_adds_up(tmp_path, capsys):
     assert printed["parameters"] == sum(values.size for values in weights.values())
     assert printed["bytes"] == 2 * printed["parameters"]
     pruned = [entry for entry in printed["tensors"] if entry["decision"] == "pruned"]
-    linears = [linear.tensor for linear in all_linears(_config(tmp_path / "model"))]
-    assert sorted(entry["name"] for entry in pruned) == sorted(linears)
+    assert {entry["name"] for entry in pruned} == {
+        name for name in weights if name.endswith("_proj.weight")
+    }
     # In bfloat16 a block of 8 bytes becomes two values and four bits.
     saved = sum(entry["size"] for entry in pruned) * 7 / 16
     assert printed["bytes"] - printed["sparse_bytes"] == saved
-
-
-def _config(folder):
-    return load_model(open_checkpoint(folder)).config
 
 
 def test_every_decision_has_its_reason(tmp_path):
     config = config_dict("mixtral", intermediate_size=46)
     weights = random_weights(config) | {"buffer": np.zeros(3, np.float32)}
     write_folder(tmp_path / "model", config, weights)
-    entries = list_tensors(open_checkpoint(tmp_path / "model"), PATTERN)
-    decisions = {entry.name: entry.decision for entry in entries}
+    found = inspect_model(tmp_path / "model", Recipe(skip="v_proj"))
+    decisions = {entry.name: entry.decision for entry in found.tensors}
     layer = "model.layers.1."
     assert decisions["model.embed_tokens.weight"] == "dense: embedding"
     assert decisions["lm_head.weight"] == "dense: head"
     assert decisions["model.norm.weight"] == "dense: norm"
     assert decisions[f"{layer}input_layernorm.weight"] == "dense: norm"
     assert decisions[f"{layer}self_attn.q_proj.weight"] == "pruned"
+    assert decisions[f"{layer}self_attn.v_proj.weight"] == "dense: by the recipe"
     assert decisions[f"{layer}block_sparse_moe.gate.weight"] == "dense: router"
     assert decisions[f"{layer}block_sparse_moe.experts.3.w1.weight"] == "pruned"
     narrow = decisions[f"{layer}block_sparse_moe.experts.3.w2.weight"]
@@ -55,37 +50,31 @@ def test_every_decision_has_its_reason(tmp_path):
     assert decisions["buffer"] == "dense: not used by the computation"
 
 
-def test_a_tensor_of_an_unknown_dtype_is_listed(tmp_path, capsys):
+def test_tables_are_for_people_and_list_tensors_of_unknown_dtypes(tmp_path, capsys):
     weights = write_tiny(tmp_path / "model")
     extra = {"model.scale": np.zeros(4, np.complex64)}
     save_file(weights | extra, tmp_path / "model" / "model.safetensors")
     assert main(["inspect", str(tmp_path / "model")]) == 0
-    assert "model.scale" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for said in ("model.scale", "model.layers.*.self_attn.q_proj.weight", "32 x 32"):
+        assert said in printed
     assert main(["inspect", str(tmp_path / "model"), "--quiet"]) == 0
     assert capsys.readouterr().out == ""
 
 
 def test_linears_stored_the_other_way_are_pruned_along_their_input(tmp_path):
     write_tiny(tmp_path / "model", "gpt2")
-    entries = list_tensors(open_checkpoint(tmp_path / "model"), Pattern(2, 32))
-    pruned = {entry.name: entry.shape for entry in entries if entry.decision == "pruned"}
+    found = inspect_model(tmp_path / "model", Recipe(pattern=(2, 32)))
+    pruned = {entry.name: entry.shape for entry in found.tensors if entry.decision == "pruned"}
     # The output projection of the MLP has 48 inputs, of which 32 is no divisor.
     assert pruned["transformer.h.0.attn.c_attn.weight"] == (32, 96)
     assert "transformer.h.0.mlp.c_proj.weight" not in pruned
 
 
-def test_tables_are_for_people(tmp_path, capsys):
-    write_tiny(tmp_path / "model")
-    assert main(["inspect", str(tmp_path / "model")]) == 0
-    output = capsys.readouterr().out
-    assert "model.layers.*.self_attn.q_proj.weight" in output
-    assert "32 x 32" in output
-
-
 @pytest.mark.parametrize(
     ("pattern", "width", "expected"),
     [
-        (PATTERN, 2, 9 / 16),
+        (Pattern(2, 4), 2, 9 / 16),
         (Pattern(1, 4), 4, 1 / 4 + 1 / 64),
         (Unstructured(0.5), 2, 1 / 2 + 1 / 16),
     ],
