@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,6 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from prox24.models import decoder, spec
 from prox24.models.families import config_from_hf
 from prox24.models.generate import ModelWeights
+from prox24.pruning import loop
+from prox24.pruning.report import LinearReport
 
 VOCABULARY = 260
 LLAMA3_ROPE = {
@@ -236,6 +239,19 @@ def assert_same(read: dict, weights: dict) -> None:
 
 def tokens(batch: int = 2, length: int = 48) -> np.ndarray:
     return np.random.default_rng(7).integers(0, VOCABULARY, (batch, length)).astype(np.int32)
+
+
+class Pruned(NamedTuple):
+    """What the loop yields: values by tensor, and the reports."""
+
+    tensors: dict[str, np.ndarray]
+    reports: list[LinearReport]
+
+
+def pruned_by(runner, recipe, **options) -> Pruned:
+    found = list(loop.prune(runner, recipe, **options))
+    reports = [report for tensor in found for report in tensor.reports]
+    return Pruned({tensor.name: tensor.values for tensor in found}, reports)
 
 
 def jax_logits(config_json: dict, weights: dict, token_ids: np.ndarray) -> np.ndarray:

@@ -1,0 +1,331 @@
+"""The one loop, on checkpoints that prox24's own decoder runs."""
+
+import dataclasses
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import (
+    byte_tokenizer,
+    config_dict,
+    load_folder,
+    pruned_by,
+    random_weights,
+    seen_by_linears,
+    tokens,
+    write_folder,
+    write_tiny,
+)
+
+import prox24
+from prox24 import ConjugateGradients, DenseTargets, LayerProblem, Magnitude, Recipe, Wanda
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.core.masks import is_sparse, top_mask
+from prox24.errors import CalibrationError, CheckpointError, RecipeError, SolverError
+from prox24.jobs.forward import all_linears, batch_size, load_model
+from prox24.jobs.native import NativeRunner, native_runner
+from prox24.jobs.perplexity import from_losses
+from prox24.pruning import loop
+from prox24.pruning.recipe import PRESETS
+from prox24.solvers.problem import Candidate
+from prox24.solvers.solve import SOLVERS, solve_program
+
+WINDOWS = tokens(batch=8, length=32)
+MAGNITUDE = Recipe.magnitude()
+
+
+def runner_of(folder, recipe, windows=WINDOWS, **options):
+    return native_runner(open_checkpoint(folder), windows, recipe, **options)
+
+
+def prune_folder(folder, recipe, windows=WINDOWS, **options):
+    return pruned_by(runner_of(folder, recipe, windows), recipe, **options)
+
+
+def linears_of(folder):
+    return [linear.tensor for linear in all_linears(load_model(open_checkpoint(folder)).config)]
+
+
+def relative_losses(pruned):
+    return {report.name: report.statistics.relative_loss for report in pruned.reports}
+
+
+# What is pruned
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"best"}))
+def test_a_preset_prunes_every_linear_and_compiles_its_solver_once_for_each_shape(tmp_path, preset):
+    weights = write_tiny(tmp_path / "source", "grouped_heads", shards=2)
+    checkpoint = open_checkpoint(tmp_path / "source")
+    linears = all_linears(load_model(checkpoint).config)
+    solve_program.clear_cache()
+    pruned = prune_folder(tmp_path / "source", PRESETS[preset]())
+    assert solve_program._cache_size() == len({linear.shape for linear in linears})
+    names = [linear.tensor for linear in linears]
+    assert list(pruned.tensors) == names == [report.name for report in pruned.reports]
+    write_checkpoint(checkpoint, tmp_path / "out", pruned.tensors.items())
+    written = load_folder(tmp_path / "out")
+    for name, values in weights.items():
+        if name in names:
+            assert is_sparse(jnp.asarray(written[name]))
+            assert np.count_nonzero(written[name]) == values.size // 2
+        else:
+            assert written[name].tobytes() == values.tobytes()
+
+
+def test_the_default_has_the_lowest_losses_after_the_same_refit(tmp_path):
+    write_tiny(tmp_path / "source")
+    mean = {}
+    for method, solver in SOLVERS.items():
+        pruned = prune_folder(tmp_path / "source", Recipe(solver(), targets=None))
+        mean[method] = np.mean(list(relative_losses(pruned).values()))
+    assert sorted(mean, key=mean.get)[:2] == ["admm", "prox"]
+
+
+def test_names_choose_the_tensors_and_their_patterns(tmp_path):
+    write_tiny(tmp_path / "source")
+    pattern = (("down_proj", "dense"), ("mlp", (4, 8)), ("[qkv]_proj", (2, 4)))
+    recipe = dataclasses.replace(MAGNITUDE, pattern=pattern, only=r"layers\.1", skip="v_proj")
+    pruned = prune_folder(tmp_path / "source", recipe)
+    expected = {"self_attn.q": (2, 4), "self_attn.k": (2, 4), "mlp.gate": (4, 8), "mlp.up": (4, 8)}
+    assert pruned.tensors.keys() == {f"model.layers.1.{name}_proj.weight" for name in expected}
+    for name, values in expected.items():
+        weight = jnp.asarray(pruned.tensors[f"model.layers.1.{name}_proj.weight"])
+        assert is_sparse(weight, values)
+        assert np.mean(weight == 0) == 0.5
+    with pytest.raises(RecipeError, match=r"none of the 14 linears \(only 'lm_head'.*as model\.la"):
+        prune_folder(tmp_path / "source", dataclasses.replace(MAGNITUDE, only="lm_head"))
+
+
+@pytest.mark.parametrize("share", [3, 0.2])
+def test_those_that_lose_most_in_the_dense_model_stay_dense(tmp_path, share):
+    weights = write_tiny(tmp_path / "source")
+    recipe = Recipe(skip="gate_proj", keep_dense=share, targets=None)
+    losses = {}
+    for index in range(2):
+        for name, x in seen_by_linears(config_dict(), weights, WINDOWS, index).items():
+            problem = LayerProblem(jnp.asarray(weights[name]), jnp.asarray(x.T @ x, jnp.float32))
+            losses[name] = prox24.solve(problem, Wanda(), None).statistics.relative_loss
+    chosen = [name for name in losses if "gate_proj" not in name]
+    count = 3 if share == 3 else round(0.2 * len(chosen))
+    expected = sorted(chosen, key=losses.get)[-count:]
+    runner = runner_of(tmp_path / "source", recipe)
+    dense = loop.most_lossy(runner, recipe)
+    assert dense == set(expected)
+    assert pruned_by(runner, recipe, dense=dense).tensors.keys() == set(chosen) - dense
+
+
+def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path):
+    config = config_dict("mixtral")
+    weights = random_weights(config)
+    for index in range(2):
+        router = weights[f"model.layers.{index}.block_sparse_moe.gate.weight"]
+        # Of the two largest of a, -a, 0, 0 the last is never one.
+        router[1], router[2:] = -router[0], 0
+    write_folder(tmp_path / "source", config, weights)
+    # It has no dense output to reproduce either.
+    pruned = prune_folder(tmp_path / "source", Recipe(Wanda(), None))
+    seen = {report.name: report.tokens for report in pruned.reports}
+    for expert, unused in ((0, False), (1, False), (2, False), (3, True)):
+        name = f"model.layers.1.block_sparse_moe.experts.{expert}.w1.weight"
+        assert (seen[name] == 0) == unused
+    weight = jnp.asarray(weights[name])
+    expected = jnp.where(top_mask(jnp.abs(weight)), weight, 0)
+    np.testing.assert_array_equal(pruned.tensors[name], expected)
+    assert seen["model.layers.1.self_attn.q_proj.weight"] == WINDOWS.size
+
+
+def test_dead_input_features_are_reported(tmp_path):
+    weights = random_weights(config_dict())
+    weights["model.layers.0.input_layernorm.weight"][[1, 5, 6]] = 0
+    write_folder(tmp_path / "source", config_dict(), weights)
+    for report in prune_folder(tmp_path / "source", Recipe()).reports:
+        reads_dead = "layers.0" in report.name and report.name.split(".")[-2][:-5] in "qkv"
+        assert report.statistics.dead_features == (3 if reads_dead else 0)
+
+
+# What a layer sees
+
+
+class Recording(NativeRunner):
+    """Notes what each layer is run with."""
+
+    seen: dict
+
+    def advance(self, index, weights, state):
+        self.seen.update(weights)
+        return super().advance(index, weights, state)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", None])
+def test_layers_see_the_weights_before_them_as_they_are_written(tmp_path, dtype):
+    write_tiny(tmp_path / "source", dtype="bfloat16")
+    recipe = Recipe(Wanda(), dtype=dtype)
+    runner = Recording(**vars(runner_of(tmp_path / "source", recipe)))
+    object.__setattr__(runner, "seen", {})
+    pruned = pruned_by(runner, recipe)
+    assert pruned.tensors
+    for name, values in pruned.tensors.items():
+        assert values.dtype == dtype or (dtype is None and values.dtype == jnp.bfloat16)
+        np.testing.assert_array_equal(runner.seen[name], values)
+
+
+def relative_losses_by_hand(weights, pruned, layer_index):
+    """The losses of one layer's linears, with every layer before it pruned and itself dense."""
+    before = {n: w for n, w in pruned.items() if int(n.split(".")[2]) < layer_index}
+    losses = {}
+    inputs = seen_by_linears(config_dict(), weights | before, WINDOWS, layer_index)
+    for name, x in inputs.items():
+        change = (pruned[name].astype(np.float64) - weights[name]) @ x.T
+        losses[name] = np.sum(change**2) / np.sum((weights[name] @ x.T) ** 2)
+    return losses
+
+
+def test_each_layer_is_calibrated_on_the_output_of_the_pruned_ones(tmp_path):
+    weights = write_tiny(tmp_path / "source")
+    pruned = prune_folder(tmp_path / "source", Recipe(Wanda(), targets=None))
+    reported = relative_losses(pruned)
+    for index in range(2):
+        for name, loss in relative_losses_by_hand(weights, pruned.tensors, index).items():
+            assert reported[name] == pytest.approx(loss, rel=1e-3), name
+
+
+def test_an_infinite_pull_to_the_dense_weight_is_no_correction(tmp_path):
+    write_tiny(tmp_path / "source")
+    own, pulled = (
+        prune_folder(tmp_path / "source", Recipe(Wanda(), targets=targets))
+        for targets in (None, DenseTargets(1e9))
+    )
+    for name, values in own.tensors.items():
+        np.testing.assert_allclose(pulled.tensors[name], values, rtol=0, atol=1e-4)
+
+
+def output_errors(weights, tensors, index):
+    """|W X' - W0 X|^2 of the linears that read the input of a layer, behind the pruned ones."""
+    dense, pruned = (
+        seen_by_linears(config_dict(), source, WINDOWS, index)
+        for source in (weights, weights | tensors)
+    )
+    names = [f"model.layers.{index}.self_attn.{part}_proj.weight" for part in "qkv"]
+    return [np.sum((pruned[n] @ tensors[n].T - dense[n] @ weights[n].T) ** 2) for n in names]
+
+
+def test_dense_targets_lower_the_error_against_the_dense_model(tmp_path):
+    weights = write_tiny(tmp_path / "source")
+    own, dense = (
+        prune_folder(
+            tmp_path / "source",
+            Recipe(Magnitude(), ConjugateGradients(100, 0.0), targets=targets),
+        ).tensors
+        for targets in (None, DenseTargets(0.003))
+    )
+    for name in (name for name in own if "layers.0." in name):
+        np.testing.assert_allclose(dense[name], own[name], rtol=0, atol=1e-4)
+    errors = (output_errors(weights, tensors, 1) for tensors in (dense, own))
+    assert all(corrected < 0.95 * plain for corrected, plain in zip(*errors, strict=True))
+
+
+# The run
+
+
+def test_a_linear_is_given_out_before_the_next_layer_is_read(tmp_path):
+    write_tiny(tmp_path / "source")
+    checkpoint = open_checkpoint(tmp_path / "source")
+    read = []
+
+    def recording(name, source):
+        return source._replace(read=lambda: (read.append(name), source.read())[1])
+
+    tensors = {name: recording(name, source) for name, source in checkpoint.tensors.items()}
+    checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
+    for linear in loop.prune(native_runner(checkpoint, WINDOWS, MAGNITUDE), MAGNITUDE):
+        own = linear.name.split(".")[2]
+        assert {name.split(".")[2] for name in read if "layers" in name} <= {"0", own}
+    assert not any("lm_head" in name for name in read)
+
+
+@pytest.mark.parametrize("variant", ["llama1", "gpt2"])
+@pytest.mark.parametrize("targets", [None, DenseTargets()], ids=["own", "dense"])
+def test_a_run_that_goes_on_gives_the_same_bytes(tmp_path, variant, targets):
+    write_tiny(tmp_path / "source", variant, "bfloat16")
+    recipe = Recipe(Wanda(), None, targets=targets)
+    whole = prune_folder(tmp_path / "source", recipe)
+    done = list(whole.tensors)[: len(whole.tensors) // 2 + 1]
+
+    def readable(name):
+        return types.SimpleNamespace(read=lambda: whole.tensors[name])
+
+    rest = prune_folder(tmp_path / "source", recipe, finished={n: readable(n) for n in done})
+    assert list(rest.tensors) == list(whole.tensors)[len(done) :]
+    for name, values in rest.tensors.items():
+        assert values.tobytes() == whole.tensors[name].tobytes()
+
+
+def test_micro_batches_divide_the_windows(tmp_path):
+    for windows in range(1, 40):
+        for length in (2, 512, 4096):
+            size = batch_size(windows, length)
+            assert windows % size == 0
+            assert size == 1 or size * length <= 2048
+    write_tiny(tmp_path / "source")
+    for size in (3, 16):
+        with pytest.raises(ValueError, match=f"micro-batches of {size} do not divide 8 windows"):
+            runner_of(tmp_path / "source", MAGNITUDE, micro_batch=size)
+
+
+# Errors
+
+
+def test_a_pattern_that_does_not_fit_is_named(tmp_path):
+    write_tiny(tmp_path / "source")
+    odd = dataclasses.replace(MAGNITUDE, pattern=(2, 5))
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.weight.*32.*by 5"):
+        prune_folder(tmp_path / "source", odd)
+    with pytest.raises(RecipeError, match=r"supports 1:M and 2:M, not 4:8.*sparsegpt"):
+        prune_folder(tmp_path / "source", Recipe(pattern=(4, 8)))
+
+
+def test_one_window_that_is_not_finite_is_enough_to_be_named(tmp_path):
+    config = config_dict("gemma")  # which scales its embeddings
+    weights = random_weights(config)
+    (token,) = byte_tokenizer()("~")["input_ids"]
+    weights["model.embed_tokens.weight"][token] = 3e38
+    write_folder(tmp_path / "source", config, weights)
+    windows = np.where(WINDOWS == token, token - 1, WINDOWS)
+    windows[5, 3] = token
+    runner = runner_of(tmp_path / "source", MAGNITUDE, windows, micro_batch=2)
+    with pytest.raises(CalibrationError, match="NaN or Inf in .* attention_input of layer 0"):
+        pruned_by(runner, MAGNITUDE)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    def __call__(self, problem, pattern, damping):
+        mask = jnp.ones(problem.weight.shape, bool)
+        return Candidate.of(jnp.nan * problem.weight, mask, damping)
+
+
+def test_a_solution_that_is_not_finite_is_named(tmp_path):
+    write_tiny(tmp_path / "source")
+    with pytest.raises(SolverError, match=r"layers\.0\.self_attn\.q_proj.*use more damping"):
+        prune_folder(tmp_path / "source", Recipe(Broken(), None))
+
+
+def test_a_weight_that_its_dtype_cannot_hold_is_named(tmp_path):
+    weights = random_weights(config_dict())
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+    write_folder(tmp_path / "source", config_dict(), weights)
+    recipe = dataclasses.replace(MAGNITUDE, dtype="float16")
+    with pytest.raises(CheckpointError, match=r"1\.mlp\.up_proj\.weight overflows float16; choose"):
+        prune_folder(tmp_path / "source", recipe)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, 1e5])
+def test_a_loss_that_has_no_perplexity_is_refused(loss):
+    with pytest.raises(CalibrationError, match="model: the loss on the text is"):
+        from_losses(Path("model"), np.zeros((2, 3), np.int32), np.array([1.0, 4 * loss]))
