@@ -295,10 +295,10 @@ def test_one_window_that_is_not_finite_is_enough_to_be_named(tmp_path):
     (token,) = byte_tokenizer()("~")["input_ids"]
     weights["model.embed_tokens.weight"][token] = 3e38
     write_folder(tmp_path / "source", config, weights)
-    windows = np.where(WINDOWS == token, token - 1, WINDOWS)
+    windows = np.where(token == WINDOWS, token - 1, WINDOWS)
     windows[5, 3] = token
     runner = runner_of(tmp_path / "source", MAGNITUDE, windows, micro_batch=2)
-    with pytest.raises(CalibrationError, match="NaN or Inf in .* attention_input of layer 0"):
+    with pytest.raises(CalibrationError, match=r"NaN or Inf in .* attention_input of layer 0"):
         pruned_by(runner, MAGNITUDE)
 
 

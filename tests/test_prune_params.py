@@ -1,5 +1,7 @@
 """Pruning the weights of any tree of parameters."""
 
+import dataclasses
+
 import equinox as eqx
 import flax.core
 import flax.linen as nn
@@ -11,11 +13,12 @@ import pytest
 from flax import nnx
 
 import prox24
-from prox24 import ADMM, ConjugateGradients, LayerProblem, Magnitude, SparseGPT, Status, Wanda
-from prox24.errors import CalibrationError, SolverError
+from prox24 import ConjugateGradients, DenseTargets, LayerProblem, Recipe, Status, Wanda
+from prox24 import prune_params as prune
+from prox24.errors import CalibrationError, RecipeError, SolverError
 from prox24.optax import by_path, keep_pattern
 
-BASELINE = {"solver": Wanda(), "refit": None}
+WANDA, SPARSEGPT = Recipe.wanda(), Recipe.sparsegpt()
 MLP = ("first", "second", "third")
 
 
@@ -43,10 +46,14 @@ def apply_mlp(params, x):
     return x
 
 
-def solve_by_hand(kernel, x, solver, refit=None):
+def linear(params, x):
+    return x @ params["kernel"]
+
+
+def solve_by_hand(kernel, x, recipe):
     """The kernel (in, out), pruned for inputs (rows, in)."""
-    gram = jnp.matmul(x.T, x, precision="highest")
-    return prox24.solve(LayerProblem(kernel.T, gram), solver, refit).weight.T
+    problem = LayerProblem(kernel.T, jnp.matmul(x.T, x, precision="highest"))
+    return prox24.solve(problem, recipe.solver, recipe.refit, pattern=recipe.pattern).weight.T
 
 
 def assert_only_chosen_leaves_changed(before, after, leaves, pattern=(2, 4)):
@@ -147,7 +154,7 @@ CONTAINERS |= {frozen_model: CONTAINERS[linen_model], nnx_module: CONTAINERS[nnx
 @pytest.mark.parametrize("make", CONTAINERS, ids=lambda make: make.__name__)
 def test_every_container_keeps_its_kind_and_what_is_not_pruned(make):
     apply, params, x = make()
-    pruned = prox24.prune_params(params, prox24.calibrate(apply, params, [x]), Wanda(), None)
+    pruned = prune(apply, params, [x], WANDA)
     assert {leaf.path: leaf.axis for leaf in pruned.leaves if leaf.pruned} == CONTAINERS[make]
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)
     reported = {report.name.partition("[")[0] for report in pruned.reports}
@@ -155,14 +162,11 @@ def test_every_container_keeps_its_kind_and_what_is_not_pruned(make):
     assert apply(pruned.params, x).shape == apply(params, x).shape
 
 
-@pytest.mark.parametrize("solver", [Wanda(), SparseGPT(), ADMM()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("refit", [None, ConjugateGradients()], ids=["unrefitted", "refitted"])
-def test_a_kernel_is_solved_like_the_same_problem_by_hand(solver, refit):
+@pytest.mark.parametrize("recipe", [WANDA, Recipe()], ids=["unrefitted", "refitted"])
+def test_a_kernel_is_solved_like_the_same_problem_by_hand(recipe):
     kernel, x = normal(16, 8), normal(64, 16, seed=1)
-    params = {"kernel": kernel}
-    calibration = prox24.calibrate(lambda params, x: x @ params["kernel"], params, [x])
-    pruned = prox24.prune_params(params, calibration, solver, refit)
-    by_hand = solve_by_hand(kernel, x, solver, refit)
+    pruned = prune(linear, {"kernel": kernel}, [x], recipe)
+    by_hand = solve_by_hand(kernel, x, recipe)
     np.testing.assert_allclose(pruned.params["kernel"], by_hand, rtol=1e-4, atol=1e-6)
 
 
@@ -177,65 +181,50 @@ def test_kernels_of_many_axes_are_solved_as_the_matrices_they_are():
         return jnp.einsum("bhd,hdo->bo", heads, params["out"])
 
     params = {"conv": kernel, "out": out}
-    calibration = prox24.calibrate(apply, params, [(images, heads)])
-    pruned = prox24.prune_params(params, calibration, SparseGPT(), None).params
+    pruned = prune(apply, params, [(images, heads)], SPARSEGPT).params
     patches = np.stack(
         [images[n, i : i + 3, j : j + 3] for n in range(2) for i in range(4) for j in range(4)]
     ).reshape(-1, 36)
-    expected = solve_by_hand(kernel.reshape(36, 5), jnp.asarray(patches), SparseGPT())
+    expected = solve_by_hand(kernel.reshape(36, 5), jnp.asarray(patches), SPARSEGPT)
     np.testing.assert_allclose(pruned["conv"], expected.reshape(kernel.shape), atol=1e-5)
-    expected = solve_by_hand(out.reshape(8, 6), heads.reshape(-1, 8), SparseGPT())
+    expected = solve_by_hand(out.reshape(8, 6), heads.reshape(-1, 8), SPARSEGPT)
     np.testing.assert_allclose(pruned["out"], expected.reshape(out.shape), atol=1e-5)
 
 
 def test_every_matrix_of_a_stack_is_solved_and_reported():
-    experts, x = normal(3, 8, 4), normal(3, 20, 8, seed=1)
-    params = {"experts": experts}
-    calibration = prox24.calibrate(lambda params, x: x @ params["experts"], params, [x])
-    pruned = prox24.prune_params(params, calibration)
-    assert [report.name for report in pruned.reports] == [f"experts[{i}]" for i in range(3)]
-    for i in range(3):
-        expected = solve_by_hand(experts[i], x[i], ADMM(), ConjugateGradients())
-        np.testing.assert_allclose(pruned.params["experts"][i], expected, atol=1e-5)
+    experts, x = normal(3, 8, 4), normal(3, 20, 8, seed=1).at[2].set(0)
+    pruned = prune(linear, {"kernel": experts}, [x], WANDA)
+    assert [report.name for report in pruned.reports] == [f"kernel[{i}]" for i in range(3)]
+    assert [report.tokens for report in pruned.reports] == [20, 20, 0]
+    for i in range(2):
+        expected = solve_by_hand(experts[i], x[i], WANDA)
+        np.testing.assert_allclose(pruned.params["kernel"][i], expected, atol=1e-5)
+    # What no row has met keeps its largest entries.
+    kept = pruned.params["kernel"][2] != 0
+    np.testing.assert_array_equal(kept, prox24.top_mask(abs(experts[2]), axis=0))
 
 
-def test_a_matrix_that_no_row_has_met_keeps_its_largest_entries():
-    experts, x = normal(2, 8, 4), normal(2, 20, 8, seed=1).at[1].set(0)
-    params = {"experts": experts}
-    calibration = prox24.calibrate(lambda params, x: x @ params["experts"], params, [x])
-    pruned = prox24.prune_params(params, calibration, Wanda(), None)
-    assert [report.rows for report in pruned.reports] == [20, 0]
-    kept = pruned.params["experts"][1] != 0
-    np.testing.assert_array_equal(kept, prox24.top_mask(abs(experts[1]), axis=0))
+def test_weights_keep_their_dtype_or_have_that_of_the_recipe():
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        params, x = {"kernel": normal(8, 4, dtype=dtype)}, normal(20, 8, dtype=dtype)
+        pruned = prune(linear, params, [x]).params["kernel"]
+        assert pruned.dtype == dtype
+        assert prox24.is_sparse(pruned, axis=0)
+    assert prune(linear, params, [x], Recipe(dtype="float16")).params["kernel"].dtype == "float16"
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
-def test_weights_keep_their_dtype(dtype):
-    params, x = {"kernel": normal(8, 4, dtype=dtype)}, normal(20, 8, dtype=dtype)
-    calibration = prox24.calibrate(lambda params, x: x @ params["kernel"], params, [x])
-    pruned = prox24.prune_params(params, calibration)
-    assert pruned.params["kernel"].dtype == dtype
-    assert prox24.is_sparse(pruned.params["kernel"], axis=0)
-
-
-@pytest.mark.parametrize("pattern", [(1, 4), (2, 8), (1, 2)])
-def test_other_patterns(pattern):
+def test_other_patterns():
     params, x = mlp(), normal(20, 8)
-    calibration = prox24.calibrate(apply_mlp, params, [x])
-    pruned = prox24.prune_params(params, calibration, pattern=pattern)
-    assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves, pattern)
+    pruned = prune(apply_mlp, params, [x], Recipe(pattern=(1, 4)))
+    assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves, (1, 4))
 
 
-@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT()])
-def test_without_a_pattern_every_matrix_has_its_fraction_of_zeros(solver):
+def test_without_a_pattern_every_matrix_has_its_fraction_of_zeros():
     # 5 outputs and 6 inputs: no length is a multiple of 4.
     params, x = {"kernel": normal(6, 5)}, normal(64, 6, seed=1)
-    pattern = prox24.Unstructured(0.7)
-    calibration = prox24.calibrate(lambda params, x: x @ params["kernel"], params, [x])
-    pruned = prox24.prune_params(params, calibration, solver, None, pattern=pattern)
-    gram = jnp.matmul(x.T, x, precision="highest")
-    problem = LayerProblem(params["kernel"].T, gram)
-    expected = prox24.solve(problem, solver, None, pattern=pattern).weight.T
+    recipe = dataclasses.replace(SPARSEGPT, pattern=prox24.Unstructured(0.7))
+    pruned = prune(linear, params, [x], recipe)
+    expected = solve_by_hand(params["kernel"], x, recipe)
     assert np.array_equal(pruned.params["kernel"], expected)
     assert np.count_nonzero(expected) < params["kernel"].size / 2
 
@@ -247,6 +236,7 @@ def test_what_is_not_pruned_says_why():
         "norm": {"scale": normal(8)},
         "masked": normal(8, 8),
         "mlp": normal(8, 6),
+        "skipped": normal(8, 8),
         "spare": normal(8, 8),
         "head": normal(8, 12),
         "count": jnp.arange(4).reshape(2, 2),
@@ -254,11 +244,12 @@ def test_what_is_not_pruned_says_why():
 
     def apply(params, tokens):
         x = params["embed"][tokens] * params["norm"]["scale"][None, :]
-        x = x @ jnp.abs(params["masked"])
+        x = x @ params["skipped"] @ jnp.abs(params["masked"])
         return (x @ params["mlp"]) @ params["narrow"] @ params["head"]
 
+    recipe = dataclasses.replace(WANDA, skip="skipped")
     calibration = prox24.calibrate(apply, params, [jnp.arange(12)])
-    pruned = prox24.prune_params(params, calibration, Magnitude(), None)
+    pruned = prune(apply, params, recipe=recipe, grams=calibration)
     assert {leaf.path: leaf.reason for leaf in pruned.leaves} == {
         "count": "it is not a floating array",
         "embed": "embedding",
@@ -267,18 +258,35 @@ def test_what_is_not_pruned_says_why():
         "mlp": "default",
         "narrow": "axis 0 is not divisible by 4",
         "norm/scale": "fewer than two dimensions",
+        "skipped": "dense by the recipe",
         "spare": "no Gram: unused",
     }
     assert [str(leaf).split()[0] for leaf in pruned.leaves].count("pruned") == 1
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)
-    chosen = prox24.prune_params(
-        params, calibration, Magnitude(), None, mask=by_path(lambda path: path != "mlp")
-    )
+    mask = by_path(lambda path: path != "mlp")
+    chosen = prune(apply, params, recipe=recipe, grams=calibration, mask=mask)
     reasons = {leaf.path: leaf.reason for leaf in chosen.leaves}
     assert reasons["head"] == "in mask"
     assert reasons["mlp"] == "not in mask"
+    assert reasons["skipped"] == "dense by the recipe"
     assert reasons["spare"] == "no Gram: unused"
     assert [report.name for report in chosen.reports] == ["head"]
+    nothing = prune(apply, params, recipe=recipe, grams=calibration, mask=False)
+    assert nothing.params is params
+    assert nothing.reports == []
+
+
+@pytest.mark.parametrize("order", ["one-shot", "sequential"])
+def test_those_that_lose_most_stay_dense(order):
+    params, x = mlp(), normal(64, 8, seed=9)
+    every = prune(apply_mlp, params, [x], WANDA)
+    losses = {report.name: report.statistics.relative_loss for report in every.reports}
+    recipe = dataclasses.replace(WANDA, keep_dense=2)
+    pruned = prune(apply_mlp, params, [x], recipe, order=order)
+    assert [report.name for report in pruned.reports] == [min(losses, key=losses.get)]
+    kept = {leaf.path for leaf in pruned.leaves if leaf.reason == "among those that lose most"}
+    assert kept == set(losses) - {min(losses, key=losses.get)}
+    assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), prox24.Unstructured(0.5)])
@@ -291,9 +299,9 @@ def test_a_training_keeps_the_zeros_whatever_chose_them(pattern):
         "head": normal(8, 10, seed=1),
         "bias": jnp.zeros(10, jnp.float32),
     }
-    calibration = prox24.calibrate(apply, params, [normal(64, 16, seed=2)])
     everything = by_path(lambda path: path != "bias")
-    pruned = prox24.prune_params(params, calibration, pattern=pattern, mask=everything, **BASELINE)
+    recipe = dataclasses.replace(WANDA, pattern=pattern)
+    pruned = prune(apply, params, [normal(64, 16, seed=2)], recipe, mask=everything)
     optimizer = keep_pattern(optax.sgd(0.1), pruned.kept)
     steps = jax.tree.map(jnp.ones_like, params)
     steps, _ = optimizer.update(steps, optimizer.init(pruned.params), pruned.params)
@@ -305,41 +313,55 @@ def test_a_training_keeps_the_zeros_whatever_chose_them(pattern):
 
 def test_too_few_rows_are_reported_and_only_damped():
     params = {"kernel": normal(16, 4)}
-    few, enough = (
-        prox24.prune_params(
-            params,
-            prox24.calibrate(lambda params, x: x @ params["kernel"], params, [normal(rows, 16)]),
-        )
-        for rows in (5, 16)
-    )
-    (report,) = few.reports
-    assert (report.rows, report.width, report.status) == (5, 16, Status.SPARSE)
-    assert "5 rows of 16, too few" in str(report)
-    assert "too few" not in str(enough.reports[0])
-    assert report.statistics.damping > 0
+    few, enough = (prune(linear, params, [normal(rows, 16)]).reports[0] for rows in (5, 16))
+    assert (few.tokens, few.inputs, few.status) == (5, 16, Status.SPARSE)
+    assert "5 tokens of 16, too few" in str(few)
+    assert "too few" not in str(enough)
+    assert few.statistics.damping > 0
+
+
+def test_ready_grams_give_what_their_batches_give():
+    params, batches = mlp(), [normal(20, 8), normal(12, 8, seed=5)]
+    grams = prox24.calibrate(apply_mlp, params, batches)
+    given = prune(apply_mlp, params, grams=grams)
+    gathered = prune(apply_mlp, params, iter(batches))
+    assert given.leaves == gathered.leaves
+    for name in MLP:
+        assert np.array_equal(given.params[name]["kernel"], gathered.params[name]["kernel"])
 
 
 def test_a_solution_that_is_not_finite_names_its_weight():
     params, x = mlp(), normal(20, 8)
     calibration = prox24.calibrate(apply_mlp, params, [x])
-    broken = calibration.grams["second/kernel"]
-    calibration.grams["second/kernel"] = broken._replace(gram=broken.gram * jnp.nan)
-    with pytest.raises(SolverError, match=r"^the Gram of second/kernel holds NaN or Inf"):
-        prox24.prune_params(params, calibration)
-    calibration.grams["second/kernel"] = broken._replace(gram=-broken.gram)
-    with pytest.raises(SolverError, match="Gram of second/kernel is not positive semidefinite"):
-        prox24.prune_params(params, calibration, Wanda(), None)
-    calibration.grams["second/kernel"] = broken
+    given = calibration.grams["second/kernel"]
+    for gram, said in (
+        (given.gram * jnp.nan, "^the Gram of second/kernel holds NaN or Inf"),
+        (-given.gram, "^the Gram of second/kernel is not positive semidefinite"),
+    ):
+        calibration.grams["second/kernel"] = given._replace(gram=gram)
+        with pytest.raises(SolverError, match=said):
+            prune(apply_mlp, params, recipe=WANDA, grams=calibration)
+    calibration.grams["second/kernel"] = given
     params["second"]["kernel"] = params["second"]["kernel"].at[3, 2].set(jnp.nan)
     with pytest.raises(SolverError, match=r"^second/kernel holds NaN or Inf"):
-        prox24.prune_params(params, calibration)
+        prune(apply_mlp, params, recipe=WANDA, grams=calibration)
 
 
-def test_a_calibration_of_another_model_is_refused():
-    calibration = prox24.calibrate(apply_mlp, mlp(), [normal(20, 8)])
-    other = mlp() | {"first": {"kernel": normal(12, 8)}}
+def test_what_does_not_go_together_is_refused():
+    params, x = mlp(), normal(20, 8)
+    grams = prox24.calibrate(apply_mlp, params, [x])
+    other = params | {"first": {"kernel": normal(12, 8)}}
     with pytest.raises(ValueError, match=r"\(8, 12\)"):
-        prox24.prune_params(other, calibration)
+        prune(apply_mlp, other, grams=grams)
+    with pytest.raises(ValueError, match="order 'random' is neither one-shot nor sequential"):
+        prune(apply_mlp, params, [x], order="random")
+    with pytest.raises(ValueError, match=r"grams are of the dense model: .* takes batches"):
+        prune(apply_mlp, params, grams=grams, order="sequential")
+    with pytest.raises(RecipeError, match=r"refine is for decoders.*prox24\.refine\.train_block"):
+        prune(apply_mlp, params, [x], Recipe.best())
+    for order in ("one-shot", "sequential"):
+        with pytest.raises(CalibrationError, match="no batch"):
+            prune(apply_mlp, params, iter(()), order=order)
 
 
 # In the order of the calls
@@ -347,25 +369,47 @@ def test_a_calibration_of_another_model_is_refused():
 
 def test_in_order_is_pruning_each_layer_for_what_the_pruned_ones_put_out():
     params, x = mlp(), normal(64, 8, seed=9)
-    batches = [x[:32], x[32:]]
-    pruned = prox24.prune_in_order(apply_mlp, params, batches)
-    expected = {}
-    for name in MLP:
-        kernel = solve_by_hand(params[name]["kernel"], x, ADMM(), ConjugateGradients())
-        expected[name] = {"kernel": kernel}
+    recipe = Recipe(targets=None)
+    pruned = prune(apply_mlp, params, [x[:32], x[32:]], recipe, order="sequential")
+    one_shot = prune(apply_mlp, params, [x], recipe)
+    assert pruned.leaves == one_shot.leaves
+    assert [report.name for report in pruned.reports] == [f"{name}/kernel" for name in MLP]
+    for number, name in enumerate(MLP):
+        kernel = solve_by_hand(params[name]["kernel"], x, recipe)
         x = jnp.tanh(x @ kernel)
         np.testing.assert_allclose(pruned.params[name]["kernel"], kernel, rtol=1e-3, atol=1e-5)
-    assert [report.name for report in pruned.reports] == [f"{name}/kernel" for name in MLP]
-    one_shot = prox24.prune_params(
-        params, prox24.calibrate(apply_mlp, params, [normal(64, 8, seed=9)])
+        same = np.allclose(one_shot.params[name]["kernel"], kernel, atol=1e-5)
+        assert same == (number == 0)
+
+
+def test_dense_targets_bring_a_model_pruned_in_order_nearer_to_the_dense_one():
+    params = {"first": normal(16, 16), "second": normal(16, 8, seed=1)}
+    batches = [normal(256, 16, seed=2), normal(256, 16, seed=3)]
+
+    def apply(params, x):
+        return jnp.tanh(x @ params["first"] / 4) @ params["second"]
+
+    def pruned(targets, order="sequential"):
+        recipe = Recipe(Wanda(), ConjugateGradients(100, 0.0), targets=targets)
+        return prune(apply, params, batches, recipe, order=order).params
+
+    def error(pruned):
+        return sum(jnp.sum((apply(pruned, x) - apply(params, x)) ** 2) for x in batches)
+
+    own, dense = pruned(None), pruned(DenseTargets(0.003))
+    assert np.array_equal(own["first"], dense["first"])
+    assert error(dense) < 0.95 * error(own)
+    # By the definition: the output of the pruned layer has that of the dense one as its target.
+    hidden, exact = (
+        jnp.tanh(jnp.concatenate(batches) @ w / 4) for w in (own["first"], params["first"])
     )
-    assert pruned.leaves == one_shot.leaves
-    first, *later = (
-        np.allclose(one_shot.params[name]["kernel"], pruned.params[name]["kernel"], atol=1e-5)
-        for name in MLP
+    problem = prox24.correct_inputs(
+        LayerProblem(params["second"].T, hidden.T @ hidden), exact.T @ hidden, 0.003
     )
-    assert first
-    assert not any(later)
+    by_hand = prox24.solve(problem, Wanda(), ConjugateGradients(100, 0.0)).weight.T
+    np.testing.assert_allclose(dense["second"], by_hand, rtol=1e-3, atol=1e-4)
+    for name, weight in pruned(None, "one-shot").items():
+        assert np.array_equal(weight, pruned(DenseTargets(0.003), "one-shot")[name])
 
 
 def test_in_order_counts_weights_that_share_an_input_as_one_step(monkeypatch):
@@ -375,16 +419,15 @@ def test_in_order_counts_weights_that_share_an_input_as_one_step(monkeypatch):
 
     params = {name: normal(8, 8) for name in ("q", "k", "v", "twice", "out")}
     groups = []
-    calibrate = prox24.trees.params.calibrate
+    gather = prox24.trees.params.gather
 
     def record(*arguments, names):
-        groups.append(names)
-        return calibrate(*arguments, names=names)
+        groups.append(sorted(names))
+        return gather(*arguments, names=names)
 
-    monkeypatch.setattr(prox24.trees.params, "calibrate", record)
-    pruned = prox24.prune_in_order(
-        apply, params, [normal(20, 8)], Wanda(), None, mask={name: name != "k" for name in params}
-    )
+    monkeypatch.setattr(prox24.trees.params, "gather", record)
+    mask = {name: name != "k" for name in params}
+    pruned = prune(apply, params, [normal(20, 8)], WANDA, order="sequential", mask=mask)
     assert groups == [["q"], ["twice"], ["out"], ["v"]]
     assert prox24.trees.calibrate.survey_products(apply, params, normal(20, 8)).groups == [
         ["q", "k"], ["twice"], ["out"], ["v"]
@@ -392,15 +435,10 @@ def test_in_order_counts_weights_that_share_an_input_as_one_step(monkeypatch):
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)
 
 
-def test_in_order_needs_a_batch():
-    with pytest.raises(CalibrationError, match="no batch"):
-        prox24.prune_in_order(apply_mlp, mlp(), iter(()))
-
-
 @flax_promotes
 @pytest.mark.parametrize("make", [linen_model, nnx_state], ids=lambda make: make.__name__)
 def test_in_order_takes_models_of_flax(make):
     apply, params, x = make()
-    pruned = prox24.prune_in_order(apply, params, [x], Wanda(), None)
+    pruned = prune(apply, params, [x], Recipe(Wanda(), None), order="sequential")
     assert {leaf.path: leaf.axis for leaf in pruned.leaves if leaf.pruned} == CONTAINERS[make]
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)

@@ -73,7 +73,7 @@ def prune_params(
       batches: see `calibrate`; in the sequential order all are kept.
       recipe: how the weights are pruned; its names are the paths of leaves. `refine` is not for
         this function, see `prox24.refine.train_block`. `dtype` None keeps each leaf's.
-      grams: of `calibrate`, in place of batches.
+      grams: of `calibrate`, in place of batches; for the "one-shot" order.
       order: "one-shot" or "sequential".
       mask: bool pytree like `params` or a prefix of it, False for weights to leave dense, or a
         function of `params` that returns one, such as `prox24.optax.by_path`. By default embeddings
@@ -87,7 +87,8 @@ def prune_params(
       CalibrationError: see `calibrate`; or there are neither batches nor Grams.
       RecipeError: the recipe refines, or the solver does not support its pattern.
       SolverError: a solution is not finite; names the weight.
-      ValueError: a Gram does not fit its weight, or the order is unknown.
+      ValueError: a Gram does not fit its weight, the order is unknown, or Grams are given for the
+        sequential order.
 
     Example:
       >>> kernel = jax.random.normal(jax.random.key(0), (8, 3))
@@ -106,7 +107,9 @@ def prune_params(
         raise ValueError(f"order {order!r} is neither one-shot nor sequential")
     if recipe.refine is not None:
         raise RecipeError("refine is for decoders; train the result with prox24.refine.train_block")
-    if order == "one-shot" or grams is not None:
+    if order == "sequential" and grams is not None:
+        raise ValueError("grams are of the dense model: the sequential order takes batches")
+    if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
         layouts = {path: own.layout for path, own in found.grams.items()}
         leaves = _choose(params, layouts, found.left_out, recipe, mask)
