@@ -5,11 +5,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prox24.pipeline import collect, prune
 from tiny import (
     VARIANTS,
     config_dict,
     jax_logits,
+    pruned_by,
     random_weights,
     seen_by_linears,
     tokens,
@@ -21,10 +21,11 @@ from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.masks import is_sparse
 from prox24.errors import UnsupportedModelError
 from prox24.jobs.forward import all_linears, load_model, oriented
+from prox24.jobs.native import native_runner
 from prox24.jobs.text import first_windows
 from prox24.models import spec
 from prox24.models.families import FAMILIES, config_from_hf
-from prox24.solvers.solve import Magnitude
+from prox24.pruning.recipe import Recipe
 
 # Other positions or residuals do not matter to files.
 SAME_TENSORS = {"phi3_short", "phi3_long", "falcon_one_key_head", "gpt_neox_sequential", "gemma"}
@@ -68,7 +69,8 @@ def test_a_pruned_model_in_bfloat16_agrees_with_pytorch(tmp_path, variant):
     write_tiny(tmp_path / "source", variant, dtype="bfloat16")
     source = open_checkpoint(tmp_path / "source")
     windows = first_windows(tokens().ravel(), 2, 48)
-    pruned = collect(prune(source, windows, Magnitude(), None))
+    recipe = Recipe.magnitude()
+    pruned = pruned_by(native_runner(source, windows, recipe), recipe)
     write_checkpoint(source, tmp_path / "out", pruned.tensors.items())
     out = open_checkpoint(tmp_path / "out")
     config = load_model(out).config

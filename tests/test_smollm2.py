@@ -19,7 +19,7 @@ from prox24.jobs.forward import (
     load_model,
     run_layer,
 )
-from prox24.jobs.perplexity import perplexity
+from prox24.jobs.perplexity import native_perplexity
 from prox24.jobs.text import first_windows, packaged_text, tokenize
 from prox24.models import decoder
 from prox24.models.generate import generate
@@ -94,7 +94,7 @@ def test_logits_of_the_dense_model_agree_with_the_golden_file(checkpoint):
 def test_the_dense_model_predicts_english(checkpoint):
     # A wrong order of rows would agree with PyTorch on its own export, but would not do this.
     ids = tokenize(checkpoint.load_tokenizer(), packaged_text("austen.txt")[:20000], 49152)
-    assert perplexity(checkpoint, first_windows(ids, 4, 256)).perplexity < 60
+    assert native_perplexity(checkpoint, first_windows(ids, 4, 256)).perplexity < 60
 
 
 def test_logits_of_the_exported_model_agree_with_pytorch(pruned_folder, torch_model):
@@ -148,7 +148,7 @@ def test_perplexity_agrees_with_pytorch(pruned_folder, torch_model):
         batch = torch.from_numpy(windows).long()
         logits = torch_model(batch).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    result = perplexity(checkpoint, windows)
+    result = native_perplexity(checkpoint, windows)
     assert result.predicted_tokens == 6 * 127
     assert result.perplexity == pytest.approx(float(loss.exp()), rel=1e-3)
 
