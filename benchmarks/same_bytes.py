@@ -3,8 +3,8 @@
     python benchmarks/same_bytes.py before.json          # before the change
     python benchmarks/same_bytes.py before.json --check  # after it; exit code 1 if bytes differ
 
-Three tiny models are pruned by five recipes. `--model` adds one, by the default recipe and 4 windows
-of 128 tokens.
+Three tiny models are pruned by five recipes. `--model` adds one, pruned by the default recipe on 4
+windows of 128 tokens.
 """
 
 import argparse

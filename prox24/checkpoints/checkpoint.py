@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from prox24.checkpoints import (
 )
 from prox24.checkpoints.tensors import TensorSource, is_finite
 from prox24.errors import CheckpointError, first_line
-from prox24.models.families import config_from_hf
-from prox24.models.spec import outer_tensor, tensor_shapes
+from prox24.models.families import config_from_hf, with_names_of
+from prox24.models.spec import Config, outer_tensor, tensor_shapes
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -49,6 +49,7 @@ class Checkpoint:
       carried: files of the source that are copied to an output as they are.
       buffers: names of tensors that nothing is computed with, where that is known: what they hold
         is not looked at, such as the -inf that -1e9 is in float16.
+      decoder: what the config says, for models with a forward pass here.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Checkpoint:
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     carried: list[Path]
     buffers: frozenset[str] = frozenset()
+    decoder: Config | None = None
 
     def read(self, name: str) -> NDArray[Any]:
         """The values of a tensor, in the dtype of the file.
@@ -116,29 +118,14 @@ def stop_tokens(checkpoint: Checkpoint) -> list[int]:
     return ids
 
 
-def parameter_shapes(
-    config: Mapping[str, Any], stored: Collection[str]
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model computes with.
-
-    Args:
-      config: HF's config.json.
-      stored: names of the tensors on disk, which may lack a prefix.
-
-    Raises:
-      UnsupportedModelError: the model has no forward pass here.
-    """
-    return tensor_shapes(config_from_hf(config, stored))
-
-
 def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     config = hf_folder.read_json(path / "config.json")
-    if not any_family:
-        config_from_hf(config)  # an unknown model says so before its files are opened
+    # An unknown model says so before its files are opened.
+    model = None if any_family else config_from_hf(config)
     _check_quantization(path, config)
     shards = hf_folder.open_shards(path, FORMATS)
     tensors = {name: source for shard in shards for name, source in shard.items()}
-    model = None if any_family else config_from_hf(config, tensors)
+    model = None if model is None else with_names_of(model, tensors)
     shapes = tensor_shapes(model) if model else {}
     tensors = _without_copies(tensors, shapes)
     tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
@@ -167,6 +154,7 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
         load_tokenizer=load_tokenizer,
         carried=hf_folder.carried_files(path),
         buffers=buffers,
+        decoder=model,
     )
     _check_tensors(checkpoint, shapes)
     return checkpoint
@@ -202,6 +190,7 @@ def _without_copies(
 
 def _open_gguf(path: Path) -> Checkpoint:
     contents = gguf_file.open_gguf(path)
+    model = config_from_hf(contents.config, contents.tensors)
     checkpoint = Checkpoint(
         path=path,
         config=contents.config,
@@ -209,8 +198,9 @@ def _open_gguf(path: Path) -> Checkpoint:
         shards=[list(contents.tensors)],
         load_tokenizer=contents.load_tokenizer,
         carried=[],
+        decoder=model,
     )
-    _check_tensors(checkpoint, parameter_shapes(contents.config, contents.tensors))
+    _check_tensors(checkpoint, tensor_shapes(model))
     return checkpoint
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24.checkpoints import flax_file, safetensors_file
-from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json, parameter_shapes
+from prox24.checkpoints.checkpoint import DTYPES, Checkpoint, config_json
 from prox24.checkpoints.hf_folder import WeightFiles, carried_files
 from prox24.checkpoints.tensors import Put, Spec, byte_count, is_finite, writing
 from prox24.checkpoints.unfinished import (
@@ -24,6 +24,7 @@ from prox24.checkpoints.unfinished import (
     work_folder,
 )
 from prox24.errors import CheckpointError, DiskError, first_line
+from prox24.models.spec import tensor_shapes
 
 MODEL_CARD = "README.md"
 
@@ -62,11 +63,11 @@ def _safetensors(source: Checkpoint) -> Output:
 
 
 def _flax(source: Checkpoint) -> Output:
-    norm = flax_file.norm_leaf(source.config["model_type"])
+    norm, model = flax_file.norm_leaf(source.config["model_type"]), source.decoder
     return Output(
         files=flax_file.FILES,
         # Flax classes had no buffers.
-        names=parameter_shapes(source.config, source.tensors).keys(),
+        names=tensor_shapes(model).keys() if model else source.tensors.keys(),
         stored_name=lambda name, dimensions: flax_file.leaf_path(name, dimensions, norm),
         create=lambda path, specs: flax_file.create_file(path, norm),
         remark=ZEROS_ARE_STORED,

@@ -61,7 +61,8 @@ def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Model:
     Raises:
       UnsupportedModelError: the architecture, or a setting of it, has no forward pass here.
     """
-    config = config_from_hf(checkpoint.config, checkpoint.tensors)
+    # Parsed when the checkpoint was opened; where there is none, this raises the reason.
+    config = checkpoint.decoder or config_from_hf(checkpoint.config, checkpoint.tensors)
     return Model(checkpoint, config, one_axis(mesh))
 
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from prox24.checkpoints.checkpoint import parameter_shapes
 from prox24.jobs import torchax
+from prox24.jobs.forward import load_model
 from prox24.models import decoder, spec
-from prox24.models.families import config_from_hf
 from prox24.models.spec import Config
 from prox24.trees.products import Apply
 
@@ -50,9 +49,8 @@ def load(model: str | Path) -> Loaded:
     if not native:
         apply, params = torchax.loaded(checkpoint)
         return Loaded(apply, params, checkpoint.load_tokenizer())
-    config = config_from_hf(checkpoint.config, checkpoint.tensors)
-    names = parameter_shapes(checkpoint.config, checkpoint.tensors)
-    params = {name: jnp.asarray(checkpoint.read(name)) for name in names}
+    config = load_model(checkpoint).config
+    params = {name: jnp.asarray(checkpoint.read(name)) for name in spec.tensor_shapes(config)}
     return Loaded(functools.partial(_logits, config), params, checkpoint.load_tokenizer())
 
 

@@ -91,11 +91,18 @@ def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> 
         raise UnsupportedModelError(f"the config of a {kind} model: {reason}") from error
     if sum(layer.mlp.experts.number if layer.mlp.experts else 1 for layer in found.layers) > MLPS:
         raise UnsupportedModelError(f"the config of a {kind} model: more than {MLPS} experts")
-    # OPT's larger models have "decoder." alone for "model.decoder.".
-    parts = found.names.base.split(".")
-    names = [found.names._replace(base=".".join(parts[start:])) for start in range(len(parts))]
+    return with_names_of(found, tensors)
+
+
+def with_names_of(config: Config, tensors: Collection[str]) -> Config:
+    """The decoder with the prefix that a checkpoint's names have.
+
+    OPT's larger models have "decoder." alone for "model.decoder.".
+    """
+    parts = config.names.base.split(".")
+    names = [config.names._replace(base=".".join(parts[start:])) for start in range(len(parts))]
     present = (one for one in names if outer_tensor(one, "embed_tokens.weight") in tensors)
-    return found._replace(names=next(present, found.names))
+    return config._replace(names=next(present, config.names))
 
 
 def _check_sizes(kind: str, config: Mapping[str, Any]) -> None:
