@@ -28,6 +28,6 @@ for solver in (
     figures = solution.statistics
     assert prox24.is_sparse(solution.weight)
     print(
-        f"{type(solver).__name__:10} {solution.status.value:8} "
+        f"{type(solver).__name__:16} {solution.status.value:8} "
         f"loss {figures.relative_loss_before_refit:.4f}, refitted {figures.relative_loss:.4f}"
     )

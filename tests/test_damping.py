@@ -11,7 +11,7 @@ from test_solvers import make_problem
 from prox24.solvers.damping import damped_inverse, inverse, inverse_factor
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
+@pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
     asked = jnp.float64(damping)
     gram = make_problem("power_law", dtype="float64").gram
@@ -29,8 +29,9 @@ def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
         assert np.all(np.isnan(inverted.matrix))
 
 
-@pytest.mark.parametrize("asked", [1e-3, 0.15])
-@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-5), (np.float64, 1e-9)])
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "asked"), [(np.float32, 1e-5, 1e-3), (np.float64, 1e-9, 0.15)]
+)
 def test_an_indefinite_gram_gets_the_damping_that_it_needs(dtype, rounding, asked):
     gram = definite(40, 10.0, np.random.default_rng(0)) - 0.2 * np.eye(40)
     expected = np.linalg.inv(gram + np.mean(np.diagonal(gram)) * np.eye(40))
@@ -40,23 +41,23 @@ def test_an_indefinite_gram_gets_the_damping_that_it_needs(dtype, rounding, aske
 
 
 # Less than a block, one, several, and several that are filled up.
-@pytest.mark.parametrize("width", [1, 4, 15, 16, 60, 256, 384, 432, 260, 700])
-@pytest.mark.parametrize("condition", [1e2, 1e8])
-def test_the_inverse_times_the_matrix_is_the_identity(width, condition):
-    matrix = definite(width, condition, np.random.default_rng(0))
-    residual = np.asarray(inverse(jnp.asarray(matrix))) @ matrix - np.eye(width)
-    assert np.abs(residual).max() <= 10 * width * np.finfo(float).eps * condition
+@pytest.mark.parametrize("width", [1, 15, 60, 256, 384, 432, 700])
+def test_the_inverse_times_the_matrix_is_the_identity(width):
+    for condition in (1e2, 1e8):
+        matrix = definite(width, condition, np.random.default_rng(0))
+        residual = np.asarray(inverse(jnp.asarray(matrix))) @ matrix - np.eye(width)
+        assert np.abs(residual).max() <= 10 * width * np.finfo(float).eps * condition
 
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("width", [60, 700])
-@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
-def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width, condition):
-    matrix = definite(width, condition, np.random.default_rng(0))
-    expected = np.linalg.inv(matrix)
-    error = np.asarray(inverse(jnp.asarray(matrix, jnp.float32))) - expected
-    rounding = np.finfo(np.float32).eps
-    assert np.linalg.norm(error) <= rounding * condition * np.linalg.norm(expected)
+def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width):
+    for condition in (1e1, 1e3, 1e5):
+        matrix = definite(width, condition, np.random.default_rng(0))
+        expected = np.linalg.inv(matrix)
+        error = np.asarray(inverse(jnp.asarray(matrix, jnp.float32))) - expected
+        rounding = np.finfo(np.float32).eps
+        assert np.linalg.norm(error) <= rounding * condition * np.linalg.norm(expected)
 
 
 def test_features_of_unequal_scale_have_inverses_as_good():
@@ -67,20 +68,12 @@ def test_features_of_unequal_scale_have_inverses_as_good():
     assert np.abs(error).max() <= 1e-5 * 100.0
 
 
-@pytest.mark.parametrize("place", [0, 7, 299])
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 0.0, -1.0])
-def test_one_bad_entry_of_the_diagonal_gives_nan(place, value):
-    matrix = np.eye(300)
-    matrix[place, place] = value
-    assert np.all(np.isnan(inverse(jnp.asarray(matrix))))
-
-
-@pytest.mark.parametrize("place", [(0, 1), (3, 299), (255, 256)])
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_one_bad_entry_beside_the_diagonal_gives_nan(place, value):
-    matrix = np.eye(300)
-    matrix[place] = matrix[place[::-1]] = value
-    assert np.all(np.isnan(inverse(jnp.asarray(matrix))))
+@pytest.mark.parametrize("place", [(0, 0), (7, 7), (299, 299), (0, 1), (3, 299), (255, 256)])
+def test_one_bad_entry_gives_nan(place):
+    for value in (np.inf, -np.inf, np.nan, *((0.0, -1.0) if place[0] == place[1] else ())):
+        matrix = np.eye(300)
+        matrix[place] = matrix[place[::-1]] = value
+        assert np.all(np.isnan(inverse(jnp.asarray(matrix)))), value
 
 
 @pytest.mark.parametrize("width", [60, 300])

@@ -79,27 +79,16 @@ def test_permuting_a_block_leaves_its_objective(pattern, y, lam, draw):
 
 @every_pattern
 @given(y=inputs, lam=penalties)
-def test_output_has_the_signs_of_the_input_and_no_larger_magnitudes(pattern, y, lam):
+def test_output_shrinks_keeps_order_and_has_no_larger_objective(pattern, y, lam):
     w = np.asarray(jitted(y, lam, pattern))
     assert np.all(np.abs(w) <= np.abs(y))
     assert np.all(w * y >= 0)
-
-
-@every_pattern
-@given(y=inputs, lam=penalties)
-def test_output_keeps_the_order_of_magnitudes(pattern, y, lam):
-    order = np.argsort(-np.abs(in_blocks(y, pattern)), axis=-1, kind="stable")
-    w = np.abs(in_blocks(jitted(y, lam, pattern), pattern))
-    by_rank = np.take_along_axis(w, order, axis=-1)
+    y, w = in_blocks(y, pattern), in_blocks(w, pattern)
+    order = np.argsort(-np.abs(y), axis=-1, kind="stable")
+    by_rank = np.take_along_axis(np.abs(w), order, axis=-1)
     assert np.all(np.diff(by_rank, axis=-1) <= 1e-6 * by_rank[:, :1])
-
-
-@every_pattern
-@given(y=inputs, lam=penalties)
-def test_objective_is_not_above_that_of_the_input_or_of_its_largest_entries(pattern, y, lam):
-    y = in_blocks(y, pattern)
     objective = functools.partial(prox_objective, y=y, lam=lam, kept=pattern[0])
-    value = objective(jitted(y, lam, pattern))
+    value = objective(w)
     slack = 1e-6 * np.maximum(value, 1e-6 * np.sum(np.square(y, dtype=np.float64), axis=-1))
     assert np.all(value <= objective(top(y, pattern)) + slack)
     assert np.all(value <= objective(y) + slack)
@@ -128,13 +117,13 @@ def test_zero_penalty_is_the_identity_bit_for_bit(pattern, y):
     assert equal_bits(jitted(y, 0.0, pattern), y)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @every_pattern
-def test_zero_penalty_is_the_identity_at_the_ends_of_every_dtype(pattern, dtype):
-    info = jnp.finfo(dtype)
-    ends = [info.max, -info.max, info.tiny, -info.tiny, info.smallest_subnormal, 0.0, -0.0, 1.0]
-    y = np.array([ends, ends[::-1], ends], dtype)
-    assert equal_bits(jitted(y, 0.0, pattern), y)
+def test_zero_penalty_is_the_identity_at_the_ends_of_every_dtype(pattern):
+    for dtype in ("float32", "float64", "bfloat16", "float16"):
+        info = jnp.finfo(dtype)
+        ends = [info.max, -info.max, info.tiny, -info.tiny, info.smallest_subnormal, 0.0, -0.0, 1.0]
+        y = np.array([ends, ends[::-1], ends], dtype)
+        assert equal_bits(jitted(y, 0.0, pattern), y), dtype
 
 
 @every_pattern
@@ -143,24 +132,19 @@ def test_large_penalty_keeps_the_largest_bit_for_bit(pattern, y):
     assert equal_bits(jitted(y, 1e6, pattern), top(y, pattern))
 
 
-@pytest.mark.parametrize("top_entry", [3e37, 3e38])
 @every_pattern
-def test_large_penalty_keeps_huge_entries(pattern, top_entry):
-    y = np.tile(np.array([0.5, 1, 0.25, 0.75], np.float32), (3, 2)) * np.float32(top_entry)
-    assert equal_bits(jitted(y, 1.0, pattern), top(y, pattern))
+def test_large_penalty_keeps_huge_entries(pattern):
+    for top_entry in (3e37, 3e38):
+        y = np.tile(np.array([0.5, 1, 0.25, 0.75], np.float32), (3, 2)) * np.float32(top_entry)
+        assert equal_bits(jitted(y, 1.0, pattern), top(y, pattern))
 
 
 @every_pattern
 @given(y=any_inputs, lam=any_penalties)
-def test_sparse_input_comes_back_bit_for_bit(pattern, y, lam):
+def test_output_of_any_finite_input_is_finite_and_of_a_sparse_one_itself(pattern, y, lam):
+    assert np.all(np.isfinite(jitted(y, lam, pattern)))
     y = top(y, pattern)
     assert equal_bits(jitted(y, lam, pattern), y)
-
-
-@every_pattern
-@given(y=any_inputs, lam=any_penalties)
-def test_output_of_any_finite_input_is_finite(pattern, y, lam):
-    assert np.all(np.isfinite(jitted(y, lam, pattern)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -204,27 +188,20 @@ def test_nan_penalty_for_all_makes_all_nan(pattern):
     assert np.all(np.isnan(jitted(np.ones((2, 8), np.float32), np.nan, pattern)))
 
 
-@pytest.mark.parametrize("pattern", [(3, 4), (4, 8), (4, 4)])
-def test_other_patterns_are_refused_with_what_serves_instead(pattern):
-    with pytest.raises(ValueError, match=rf"1:M and 2:M, not {pattern[0]}:{pattern[1]}.*sparsegpt"):
-        prox(jnp.ones(16), 1.0, pattern)
-
-
-def test_indivisible_length_is_named_in_the_error():
+def test_what_has_no_operator_is_refused():
+    y = jnp.ones((2, 8), jnp.float32)
+    for pattern in ((3, 4), (4, 4)):
+        said = rf"1:M and 2:M, not {pattern[0]}:{pattern[1]}.*sparsegpt"
+        with pytest.raises(ValueError, match=said):
+            prox(y, 1.0, pattern)
     with pytest.raises(ValueError, match=r"\(3, 6\).*4"):
         prox(jnp.ones((3, 6), jnp.float32), 1.0)
-
-
-@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
-def test_entries_that_are_not_floating_are_refused(dtype):
-    with pytest.raises(ValueError, match=rf"floating-point.*{dtype}"):
-        prox(jnp.ones(8, dtype), 1.0)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 2), (2, 8), (1, 2, 2)])
-def test_penalty_that_does_not_broadcast_is_refused_with_both_shapes(shape):
-    with pytest.raises(ValueError, match=r"lam.*\(2, 2\)"):
-        prox(jnp.ones((2, 8), jnp.float32), jnp.ones(shape, jnp.float32))
+    for dtype in ("int32", "bool", "complex64"):
+        with pytest.raises(ValueError, match=rf"floating-point.*{dtype}"):
+            prox(jnp.ones(8, dtype), 1.0)
+    for shape in ((3,), (2, 3), (2, 8), (1, 2, 2)):
+        with pytest.raises(ValueError, match=r"lam.*\(2, 2\)"):
+            prox(y, jnp.ones(shape, jnp.float32))
 
 
 # Layouts
@@ -244,11 +221,9 @@ def test_any_axis_equals_the_transposed_last_axis(y, lam):
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
-        pytest.param((6, 8), -1, id="out_in"),
         pytest.param((8, 6), -2, id="flax_in_out"),
         pytest.param((3, 3, 8, 6), -2, id="flax_convolution"),
         pytest.param((6, 8, 3, 3), 1, id="torch_convolution"),
-        pytest.param((2, 5, 6, 8), 3, id="leading"),
         pytest.param((8,), 0, id="vector"),
         pytest.param((0, 8), 1, id="empty"),
     ],
@@ -274,12 +249,12 @@ def test_penalty_per_row_or_block_equals_separate_calls(shape):
         np.testing.assert_allclose(w[index], jitted(block, each[index]), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("lam", [1, 0.5, np.float64(0.5), np.float32(0.5), np.int32(1), True])
-def test_penalty_may_be_any_number(lam):
+def test_penalty_may_be_any_number():
     y = kernel(6, 8)
-    w = prox(y, lam)
-    assert w.dtype == np.float32
-    assert np.array_equal(w, prox(y, float(lam)))
+    for lam in (1, np.float64(0.5), np.float32(0.5), np.int32(1), True):
+        w = prox(y, lam)
+        assert w.dtype == np.float32
+        assert np.array_equal(w, prox(y, float(lam)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -292,8 +267,7 @@ def test_half_precision_is_the_float32_result_rounded_once(pattern, dtype, y, la
     assert equal_bits(w, jitted(y.astype(jnp.float32), lam, pattern).astype(dtype))
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@either_kept
+@pytest.mark.parametrize(("pattern", "axis"), [((2, 4), 0), ((1, 4), 1)])
 def test_planes_joined_equal_the_array_bit_for_bit(pattern, axis):
     y, lam = kernel(16, 24), np.abs(kernel(16, 24))
     lam = np.delete(lam, np.s_[y.shape[axis] // pattern[1] :], axis)

@@ -1,5 +1,7 @@
 """Solvers and refits against NumPy references, and what a solution promises."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,17 +26,26 @@ from prox24.solvers.proximal import ProximalGradient, eigenvalue_bound
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.schedules import Exponential
 from prox24.solvers.scores import Magnitude, Wanda
-from prox24.solvers.solve import REFITS, SOLVERS, check_supported, solve
+from prox24.solvers.solve import SOLVERS, check_supported, solve
 from prox24.solvers.sparsegpt import SparseGPT
 from prox24.solvers.swaps import Swaps
 
 ROWS, WIDTH, DAMPING = 32, 64, 0.01
 KINDS = ["low_rank", "power_law", "few_tokens"]
 
+# Solvers and refits do not know of one another: each is here once, and two without a refit.
+PAIRS = {
+    "magnitude, exact": (Magnitude(), LeastSquares()),
+    "wanda, swaps": (Wanda(), Swaps()),
+    "sparsegpt, gradient": (SparseGPT(), GradientSteps()),
+    "prox, none": (ProximalGradient(), None),
+    "admm, cg": (ADMM(), ConjugateGradients()),
+    "projection, none": (ADMM(penalty=None), None),
+    "sparsegpt, none": (SparseGPT(), None),
+}
+every_pair = pytest.mark.parametrize(("solver", "refit"), PAIRS.values(), ids=PAIRS)
 every_solver = pytest.mark.parametrize("solver", [s() for s in SOLVERS.values()], ids=list(SOLVERS))
-every_refit = pytest.mark.parametrize("refit", [None, *(r() for r in REFITS.values())], ids=str)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-float_types = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 def make_gram(kind, width, rng):
@@ -82,8 +93,10 @@ def assert_has_pattern(solution, kept=2, group=4):
 # SparseGPT
 
 
-@pytest.mark.parametrize(("width", "block_size"), [(64, 1000), (200, 32), (200, 128)])
-@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4)])
+@pytest.mark.parametrize(
+    ("width", "block_size", "kept", "group"),
+    [(64, 1000, 2, 4), (200, 32, 4, 8), (200, 128, 1, 4)],
+)
 def test_sparsegpt_equals_the_columnwise_reference_in_float64(width, kept, group, block_size):
     problem = make_problem("low_rank", width=width, rows=16, dtype="float64")
     weight, mask = sparsegpt(problem.weight, problem.gram, kept, group, DAMPING)
@@ -93,9 +106,10 @@ def test_sparsegpt_equals_the_columnwise_reference_in_float64(width, kept, group
     assert relative_difference(solution.weight, weight) <= 1e-9
 
 
-@every_kind
-@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4)])
-def test_sparsegpt_in_float32_agrees_with_the_float64_reference(kept, group, kind):
+@pytest.mark.parametrize(
+    ("kind", "kept", "group"), [("low_rank", 2, 4), ("power_law", 4, 8), ("few_tokens", 1, 4)]
+)
+def test_sparsegpt_in_float32_agrees_with_the_float64_reference(kind, kept, group):
     problem = make_problem(kind, width=120)
     weight, mask = sparsegpt(problem.weight, problem.gram, kept, group, DAMPING)
     solution = solve(problem, SparseGPT(), None, pattern=(kept, group), damping=DAMPING)
@@ -118,7 +132,7 @@ def test_sparsegpt_does_not_depend_on_the_block_size():
 # Scores
 
 
-@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4)])
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8)])
 def test_magnitude_and_wanda_masks_keep_the_largest_scores(kept, group):
     problem = make_problem("low_rank")
     weight = np.abs(np.asarray(problem.weight))
@@ -157,65 +171,50 @@ def test_prox_with_refit_is_optimal_for_a_diagonal_gram():
 
 
 @every_kind
-@pytest.mark.parametrize("solver", [Magnitude(), SparseGPT()], ids=["magnitude", "sparsegpt"])
-def test_converged_conjugate_gradients_are_the_exact_least_squares(solver, kind):
-    problem = make_problem(kind, dtype="float64")
-    solution = solve(problem, solver, ConjugateGradients(2 * WIDTH, 0.0), damping=DAMPING)
-    exact = masked_least_squares(problem.weight, damped(problem.gram, DAMPING), solution.mask)
-    assert relative_difference(solution.weight, exact) <= 1e-6
-
-
-@every_kind
-def test_default_conjugate_gradients_are_within_a_percent_of_the_least_loss(kind):
-    problem = make_problem(kind)
-    solution = solve(problem, Magnitude(), damping=DAMPING)
-    assert damped_loss(solution, problem) <= 1.01 * exact_damped_loss(solution.mask, problem)
-
-
-@every_kind
-def test_default_gradient_steps_are_within_a_percent_of_the_least_loss(kind):
+def test_refits_end_near_the_exact_least_squares(kind):
     problem = make_problem(kind)
     before = solve(problem, Magnitude(), None, damping=DAMPING)
-    after = solve(problem, Magnitude(), GradientSteps(), damping=DAMPING)
-    assert np.array_equal(before.mask, after.mask)
-    assert damped_loss(after, problem) < damped_loss(before, problem)
-    assert damped_loss(after, problem) <= 1.01 * exact_damped_loss(after.mask, problem)
+    least = exact_damped_loss(before.mask, problem)
+    for refit in (ConjugateGradients(), GradientSteps(), LeastSquares()):
+        after = solve(problem, Magnitude(), refit, damping=DAMPING)
+        assert np.array_equal(before.mask, after.mask)
+        assert_has_pattern(after)
+        assert damped_loss(after, problem) <= 1.01 * least, refit
+    problem = make_problem(kind, dtype="float64")
+    for refit in (ConjugateGradients(2 * WIDTH, 0.0), LeastSquares()):
+        solution = solve(problem, SparseGPT(), refit, damping=DAMPING)
+        exact = masked_least_squares(problem.weight, damped(problem.gram, DAMPING), solution.mask)
+        assert relative_difference(solution.weight, exact) <= 1e-6, refit
 
 
-@every_kind
-def test_gradient_steps_with_adam_lower_the_loss(kind):
-    problem = make_problem(kind)
+def test_gradient_steps_with_adam_lower_the_loss():
+    problem = make_problem("low_rank")
     before = solve(problem, Magnitude(), None, damping=DAMPING)
     # optax.adam itself raises an integer count to a power, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
         after = solve(problem, Magnitude(), GradientSteps(optax.adam(1e-3), 100), damping=DAMPING)
     assert damped_loss(after, problem) < 0.95 * damped_loss(before, problem)
     assert np.array_equal(before.mask, after.mask)
-    assert_has_pattern(after)
+
+
+@every_kind
+def test_a_refit_of_any_length_never_raises_the_damped_loss(kind):
+    refits = [ConjugateGradients(steps) for steps in (1, 5, 60, 200)]
+    refits += [GradientSteps(steps=steps) for steps in (1, 50)]
+    for seed in range(3):
+        problem = make_problem(kind, seed)
+        before = damped_loss(solve(problem, SparseGPT(), None, damping=DAMPING), problem)
+        for refit in refits:
+            after = damped_loss(solve(problem, SparseGPT(), refit, damping=DAMPING), problem)
+            assert after <= before * (1 + 1e-5), f"seed {seed}, {refit}"
 
 
 @pytest.mark.parametrize(
-    "refit",
-    [
-        *[ConjugateGradients(steps) for steps in (1, 5, 20, 60, 200)],
-        *[GradientSteps(steps=steps) for steps in (1, 50)],
-    ],
-    ids=str,
+    ("kind", "dtype"),
+    [("equicorrelated", "float32"), ("rank_one", "float32"), ("rank_one", "float64")],
 )
-@every_kind
-def test_refit_of_any_length_never_raises_the_damped_loss(kind, refit):
-    for seed in range(5):
-        problem = make_problem(kind, seed)
-        for solver in (Magnitude(), SparseGPT()):
-            before = damped_loss(solve(problem, solver, None, damping=DAMPING), problem)
-            after = damped_loss(solve(problem, solver, refit, damping=DAMPING), problem)
-            assert after <= before * (1 + 1e-5), f"seed {seed}, {solver}"
-
-
-@float_types
-@pytest.mark.parametrize("kind", ["equicorrelated", "rank_one"])
 def test_conjugate_gradients_stay_converged_however_long_they_run(kind, dtype):
-    for seed in range(5):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
         factor = rng.normal(size=(16, 1))
         gram = {"equicorrelated": (np.eye(16) + 1) / 2, "rank_one": factor @ factor.T}[kind]
@@ -227,14 +226,11 @@ def test_conjugate_gradients_stay_converged_however_long_they_run(kind, dtype):
         assert damped_loss(solution, problem) <= 1.001 * least, f"seed {seed}"
 
 
-@every_refit
-def test_refit_keeps_entries_outside_the_mask_exactly_zero(refit):
+def test_swaps_change_the_mask():
     problem = make_problem("low_rank")
-    solution = solve(problem, Wanda(), refit)
-    same = np.array_equal(solution.mask, solve(problem, Wanda(), None).mask)
-    assert same != isinstance(refit, Swaps)
-    assert np.all(np.asarray(solution.weight)[~np.asarray(solution.mask)] == 0)
-    assert np.count_nonzero(solution.weight) == ROWS * WIDTH // 2
+    swapped, given = (solve(problem, Wanda(), refit) for refit in (Swaps(), None))
+    assert not np.array_equal(swapped.mask, given.mask)
+    assert np.count_nonzero(swapped.weight) == ROWS * WIDTH // 2
 
 
 # ProximalGradient
@@ -243,10 +239,9 @@ def test_refit_keeps_entries_outside_the_mask_exactly_zero(refit):
 @pytest.mark.parametrize(
     ("kind", "ratio"), [("low_rank", 0.9), ("power_law", 0.96), ("few_tokens", 0.25)]
 )
-@pytest.mark.parametrize("width", [64, 128])
-def test_prox_beats_sparsegpt_with_the_same_refit_on_correlated_inputs(width, kind, ratio):
+def test_prox_beats_sparsegpt_with_the_same_refit_on_correlated_inputs(kind, ratio):
     for seed in range(4):
-        problem = make_problem(kind, seed, width=width)
+        problem = make_problem(kind, seed, width=128)
         ours, theirs = solve(problem, ProximalGradient()), solve(problem, SparseGPT())
         assert ours.status is Status.SPARSE
         assert_has_pattern(ours)
@@ -286,13 +281,15 @@ def proximal_gradients(problem, solver):
     return w / scale, steps
 
 
-@every_kind
 @pytest.mark.parametrize(
-    "solver",
-    [ProximalGradient(), ProximalGradient.paper(), ProximalGradient(Exponential(0.05, 1.1), 0.7)],
-    ids=str,
+    ("kind", "solver"),
+    [
+        ("low_rank", ProximalGradient()),
+        ("power_law", ProximalGradient.paper()),
+        ("few_tokens", ProximalGradient(Exponential(0.05, 1.1), 0.7)),
+    ],
 )
-def test_prox_equals_the_reference_in_float64(solver, kind):
+def test_prox_equals_the_reference_in_float64(kind, solver):
     problem = make_problem(kind, dtype="float64")
     weight, steps = proximal_gradients(problem, solver)
     solution = solve(problem, solver, None, damping=DAMPING)
@@ -335,8 +332,7 @@ def test_prox_refit_changes_its_loss_little():
     assert figures.relative_loss_before_refit <= 1.1 * figures.relative_loss
 
 
-@pytest.mark.parametrize("max_steps", [0, 1, 5])
-@every_refit
+@pytest.mark.parametrize(("max_steps", "refit"), [(0, None), (5, ConjugateGradients())])
 def test_prox_that_runs_out_of_steps_says_so_and_is_still_sparse(max_steps, refit):
     solution = solve(make_problem("low_rank"), ProximalGradient(max_steps=max_steps), refit)
     assert solution.status is Status.MAX_STEPS
@@ -345,13 +341,7 @@ def test_prox_that_runs_out_of_steps_says_so_and_is_still_sparse(max_steps, refi
     assert_has_pattern(solution)
 
 
-@pytest.mark.parametrize("pattern", [(3, 4), (4, 8)])
-def test_prox_refuses_other_patterns(pattern):
-    with pytest.raises(ValueError, match=r"1:M and 2:M"):
-        solve(make_problem("low_rank"), ProximalGradient(), pattern=pattern)
-
-
-@pytest.mark.parametrize("pattern", [(1, 2), (1, 4), (2, 8)])
+@pytest.mark.parametrize("pattern", [(1, 4), (2, 8)])
 def test_prox_beats_sparsegpt_on_the_other_patterns_that_it_supports(pattern):
     problem = make_problem("power_law")
     solution = solve(problem, ProximalGradient(), pattern=pattern)
@@ -364,34 +354,34 @@ def test_prox_beats_sparsegpt_on_the_other_patterns_that_it_supports(pattern):
 # Every solver
 
 
-@every_solver
-@every_refit
-@every_kind
-def test_solution_is_sparse_and_its_statistics_are_those_of_its_weight(kind, refit, solver):
-    problem = make_problem(kind)
-    solution = solve(problem, solver, refit, damping=DAMPING)
-    figures = solution.statistics
-    assert solution.status is Status.SPARSE
-    assert solution.weight.dtype == problem.weight.dtype
-    assert_has_pattern(solution)
-    total = quadratic_loss(np.zeros((ROWS, WIDTH)), problem.weight, problem.gram)
-    loss = quadratic_loss(solution.weight, problem.weight, problem.gram) / total
-    assert figures.relative_loss == pytest.approx(loss, rel=1e-4)
-    assert figures.damping == pytest.approx(DAMPING * np.trace(problem.gram) / WIDTH, rel=1e-5)
-    assert figures.refit_steps <= getattr(refit, "steps", 60)
-    assert (figures.refit_steps > 0) <= (refit is not None)
-    assert figures.dense_blocks == figures.dead_features == 0
-    assert (figures.steps > 0) == isinstance(solver, ProximalGradient | ADMM)
+@every_pair
+def test_solution_is_sparse_and_its_statistics_are_those_of_its_weight(solver, refit):
+    for kind in KINDS:
+        problem = make_problem(kind)
+        solution = solve(problem, solver, refit, damping=DAMPING)
+        figures = solution.statistics
+        assert solution.status is Status.SPARSE
+        assert solution.weight.dtype == problem.weight.dtype
+        assert_has_pattern(solution)
+        total = quadratic_loss(np.zeros((ROWS, WIDTH)), problem.weight, problem.gram)
+        loss = quadratic_loss(solution.weight, problem.weight, problem.gram) / total
+        assert figures.relative_loss == pytest.approx(loss, rel=1e-4)
+        assert figures.damping == pytest.approx(DAMPING * np.trace(problem.gram) / WIDTH, rel=1e-5)
+        assert figures.refit_steps <= getattr(refit, "steps", 60)
+        assert (figures.refit_steps > 0) <= (refit is not None)
+        assert figures.dense_blocks == figures.dead_features == 0
+        assert (figures.steps > 0) == isinstance(solver, ProximalGradient | ADMM)
 
 
-@every_solver
-@every_refit
-def test_sparse_weight_loses_nothing(refit, solver):
+@every_pair
+def test_a_weight_that_is_sparse_already_loses_nothing(solver, refit):
     weight, gram = make_problem("power_law")
-    weight = jnp.where(largest(np.abs(weight), 2, 4), weight, 0)
-    solution = solve(LayerProblem(weight, gram), solver, refit)
-    assert solution.status is Status.SPARSE
-    assert relative_difference(solution.weight, weight) <= 1e-5
+    for given in (jnp.where(largest(np.abs(weight), 2, 4), weight, 0), jnp.zeros_like(weight)):
+        solution = solve(LayerProblem(given, gram), solver, refit)
+        assert solution.status is Status.SPARSE
+        assert_has_pattern(solution)
+        atol = 1e-5 * np.max(np.abs(given))
+        np.testing.assert_allclose(solution.weight, given, rtol=0, atol=atol)
 
 
 NONFINITE_INPUTS = {
@@ -404,81 +394,53 @@ NONFINITE_INPUTS = {
 }
 
 
-@every_solver
-@every_refit
-@pytest.mark.parametrize("case", NONFINITE_INPUTS)
-def test_nonfinite_input_is_reported(case, refit, solver):
-    field, index, value = NONFINITE_INPUTS[case]
-    problem = make_problem("power_law", rows=8, width=16)
-    problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
-    solution = solve(problem, solver, refit)
-    assert solution.status is Status.NONFINITE
-    if isinstance(solver, ProximalGradient):
-        assert solution.statistics.steps == 0
-
-
-PRESETS = {
-    "projection": ADMM(penalty=None),
-    "paper": ProximalGradient.paper(),
-}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_stand_bad_input(preset):
-    solver, (weight, gram) = PRESETS[preset], make_problem("power_law")
-    dead = np.isin(np.arange(WIDTH), [0, 1, 2, 3, 17])
-    bad = {
-        "dead features": (weight, jnp.where(dead[:, None] | dead[None, :], 0, gram)),
-        "zero gram": (weight, jnp.zeros_like(gram)),
-        "zero weight": (jnp.zeros_like(weight), gram),
-        "a row of zeros": (weight.at[3].set(0), gram),
-        "2:4": (jnp.where(largest(np.abs(weight), 2, 4), weight, 0), gram),
-    }
-    for name, problem in bad.items():
-        for damping in (0.0, DAMPING):
-            solution = solve(LayerProblem(*problem), solver, damping=damping)
-            assert solution.status is Status.SPARSE, name
-            assert np.all(np.isfinite(solution.weight)), name
-            assert_has_pattern(solution)
+@every_pair
+def test_nonfinite_input_is_reported(solver, refit):
     for name, (field, index, value) in NONFINITE_INPUTS.items():
-        problem = LayerProblem(weight, gram)
+        problem = make_problem("power_law", rows=8, width=16)
         problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
-        assert solve(problem, solver).status is Status.NONFINITE, name
+        solution = solve(problem, solver, refit)
+        assert solution.status is Status.NONFINITE, name
+        if isinstance(solver, ProximalGradient):
+            assert solution.statistics.steps == 0, name
 
 
-@pytest.mark.parametrize("damping", [-0.1, np.nan, np.inf])
-def test_a_damping_that_is_no_number_from_zero_on_is_refused(damping):
-    with pytest.raises(ValueError, match="is not a nonnegative number"):
-        solve(LayerProblem(*make_problem("power_law")), damping=damping)
+def test_what_is_no_nonnegative_number_or_no_floating_array_is_refused():
+    problem = make_problem("power_law")
+    for damping in (-0.1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="is not a nonnegative number"):
+            solve(problem, damping=damping)
+    with pytest.raises(ValueError, match="weight is int32"):
+        solve(problem._replace(weight=problem.weight.astype(jnp.int32)))
 
 
-@every_solver
-@every_refit
-def test_a_matrix_that_is_no_gram_is_reported(refit, solver):
+@every_pair
+def test_a_matrix_that_is_no_gram_is_reported(solver, refit):
     weight, gram = make_problem("power_law")
     for matrix in (-gram, gram.at[5, 5].set(-gram[5, 5])):
         assert solve(LayerProblem(weight, matrix), solver, refit).status is Status.INDEFINITE
 
 
-@pytest.mark.parametrize("solver", [ProximalGradient(), Wanda(), Magnitude()], ids=str)
-def test_a_negative_loss_is_reported(solver):
+def test_a_negative_loss_is_reported():
     weight, _ = make_problem("power_law")
     gram = jnp.full((WIDTH, WIDTH), 2, jnp.float32) - jnp.eye(WIDTH, dtype=jnp.float32)
-    solution = solve(LayerProblem(weight, gram), solver)
+    solution = solve(LayerProblem(weight, gram), Wanda())
     assert solution.statistics.relative_loss < 0
     assert solution.status is Status.INDEFINITE
+    # Without damping a factorization finds that out before.
+    assert solve(LayerProblem(weight, gram), SparseGPT(), damping=0.0).status is Status.NONFINITE
 
 
-@every_kind
-@pytest.mark.parametrize("damping", [0.0, DAMPING])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_gram_that_was_rounded_is_still_one(dtype, damping, kind):
-    weight, gram = make_problem(kind)
-    # A constant feature of a covariance: zero but for rounding.
-    gram = gram.at[7].set(0).at[:, 7].set(0).at[7, 7].set(-1e-7)
-    for solver, refit in ((ProximalGradient(), ConjugateGradients()), (Wanda(), None)):
-        problem = LayerProblem(weight, gram.astype(dtype))
-        assert solve(problem, solver, refit, damping=damping).status is Status.SPARSE
+def test_a_gram_that_was_rounded_is_still_one(dtype):
+    for kind, damping in itertools.product(KINDS, (0.0, DAMPING)):
+        weight, gram = make_problem(kind)
+        # A constant feature of a covariance: zero but for rounding.
+        gram = gram.at[7].set(0).at[:, 7].set(0).at[7, 7].set(-1e-7)
+        for solver, refit in ((ProximalGradient(), ConjugateGradients()), (Wanda(), None)):
+            problem = LayerProblem(weight, gram.astype(dtype))
+            solution = solve(problem, solver, refit, damping=damping)
+            assert solution.status is Status.SPARSE, (kind, damping)
 
 
 def test_a_refit_that_runs_out_of_steps_says_so():
@@ -496,111 +458,65 @@ def test_a_refit_that_runs_out_of_steps_says_so():
         assert figures.refit_exhausted is exhausted, refit
 
 
-def test_the_eigenvalue_bound_of_zeros_is_zero():
-    assert eigenvalue_bound(jnp.zeros((4, 4))) == 0
-
-
 @pytest.mark.parametrize(
-    ("solver", "refit", "pattern"),
+    ("solver", "refit", "pattern", "said"),
     [
-        (ProximalGradient(), None, (3, 4)),
-        (ADMM(), None, (3, 4)),
-        (ProximalGradient(), None, Unstructured(0.5)),
-        (Wanda(), Swaps(), Unstructured(0.5)),
+        (ProximalGradient(), None, (3, 4), "1:M and 2:M"),
+        (ADMM(), None, (4, 8), "1:M and 2:M"),
+        (ADMM(), None, Unstructured(0.5), "N:M, not unstructured 50%; magnitude, wanda"),
+        (Wanda(), Swaps(), Unstructured(0.5), "N:M, not unstructured 50%; other refits do"),
+        (Wanda(), Swaps(), (8, 16), "8:16 has too many"),
     ],
 )
-def test_what_is_not_supported_is_refused_before_any_work(solver, refit, pattern):
-    with pytest.raises(ValueError, match="support"):
+def test_what_is_not_supported_is_refused_before_any_work(solver, refit, pattern, said):
+    with pytest.raises(ValueError, match=said):
         check_supported(solver, refit, pattern)
     check_supported(ADMM(), Swaps(), (2, 4))
 
 
-def test_sparsegpt_reports_an_indefinite_gram_without_damping():
-    weight, _ = make_problem("power_law", rows=8, width=16)
-    gram = jnp.full((16, 16), 2, jnp.float32) - jnp.eye(16, dtype=jnp.float32)
-    assert solve(LayerProblem(weight, gram), SparseGPT(), damping=0.0).status is Status.NONFINITE
-
-
-@every_solver
-@every_refit
+@every_pair
 @pytest.mark.parametrize("damping", [0.0, DAMPING])
-def test_dead_features_are_counted_and_harmless(damping, refit, solver):
+def test_dead_features_are_counted_and_harmless(damping, solver, refit):
     weight, gram = make_problem("power_law")
-    dead = np.isin(np.arange(WIDTH), [0, 1, 2, 3, 17, 40, 41])
-    gram = jnp.where(dead[:, None] | dead[None, :], 0, gram)
-    solution = solve(LayerProblem(weight, gram), solver, refit, damping=damping)
-    assert solution.status is Status.SPARSE
-    assert solution.statistics.dead_features == 7
-    assert np.all(np.isfinite(solution.weight))
-    assert 0 < solution.statistics.relative_loss < 1
-    assert_has_pattern(solution)
+    for dead in (np.isin(np.arange(WIDTH), [0, 1, 2, 3, 17, 40, 41]), np.full(WIDTH, True)):
+        unseen = jnp.where(dead[:, None] | dead[None, :], 0, gram)
+        solution = solve(LayerProblem(weight, unseen), solver, refit, damping=damping)
+        assert solution.status is Status.SPARSE
+        assert solution.statistics.dead_features == np.count_nonzero(dead)
+        assert np.all(np.isfinite(solution.weight))
+        assert (solution.statistics.relative_loss > 0) == (not dead.all())
+        assert solution.statistics.relative_loss < 1
+        assert_has_pattern(solution)
 
 
 @every_solver
-@every_refit
-@pytest.mark.parametrize("damping", [0.0, DAMPING])
-def test_zero_gram_gives_a_finite_sparse_weight_of_no_loss(damping, refit, solver):
-    weight, gram = make_problem("power_law")
-    solution = solve(LayerProblem(weight, jnp.zeros_like(gram)), solver, refit, damping=damping)
-    assert solution.status is Status.SPARSE
-    assert solution.statistics.relative_loss == 0
-    assert solution.statistics.dead_features == WIDTH
-    assert np.all(np.isfinite(solution.weight))
-    assert_has_pattern(solution)
-
-
-@every_solver
-@every_refit
-def test_zero_weight_stays_zero(refit, solver):
-    _, gram = make_problem("power_law")
-    solution = solve(LayerProblem(jnp.zeros((ROWS, WIDTH), jnp.float32), gram), solver, refit)
-    assert solution.status is Status.SPARSE
-    assert not np.any(solution.weight)
-    assert_has_pattern(solution)
-
-
-@every_solver
-@pytest.mark.parametrize(
-    ("kind", "refit"),
-    [
-        ("power_law", ConjugateGradients(20, 0.0)),
-        ("low_rank", ConjugateGradients(80, 0.0)),
-        ("few_tokens", ConjugateGradients(80, 0.0)),
-    ],
-    ids=KINDS,
-)
-def test_solution_does_not_depend_on_the_scale_of_the_gram(kind, refit, solver):
-    problem = make_problem(kind)
+def test_the_scales_of_gram_and_weight_do_not_matter(solver):
+    problem, refit = make_problem("power_law"), ConjugateGradients(20, 0.0)
     expected = solve(problem, solver, refit)
-    scaled = solve(problem._replace(gram=1000 * problem.gram), solver, refit)
-    assert np.array_equal(scaled.mask, expected.mask)
-    assert relative_difference(scaled.weight, expected.weight) <= 1e-4
-
-
-@every_solver
-@every_kind
-def test_default_loss_does_not_depend_on_the_scale_of_the_gram(kind, solver):
-    problem = make_problem(kind)
-    expected = solve(problem, solver)
-    scaled = solve(problem._replace(gram=1000 * problem.gram), solver)
-    assert scaled.statistics.relative_loss == pytest.approx(
+    louder = solve(problem._replace(gram=1000 * problem.gram), solver, refit)
+    smaller = solve(problem._replace(weight=0.01 * problem.weight), solver, refit)
+    for found, factor in ((louder, 1), (smaller, 100)):
+        assert np.array_equal(found.mask, expected.mask)
+        assert relative_difference(factor * found.weight, expected.weight) <= 1e-4
+    problem = make_problem("low_rank")
+    expected, louder = (
+        solve(problem, solver),
+        solve(problem._replace(gram=1000 * problem.gram), solver),
+    )
+    assert louder.statistics.relative_loss == pytest.approx(
         expected.statistics.relative_loss, rel=2e-3
     )
 
 
-@every_solver
-def test_scale_of_the_weight_scales_the_solution(solver):
-    problem = make_problem("power_law")
-    refit = ConjugateGradients(20, 0.0)
-    expected = solve(problem, solver, refit)
-    scaled = solve(problem._replace(weight=0.01 * problem.weight), solver, refit)
-    assert np.array_equal(scaled.mask, expected.mask)
-    assert relative_difference(100 * scaled.weight, expected.weight) <= 1e-4
-
-
-@every_solver
-@pytest.mark.parametrize("gram_dtype", [jnp.float32, jnp.bfloat16])
-def test_bfloat16_weights_come_back_bfloat16(gram_dtype, solver):
+@pytest.mark.parametrize(
+    ("solver", "gram_dtype"),
+    [
+        (SparseGPT(), jnp.float32),
+        (ProximalGradient(), jnp.bfloat16),
+        (ADMM(), jnp.bfloat16),
+    ],
+)
+def test_bfloat16_weights_come_back_bfloat16(solver, gram_dtype):
     weight, gram = make_problem("power_law")
     rounded = LayerProblem(weight.astype(jnp.bfloat16), gram.astype(gram_dtype))
     solution = solve(rounded, solver)
@@ -612,13 +528,11 @@ def test_bfloat16_weights_come_back_bfloat16(gram_dtype, solver):
     assert np.array_equal(np.asarray(solution.weight), np.asarray(expected))
 
 
-@every_solver
-def test_float64_problem_is_solved_in_float64(solver):
-    problem = make_problem("power_law", dtype="float64")
-    solution = solve(problem, solver)
+def test_a_float64_problem_is_solved_in_float64():
+    solution = solve(make_problem("power_law", dtype="float64"))
     assert solution.weight.dtype == jnp.float64
     assert_has_pattern(solution)
-    single = solve(make_problem("power_law"), solver)
+    single = solve(make_problem("power_law"))
     assert solution.statistics.relative_loss == pytest.approx(
         single.statistics.relative_loss, rel=0.01
     )
@@ -635,10 +549,8 @@ def test_float64_problem_is_solved_in_float64(solver):
             [ConjugateGradients(), ConjugateGradients(3, 1e-2)],
         ),
         ([ADMM(), ADMM.in_steps(10)], [GradientSteps(), GradientSteps(steps=10)]),
-        ([SparseGPT(), SparseGPT()], [ConjugateGradients(), ConjugateGradients(3)]),
-        ([Wanda(), Wanda()], [GradientSteps(), GradientSteps(steps=10)]),
     ],
-    ids=["prox_cg", "admm_gradient", "sparsegpt_cg", "wanda_gradient"],
+    ids=["prox_cg", "admm_gradient"],
 )
 def test_other_hyperparameter_values_do_not_compile_again(solvers, refits, monkeypatch):
     traces = []
@@ -662,15 +574,10 @@ def test_other_hyperparameter_values_do_not_compile_again(solvers, refits, monke
     ("weight", "gram", "pattern", "message"),
     [
         ((8, 16), (12, 12), (2, 4), r"\(8, 16\).*\(12, 12\)"),
-        ((8, 16), (16, 12), (2, 4), r"\(8, 16\).*\(16, 12\)"),
         ((16,), (16, 16), (2, 4), r"\(16,\).*\(16, 16\)"),
-        ((2, 8, 16), (16, 16), (2, 4), r"\(2, 8, 16\).*\(16, 16\)"),
         ((0, 16), (16, 16), (2, 4), r"\(0, 16\) has no entries"),
-        ((8, 0), (0, 0), (2, 4), r"\(8, 0\) has no entries"),
         ((8, 18), (18, 18), (2, 4), r"18.*4"),
-        ((8, 20), (20, 20), (4, 8), r"20.*8"),
         ((8, 16), (16, 16), (5, 4), r"5:4"),
-        ((8, 16), (16, 16), (0, 4), r"0:4"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named_in_the_error(weight, gram, pattern, message):
@@ -682,23 +589,18 @@ def test_shapes_that_do_not_fit_are_named_in_the_error(weight, gram, pattern, me
 # The eigenvalue bound
 
 
-@float_types
-@pytest.mark.parametrize("rank", [1, 3, 64])
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_eigenvalue_bound_is_above_and_at_most_the_root_of_the_rank_away(scale, rank, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_eigenvalue_bound_is_above_and_at_most_the_root_of_the_rank_away(dtype):
     slack = 1e-5 if dtype == "float32" else 1e-12
-    for seed in range(3):
-        tokens = np.random.default_rng(seed).normal(size=(rank, WIDTH))
+    for scale, rank in itertools.product((1e-8, 1.0, 1e8), (1, 3, WIDTH)):
+        tokens = np.random.default_rng(rank).normal(size=(rank, WIDTH))
         gram = (scale * tokens.T @ tokens).astype(dtype)
         top = np.linalg.eigvalsh(gram.astype(np.float64))[-1]
         bound = float(eigenvalue_bound(jnp.asarray(gram)))
-        assert top * (1 - slack) <= bound <= top * rank ** (1 / 64) * (1 + slack)
-
-
-def test_eigenvalue_bound_is_attained_by_equal_eigenvalues():
-    assert float(eigenvalue_bound(3 * jnp.eye(WIDTH, dtype=jnp.float32))) == pytest.approx(
-        3 * WIDTH ** (1 / 64), rel=1e-5
-    )
+        assert top * (1 - slack) <= bound <= top * rank ** (1 / 64) * (1 + slack), (scale, rank)
+    equal = float(eigenvalue_bound(3 * jnp.eye(WIDTH, dtype=dtype)))
+    assert equal == pytest.approx(3 * WIDTH ** (1 / 64), rel=1e-5)
+    assert eigenvalue_bound(jnp.zeros((4, 4), dtype)) == 0
 
 
 def test_structures_of_different_parts_are_different():

@@ -10,14 +10,11 @@ from test_solvers import ROWS, WIDTH, make_problem
 
 from prox24.core.masks import count_violations, largest_mask
 from prox24.core.pattern import Unstructured
-from prox24.solvers.admm import ADMM
 from prox24.solvers.problem import Status
-from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.scores import Magnitude, Wanda
 from prox24.solvers.solve import solve
 from prox24.solvers.sparsegpt import SparseGPT
-from prox24.solvers.swaps import Swaps
 
 HALF = Unstructured(0.5)
 
@@ -57,7 +54,7 @@ def test_largest_mask_is_that_of_a_stable_sort(scores, kept):
     assert np.array_equal(rows, np.stack([mask, mask]))
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
 def test_magnitude_compares_all_entries_and_wanda_those_of_a_row(sparsity):
     problem, pattern = make_problem("low_rank"), Unstructured(sparsity)
     weight = np.abs(np.asarray(problem.weight))
@@ -69,8 +66,7 @@ def test_magnitude_compares_all_entries_and_wanda_those_of_a_row(sparsity):
     assert np.array_equal(wanda.mask, [largest_of_all(row, kept) for row in scores])
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5])
-@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(("sparsity", "block_size"), [(0.3, 16), (0.5, 64)])
 def test_sparsegpt_equals_the_reference_in_float64(sparsity, block_size):
     problem = make_problem("low_rank", dtype="float64")
     weight, mask = sparsegpt(problem.weight, problem.gram, sparsity, block_size, 0.01)
@@ -80,25 +76,16 @@ def test_sparsegpt_equals_the_reference_in_float64(sparsity, block_size):
     np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT()], ids=str)
-def test_a_refit_lowers_the_loss_and_keeps_the_zeros(solver):
+def test_a_refit_lowers_the_loss_and_keeps_the_zeros():
     problem = make_problem("power_law")
-    solution = solve(problem, solver, ConjugateGradients(), pattern=HALF)
+    solution = solve(problem, Wanda(), ConjugateGradients(), pattern=HALF)
     figures = solution.statistics
     assert figures.relative_loss < figures.relative_loss_before_refit
     assert int(count_violations(solution.weight, HALF)) == 0
     assert int(count_violations(problem.weight, HALF)) == problem.weight.size // 2 - ROWS - WIDTH
 
 
-@pytest.mark.parametrize("solver", [ProximalGradient(), ADMM()], ids=["prox", "admm"])
-def test_methods_that_need_blocks_say_so(solver):
-    with pytest.raises(ValueError, match=r"N:M, not unstructured 50%"):
-        solve(make_problem("power_law"), solver, pattern=HALF)
-    with pytest.raises(ValueError, match=r"N:M, not unstructured 50%; other refits do"):
-        solve(make_problem("power_law"), Wanda(), Swaps(), pattern=HALF)
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
-def test_a_fraction_out_of_range_is_refused(sparsity):
-    with pytest.raises(ValueError, match="fraction"):
-        Unstructured(sparsity)
+def test_a_fraction_out_of_range_is_refused():
+    for sparsity in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="fraction"):
+            Unstructured(sparsity)
