@@ -48,12 +48,6 @@ def equal_bits(a, b):
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def same_objective(got, expected, y, rel=1e-6):
-    """Equal within `rel` of the larger, or of 1e-6 |y|^2 where that is larger still."""
-    floor = 1e-6 * np.sum(np.square(y, dtype=np.float64), axis=-1)
-    return np.all(np.abs(got - expected) <= rel * np.maximum(np.maximum(got, expected), floor))
-
-
 @every_pattern
 @given(
     y=inputs,
@@ -63,18 +57,6 @@ def same_objective(got, expected, y, rel=1e-6):
 def test_flipping_signs_of_the_input_flips_those_of_the_output(pattern, y, lam, signs):
     w = np.asarray(jitted(y, lam, pattern))
     assert np.array_equal(jitted(signs * y, lam, pattern), signs * w)
-
-
-@every_pattern
-@given(y=inputs, lam=penalties, draw=st.data())
-def test_permuting_a_block_leaves_its_objective(pattern, y, lam, draw):
-    kept, group = pattern
-    y = in_blocks(y, pattern)
-    order = draw.draw(st.permutations(range(group)))
-    expected = prox_objective(jitted(y, lam, pattern), y, lam, kept)
-    permuted = y[:, order]
-    got = prox_objective(jitted(permuted, lam, pattern), permuted, lam, kept)
-    assert same_objective(got, expected, y)
 
 
 @every_pattern
@@ -101,14 +83,6 @@ def test_units_of_the_input_change_only_the_units_of_the_output(pattern, y, lam,
     expected = unit * np.asarray(jitted(y, lam, pattern))
     scaled = jitted(unit * y, lam / float(unit) ** (pattern[0] - 1), pattern)
     assert np.array_equal(scaled, expected)
-
-
-@given(y=inputs, lam=st.floats(2.0**-20, 2.0**20, width=32))
-def test_a_penalty_is_a_scale_of_the_input(y, lam):
-    y = in_blocks(y)
-    expected = prox_objective(jitted(y, lam), y, lam)
-    w = np.asarray(jitted(np.float32(lam) * y, 1.0), np.float64) / lam
-    assert same_objective(prox_objective(w, y, lam), expected, y, rel=1e-5)
 
 
 @every_pattern
@@ -302,17 +276,17 @@ def test_traced_penalty_compiles_once_and_agrees_with_eager_calls(pattern):
 LAMS = np.array([0.0, 0.2, 0.9, 5.0], np.float32)
 
 
-def one_at_a_time(pattern):
-    return np.stack([np.asarray(jitted(kernel(16, 8), lam, pattern)) for lam in LAMS])
-
-
 @either_kept
-def test_vmap_over_penalties_equals_separate_calls(pattern):
-    together = jax.vmap(lambda lam: jitted(kernel(16, 8), lam, pattern))(LAMS)
-    np.testing.assert_allclose(together, one_at_a_time(pattern), rtol=1e-5, atol=1e-6)
+def test_vmap_and_scan_over_penalties_equal_separate_calls(pattern):
+    y = kernel(16, 8)
+    expected = np.stack([np.asarray(jitted(y, lam, pattern)) for lam in LAMS])
+    mapped = jax.vmap(lambda lam: jitted(y, lam, pattern))(LAMS)
+    _, scanned = jax.lax.scan(lambda carry, lam: (carry, prox(y, lam, pattern)), None, LAMS)
+    for together in (mapped, scanned):
+        np.testing.assert_allclose(together, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("in_axes", [(0, None), (2, None), (0, 0), (2, 0)])
+@pytest.mark.parametrize("in_axes", [(2, None), (0, 0)])
 def test_vmap_over_inputs_equals_separate_calls(in_axes):
     y = np.stack([kernel(16, 8) * (1 + i) for i in range(4)], axis=in_axes[0])
     lam = LAMS if in_axes[1] == 0 else np.float32(0.3)
@@ -320,10 +294,3 @@ def test_vmap_over_inputs_equals_separate_calls(in_axes):
     pairs = zip(np.moveaxis(y, in_axes[0], 0), np.broadcast_to(lam, 4), strict=True)
     separate = np.stack([np.asarray(jitted(*pair)) for pair in pairs])
     np.testing.assert_allclose(together, separate, rtol=1e-5, atol=1e-6)
-
-
-@either_kept
-def test_scan_over_penalties_equals_separate_calls(pattern):
-    y = kernel(16, 8)
-    _, together = jax.lax.scan(lambda carry, lam: (carry, prox(y, lam, pattern)), None, LAMS)
-    np.testing.assert_allclose(together, one_at_a_time(pattern), rtol=1e-5, atol=1e-6)
