@@ -4,7 +4,6 @@ A program of its own, since the number of devices is fixed when JAX starts.
 """
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -371,26 +370,24 @@ def distillation_reports(folder):
 
     training._advance = watched
 
-    def trained(student, mesh, on_measured=lambda state: None, **options):
+    def trained(mesh, on_measured=None, resume=lambda state: state, **options):
         def look(state):
             matrices = [leaf for leaf in jax.tree.leaves(state[:3]) if leaf.ndim == 3]
             shares.append(max(part(leaf) for leaf in matrices))
-            on_measured(state)
+            if on_measured is not None:
+                on_measured(state)
 
-        settings = ModelRefinement(rate=1e-3, step_windows=8)
-        settings, resume = dataclasses.replace(settings, **options), lambda state: state
-        if hasattr(on_measured, "resume"):
-            resume = on_measured.resume
+        settings = ModelRefinement(rate=1e-3, step_windows=8, **options)
         # Optax's optimizers mix dtypes and ranks.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             result = train_model(
-                checkpoint, student, windows, settings, mesh=mesh, on_measured=look, resume=resume
+                checkpoint, pruned, windows, settings, mesh=mesh, on_measured=look, resume=resume
             )
         return result.refined, dict(result.tensors)
 
-    alone, expected = trained(pruned, None)
-    for tensor, more in ((1, {}), (2, {}), (4, {"micro_batches": 2})):
-        together, found = trained(pruned, common_mesh(8 // tensor, tensor), **more)
+    alone, expected = trained(None)
+    for tensor, more in ((1, {}), (4, {"micro_batches": 2})):
+        together, found = trained(common_mesh(8 // tensor, tensor), **more)
         pairs = zip(together.losses, alone.losses, strict=True)
         yield {
             "compiled": steps[-1]._cache_size(),
@@ -405,25 +402,18 @@ def distillation_reports(folder):
     class Interrupted(Exception):
         pass
 
-    class Saving:
-        """Saves each state, and stops after some."""
-
-        def __init__(self, saved, most):
-            self.resume, self.saved, self.most = saved.resume, saved, most
-
-        def __call__(self, state):
-            self.saved.save(state)
-            if len(state.losses) > self.most:
-                raise Interrupted
-
     mesh, options = common_mesh(4, 2), {"micro_batches": 2}
-    _, expected = trained(pruned, mesh, **options)
+    _, expected = trained(mesh, **options)
     for most in (2, 100):
-        with (
-            contextlib.suppress(Interrupted),
-            states(folder.with_name("state"), {"job": "a"}) as saved,
-        ):
-            _, found = trained(pruned, mesh, Saving(saved, most), **options)
+        place = folder.with_name("state")
+        with contextlib.suppress(Interrupted), states(place, {"job": "a"}) as saved:
+
+            def save(state, saved=saved, most=most):
+                saved.save(state)
+                if len(state.losses) > most:
+                    raise Interrupted
+
+            _, found = trained(mesh, save, saved.resume, **options)
     yield {"went_on": all(found[n].tobytes() == expected[n].tobytes() for n in expected)}
 
 
@@ -432,7 +422,7 @@ def part(leaf):
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
 
 
-def gathering_reports(folder, variant):
+def gathering_reports(folder, variant, shared):
     """What eight devices send of the weights in a pass through all layers, and its gradient."""
     write_tiny(folder, variant)
     checkpoint = open_checkpoint(folder)
@@ -448,7 +438,7 @@ def gathering_reports(folder, variant):
 
     expected = jax.grad(loss)(params(lambda name, tensors: jnp.stack(tensors)), ids, None)
     linears = {linear.shape for linear in layer_linears(model.config, 0)}
-    for tensor in (1, 2, 4):
+    for tensor in shared:
         mesh = partition.training_mesh(common_mesh(8 // tensor, tensor))
 
         def stack(name, tensors, mesh=mesh):
@@ -496,8 +486,8 @@ if __name__ == "__main__":
         *planned_reports(folder),
         *model_reports(folder),
         *distillation_reports(folder),
-        *gathering_reports(folder.with_name("llama1"), "llama1"),
-        *gathering_reports(folder.with_name("phi3"), "phi3"),
+        *gathering_reports(folder.with_name("llama1"), "llama1", (1, 4)),
+        *gathering_reports(folder.with_name("phi3"), "phi3", (2,)),
         *refused_reports(folder),
     ]
     print(json.dumps(reports))
