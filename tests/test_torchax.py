@@ -1,5 +1,6 @@
 """PyTorch models as functions of JAX, and what is said where torchax is not to be had."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,21 +12,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prox24.pipeline import collect, prune
 from safetensors.numpy import load_file, save_file
-from tiny import VOCABULARY, byte_tokenizer, config_dict, tokens, write_folder, write_tiny
+from tiny import (
+    VOCABULARY,
+    byte_tokenizer,
+    config_dict,
+    pruned_by,
+    tokens,
+    write_folder,
+    write_tiny,
+)
 
 import prox24
+from prox24 import DenseTargets, Recipe
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.cli.main import main
-from prox24.cli.verify import native_axes
-from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
+from prox24.errors import (
+    CalibrationError,
+    CheckpointError,
+    Prox24Error,
+    UnsupportedModelError,
+)
 from prox24.jobs import torchax
-from prox24.jobs.perplexity import perplexity
-from prox24.solvers.solve import SparseGPT, Wanda
+from prox24.jobs.native import native_runner
+from prox24.jobs.perplexity import native_perplexity
+from prox24.jobs.torch_runner import torch_runner
+from prox24.jobs.verify import native_axes
+from prox24.pruning import loop
 
 WINDOWS = tokens(batch=8, length=32)
+WANDA = Recipe.wanda()
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -120,6 +137,14 @@ def linears(model):
     return {f"{name}.weight" for name, m in modules if isinstance(m, torch.nn.Linear)}
 
 
+def opened(path):
+    return open_checkpoint(path, any_family=True)
+
+
+def pruned_folder(path, recipe=WANDA, windows=WINDOWS):
+    return pruned_by(torch_runner(opened(path), windows, recipe), recipe)
+
+
 # A whole model
 
 
@@ -157,12 +182,10 @@ def test_a_pruned_tree_goes_back_to_pytorch():
     model = foreign_model("stablelm")
     apply, params = torchax.from_torch(model)
     batches = [jnp.asarray(WINDOWS)]
-    calibration = prox24.calibrate(apply, params, batches)
-    pruned = prox24.prune_params(params, calibration, Wanda(), None)
-    in_order = prox24.prune_in_order(apply, params, batches, Wanda(), None)
-    names = {leaf.path for leaf in pruned.leaves if leaf.pruned}
-    assert names == linears(model) - {"lm_head.weight"}
-    assert {report.name for report in in_order.reports} == names
+    names = linears(model) - {"lm_head.weight"}
+    for order in ("one-shot", "sequential"):
+        pruned = prox24.prune_params(apply, params, batches, WANDA, order=order)
+        assert {leaf.path for leaf in pruned.leaves if leaf.pruned} == names
     torch = sys.modules["torch"]
     values = {name: torch.as_tensor(np.array(leaf)) for name, leaf in pruned.params.items()}
     model.load_state_dict(values, strict=False)
@@ -192,16 +215,20 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
 
 
 @needs_torchax
+@pytest.mark.parametrize("targets", [None, DenseTargets()], ids=["own", "dense"])
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [("grouped_heads", "float32"), ("gpt2", "bfloat16"), ("gemma2", "float32")],
 )
-def test_layers_are_pruned_as_by_the_native_forward_pass(tmp_path, monkeypatch, variant, dtype):
+def test_layers_are_pruned_as_by_the_native_forward_pass(
+    tmp_path, monkeypatch, variant, dtype, targets
+):
     monkeypatch.setattr("prox24.jobs.forward.BATCH_TOKENS", 64)  # four batches
     write_tiny(tmp_path / "model", variant, dtype)
-    native = collect(prune(open_checkpoint(tmp_path / "model"), WINDOWS, SparseGPT(), None))
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
-    pruned = collect(torchax.prune(checkpoint, WINDOWS, SparseGPT(), None))
+    # In 16 bits a number between two others is rounded to either.
+    recipe = Recipe(prox24.SparseGPT(), None, targets=targets, dtype="float32")
+    runner = native_runner(open_checkpoint(tmp_path / "model"), WINDOWS, recipe)
+    native, pruned = pruned_by(runner, recipe), pruned_folder(tmp_path / "model", recipe)
     assert pruned.tensors.keys() == native.tensors.keys()
     for name, values in native.tensors.items():
         np.testing.assert_allclose(pruned.tensors[name], values, rtol=0, atol=1e-4)
@@ -215,14 +242,28 @@ def test_layers_are_pruned_as_by_the_native_forward_pass(tmp_path, monkeypatch, 
 
 
 @needs_torchax
+def test_finished_tensors_and_those_of_the_recipe_are_left_out(tmp_path):
+    write_tiny(tmp_path / "model", "gpt2", "bfloat16")
+    recipe = Recipe(prox24.Wanda(), None, skip="c_fc", keep_dense=1)
+    runner = torch_runner(opened(tmp_path / "model"), WINDOWS, recipe)
+    dense = loop.most_lossy(runner, recipe)
+    whole = pruned_by(runner, recipe, dense=dense).tensors
+    assert len(whole) == 8 - 2 - 1
+    done = {name: types.SimpleNamespace(read=lambda v=v: v) for name, v in list(whole.items())[:3]}
+    rest = pruned_by(runner, recipe, dense=dense, finished=done).tensors
+    assert rest.keys() == whole.keys() - done.keys()
+    for name, values in rest.items():
+        assert values.tobytes() == whole[name].tobytes()
+
+
+@needs_torchax
 @pytest.mark.parametrize("family", WRITTEN)
 def test_what_is_written_is_sparse_and_loads_in_transformers(tmp_path, family):
     from transformers import AutoModelForCausalLM
 
     write_foreign(tmp_path / "model", family)
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
-    pruned = collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None))
-    write_checkpoint(checkpoint, tmp_path / "out", pruned.tensors.items())
+    pruned = pruned_folder(tmp_path / "model")
+    write_checkpoint(opened(tmp_path / "model"), tmp_path / "out", pruned.tensors.items())
     before = load_file(tmp_path / "model/model.safetensors")
     after = load_file(tmp_path / "out/model.safetensors")
     assert before.keys() == after.keys()
@@ -240,17 +281,17 @@ def test_what_is_written_is_sparse_and_loads_in_transformers(tmp_path, family):
 @needs_torchax
 def test_a_width_that_is_not_divisible_is_named(tmp_path):
     write_foreign(tmp_path / "model", "gptj")
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
-    with pytest.raises(CheckpointError, match=r"\w_proj\.weight .*axis 1 is not divisible by 5"):
-        collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None, pattern=(2, 5)))
+    with pytest.raises(CheckpointError, match=r"\w_proj\.weight has input width 32, not divisible"):
+        pruned_folder(tmp_path / "model", dataclasses.replace(WANDA, pattern=(2, 5)))
 
 
 @needs_torchax
 def test_a_linear_that_is_not_a_plain_product_is_named(tmp_path):
     write_foreign(tmp_path / "model", "mamba")
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
-    with pytest.raises(UnsupportedModelError, match=r"dt_proj\.weight has no Gram"):
-        collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None))
+    with pytest.raises(CalibrationError, match=r"dt_proj\.weight has no products: used by"):
+        pruned_folder(tmp_path / "model")
+    pruned = pruned_folder(tmp_path / "model", dataclasses.replace(WANDA, skip="dt_proj"))
+    assert {name.rpartition(".mixer.")[2] for name in pruned.tensors} >= {"in_proj.weight"}
 
 
 @needs_torchax
@@ -264,9 +305,8 @@ def test_layers_that_depend_on_more_than_hidden_states_are_refused(tmp_path, mon
     monkeypatch.setattr(torchax, "_load", lambda path: model)
     monkeypatch.setattr("prox24.jobs.forward.BATCH_TOKENS", 64)
     write_foreign(tmp_path / "model", "stablelm")
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
     with pytest.raises(UnsupportedModelError, match="depend on more than their hidden states"):
-        collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None))
+        pruned_folder(tmp_path / "model")
 
 
 @needs_torchax
@@ -276,25 +316,23 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
     tensors = load_file(path)
     del tensors["model.norm.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    checkpoint = opened(tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight is missing"):
-        torchax.perplexity(checkpoint, WINDOWS)
+        torchax.torch_perplexity(checkpoint, WINDOWS)
 
 
 @needs_torchax
 def test_windows_that_are_too_long_end_in_one_line(tmp_path):
     write_foreign(tmp_path / "model", "gpt_neo")
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
     with pytest.raises(UnsupportedModelError, match="does not run"):
-        collect(torchax.prune(checkpoint, tokens(1, 4096), Wanda(), None))
+        pruned_folder(tmp_path / "model", windows=tokens(1, 4096))
 
 
 @needs_torchax
 def test_a_folder_that_transformers_does_not_know_is_refused(tmp_path):
     write_folder(tmp_path / "model", {"model_type": "unheard_of"}, {"x": np.zeros(4, np.float32)})
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
     with pytest.raises(UnsupportedModelError, match="transformers cannot load it"):
-        collect(torchax.prune(checkpoint, WINDOWS, Wanda(), None))
+        pruned_folder(tmp_path / "model")
 
 
 # The command line
@@ -314,7 +352,7 @@ def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsy
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["linears"]) == 12
-    assert report["pull"] is None
+    assert report["recipe"]["targets"] == {"name": "DenseTargets", "pull": 1.0}
     written = load_file(tmp_path / "out/model.safetensors")
     for linear in report["linears"]:
         assert prox24.is_sparse(jnp.asarray(written[linear["name"]]))
@@ -331,21 +369,22 @@ def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsy
     assert main(["eval", out, *text]) == 0
     assert 1 < json.loads(capsys.readouterr().out)["perplexity"] < 1e6
 
-    assert main([*arguments, "--overwrite", "--targets", "dense"]) == 2
-    assert "--targets dense" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite", "--pull", "2"]) == 2
-    assert "--pull is for models with a forward pass" in capsys.readouterr().err
+    for option, value in (("--memory", "1GB"), ("--activations", "disk"), ("--refine", "block")):
+        assert main([*arguments, "--overwrite", option, value]) == 2
+        named = option.removeprefix("--")
+        said = f"prox24: error: {named} is for models with a forward pass of prox24's own\n"
+        assert capsys.readouterr().err == said
 
 
 @needs_torchax
 @pytest.mark.parametrize("variant", ["grouped_heads", "gpt2"])
 def test_perplexity_and_linears_are_those_of_the_native_forward_pass(tmp_path, variant):
     write_tiny(tmp_path / "model", variant)
-    checkpoint = open_checkpoint(tmp_path / "model", any_family=True)
+    checkpoint = opened(tmp_path / "model")
     assert torchax.linear_axes(checkpoint) == native_axes(checkpoint)
     seen = []
-    result = torchax.perplexity(checkpoint, WINDOWS, on_window=seen.append)
-    expected = perplexity(open_checkpoint(tmp_path / "model"), WINDOWS)
+    result = torchax.torch_perplexity(checkpoint, WINDOWS, on_window=seen.append)
+    expected = native_perplexity(open_checkpoint(tmp_path / "model"), WINDOWS)
     assert result[1:] == expected[1:]
     assert result.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
     assert seen == list(range(len(WINDOWS)))

@@ -12,7 +12,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import DTYPES, Checkpoint
-from prox24.errors import RecipeError, UnsupportedModelError
+from prox24.errors import RecipeError
 from prox24.jobs.torchax import TorchLayer, TorchModel, layers_and_inputs
 from prox24.pruning.recipe import Recipe
 from prox24.pruning.runner import Block, Inputs, Linear, Streams
@@ -88,12 +88,8 @@ class TorchRunner:
             pruned = Stream(weights, state.pruned)
             dense = None if state.dense is None or not state.crosses else state.dense
             alongside = None if dense is None else Stream(weights, dense)
-            found, left_out = gather(apply, pruned, alongside, names=wanted)
-            for name in wanted:
-                if name not in found:
-                    reason = left_out.get(name, "unused")
-                    raise UnsupportedModelError(f"tensor {name} has no Gram: {reason}")
-                inputs[name] = found[name].inputs()
+            grams = gather(apply, pruned, alongside, names=wanted).grams
+            inputs = {name: grams[name].inputs() for name in wanted}
         if state.dense is not None:
             state = state._replace(dense=_run(apply, weights, state.dense))
         return inputs, state
