@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from prox24.cli.windows import evaluation_windows
 
 import prox24
 from prox24 import lora
@@ -32,7 +31,8 @@ from prox24.jobs.forward import (
     load_model,
     oriented,
 )
-from prox24.jobs.perplexity import perplexity, window_losses
+from prox24.jobs.perplexity import native_perplexity, window_losses
+from prox24.jobs.text import evaluation_windows
 from prox24.models import spec, whole
 from prox24.optax import keep_pattern
 
@@ -92,7 +92,7 @@ def print_row(name, folder, windows):
     weights = [oriented(config, jnp.asarray(tensor)) for tensor in tensors]
     zeros = 1 - sum(map(jnp.count_nonzero, weights)) / sum(weight.size for weight in weights)
     sparse = all(prox24.is_sparse(weight, axis=1) for weight in weights)
-    measured = perplexity(checkpoint, windows).perplexity
+    measured = native_perplexity(checkpoint, windows).perplexity
     print(f"{name:6}  {measured:10.2f}  {zeros:6.2%}  {'yes' if sparse else 'no'}", flush=True)
 
 
@@ -111,7 +111,8 @@ def main():
 
     checkpoint = open_checkpoint(arguments.source)
     check_destination(arguments.destination, [checkpoint.path], arguments.overwrite)
-    windows = evaluation_windows(checkpoint, arguments.text, None, arguments.sequence_length)
+    text = prox24.Text(arguments.text, None, arguments.sequence_length)
+    windows = evaluation_windows(checkpoint, text)
     held_out = max(1, len(windows) // 10)
     if held_out == len(windows):
         parser.error("the text has a single window: give a longer text or shorter windows")

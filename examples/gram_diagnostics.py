@@ -18,11 +18,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from prox24.cli.windows import calibration_windows
-from prox24.forward import embed_windows, layer_weights, load_model, run_in_place
-from prox24.pipeline import gather_grams
 
+import prox24
 from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.jobs.native import native_runner
+from prox24.jobs.text import calibration_windows
+from prox24.pruning.runner import Streams
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -61,16 +62,20 @@ def diagnose(gram):
     }
 
 
-def diagnose_model(path, text, samples, length):
+def diagnose_model(path, text):
     """Yields the layer, the input and the quantities of each Gram of a dense model."""
     checkpoint = open_checkpoint(path)
-    model = load_model(checkpoint)
-    hidden = list(embed_windows(model, calibration_windows(checkpoint, text, samples, length)))
-    for index in range(len(model.config.layers)):
-        weights = layer_weights(model, index)
-        for name, gram in gather_grams(model, index, weights, hidden).grams.items():
-            yield index, name, diagnose(np.asarray(gram.total))
-        run_in_place(model, index, weights, hidden)
+    windows = calibration_windows(checkpoint, text)
+    runner = native_runner(checkpoint, windows, prox24.Recipe())
+    _, state = runner.enter(Streams(dense=False, crosses=False))
+    for layer in range(runner.stages):
+        weights = runner.weights(layer)
+        names = dict.fromkeys(linear.input for linear in runner.linears(layer))
+        inputs, state = runner.observe(layer, weights, state, names)
+        for name in names:
+            (found,) = inputs[name]
+            yield layer, name, diagnose(np.asarray(found.gram))
+        state = runner.advance(layer, weights, state)
 
 
 def draw(rows, output):
@@ -101,10 +106,10 @@ def main():
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--output", type=Path, help="where the figure is written (nowhere)")
     arguments = parser.parse_args()
-    sizes = arguments.samples, arguments.sequence_length
+    text = prox24.Text(arguments.calibration, arguments.samples, arguments.sequence_length)
     print(f"{'layer':>5}  {'input':18}" + "".join(f"{q:>16}" for q in (*QUANTITIES, "dead")))
     rows = []
-    for index, name, found in diagnose_model(arguments.model, arguments.calibration, *sizes):
+    for index, name, found in diagnose_model(arguments.model, text):
         rows.append((index, name, found))
         print(f"{index:5}  {name:18}" + "".join(f"{value:16.4g}" for value in found.values()))
     off_diagonal = [found["off diagonal"] for _, _, found in rows]

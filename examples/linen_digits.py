@@ -20,10 +20,10 @@ import prox24
 
 SEEDS, EPOCHS, BATCH, CHANNELS = 5, 30, 64, 8
 METHODS = {
-    "wanda": (prox24.Wanda(), None),
-    "sparsegpt": (prox24.SparseGPT(), None),
-    "prox + refit": (prox24.ProximalGradient(), prox24.ConjugateGradients()),
-    "admm with the prox + refit": (prox24.ADMM(), prox24.ConjugateGradients()),
+    "wanda": prox24.Recipe.wanda(),
+    "sparsegpt": prox24.Recipe.sparsegpt(),
+    "prox + refit": prox24.Recipe.proximal(),
+    "admm with the prox + refit": prox24.Recipe(),
 }
 
 
@@ -83,9 +83,9 @@ def main():
         test = functools.partial(accuracy, images=test_images, labels=test_labels)
         params = train(jax.random.key(seed), train_images, train_labels)
         accuracies["dense"].append(test(params))
-        calibration = prox24.calibrate(apply, params, [train_images])
-        for name, (solver, refit) in METHODS.items():
-            pruned = prox24.prune_params(params, calibration, solver, refit)
+        grams = prox24.calibrate(apply, params, [train_images])
+        for name, recipe in METHODS.items():
+            pruned = prox24.prune_params(apply, params, recipe=recipe, grams=grams)
             accuracies[name].append(test(pruned.params))
             losses[name] += [report.statistics.relative_loss for report in pruned.reports]
 

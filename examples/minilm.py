@@ -39,10 +39,10 @@ MEMBERS = [
 CALIBRATION_LENGTHS = (16, 20, 24, 28)
 TEST_LENGTHS = (12, 16, 20, 24, 28, 32)
 METHODS = {
-    "magnitude": (prox24.Magnitude(), None),
-    "wanda": (prox24.Wanda(), None),
-    "sparsegpt": (prox24.SparseGPT(), None),
-    "admm with the prox + refit": (prox24.ADMM(), prox24.ConjugateGradients()),
+    "magnitude": prox24.Recipe.magnitude(),
+    "wanda": prox24.Recipe.wanda(),
+    "sparsegpt": prox24.Recipe.sparsegpt(),
+    "admm with the prox + refit": prox24.Recipe(),
 }
 
 
@@ -130,10 +130,10 @@ def main():
     def embeddings(params):
         return jnp.concatenate([embed(params, batch) for batch in test_batches])
 
-    calibration = prox24.calibrate(apply, params, calibration_batches)
+    grams = prox24.calibrate(apply, params, calibration_batches)
     pruned = {
-        name: prox24.prune_params(params, calibration, solver, refit)
-        for name, (solver, refit) in METHODS.items()
+        name: prox24.prune_params(apply, params, recipe=recipe, grams=grams)
+        for name, recipe in METHODS.items()
     }
 
     for name, batches in (("calibration", calibration_batches), ("evaluation", test_batches)):

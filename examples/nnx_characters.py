@@ -22,10 +22,10 @@ LAYERS, WIDTH, HEADS, LENGTH = 2, 96, 4, 64
 STEPS, BATCH, RATE = 600, 32, 3e-3
 CALIBRATION, TEST = 128, 256  # windows
 METHODS = {
-    "wanda": (prox24.Wanda(), None),
-    "sparsegpt": (prox24.SparseGPT(), None),
-    "prox + refit": (prox24.ProximalGradient(), prox24.ConjugateGradients()),
-    "admm with the prox + refit": (prox24.ADMM(), prox24.ConjugateGradients()),
+    "wanda": prox24.Recipe.wanda(),
+    "sparsegpt": prox24.Recipe.sparsegpt(),
+    "prox + refit": prox24.Recipe.proximal(),
+    "admm with the prox + refit": prox24.Recipe(),
 }
 
 
@@ -111,12 +111,15 @@ def main():
         jax.jit(functools.partial(loss, apply)), batch=windows(test_tokens, TEST)
     )
 
-    calibration = prox24.calibrate(apply, params, batches)
+    grams = prox24.calibrate(apply, params, batches)
     pruned = {
-        name: prox24.prune_params(params, calibration, solver, refit)
-        for name, (solver, refit) in METHODS.items()
+        name: prox24.prune_params(apply, params, recipe=recipe, grams=grams)
+        for name, recipe in METHODS.items()
     }
-    pruned["the last, in order"] = prox24.prune_in_order(apply, params, batches)
+    for name, targets in (("own targets", None), ("dense targets", prox24.DenseTargets())):
+        pruned[f"the last, in order, {name}"] = prox24.prune_params(
+            apply, params, batches, prox24.Recipe(targets=targets), order="sequential"
+        )
 
     leaves = pruned["wanda"].leaves
     print(*(leaf for leaf in leaves if leaf.path.endswith(("kernel", "embedding"))), sep="\n")
