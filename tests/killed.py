@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -12,6 +13,16 @@ import jax
 import prox24.cli.main
 
 EVENTS = {"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+PRELOADED = ["prox24.cli.prune", "prox24.jobs.prune", "transformers.models.auto.tokenization_auto"]
+
+
+def imported() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have imported everything before."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def on_change(folder: str, act: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -28,11 +27,8 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(workspace):
-    """Starts processes that prune together, which have imported everything before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["prox24.cli.main", "transformers.models.auto.tokenization_auto"]
-    )
+    """Starts processes that prune together."""
+    context = killed.imported()
     started = []
 
     def start(destination, method, *own_options, devices=1):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prox24.checkpoints.checkpoint import Checkpoint
 from prox24.checkpoints.manifest import read_manifest
-from prox24.checkpoints.tensors import is_finite
+from prox24.checkpoints.tensors import TensorSource, is_finite
 from prox24.checkpoints.unfinished import sha256
 from prox24.core.masks import count_violations, mean_sparsity
 from prox24.core.pattern import PatternLike, Unstructured
@@ -146,7 +146,7 @@ def verify(
                     unit = "weights" if group == 1 else f"blocks of {group}"
                     violations[name] = broken
                     problems[name] = f"{broken} {unit} break the pattern {sought}"
-            elif name in others and not _equal(values, others[name].read()):
+            elif name in others and _differ(values, others[name]):
                 problems[name] = "is not what the source has"
             if name not in checkpoint.buffers and not is_finite(values):
                 before = [problems[name]] if name in problems else []
@@ -199,8 +199,7 @@ def _missing(
     return problems
 
 
-def _equal(values: NDArray[Any], source: NDArray[Any]) -> bool:
-    """Bit for bit, after the change of dtype that a user may have asked for."""
-    return values.shape == source.shape and sha256(values) == sha256(
-        source.astype(values.dtype, copy=False)
-    )
+def _differ(values: NDArray[Any], source: TensorSource) -> bool:
+    """In a bit, after the change of dtype that a user may have asked for; `_missing` has shapes."""
+    same_shape = values.shape == source.shape
+    return same_shape and sha256(values) != sha256(source.read().astype(values.dtype, copy=False))
