@@ -33,7 +33,7 @@ SOLVERS = {
     "wanda": prox24.Wanda(),
     "SparseGPT": prox24.SparseGPT(),
     "prox": prox24.ProximalGradient(),
-    "prox, slower": prox24.ProximalGradient(prox24.schedules.Exponential(0.01, 1.01)),
+    "prox, slower": prox24.ProximalGradient(prox24.Exponential(0.01, 1.01)),
     "ADMM": prox24.ADMM(),
 }
 

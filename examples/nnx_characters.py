@@ -1,10 +1,10 @@
 """Prunes a small transformer of Flax NNX, trained for a minute to predict the characters of a text.
 
-The text are the speeches that are packaged with prox24; the last tenth is held out. Every kernel of
+The text is that of the speeches packaged with prox24; the last tenth is held out. Every kernel of
 attention and of the feed-forward layers is pruned to 2:4, by the Grams of its inputs on some of
-the training text; embeddings and the head stay dense. Nothing is trained afterwards. The last row
-of the table calibrates each layer on what the pruned layers before it put out, instead of on the
-dense model.
+the training text; embeddings and the head stay dense. Nothing is trained afterwards. In the last
+two rows of the table the default calibrates each layer on the outputs of the pruned layers before
+it. The targets are the layer's own outputs there, or the dense model's.
 """
 
 import functools
@@ -117,7 +117,7 @@ def main():
         for name, recipe in METHODS.items()
     }
     for name, targets in (("own targets", None), ("dense targets", prox24.DenseTargets())):
-        pruned[f"the last, in order, {name}"] = prox24.prune_params(
+        pruned[f"in order, {name}"] = prox24.prune_params(
             apply, params, batches, prox24.Recipe(targets=targets), order="sequential"
         )
 

@@ -61,11 +61,13 @@ def test_a_model_takes_a_text_or_its_tokens(tmp_path):
     digits = tokenize(byte_tokenizer(), "0123456789", 260)
     for windows in (calibration_windows, evaluation_windows):
         assert np.array_equal(windows(checkpoint, text), [digits, digits])
-        whole = Text(text.file, samples=None, sequence_length=10)
-        assert np.array_equal(windows(checkpoint, whole), [digits] * 3)
         assert windows(checkpoint, Text(samples=3, sequence_length=16)).shape == (3, 16)
         given = tokens(3, 5).astype(np.int64)
         assert np.array_equal(windows(checkpoint, given), given)
+    by_default = Text(text.file, sequence_length=10)
+    assert np.array_equal(evaluation_windows(checkpoint, by_default), [digits] * 3)
+    with pytest.raises(CalibrationError, match="30 tokens, but 64 windows of 10 need 640"):
+        calibration_windows(checkpoint, by_default)
 
 
 @pytest.mark.parametrize(
