@@ -72,6 +72,7 @@ def test_fields_that_are_not_given_have_their_defaults():
         ({"solver": {"name": "ADMM", "steps": 2.5}}, "recipe.solver.steps is 2.5, not int"),
         ({"solver": {"name": "ADMM", "steps": True}}, "recipe.solver.steps is True, not int"),
         ({"damping": "much"}, "recipe.damping is 'much', not float"),
+        ({"damping": 10**400}, "recipe.damping is 10000"),
         ({"damping": -1}, "damping -1.0 is not a nonnegative number"),
         ({"targets": {"pull": 0}}, "recipe.targets: pull 0.0 is not a positive number"),
         ({"refine": {"passes": 0}}, "recipe.refine: passes 0 is not positive"),
