@@ -46,18 +46,12 @@ def test_pruning_one_layer():
     assert sorted(losses, key=losses.get)[:2] == ["ADMM", "ProximalGradient"]
 
 
-@pytest.mark.parametrize(
-    ("page", "printed"),
-    [
-        ("README.md", "Status.SPARSE 0.5"),
-        ("docs/packed.md", ""),
-        ("docs/solvers.md", ""),
-    ],
-)
-def test_the_python_of_a_page_runs(page, printed):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["packed", "solvers"])  # tests/test_readme.py has the README
+def test_the_python_of_a_page_runs(page):
+    text = (ROOT / f"docs/{page}.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
-    assert printed in run(["-c", "\n".join(blocks)])
+    run(["-c", "\n".join(blocks)])
 
 
 # The path of the prox
