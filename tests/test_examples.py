@@ -210,21 +210,12 @@ def test_digits_are_pruned_to_the_pattern_and_retraining_recovers_accuracy(tmp_p
     assert min(accuracy["fine-tuned"], accuracy["prox"]) >= accuracy["one-shot"]
 
 
-# Pages whose Python opens a model
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("page", "language", "name"),
-    [("docs/generate.md", "python", "DIR"), ("docs/scaling.md", "py", "SRC")],
-)
-def test_the_python_of_a_page_runs_on_a_model(page, language, name, tmp_path):
-    write_tiny(tmp_path / name)
-    text = (ROOT / page).read_text()
-    (code,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    assert name in code
-    code = code.replace("None, 64, 512", "None, 8, 32")
-    run(["-c", "import jax; jax.config.update('jax_num_cpu_devices', 8)\n" + code], tmp_path)
+def test_the_python_of_the_page_on_generation_runs(tmp_path):
+    write_tiny(tmp_path / "DIR")
+    text = (ROOT / "docs/generate.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    run(["-c", code], tmp_path)
 
 
 # Fine-tuning what was pruned
