@@ -20,8 +20,6 @@ from prox24.trees.lora import Adapter
 
 jitted_merge = jax.jit(lora.merge)
 
-DTYPES = ["float32", "bfloat16", "float16"]
-
 
 def normal(shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
@@ -139,7 +137,7 @@ def test_an_attention_is_adapted_along_the_axes_that_describe_gives():
     assert adapters["out"]["kernel"].b.shape == (2, 3, 8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_sum_is_rounded_once_to_the_dtype_of_the_weight(dtype):
     weight, trained = pruned((16, 8), 0, dtype=dtype), adapter((16, 8), 0, 2)
     merged = lora.merge({"w": weight}, {"w": trained}, 0.25)["w"]
@@ -247,7 +245,7 @@ def test_leaves_and_axes_are_chosen_as_in_the_transforms():
     assert adapters["first"]["kernel"].a.shape == (2, 32)
 
 
-@pytest.mark.parametrize("rank", [0, -1, 9])
+@pytest.mark.parametrize("rank", [0, 9])
 def test_a_rank_that_a_matrix_cannot_have_is_refused_by_its_name(rank):
     said = re.escape(
         f"second/weight of shape (8, 32) has adapters of rank 1 to 8 along axis 1, not {rank}"
