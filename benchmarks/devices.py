@@ -12,26 +12,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from common import (
-    PrunedTensor,
-    calibration_windows,
-    dense_model,
-    parser_of,
-    positive,
-    prune,
-    show,
-)
+from common import dense_model, own_targets, parser_of, positive, show
 
-from prox24 import ADMM, ConjugateGradients
+from prox24 import ADMM, ConjugateGradients, Text
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.jobs.native import native_runner
+from prox24.jobs.text import calibration_windows
+from prox24.pruning.loop import PrunedTensor, prune
 
 CASES = [(2, 14), (8, 4)]
-"""How many devices, and how many linears."""
+"""The numbers of devices and of linears."""
 
 
 def compare(found: PrunedTensor, expected: PrunedTensor) -> tuple[int, float]:
     """Blocks with another mask, and the relative difference of the losses."""
     other = (found.values != 0) != (expected.values != 0)
-    losses = [one.report.statistics.relative_loss for one in (found, expected)]
+    losses = [one.reports[0].statistics.relative_loss for one in (found, expected)]
     return int(other.reshape(-1, 4).any(axis=1).sum()), abs(losses[0] / losses[1] - 1)
 
 
@@ -42,16 +38,16 @@ def main() -> None:
     parser.add_argument("--length", type=positive, default=256, help="tokens of a window")
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
-    model = dense_model()
-    windows = calibration_windows(model, arguments.calibration, arguments.samples, arguments.length)
+    model, recipe = open_checkpoint(dense_model()), own_targets(ADMM(), ConjugateGradients())
+    text = Text(arguments.calibration, arguments.samples, arguments.length)
+    windows = calibration_windows(model, text)
 
     def first_linears(devices: int, count: int, shard_grams: bool) -> list[PrunedTensor]:
         mesh = None
         if devices > 1:
             mesh = jax.make_mesh((devices,), ("devices",), devices=jax.devices()[:devices])
-        methods = ADMM(), ConjugateGradients()
-        pruned = prune(model, windows, *methods, mesh=mesh, shard_grams=shard_grams)
-        return list(itertools.islice((one for one in pruned if one.report), count))
+        runner = native_runner(model, windows, recipe, mesh=mesh, shard_grams=shard_grams)
+        return list(itertools.islice(prune(runner, recipe), count))
 
     alone, rows = first_linears(1, 14, False), []
     for shard_grams, (devices, count) in itertools.product((False, True), CASES):

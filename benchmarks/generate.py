@@ -12,93 +12,54 @@ form's in the same dtype, and its ceiling the bytes of all weights of the dense 
 the packed one. Resident memory is that of the process after the last token, on Linux.
 """
 
-import math
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from common import ModelWeights, decoder
-from jax import Array
 
-import prox24.packed
+import prox24
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.cli.generate import decoding_rate
+from prox24.jobs.forward import all_weights, load_model
+from prox24.models.generate import generate
+from prox24.packed import Packed24, pack
 
-Weights = dict[str, Array]
-
-
-def cast(dtype: Any, weights: Weights) -> Weights:
-    return {name: w.astype(dtype) for name, w in weights.items()}
-
-
-def packed(dtype: Any, weights: Weights) -> dict[str, Any]:
-    """Cut to the two largest of each block, where the model is not 2:4 already."""
-
-    def pack_linear(w: Array) -> prox24.packed.Packed24:
-        return prox24.packed.pack(jnp.where(prox24.top_mask(jnp.abs(w)), w, 0))
-
-    return {
-        name: pack_linear(w) if "_proj." in name and w.ndim == 2 else w
-        for name, w in cast(dtype, weights).items()
-    }
+FORMS = [f"{dtype}{form}" for dtype in ("float32", "bfloat16") for form in ("", ", packed")]
+SHAPE = common.llama(2048, 8192, 16, 32, tie_word_embeddings=True)
+"""Of --synthetic."""
+PROMPT = 32
+"""Tokens."""
 
 
-FORMS: dict[str, Callable[[Weights], dict[str, Any]]] = {
-    "float32": partial(cast, jnp.float32),
-    "float32, packed": partial(packed, jnp.float32),
-    "bfloat16": partial(cast, jnp.bfloat16),
-    "bfloat16, packed": partial(packed, jnp.bfloat16),
-}
-"""The weights of a layer, or of the embedding and head, in each form."""
+def cut_and_pack(weight: jax.Array) -> Packed24:
+    """The two largest of each block, where the model is not 2:4 already."""
+    return pack(jnp.where(prox24.top_mask(jnp.abs(weight)), weight, 0))
 
 
-def from_checkpoint(path: Path, form: Callable[[Weights], Weights]) -> tuple[Any, ModelWeights]:
-    model = common.load_model(common.open_checkpoint(path))
-    outer = form(common.embedding_weights(model) | common.head_weights(model))
-    layers = range(len(model.config.layers))
-    return model.config, ModelWeights(outer, [form(common.layer_weights(model, i)) for i in layers])
-
-
-def synthetic(form: Callable[[Weights], Weights]) -> tuple[Any, ModelWeights]:
-    config = common.config_from_hf(common.llama(2048, 8192, 16, 32, tie_word_embeddings=True))
-    rng = np.random.default_rng(0)
-
-    def random(shapes: dict[str, tuple[int, ...]]) -> Weights:
-        return form(
-            {
-                name: jnp.asarray(np.float32(0.02) * rng.standard_normal(shape, np.float32))
-                for name, shape in shapes.items()
-            }
-        )
-
-    outer = random(decoder.embedding_shapes(config) | decoder.head_shapes(config))
-    return config, ModelWeights(outer, [random(decoder.layer_shapes(x)) for x in config.layers])
-
-
-def measure(form: str, path: Path | None, prompt: int, tokens: int) -> dict[str, Any]:
-    """One line of the table; without a path, of the synthetic model."""
-    make = FORMS[form]
-    config, weights = synthetic(make) if path is None else from_checkpoint(path, make)
-    ids = np.random.default_rng(1).integers(0, config.vocabulary, (1, prompt))
+def measure(form: str, path: Path, tokens: int) -> dict[str, Any]:
+    """One line of the table."""
+    dtype, is_packed, _ = form.partition(", packed")
+    model = load_model(open_checkpoint(path))
+    weights = all_weights(model, np.dtype(dtype), pack_linear=cut_and_pack if is_packed else None)
+    ids = np.random.default_rng(1).integers(0, model.config.vocabulary, (1, PROMPT))
     times = [time.perf_counter()]
-    for _ in common.generate(config, weights, ids, tokens):
+    for _ in generate(model.config, weights, ids, tokens):
         times.append(time.perf_counter())
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "form": form,
         "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(weights)),
         "resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
-        "peak_bytes": common.peak_memory_bytes(),
-        "first_token_seconds": times[1] - times[0],
-        "second_token_seconds": times[2] - times[1],
-        "tokens_per_second": common.decoding_rate(times),
+        "tokens_per_second": decoding_rate(times),
     }
 
 
@@ -108,19 +69,16 @@ def median_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {"form": rounds[0]["form"], **numbers}
 
 
-def ratio(rows: list[dict[str, Any]], row: dict[str, Any], of: str) -> float:
-    """Of a packed form's figure to that of the dense form in its dtype; NaN if that did not run."""
-    dtype, is_packed, _ = row["form"].partition(", packed")
-    dense = [other[of] for other in rows if is_packed and other["form"] == dtype]
-    return row[of] / dense[0] if dense else math.nan
-
-
 def cells(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[str, ...]:
-    sizes = [f"{row[f'{name}_bytes'] / 1e9:.2f}" for name in ("weights", "resident", "peak")]
-    seconds = [f"{row[f'{which}_token_seconds']:.1f}" for which in ("first", "second")]
-    speed, bytes_left = (ratio(rows, row, of) for of in ("tokens_per_second", "weights_bytes"))
-    shares = ["" if math.isnan(share) else f"{share:.2f}" for share in (speed, 1 / bytes_left)]
-    return row["form"], *sizes, *seconds, f"{row['tokens_per_second']:.2f}", *shares
+    """Of a line; a packed form is compared with the dense form in its dtype, if that has run."""
+    dtype, is_packed, _ = row["form"].partition(", packed")
+    sizes = [f"{row[f'{name}_bytes'] / 1e9:.2f}" for name in ("weights", "resident")]
+    shares = ["", ""]
+    for dense in rows:
+        if is_packed and dense["form"] == dtype:
+            speed = row["tokens_per_second"] / dense["tokens_per_second"]
+            shares = [f"{speed:.2f}", f"{dense['weights_bytes'] / row['weights_bytes']:.2f}"]
+    return row["form"], *sizes, f"{row['tokens_per_second']:.2f}", *shares
 
 
 def main() -> None:
@@ -128,26 +86,24 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=Path, help="as the commands of prox24 take it")
     source.add_argument("--synthetic", action="store_true", help="random weights of Llama-3.2-1B")
-    parser.add_argument("--form", choices=FORMS, action="append", help="all by default")
-    parser.add_argument("--prompt", type=common.positive, default=32, help="tokens of the prompt")
     parser.add_argument("--tokens", type=common.positive, default=64, help="three or more")
     parser.add_argument("--rounds", type=common.positive, default=3, help="of all forms (3)")
-    common.add_json(parser)
     arguments = parser.parse_args()
     if arguments.tokens < 3:
         parser.error(f"argument --tokens: {arguments.tokens} are too few to measure")
-    path = arguments.model
-    if path is None and not arguments.synthetic:
-        path = common.dense_model().path
-    forms = list(arguments.form or FORMS)
     rounds = []
-    for form in arguments.rounds * forms:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rounds.append(pool.apply(measure, (form, path, arguments.prompt, arguments.tokens)))
-    rows = [median_of(rounds[place :: len(forms)]) for place in range(len(forms))]
-    common.write_json(arguments.json, rows)
-    titles = "weights", "GB", "resident, GB", "peak, GB", "first s", "second s", "tokens / s"
-    common.show((*titles, "speed", "ceiling"), [cells(rows, row) for row in rows])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        if arguments.synthetic:
+            common.write_llama(path, SHAPE, ml_dtypes.bfloat16, np.random.default_rng(0))
+        else:
+            path = arguments.model or common.dense_model()
+        for form in arguments.rounds * FORMS:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                rounds.append(pool.apply(measure, (form, path, arguments.tokens)))
+    rows = [median_of(rounds[place :: len(FORMS)]) for place in range(len(FORMS))]
+    titles = "weights", "GB", "resident, GB", "tokens / s", "speed", "ceiling"
+    common.show(titles, [cells(rows, row) for row in rows])
 
 
 if __name__ == "__main__":

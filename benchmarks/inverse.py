@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import medians, parser_of, positive, show
+from common import environment, medians, parser_of, positive, show
 from jax import Array, lax
 
 from prox24.core.precision import PRECISION
@@ -63,8 +63,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=positive, default=5)
     arguments = parser.parse_args()
     rows = [row for width in arguments.widths for row in measure(width, arguments.repetitions)]
-    title = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-    show(("", "width", "seconds", "/ product", "error"), rows, title=title)
+    show(("", "width", "seconds", "/ product", "error"), rows, title=environment())
 
 
 if __name__ == "__main__":

@@ -6,37 +6,35 @@ libtpu holds the compiler; nothing is executed. The programs of 8B are compiled 
 a mesh of eight, with the windows of the text and the rows of weights sharded and the rest
 replicated; those of 8B and of 70B also for eight chips that share the columns of weights and Grams.
 The memory is that of one chip: arguments, results that are not donated arguments, and temporaries,
-as the compiler reports them; and what `prox24.pipeline.prune` holds on the chip beside them. The
-exit code is 1 if a program does not compile or its memory is above 16 GB.
+as the compiler reports them; and what `prox24.prune` holds on the chip beside them. The exit code
+is 1 if a program does not compile or its memory is above 16 GB.
 """
 
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tpu_compiler
-from common import config_from_hf, decoder, llama, parser_of, show
+from common import llama, show
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from prox24.core.pattern import Pattern
+from prox24 import LayerProblem, Recipe
 from prox24.core.placement import AXIS
 from prox24.jobs.forward import run_layer
-from prox24.jobs.observe import add_layer_inputs
+from prox24.jobs.observe import observe_layer
+from prox24.models import spec
+from prox24.models.families import config_from_hf
 from prox24.pruning.grams import GramSum
-from prox24.solvers.admm import ADMM
-from prox24.solvers.problem import LayerProblem
-from prox24.solvers.refit import ConjugateGradients
 from prox24.solvers.solve import solve_program
 
-LIMIT = 16e9
+LIMIT = 16.0
 LENGTH = 2048
-PATTERN = Pattern(2, 4)
+RECIPE = Recipe()
 ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -53,8 +51,7 @@ CASES = [("8B", 1, "rows"), ("8B", 8, "rows"), ("8B", 8, "columns"), ("70B", 8, 
 """A model, the number of chips, and what of its weights they share."""
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """A jitted function, its arguments as shapes, and the bytes that are held beside them."""
 
     name: str
@@ -76,8 +73,8 @@ def programs(config: dict[str, Any], mesh: Mesh, shared: str) -> Iterator[Progra
         return array(shape, jnp.float32, None, AXIS)
 
     layer = config_from_hf(config).layers[0]
-    shapes = decoder.layer_shapes(layer)
-    inputs = decoder.linear_inputs(layer)
+    shapes = spec.layer_shapes(layer)
+    inputs = spec.linear_inputs(layer)
     widths = {source: shapes[f"{name}.weight"][1] for name, source in inputs.items()}
     weights = {name: array(shape, jnp.bfloat16) for name, shape in shapes.items()}
     hidden = rows((mesh.size, LENGTH, layer.hidden))
@@ -89,76 +86,59 @@ def programs(config: dict[str, Any], mesh: Mesh, shared: str) -> Iterator[Progra
         total, tokens = lambda n: columns((n, n)), array((), jnp.int32)
     grams = {name: GramSum(total(n), total(n), tokens) for name, n in widths.items()}
     yield Program("layer", run_layer, (layer, weights, hidden), 0.0)
-    yield Program(
-        "layer and Grams",
-        add_layer_inputs,
-        (layer, weights, hidden, None, grams, {}, devices),
-        0.0,
-    )
+    observed = layer, weights, hidden, None, grams, {}, devices
+    yield Program("layer and Grams", observe_layer, observed, 0.0)
     # The layer dense and pruned, and the Grams, of own targets; hidden states are on the host.
     held = 2 * 2 * sum(float(np.prod(shape)) for shape in shapes.values())
     gram_bytes = {n: 4 * n * n / (devices or 1) for n in widths.values()}
     held += sum(gram_bytes[n] for n in widths.values())
     methods = jax.tree.map(
         lambda x: array((), jnp.result_type(jnp.float32 if isinstance(x, float) else x)),
-        (ADMM(), ConjugateGradients()),
+        (RECIPE.solver, RECIPE.refit),
     )
     for out, width in sorted({shapes[f"{name}.weight"] for name in inputs}):
         problem = LayerProblem(weight((out, width)), gram((width, width)))
-        yield Program(
-            f"solve, {out} x {width}",
-            solve_program,
-            (problem, *methods, array(()), PATTERN),
-            held - gram_bytes[width],
-        )
+        arguments = problem, *methods, array(()), RECIPE.pattern
+        held_beside = held - gram_bytes[width]
+        yield Program(f"solve, {out} x {width}", solve_program, arguments, held_beside)
 
 
-def gigabytes(compiled: Any, held: float) -> dict[str, float]:
-    """The memory of one chip."""
+def memory_of(compiled: Any, held: float) -> list[float]:
+    """The GB of one chip: arguments, results, temporaries, what is held beside them, and all."""
     memory = compiled.memory_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-        "held beside": held,
-    }
-    return {name: size / 1e9 for name, size in parts.items()}
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = memory.argument_size_in_bytes, results, memory.temp_size_in_bytes, held
+    return [size / 1e9 for size in (*parts, sum(parts))]
 
 
 def main() -> int:
-    """Compiles everything that was asked for, and prints a table."""
-    parser = parser_of(__doc__)
-    chips = tpu_compiler.CHIPS
-    parser.add_argument("--chip", choices=chips, action="append", help="both by default")
-    parser.add_argument("--model", choices=LAYERS, action="append", help="both by default")
-    parser.add_argument("--only", default="", help="programs whose names begin so")
-    arguments = parser.parse_args()
+    """Compiles every program, and prints a table."""
     if not tpu_compiler.is_installed():
         return 2
     rows, fits = [], True
-    for chip, (model, count, shared) in itertools.product(arguments.chip or chips, CASES):
-        if model not in (arguments.model or LAYERS):
-            continue
+    for chip, (model, count, shared) in itertools.product(tpu_compiler.CHIPS, CASES):
         mesh = Mesh(np.array(tpu_compiler.devices(chip)[:count]), (AXIS,))
         for program in programs(LAYERS[model], mesh, shared):
-            if not program.name.startswith(arguments.only):
-                continue
-            place = [chip, model, str(count), shared, program.name]
+            place = chip, model, str(count), shared, program.name
             try:
                 compiled = program.function.lower(*program.arguments).compile()
             except jax.errors.JaxRuntimeError as error:
                 print(*place, error, file=sys.stderr, sep=": ")
                 fits = False
                 continue
-            sizes = gigabytes(compiled, program.held)
-            fits &= sum(sizes.values()) * 1e9 <= LIMIT
+            sizes = memory_of(compiled, program.held)
+            fits &= sizes[-1] <= LIMIT
             accessed = compiled.cost_analysis()["bytes accessed"] / 1e9
-            cells = [f"{size:.2f}" for size in (*sizes.values(), sum(sizes.values()))]
-            rows.append((*place, *cells, f"{accessed:.1f}"))
-            print(*rows[-1], file=sys.stderr)
+            rows.append((*place, *(f"{size:.2f}" for size in sizes), f"{accessed:.1f}"))
     titles = "arguments", "results", "temporary", "held beside", "in all", "GB accessed"
     title = f"Llama-3.1, GB of one chip, jax {jax.__version__}"
-    show(("chip", "model", "chips", "shared", "program", *titles), rows, left=5, title=title)
+    show(
+        ("chip", "model", "chips", "shared", "program", *titles),
+        rows,
+        left=5,
+        title=title,
+        width=140,
+    )
     return 0 if fits else 1
 
 

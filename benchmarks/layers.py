@@ -10,115 +10,103 @@ layers.png, the loss against the time as the budget of each solver grows: both r
 default solver and to SparseGPT, as geometric means over the linears.
 """
 
-import csv
 import dataclasses
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from baselines import ALPS, Boza
 from common import (
     CONVERGED,
     add_output,
     dense_model,
-    linears,
     medians,
+    own_targets,
     parser_of,
     plt,
     positive,
     save,
     show,
     timed,
-    windows_of,
+    write_rows,
 )
 
 import prox24
-from prox24 import ADMM, ConjugateGradients, LayerProblem, Prox, SparseGPT, Swaps, Wanda
-from prox24.solvers.admm import Projection
-from prox24.solvers.schedules import Adaptive, Cosine, Exponential, Linear
-
-
-class Contender(NamedTuple):
-    """A solver and a refit; contenders of one `curve` are one line of the figure."""
-
-    solver: object
-    refit: object
-    curve: str = ""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Boza:
-    """Boza's iteration as published: a tenth of the Gram's diagonal is added to the diagonal."""
-
-    def __call__(self, problem: LayerProblem, pattern: prox24.Pattern, damping: jax.Array):
-        gram = problem.gram + 0.1 * jnp.diag(jnp.diagonal(problem.gram))
-        found = ADMM.boza()(problem._replace(gram=gram), pattern, jnp.zeros_like(damping))
-        return found._replace(damping=damping)
-
+from prox24 import ADMM, ConjugateGradients, LayerProblem, ProximalGradient, Recipe, Swaps
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.jobs.native import native_runner
+from prox24.jobs.text import calibration_windows
+from prox24.pruning.runner import Streams
 
 DEFAULT = "admm with the prox"
 REFERENCE = "sparsegpt"
 PAPER = "prox, paper + 1,000 gradient steps"
 
 
-def contenders() -> dict[str, Contender]:
-    """Everything that is compared, by name."""
-    grow = (1.2, 1.1, 1.02)
-    stretched = {
-        f"admm with the prox, {steps} steps": Contender(
-            ADMM.in_steps(steps), ConjugateGradients(), curve="admm with the prox"
-        )
-        for steps in (8, 12, 48, 96)
+def contenders() -> dict[str, Recipe]:
+    """Solvers and refits by name; those with a number of steps or a growth make a curve."""
+    refit = ConjugateGradients()
+    found = {
+        "magnitude": Recipe.magnitude(),
+        "magnitude + refit": own_targets(prox24.Magnitude(), CONVERGED),
+        "wanda": Recipe.wanda(),
+        "wanda + refit": own_targets(prox24.Wanda(), CONVERGED),
+        REFERENCE: Recipe.sparsegpt(),
+        "sparsegpt + refit": own_targets(prox24.SparseGPT(), CONVERGED),
+        "sparsegpt + swaps": own_targets(prox24.SparseGPT(), Swaps()),
+        "admm, Boza": own_targets(Boza()),
+        "admm, Boza + refit": own_targets(Boza(), CONVERGED),
+        "admm, ALPS": own_targets(ALPS(), ConjugateGradients(10)),
+        "admm, ALPS + refit": own_targets(ALPS(), CONVERGED),
+        DEFAULT: own_targets(ADMM(), refit),
+        f"{DEFAULT}, no refit": own_targets(ADMM()),
+        f"{DEFAULT} + swaps": own_targets(ADMM(), Swaps()),
+        f"{DEFAULT}, scaling 0": own_targets(ADMM(scaling=0.0), refit),
+        "prox": own_targets(ProximalGradient(), refit),
+        "prox, no refit": own_targets(ProximalGradient()),
+        "prox, no momentum": own_targets(ProximalGradient(momentum=0.0), refit),
+        PAPER: Recipe.paper(),
     }
-    projected = {
-        f"admm, projection, {steps} steps": Contender(
-            dataclasses.replace(ADMM.in_steps(steps), sparsify=Projection()),
-            ConjugateGradients(),
-            curve="admm, projection",
-        )
-        for steps in (12, 24, 96)
-    }
-    projected["admm, projection, no refit"] = Contender(ADMM(sparsify=Projection()), None)
-    projected["admm, projection, scaling 0"] = Contender(
-        ADMM(sparsify=Projection(), scaling=0.0), ConjugateGradients()
-    )
-    slower = {
-        f"prox, growth {growth}": Contender(
-            Prox(Exponential(0.01, growth)), ConjugateGradients(), curve="prox"
-        )
-        for growth in grow
-    }
-    return {
-        "magnitude": Contender(prox24.Magnitude(), None),
-        "magnitude + refit": Contender(prox24.Magnitude(), CONVERGED),
-        "wanda": Contender(Wanda(), None),
-        "wanda + refit": Contender(Wanda(), CONVERGED),
-        REFERENCE: Contender(SparseGPT(), None, curve="sparsegpt, swaps"),
-        "sparsegpt + refit": Contender(SparseGPT(), CONVERGED, curve="sparsegpt, swaps"),
-        "sparsegpt + swaps": Contender(SparseGPT(), Swaps(), curve="sparsegpt, swaps"),
-        "admm, Boza": Contender(Boza(), None),
-        "admm, Boza + refit": Contender(Boza(), CONVERGED),
-        "admm, ALPS": Contender(ADMM.alps(), ConjugateGradients(10)),
-        "admm, ALPS + refit": Contender(ADMM.alps(), CONVERGED),
-        DEFAULT: Contender(ADMM(), ConjugateGradients(), curve="admm with the prox"),
-        f"{DEFAULT}, no refit": Contender(ADMM(), None),
-        f"{DEFAULT} + swaps": Contender(ADMM(), Swaps()),
-        f"{DEFAULT}, scaling 0": Contender(ADMM(scaling=0.0), ConjugateGradients()),
-        "prox": Contender(Prox(), ConjugateGradients(), curve="prox"),
-        "prox, no refit": Contender(Prox(), None),
-        "prox, no momentum": Contender(Prox(momentum=0.0), ConjugateGradients()),
-        "prox, restart": Contender(Prox(restart=True), ConjugateGradients()),
-        "prox, per row": Contender(Prox(per_row=True), ConjugateGradients()),
-        "prox, adaptive": Contender(Prox(Adaptive(0.01)), ConjugateGradients()),
-        "prox, linear": Contender(Prox(Linear(0.01, 0.5)), ConjugateGradients()),
-        "prox, cosine": Contender(Prox(Cosine(0.01, 200.0, 200.0)), ConjugateGradients()),
-        PAPER: Contender(Prox.paper(), prox24.GradientSteps()),
-        **stretched,
-        **projected,
-        **slower,
-    }
+    for steps in (8, 12, 48, 96):
+        found[f"{DEFAULT}, {steps} steps"] = own_targets(ADMM.in_steps(steps), refit)
+    for steps in (12, 24, 96):
+        projecting = dataclasses.replace(ADMM.in_steps(steps), penalty=None)
+        found[f"admm, projection, {steps} steps"] = own_targets(projecting, refit)
+    found["admm, projection, no refit"] = own_targets(ADMM(penalty=None))
+    found["admm, projection, scaling 0"] = own_targets(ADMM(penalty=None, scaling=0.0), refit)
+    for growth in (1.2, 1.1, 1.02):
+        slower = ProximalGradient(prox24.Exponential(0.01, growth))
+        found[f"prox, growth {growth}"] = own_targets(slower, refit)
+    return found
+
+
+CURVES = {
+    "sparsegpt, swaps": [REFERENCE, "sparsegpt + refit", "sparsegpt + swaps"],
+    DEFAULT: [DEFAULT, *(f"{DEFAULT}, {steps} steps" for steps in (8, 12, 48, 96))],
+    "prox": ["prox", *(f"prox, growth {growth}" for growth in (1.2, 1.1, 1.02))],
+    "admm, projection": [f"admm, projection, {steps} steps" for steps in (12, 24, 96)],
+}
+"""The lines of the figure."""
+
+
+def linears(
+    model: Path, layers: Collection[int], text: prox24.Text
+) -> Iterator[tuple[int, str, LayerProblem]]:
+    """The linears of some layers with their Grams in the dense model."""
+    checkpoint = open_checkpoint(model)
+    runner = native_runner(checkpoint, calibration_windows(checkpoint, text), Recipe.wanda())
+    _, state = runner.enter(Streams(dense=False, crosses=False))
+    for index in range(max(layers) + 1):
+        weights = runner.weights(index)
+        chosen = runner.linears(index) if index in layers else []
+        inputs, state = runner.observe(index, weights, state, {linear.input for linear in chosen})
+        for linear in chosen:
+            weight = weights[linear.tensor].astype(jnp.float32)
+            name = linear.tensor.split(f".{index}.")[1].removesuffix(".weight")
+            yield index, name, LayerProblem(weight, inputs[linear.input][0].gram)
+        state = runner.advance(index, weights, state)
 
 
 def one_step(part: object) -> object:
@@ -128,14 +116,13 @@ def one_step(part: object) -> object:
     return dataclasses.replace(part, **short) if short else part
 
 
-def measure(contender: Contender, problem: LayerProblem) -> tuple[prox24.Solution, float]:
+def measure(recipe: Recipe, problem: LayerProblem) -> tuple[prox24.Solution, float]:
     """The solution, and the seconds that it takes once compiled."""
-    jax.block_until_ready(
-        prox24.solve(problem, one_step(contender.solver), one_step(contender.refit))
-    )
+    short = one_step(recipe.solver), one_step(recipe.refit)
+    jax.block_until_ready(prox24.solve(problem, *short))
 
     def solve() -> prox24.Solution:
-        return prox24.solve(problem, contender.solver, contender.refit)
+        return prox24.solve(problem, recipe.solver, recipe.refit)
 
     seconds, solution = timed(solve)
     return solution, seconds if seconds > 2 else medians({"": solve}, 3)[""]
@@ -153,8 +140,10 @@ def summary(rows: list[dict]) -> None:
     best = np.array([row["loss"] for row in rows if row["contender"] == DEFAULT])
     for name in dict.fromkeys(row["contender"] for row in rows):
         losses = np.array([row["loss"] for row in rows if row["contender"] == name])
-        seconds = sum(row["seconds"] for row in rows if row["contender"] == name)
-        reference = sum(row["seconds"] for row in rows if row["contender"] == REFERENCE)
+        seconds, reference = (
+            sum(row["seconds"] for row in rows if row["contender"] == one)
+            for one in (name, REFERENCE)
+        )
         lower = "" if name == DEFAULT else f"{np.mean(best < losses):.0%}"
         ratios = f"{mean_ratio(rows, 'loss', name, DEFAULT):.4f}", lower
         lines.append((name, *ratios, f"{seconds:.2f}", f"{seconds / reference:.1f}"))
@@ -162,16 +151,16 @@ def summary(rows: list[dict]) -> None:
     show(("contender", *titles), lines, title=f"{len(best)} linears")
 
 
-def draw(rows: list[dict], field: dict[str, Contender], path: Path) -> None:
-    """Loss against time, one line per curve."""
+def draw(rows: list[dict], path: Path) -> None:
+    """Loss against time."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="tight")
 
     def point(name: str) -> tuple[float, float]:
         loss = 100 * (mean_ratio(rows, "loss", name, DEFAULT) - 1)
         return mean_ratio(rows, "seconds", name, REFERENCE), loss
 
-    for curve in dict.fromkeys(c.curve for c in field.values() if c.curve):
-        points = sorted(point(name) for name, c in field.items() if c.curve == curve)
+    for curve, names in CURVES.items():
+        points = sorted(map(point, names))
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=curve)
     for name in ("admm, ALPS + refit", "admm, Boza + refit", PAPER):
         axes.plot(*point(name), marker="s", linestyle="none", label=name)
@@ -193,19 +182,17 @@ def main() -> None:
     field = contenders()
     if arguments.only:
         chosen = {DEFAULT, REFERENCE, *arguments.only.split(";")}
-        field = {name: contender for name, contender in field.items() if name in chosen}
+        field = {name: recipe for name, recipe in field.items() if name in chosen}
     layers = {int(layer) for layer in arguments.layers.split(",")}
-    model = dense_model()
-    windows = windows_of(model, arguments.calibration, arguments.samples, 512, spread=True)
+    text = prox24.Text(arguments.calibration, arguments.samples)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
-    with (arguments.output / "layers.csv").open("w", newline="") as file:
-        writer = None
-        for layer, linear, problem in linears(model, layers, windows):
-            for name, contender in field.items():
-                solution, seconds = measure(contender, problem)
-                figures = solution.statistics
-                row = {
+    for layer, linear, problem in linears(dense_model(), layers, text):
+        for name, recipe in field.items():
+            solution, seconds = measure(recipe, problem)
+            figures = solution.statistics
+            rows.append(
+                {
                     "layer": layer,
                     "linear": linear,
                     "out": problem.weight.shape[0],
@@ -218,15 +205,11 @@ def main() -> None:
                     "steps": figures.steps,
                     "refit_steps": figures.refit_steps,
                 }
-                if writer is None:
-                    writer = csv.DictWriter(file, row)
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                rows.append(row)
+            )
+        write_rows(arguments.output / "layers.csv", rows)
     summary(rows)
     if not arguments.only:
-        draw(rows, field, arguments.output / "layers.png")
+        draw(rows, arguments.output / "layers.png")
 
 
 if __name__ == "__main__":

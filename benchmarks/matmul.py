@@ -17,29 +17,21 @@ A case whose dense product would take more than --seconds, or half of the free m
 smaller: inputs and outputs are halved until it fits. Writes matmul.csv and matmul.png.
 """
 
-import argparse
-import csv
 import functools
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from common import plt
 
 import prox24
 from prox24.packed import matmul, pack
 from prox24.packed.choice import IMPLEMENTATIONS, UNPACK, Case
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SHAPES = {
     "8B qkv": (6144, 4096),
@@ -56,25 +48,8 @@ DENSE = {"dense x W^T": lambda x, w: x @ w.T, "dense W x^T": lambda x, w: (w @ x
 """XLA's products with a dense weight, either of which may be the faster one."""
 NEGATED_BYTES, PEAK_WIDTH = 1 << 28, 2048
 CHECKED_VECTORS, CHECKED_ROWS = 8, 64
-WAKING_SECONDS = 0.02
-Run = Callable[[], Any]
-
-
-def medians(runs: Mapping[str, Run], repetitions: int) -> dict[str, float]:
-    """Median seconds of each, in turns, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(repetitions + 1):
-        for name, run in runs.items():
-            # A processor that had nothing to do is slow at first.
-            awake = time.perf_counter() + WAKING_SECONDS
-            while True:
-                start = time.perf_counter()
-                jax.block_until_ready(run())
-                if start > awake:
-                    break
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+WAKING = 0.02
+"""Seconds of work before each timing: a processor that had nothing to do is slow at first."""
 
 
 def machine_speeds(dtype: str, repetitions: int) -> tuple[float, float]:
@@ -90,7 +65,7 @@ def machine_speeds(dtype: str, repetitions: int) -> tuple[float, float]:
 
     product = jax.jit(lambda x: x @ x)
     runs = {"memory": rewrite, "product": lambda: product(square)}
-    seconds = medians(runs, repetitions)
+    seconds = common.medians(runs, repetitions, waking=WAKING)
     return 2 * NEGATED_BYTES / seconds["memory"], PEAK_WIDTH**3 / seconds["product"]
 
 
@@ -102,10 +77,9 @@ def roofline(case: Case, weight_bytes: float, share: float, speeds: tuple[float,
     return max(moved / speeds[0], multiplications / speeds[1])
 
 
-def fitting(
-    case: Case, scale: float, speeds: tuple[float, float], limit: float
-) -> tuple[Case, float]:
-    """The largest case, scaled and halved, that fits; and its scale."""
+def fitting(case: Case, speeds: tuple[float, float], limit: float) -> tuple[Case, float]:
+    """The case, halved until it fits; and its scale."""
+    scale = 1.0
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory = jax.devices()[0].memory_stats()
     if memory and "bytes_limit" in memory:
@@ -131,7 +105,7 @@ def measure(
     dense = jnp.where(prox24.top_mask(jnp.abs(dense)), dense, 0).astype(case.dtype)
     x = jax.random.normal(keys[1], (case.batch, case.inputs)).astype(case.dtype)
     w = pack(dense)
-    runs: dict[str, Run] = {
+    runs: dict[str, Callable[[], Any]] = {
         name: functools.partial(jax.jit(form), x, dense) for name, form in DENSE.items()
     }
     for name in (UNPACK, *IMPLEMENTATIONS):
@@ -141,17 +115,18 @@ def measure(
             )
     exact = np.asarray(x[:CHECKED_VECTORS], np.float64)
     exact = exact @ np.asarray(dense[:CHECKED_ROWS], np.float64).T
-    seconds = medians(runs, repetitions)
+    results = {name: run()[:CHECKED_VECTORS, :CHECKED_ROWS] for name, run in runs.items()}
+    seconds = common.medians(runs, repetitions, waking=WAKING)
     fastest = min(seconds[name] for name in DENSE)
     rows = {}
-    for name, run in runs.items():
-        found = np.asarray(run()[:CHECKED_VECTORS, :CHECKED_ROWS], np.float64)
+    for name, result in results.items():
+        difference = np.abs(np.asarray(result, np.float64) - exact).max()
         weight_bytes, share = (dense.nbytes, 1) if name in DENSE else (w.nbytes, 0.5)
         rows[name] = {
             "seconds": seconds[name],
             "speed_relative_to_dense": fastest / seconds[name],
             "fraction_of_roofline": roofline(case, weight_bytes, share, speeds) / seconds[name],
-            "error": float(np.abs(found - exact).max() / np.abs(exact).max()),
+            "error": float(difference / np.abs(exact).max()),
         }
     return rows
 
@@ -180,55 +155,50 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     panels[0, 0].legend(ncols=len(names), frameon=False, fontsize="small")
     figure.suptitle(f"speed relative to the dense product, {rows[0]['dtype']}")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    common.save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), metavar="N,...")
-    parser.add_argument("--scale", type=float, default=1.0, help="of inputs and outputs (1)")
     parser.add_argument("--linears", default=",".join(SHAPES), help="which of them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--repetitions", type=int, default=7, help="timings per contender")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a dense product at most (2)")
-    parser.add_argument("--output", type=Path, default=Path("."), metavar="FOLDER")
+    common.add_output(parser)
     arguments = parser.parse_args()
-
     dtype, backend = arguments.dtype, jax.default_backend()
-    platform = "cuda" if backend == "gpu" else backend
     speeds = machine_speeds(dtype, arguments.repetitions)
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {dtype}: "
-        f"{speeds[0] / 1e9:.3g} GB/s, {speeds[1] / 1e9:.3g} G multiplications/s"
-    )
     rows: list[dict[str, Any]] = []
-    table = Table("linear", "out x in", "batch", "contender", "ms", "speed / dense", "roofline")
-    table.add_column("error")
     for batch in map(int, arguments.batches.split(",")):
         for linear in arguments.linears.split(","):
+            platform = "cuda" if backend == "gpu" else backend
             case = Case(platform, dtype, *SHAPES[linear], batch)
-            case, scale = fitting(case, arguments.scale, speeds, arguments.seconds)
+            case, scale = fitting(case, speeds, arguments.seconds)
             named = {"linear": linear, **case._asdict(), "scale": scale}
             del named["platform"]
             for name, found in measure(case, speeds, arguments.repetitions).items():
                 rows.append(named | {"contender": name} | found)
-                table.add_row(
-                    linear,
-                    f"{case.outputs} x {case.inputs}, scaled by {scale:.3g}",
-                    str(batch),
-                    name,
-                    f"{1e3 * found['seconds']:.3g}",
-                    f"{found['speed_relative_to_dense']:.2f}",
-                    f"{found['fraction_of_roofline']:.0%}",
-                    f"{found['error']:.0e}",
-                )
-    Console(width=120).print(table)
-    with (arguments.output / "matmul.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    lines = [
+        (
+            row["linear"],
+            f"{row['outputs']} x {row['inputs']}, scaled by {row['scale']:.3g}",
+            row["contender"],
+            str(row["batch"]),
+            f"{1e3 * row['seconds']:.3g}",
+            f"{row['speed_relative_to_dense']:.2f}",
+            f"{row['fraction_of_roofline']:.0%}",
+            f"{row['error']:.0e}",
+        )
+        for row in rows
+    ]
+    titles = "linear", "out x in", "contender", "batch", "ms", "speed / dense", "roofline", "error"
+    title = (
+        f"{common.environment()}, {dtype}: "
+        f"{speeds[0] / 1e9:.3g} GB/s, {speeds[1] / 1e9:.3g} G multiplications/s"
+    )
+    common.show(titles, lines, left=3, title=title)
+    common.write_rows(arguments.output / "matmul.csv", rows)
     draw(rows, arguments.output / "matmul.png")
 
 

@@ -16,23 +16,12 @@ from typing import Any
 
 import jax
 import tpu_compiler
+from common import show
 from jax.sharding import SingleDeviceSharding
-from rich.console import Console
-from rich.table import Table
+from matmul import SHAPES
 
 from prox24.packed.choice import IMPLEMENTATIONS, Case
 from prox24.packed.kernels import tpu, xla
-
-SHAPES = (
-    (6144, 4096),
-    (4096, 4096),
-    (28672, 4096),
-    (4096, 14336),
-    (10240, 8192),
-    (8192, 8192),
-    (57344, 8192),
-    (8192, 28672),
-)
 
 
 def bytes_moved(function: Callable[..., Any], *arguments: Any) -> float:
@@ -46,13 +35,11 @@ def main() -> int:
     """Compiles every case and prints a table."""
     if not tpu_compiler.is_installed():
         return 2
-    table = Table(title=f"jax {jax.__version__}")
-    for name in ("chip", "dtype", "weight", "batch 1", "batch 64"):
-        table.add_column(name, justify="right" if name.startswith("batch") else "left")
+    rows = []
     for chip in tpu_compiler.CHIPS:
         sharding = SingleDeviceSharding(tpu_compiler.devices(chip)[0])
         array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-        for dtype, (out, width) in itertools.product(("bfloat16", "float32"), SHAPES):
+        for dtype, (out, width) in itertools.product(("bfloat16", "float32"), SHAPES.values()):
             cells = []
             for batch in (1, 64):
                 case = Case("tpu", dtype, out, width, batch)
@@ -63,8 +50,9 @@ def main() -> int:
                     continue
                 ours, theirs = bytes_moved(tpu.run, x, *packed), bytes_moved(xla.multiply, x, dense)
                 cells.append(f"{ours / theirs:.3f}")
-            table.add_row(chip, dtype, f"{out} x {width}", *cells)
-    Console(width=80).print(table)
+            rows.append((chip, dtype, f"{out} x {width}", *cells))
+    titles = "chip", "dtype", "weight", "batch 1", "batch 64"
+    show(titles, rows, left=3, title=f"jax {jax.__version__}")
     return 0
 
 

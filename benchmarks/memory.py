@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from common import add_json, llama, parser_of, positive, show, write_json, write_llama
+from common import llama, parser_of, positive, show, write_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +29,9 @@ SHAPE = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+# The command has glibc give memory back, which a call of `prox24.prune` does not.
+PRUNE = [sys.executable, "-m", "prox24", "prune", "model", "pruned", "--method", "wanda"]
+PRUNE += ["--sequence-length", "128", "--quiet", "--report", "report.json", "--samples"]
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -59,46 +62,24 @@ def cgroup(limit: int | None) -> Iterator[Callable[[], None] | None]:
         group.rmdir()
 
 
-def prune(folder: Path, config: dict, samples: int, limit: int | None) -> dict[str, float]:
-    """Writes and prunes a checkpoint in a folder; what the process took."""
-    size = write_llama(folder / "model", config, np.float32, np.random.default_rng(0))
-    write_tokenizer(folder / "model")
-    command = [sys.executable, "-m", "prox24", "prune", "model", "pruned", "--method", "wanda"]
-    command += ["--samples", str(samples), "--sequence-length", "128", "--quiet"]
-    command += ["--report", "report.json"]
-    with cgroup(limit) as join:
-        subprocess.run(command, cwd=folder, check=True, preexec_fn=join)
-    report = json.loads((folder / "report.json").read_text())
-    return {
-        "layers": config["num_hidden_layers"],
-        "model_bytes": size,
-        "peak_bytes": report["peak_memory_bytes"],
-        "seconds": report["seconds"],
-    }
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--layers", type=positive, nargs="+", default=[8, 16, 32])
     parser.add_argument("--samples", type=positive, default=16, help="windows of 128 tokens")
     parser.add_argument("--limit", type=positive, metavar="BYTES", help="of memory, by a cgroup")
-    add_json(parser)
     arguments = parser.parse_args()
     rows = []
     for layers in arguments.layers:
-        config = llama(2048, 2400, layers, 16, **SHAPE)
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(prune(Path(folder), config, arguments.samples, arguments.limit))
-    write_json(arguments.json, rows)
-    lines = [
-        (
-            str(row["layers"]),
-            *(f"{row[name] / 1e9:.3f}" for name in ("model_bytes", "peak_bytes")),
-            f"{row['seconds']:.0f}",
-        )
-        for row in rows
-    ]
-    show(("layers", "model, GB", "peak, GB", "seconds"), lines, left=0)
+        with tempfile.TemporaryDirectory() as folder, cgroup(arguments.limit) as join:
+            model, config = Path(folder) / "model", llama(2048, 2400, layers, 16, **SHAPE)
+            size = write_llama(model, config, np.float32, np.random.default_rng(0))
+            write_tokenizer(model)
+            command = [*PRUNE, str(arguments.samples)]
+            subprocess.run(command, cwd=folder, check=True, preexec_fn=join)
+            report = json.loads((Path(folder) / "report.json").read_text())
+        sizes = [f"{count / 1e9:.3f}" for count in (size, report["peak_memory_bytes"])]
+        rows.append((str(layers), *sizes, f"{report['seconds']:.0f}"))
+    show(("layers", "model, GB", "peak, GB", "seconds"), rows, left=0)
 
 
 if __name__ == "__main__":

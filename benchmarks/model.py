@@ -13,7 +13,8 @@ that is there already is skipped, so that an interrupted command can be given ag
 the file together are drawn in FOLDER/model-TABLE.png.
 """
 
-import time
+import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,92 +22,91 @@ from typing import NamedTuple
 
 import common
 import numpy as np
-from common import CONVERGED, Rows, drawn_windows, plt, positive
+from baselines import ALPS
+from common import CONVERGED, Rows, own_targets, plt, positive
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 import prox24
-from prox24 import ADMM, ConjugateGradients, GradientSteps, Prox, SparseGPT, Swaps, Wanda
-from prox24.solvers.admm import Projection
-from prox24.solvers.schedules import Exponential
+from prox24 import ADMM, ConjugateGradients, ProximalGradient, Recipe, SparseGPT, Swaps, Wanda
 
 EVALUATION_LENGTH = 512
-
-
+REFIT = ConjugateGradients()
+ADMM_REFIT, PROX_REFIT = (own_targets(solver, REFIT) for solver in (ADMM(), ProximalGradient()))
 VARIED = {
     "samples": ("windows", "calibration windows"),
     "refit": ("gradient_steps", "gradient steps"),
     "growth": ("growth", "growth of lambda per step"),
 }
 """What an ablation varies: a column of its lines, and how a figure calls it."""
+MEASURED = ("mean_relative_loss", "solver_seconds", "seconds")
 
 
 class Run(NamedTuple):
     """One line of a table; in an ablation, with the number that it varies by its column."""
 
     method: str
-    solver: object
-    refit: object = None
-    pull: float | None = None
+    recipe: Recipe | None
     varied: Mapping[str, float] = MappingProxyType({})
 
 
-ADMM_REFIT = Run("admm with the prox + refit", ADMM(), ConjugateGradients())
-
-
-def on_dense_targets(run: Run, pull: float) -> Run:
+def on_dense_targets(method: str, recipe: Recipe, pull: float) -> Run:
     """The same method, made to reproduce the dense model."""
-    return run._replace(method=f"{run.method} on dense targets, pull {pull:g}", pull=pull)
+    dense = dataclasses.replace(recipe, targets=prox24.DenseTargets(pull))
+    return Run(f"{method} on dense targets, pull {pull:g}", dense)
 
 
 def main_table() -> list[Run]:
     """Every method."""
+    sparsegpt_refit = own_targets(SparseGPT(), CONVERGED)
+    methods = {
+        "dense": None,
+        "magnitude": Recipe.magnitude(),
+        "magnitude + refit": own_targets(prox24.Magnitude(), CONVERGED),
+        "wanda": Recipe.wanda(),
+        "wanda + refit": own_targets(Wanda(), CONVERGED),
+        "sparsegpt": Recipe.sparsegpt(),
+        "sparsegpt + refit": sparsegpt_refit,
+        "sparsegpt + swaps": own_targets(SparseGPT(), Swaps()),
+        "admm, ALPS + refit": own_targets(ALPS(), CONVERGED),
+        "admm with the prox + refit": ADMM_REFIT,
+        "admm with the prox + swaps": own_targets(ADMM(), Swaps()),
+        "admm, projection + refit": own_targets(ADMM(penalty=None), REFIT),
+        "prox + refit": PROX_REFIT,
+        "admm with the prox, 96 steps + refit": own_targets(ADMM.in_steps(96), REFIT),
+        "prox, paper + 1,000 gradient steps": Recipe.paper(),
+    }
     return [
-        Run("dense", None),
-        Run("magnitude", prox24.Magnitude()),
-        Run("magnitude + refit", prox24.Magnitude(), CONVERGED),
-        Run("wanda", Wanda()),
-        Run("wanda + refit", Wanda(), CONVERGED),
-        Run("sparsegpt", SparseGPT()),
-        Run("sparsegpt + refit", SparseGPT(), CONVERGED),
-        Run("sparsegpt + swaps", SparseGPT(), Swaps()),
-        Run("admm, ALPS + refit", ADMM.alps(), CONVERGED),
-        ADMM_REFIT,
-        Run("admm with the prox + swaps", ADMM(), Swaps()),
-        Run("admm, projection + refit", ADMM(sparsify=Projection()), ConjugateGradients()),
-        Run("prox + refit", Prox(), ConjugateGradients()),
-        Run("admm with the prox, 96 steps + refit", ADMM.in_steps(96), ConjugateGradients()),
-        *(
-            on_dense_targets(run, pull)
-            for run, pulls in (
-                (ADMM_REFIT, (3, 1, 0.3, 0.1)),
-                (Run("prox + refit", Prox(), ConjugateGradients()), (1,)),
-                (Run("sparsegpt + refit", SparseGPT(), CONVERGED), (1,)),
-            )
-            for pull in pulls
-        ),
-        Run("prox, paper + 1,000 gradient steps", Prox.paper(), GradientSteps()),
+        *(Run(*method) for method in methods.items()),
+        *(on_dense_targets("admm with the prox + refit", ADMM_REFIT, p) for p in (3, 1, 0.3, 0.1)),
+        on_dense_targets("prox + refit", PROX_REFIT, 1),
+        on_dense_targets("sparsegpt + refit", sparsegpt_refit, 1),
     ]
 
 
 def samples_table() -> list[Run]:
     """Calibration windows in powers of two."""
     methods = [
-        Run("wanda", Wanda()),
-        Run("wanda + refit", Wanda(), ConjugateGradients()),
-        Run("sparsegpt", SparseGPT()),
-        Run("sparsegpt + refit", SparseGPT(), ConjugateGradients()),
-        Run("prox + refit", Prox(), ConjugateGradients()),
-        ADMM_REFIT,
+        Run("wanda", Recipe.wanda()),
+        Run("wanda + refit", own_targets(Wanda(), REFIT)),
+        Run("sparsegpt", Recipe.sparsegpt()),
+        Run("sparsegpt + refit", own_targets(SparseGPT(), REFIT)),
+        Run("prox + refit", PROX_REFIT),
+        Run("admm with the prox + refit", ADMM_REFIT),
     ]
     runs = [(2**power, method) for power in range(12) for method in methods]
-    runs += [(4**power, on_dense_targets(ADMM_REFIT, 1)) for power in range(6)]
+    dense = on_dense_targets("admm with the prox + refit", ADMM_REFIT, 1)
+    runs += [(4**power, dense) for power in range(6)]
     return [method._replace(varied={"windows": windows}) for windows, method in runs]
 
 
 def refit_table() -> list[Run]:
     """Gradient steps after masking; none is the proximal gradient method with no refit."""
     return [
-        Run("prox", Prox(), GradientSteps(steps=steps), varied={"gradient_steps": steps})
+        Run(
+            "prox",
+            own_targets(ProximalGradient(), prox24.GradientSteps(steps=steps)),
+            {"gradient_steps": steps},
+        )
         for steps in (0, 50, 100, 200, 400, 800, 1600)
     ]
 
@@ -114,9 +114,13 @@ def refit_table() -> list[Run]:
 def growth_table() -> list[Run]:
     """How fast lambda grows."""
     return [
-        Run(method, Prox(Exponential(0.01, growth)), refit, varied={"growth": growth})
+        Run(
+            method,
+            own_targets(ProximalGradient(prox24.Exponential(0.01, growth)), refit),
+            {"growth": growth},
+        )
         for growth in (1.5, 1.2, 1.1, 1.05, 1.02)
-        for method, refit in (("prox", None), ("prox + refit", ConjugateGradients()))
+        for method, refit in (("prox", None), ("prox + refit", REFIT))
     ]
 
 
@@ -128,27 +132,19 @@ TABLES = {
 }
 
 
-MEASURED = ("mean_relative_loss", "solver_seconds", "seconds")
-
-
 def measure(
-    run: Run, model: common.Checkpoint, calibration: np.ndarray, texts: dict[str, np.ndarray]
+    recipe: Recipe | None, model: Path, calibration: np.ndarray, texts: dict[str, np.ndarray]
 ) -> dict[str, object]:
-    """Prunes in memory and evaluates on every text."""
-    start = time.perf_counter()
-    reports, pruned = [], model
-    if run.solver is not None:
-        linears = common.prune(model, calibration, run.solver, run.refit, pull=run.pull)
-        tensors, reports = common.collect(linears)
-        pruned = common.with_tensors(model, tensors)
-    seconds = time.perf_counter() - start
-    losses = [report.statistics.relative_loss for report in reports]
-    row: dict[str, object] = {
-        "mean_relative_loss": np.mean(losses) if losses else "",
-        "solver_seconds": sum(r.seconds for r in reports),
-        "seconds": seconds,
-    }
-    return row | {name: common.perplexity(pruned, w).perplexity for name, w in texts.items()}
+    """Prunes, and evaluates on every text; seconds are those of pruning."""
+    numbers: tuple[object, ...] = "", 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        if recipe is not None:
+            source, model = model, Path(folder) / "pruned"
+            report = prox24.prune(source, model, recipe, calibration=calibration)
+            solving = sum(linear.seconds for linear in report.linears)
+            numbers = report.mean_relative_loss, solving, report.seconds
+        found = {name: prox24.perplexity(model, w).perplexity for name, w in texts.items()}
+    return dict(zip(MEASURED, numbers, strict=True)) | found
 
 
 def mean_and_spread(rows: Rows, field: str, form: str) -> str:
@@ -233,14 +229,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     common.add_output(parser)
     arguments = parser.parse_args()
-    runs = TABLES[arguments.table]()
+    runs, count = TABLES[arguments.table](), arguments.evaluation_windows
     names = {run.method for run in runs}
     if unknown := set(arguments.only or ()) - names:
         parser.error(f"--only: no row is {', '.join(sorted(unknown))}; there are {sorted(names)}")
     model = common.dense_model()
-    calibration = common.token_ids(model, arguments.calibration)
+    calibration = common.windows_of(model, arguments.calibration, None, arguments.length)
     texts = {
-        path.stem: common.windows_of(model, path, arguments.evaluation_windows, EVALUATION_LENGTH)
+        path.stem: common.windows_of(model, path, count, EVALUATION_LENGTH)
         for path in arguments.texts
     }
 
@@ -251,7 +247,7 @@ def main() -> None:
             "calibration": arguments.calibration.stem,
             "windows": arguments.windows,
             "length": arguments.length,
-            "evaluation_windows": arguments.evaluation_windows,
+            "evaluation_windows": count,
             **run.varied,
         }
 
@@ -263,8 +259,8 @@ def main() -> None:
             key = key_of(run, seed)
             if common.has_row(rows, key) or run.method not in (arguments.only or names):
                 continue
-            windows = drawn_windows(calibration, key["windows"], arguments.length, seed)
-            rows = common.add_row(path, key | measure(run, model, windows, texts))
+            windows = common.drawn_windows(calibration, key["windows"], seed)
+            rows = common.add_row(path, key | measure(run.recipe, model, windows, texts))
     column, title = VARIED.get(arguments.table, (None, ""))
     print_table(rows, list(texts), column)
     if column is None:

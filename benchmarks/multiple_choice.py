@@ -9,7 +9,6 @@ each of its answers are one text. The answer whose text has the highest probabil
 question is the same, that is the most likely answer to it. Printed is the share of right ones.
 """
 
-import functools
 import json
 import tarfile
 from pathlib import Path
@@ -17,18 +16,16 @@ from typing import NamedTuple
 
 import common
 import jax
-import jax.numpy as jnp
 import numpy as np
-from common import decoder
-from jax import Array, lax
 
-from prox24.errors import CalibrationError
+import prox24
+from prox24.jobs.load import Loaded
 
 TASKS = {
     "goal": "goal_step_wikihow/goal_inference",
     "step": "goal_step_wikihow/step_inference",
 }
-BATCH = 32
+BATCH = 8
 
 
 class Question(NamedTuple):
@@ -61,13 +58,11 @@ def as_question(example: dict) -> Question:
     return Question(texts, int(np.argmax(list(scores.values()))))
 
 
-def accuracies(
-    checkpoint: common.Checkpoint, questions: dict[str, list[Question]]
-) -> dict[str, float]:
+def accuracies(path: str | Path, questions: dict[str, list[Question]]) -> dict[str, float]:
     """The share of right answers in each task."""
-    tokenizer = checkpoint.load_tokenizer()
+    model = prox24.load(path)
     texts = [text for asked in questions.values() for question in asked for text in question.texts]
-    losses = iter(text_losses(checkpoint, [tokenizer(text)["input_ids"] for text in texts]))
+    losses = iter(text_losses(model, [model.tokenizer(text)["input_ids"] for text in texts]))
 
     def is_right(question: Question) -> bool:
         return np.argmin([next(losses) for _ in question.texts]) == question.right
@@ -75,48 +70,28 @@ def accuracies(
     return {name: float(np.mean([*map(is_right, asked)])) for name, asked in questions.items()}
 
 
-def text_losses(checkpoint: common.Checkpoint, texts: list[list[int]]) -> list[float]:
+def text_losses(model: Loaded, texts: list[list[int]]) -> list[float]:
     """Summed negative log-likelihoods; texts of about the same length go together.
 
     Raises:
-      CalibrationError: one is not finite.
+      SystemExit: one is not finite.
     """
     order = np.argsort([len(text) for text in texts], kind="stable")
     losses = np.zeros(len(texts))
-    model = common.load_model(checkpoint)
-    layers = [common.layer_weights(model, index) for index in range(len(model.config.layers))]
-    embedding, head = common.embedding_weights(model), common.head_weights(model)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
-        length = -(-len(texts[chosen[-1]]) // 8) * 8
-        windows = np.zeros((BATCH, length), np.int32)
-        for row, index in zip(windows, chosen, strict=False):
+        # Few lengths, since each is compiled.
+        tokens = np.zeros((len(chosen), -(-len(texts[chosen[-1]]) // 8) * 8), np.int32)
+        for row, index in zip(tokens, chosen, strict=True):
             row[: len(texts[index])] = texts[index]
-        lengths = np.array([len(texts[index]) for index in chosen], np.int32)
-        lengths = np.pad(lengths, (0, BATCH - len(chosen)))
-        hidden = [np.asarray(decoder.embed(model.config, embedding, jnp.asarray(windows)))]
-        for index, weights in enumerate(layers):
-            common.run_in_place(model, index, weights, hidden)
-        found = batch_losses(model.config, head, hidden[0], windows, lengths)
-        losses[chosen] = np.asarray(found)[: len(chosen)]
+        # Not jitted as a whole: operations compile sooner than models.
+        scores = jax.nn.log_softmax(model.apply(model.params, tokens)[:, :-1])
+        each = np.take_along_axis(np.asarray(scores), tokens[:, 1:, None], axis=2)[..., 0]
+        for row, index in zip(each, chosen, strict=True):
+            losses[index] = -row[: len(texts[index]) - 1].sum()
     if not np.isfinite(losses).all():
-        raise CalibrationError(f"{checkpoint.path}: the loss on a question is not finite")
+        raise SystemExit("the loss on a question is not finite")
     return losses.tolist()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def batch_losses(
-    config: decoder.Config, head: decoder.Weights, hidden: Array, tokens: Array, lengths: Array
-) -> Array:
-    """Of each text (batch, length), up to its own length."""
-
-    def loss(text: tuple[Array, Array, Array]) -> Array:
-        states, tokens, length = text
-        losses = common.token_losses(decoder.logits(config, head, states[None])[0], tokens)
-        place = jnp.arange(1, len(tokens), dtype=length.dtype)
-        return jnp.sum(jnp.where(place < length, losses, 0))
-
-    return lax.map(loss, (hidden, tokens, lengths))
 
 
 def main() -> None:
@@ -128,7 +103,7 @@ def main() -> None:
     questions = read_questions(arguments.archive, arguments.count)
     rows = []
     for path in arguments.models:
-        found = [*accuracies(common.open_checkpoint(path), questions).values()]
+        found = [*accuracies(path, questions).values()]
         rows.append((str(path), *(f"{100 * share:.1f}%" for share in (*found, np.mean(found)))))
     common.show(("model", *TASKS, "mean"), rows)
 

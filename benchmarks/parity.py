@@ -15,20 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from common import decoder
 from transformers import AutoModelForCausalLM
 
+import prox24
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.checkpoints.writer import write_checkpoint
+from prox24.models import decoder
+
 AGREEMENT = 1e-4
-
-
-def our_logits(checkpoint: common.Checkpoint, windows: np.ndarray) -> np.ndarray:
-    """Shape (windows, length, vocabulary)."""
-    model = common.load_model(checkpoint)
-    hidden = list(common.embed_windows(model, windows))
-    for index in range(len(model.config.layers)):
-        common.run_in_place(model, index, common.layer_weights(model, index), hidden)
-    head = common.head_weights(model)
-    return np.concatenate([decoder.logits(model.config, head, states) for states in hidden])
 
 
 def exact_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -50,19 +44,19 @@ def main() -> None:
     parser.add_argument("--length", type=common.positive, default=40)
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    checkpoint = common.dense_model()
-    windows = common.evaluation_windows(checkpoint, None, arguments.windows, arguments.length)
+    path = common.dense_model()
+    windows = common.windows_of(path, None, arguments.windows, arguments.length)
     logits = {}
     with tempfile.TemporaryDirectory() as folder:
-        common.write_checkpoint(checkpoint, Path(folder) / "model")
+        written = Path(folder) / "model"
+        write_checkpoint(open_checkpoint(path), written)
         for dtype in ("float32", "float64"):
-            logits[f"PyTorch {dtype}"] = torch_logits(
-                Path(folder) / "model", windows, getattr(torch, dtype)
-            )
-    logits["prox24"] = our_logits(checkpoint, windows)
+            logits[f"PyTorch {dtype}"] = torch_logits(written, windows, getattr(torch, dtype))
+    apply, params, _ = prox24.load(path)
+    logits["prox24"] = np.asarray(jax.jit(apply)(params, windows))
     jax.clear_caches()
     with mock.patch.object(decoder, "linear", exact_linear):
-        logits["exact products"] = our_logits(checkpoint, windows)
+        logits["exact products"] = np.asarray(jax.jit(apply)(params, windows))
     rows = []
     pairs = [(ours, theirs) for ours in ("prox24", "exact products") for theirs in list(logits)[:2]]
     for names in (*pairs, list(logits)[:2]):

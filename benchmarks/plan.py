@@ -6,23 +6,23 @@ The checkpoints are files of the right size with holes for weights, which take n
 memory is what XLA's CPU compiler reserves for the programs. "Columns" is --shard-grams.
 """
 
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import ml_dtypes
-from common import add_json, llama, parser_of, positive, show, write_json, write_llama
+from common import llama, parser_of, positive, show, write_llama
+
+import prox24
 
 MODELS = {"8B": llama(4096, 14336, 32, 32), "70B": llama(8192, 28672, 80, 64)}
 MACHINES = {
-    "one H100 80 GB": ["--memory", "80GB"],
-    "v5e-8": ["--memory", "16GB", "--devices", "8"],
-    "v5e-8, columns": ["--memory", "16GB", "--devices", "8", "--shard-grams"],
-    "v5e-64": ["--memory", "16GB", "--devices", "64"],
-    "v5e-64, columns": ["--memory", "16GB", "--devices", "64", "--shard-grams"],
+    "one H100 80 GB": (80, 1, False),
+    "v5e-8": (16, 8, False),
+    "v5e-8, columns": (16, 8, True),
+    "v5e-64": (16, 64, False),
+    "v5e-64, columns": (16, 64, True),
 }
+"""GB of a device, their number, and whether they share columns."""
 
 
 def main() -> None:
@@ -30,31 +30,23 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--samples", type=positive, default=128, help="calibration windows")
     parser.add_argument("--sequence-length", type=positive, default=2048, help="tokens of a window")
-    add_json(parser)
     arguments = parser.parse_args()
-    sizes = "--samples", arguments.samples, "--sequence-length", arguments.sequence_length
-    plans = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
-            write_llama(Path(folder) / name, MODELS[name], ml_dtypes.bfloat16, None)
-            for machine, options in MACHINES.items():
-                command = ["plan", Path(folder) / name, "--json", *options, *sizes]
-                outcome = subprocess.run(
-                    [sys.executable, "-m", "prox24", *map(str, command)],
-                    check=True,
-                    capture_output=True,
-                    text=True,
+            model = Path(folder) / name
+            write_llama(model, MODELS[name], ml_dtypes.bfloat16, None)
+            for machine, (gigabytes, devices, columns) in MACHINES.items():
+                plan = prox24.plan(
+                    model,
+                    samples=arguments.samples,
+                    sequence_length=arguments.sequence_length,
+                    devices=devices,
+                    memory=gigabytes * 10**9,
+                    shard_grams=columns,
                 )
-                plans.append(json.loads(outcome.stdout) | {"model": name, "machine": machine})
-    write_json(arguments.json, plans)
-    rows = [
-        (
-            *(plan["model"], plan["machine"]),
-            *(f"{plan[key] / 1e9:.1f}" for key in ("gather_bytes", "solve_bytes")),
-            "yes" if plan["fits"] else "no",
-        )
-        for plan in plans
-    ]
+                sizes = [f"{size / 1e9:.1f}" for size in (plan.gather_bytes, plan.solve_bytes)]
+                rows.append((name, machine, *sizes, "yes" if plan.fits else "no"))
     show(("model", "machine", "gather, GB", "solve, GB", "fits"), rows, left=2)
 
 

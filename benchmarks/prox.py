@@ -1,6 +1,6 @@
 """Times the 2:4 proximal operator against a copy and against the iterative ways of solving it.
 
-    python benchmarks/prox.py [--blocks N] [--repetitions N] [--json FILE] [--skip-rivals]
+    python benchmarks/prox.py [--blocks N] [--repetitions N]
 
 All contenders get the same blocks of four, float32, standard normal, from a fixed seed. After a
 warm-up each repetition runs every contender once; the slow ones take part in the first three
@@ -15,13 +15,15 @@ output of the default size are 16 MiB each, which the cache of a large GPU holds
 measures its memory.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import common
 import jax
 import numpy as np
+import rivals
+import torch
 
 import prox24
 from prox24 import planes
@@ -33,29 +35,12 @@ ALTERNATING, TUNED = "alternating minimisation", "alternating minimisation, tune
 DESCENT = "gradient descent"
 SLOW = {ALTERNATING, TUNED, DESCENT}
 
-Contenders = dict[str, Callable[[float], Any]]
 
-
-def contenders(y: np.ndarray, with_rivals: bool) -> Contenders:
-    """The copy, prox24's forms, and, if asked for, the rivals, which need PyTorch."""
+def contenders(y: np.ndarray) -> dict[str, Callable[[float], Any]]:
+    """The copy, prox24's forms, and the rivals."""
     interleaved, blocks = jax.device_put(y), jax.device_put(y.reshape(-1, 4))
     planar = jax.block_until_ready(planes.split(interleaved))
-    copy = jax.jit(lambda y, lam: y * 1.5)
-    prox, planar_prox = jax.jit(prox24.prox), jax.jit(planes.prox)
-    found: Contenders = {
-        COPY: functools.partial(copy, interleaved),
-        "prox24.prox": functools.partial(prox, interleaved),
-        "prox24.prox, rows of one block": functools.partial(prox, blocks),
-        "prox24.planes.prox": functools.partial(planar_prox, planar),
-    }
-    if not with_rivals:
-        return found
-
-    import rivals
-    import torch
-
-    # XLA flushes them too. Entries that decay to zero would be slowed down without it.
-    torch.set_flush_denormal(True)
+    prox = jax.jit(prox24.prox)
     cuda = torch.cuda.is_available()
     torch_blocks = torch.from_numpy(y.reshape(-1, 4)).to("cuda" if cuda else "cpu")
 
@@ -65,10 +50,14 @@ def contenders(y: np.ndarray, with_rivals: bool) -> Contenders:
             torch.cuda.synchronize()
         return w
 
-    return found | {
-        ALTERNATING: functools.partial(in_torch, rivals.alternating_minimisation),
-        TUNED: functools.partial(in_torch, rivals.tuned_alternating_minimisation),
-        DESCENT: functools.partial(rivals.gradient_descent, blocks),
+    return {
+        COPY: partial(jax.jit(lambda y, lam: y * 1.5), interleaved),
+        "prox24.prox": partial(prox, interleaved),
+        "prox24.prox, rows of one block": partial(prox, blocks),
+        "prox24.planes.prox": partial(jax.jit(planes.prox), planar),
+        ALTERNATING: partial(in_torch, rivals.alternating_minimisation),
+        TUNED: partial(in_torch, rivals.tuned_alternating_minimisation),
+        DESCENT: partial(rivals.gradient_descent, blocks),
     }
 
 
@@ -94,75 +83,40 @@ def excesses(outputs: dict[str, np.ndarray], y: np.ndarray, lam: float) -> dict[
     return {name: (value - least) / scale for name, value in values.items()}
 
 
-def measure(y: np.ndarray, lam: float, repetitions: int, with_rivals: bool) -> list[dict[str, Any]]:
-    """A row for each contender; a ratio or an excess that does not exist is None."""
-    runs = {n: functools.partial(run, lam) for n, run in contenders(y, with_rivals).items()}
-    outputs = {name: as_blocks(run()) for name, run in runs.items()}
-    seconds = common.medians(runs, repetitions, SLOW)
-
-    def ratio(median: float, other: float | None) -> float | None:
-        return None if other is None else median / other
-
-    blocks = y.reshape(-1, 4)
-    excess = excesses({name: w for name, w in outputs.items() if name != COPY}, blocks, lam)
-    return [
-        {
-            "lam": lam,
-            "contender": name,
-            "nanoseconds_per_block": median / len(blocks) * 1e9,
-            "gigabytes_per_second": 2 * y.nbytes / median / 1e9,
-            "ratio_to_copy": median / seconds[COPY],
-            "ratio_to_alternating_minimisation": ratio(median, seconds.get(ALTERNATING)),
-            "ratio_to_tuned": ratio(median, seconds.get(TUNED)),
-            "worst_excess": float(excess[name].max()) if name in excess else None,
-            "mean_excess": float(excess[name].mean()) if name in excess else None,
-        }
-        for name, median in seconds.items()
-    ]
-
-
-TITLES = {
-    "nanoseconds_per_block": ("ns per\nblock", ".3g"),
-    "ratio_to_copy": ("time /\ncopy", ".3g"),
-    "ratio_to_alternating_minimisation": ("time /\nalternating", ".2g"),
-    "ratio_to_tuned": ("time /\ntuned", ".2g"),
-    "worst_excess": ("worst\nexcess", ".1e"),
-    "mean_excess": ("mean\nexcess", ".1e"),
-}
-"""The columns of the table."""
+def measure(
+    y: np.ndarray, lam: float, repetitions: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Seconds of each contender, and the excesses of all but the copy."""
+    runs = {name: partial(run, lam) for name, run in contenders(y).items()}
+    outputs = {name: as_blocks(run()) for name, run in runs.items() if name != COPY}
+    runs[COPY]()
+    return common.medians(runs, repetitions, SLOW), excesses(outputs, y.reshape(-1, 4), lam)
 
 
 def main() -> None:
     parser = common.parser_of(__doc__)
     parser.add_argument("--blocks", type=common.positive, default=1 << 20, help="blocks of four")
     parser.add_argument("--repetitions", type=common.positive, default=7)
-    parser.add_argument("--skip-rivals", action="store_true", help="run without PyTorch")
-    common.add_json(parser)
     arguments = parser.parse_args()
     per_row = ENTRIES_PER_ROW // 4
     if arguments.blocks % per_row:
         parser.error(f"--blocks {arguments.blocks} is not a multiple of {per_row}")
+    # XLA flushes them too. Entries that decay to zero would be slowed down without it.
+    torch.set_flush_denormal(True)
     shape = arguments.blocks // per_row, ENTRIES_PER_ROW
     y = np.random.default_rng(0).standard_normal(shape, np.float32)
-    figures = []
+    references = COPY, ALTERNATING, TUNED
+    titles = "ns per\nblock", "time /\ncopy", "time /\nalternating", "time /\ntuned"
     for lam in PENALTIES:
-        rows = measure(y, lam, arguments.repetitions, not arguments.skip_rivals)
-        figures += rows
-        lines = [
-            (
-                row["contender"],
-                *(
-                    "" if row[field] is None else format(row[field], form)
-                    for field, (_, form) in TITLES.items()
-                ),
-            )
-            for row in rows
-        ]
-        title = f"lam = {lam}, copy at {rows[0]['gigabytes_per_second']:.3g} GB/s"
-        common.show(("contender", *(name for name, _ in TITLES.values())), lines, title=title)
-    settings = common.environment() | {"blocks": arguments.blocks}
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    common.write_json(arguments.json, {"environment": settings, "rows": figures})
+        seconds, excess = measure(y, lam, arguments.repetitions)
+        lines = []
+        for name, median in seconds.items():
+            ratios = [f"{median / seconds[other]:.3g}" for other in references]
+            worst = f"{excess[name].max():.1e}" if name in excess else ""
+            lines.append((name, f"{median / arguments.blocks * 1e9:.3g}", *ratios, worst))
+        speed = 2 * y.nbytes / seconds[COPY] / 1e9
+        title = f"lam = {lam}, copy at {speed:.3g} GB/s, {common.environment()}"
+        common.show(("contender", *titles, "worst\nexcess"), lines, title=title)
 
 
 if __name__ == "__main__":

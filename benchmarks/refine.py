@@ -3,119 +3,86 @@
     python benchmarks/refine.py --calibration calib_mix.txt --texts austen.txt sotu.txt
 
 Every mask is found on the first 64 windows of 512 tokens of the calibration text, in an order drawn
-by the seed; the refinements see those and the windows that follow. Each row runs in a process of
+by the seed; the refinements see those and the windows that follow. Each job runs in a process of
 its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
 is there already is skipped, so that an interrupted command can be given again. Pruned and refined
 models are kept in FOLDER/models of the cache, from which --unseen and --evaluation-windows evaluate
 them again. FOLDER/refine.png shows the gap in log-perplexity to the dense model against the tokens
 trained on and the seconds, pruning included. With --bigbench FILE every model answers the questions
 of multiple_choice.py, too. Printed are the table, and how much of what is evaluated is in the
-calibration text word for word.
+calibration text word for word. Table and figure have the lines of the same texts, windows and seed.
 """
 
 import concurrent.futures
-import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import common
 import matplotlib
 import numpy as np
-from common import (
-    CONVERGED,
-    BlockRefinement,
-    Checkpoint,
-    ModelRefinement,
-    MovingMask,
-    Refit,
-    Result,
-    Rows,
-    Solver,
-    dense_model,
-    open_checkpoint,
-    plt,
-    positive,
-    read_text,
-)
+from common import CONVERGED, Result, Rows, own_targets, plt, positive
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from multiple_choice import Question, accuracies, read_questions
 
-from prox24 import ADMM, ConjugateGradients, Prox, SparseGPT
+import prox24
+from prox24 import BlockRefinement, ModelRefinement, Recipe
+from prox24.checkpoints.checkpoint import open_checkpoint
+from prox24.jobs.output import peak_memory_bytes
+from prox24.jobs.text import read_text
 
 LENGTH = 512
 WINDOWS = 64
+QUESTIONS = 250
+"""Of each task."""
+PIECE = 60
+"""Characters that are looked for together."""
+MEASURED = ("tokens", "seconds", "peak_memory_bytes", "held_out_loss")
+
+DEFAULT = "admm, dense targets"
+REFINED = {
+    "sparsegpt + refit": own_targets(prox24.SparseGPT(), CONVERGED),
+    DEFAULT: Recipe(),
+}
+"""What is refined, as blocks and as a whole."""
+BASES = {
+    "sparsegpt": Recipe.sparsegpt(),
+    "prox, no refit": own_targets(prox24.ProximalGradient()),
+    **REFINED,
+}
+LONG_STEPS = BlockRefinement(step_tokens=2048)
+# Passes over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024.
+BASES |= {
+    f"{base} + block, bfloat16, passes: {passes}": replace(
+        recipe, refine=replace(LONG_STEPS, passes=passes, compute_dtype="bfloat16")
+    )
+    for passes in (1, 5, 18)
+    for base, recipe in REFINED.items()
+}
+BLOCKWISE = {
+    f"{DEFAULT} + block, passes: 5": Recipe(refine=LONG_STEPS),
+    f"{DEFAULT} + block, bfloat16, short steps, passes: 5": Recipe(
+        refine=BlockRefinement(compute_dtype="bfloat16")
+    ),
+}
+"""What is refined as blocks, and then as a whole."""
+BASES |= BLOCKWISE
+
 IN_BFLOAT16 = ModelRefinement(rate=5e-4, compute_dtype="bfloat16")
 MIXED = ModelRefinement(rate=5e-4, cross_entropy=0.6)
 TRIED = {
     64: [ModelRefinement(rate=rate) for rate in (5e-4, 1e-3, 2e-3)],
     256: [ModelRefinement(rate=5e-4)],
-    1024: [MIXED, dataclasses.replace(MIXED, compute_dtype="bfloat16", passes=2)],
+    1024: [MIXED, replace(MIXED, compute_dtype="bfloat16", passes=2)],
 }
-"""With so many windows, of the default mask."""
-MOVING = {
-    "growing mask, rate 0.003": ModelRefinement(rate=3e-3, mask=MovingMask()),
-    "growing mask, rate 0.01": ModelRefinement(rate=1e-2, mask=MovingMask()),
-    "ProxSparse's mask": ModelRefinement.proxsparse(),
-}
-"""Of the dense model: what finds a mask while it trains."""
-LONG_STEPS = BlockRefinement(step_tokens=2048)
-BLOCKS = {
-    f"block, bfloat16, passes: {passes}": dataclasses.replace(
-        LONG_STEPS, passes=passes, compute_dtype="bfloat16"
-    )
-    for passes in (1, 5, 18)
-}
-"""Over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024."""
-SHORT_STEPS = BlockRefinement(compute_dtype="bfloat16")
-QUESTIONS = 250
-"""Of each task."""
-PIECE = 60
-"""Characters that are looked for together."""
-
-
-class Base(NamedTuple):
-    """How a mask is found, and its layers are refined."""
-
-    solver: Solver
-    refit: Refit | None = None
-    pull: float | None = None
-    blocks: BlockRefinement | None = None
-
-    @property
-    def trained_on(self) -> int:
-        """Tokens, in all passes."""
-        if self.blocks is None:
-            return 0
-        size = self.blocks.step_windows(WINDOWS, LENGTH)
-        steps = WINDOWS // size
-        return self.blocks.passes * (steps - self.blocks.held_out_of(steps)) * size * LENGTH
-
-
-DEFAULT = "admm, dense targets"
-REFINED = {
-    "sparsegpt + refit": Base(SparseGPT(), CONVERGED),
-    DEFAULT: Base(ADMM(), ConjugateGradients(), common.PULL),
-}
-"""What is refined, as blocks and as a whole."""
-PRUNED = {"sparsegpt": Base(SparseGPT()), "prox, no refit": Base(Prox()), **REFINED}
-BASES = PRUNED | {
-    f"{name} + {how}": base._replace(blocks=blocks)
-    for how, blocks in BLOCKS.items()
-    for name, base in REFINED.items()
-}
-BLOCKWISE = f"{DEFAULT} + block, passes: 5"
-"""In float32; what is refined as blocks, and then as a whole."""
-BASES[BLOCKWISE] = REFINED[DEFAULT]._replace(blocks=LONG_STEPS)
-BLOCKWISE_SHORT_STEPS = f"{DEFAULT} + block, bfloat16, short steps, passes: 5"
-BASES[BLOCKWISE_SHORT_STEPS] = REFINED[DEFAULT]._replace(blocks=SHORT_STEPS)
+"""By the number of windows, of the default mask."""
 
 
 class Run(NamedTuple):
@@ -125,21 +92,6 @@ class Run(NamedTuple):
     base: str
     windows: int = 0
     refinement: ModelRefinement | None = None
-
-    @property
-    def line(self) -> str:
-        """What it shares with runs that differ in their tokens alone."""
-        return re.sub(r", passes: \d+$", "", self.name)
-
-    @property
-    def before(self) -> str | None:
-        """The name of the run of the same model before its last refinement."""
-        if self.refinement is not None:
-            return self.base
-        given = BASES.get(self.base)
-        if given is None or given.blocks is None:
-            return None
-        return next(name for name, base in PRUNED.items() if base == given._replace(blocks=None))
 
     @property
     def distinct_tokens(self) -> int:
@@ -161,130 +113,72 @@ def changed(refinement: ModelRefinement) -> str:
 
 def runs() -> list[Run]:
     """The table."""
-    table = [Run("dense", "dense")]
-    table += [Run(base, base) for base in BASES]
-    for windows, tried in TRIED.items():
-        for one in tried:
-            name = f"{DEFAULT} + model, {changed(one)}"
-            table.append(Run(name, DEFAULT, windows, one))
-    table += [Run(f"dense + model, {name}", "dense", WINDOWS, one) for name, one in MOVING.items()]
-    table += [Run(f"{base} + model", base, WINDOWS, ModelRefinement()) for base in REFINED]
-    table += [
-        Run(f"{base} + model, {changed(IN_BFLOAT16)}", base, windows, IN_BFLOAT16)
-        for windows in TRIED
-        for base in (*REFINED, BLOCKWISE, BLOCKWISE_SHORT_STEPS)
+    refined = [(DEFAULT, windows, one) for windows, tried in TRIED.items() for one in tried]
+    refined += itertools.product((*REFINED, *BLOCKWISE), TRIED, [IN_BFLOAT16])
+    return [
+        Run("dense", "dense"),
+        *(Run(base, base) for base in BASES),
+        *(Run(f"{base} + model", base, WINDOWS, ModelRefinement()) for base in REFINED),
+        *(Run(f"{base} + model, {changed(one)}", base, n, one) for base, n, one in refined),
     ]
-    return table
 
 
-def calibration_windows(dense: Checkpoint, text: Path, count: int, seed: int) -> np.ndarray:
-    """Of the calibration text; fewer are the first of more."""
-    drawn = max(WINDOWS, count)
-    return common.drawn_windows(common.token_ids(dense, text), drawn, LENGTH, seed)[:count]
-
-
-class Made(NamedTuple):
-    """A model in the cache, and what it took."""
-
-    folder: str
-    tokens: int = 0
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    held_out_loss: float = math.nan
-
-
-Tensors = Iterable[tuple[str, np.ndarray]]
-
-
-def made(
-    name: str,
-    settings: object,
-    windows: np.ndarray,
-    make: Callable[[], tuple[Tensors, int, float]],
-    dense: Checkpoint,
-    cache: Path,
-) -> Made:
-    """A model of these settings and windows, made where it is not there yet.
-
-    `make` returns its tensors, the tokens that it was trained on, and the loss.
-    """
-    digest = hashlib.sha256(repr(settings).encode() + windows.tobytes()).hexdigest()[:8]
-    folder = cache / "models" / f"{name}-{digest}"
-    took = folder.with_name(f"{folder.name}.json")
-    if not took.exists():
-        start = time.perf_counter()
-        tensors, tokens, loss = make()
-        folder.parent.mkdir(exist_ok=True)
-        common.write_checkpoint(dense, folder, tensors, dtype="float32", overwrite=True)
-        numbers = (tokens, time.perf_counter() - start, common.peak_memory_bytes(), loss)
-        took.write_text(json.dumps(numbers))
-    return Made(str(folder), *json.loads(took.read_text()))
-
-
-def pruned_model(name: str, calibration: Path, seed: int, cache: Path) -> Made:
-    """Of the bases."""
-    base, dense = BASES[name], dense_model(cache)
-    windows = calibration_windows(dense, calibration, WINDOWS, seed)
-
-    def make() -> tuple[Tensors, int, float]:
-        pruned = common.prune(
-            dense, windows, base.solver, base.refit, pull=base.pull, refinement=base.blocks
-        )
-        return common.collect(pruned).tensors.items(), base.trained_on, math.nan
-
-    return made(name, base, windows, make, dense, cache)
-
-
-def refined_model(run: Run, before: str, calibration: Path, seed: int, cache: Path) -> Made:
-    """Of a pruned model, or of the dense one."""
-    dense = dense_model(cache)
-    windows = calibration_windows(dense, calibration, run.windows, seed)
-
-    def make() -> tuple[Tensors, int, float]:
-        distilled = common.distill(dense, open_checkpoint(before), windows, run.refinement)
-        return distilled.tensors, distilled.tokens, min(distilled.refined.losses)
-
-    settings = BASES.get(run.base), run.refinement
-    return made(run.name, settings, windows, make, dense, cache)
-
-
-def evaluate(
-    folder: str, texts: dict[str, np.ndarray], questions: dict[str, list[Question]] | None
-) -> tuple[dict[str, float], int]:
-    """The model on the windows of every text, and on the questions; and the peak memory."""
-    model = open_checkpoint(folder)
-    found = {name: common.perplexity(model, w).perplexity for name, w in texts.items()}
-    if questions is not None:
-        found["right_answers"] = float(np.mean(list(accuracies(model, questions).values())))
-    return found, common.peak_memory_bytes()
-
-
-def alone(function: Callable[..., Result], *arguments: object) -> Result:
+def alone(function: Callable[..., Result], *arguments: object, **more: object) -> Result:
     """In a process of its own, whose peak memory is that of nothing else."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(function, *arguments, **more).result()
 
 
-def setting(row: dict[str, str]) -> tuple[str, ...]:
-    """What rows must share to be compared."""
-    return row["seed"], row["calibration"], row["evaluation_windows"]
+def made(
+    job: Callable[..., Any], models: list[Path], settings: Any, windows: np.ndarray, folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """A model that a job of prox24 made of others, and its report; made if it is not there yet."""
+    given = repr(([model.name for model in models], settings)).encode() + windows.tobytes()
+    folder = folder.with_name(f"{folder.name}-{hashlib.sha256(given).hexdigest()[:8]}")
+    report = folder.with_name(f"{folder.name}.json")
+    if not report.exists():
+        folder.parent.mkdir(exist_ok=True)
+        text = "calibration" if job is prox24.prune else "text"
+        done = alone(job, *models, folder, settings, **{text: windows}, overwrite=True)
+        report.write_text(done.to_json())
+    return folder, json.loads(report.read_text())
+
+
+def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[Path, list[Any]]:
+    """The model of a run, and how it was made: what is `MEASURED`, of the last job alone."""
+    if run.base == "dense":
+        return dense, [0, 0.0, 0, math.nan]
+    recipe, folder = BASES[run.base], cache / "models"
+    pruned, report = made(prox24.prune, [dense], recipe, windows[:WINDOWS], folder / run.base)
+    if run.refinement is not None:
+        given, text = [dense, pruned], windows[: run.windows]
+        trained, report = made(prox24.distill, given, run.refinement, text, folder / run.name)
+        losses = [loss for loss in report["losses"] if loss is not None]
+        figures = report["tokens"], report["seconds"], report["peak_memory_bytes"], min(losses)
+        return trained, [*figures]
+    tokens, block = 0, report["linears"][0]["block"]
+    if recipe.refine is not None:
+        tokens = block["steps"] * recipe.refine.step_windows(WINDOWS, LENGTH) * LENGTH
+    return pruned, [tokens, report["seconds"], report["peak_memory_bytes"], math.nan]
+
+
+def evaluate(
+    model: Path, texts: dict[str, np.ndarray], questions: dict[str, list[Question]] | None
+) -> tuple[dict[str, float], int]:
+    """The model on the windows of every text, and on the questions; and the peak memory."""
+    found = {name: prox24.perplexity(model, w).perplexity for name, w in texts.items()}
+    if questions is not None:
+        found["right_answers"] = float(np.mean(list(accuracies(model, questions).values())))
+    return found, peak_memory_bytes()
 
 
 def gaps(rows: Rows, texts: list[str]) -> list[float]:
     """Of each row: its gap in log-perplexity to dense, all texts together, over SparseGPT's."""
-
-    def log(row: dict[str, str]) -> float:
-        return sum(math.log(float(row[text])) for text in texts)
-
-    logs = {(row["run"], *setting(row)): log(row) for row in rows}
-    found = []
-    for row in rows:
-        dense, reference = (
-            logs.get((run, *setting(row)), math.nan) for run in ("dense", "sparsegpt")
-        )
-        found.append((log(row) - dense) / (reference - dense))
-    return found
+    logs = [sum(math.log(float(row[text])) for text in texts) for row in rows]
+    named = {row["run"]: log for row, log in zip(rows, logs, strict=True)}
+    dense, reference = (named.get(name, math.nan) for name in ("dense", "sparsegpt"))
+    return [(log - dense) / (reference - dense) for log in logs]
 
 
 def print_table(rows: Rows, texts: list[str]) -> None:
@@ -315,13 +209,13 @@ def share_seen(text: str, calibration: str) -> float:
 
 
 def evaluated_windows(
-    dense: Checkpoint, text: Path, count: int, calibration: Path, unseen: bool
+    dense: Path, text: Path, count: int, calibration: Path, unseen: bool
 ) -> np.ndarray:
     """The first of a text; or of those of which no piece is in the calibration text."""
     if not unseen:
         return common.windows_of(dense, text, count, LENGTH)
     windows, seen = common.windows_of(dense, text, None, LENGTH), read_text(calibration)
-    tokenizer = dense.load_tokenizer()
+    tokenizer = open_checkpoint(dense).load_tokenizer()
     found = (one for one in windows if share_seen(tokenizer.decode(one), seen) == 0)
     chosen = list(itertools.islice(found, count))
     if len(chosen) < count:
@@ -331,23 +225,22 @@ def evaluated_windows(
 
 def lines_of(rows: Rows, texts: list[str]) -> dict[str, list[tuple[float, float, float]]]:
     """Tokens, seconds and gap of a pruned model and its refinements, by the name of the line."""
-    by_name = {run.name: run for run in runs()}
-    several = len(set(map(setting, rows))) > 1
     points = {
-        (row["run"], row["distinct_tokens"], *setting(row)): np.array(
+        (row["run"], row["distinct_tokens"]): np.array(
             [float(row["tokens"]), float(row["seconds"]), gap]
         )
         for row, gap in zip(rows, gaps(rows, texts), strict=True)
     }
     lines: dict[str, list[np.ndarray]] = {}
-    for (name, _, *place), point in points.items():
-        run = by_name.get(name)  # None for what an older table had.
-        before = run and points.get((str(run.before), str(WINDOWS * LENGTH), *place))
-        if before is None:
+    for (name, _), point in points.items():
+        start, _, last = name.rpartition(" + ")
+        before = points.get((start, str(WINDOWS * LENGTH)))
+        if before is None or not last.startswith(("block", "model")):
             continue
         # A model is refined after it is pruned, its blocks while it is.
-        begun = before * (1, 1, 0) if run.refinement is not None else 0
-        label = ", ".join([run.line, *(place if several else ())])
+        begun = before * (1, 1, 0) if last.startswith("model") else 0
+        # Runs that differ in their tokens alone share a line.
+        label = re.sub(r", passes: \d+$", "", name)
         lines.setdefault(label, [before]).append(point + begun)
     return {label: sorted(map(tuple, found)) for label, found in lines.items()}
 
@@ -375,9 +268,6 @@ def draw(rows: Rows, texts: list[str], path: Path) -> None:
     common.save(figure, path)
 
 
-MEASURED = ("tokens", "seconds", "peak_memory_bytes", "held_out_loss")
-
-
 def main() -> None:
     parser = common.parser_of(__doc__)
     common.add_texts(parser)
@@ -392,45 +282,40 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=common.CACHE, metavar="FOLDER")
     common.add_output(parser)
     arguments = parser.parse_args()
-    calibration, seed, cache = arguments.calibration, arguments.seed, arguments.cache
-    count, unseen = arguments.evaluation_windows, arguments.unseen
-
-    def key_of(run: Run) -> dict[str, object]:
-        return {
-            "run": run.name,
-            "distinct_tokens": run.distinct_tokens,
-            "seed": seed,
-            "calibration": calibration.stem,
-            "evaluation_windows": f"{count} unseen" if unseen else count,
-        }
-
+    calibration, cache, unseen = arguments.calibration, arguments.cache, arguments.unseen
+    count = arguments.evaluation_windows
+    setting = {
+        "seed": str(arguments.seed),
+        "calibration": calibration.stem,
+        "evaluation_windows": f"{count} unseen" if unseen else str(count),
+    }
     arguments.output.mkdir(parents=True, exist_ok=True)
     path, texts = arguments.output / "refine.csv", [text.stem for text in arguments.texts]
     answers = [] if arguments.bigbench is None else ["right_answers"]
-    rows = common.read_rows(path, [*key_of(runs()[0]), *MEASURED, *texts, *answers])
+    titles = ["run", "distinct_tokens", *setting, *MEASURED, *texts, *answers]
+    rows = common.read_rows(path, titles)
     questions = read_questions(arguments.bigbench, QUESTIONS) if answers else None
-    dense = dense_model(cache)
+    dense = common.dense_model(cache)
     evaluated = {
         text.stem: evaluated_windows(dense, text, count, calibration, unseen)
         for text in arguments.texts
     }
+    available = common.windows_of(dense, calibration, None, LENGTH)
     for run in runs():
-        if run.name not in arguments.only or common.has_row(rows, key_of(run)):
+        key = {"run": run.name, "distinct_tokens": run.distinct_tokens, **setting}
+        if run.name not in arguments.only or common.has_row(rows, key):
             continue
         if run.windows and run.windows not in arguments.windows:
             continue
-        model = Made(str(dense.path))
-        if run.base in BASES:
-            model = alone(pruned_model, run.base, calibration, seed, cache)
-        if run.refinement is not None:
-            model = alone(refined_model, run, model.folder, calibration, seed, cache)
-        found, peak = alone(evaluate, model.folder, evaluated, questions)
-        peak = max(peak, model.peak_memory_bytes)
-        numbers = model.tokens, model.seconds, peak, model.held_out_loss
-        measured = dict(zip(MEASURED, numbers, strict=True))
-        rows = common.add_row(path, key_of(run) | measured | found)
+        drawn = common.drawn_windows(available, max(WINDOWS, run.windows), arguments.seed)
+        model, figures = model_of(run, dense, drawn, cache)
+        found, peak = alone(evaluate, model, evaluated, questions)
+        measured = dict(zip(MEASURED, figures, strict=True))
+        measured["peak_memory_bytes"] = max(peak, measured["peak_memory_bytes"])
+        rows = common.add_row(path, key | measured | found)
+    rows = [row for row in rows if row.items() >= setting.items()]
     print_table(rows, texts)
-    tokenizer = dense.load_tokenizer()
+    tokenizer = open_checkpoint(dense).load_tokenizer()
     for name, windows in evaluated.items():
         share = share_seen(tokenizer.decode(windows.ravel()), read_text(calibration))
         print(f"{share:.0%} of what is evaluated of {name} is in {calibration.name}")

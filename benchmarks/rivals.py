@@ -4,20 +4,17 @@ The iterative ways work on blocks of four, on magnitudes, and compare the same t
 their objective 1/2 |w - y|^2 + lam e3(w): the two largest entries unchanged, a support of three, a
 support of four.
 
-All are written from descriptions; no code of any publication was used. PyTorch is imported where it
-is used, so that `gradient_descent` runs without it.
+All are written from descriptions; no code of any publication was used.
 """
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import torch
 from jax import Array, lax
-
-if TYPE_CHECKING:
-    import torch
 
 SWEEPS = 100
 LEAST_CHANGE = 1e-8
@@ -28,7 +25,7 @@ COLUMNS = 128
 Block4 = tuple[Array, Array, Array, Array]
 
 
-def alternating_minimisation(y: "torch.Tensor", lam: float) -> "torch.Tensor":
+def alternating_minimisation(y: torch.Tensor, lam: float) -> torch.Tensor:
     """The proximal operator by cyclic coordinate minimisation, in ordinary PyTorch expressions.
 
     On the sorted magnitudes, from w = 0, each coordinate in turn, from the smallest to the largest,
@@ -41,19 +38,16 @@ def alternating_minimisation(y: "torch.Tensor", lam: float) -> "torch.Tensor":
       "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained LLMs",
       arXiv 2502.00258, which solves the same operator by alternating minimisation.
     """
-    import torch
 
-    def minimise(y: "torch.Tensor", support: int) -> "torch.Tensor":
+    def minimise(y: torch.Tensor, support: int) -> torch.Tensor:
         w = torch.zeros_like(y)
         for _ in range(SWEEPS):
             previous = w.clone()
             for i in reversed(range(support)):
-                if support == 3:
-                    a, b = (j for j in range(3) if j != i)
-                    pairs = w[:, a] * w[:, b]
-                else:
-                    a, b, c = (j for j in range(4) if j != i)
-                    pairs = w[:, a] * w[:, b] + w[:, c] * (w[:, a] + w[:, b])
+                a, b, *rest = (w[:, j] for j in range(support) if j != i)
+                pairs = a * b
+                for c in rest:
+                    pairs = pairs + c * (a + b)
                 w[:, i] = torch.clamp(y[:, i] - lam * pairs, min=0)
             if torch.sum(torch.abs(w - previous)) < LEAST_CHANGE:
                 break
@@ -64,15 +58,14 @@ def alternating_minimisation(y: "torch.Tensor", lam: float) -> "torch.Tensor":
     return torch.zeros_like(y).scatter(-1, order, w).copysign(y)
 
 
-def tuned_alternating_minimisation(y: "torch.Tensor", lam: float) -> "torch.Tensor":
+def tuned_alternating_minimisation(y: torch.Tensor, lam: float) -> torch.Tensor:
     """The same sweeps as `alternating_minimisation`, tuned: our own form, not a published one.
 
     Every update works in place on contiguous copies of the i-th entries of all blocks, and every
     tenth sweep is tested for convergence. It stays eager, without `torch.compile`.
     """
-    import torch
 
-    def minimise(y: "torch.Tensor", support: int) -> "torch.Tensor":
+    def minimise(y: torch.Tensor, support: int) -> torch.Tensor:
         w = torch.zeros_like(y)
         pair_sum = torch.empty_like(y[:, 0])
         for sweep in range(1, SWEEPS + 1):
@@ -97,11 +90,9 @@ def tuned_alternating_minimisation(y: "torch.Tensor", lam: float) -> "torch.Tens
 
 
 def _best_support(
-    y: "torch.Tensor", lam: float, minimise: Callable[["torch.Tensor", int], "torch.Tensor"]
-) -> "torch.Tensor":
+    y: torch.Tensor, lam: float, minimise: Callable[[torch.Tensor, int], torch.Tensor]
+) -> torch.Tensor:
     """The best of the three candidates for sorted magnitudes of shape (blocks, 4)."""
-    import torch
-
     best = y.clone()
     best[:, 2:] = 0
     least = _objective(best.unbind(-1), y.unbind(-1), lam)
@@ -139,14 +130,10 @@ def gradient_descent(y: Array, lam: Array | float) -> Array:
         _descend((y1, y2, y3, zero), lam, y1 + y2),
         _descend((y1, y2, y3, y4), lam, 2 * (y1 + y2 + y3)),
     ]
-    best = jnp.argmin(jnp.stack([_objective(w, (y1, y2, y3, y4), lam) for w in candidates]), axis=0)
-    chosen = jnp.stack(
-        [
-            jnp.where(best == 0, p, jnp.where(best == 1, t, d))
-            for p, t, d in zip(*candidates, strict=True)
-        ],
-        axis=-1,
-    )
+    values = jnp.stack([_objective(w, (y1, y2, y3, y4), lam) for w in candidates])
+    best = jnp.argmin(values, axis=0).astype(jnp.int32)
+    entries = [lax.select_n(best, *each) for each in zip(*candidates, strict=True)]
+    chosen = jnp.stack(entries, axis=-1)
     restored = jnp.take_along_axis(chosen, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.copysign(restored, y)
 
@@ -186,8 +173,8 @@ def _objective(w: Any, y: Any, lam: Any) -> Any:
 
 
 def sparsegpt(
-    weight: "torch.Tensor", gram: "torch.Tensor", damping: float
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+    weight: torch.Tensor, gram: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """SparseGPT to 2:4, one column after the other, in PyTorch.
 
     With U upper triangular and U^T U the inverse of the damped Gram, the two of every four entries
@@ -203,8 +190,6 @@ def sparsegpt(
       "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
       algorithm 1.
     """
-    import torch
-
     weight, gram = weight.clone(), gram.clone()
     diagonal = gram.diagonal()
     dead = diagonal == 0
