@@ -108,7 +108,8 @@ def distill(
       pruned: the pruned model.
       destination: the HF folder to write; complete or absent.
       refinement: how it is trained.
-      text: to train on; or token ids, shape (windows, length).
+      text: to train on; or token ids, shape (windows, length). The last windows are held out; those
+        of a text are shuffled before.
       state: a folder for the state of the training at each measurement; the same call goes on from
         there.
       tensor_parallel: devices that share heads and widths; the others share the windows.
@@ -133,7 +134,9 @@ def distill(
         check_outside(destination, Path(state))
     teacher, student = open_checkpoint(dense), open_checkpoint(pruned)
     mesh = common_mesh(refinement.micro_batch, tensor_parallel)
-    windows = shuffled(calibration_windows(teacher, text))
+    windows = calibration_windows(teacher, text)
+    if isinstance(text, Text):
+        windows = shuffled(windows)
     models = {"dense": teacher, "pruned": student}
     files = {role: source_files(model.path) for role, model in models.items()}
     job = {

@@ -65,7 +65,8 @@ def prune(
       source: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
       destination: the HF folder to write.
       recipe: how the model is pruned.
-      calibration: the text whose tokens make the Grams; or token ids, shape (windows, length).
+      calibration: the text whose tokens make the Grams; or token ids, shape (windows, length). A
+        refinement holds the last windows out; those of a text are shuffled before.
       memory: bytes of a device; the largest micro-batch that fits is used. None for one of about
         2,048 tokens.
       activations: where hidden states are between layers, "memory" or "disk". On disk, a run that
@@ -104,7 +105,7 @@ def prune(
     if recipe.refine is not None:
         if jax.process_count() > 1:
             raise RecipeError("refine is for a single process")
-        windows = shuffled(windows)
+        windows = shuffled(windows) if isinstance(calibration, Text) else windows
     mesh = common_mesh(len(windows)) if native else None
     devices = 1 if mesh is None else mesh.size
     if shard_grams:
