@@ -493,7 +493,8 @@ def test_the_destination_is_looked_at_before_the_training(workspace, monkeypatch
 
     monkeypatch.setattr("prox24.jobs.distill.train_model", trained)
     (workspace / "out.unfinished" / "model").mkdir(parents=True)
-    (workspace / "out.unfinished" / "job.json").write_text("{}")
+    job = {"versions": {"prox24": prox24.__version__}}
+    (workspace / "out.unfinished" / "job.json").write_text(json.dumps(job))
     (workspace / "out.unfinished" / "journal.jsonl").write_text('{"tensor": "a", "sha256": ""}\n')
     assert distilled(workspace) == 2
     printed = capsys.readouterr().err
