@@ -25,7 +25,6 @@ from prox24.pruning.recipe import Recipe
 from prox24.pruning.runner import Linear as Width
 from prox24.pruning.runner import check_widths
 from prox24.refine.blocks import block_step
-from prox24.solvers.admm import ADMM
 from prox24.solvers.damping import WIDEST_BLOCK
 from prox24.solvers.problem import LayerProblem, corrected_weight
 from prox24.solvers.solve import lower
@@ -257,7 +256,7 @@ def _solving(linear: Linear, setup: Setup) -> int:
         return needed
     # Each holds a whole weight, for its product with a Gram, and the rows of a block of an inverse,
     # before and after the product with its pivot.
-    inverts = isinstance(recipe.solver, ADMM) or recipe.targets is not None
+    inverts = recipe.solver.needs_definite or recipe.targets is not None
     swept = 2 * min(WIDEST_BLOCK, width) if inverts else 0
     return needed // sharing + 4 * (outputs + swept) * width
 

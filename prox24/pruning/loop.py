@@ -19,9 +19,9 @@ from prox24.pruning.recipe import Recipe
 from prox24.pruning.report import BlockReport, LinearReport
 from prox24.pruning.runner import Inputs, Linear, Runner, State, Streams, check_widths
 from prox24.refine.blocks import BlockRefinement, train_block
-from prox24.solvers.problem import LayerProblem, Solution, Status, correct_inputs
+from prox24.solvers.problem import LayerProblem, correct_inputs
 from prox24.solvers.scores import Wanda
-from prox24.solvers.solve import solve
+from prox24.solvers.solve import explain, solve
 
 
 class Readable(Protocol):
@@ -158,7 +158,7 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
             pattern = _pattern(recipe, linear)
             losses[linear.tensor] = max(
                 solve(
-                    _problem(runner, matrix, own), Wanda(), None, pattern=pattern
+                    *_problem(runner, matrix, own), Wanda(), None, pattern=pattern, throw=False
                 ).statistics.relative_loss
                 for matrix, own in zip(matrices, inputs[linear.input], strict=True)
             )
@@ -193,11 +193,18 @@ def _pruned(
         name = linear.tensor if len(given) == 1 else f"{linear.tensor}[{number}]"
         problem = _problem(runner, matrix, own)
         if own.tokens and own.cross is not None and recipe.targets is not None:
-            problem = correct_inputs(problem, own.cross, recipe.targets.pull)
+            corrected = correct_inputs(*problem, own.cross, recipe.targets.pull)
+            problem = problem._replace(weight=corrected)
         solution = solve(
-            problem, recipe.solver, recipe.refit, pattern=pattern, damping=recipe.damping
+            *problem,
+            recipe.solver,
+            recipe.refit,
+            pattern=pattern,
+            damping=recipe.damping,
+            throw=False,
         )
-        check_solution(solution, problem, name, recipe.damping)
+        if solution.status.failed:
+            raise SolverError(explain(solution.status, problem, recipe.damping, name))
         pruned.append(everywhere(solution.weight, runner.mesh))
         reports.append(
             LinearReport(
@@ -213,28 +220,6 @@ def _pruned(
         del problem, solution  # before the next matrix needs their place
     rounded = _rounded(runner, linear.tensor, runner.joined(linear, pruned))
     return rounded, tuple(reports)
-
-
-def check_solution(solution: Solution, problem: LayerProblem, name: str, damping: float) -> None:
-    """Raises SolverError, with the reason, unless a solution is finite.
-
-    Args:
-      solution: of the problem.
-      problem: that was solved.
-      name: of the weight.
-      damping: that was asked for.
-    """
-    if solution.status is Status.INDEFINITE:
-        raise SolverError(f"the Gram of {name} is not positive semidefinite")
-    if solution.status is not Status.NONFINITE:
-        return
-    for part, entries in zip(("", "the Gram of "), problem, strict=True):
-        if not jnp.isfinite(entries).all():
-            raise SolverError(f"{part}{name} holds NaN or Inf")
-    raise SolverError(
-        f"no finite solution for {name}: its Gram is not positive definite with damping "
-        f"{damping:g}, or numbers are too large; use more damping"
-    )
 
 
 def _rounded(runner: Runner[State], tensor: str, values: Array) -> Array:

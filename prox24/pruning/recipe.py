@@ -14,10 +14,11 @@ from prox24.pruning._fields import build, decode, encode
 from prox24.refine.blocks import BlockRefinement
 from prox24.solvers.admm import ADMM
 from prox24.solvers.hyperparameters import REGISTERED
+from prox24.solvers.protocol import Refit, Solver
 from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients, GradientSteps
 from prox24.solvers.scores import Magnitude, Wanda
-from prox24.solvers.solve import Refit, Solver, check_supported
+from prox24.solvers.solve import check_supported
 from prox24.solvers.sparsegpt import SparseGPT
 
 VERSION = 1

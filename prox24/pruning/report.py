@@ -53,7 +53,7 @@ class LinearReport(NamedTuple):
     def __str__(self) -> str:
         few = ", too few" if self.tokens < self.inputs else ""
         return (
-            f"{self.status.value:9}  loss {self.statistics.relative_loss:.4f}  "
+            f"{self.status.name.lower():9}  loss {self.statistics.relative_loss:.4f}  "
             f"{self.tokens} tokens of {self.inputs}{few}  {self.name}"
         )
 
@@ -61,7 +61,9 @@ class LinearReport(NamedTuple):
         """The report as JSON holds it; a number that is not finite is None."""
         own = {key: value for key, value in self._asdict().items() if key != "statistics"}
         block = self.block and self.block._asdict() | {"outcome": self.block.outcome.value}
-        flat = own | {"status": self.status.value, "block": block} | self.statistics._asdict()
+        flat = (
+            own | {"status": self.status.name.lower(), "block": block} | self.statistics._asdict()
+        )
         return {key: None if _is_infinite(value) else value for key, value in flat.items()}
 
     @classmethod
@@ -72,7 +74,7 @@ class LinearReport(NamedTuple):
         losses = {key: math.inf for key, value in numbers.items() if value is None}
         return cls(
             name=figures["name"],
-            status=Status(figures["status"]),
+            status=Status[figures["status"].upper()],
             sparsity=figures["sparsity"],
             inputs=figures["inputs"],
             tokens=figures["tokens"],

@@ -1,24 +1,19 @@
 """ADMM between the squared loss and sparsity, by projection or by the exact proximal operator."""
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24.core import planes
 from prox24.core.masks import top_mask
-from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.pattern import AnyPattern, Pattern
 from prox24.core.precision import PRECISION
 from prox24.solvers.damping import damped_gram, damped_inverse
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import (
-    Candidate,
-    LayerProblem,
-    Normalized,
-    check_grouped,
-    normalize,
-)
+from prox24.solvers.problem import Candidate, LayerProblem, Normalized, normalize
+from prox24.solvers.protocol import Patterns, n_of_m
 from prox24.solvers.schedules import Exponential
 
 
@@ -48,19 +43,24 @@ class ADMM:
       interval: steps between two moves of rho; each move costs an inverse, as many operations as
         the product G G.
 
-    Raises:
-      ValueError: with a penalty, a pattern other than 1:M and 2:M.
-
     Example:
       >>> ADMM(penalty=None).steps
       24
     """
+
+    needs_definite: ClassVar[bool] = True
+    shares_columns: ClassVar[bool] = True
 
     steps: int = 24
     rho: Exponential = Exponential.between(0.5, 1.2, 6)
     penalty: Exponential | None = Exponential.between(0.3, 2.0, 24)
     scaling: float = 0.5
     interval: int = 4
+
+    @property
+    def patterns(self) -> Patterns:
+        """Those of the operator, or of the projection."""
+        return Patterns.GROUPED if self.penalty is None else Patterns.ONE_OR_TWO
 
     @classmethod
     def in_steps(cls, steps: int) -> "ADMM":
@@ -83,13 +83,9 @@ class ADMM:
             interval=interval,
         )
 
-    def __call__(
-        self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
-    ) -> Candidate:
+    def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
-        pattern = check_grouped(pattern, "ADMM")
-        if self.penalty is not None:
-            planes.check_kept(*pattern)
+        pattern = n_of_m(pattern)
         inverted = damped_inverse(problem.gram, damping)
         gram = damped_gram(problem.gram, inverted.damping)
         diagonal = jnp.diagonal(gram)

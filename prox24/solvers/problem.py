@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from prox24.core.pattern import Pattern, PatternLike, Unstructured, as_pattern
 from prox24.core.precision import PRECISION, working_dtype
 from prox24.solvers.damping import damped_inverse
 
@@ -28,19 +27,26 @@ class LayerProblem(NamedTuple):
     gram: Array
 
 
-class Status(enum.Enum):
+class Status(enum.IntEnum):
     """How a solver ended."""
 
-    SPARSE = "sparse"
+    SPARSE = 0
     """The pattern holds and every entry is finite."""
-    MAX_STEPS = "max_steps"
+    MAX_STEPS = 1
     """`ProximalGradient` ran out of steps: blocks that were still dense were cut to their largest
     entries. ADMM always ends with a projection."""
-    NONFINITE = "nonfinite"
+    NONFINITE = 2
     """NaN or Inf appeared, in the input or because the damped Gram is not positive definite."""
-    INDEFINITE = "indefinite"
+    INDEFINITE = 3
     """The Gram is not positive semidefinite, by more than rounding: its diagonal or a loss is
     negative."""
+    ASYMMETRIC = 4
+    """The Gram is not symmetric, by more than rounding."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no solution."""
+        return self >= Status.NONFINITE
 
 
 class Candidate(NamedTuple):
@@ -112,13 +118,13 @@ class Statistics(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """A sparse weight, its mask, how it was reached, and figures about it.
+    """A sparse weight, its mask, how it was reached, and figures about it; it prints as one line.
 
     Attributes:
-      weight: shape (out, in), the dtype of the problem's weight, exact zeros outside the mask.
-      mask: bool, shape (out, in), as in `Candidate`.
-      status: a `Status`.
-      statistics: `Statistics`.
+      weight: the shape and dtype of the weight that was given, exact zeros outside the mask.
+      mask: bool, the same shape, as in `Candidate`.
+      status: a `Status`; traced, an int32 scalar of its value.
+      statistics: `Statistics`; traced, arrays.
     """
 
     weight: Array
@@ -126,16 +132,13 @@ class Solution(NamedTuple):
     status: Status
     statistics: Statistics
 
-
-def check_grouped(
-    pattern: Pattern | Unstructured,
-    method: str,
-    instead: str = "magnitude, wanda and sparsegpt do",
-) -> Pattern:
-    """The pattern; raises ValueError, naming what serves instead, for sparsity without one."""
-    if isinstance(pattern, Unstructured):
-        raise ValueError(f"{method} supports patterns N:M, not unstructured {pattern}; {instead}")
-    return pattern
+    def __str__(self) -> str:
+        figures = self.statistics
+        return (
+            f"{Status(self.status).name.lower()}: relative loss {figures.relative_loss:.4g} "
+            f"({figures.relative_loss_before_refit:.4g} before the refit), {figures.steps} steps, "
+            f"{figures.refit_steps} of the refit"
+        )
 
 
 class Normalized(NamedTuple):
@@ -152,29 +155,38 @@ class Normalized(NamedTuple):
     scale: Array
 
 
-def check_problem(
-    problem: LayerProblem, pattern: PatternLike | Unstructured
-) -> Pattern | Unstructured:
-    """Raises ValueError unless the arrays fit one another and the pattern divides the input."""
-    check_arrays(problem)
-    if isinstance(pattern, Unstructured):
-        return pattern
-    pattern, width = as_pattern(pattern), problem.weight.shape[1]
-    if width % pattern.group:
-        raise ValueError(f"input width {width} is not divisible by {pattern.group}")
-    return pattern
+class Refitted(NamedTuple):
+    """What a refit returns.
+
+    Attributes:
+      weight: shape (out, in), of a normalized problem, zero outside the mask.
+      mask: bool, shape (out, in).
+      steps: int32 scalar, iterations taken.
+      exhausted: bool, shape (out,), whether they ran out before the row met the refit's stop test.
+    """
+
+    weight: Array
+    mask: Array
+    steps: Array
+    exhausted: Array
 
 
-def check_arrays(problem: LayerProblem) -> None:
-    """Raises ValueError unless they are floating-point and their shapes fit one another."""
-    weight, gram = problem.weight.shape, problem.gram.shape
-    for name, array in problem._asdict().items():
+def check_arrays(weight: Array, gram: Array, axis: int = -1) -> None:
+    """Raises ValueError unless the arrays are floating-point and their shapes fit one another."""
+    for name, array in {"weight": weight, "gram": gram}.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"the {name} is {array.dtype}, not floating-point")
-    if len(weight) != 2 or gram != (weight[1], weight[1]):
-        raise ValueError(f"weight {weight} and gram {gram} are not (out, in) and (in, in)")
-    if 0 in weight:
-        raise ValueError(f"weight {weight} has no entries")
+    shapes = f"weight {weight.shape} and gram {gram.shape}"
+    if weight.ndim != 2 or gram.ndim != 2 or not -2 <= axis < 2:
+        raise ValueError(f"{shapes} are not matrices, or have no axis {axis}; use jax.vmap")
+    width, other = weight.shape[axis], weight.shape[axis - 1]
+    if gram.shape != (width, width):
+        hint = ""
+        if gram.shape == (other, other):
+            hint = f"; the Gram fits the other axis: pass axis={0 if axis in (-1, 1) else -1}"
+        raise ValueError(f"{shapes} do not fit: the weight sums over axis {axis}{hint}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight {weight.shape} has no entries")
 
 
 def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Normalized:
@@ -229,6 +241,27 @@ def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> A
     return loss >= -ROUNDINGS * eps * most
 
 
+def is_symmetric(gram: Array, eps: float) -> Array:
+    """Whether a Gram is symmetric but for rounding; a bool scalar, true where it holds NaN.
+
+    G v and G^T v are compared for one vector v of fixed signs, so that devices that share columns
+    exchange vectors only. Where every entry is off by at most c sqrt(G_ii G_jj), an entry of their
+    difference is at most 2 c sqrt(G_ii) sum_j sqrt(G_jj). Here c is 100 eps.
+
+    Args:
+      gram: shape (in, in).
+      eps: of the dtype in which the Gram was summed.
+    """
+    # An additive sequence has no short period, by which a shifted Gram could hide.
+    phases = jnp.arange(gram.shape[0], dtype=gram.dtype) * 0.6180339887
+    signs = jnp.where(phases % 1 < 0.5, 1, -1).astype(gram.dtype)
+    rows = jnp.matmul(gram, signs, precision=PRECISION)
+    columns = jnp.matmul(signs, gram, precision=PRECISION)
+    deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    most = 2 * ROUNDINGS * eps * deviation * jnp.sum(deviation)
+    return ~jnp.any(jnp.abs(rows - columns) > most)
+
+
 def has_negative_diagonal(gram: Array, eps: float) -> Array:
     """Whether a finite entry of the diagonal is negative beyond rounding; a bool scalar.
 
@@ -244,43 +277,40 @@ DEFAULT_PULL = 1.0
 """Among those of docs/results.md the one with the least perplexity of *Emma*."""
 
 
-def correct_inputs(problem: LayerProblem, cross: Array, pull: float = DEFAULT_PULL) -> LayerProblem:
-    """The problem whose layer also makes up for what pruning did to its inputs.
+def correct_inputs(weight: Array, gram: Array, cross: Array, pull: float = DEFAULT_PULL) -> Array:
+    """The dense weight that also corrects what pruning did to the layer's inputs.
 
     The layer sees x' in the pruned model where the dense one sees x. The dense minimiser of
     |W X' - W0 X|^2 + pull tr(G) |W - W0|^2 is W0 + W0 (C - G) (G + pull tr(G) I)^-1 with
-    G = X' X'^T and C = X X'^T; it takes the place of W0. With little pull, models were ruined: the
-    default corrects little but in the directions whose eigenvalues are a good part of the trace
-    (docs/theory.md, section 15). The pull is in the new dense weight alone: the Gram stays as it
-    is. Losses are then relative to the new dense weight.
+    G = X' X'^T and C = X X'^T. It takes the place of W0 in `prox24.solve`, with the same Gram;
+    losses are then relative to it. With little pull, models were ruined: the default corrects only
+    the directions whose eigenvalues are a good part of the trace (docs/theory.md, section 15).
 
     Args:
-      problem: weight W0 and gram G, of the pruned model's inputs.
+      weight: W0, shape (out, in).
+      gram: G, shape (in, in), of the pruned model's inputs.
       cross: C, shape (in, in), on the scale of the gram.
       pull: positive, relative to the trace of G. Where G + pull tr(G) I is not positive definite,
         it is raised as damping is, see `prox24.solve`, but not above 1 / in.
 
     Returns:
-      A problem with the same gram, and a float32 weight, or float64 if the Gram is; NaN if the
-      Gram or the cross-Gram holds NaN.
+      Array (out, in), float32, or float64 if the Gram is; NaN if the Gram or the cross-Gram holds
+      NaN.
 
     Raises:
       ValueError: the pull is not positive and finite, or the shapes do not fit.
 
     Example:
       >>> x = jnp.eye(4)
-      >>> problem = LayerProblem(jnp.ones((1, 4)), x @ x.T)
-      >>> correct_inputs(problem, 1.5 * x, pull=0.25).weight.tolist()
+      >>> correct_inputs(jnp.ones((1, 4)), x @ x.T, 1.5 * x, pull=0.25).tolist()
       [[1.25, 1.25, 1.25, 1.25]]
     """
     if not 0 < pull < math.inf:
         raise ValueError(f"a pull of {pull} is not positive and finite")
-    check_arrays(problem)
-    if cross.shape != problem.gram.shape:
-        raise ValueError(
-            f"cross-Gram {cross.shape} is not of the Gram's shape {problem.gram.shape}"
-        )
-    return LayerProblem(corrected_weight(*problem, cross, pull), problem.gram)
+    check_arrays(weight, gram)
+    if cross.shape != gram.shape:
+        raise ValueError(f"cross-Gram {cross.shape} is not of the Gram's shape {gram.shape}")
+    return corrected_weight(weight, gram, cross, pull)
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,12 @@ from jax import Array, lax
 
 from prox24.core import planes
 from prox24.core.masks import top_mask
-from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.pattern import AnyPattern, Pattern
 from prox24.core.precision import PRECISION
 from prox24.solvers.damping import damped_gram
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import Candidate, LayerProblem, check_grouped, normalize
+from prox24.solvers.problem import Candidate, LayerProblem, normalize
+from prox24.solvers.protocol import Patterns, n_of_m
 from prox24.solvers.schedules import Exponential
 
 
@@ -34,12 +35,13 @@ class ProximalGradient:
       momentum: 1 for Nesterov's sequence, 0 for none, between for a damped one.
       max_steps: steps after which blocks that are still dense are cut; the status then says so.
 
-    Raises:
-      ValueError: on a pattern other than 1:M and 2:M.
-
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, algorithm 1.
     """
+
+    patterns: ClassVar[Patterns] = Patterns.ONE_OR_TWO
+    needs_definite: ClassVar[bool] = False
+    shares_columns: ClassVar[bool] = False
 
     penalty: Exponential = Exponential(0.01, 1.05)
     momentum: float = 1.0
@@ -50,12 +52,9 @@ class ProximalGradient:
         """No momentum, and lam growing by 1% a step; to be followed by 1,000 gradient steps."""
         return cls(Exponential(0.01, 1.01), momentum=0.0)
 
-    def __call__(
-        self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
-    ) -> Candidate:
+    def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
-        pattern = check_grouped(pattern, "prox")
-        planes.check_kept(*pattern)
+        pattern = n_of_m(pattern)
         normalized = normalize(problem.weight, damped_gram(problem.gram, damping))
         # With the columns of plane 0 first, then those of 1, ..., the product with the Gram sees
         # an ordinary matrix, and nothing is interleaved until the end.

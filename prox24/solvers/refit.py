@@ -1,34 +1,19 @@
 """Masked updates: the least squares over the kept weights, by gradients or conjugate gradients."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.pattern import AnyPattern
 from prox24.core.precision import PRECISION
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import Normalized
+from prox24.solvers.problem import Normalized, Refitted
+from prox24.solvers.protocol import Patterns
 from prox24.solvers.proximal import eigenvalue_bound
-
-
-class Refitted(NamedTuple):
-    """What a refit returns.
-
-    Attributes:
-      weight: shape (out, in), of a normalized problem, zero outside the mask.
-      mask: bool, shape (out, in).
-      steps: int32 scalar, iterations taken.
-      exhausted: bool, shape (out,), whether they ran out before the row met the refit's stop test.
-    """
-
-    weight: Array
-    mask: Array
-    steps: Array
-    exhausted: Array
 
 
 @hyperparameters
@@ -44,11 +29,15 @@ class ConjugateGradients:
         single steps do not fall steadily: a short one may come before long ones.
     """
 
+    patterns: ClassVar[Patterns] = Patterns.ANY
+    needs_definite: ClassVar[bool] = False
+    shares_columns: ClassVar[bool] = True
+
     steps: int = 20
     tolerance: float = 1e-4
 
     def __call__(
-        self, problem: Normalized, weight: Array, mask: Array, pattern: Pattern | Unstructured
+        self, problem: Normalized, weight: Array, mask: Array, pattern: AnyPattern
     ) -> Refitted:
         """The refitted weight; all arrays are (out, in)."""
         del pattern
@@ -137,13 +126,17 @@ class GradientSteps:
       100
     """
 
+    patterns: ClassVar[Patterns] = Patterns.ANY
+    needs_definite: ClassVar[bool] = False
+    shares_columns: ClassVar[bool] = False
+
     transform: optax.GradientTransformation | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
     steps: int = 1000
 
     def __call__(
-        self, problem: Normalized, weight: Array, mask: Array, pattern: Pattern | Unstructured
+        self, problem: Normalized, weight: Array, mask: Array, pattern: AnyPattern
     ) -> Refitted:
         """The refitted weight; all arrays are (out, in)."""
         del pattern
@@ -171,8 +164,12 @@ class LeastSquares:
     It takes in^3 / 3 operations a row, against 2 in^2 of a conjugate gradient step: a reference.
     """
 
+    patterns: ClassVar[Patterns] = Patterns.ANY
+    needs_definite: ClassVar[bool] = True
+    shares_columns: ClassVar[bool] = False
+
     def __call__(
-        self, problem: Normalized, weight: Array, mask: Array, pattern: Pattern | Unstructured
+        self, problem: Normalized, weight: Array, mask: Array, pattern: AnyPattern
     ) -> Refitted:
         """The refitted weight; all arrays are (out, in)."""
         del weight, pattern

@@ -1,21 +1,26 @@
 """Masks by a score for each weight, without a change of the kept weights: magnitude and Wanda."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jax import Array
 
 from prox24.core.masks import largest_mask, top_mask
-from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.pattern import AnyPattern, Unstructured
 from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.problem import Candidate, LayerProblem
+from prox24.solvers.protocol import Patterns
 
 
 @hyperparameters
 class Magnitude:
     """Keeps the largest |W| of each block, or of the whole matrix. Does not look at the Gram."""
 
-    def __call__(
-        self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
-    ) -> Candidate:
+    patterns: ClassVar[Patterns] = Patterns.ANY
+    needs_definite: ClassVar[bool] = False
+    shares_columns: ClassVar[bool] = True
+
+    def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
         scores = jnp.abs(problem.weight)
         if isinstance(pattern, Unstructured):
@@ -34,9 +39,11 @@ class Wanda:
       equation 1.
     """
 
-    def __call__(
-        self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
-    ) -> Candidate:
+    patterns: ClassVar[Patterns] = Patterns.ANY
+    needs_definite: ClassVar[bool] = False
+    shares_columns: ClassVar[bool] = True
+
+    def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
         deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(problem.gram), 0))
         scores = jnp.abs(problem.weight) * deviation[None, :]

@@ -1,17 +1,18 @@
 """SparseGPT: one sweep over the columns that prunes, and spreads each error over later columns."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24.core.masks import largest_mask, top_mask
-from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.pattern import AnyPattern, Unstructured
 from prox24.core.precision import PRECISION
 from prox24.solvers.damping import inverse_factor
 from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.problem import Candidate, LayerProblem
+from prox24.solvers.protocol import Patterns
 
 
 @hyperparameters
@@ -33,11 +34,13 @@ class SparseGPT:
       algorithm 1.
     """
 
+    patterns: ClassVar[Patterns] = Patterns.ANY
+    needs_definite: ClassVar[bool] = True
+    shares_columns: ClassVar[bool] = False
+
     block_size: int = dataclasses.field(default=128, metadata={"static": True})
 
-    def __call__(
-        self, problem: LayerProblem, pattern: Pattern | Unstructured, damping: Array
-    ) -> Candidate:
+    def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
         factor = inverse_factor(problem.gram, damping)
         block = _block_width(problem.weight.shape[1], pattern, self.block_size)
@@ -45,13 +48,13 @@ class SparseGPT:
         return Candidate.of(swept.weight.T, swept.mask.T, factor.damping)
 
 
-def _block_width(width: int, pattern: Pattern | Unstructured, largest: int) -> int:
+def _block_width(width: int, pattern: AnyPattern, largest: int) -> int:
     group = _group(pattern)
     candidates = range(group, max(largest, group) + 1, group)
     return max(block for block in candidates if width % block == 0)
 
 
-def _group(pattern: Pattern | Unstructured) -> int:
+def _group(pattern: AnyPattern) -> int:
     return 1 if isinstance(pattern, Unstructured) else pattern.group
 
 
@@ -62,7 +65,7 @@ class _Sweep(NamedTuple):
     mask: Array
 
 
-def _sweep(weight: Array, factor: Array, pattern: Pattern | Unstructured, block: int) -> _Sweep:
+def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sweep:
     width, rows = weight.shape
 
     def prune_block(index: Array, state: _Sweep) -> _Sweep:
@@ -84,7 +87,7 @@ def _sweep(weight: Array, factor: Array, pattern: Pattern | Unstructured, block:
 
 
 def _prune_columns(
-    columns: Array, factor: Array, pattern: Pattern | Unstructured
+    columns: Array, factor: Array, pattern: AnyPattern
 ) -> tuple[Array, Array, Array]:
     """Prunes the columns of one block: kept values, mask and errors, each (block, rows)."""
     block, rows = columns.shape

@@ -2,18 +2,19 @@
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from prox24.core.pattern import Pattern, Unstructured
+from prox24.core.pattern import AnyPattern, Pattern
 from prox24.core.precision import PRECISION
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import Normalized, check_grouped
-from prox24.solvers.refit import ConjugateGradients, Refitted
+from prox24.solvers.problem import Normalized, Refitted
+from prox24.solvers.protocol import Patterns, n_of_m
+from prox24.solvers.refit import ConjugateGradients
 
 MOST_MASKS = 1000
 COLUMNS = 128
@@ -34,17 +35,21 @@ class Swaps:
       refit: updates all kept weights after a sweep.
 
     Raises:
-      ValueError: the pattern has more than 1,000 masks, or the sparsity is unstructured.
+      ValueError: the pattern has more than 1,000 masks.
     """
+
+    patterns: ClassVar[Patterns] = Patterns.GROUPED
+    needs_definite: ClassVar[bool] = True
+    shares_columns: ClassVar[bool] = False
 
     sweeps: int = 2
     refit: ConjugateGradients = ConjugateGradients()
 
     def __call__(
-        self, problem: Normalized, weight: Array, mask: Array, pattern: Pattern | Unstructured
+        self, problem: Normalized, weight: Array, mask: Array, pattern: AnyPattern
     ) -> Refitted:
         """The refitted weight and its mask; all arrays are (out, in)."""
-        pattern = check_grouped(pattern, "swaps", "other refits do")
+        pattern = n_of_m(pattern)
         if math.comb(pattern.group, pattern.kept) > MOST_MASKS:
             raise ValueError(f"swaps tries all masks of a block, and {pattern} has too many")
         choices = _choices(problem.gram, pattern)
