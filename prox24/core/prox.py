@@ -35,13 +35,13 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
         (in, out) and for convolution kernels (height, width, in, out).
 
     Returns:
-      Array of the shape and dtype of `y`. A NaN or a negative `lam` makes its own block NaN and no
-      other; a block that holds an infinity may be NaN as well. CPUs read subnormal entries as
-      zeros, and may return those that are pruned as they are.
+      Array of the shape and dtype of `y`. In an array, a NaN or a negative `lam` makes its own
+      block NaN and no other; a block that holds an infinity may be NaN as well. CPUs read subnormal
+      entries as zeros, and may return those that are pruned as they are.
 
     Raises:
       ValueError: another pattern, no such axis, M does not divide its length, `lam` does not
-        broadcast to the blocks, or `y` is not floating-point.
+        broadcast to the blocks, `y` is not floating-point, or `lam` is a negative number.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, which poses the problem
@@ -54,6 +54,8 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
     """
     kept, group = as_pattern(pattern)
     planes.check_kept(kept, group)
+    if isinstance(lam, int | float) and lam < 0:
+        raise ValueError(f"lam is {lam}; a penalty is nonnegative")
     y, lam = jnp.asarray(y), jnp.asarray(lam)
     if tpu.serves(y, lam, group, axis):
         return _prox_of_rows(y, lam.astype(jnp.float32), kept, group)

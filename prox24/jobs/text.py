@@ -71,6 +71,7 @@ def calibration_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int
     """
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
+    _check_length(checkpoint, text.sequence_length)
     ids, start = _tokens(checkpoint, text.read(SPEECHES))
     return spread_windows(ids, text.samples or SAMPLES, text.sequence_length, start)
 
@@ -84,6 +85,7 @@ def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int3
     """
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
+    _check_length(checkpoint, text.sequence_length)
     ids, start = _tokens(checkpoint, text.read(NOVEL))
     return first_windows(ids, text.samples, text.sequence_length, start)
 
@@ -116,6 +118,17 @@ def _tokens(checkpoint: Checkpoint, text: str) -> tuple[NDArray[np.int32], list[
     return tokenize(tokenizer, text, vocabulary), start_tokens(tokenizer, vocabulary)
 
 
+def _check_length(checkpoint: Checkpoint, length: int) -> None:
+    positions = checkpoint.config.get("max_position_embeddings")
+    if checkpoint.decoder is not None:
+        positions = checkpoint.decoder.positions
+    if isinstance(positions, int) and length > positions:
+        raise CalibrationError(
+            f"windows of {length} tokens are longer than the model's {positions} positions; "
+            "take a shorter sequence_length"
+        )
+
+
 def _vocabulary(checkpoint: Checkpoint) -> int:
     vocabulary = checkpoint.config.get("vocab_size")
     if type(vocabulary) is not int:
@@ -130,6 +143,7 @@ def _checked(checkpoint: Checkpoint, windows: NDArray[np.integer]) -> NDArray[np
             f"tokens of shape {windows.shape} and dtype {windows.dtype} are not integers of shape "
             "(windows, length)"
         )
+    _check_length(checkpoint, windows.shape[1])
     vocabulary = _vocabulary(checkpoint)
     if windows.min(initial=0) < 0 or windows.max(initial=0) >= vocabulary:
         raise CalibrationError(f"tokens are not between 0 and {vocabulary - 1}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from prox24.core.pattern import Pattern, as_pattern
 
@@ -68,7 +69,8 @@ def describe(
     length along the axis, and its path names no embedding, head, bias or normalization. The axis is
     the one along which the layer sums, as the pattern's hardware needs it: -2 for Flax kernels, 0
     for the query, key and value kernels of Flax attention, and 1 for all else, such as the weights
-    of Equinox and PyTorch.
+    of Equinox and PyTorch. Where `optax.masked` or `optax.partition` have chosen leaves, by a label
+    say, names leave none of these dense.
 
     Args:
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
@@ -93,9 +95,10 @@ def describe(
     """
     pattern = as_pattern(pattern)
     leaves = named_leaves(params)
+    by_name = not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
     chosen = [None] * len(leaves) if mask is None else jax.tree.leaves(spread(mask, params))
     return tuple(
-        _leaf(path, leaf, pattern, axis, choice)
+        _leaf(path, leaf, pattern, axis, choice, by_name)
         for (path, leaf), choice in zip(leaves, chosen, strict=True)
     )
 
@@ -181,14 +184,25 @@ def spread(tree: Mask, params: PyTree) -> PyTree:
     return jax.tree.broadcast(prefix, params)
 
 
-def _leaf(path: str, leaf: Any, pattern: Pattern, axis: Axis | None, choice: bool | None) -> Leaf:
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _leaf(
+    path: str,
+    leaf: Any,
+    pattern: Pattern,
+    axis: Axis | None,
+    choice: bool | None,
+    by_name: bool,
+) -> Leaf:
     shape = tuple(getattr(leaf, "shape", ()))
     along = _axis(path, axis)
     if -len(shape) <= along < len(shape):
         along %= len(shape)
     obstacle = _obstacle(leaf, shape, along, pattern)
     if choice is None:
-        reason = _exception(path, shape) or obstacle
+        reason = _exception(path if by_name else "", shape) or obstacle
         return Leaf(path, shape, along, reason is None, reason or "default")
     if choice and obstacle:
         raise ValueError(

@@ -82,8 +82,8 @@ def proximal(
       replaces learning_rate * lam in this step.
 
     Raises:
-      ValueError: another pattern; in `update`, if params is missing, or `mask` selects a leaf that
-        cannot be pruned.
+      ValueError: another pattern, or a negative number; in `update`, if params is missing, or `mask`
+        selects a leaf that cannot be pruned.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, for R and its operator.
@@ -103,6 +103,9 @@ def proximal(
 
     pattern = as_pattern(pattern)
     check_kept(*pattern)
+    for name, value in {"lam": lam, "learning_rate": learning_rate}.items():
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{name} is {value}, not a nonnegative number")
 
     def init(params: PyTree) -> ProximalState:
         del params

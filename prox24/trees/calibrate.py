@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from prox24.errors import CalibrationError
@@ -101,7 +102,7 @@ def calibrate(
       A `Calibration`.
 
     Raises:
-      CalibrationError: there is no batch, a name has no products, a tap does not fit the
+      CalibrationError: there is no batch, or one array in their place; a name has no products, a tap does not fit the
         parameters, or inputs are not finite; names the weight.
 
     Example:
@@ -141,10 +142,10 @@ def gather(
     Raises:
       CalibrationError: see `calibrate`.
     """
-    batches = iter(stream.batches)
+    batches = iter(_no_array(stream.batches))
     first = next(batches, None)
     if first is None:
-        raise CalibrationError("there is no batch to calibrate on")
+        raise CalibrationError(NO_BATCH)
     survey = survey_products(apply, stream.params, first)
     for name in names or ():
         if name not in survey.layouts:
@@ -194,6 +195,29 @@ def gather(
             total = None if cross is None else cross.total
             found[path] = InputGram(gram.total, tuple(gram.tokens.tolist()), layout, total)
     return Calibration(found, survey.left_out)
+
+
+NO_BATCH = "there is no batch to calibrate on"
+
+
+def check_batches(batches: Iterable[PyTree]) -> list[PyTree]:
+    """The batches as a list.
+
+    Raises:
+      CalibrationError: there is none, or one array in their place.
+    """
+    found = list(_no_array(batches))
+    if not found:
+        raise CalibrationError(NO_BATCH)
+    return found
+
+
+def _no_array(batches: Iterable[PyTree]) -> Iterable[PyTree]:
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise CalibrationError(
+            f"batches is one array of shape {batches.shape}; give a list of batches, as [x]"
+        )
+    return batches
 
 
 def _add(gram: GramSum, x: Array, y: Array) -> GramSum:

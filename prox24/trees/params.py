@@ -15,7 +15,14 @@ from prox24.pruning import loop
 from prox24.pruning.recipe import Recipe
 from prox24.pruning.report import LinearReport
 from prox24.pruning.runner import Block, Inputs, Linear, Streams
-from prox24.trees.calibrate import Calibration, Stream, calibrate, gather, survey_products
+from prox24.trees.calibrate import (
+    Calibration,
+    Stream,
+    calibrate,
+    check_batches,
+    gather,
+    survey_products,
+)
 from prox24.trees.layout import Layout, from_matrices, to_matrices
 from prox24.trees.products import Apply
 
@@ -84,7 +91,7 @@ def prune_params(
       matrix that was pruned.
 
     Raises:
-      CalibrationError: see `calibrate`; or there are neither batches nor Grams.
+      CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has one.
       RecipeError: the recipe refines, or the solver does not support its pattern.
       SolverError: a solution is not finite; names the weight.
       ValueError: a Gram does not fit its weight, the order is unknown, or Grams are given for the
@@ -117,14 +124,14 @@ def prune_params(
             apply, params, recipe, leaves, [list(layouts)], layouts, grams=found
         )
     else:
-        batches = list(batches)
-        if not batches:
-            raise CalibrationError("there is no batch to calibrate on")
+        batches = check_batches(batches)
         survey = survey_products(apply, params, batches[0])
         leaves = _choose(params, survey.layouts, survey.left_out, recipe, mask)
         runner = FunctionRunner(
             apply, params, recipe, leaves, survey.groups, survey.layouts, batches
         )
+    if grams is not None:
+        _check_paths(params, grams)
     if not any(leaf.pruned for leaf in leaves):
         return PrunedParams(params, leaves, [])
     dense = loop.most_lossy(runner, recipe)
@@ -133,6 +140,20 @@ def prune_params(
     values = {tensor.name: tensor.values for tensor in pruned}
     reports = [report for tensor in pruned for report in tensor.reports]
     return PrunedParams(_replaced(params, values), leaves, reports)
+
+
+def _check_paths(params: PyTree, grams: Calibration) -> None:
+    """Raises CalibrationError where no path of the tree is one of the Grams'."""
+    paths = [path for path, _ in named_leaves(params)]
+    if not grams.grams.keys() & set(paths):
+        raise CalibrationError(
+            f"no leaf of params has a Gram: the Grams are of {_some(grams.grams)}, the leaves are "
+            f"{_some(paths)}; give the tree that was calibrated"
+        )
+
+
+def _some(paths: Collection[str]) -> str:
+    return ", ".join(list(paths)[:3]) + ", ..." * (len(paths) > 3)
 
 
 def _kept_dense(leaf: Leaf) -> Leaf:
