@@ -82,8 +82,8 @@ def proximal(
       replaces learning_rate * lam in this step.
 
     Raises:
-      ValueError: another pattern, or a negative number; in `update`, if params is missing, or `mask`
-        selects a leaf that cannot be pruned.
+      ValueError: another pattern, or a negative number; in `update`, if params is missing, or
+        `mask` selects a leaf that cannot be pruned.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, for R and its operator.

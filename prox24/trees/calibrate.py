@@ -102,8 +102,8 @@ def calibrate(
       A `Calibration`.
 
     Raises:
-      CalibrationError: there is no batch, or one array in their place; a name has no products, a tap does not fit the
-        parameters, or inputs are not finite; names the weight.
+      CalibrationError: there is no batch, or one array in their place; a name has no
+        products, a tap does not fit the parameters, or inputs are not finite; names the weight.
 
     Example:
       >>> def apply(params, x):

@@ -1,0 +1,73 @@
+"""Wrong calls that would give a wrong answer in silence: each is refused in one sentence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import write_tiny
+
+import prox24
+from prox24.errors import CalibrationError
+from prox24.optax import describe, proximal
+
+
+def apply(params, x):
+    return x @ params["kernel"]
+
+
+KERNEL = jax.random.normal(jax.random.key(0), (8, 4))
+BATCH = jax.random.normal(jax.random.key(1), (32, 8))
+
+
+def test_a_tree_whose_paths_fit_no_gram_is_refused():
+    grams = prox24.calibrate(
+        lambda tree, x: apply(tree["params"], x), {"params": {"kernel": KERNEL}}, [BATCH]
+    )
+    with pytest.raises(
+        CalibrationError, match=r"Grams are of params/kernel, the leaves are kernel"
+    ):
+        prox24.prune_params(apply, {"kernel": KERNEL}, grams=grams)
+
+
+@pytest.mark.parametrize("order", ["one-shot", "sequential"])
+@pytest.mark.parametrize("batches", [BATCH, np.asarray(BATCH)], ids=["jax", "numpy"])
+def test_one_array_is_not_taken_for_batches_of_its_rows(order, batches):
+    with pytest.raises(CalibrationError, match=r"one array of shape \(32, 8\); give a list"):
+        prox24.prune_params(apply, {"kernel": KERNEL}, batches, order=order)
+
+
+def test_windows_beyond_the_positions_of_a_model_are_refused(tmp_path):
+    write_tiny(tmp_path / "model")
+    long = prox24.Text(None, samples=2, sequence_length=256)
+    said = r"windows of 256 tokens are longer than the model's 128 positions"
+    with pytest.raises(CalibrationError, match=said):
+        prox24.perplexity(tmp_path / "model", long)
+    with pytest.raises(CalibrationError, match=said):
+        prox24.prune(tmp_path / "model", tmp_path / "out", calibration=long)
+    with pytest.raises(CalibrationError, match=said):
+        prox24.perplexity(tmp_path / "model", np.zeros((1, 256), np.int32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_negative_penalties_are_refused():
+    with pytest.raises(ValueError, match="lam is -1; a penalty is nonnegative"):
+        prox24.prox(jnp.ones(4), -1)
+    with pytest.raises(ValueError, match=r"lam is -1\.0, not a nonnegative number"):
+        proximal(-1.0)
+    with pytest.raises(ValueError, match="learning_rate is -2, not a nonnegative number"):
+        proximal(1.0, learning_rate=-2)
+
+
+def test_a_label_on_a_head_counts_more_than_its_name():
+    params = {"body": jnp.ones((8, 4)), "head": jnp.ones((8, 4))}
+    assert [leaf.pruned for leaf in describe(params)] == [True, False]
+    transform = optax.partition(
+        {"prune": proximal(1e30), "keep": optax.identity()}, {"body": "keep", "head": "prune"}
+    )
+    params = {"body": jnp.ones((4, 8)), "head": jax.random.normal(jax.random.key(2), (4, 8))}
+    updates = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = transform.update(updates, transform.init(params), params)
+    stepped = optax.apply_updates(params, updates)
+    assert prox24.is_sparse(stepped["head"])
+    assert not prox24.is_sparse(stepped["body"])
