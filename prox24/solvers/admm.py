@@ -1,5 +1,6 @@
 """ADMM between the squared loss and sparsity, by projection or by the exact proximal operator."""
 
+import dataclasses
 import math
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +13,7 @@ from prox24.core.pattern import AnyPattern, Pattern
 from prox24.core.precision import PRECISION
 from prox24.solvers.damping import damped_gram, damped_inverse
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import Candidate, LayerProblem, Normalized, normalize
+from prox24.solvers.problem import Candidate, LayerProblem, Normalized, normalize, relative_loss
 from prox24.solvers.protocol import Patterns, n_of_m
 from prox24.solvers.schedules import Exponential
 
@@ -42,6 +43,7 @@ class ADMM:
       scaling: exponent of the second curvature, from 0 to 1.
       interval: steps between two moves of rho; each move costs an inverse, as many operations as
         the product G G.
+      history: number of steps whose losses are recorded, each for one more product; compiled in.
 
     Example:
       >>> ADMM(penalty=None).steps
@@ -56,6 +58,7 @@ class ADMM:
     penalty: Exponential | None = Exponential.between(0.3, 2.0, 24)
     scaling: float = 0.5
     interval: int = 4
+    history: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def patterns(self) -> Patterns:
@@ -100,6 +103,7 @@ class ADMM:
             inverted.damping,
             steps=final.steps,
             damping_raised=final.damping_raised,
+            history=final.history,
         )
 
 
@@ -110,6 +114,7 @@ class _State(NamedTuple):
     penalty: Array
     damping_raised: Array
     steps: Array
+    history: Array
 
 
 def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
@@ -128,11 +133,17 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         sparsified = sparse(total, state.penalty)
         dual = total - sparsified
         pulled = jnp.matmul(start - sparsified + dual, response, precision=PRECISION)
+        weight, history = start - pulled, state.history
+        if solver.history:
+            total = weight + dual
+            kept = jnp.where(top_mask(jnp.abs(total), pattern), total, 0)
+            history = history.at[state.steps].set(relative_loss(kept, problem), mode="drop")
         return state._replace(
-            weight=start - pulled,
+            weight=weight,
             dual=dual,
             penalty=state.penalty if penalty is None else penalty(state.penalty),
             steps=state.steps + 1,
+            history=history,
         )
 
     def advance_with_one_rho(state: _State) -> _State:
@@ -157,5 +168,6 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         penalty=jnp.asarray(0 if penalty is None else penalty.first, dtype),
         damping_raised=jnp.asarray(False),
         steps=jnp.zeros((), jnp.int32),
+        history=jnp.full(solver.history, jnp.nan, dtype),
     )
     return lax.while_loop(lambda state: state.steps < solver.steps, advance_with_one_rho, initial)

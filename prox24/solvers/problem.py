@@ -60,6 +60,7 @@ class Candidate(NamedTuple):
         ran out of steps.
       steps: int32 scalar, iterations taken.
       damping_raised: bool scalar, whether an inverse took more damping than that.
+      history: see `Solution`.
     """
 
     weight: Array
@@ -68,6 +69,7 @@ class Candidate(NamedTuple):
     dense_blocks: Array
     steps: Array
     damping_raised: Array
+    history: Array
 
     @classmethod
     def of(
@@ -78,6 +80,7 @@ class Candidate(NamedTuple):
         dense_blocks: Array | int = 0,
         steps: Array | int = 0,
         damping_raised: Array | bool = False,
+        history: Array | None = None,
     ) -> "Candidate":
         """A candidate whose weight is cut to the mask."""
         return cls(
@@ -87,6 +90,7 @@ class Candidate(NamedTuple):
             jnp.asarray(dense_blocks, jnp.int32),
             jnp.asarray(steps, jnp.int32),
             jnp.asarray(damping_raised),
+            jnp.zeros(0, weight.dtype) if history is None else history,
         )
 
 
@@ -125,12 +129,15 @@ class Solution(NamedTuple):
       mask: bool, the same shape, as in `Candidate`.
       status: a `Status`; traced, an int32 scalar of its value.
       statistics: `Statistics`; traced, arrays.
+      history: relative losses of the damped problem, if the solver stopped after the first step,
+        the second, and so on; as many as its `history` asks for, NaN where there was no such step.
     """
 
     weight: Array
     mask: Array
     status: Status
     statistics: Statistics
+    history: Array
 
     def __str__(self) -> str:
         figures = self.statistics
@@ -218,6 +225,12 @@ def quadratic_loss(difference: Array, gram: Array) -> Array:
     # The selection changes nothing, but keeps XLA's CPU backend from fusing the product with the
     # sum, which is three times slower than a product by itself.
     return jnp.sum(jnp.where(difference != 0, image, 0) * difference)
+
+
+def relative_loss(weight: Array, problem: Normalized) -> Array:
+    """The loss of a normalized weight (out, in), relative to that of zeros; a scalar."""
+    loss = quadratic_loss(weight - problem.weight, problem.gram)
+    return loss / quadratic_loss(problem.weight, problem.gram)
 
 
 ROUNDINGS = 100

@@ -1,5 +1,6 @@
 """Accelerated proximal gradient descent with a growing penalty, in planar layout."""
 
+import dataclasses
 import functools
 import math
 from typing import ClassVar, NamedTuple
@@ -14,7 +15,13 @@ from prox24.core.pattern import AnyPattern, Pattern
 from prox24.core.precision import PRECISION
 from prox24.solvers.damping import damped_gram
 from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import Candidate, LayerProblem, normalize
+from prox24.solvers.problem import (
+    Candidate,
+    LayerProblem,
+    Normalized,
+    normalize,
+    relative_loss,
+)
 from prox24.solvers.protocol import Patterns, n_of_m
 from prox24.solvers.schedules import Exponential
 
@@ -34,6 +41,7 @@ class ProximalGradient:
       penalty: schedule of lam.
       momentum: 1 for Nesterov's sequence, 0 for none, between for a damped one.
       max_steps: steps after which blocks that are still dense are cut; the status then says so.
+      history: number of steps whose losses are recorded, each for one more product; compiled in.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, algorithm 1.
@@ -46,6 +54,7 @@ class ProximalGradient:
     penalty: Exponential = Exponential(0.01, 1.05)
     momentum: float = 1.0
     max_steps: int = 2000
+    history: int = dataclasses.field(default=0, metadata={"static": True})
 
     @classmethod
     def paper(cls) -> "ProximalGradient":
@@ -64,7 +73,14 @@ class ProximalGradient:
         dense = planes.join(jnp.split(final.weight, pattern.group, axis=1))
         mask = top_mask(jnp.abs(dense), pattern)
         blocks = jnp.sum(final.dense_blocks)
-        return Candidate.of(dense / normalized.scale[None, :], mask, damping, blocks, final.steps)
+        return Candidate.of(
+            dense / normalized.scale[None, :],
+            mask,
+            damping,
+            blocks,
+            final.steps,
+            history=final.history,
+        )
 
 
 class _State(NamedTuple):
@@ -77,6 +93,7 @@ class _State(NamedTuple):
     dense_blocks: Array
     penalty: Array
     steps: Array
+    history: Array
 
 
 def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradient) -> _State:
@@ -95,6 +112,13 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
         following = (1 + jnp.sqrt(1 + 4 * jnp.square(state.nesterov))) / 2
         momentum = solver.momentum * (state.nesterov - 1) / following
         nonzeros = functools.reduce(jnp.add, [(plane != 0).astype(jnp.int32) for plane in blocks])
+        history = state.history
+        if solver.history:
+            entries = planes.join(blocks)
+            kept = jnp.where(top_mask(jnp.abs(entries), pattern), entries, 0)
+            ordered = jnp.concatenate(planes.split(kept, pattern), axis=1)
+            loss = relative_loss(ordered, Normalized(start, gram, step_size))
+            history = history.at[state.steps].set(loss, mode="drop")
         return state._replace(
             weight=weight,
             extrapolated=weight + momentum * move,
@@ -102,6 +126,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
             dense_blocks=jnp.sum(nonzeros > pattern.kept, axis=1, keepdims=True, dtype=jnp.int32),
             penalty=solver.penalty(state.penalty),
             steps=state.steps + 1,
+            history=history,
         )
 
     def run(state: _State, few: int) -> _State:
@@ -124,8 +149,9 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
         # One for each row: XLA would round a division by a single scalar in another way.
         penalty=jnp.full((rows, 1), solver.penalty.first, dtype),
         steps=jnp.zeros((), jnp.int32),
+        history=jnp.full(solver.history, jnp.nan, dtype),
     )
-    few = rows // (8 * parts) if rows >= MANY_ROWS else 0
+    few = rows // (8 * parts) if rows >= MANY_ROWS and not solver.history else 0
     first = run(initial, few)
     if not few:
         return first

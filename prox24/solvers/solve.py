@@ -49,8 +49,8 @@ REFITS: dict[str, type[Refit]] = {
     "swaps": Swaps,
 }
 
-Program = tuple[Array, Array, Array, Statistics]
-"""Weight, mask, status and statistics, as a program returns them."""
+Program = tuple[Array, Array, Array, Statistics, Array]
+"""Weight, mask, status, statistics and history, as a program returns them."""
 
 
 def solve(
@@ -123,16 +123,16 @@ def solve(
         raise ValueError(f"damping {damping} is not a nonnegative number")
     transposed = axis in (0, -2)
     problem = LayerProblem(weight.T if transposed else weight, gram)
-    found, mask, status, figures = solve_program(
+    found, mask, status, figures, history = solve_program(
         problem, solver, refit, jnp.asarray(damping, jnp.result_type(float)), pattern
     )
     if transposed:
         found, mask = found.T, mask.T
     if traced:
-        return Solution(found, mask, status, figures)
+        return Solution(found, mask, status, figures, history)
     status, figures = jax.device_get((status, figures))  # all at once
     plain = Statistics(*(value.item() for value in figures))
-    solution = Solution(found, mask, Status(int(status)), plain)
+    solution = Solution(found, mask, Status(int(status)), plain, history)
     if throw and solution.status.failed:
         raise SolverError(explain(solution.status, problem, float(damping)))
     return solution
@@ -255,7 +255,7 @@ def solve_program(
     placed = jax.typeof(given.weight).sharding
     if placed.mesh.explicit_axes:
         everywhere = NamedSharding(placed.mesh, PartitionSpec())
-        program = auto_axes(program, out_sharding=(placed, placed, everywhere, everywhere))
+        program = auto_axes(program, out_sharding=(placed, placed, *[everywhere] * 3))
     return program(given, solver, refit, damping)
 
 
@@ -322,4 +322,4 @@ def _solve(
     status = jnp.asarray(Status.SPARSE, jnp.int32)
     for holds, one in reversed(found):  # The first that holds counts.
         status = jnp.where(holds, jnp.asarray(one, jnp.int32), status)
-    return weight, mask, status, Statistics(**figures)
+    return weight, mask, status, Statistics(**figures), candidate.history
