@@ -8,7 +8,7 @@ import pytest
 from tiny import write_tiny
 
 import prox24
-from prox24.errors import CalibrationError
+from prox24.errors import CalibrationError, RecipeError
 from prox24.optax import describe, proximal
 
 
@@ -57,6 +57,11 @@ def test_negative_penalties_are_refused():
         proximal(-1.0)
     with pytest.raises(ValueError, match="learning_rate is -2, not a nonnegative number"):
         proximal(1.0, learning_rate=-2)
+
+
+def test_a_recipe_that_prunes_no_leaf_is_refused():
+    with pytest.raises(RecipeError, match=r"prunes no leaf \(only 'mlp', .* dense kernel"):
+        prox24.prune_params(apply, {"kernel": KERNEL}, [BATCH], prox24.Recipe(only="mlp"))
 
 
 def test_a_label_on_a_head_counts_more_than_its_name():

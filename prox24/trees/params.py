@@ -92,7 +92,7 @@ def prune_params(
 
     Raises:
       CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has one.
-      RecipeError: the recipe refines, or the solver does not support its pattern.
+      RecipeError: the recipe refines or prunes no leaf, or the solver does not support its pattern.
       SolverError: a solution is not finite; names the weight.
       ValueError: a Gram does not fit its weight, the order is unknown, or Grams are given for the
         sequential order.
@@ -133,6 +133,11 @@ def prune_params(
     if grams is not None:
         _check_paths(params, grams)
     if not any(leaf.pruned for leaf in leaves):
+        if left := [leaf.path for leaf in leaves if leaf.reason == BY_RECIPE]:
+            raise RecipeError(
+                f"the recipe prunes no leaf (only {recipe.only!r}, skip {recipe.skip!r}, pattern "
+                f"{recipe.pattern}); it leaves dense {_some(left)}"
+            )
         return PrunedParams(params, leaves, [])
     dense = loop.most_lossy(runner, recipe)
     pruned = list(loop.prune(runner, recipe, dense=dense))
@@ -140,6 +145,9 @@ def prune_params(
     values = {tensor.name: tensor.values for tensor in pruned}
     reports = [report for tensor in pruned for report in tensor.reports]
     return PrunedParams(_replaced(params, values), leaves, reports)
+
+
+BY_RECIPE = "dense by the recipe"
 
 
 def _check_paths(params: PyTree, grams: Calibration) -> None:
@@ -290,7 +298,7 @@ def _choose(
         elif wanted is not None and not wanted:
             reason = "not in mask"
         elif (pattern := recipe.pattern_of(leaf.path)) is None:
-            reason = "dense by the recipe"
+            reason = BY_RECIPE
         elif layout is None:
             reason = f"no Gram: {left_out.get(leaf.path, 'unused')}"
         elif leaf.shape[axis] % (group := getattr(pattern, "group", 1)):
