@@ -1,5 +1,6 @@
 """The forward pass of every family against PyTorch transformers, and what it refuses."""
 
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from prox24.errors import UnsupportedModelError
 from prox24.jobs.forward import all_linears, load_model, oriented
 from prox24.jobs.native import native_runner
 from prox24.jobs.text import first_windows
-from prox24.models import spec
+from prox24.models import families, spec
 from prox24.models.families import FAMILIES, config_from_hf
 from prox24.pruning.recipe import Recipe
 
@@ -45,6 +46,19 @@ def test_logits_agree_with_pytorch(tmp_path, variant):
     weights = write_tiny(tmp_path / "model", variant)
     expected = make_golden.torch_logits(make_golden.torch_model(tmp_path / "model"), tokens())
     logits = jax_logits(config_dict(variant), weights, tokens())
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_the_family_that_the_page_adds_agrees_with_pytorch(tmp_path, monkeypatch):
+    make_golden = pytest.importorskip("make_golden", exc_type=ImportError)
+    page = (Path(__file__).parents[1] / "docs" / "adding-a-model.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    exec(code, {})
+    monkeypatch.setitem(VARIANTS, "added", {"model_type": "starcoder2", "num_key_value_heads": 2})
+    weights = write_tiny(tmp_path / "model", "added")
+    expected = make_golden.torch_logits(make_golden.torch_model(tmp_path / "model"), tokens())
+    logits = jax_logits(config_dict("added"), weights, tokens())
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
