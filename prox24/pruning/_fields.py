@@ -11,6 +11,7 @@ from typing import Any
 from prox24.core.pattern import Pattern
 from prox24.errors import RecipeError
 from prox24.solvers.hyperparameters import REGISTERED
+from prox24.solvers.protocol import Refit, Solver, implements
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -66,11 +67,20 @@ def decode(value: Any, expected: Any, place: str) -> Any:
 
 
 def _decode_object(value: Mapping[str, Any], options: tuple[Any, ...], place: str) -> Any:
-    names = [name for name, cls in REGISTERED.items() if cls in options or Any in options]
+    roles = [option for option in options if option in (Solver, Refit)]
+    names = [
+        name
+        for name, cls in REGISTERED.items()
+        if cls in options or Any in options or any(implements(cls, role) for role in roles)
+    ]
     name = value.get("name", names[0] if len(names) == 1 else None)
     cls = REGISTERED[name] if name in names else None
     if cls is None:
-        raise RecipeError(f"{place} has the name {name!r}, which is not one of {', '.join(names)}")
+        unknown = isinstance(name, str) and "." in name and name not in REGISTERED
+        hint = "; import its module before" if unknown else ""
+        raise RecipeError(
+            f"{place} has the name {name!r}, which is not one of {', '.join(names)}{hint}"
+        )
     given = {key: item for key, item in value.items() if key != "name"}
     return build(cls, given, place)
 

@@ -39,7 +39,7 @@ def hyperparameters(cls: type[T]) -> type[T]:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # mypy sees no dataclass here
     static = [field.name for field in fields if field.metadata.get("static")]
     traced = [field.name for field in fields if not field.metadata.get("static")]
-    floats = {field.name for field in fields if field.type is float}
+    floats = {field.name for field in fields if field.type in (float, "float")}
 
     def leaf(value: T, name: str) -> Any:
         given = getattr(value, name)

@@ -1,6 +1,7 @@
 """What a solver and a refit are: callable objects of hyperparameters with three traits."""
 
 import enum
+import inspect
 from typing import Protocol, runtime_checkable
 
 from jax import Array
@@ -85,3 +86,24 @@ class Refit(Traits, Protocol):
           mask: bool, shape (out, in).
           pattern: one of `patterns`; static.
         """
+
+
+TRAITS = ("patterns", "needs_definite", "shares_columns")
+
+
+def implements(cls: type, role: type) -> bool:
+    """Whether the objects of a class are solvers, or refits, by their traits and their call.
+
+    Args:
+      cls: any class.
+      role: `Solver` or `Refit`, which differ in the number of arguments of the call.
+
+    Example:
+      >>> from prox24 import ConjugateGradients
+      >>> implements(ConjugateGradients, Refit), implements(ConjugateGradients, Solver)
+      (True, False)
+    """
+    if not all(hasattr(cls, trait) for trait in (*TRAITS, "__call__")):
+        return False
+    given, expected = (len(inspect.signature(one.__call__).parameters) for one in (cls, role))
+    return given == expected

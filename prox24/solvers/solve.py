@@ -28,7 +28,7 @@ from prox24.solvers.problem import (
     normalize,
     quadratic_loss,
 )
-from prox24.solvers.protocol import Refit, Solver
+from prox24.solvers.protocol import TRAITS, Refit, Solver, implements
 from prox24.solvers.proximal import ProximalGradient
 from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24.solvers.scores import Magnitude, Wanda
@@ -182,11 +182,12 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
     Example:
       >>> check_traits(SparseGPT(), None, as_any_pattern("3:4"))
     """
-    for role, usual, method, known in (
-        ("solver", "ADMM", solver, SOLVERS),
-        ("refit", "ConjugateGradients", refit, REFITS),
+    for protocol, usual, method, known in (
+        (Solver, "ADMM", solver, SOLVERS),
+        (Refit, "ConjugateGradients", refit, REFITS),
     ):
-        if method is None and role == "refit":
+        role = protocol.__name__.lower()
+        if method is None and protocol is Refit:
             continue
         if isinstance(method, str) or not callable(method):
             raise ValueError(f"the {role} is {method!r}; give an object, such as prox24.{usual}()")
@@ -198,15 +199,19 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
                 f"the {role} {type(method).__name__} has no trait {missing[0]}: see "
                 "docs/adding-a-solver.md"
             )
+        if not implements(type(method), protocol):
+            raise ValueError(f"{type(method).__name__} is no {role}: its call has other arguments")
+        if jax.tree_util.all_leaves([method]):
+            raise ValueError(
+                f"the {role} {type(method).__name__} is no pytree: decorate its class with "
+                "prox24.hyperparameters"
+            )
         if pattern not in method.patterns:
             able = ", ".join(name for name, make in known.items() if pattern in make().patterns)
             raise ValueError(
                 f"{type(method).__name__} supports {method.patterns.value}, not {pattern}; "
                 f"{able or 'no ' + role} would"
             )
-
-
-TRAITS = ("patterns", "needs_definite", "shares_columns")
 
 
 def check_supported(
