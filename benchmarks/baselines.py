@@ -1,16 +1,15 @@
 """Two published ways to prune a layer by ADMM with a projection, to compare `prox24.ADMM` with."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from prox24 import LayerProblem, Pattern
+from prox24 import Candidate, LayerProblem, Normalized, Pattern, Patterns, hyperparameters
 from prox24.core.masks import top_mask
 from prox24.core.precision import PRECISION
 from prox24.solvers.damping import damped_gram, damped_inverse
-from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import Candidate, Normalized, normalize
+from prox24.solvers.problem import normalize
 
 
 @hyperparameters
@@ -27,6 +26,10 @@ class ALPS:
       "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
       arXiv 2406.07831.
     """
+
+    patterns: ClassVar[Patterns] = Patterns.GROUPED
+    needs_definite: ClassVar[bool] = True
+    shares_columns: ClassVar[bool] = False
 
     steps: int = 300
     tolerance: float = 3e-4
@@ -69,6 +72,10 @@ class Boza:
     References:
       "Fast and Effective Weight Update for Pruned Large Language Models", arXiv 2401.02938.
     """
+
+    patterns: ClassVar[Patterns] = Patterns.GROUPED
+    needs_definite: ClassVar[bool] = True
+    shares_columns: ClassVar[bool] = False
 
     steps: int = 20
     gradual: float = 15.0

@@ -56,8 +56,7 @@ def best_losses(weight, gram):
 
 def losses_of(solver, weight, gram):
     """The loss of each row after the solver and the refit, in float64, shape (out,)."""
-    problem = prox24.LayerProblem(jnp.asarray(weight), jnp.asarray(gram))
-    solution = prox24.solve(problem, solver, damping=0.0)
+    solution = prox24.solve(weight, gram, solver, damping=0.0)
     assert solution.status is prox24.Status.SPARSE
     difference = np.asarray(solution.weight) - weight
     return np.sum(difference @ gram * difference, axis=1)

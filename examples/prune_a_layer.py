@@ -15,7 +15,6 @@ mixing = jnp.linalg.qr(jax.random.normal(mixing_key, (IN, IN)))[0]
 tokens = (jax.random.normal(token_key, (TOKENS, IN)) * strength[None, :]) @ mixing
 # Accelerators round more than float32 does, unless they are told not to.
 gram = jnp.matmul(tokens.T, tokens, precision="highest")
-problem = prox24.LayerProblem(weight, gram)
 
 for solver in (
     prox24.Magnitude(),
@@ -24,10 +23,10 @@ for solver in (
     prox24.ProximalGradient(),
     prox24.ADMM(),
 ):
-    solution = prox24.solve(problem, solver)
+    solution = prox24.solve(weight, gram, solver)
     figures = solution.statistics
     assert prox24.is_sparse(solution.weight)
     print(
-        f"{type(solver).__name__:16} {solution.status.value:8} "
+        f"{type(solver).__name__:16} {solution.status.name.lower():8} "
         f"loss {figures.relative_loss_before_refit:.4f}, refitted {figures.relative_loss:.4f}"
     )

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from prox24.refine.blocks import BlockRefinement
     from prox24.refine.model import ModelRefinement
     from prox24.solvers.admm import ADMM
-    from prox24.solvers.problem import LayerProblem, Solution, Status, correct_inputs
+    from prox24.solvers.hyperparameters import hyperparameters
+    from prox24.solvers.problem import (
+        Candidate,
+        LayerProblem,
+        Normalized,
+        Refitted,
+        Solution,
+        Status,
+        correct_inputs,
+    )
+    from prox24.solvers.protocol import Patterns, Refit, Solver
     from prox24.solvers.proximal import ProximalGradient
     from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
     from prox24.solvers.schedules import Exponential
@@ -56,7 +66,17 @@ _PLACES = {
     "refine.blocks": ("BlockRefinement",),
     "refine.model": ("ModelRefinement",),
     "solvers.admm": ("ADMM",),
-    "solvers.problem": ("LayerProblem", "Solution", "Status", "correct_inputs"),
+    "solvers.hyperparameters": ("hyperparameters",),
+    "solvers.problem": (
+        "Candidate",
+        "LayerProblem",
+        "Normalized",
+        "Refitted",
+        "Solution",
+        "Status",
+        "correct_inputs",
+    ),
+    "solvers.protocol": ("Patterns", "Refit", "Solver"),
     "solvers.proximal": ("ProximalGradient",),
     "solvers.refit": ("ConjugateGradients", "GradientSteps", "LeastSquares"),
     "solvers.schedules": ("Exponential",),
@@ -82,6 +102,7 @@ __all__ = [
     "ADMM",
     "BlockRefinement",
     "Calibration",
+    "Candidate",
     "ConjugateGradients",
     "DenseTargets",
     "Exponential",
@@ -90,11 +111,16 @@ __all__ = [
     "LeastSquares",
     "Magnitude",
     "ModelRefinement",
+    "Normalized",
     "Pattern",
+    "Patterns",
     "ProximalGradient",
     "PrunedParams",
     "Recipe",
+    "Refit",
+    "Refitted",
     "Solution",
+    "Solver",
     "SparseGPT",
     "Status",
     "Swaps",
@@ -105,6 +131,7 @@ __all__ = [
     "correct_inputs",
     "count_violations",
     "distill",
+    "hyperparameters",
     "is_sparse",
     "load",
     "penalty",

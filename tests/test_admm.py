@@ -51,7 +51,7 @@ def test_projected_admm_equals_the_reference_in_float64(kind, scaling):
     rho = Exponential.between(0.5, 1.2, 8)
     solver = ADMM(24, rho, None, scaling, interval=3)
     weight, mask = reference(problem, solver, project)
-    solution = solve(problem, solver, None, damping=DAMPING)
+    solution = solve(*problem, solver, None, damping=DAMPING)
     assert np.array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
 
@@ -66,7 +66,7 @@ def test_default_admm_equals_the_reference_with_the_operator_in_float64(kind):
         return np.asarray(prox(jnp.asarray(w), growth.first * growth.growth**step))
 
     weight, mask = reference(problem, solver, shrink)
-    solution = solve(problem, solver, None, damping=DAMPING)
+    solution = solve(*problem, solver, None, damping=DAMPING)
     assert np.array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
 
@@ -74,7 +74,7 @@ def test_default_admm_equals_the_reference_with_the_operator_in_float64(kind):
 def test_no_exchange_against_the_gradient_is_left_at_a_fixed_point():
     problem = make_problem("power_law", dtype="float64")
     solver = ADMM(4000, Exponential(1.0, 1.0), None, scaling=0.0, interval=4000)
-    solution = solve(problem, solver, ConjugateGradients(200, 0.0), damping=DAMPING)
+    solution = solve(*problem, solver, ConjugateGradients(200, 0.0), damping=DAMPING)
     gram = damped(problem.gram, DAMPING)
     deviation = np.sqrt(np.diagonal(gram))
     slope = np.abs((np.asarray(solution.weight) - np.asarray(problem.weight)) @ gram) / deviation
@@ -90,18 +90,18 @@ def test_default_loses_less_than_the_rivals_with_a_converged_refit(kind):
     refit = ConjugateGradients(200, 0.0)
     for seed in range(3):
         problem = make_problem(kind, seed, rows=64, width=128)
-        ours = solve(problem, ADMM(), ConjugateGradients())
+        ours = solve(*problem, ADMM(), ConjugateGradients())
         assert ours.status is Status.SPARSE
         assert_has_pattern(ours)
         for rival in (SparseGPT(), ProximalGradient.paper()):
-            theirs = solve(problem, rival, refit)
+            theirs = solve(*problem, rival, refit)
             assert ours.statistics.relative_loss < theirs.statistics.relative_loss
 
 
 def test_more_steps_lose_less():
     problems = [make_problem("power_law", seed, rows=64, width=128) for seed in range(3)]
     losses = [
-        sum(solve(p, ADMM.in_steps(steps)).statistics.relative_loss for p in problems)
+        sum(solve(*p, ADMM.in_steps(steps)).statistics.relative_loss for p in problems)
         for steps in (4, 8, 24, 96)
     ]
     assert losses == sorted(losses, reverse=True)
@@ -112,8 +112,8 @@ def test_more_steps_lose_less():
 @pytest.mark.parametrize("pattern", [(4, 8), (1, 4)])
 def test_a_projection_serves_any_pattern(pattern):
     problem = make_problem("power_law")
-    solution = solve(problem, ADMM(penalty=None), pattern=pattern)
+    solution = solve(*problem, ADMM(penalty=None), pattern=pattern)
     assert solution.status is Status.SPARSE
     assert_has_pattern(solution, *pattern)
-    rival = solve(problem, SparseGPT(), pattern=pattern)
+    rival = solve(*problem, SparseGPT(), pattern=pattern)
     assert solution.statistics.relative_loss < rival.statistics.relative_loss

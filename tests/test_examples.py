@@ -135,9 +135,9 @@ def test_prox_finds_the_best_mask_of_uncorrelated_features(seed):
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=(64, 8))
     gram = np.diag(rng.lognormal(size=8)) if seed % 2 else np.eye(8)
-    problem = prox24.LayerProblem(jnp.asarray(weight), jnp.asarray(gram))
-    wanda = prox24.solve(problem, prox24.Wanda(), damping=0.0)
-    prox = prox24.solve(problem, prox24.ProximalGradient(), damping=0.0)
+    problem = jnp.asarray(weight), jnp.asarray(gram)
+    wanda = prox24.solve(*problem, prox24.Wanda(), damping=0.0)
+    prox = prox24.solve(*problem, prox24.ProximalGradient(), damping=0.0)
     best = [best_mask_by_enumeration(row, gram)[0] for row in weight]
     assert np.array_equal(wanda.mask, best)
     assert np.array_equal(prox.mask, best)
@@ -172,8 +172,8 @@ def test_wanda_is_within_the_condition_number_of_the_best_mask(correlated):
     gram = features.T @ features
     gram = gram if correlated else np.diag(np.diag(gram))
     weight = rng.normal(size=(32, 8))
-    problem = prox24.LayerProblem(jnp.asarray(weight), jnp.asarray(gram))
-    removed = np.asarray(prox24.solve(problem, prox24.Wanda()).weight) - weight
+    problem = jnp.asarray(weight), jnp.asarray(gram)
+    removed = np.asarray(prox24.solve(*problem, prox24.Wanda()).weight) - weight
     losses = np.einsum("oi,ij,oj->o", removed, gram, removed)
     best = np.array([best_mask_by_enumeration(row, gram)[1] for row in weight])
     condition = diagnose(gram)["condition"]

@@ -21,7 +21,7 @@ from tiny import (
 )
 
 import prox24
-from prox24 import ConjugateGradients, DenseTargets, LayerProblem, Magnitude, Recipe, Wanda
+from prox24 import ConjugateGradients, DenseTargets, Magnitude, Recipe, Wanda
 from prox24.checkpoints.checkpoint import open_checkpoint
 from prox24.checkpoints.writer import write_checkpoint
 from prox24.core.masks import is_sparse, top_mask
@@ -108,8 +108,8 @@ def test_those_that_lose_most_in_the_dense_model_stay_dense(tmp_path, share):
     losses = {}
     for index in range(2):
         for name, x in seen_by_linears(config_dict(), weights, WINDOWS, index).items():
-            problem = LayerProblem(jnp.asarray(weights[name]), jnp.asarray(x.T @ x, jnp.float32))
-            losses[name] = prox24.solve(problem, Wanda(), None).statistics.relative_loss
+            problem = jnp.asarray(weights[name]), jnp.asarray(x.T @ x, jnp.float32)
+            losses[name] = prox24.solve(*problem, Wanda(), None).statistics.relative_loss
     chosen = [name for name in losses if "gate_proj" not in name]
     count = 3 if share == 3 else round(0.2 * len(chosen))
     expected = sorted(chosen, key=losses.get)[-count:]

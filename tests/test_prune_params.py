@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import prox24
-from prox24 import ConjugateGradients, DenseTargets, LayerProblem, Recipe, Status, Wanda
+from prox24 import ConjugateGradients, DenseTargets, Recipe, Status, Wanda
 from prox24 import prune_params as prune
 from prox24.errors import CalibrationError, RecipeError, SolverError
 from prox24.optax import by_path, keep_pattern
@@ -52,8 +52,9 @@ def linear(params, x):
 
 def solve_by_hand(kernel, x, recipe):
     """The kernel (in, out), pruned for inputs (rows, in)."""
-    problem = LayerProblem(kernel.T, jnp.matmul(x.T, x, precision="highest"))
-    return prox24.solve(problem, recipe.solver, recipe.refit, pattern=recipe.pattern).weight.T
+    gram = jnp.matmul(x.T, x, precision="highest")
+    methods = recipe.solver, recipe.refit
+    return prox24.solve(kernel, gram, *methods, pattern=recipe.pattern, axis=0).weight
 
 
 def assert_only_chosen_leaves_changed(before, after, leaves, pattern=(2, 4)):
@@ -403,10 +404,9 @@ def test_dense_targets_bring_a_model_pruned_in_order_nearer_to_the_dense_one():
     hidden, exact = (
         jnp.tanh(jnp.concatenate(batches) @ w / 4) for w in (own["first"], params["first"])
     )
-    problem = prox24.correct_inputs(
-        LayerProblem(params["second"].T, hidden.T @ hidden), exact.T @ hidden, 0.003
-    )
-    by_hand = prox24.solve(problem, Wanda(), ConjugateGradients(100, 0.0)).weight.T
+    gram = hidden.T @ hidden
+    corrected = prox24.correct_inputs(params["second"].T, gram, exact.T @ hidden, 0.003)
+    by_hand = prox24.solve(corrected, gram, Wanda(), ConjugateGradients(100, 0.0)).weight.T
     np.testing.assert_allclose(dense["second"], by_hand, rtol=1e-3, atol=1e-4)
     for name, weight in pruned(None, "one-shot").items():
         assert np.array_equal(weight, pruned(DenseTargets(0.003), "one-shot")[name])

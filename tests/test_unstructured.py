@@ -59,9 +59,9 @@ def test_magnitude_compares_all_entries_and_wanda_those_of_a_row(sparsity):
     problem, pattern = make_problem("low_rank"), Unstructured(sparsity)
     weight = np.abs(np.asarray(problem.weight))
     scores = weight * np.sqrt(np.diagonal(np.asarray(problem.gram)))
-    magnitude = solve(problem, Magnitude(), None, pattern=pattern)
+    magnitude = solve(*problem, Magnitude(), None, pattern=pattern)
     assert np.array_equal(magnitude.mask, largest_of_all(weight, pattern.kept(weight.size)))
-    wanda = solve(problem, Wanda(), None, pattern=pattern)
+    wanda = solve(*problem, Wanda(), None, pattern=pattern)
     kept = pattern.kept(weight.shape[1])
     assert np.array_equal(wanda.mask, [largest_of_all(row, kept) for row in scores])
 
@@ -70,7 +70,7 @@ def test_magnitude_compares_all_entries_and_wanda_those_of_a_row(sparsity):
 def test_sparsegpt_equals_the_reference_in_float64(sparsity, block_size):
     problem = make_problem("low_rank", dtype="float64")
     weight, mask = sparsegpt(problem.weight, problem.gram, sparsity, block_size, 0.01)
-    solution = solve(problem, SparseGPT(block_size), None, pattern=Unstructured(sparsity))
+    solution = solve(*problem, SparseGPT(block_size), None, pattern=Unstructured(sparsity))
     assert solution.status is Status.SPARSE
     assert np.array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
@@ -78,7 +78,7 @@ def test_sparsegpt_equals_the_reference_in_float64(sparsity, block_size):
 
 def test_a_refit_lowers_the_loss_and_keeps_the_zeros():
     problem = make_problem("power_law")
-    solution = solve(problem, Wanda(), ConjugateGradients(), pattern=HALF)
+    solution = solve(*problem, Wanda(), ConjugateGradients(), pattern=HALF)
     figures = solution.statistics
     assert figures.relative_loss < figures.relative_loss_before_refit
     assert int(count_violations(solution.weight, HALF)) == 0

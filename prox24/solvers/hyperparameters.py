@@ -23,6 +23,12 @@ def hyperparameters(cls: type[T]) -> type[T]:
     There classes with equally many fields have equal structures, and where the hashes of two begin
     alike, once in a hundred times, `jax.jit` runs the program of the other.
 
+    Args:
+      cls: with annotated fields, as of a dataclass; class variables are no fields.
+
+    Returns:
+      The class.
+
     Example:
       >>> @hyperparameters
       ... class Rate:

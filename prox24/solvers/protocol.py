@@ -105,5 +105,9 @@ def implements(cls: type, role: type) -> bool:
     """
     if not all(hasattr(cls, trait) for trait in (*TRAITS, "__call__")):
         return False
-    given, expected = (len(inspect.signature(one.__call__).parameters) for one in (cls, role))
-    return given == expected
+    arguments = inspect.signature(role.__call__).parameters
+    try:
+        inspect.signature(cls.__call__).bind(*arguments)
+    except TypeError:
+        return False
+    return True
