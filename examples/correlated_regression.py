@@ -13,7 +13,6 @@ import itertools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 

@@ -4,7 +4,6 @@ import dataclasses
 import types
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,7 +30,9 @@ from prox24.jobs.native import NativeRunner, native_runner
 from prox24.jobs.perplexity import from_losses
 from prox24.pruning import loop
 from prox24.pruning.recipe import PRESETS
+from prox24.solvers.hyperparameters import hyperparameters
 from prox24.solvers.problem import Candidate
+from prox24.solvers.protocol import Patterns
 from prox24.solvers.solve import SOLVERS, solve_program
 
 WINDOWS = tokens(batch=8, length=32)
@@ -302,9 +303,10 @@ def test_one_window_that_is_not_finite_is_enough_to_be_named(tmp_path):
         pruned_by(runner, MAGNITUDE)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@hyperparameters
 class Broken:
+    patterns, needs_definite, shares_columns = Patterns.ANY, False, True
+
     def __call__(self, problem, pattern, damping):
         mask = jnp.ones(problem.weight.shape, bool)
         return Candidate.of(jnp.nan * problem.weight, mask, damping)

@@ -138,16 +138,20 @@ def test_a_width_that_does_not_fit_the_pattern_is_named(model, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("command", ["plan", "prune"])
-@pytest.mark.parametrize("method", [["sparsegpt"], ["admm", "--refit", "exact"]])
+@pytest.mark.parametrize(
+    ("method", "others"),
+    [(["sparsegpt"], "magnitude, wanda, admm"), (["admm", "--refit", "exact"], "cg")],
+)
 def test_methods_that_need_whole_grams_do_not_share_their_columns(
-    model, tmp_path, capsys, command, method
+    model, tmp_path, capsys, command, method, others
 ):
     places = [str(tmp_path / "model"), *[str(tmp_path / "pruned")] * (command == "prune")]
+    places += ["--sequence-length", "32"]
     assert main([command, *places, "--shard-grams", "--method", "wanda"]) == 2
     assert "shard_grams is for several devices" in capsys.readouterr().err
     assert main([command, *places, "--shard-grams", "--method", *method]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "needs the whole Gram on every device: only magnitude, wanda and admm" in line
+    assert f"needs the whole Gram on every device; {others} would share its columns" in line
 
 
 def test_operations_are_those_of_the_products(model):
