@@ -361,6 +361,7 @@ def test_a_failure_raises_its_sentence_or_is_told_by_the_status(name, status, sa
         solve(*given, damping=damping)
     traced = jax.jit(lambda *given: solve(*given, *no_gram(name)[2:], damping=damping))
     assert traced(*given[:2]).status == status
+    assert str(traced(*given[:2])).startswith(f"{status.name.lower()}: relative loss")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -541,6 +542,7 @@ def test_vmap_over_experts_solves_each_as_a_loop_does(solver, refit):
     weights, grams = (jnp.stack(parts) for parts in zip(*problems, strict=True))
     mapped = jax.vmap(lambda *arrays: solve(*arrays, solver, refit))(weights, grams)
     assert mapped.weight.shape == weights.shape
+    assert str(mapped).startswith("Solution(weight=")
     assert mapped.status.tolist() == [Status.SPARSE] * EXPERTS
     looped = [solve(*problem, solver, refit) for problem in problems]
     masks = np.stack([np.asarray(solution.mask) for solution in looped])

@@ -122,7 +122,7 @@ class Statistics(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """A sparse weight, its mask, how it was reached, and figures about it; it prints as one line.
+    """A sparse weight, its mask, how it was reached, and figures; a single one prints as one line.
 
     Attributes:
       weight: the shape and dtype of the weight that was given, exact zeros outside the mask.
@@ -140,6 +140,8 @@ class Solution(NamedTuple):
     history: Array
 
     def __str__(self) -> str:
+        if isinstance(self.status, jax.core.Tracer) or jnp.ndim(self.status) > 0:
+            return repr(self)
         figures = self.statistics
         return (
             f"{Status(self.status).name.lower()}: relative loss {figures.relative_loss:.4g} "
