@@ -2,7 +2,7 @@
 
 import enum
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,8 @@ class Solution(NamedTuple):
     history: Array
 
     def __str__(self) -> str:
-        if isinstance(self.status, jax.core.Tracer) or jnp.ndim(self.status) > 0:
+        status: Any = self.status
+        if isinstance(status, jax.core.Tracer) or jnp.ndim(status) > 0:
             return repr(self)
         figures = self.statistics
         return (

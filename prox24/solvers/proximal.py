@@ -158,7 +158,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
     # Rows that are done fill up the places.
     done = first.dense_blocks.reshape(parts, -1) == 0
     chosen = jnp.argsort(done, axis=1, stable=True)[:, :few]
-    rest = run(_State(*(_take(part, chosen) if part.ndim else part for part in first)), 0)
+    rest = run(_State(*(_take(part, chosen) if part.ndim == 2 else part for part in first)), 0)
     return rest._replace(
         weight=_put(first.weight, chosen, rest.weight),
         dense_blocks=_put(first.dense_blocks, chosen, rest.dense_blocks),
