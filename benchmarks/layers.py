@@ -119,10 +119,10 @@ def one_step(part: object) -> object:
 def measure(recipe: Recipe, problem: LayerProblem) -> tuple[prox24.Solution, float]:
     """The solution, and the seconds that it takes once compiled."""
     short = one_step(recipe.solver), one_step(recipe.refit)
-    jax.block_until_ready(prox24.solve(problem, *short))
+    jax.block_until_ready(prox24.solve(*problem, *short))
 
     def solve() -> prox24.Solution:
-        return prox24.solve(problem, recipe.solver, recipe.refit)
+        return prox24.solve(*problem, recipe.solver, recipe.refit)
 
     seconds, solution = timed(solve)
     return solution, seconds if seconds > 2 else medians({"": solve}, 3)[""]
@@ -201,7 +201,7 @@ def main() -> None:
                     "loss_before_refit": figures.relative_loss_before_refit,
                     "loss": figures.relative_loss,
                     "seconds": seconds,
-                    "status": solution.status.value,
+                    "status": solution.status.name.lower(),
                     "steps": figures.steps,
                     "refit_steps": figures.refit_steps,
                 }

@@ -56,12 +56,12 @@ def make_layer(out_width: int, in_width: int) -> tuple[np.ndarray, np.ndarray]:
 
 def contenders(weight: np.ndarray, gram: np.ndarray) -> dict[str, Callable[[], tuple[Any, Any]]]:
     """Functions that return a pruned weight and its mask, on the device."""
-    problem = prox24.LayerProblem(jax.device_put(weight), jax.device_put(gram))
+    problem = jax.device_put(weight), jax.device_put(gram)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = [torch.from_numpy(array).to(device) for array in (weight, gram)]
 
     def in_jax() -> tuple[jax.Array, jax.Array]:
-        found = prox24.solve(problem, prox24.SparseGPT(), None, damping=DAMPING)
+        found = prox24.solve(*problem, prox24.SparseGPT(), None, damping=DAMPING)
         return found.weight, found.mask
 
     def in_torch() -> tuple[torch.Tensor, torch.Tensor]:

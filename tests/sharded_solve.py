@@ -152,7 +152,7 @@ def solver_reports():
                 jax.device_put(weight, rows), jax.device_put(gram, NamedSharding(mesh, P()))
             )
             program = solve_program.lower(problem, *methods, *rest).compile()
-            pruned, mask, _, figures = program(problem, *methods, rest[0])
+            pruned, mask, _, figures, _ = program(problem, *methods, rest[0])
             found, inner = collectives(program.as_text())
             yield {
                 "solver": name,
@@ -186,7 +186,7 @@ def column_reports():
         columns = NamedSharding(mesh, P(None, "columns"))
         problem = jax.device_put(dense, columns)
         program = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4)).compile()
-        pruned, mask, _, figures = program(problem, *methods, jnp.float32(0.01))
+        pruned, mask, _, figures, _ = program(problem, *methods, jnp.float32(0.01))
         yield {
             "columns": kind.name,
             "kept": pruned.sharding == mask.sharding == columns,

@@ -130,6 +130,12 @@ def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(benchmark):
     assert ours.mask_agreement >= 0.995
 
 
+def test_experts_lose_the_same_mapped_and_one_by_one(benchmark):
+    sizes = ["--experts", 2, "--outputs", 4, "--inputs", 8, "--repetitions", 1]
+    printed = benchmark.main(benchmark("vmap_experts"), *sizes)
+    assert float(printed.split()[-3]) <= 1e-4
+
+
 def test_inverses_are_inverses(benchmark):
     with jax.enable_x64(False):
         rows = benchmark("inverse").measure(24, 1)
