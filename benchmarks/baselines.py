@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24 import Candidate, LayerProblem, Normalized, Pattern, Patterns, hyperparameters
-from prox24.core.masks import top_mask
-from prox24.core.precision import PRECISION
-from prox24.solvers.damping import damped_gram, damped_inverse
-from prox24.solvers.problem import normalize
+from prox24._core.masks import top_mask
+from prox24._core.precision import PRECISION
+from prox24._solvers.damping import damped_gram, damped_inverse
+from prox24._solvers.problem import normalize
 
 
 @hyperparameters

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from prox24 import ConjugateGradients, Recipe, Text
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.safetensors_file import create_file
-from prox24.checkpoints.tensors import Spec
-from prox24.cli.demo_model import fetch_model
-from prox24.jobs.text import evaluation_windows
-from prox24.models.families import config_from_hf
-from prox24.models.spec import tensor_shapes
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.safetensors_file import create_file
+from prox24._checkpoints.tensors import Spec
+from prox24._cli.demo_model import fetch_model
+from prox24._jobs.text import evaluation_windows
+from prox24._models.families import config_from_hf
+from prox24._models.spec import tensor_shapes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -15,10 +15,10 @@ import numpy as np
 from common import dense_model, own_targets, parser_of, positive, show
 
 from prox24 import ADMM, ConjugateGradients, Text
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.jobs.native import native_runner
-from prox24.jobs.text import calibration_windows
-from prox24.pruning.loop import PrunedTensor, prune
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._jobs.native import native_runner
+from prox24._jobs.text import calibration_windows
+from prox24._pruning.loop import PrunedTensor, prune
 
 CASES = [(2, 14), (8, 4)]
 """The numbers of devices and of linears."""

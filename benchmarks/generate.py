@@ -27,10 +27,10 @@ import ml_dtypes
 import numpy as np
 
 import prox24
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.generate import decoding_rate
-from prox24.jobs.forward import all_weights, load_model
-from prox24.models.generate import generate
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._cli.generate import decoding_rate
+from prox24._jobs.forward import all_weights, load_model
+from prox24._models.generate import generate
 from prox24.packed import Packed24, pack
 
 FORMS = [f"{dtype}{form}" for dtype in ("float32", "bfloat16") for form in ("", ", packed")]

@@ -14,8 +14,8 @@ import numpy as np
 from common import environment, medians, parser_of, positive, show
 from jax import Array, lax
 
-from prox24.core.precision import PRECISION
-from prox24.solvers.damping import inverse
+from prox24._core.precision import PRECISION
+from prox24._solvers.damping import inverse
 
 
 def product(matrix: Array) -> Array:

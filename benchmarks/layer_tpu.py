@@ -24,13 +24,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prox24 import LayerProblem, Recipe
-from prox24.core.placement import AXIS
-from prox24.jobs.forward import run_layer
-from prox24.jobs.observe import observe_layer
-from prox24.models import spec
-from prox24.models.families import config_from_hf
-from prox24.pruning.grams import GramSum
-from prox24.solvers.solve import solve_program
+from prox24._core.placement import AXIS
+from prox24._jobs.forward import run_layer
+from prox24._jobs.observe import observe_layer
+from prox24._models import spec
+from prox24._models.families import config_from_hf
+from prox24._pruning.grams import GramSum
+from prox24._solvers.solve import solve_program
 
 LIMIT = 16.0
 LENGTH = 2048

@@ -35,10 +35,10 @@ from common import (
 
 import prox24
 from prox24 import ADMM, ConjugateGradients, LayerProblem, ProximalGradient, Recipe, Swaps
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.jobs.native import native_runner
-from prox24.jobs.text import calibration_windows
-from prox24.pruning.runner import Streams
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._jobs.native import native_runner
+from prox24._jobs.text import calibration_windows
+from prox24._pruning.runner import Streams
 
 DEFAULT = "admm with the prox"
 REFERENCE = "sparsegpt"

@@ -31,7 +31,7 @@ from common import plt
 
 import prox24
 from prox24.packed import matmul, pack
-from prox24.packed.choice import IMPLEMENTATIONS, UNPACK, Case
+from prox24.packed._choice import IMPLEMENTATIONS, UNPACK, Case
 
 SHAPES = {
     "8B qkv": (6144, 4096),

@@ -20,8 +20,8 @@ from common import show
 from jax.sharding import SingleDeviceSharding
 from matmul import SHAPES
 
-from prox24.packed.choice import IMPLEMENTATIONS, Case
-from prox24.packed.kernels import tpu, xla
+from prox24.packed._choice import IMPLEMENTATIONS, Case
+from prox24.packed._kernels import tpu, xla
 
 
 def bytes_moved(function: Callable[..., Any], *arguments: Any) -> float:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import prox24
-from prox24.jobs.load import Loaded
+from prox24._jobs.load import Loaded
 
 TASKS = {
     "goal": "goal_step_wikihow/goal_inference",

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prox24
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import write_checkpoint
-from prox24.models import decoder
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.writer import write_checkpoint
+from prox24._models import decoder
 
 AGREEMENT = 1e-4
 

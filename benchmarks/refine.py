@@ -34,9 +34,9 @@ from multiple_choice import Question, accuracies, read_questions
 
 import prox24
 from prox24 import BlockRefinement, ModelRefinement, Recipe
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.jobs.output import peak_memory_bytes
-from prox24.jobs.text import read_text
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._jobs.output import peak_memory_bytes
+from prox24._jobs.text import read_text
 
 LENGTH = 512
 WINDOWS = 64

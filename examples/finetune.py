@@ -20,10 +20,9 @@ import optax
 
 import prox24
 from prox24 import lora
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import check_destination, write_checkpoint
-from prox24.errors import Prox24Error
-from prox24.jobs.forward import (
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.writer import check_destination, write_checkpoint
+from prox24._jobs.forward import (
     all_linears,
     embedding_weights,
     head_weights,
@@ -31,9 +30,10 @@ from prox24.jobs.forward import (
     load_model,
     oriented,
 )
-from prox24.jobs.perplexity import native_perplexity, window_losses
-from prox24.jobs.text import evaluation_windows
-from prox24.models import spec, whole
+from prox24._jobs.perplexity import native_perplexity, window_losses
+from prox24._jobs.text import evaluation_windows
+from prox24._models import spec, whole
+from prox24.errors import Prox24Error
 from prox24.optax import keep_pattern
 
 BATCH = 2  # windows of a step

@@ -20,10 +20,10 @@ import matplotlib
 import numpy as np
 
 import prox24
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.jobs.native import native_runner
-from prox24.jobs.text import calibration_windows
-from prox24.pruning.runner import Streams
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._jobs.native import native_runner
+from prox24._jobs.text import calibration_windows
+from prox24._pruning.runner import Streams
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

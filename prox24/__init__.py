@@ -12,24 +12,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from prox24.core import planes as planes
-    from prox24.core.masks import count_violations, is_sparse, top_mask
-    from prox24.core.pattern import Pattern, Unstructured
-    from prox24.core.penalty import penalty
-    from prox24.core.prox import prox
-    from prox24.jobs.distill import distill
-    from prox24.jobs.evaluate import perplexity
-    from prox24.jobs.load import load
-    from prox24.jobs.plan import plan
-    from prox24.jobs.prune import prune
-    from prox24.jobs.text import Text
-    from prox24.jobs.verify import verify
-    from prox24.pruning.recipe import DenseTargets, Recipe
-    from prox24.refine.blocks import BlockRefinement
-    from prox24.refine.model import ModelRefinement
-    from prox24.solvers.admm import ADMM
-    from prox24.solvers.hyperparameters import hyperparameters
-    from prox24.solvers.problem import (
+    from prox24._core import planes as planes
+    from prox24._core.masks import count_violations, is_sparse, top_mask
+    from prox24._core.pattern import Pattern, Unstructured
+    from prox24._core.penalty import penalty
+    from prox24._core.prox import prox
+    from prox24._jobs.distill import distill
+    from prox24._jobs.evaluate import perplexity
+    from prox24._jobs.load import load
+    from prox24._jobs.plan import plan
+    from prox24._jobs.prune import prune
+    from prox24._jobs.text import Text
+    from prox24._jobs.verify import verify
+    from prox24._pruning.recipe import DenseTargets, Recipe
+    from prox24._solvers.admm import ADMM
+    from prox24._solvers.hyperparameters import hyperparameters
+    from prox24._solvers.problem import (
         Candidate,
         LayerProblem,
         Normalized,
@@ -38,36 +36,38 @@ if TYPE_CHECKING:
         Status,
         correct_inputs,
     )
-    from prox24.solvers.protocol import Patterns, Refit, Solver
-    from prox24.solvers.proximal import ProximalGradient
-    from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
-    from prox24.solvers.schedules import Exponential
-    from prox24.solvers.scores import Magnitude, Wanda
-    from prox24.solvers.solve import solve
-    from prox24.solvers.sparsegpt import SparseGPT
-    from prox24.solvers.swaps import Swaps
-    from prox24.trees.calibrate import Calibration, calibrate
-    from prox24.trees.params import PrunedParams, prune_params
-    from prox24.trees.tap import tap
+    from prox24._solvers.protocol import Patterns, Refit, Solver
+    from prox24._solvers.proximal import ProximalGradient
+    from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+    from prox24._solvers.schedules import Exponential
+    from prox24._solvers.scores import Magnitude, Wanda
+    from prox24._solvers.solve import solve
+    from prox24._solvers.sparsegpt import SparseGPT
+    from prox24._solvers.swaps import Swaps
+    from prox24._trees.calibrate import Calibration, calibrate
+    from prox24._trees.params import PrunedParams, prune_params
+    from prox24._trees.tap import tap
+    from prox24.refine._blocks import BlockRefinement
+    from prox24.refine._model import ModelRefinement
 
 _PLACES = {
-    "core.masks": ("count_violations", "is_sparse", "top_mask"),
-    "core.pattern": ("Pattern", "Unstructured"),
-    "core.penalty": ("penalty",),
-    "core.prox": ("prox",),
-    "jobs.distill": ("distill",),
-    "jobs.evaluate": ("perplexity",),
-    "jobs.load": ("load",),
-    "jobs.plan": ("plan",),
-    "jobs.prune": ("prune",),
-    "jobs.text": ("Text",),
-    "jobs.verify": ("verify",),
-    "pruning.recipe": ("DenseTargets", "Recipe"),
-    "refine.blocks": ("BlockRefinement",),
-    "refine.model": ("ModelRefinement",),
-    "solvers.admm": ("ADMM",),
-    "solvers.hyperparameters": ("hyperparameters",),
-    "solvers.problem": (
+    "_core.masks": ("count_violations", "is_sparse", "top_mask"),
+    "_core.pattern": ("Pattern", "Unstructured"),
+    "_core.penalty": ("penalty",),
+    "_core.prox": ("prox",),
+    "_jobs.distill": ("distill",),
+    "_jobs.evaluate": ("perplexity",),
+    "_jobs.load": ("load",),
+    "_jobs.plan": ("plan",),
+    "_jobs.prune": ("prune",),
+    "_jobs.text": ("Text",),
+    "_jobs.verify": ("verify",),
+    "_pruning.recipe": ("DenseTargets", "Recipe"),
+    "refine._blocks": ("BlockRefinement",),
+    "refine._model": ("ModelRefinement",),
+    "_solvers.admm": ("ADMM",),
+    "_solvers.hyperparameters": ("hyperparameters",),
+    "_solvers.problem": (
         "Candidate",
         "LayerProblem",
         "Normalized",
@@ -76,25 +76,25 @@ _PLACES = {
         "Status",
         "correct_inputs",
     ),
-    "solvers.protocol": ("Patterns", "Refit", "Solver"),
-    "solvers.proximal": ("ProximalGradient",),
-    "solvers.refit": ("ConjugateGradients", "GradientSteps", "LeastSquares"),
-    "solvers.schedules": ("Exponential",),
-    "solvers.scores": ("Magnitude", "Wanda"),
-    "solvers.solve": ("solve",),
-    "solvers.sparsegpt": ("SparseGPT",),
-    "solvers.swaps": ("Swaps",),
-    "trees.calibrate": ("Calibration", "calibrate"),
-    "trees.params": ("PrunedParams", "prune_params"),
-    "trees.tap": ("tap",),
+    "_solvers.protocol": ("Patterns", "Refit", "Solver"),
+    "_solvers.proximal": ("ProximalGradient",),
+    "_solvers.refit": ("ConjugateGradients", "GradientSteps", "LeastSquares"),
+    "_solvers.schedules": ("Exponential",),
+    "_solvers.scores": ("Magnitude", "Wanda"),
+    "_solvers.solve": ("solve",),
+    "_solvers.sparsegpt": ("SparseGPT",),
+    "_solvers.swaps": ("Swaps",),
+    "_trees.calibrate": ("Calibration", "calibrate"),
+    "_trees.params": ("PrunedParams", "prune_params"),
+    "_trees.tap": ("tap",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 _SUBMODULES = {
-    "planes": "core.planes",
+    "planes": "_core.planes",
     "optax": "optax",
     "refine": "refine",
     "packed": "packed",
-    "lora": "trees.lora",
+    "lora": "_trees.lora",
     "errors": "errors",
 }
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from prox24.cli.main import main
+from prox24._cli.main import main
 
 sys.exit(main())

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import prox24
-from prox24.packed.kernels import tpu as packed_tpu
+from prox24.packed._kernels import tpu as packed_tpu
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 SHAPE = (512, 1024)

@@ -10,12 +10,16 @@ from collections.abc import Callable
 
 import jax
 
-import prox24.cli.main
+import prox24._cli.main
 
 EVENTS = {"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"}
 
 
-PRELOADED = ["prox24.cli.prune", "prox24.jobs.prune", "transformers.models.auto.tokenization_auto"]
+PRELOADED = [
+    "prox24._cli.prune",
+    "prox24._jobs.prune",
+    "transformers.models.auto.tokenization_auto",
+]
 
 
 def imported() -> multiprocessing.context.ForkServerContext:
@@ -67,6 +71,6 @@ def run(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     with open(errors, "w") as file, contextlib.redirect_stderr(file):
-        code = prox24.cli.main.main(arguments)
+        code = prox24._cli.main.main(arguments)
     sys.stdout.flush()
     os._exit(code)  # XLA's threads are not waited for

@@ -34,9 +34,9 @@ def main() -> None:
         # The last positions depend on all the others.
         np.save(GOLDEN / f"{variant}.npy", logits[:, -4:])
 
-    from prox24.checkpoints.checkpoint import open_checkpoint
-    from prox24.checkpoints.writer import write_checkpoint
-    from prox24.cli.demo_model import fetch_model
+    from prox24._checkpoints.checkpoint import open_checkpoint
+    from prox24._checkpoints.writer import write_checkpoint
+    from prox24._cli.demo_model import fetch_model
 
     checkpoint = open_checkpoint(fetch_model(Path(".cache")))
     ids = np.asarray([checkpoint.load_tokenizer()(SMOLLM2_TEXT)["input_ids"]], np.int32)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import prox24
 from prox24.packed import Packed24, matmul, pack, unpack
-from prox24.packed.kernels import cpu
+from prox24.packed._kernels import cpu
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -20,14 +20,14 @@ from jax.sharding import PartitionSpec as P
 from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 from prox24 import is_sparse
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.training_state import states
-from prox24.checkpoints.writer import write_checkpoint
-from prox24.cli.main import main
-from prox24.core.pattern import Pattern
-from prox24.core.placement import AXIS, apart, common_mesh, in_parts, placed
-from prox24.jobs import forward, partition
-from prox24.jobs.forward import (
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.training_state import states
+from prox24._checkpoints.writer import write_checkpoint
+from prox24._cli.main import main
+from prox24._core.pattern import Pattern
+from prox24._core.placement import AXIS, apart, common_mesh, in_parts, placed
+from prox24._jobs import forward, partition
+from prox24._jobs.forward import (
     embed_windows,
     embedding_weights,
     layer_linears,
@@ -35,23 +35,23 @@ from prox24.jobs.forward import (
     layer_weights,
     load_model,
 )
-from prox24.jobs.memory import Setup, layer_memory
-from prox24.jobs.native import native_runner
-from prox24.jobs.observe import observe_layer
-from prox24.jobs.training import train_model
-from prox24.models import whole
-from prox24.pruning.grams import add_in_turn, empty_columns, empty_gram
-from prox24.pruning.loop import prune
-from prox24.pruning.recipe import DenseTargets, Recipe
+from prox24._jobs.memory import Setup, layer_memory
+from prox24._jobs.native import native_runner
+from prox24._jobs.observe import observe_layer
+from prox24._jobs.training import train_model
+from prox24._models import whole
+from prox24._pruning.grams import add_in_turn, empty_columns, empty_gram
+from prox24._pruning.loop import prune
+from prox24._pruning.recipe import DenseTargets, Recipe
+from prox24._solvers.admm import ADMM
+from prox24._solvers.problem import LayerProblem
+from prox24._solvers.proximal import ProximalGradient
+from prox24._solvers.refit import ConjugateGradients, GradientSteps
+from prox24._solvers.scores import Wanda
+from prox24._solvers.solve import solve, solve_program
+from prox24._solvers.sparsegpt import SparseGPT
+from prox24._solvers.swaps import Swaps
 from prox24.refine import BlockRefinement, ModelRefinement, training
-from prox24.solvers.admm import ADMM
-from prox24.solvers.problem import LayerProblem
-from prox24.solvers.proximal import ProximalGradient
-from prox24.solvers.refit import ConjugateGradients, GradientSteps
-from prox24.solvers.scores import Wanda
-from prox24.solvers.solve import solve, solve_program
-from prox24.solvers.sparsegpt import SparseGPT
-from prox24.solvers.swaps import Swaps
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -6,14 +6,14 @@ import pytest
 from reference import damped, largest, normalization
 from test_solvers import DAMPING, assert_has_pattern, make_problem
 
-from prox24.core.prox import prox
-from prox24.solvers.admm import ADMM
-from prox24.solvers.problem import Status
-from prox24.solvers.proximal import ProximalGradient
-from prox24.solvers.refit import ConjugateGradients
-from prox24.solvers.schedules import Exponential
-from prox24.solvers.solve import solve
-from prox24.solvers.sparsegpt import SparseGPT
+from prox24._core.prox import prox
+from prox24._solvers.admm import ADMM
+from prox24._solvers.problem import Status
+from prox24._solvers.proximal import ProximalGradient
+from prox24._solvers.refit import ConjugateGradients
+from prox24._solvers.schedules import Exponential
+from prox24._solvers.solve import solve
+from prox24._solvers.sparsegpt import SparseGPT
 
 KINDS = ["low_rank", "power_law", "few_tokens"]
 

@@ -11,9 +11,80 @@ import pytest
 from tiny import write_tiny
 
 import prox24
-from prox24.jobs.reports import Report
+from prox24._jobs.reports import Report
 
 ROOT = Path(__file__).parents[1]
+NAMES = [
+    "ADMM",
+    "BlockRefinement",
+    "Calibration",
+    "Candidate",
+    "ConjugateGradients",
+    "DenseTargets",
+    "Exponential",
+    "GradientSteps",
+    "LayerProblem",
+    "LeastSquares",
+    "Magnitude",
+    "ModelRefinement",
+    "Normalized",
+    "Pattern",
+    "Patterns",
+    "ProximalGradient",
+    "PrunedParams",
+    "Recipe",
+    "Refit",
+    "Refitted",
+    "Solution",
+    "Solver",
+    "SparseGPT",
+    "Status",
+    "Swaps",
+    "Text",
+    "Unstructured",
+    "Wanda",
+    "calibrate",
+    "correct_inputs",
+    "count_violations",
+    "distill",
+    "hyperparameters",
+    "is_sparse",
+    "load",
+    "penalty",
+    "perplexity",
+    "plan",
+    "planes",
+    "prox",
+    "prune",
+    "prune_params",
+    "solve",
+    "tap",
+    "top_mask",
+    "verify",
+]
+OPTAX = [
+    "KeepPatternState",
+    "Leaf",
+    "ProximalState",
+    "by_path",
+    "check",
+    "describe",
+    "keep_pattern",
+    "kept_entries",
+    "proximal",
+]
+PACKED = ["Packed24", "from_arrays", "matmul", "pack", "to_arrays", "to_cutlass", "unpack"]
+REFINE = [
+    "BlockRefinement",
+    "ModelRefinement",
+    "Outcome",
+    "Refined",
+    "Training",
+    "distill",
+    "divergence",
+    "relative_error",
+    "train_block",
+]
 
 
 def names_for_type_checkers():
@@ -29,7 +100,7 @@ def names_for_type_checkers():
 def test_every_public_name_is_imported_when_it_is_used_and_known_to_type_checkers():
     places = {
         *(f"{place}.{name}" for place, names in prox24._PLACES.items() for name in names),
-        "core.planes",
+        "_core.planes",
     }
     assert names_for_type_checkers() == places
     assert set(prox24.__all__) == {place.split(".")[-1] for place in places}
@@ -38,6 +109,25 @@ def test_every_public_name_is_imported_when_it_is_used_and_known_to_type_checker
         assert name in dir(prox24)
     with pytest.raises(AttributeError, match="no attribute 'prune_in_order'"):
         prox24.prune_in_order  # noqa: B018
+
+
+PUBLIC_MODULES = {"errors", "optax", "packed", "refine"}
+
+
+def test_every_other_module_is_private():
+    package = Path(prox24.__file__).parent
+    modules = {path.relative_to(package) for path in package.rglob("*.py")}
+    public = {path for path in modules if not any(part.startswith("_") for part in path.parts)}
+    assert {path.with_suffix("").as_posix() for path in public} == {"errors"}
+    packages = {path.parent.as_posix() for path in modules if path.name == "__init__.py"}
+    assert {name for name in packages if "_" not in name} == {".", *PUBLIC_MODULES - {"errors"}}
+
+
+def test_the_names_of_public_modules_are_these():
+    assert prox24.optax.__all__ == OPTAX
+    assert prox24.refine.__all__ == REFINE
+    assert prox24.packed.__all__ == PACKED
+    assert prox24.__all__ == NAMES
 
 
 def test_every_public_function_and_class_has_a_docstring_of_its_arguments():

@@ -40,9 +40,9 @@ HEAVY |= {"gguf", "rich", "tokenizers", "huggingface_hub"}
     ("code", "needed"),
     [
         ("import prox24", set()),
-        ("from prox24.cli.main import main; main(['--help'])", set()),
+        ("from prox24._cli.main import main; main(['--help'])", set()),
         (
-            "from prox24.cli.main import main; main(['prune', '--help'])",
+            "from prox24._cli.main import main; main(['prune', '--help'])",
             {"jax", "optax", "numpy"},
         ),
     ],

@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from prox24 import calibrate, tap
+from prox24._trees.calibrate import Stream, gather
+from prox24._trees.layout import Layout, from_matrices, to_matrices
+from prox24._trees.products import find_products
 from prox24.errors import CalibrationError
-from prox24.trees.calibrate import Stream, gather
-from prox24.trees.layout import Layout, from_matrices, to_matrices
-from prox24.trees.products import find_products
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pytest
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
 import prox24
-from prox24.cli import eval as eval_command
-from prox24.cli.main import main, parser
-from prox24.cli.options import recipe_of
-from prox24.jobs.output import print_table
+from prox24._cli import eval as eval_command
+from prox24._cli.main import main, parser
+from prox24._cli.options import recipe_of
+from prox24._jobs.output import print_table
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 
@@ -187,7 +187,7 @@ def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pat
 
 
 def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypatch, capsys):
-    monkeypatch.setattr("prox24.cli.demo_model.fetch_model", lambda cache: workspace / "model")
+    monkeypatch.setattr("prox24._cli.demo_model.fetch_model", lambda cache: workspace / "model")
     command = ["demo", "--cache", workspace / "cache", "--output", workspace / "models"]
     command += ["--text", workspace / "text.txt", *options(workspace, 4)]
     dense, *rows = printed_json(capsys, *command, "--evaluation-samples", "4")["rows"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny import assert_same, config_dict, load_folder, random_weights, write_folder, write_tiny
 
-from prox24.cli.main import main
-from prox24.cli.options import size as parse_size
+from prox24._cli.main import main
+from prox24._cli.options import size as parse_size
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import damped, definite
 from test_solvers import make_problem
 
-from prox24.solvers.damping import damped_inverse, inverse, inverse_factor
+from prox24._solvers.damping import damped_inverse, inverse, inverse_factor
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])

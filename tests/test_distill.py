@@ -13,14 +13,14 @@ from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 import prox24
 from prox24 import refine
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.main import main
-from prox24.core.precision import COMPUTE_DTYPES
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._cli.main import main
+from prox24._core.precision import COMPUTE_DTYPES
+from prox24._jobs.forward import embedding_weights, head_weights, layer_weights, load_model
+from prox24._jobs.text import shuffled
+from prox24._jobs.training import _functions, _outer, _targets, train_model
+from prox24._models import decoder, spec, whole
 from prox24.errors import CalibrationError
-from prox24.jobs.forward import embedding_weights, head_weights, layer_weights, load_model
-from prox24.jobs.text import shuffled
-from prox24.jobs.training import _functions, _outer, _targets, train_model
-from prox24.models import decoder, spec, whole
 from prox24.refine import BlockRefinement, ModelRefinement
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
@@ -400,11 +400,11 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
         return given(*arguments, on_measured=measured, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr("prox24.jobs.distill.train_model", interrupted)
+        patch.setattr("prox24._jobs.distill.train_model", interrupted)
         assert distilled(workspace, "out", *more) == 130
     assert not (workspace / "out").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("prox24.jobs.distill.train_model", None)  # It is refused before any work.
+        patch.setattr("prox24._jobs.distill.train_model", None)  # It is refused before any work.
         assert distilled(workspace, "out", *more, "--passes", "2") == 2
         assert "refinement.passes was 1, is 2" in capsys.readouterr().err
     assert distilled(workspace, "out", *more, "--json") == 0
@@ -429,7 +429,7 @@ def test_a_state_that_cannot_be_written_is_one_line(workspace, monkeypatch, caps
 def test_a_place_for_states_that_cannot_be_written_is_found_before_the_training(
     workspace, monkeypatch, capsys
 ):
-    monkeypatch.setattr("prox24.jobs.distill.train_model", None)
+    monkeypatch.setattr("prox24._jobs.distill.train_model", None)
     (workspace / "file").write_text("")
     assert distilled(workspace, "out", "--state", workspace / "file") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -491,7 +491,7 @@ def test_the_destination_is_looked_at_before_the_training(workspace, monkeypatch
     def trained(*arguments, **keywords):
         pytest.fail("it was trained")
 
-    monkeypatch.setattr("prox24.jobs.distill.train_model", trained)
+    monkeypatch.setattr("prox24._jobs.distill.train_model", trained)
     (workspace / "out.unfinished" / "model").mkdir(parents=True)
     job = {"versions": {"prox24": prox24.__version__}}
     (workspace / "out.unfinished" / "job.json").write_text(json.dumps(job))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from prox24.checkpoints import safetensors_file
+from prox24._checkpoints import safetensors_file
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 

@@ -17,7 +17,7 @@ MODULES = [
 
 
 def test_modules_with_examples_are_found():
-    assert {"prox24.core.prox", "prox24.solvers.solve"} <= set(MODULES)
+    assert {"prox24._core.prox", "prox24._solvers.solve"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -32,5 +32,5 @@ def test_examples_print_what_they_say(name):
 def test_public_functions_of_the_mathematics_have_examples():
     finder = doctest.DocTestFinder(exclude_empty=True)
     for name in ("blocks", "masks", "pattern", "penalty", "planes", "prox"):
-        found = finder.find(importlib.import_module(f"prox24.core.{name}"))
+        found = finder.find(importlib.import_module(f"prox24._core.{name}"))
         assert any(test.examples for test in found), name

@@ -11,8 +11,8 @@ from reference import best_mask_by_enumeration
 from tiny import write_tiny
 
 import prox24
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.main import main
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._cli.main import main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

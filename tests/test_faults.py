@@ -21,12 +21,12 @@ from killed import on_change
 from safetensors.numpy import save_file
 from tiny import write_tiny
 
-from prox24.checkpoints import safetensors_file, unfinished, writer
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.unfinished import check_unchanged, source_files, unfinished_folder
-from prox24.cli.main import main
+from prox24._checkpoints import safetensors_file, unfinished, writer
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.unfinished import check_unchanged, source_files, unfinished_folder
+from prox24._cli.main import main
+from prox24._jobs import forward, prune
 from prox24.errors import CheckpointError, DiskError
-from prox24.jobs import forward, prune
 
 TEXT = "Calibration text for a model that reads bytes. " * 60
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

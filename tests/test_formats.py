@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 from tiny import assert_same, config_dict, load_folder, random_weights, write_folder, write_tiny
 
-from prox24.checkpoints import flax_file, hub, pickle_file
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import write_checkpoint
+from prox24._checkpoints import flax_file, hub, pickle_file
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.writer import write_checkpoint
 from prox24.errors import CheckpointError, DiskError
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from tiny import VARIANTS, config_dict, model_weights, random_weights, tokens, write_tiny
 
-from prox24.checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
-from prox24.cli.main import main
+from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
+from prox24._cli.main import main
+from prox24._jobs.forward import all_weights, load_model
+from prox24._models import decoder
+from prox24._models.generate import advance, choose, empty_cache, generate
+from prox24._models.spec import at_length, head_weight
 from prox24.errors import CheckpointError, PromptError, Prox24Error
-from prox24.jobs.forward import all_weights, load_model
-from prox24.models import decoder
-from prox24.models.generate import advance, choose, empty_cache, generate
-from prox24.models.spec import at_length, head_weight
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPT, LENGTH = 44, 48  # programs are shared by the tests of these lengths

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny import config_dict, jax_logits, random_weights, tokens
 
-from prox24.checkpoints import gguf_header
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.gguf_tokenizer import build_tokenizer
+from prox24._checkpoints import gguf_header
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.gguf_tokenizer import build_tokenizer
+from prox24._jobs.text import start_tokens
 from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError
-from prox24.jobs.text import start_tokens
 
 # By llama.cpp's conventions; written here independently of what reads them.
 LAYER = {

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.jobs.forward import layer_weights, load_model, run_layer
-from prox24.jobs.observe import layer_inputs, observe_layer
-from prox24.pruning.grams import GramSum, add_tokens, empty_gram
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._jobs.forward import layer_weights, load_model, run_layer
+from prox24._jobs.observe import layer_inputs, observe_layer
+from prox24._pruning.grams import GramSum, add_tokens, empty_gram
 
 pytestmark = pytest.mark.optimized
 

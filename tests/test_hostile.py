@@ -12,10 +12,10 @@ from test_formats import VALUES, entries, tensor, write_legacy, write_zip
 from test_gguf import write_gguf
 from tiny import config_dict, random_weights, write_tiny
 
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.hf_folder import read_json
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.hf_folder import read_json
+from prox24._models.families import config_from_hf
 from prox24.errors import CheckpointError, UnsupportedModelError
-from prox24.models.families import config_from_hf
 
 
 def any_folder(folder, name, content, **config):

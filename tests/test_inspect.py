@@ -8,10 +8,10 @@ import pytest
 from safetensors.numpy import save_file
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
-from prox24.cli.main import main
-from prox24.core.pattern import Pattern, Unstructured
-from prox24.jobs.inspect import inspect_model, sparse_bytes
-from prox24.pruning.recipe import Recipe
+from prox24._cli.main import main
+from prox24._core.pattern import Pattern, Unstructured
+from prox24._jobs.inspect import inspect_model, sparse_bytes
+from prox24._pruning.recipe import Recipe
 
 
 def test_the_listing_adds_up(tmp_path, capsys):

@@ -21,19 +21,19 @@ from tiny import (
 
 import prox24
 from prox24 import ConjugateGradients, DenseTargets, Magnitude, Recipe, Wanda
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import write_checkpoint
-from prox24.core.masks import is_sparse, top_mask
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.writer import write_checkpoint
+from prox24._core.masks import is_sparse, top_mask
+from prox24._jobs.forward import all_linears, batch_size, load_model
+from prox24._jobs.native import NativeRunner, native_runner
+from prox24._jobs.perplexity import from_losses
+from prox24._pruning import loop
+from prox24._pruning.recipe import PRESETS
+from prox24._solvers.hyperparameters import hyperparameters
+from prox24._solvers.problem import Candidate
+from prox24._solvers.protocol import Patterns
+from prox24._solvers.solve import SOLVERS, solve_program
 from prox24.errors import CalibrationError, CheckpointError, RecipeError, SolverError
-from prox24.jobs.forward import all_linears, batch_size, load_model
-from prox24.jobs.native import NativeRunner, native_runner
-from prox24.jobs.perplexity import from_losses
-from prox24.pruning import loop
-from prox24.pruning.recipe import PRESETS
-from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.problem import Candidate
-from prox24.solvers.protocol import Patterns
-from prox24.solvers.solve import SOLVERS, solve_program
 
 WINDOWS = tokens(batch=8, length=32)
 MAGNITUDE = Recipe.magnitude()

@@ -15,8 +15,8 @@ from test_optax_leaves import PRUNED, every_model
 
 import prox24
 from prox24 import lora, refine
+from prox24._trees.lora import Adapter
 from prox24.optax import by_path, describe
-from prox24.trees.lora import Adapter
 
 jitted_merge = jax.jit(lora.merge)
 

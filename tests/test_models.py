@@ -17,16 +17,16 @@ from tiny import (
     write_tiny,
 )
 
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import write_checkpoint
-from prox24.core.masks import is_sparse
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.writer import write_checkpoint
+from prox24._core.masks import is_sparse
+from prox24._jobs.forward import all_linears, load_model, oriented
+from prox24._jobs.native import native_runner
+from prox24._jobs.text import first_windows
+from prox24._models import families, spec
+from prox24._models.families import FAMILIES, config_from_hf
+from prox24._pruning.recipe import Recipe
 from prox24.errors import UnsupportedModelError
-from prox24.jobs.forward import all_linears, load_model, oriented
-from prox24.jobs.native import native_runner
-from prox24.jobs.text import first_windows
-from prox24.models import families, spec
-from prox24.models.families import FAMILIES, config_from_hf
-from prox24.pruning.recipe import Recipe
 
 # Other positions or residuals do not matter to files.
 SAME_TENSORS = {"phi3_short", "phi3_long", "falcon_one_key_head", "gpt_neox_sequential", "gemma"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
-from prox24.checkpoints.safetensors_file import open_file
+from prox24._checkpoints.safetensors_file import open_file
 from prox24.errors import CheckpointError
 from prox24.packed import Packed24, from_arrays, pack, to_arrays, to_cutlass, unpack
 

@@ -15,7 +15,7 @@ import pytest
 from test_packed_product import assert_product, needs_compiler, operands, problem
 
 from prox24.packed import matmul, unpack
-from prox24.packed.kernels import cuda, cusparselt, native
+from prox24.packed._kernels import cuda, cusparselt, native
 
 HERE = Path(__file__).parent
 COMPILER = next(filter(None, map(shutil.which, native.CPP_COMPILERS)), None)

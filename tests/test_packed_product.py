@@ -15,8 +15,8 @@ from jax import export
 from test_packed import random_24
 
 from prox24.packed import matmul, pack, unpack
-from prox24.packed.choice import AUTO, IMPLEMENTATIONS, UNPACK, Case, choose
-from prox24.packed.kernels import cpu, native, tpu, xla
+from prox24.packed._choice import AUTO, IMPLEMENTATIONS, UNPACK, Case, choose
+from prox24.packed._kernels import cpu, native, tpu, xla
 
 HAS_COMPILER = any(shutil.which(name) for name in native.CPP_COMPILERS)
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from programs import output_of
 
-from prox24.packed.kernels import native
+from prox24.packed._kernels import native
 
 
 @pytest.fixture(scope="module")

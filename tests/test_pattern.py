@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import PATTERNS, largest
 
-from prox24.core.blocks import join, ranks, split
-from prox24.core.masks import count_violations, is_sparse, mean_sparsity, top_mask
-from prox24.core.pattern import Unstructured, as_pattern
-from prox24.core.penalty import penalty
-from prox24.core.prox import prox
+from prox24._core.blocks import join, ranks, split
+from prox24._core.masks import count_violations, is_sparse, mean_sparsity, top_mask
+from prox24._core.pattern import Unstructured, as_pattern
+from prox24._core.penalty import penalty
+from prox24._core.prox import prox
 
 AXES = [-1, 0, 1]
 FUNCTIONS = [top_mask, count_violations, is_sparse, penalty, split]

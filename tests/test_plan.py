@@ -10,12 +10,12 @@ import pytest
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
 import prox24
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.main import main
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._cli.main import main
+from prox24._jobs import memory
+from prox24._jobs.forward import layer_linears, load_model
+from prox24._jobs.memory import Setup
 from prox24.errors import Prox24Error
-from prox24.jobs import memory
-from prox24.jobs.forward import layer_linears, load_model
-from prox24.jobs.memory import Setup
 
 WANDA = prox24.Recipe.wanda()
 TEXT = "Calibration text for a model that reads bytes. " * 60

@@ -8,8 +8,8 @@ import pytest
 from reference import damped, definite, quadratic_loss
 from test_solvers import every_pair
 
-from prox24.solvers.problem import LayerProblem, Status
-from prox24.solvers.solve import SOLVERS, solve, solve_program
+from prox24._solvers.problem import LayerProblem, Status
+from prox24._solvers.solve import SOLVERS, solve, solve_program
 
 
 def conditioned(condition, dtype, rows=48, width=64):

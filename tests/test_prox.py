@@ -15,7 +15,7 @@ from reference import (
 )
 
 from prox24 import planes, prox
-from prox24.core import keep_two
+from prox24._core import keep_two
 
 jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
 

@@ -419,17 +419,17 @@ def test_in_order_counts_weights_that_share_an_input_as_one_step(monkeypatch):
 
     params = {name: normal(8, 8) for name in ("q", "k", "v", "twice", "out")}
     groups = []
-    gather = prox24.trees.params.gather
+    gather = prox24._trees.params.gather
 
     def record(*arguments, names):
         groups.append(sorted(names))
         return gather(*arguments, names=names)
 
-    monkeypatch.setattr(prox24.trees.params, "gather", record)
+    monkeypatch.setattr(prox24._trees.params, "gather", record)
     mask = {name: name != "k" for name in params}
     pruned = prune(apply, params, [normal(20, 8)], WANDA, order="sequential", mask=mask)
     assert groups == [["q"], ["twice"], ["out"], ["v"]]
-    assert prox24.trees.calibrate.survey_products(apply, params, normal(20, 8)).groups == [
+    assert prox24._trees.calibrate.survey_products(apply, params, normal(20, 8)).groups == [
         ["q", "k"], ["twice"], ["out"], ["v"]
     ]  # fmt: skip
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import write_tiny
 
-from prox24.checkpoints import hub
-from prox24.cli.demo_model import fetch_model
+from prox24._checkpoints import hub
+from prox24._cli.demo_model import fetch_model
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "README.md").read_text()
@@ -23,8 +23,8 @@ def tiny_model(folder):
 
 def packaged_model(folder):
     """SmolLM2 as a folder, on few tokens."""
-    from prox24.checkpoints.checkpoint import open_checkpoint
-    from prox24.checkpoints.writer import write_checkpoint
+    from prox24._checkpoints.checkpoint import open_checkpoint
+    from prox24._checkpoints.writer import write_checkpoint
 
     cache = ROOT / ".cache"
     cache.mkdir(exist_ok=True)

@@ -8,14 +8,14 @@ import pytest
 
 import prox24
 from prox24 import DenseTargets, Recipe
-from prox24.core.pattern import Pattern, Unstructured
+from prox24._core.pattern import Pattern, Unstructured
+from prox24._pruning.recipe import PRESETS
+from prox24._solvers.hyperparameters import hyperparameters
+from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+from prox24._solvers.schedules import Exponential
+from prox24._solvers.swaps import Swaps
 from prox24.errors import Prox24Error, RecipeError
-from prox24.pruning.recipe import PRESETS
 from prox24.refine import BlockRefinement
-from prox24.solvers.hyperparameters import hyperparameters
-from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
-from prox24.solvers.schedules import Exponential
-from prox24.solvers.swaps import Swaps
 
 RECIPES = {
     **{name: make() for name, make in PRESETS.items()},

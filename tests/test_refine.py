@@ -13,15 +13,15 @@ from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
 
 import prox24
 from prox24 import Recipe, Wanda, refine
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.cli.main import main
-from prox24.core.precision import COMPUTE_DTYPES
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._cli.main import main
+from prox24._core.precision import COMPUTE_DTYPES
+from prox24._jobs.forward import all_linears, load_model
+from prox24._jobs.native import native_runner
+from prox24._jobs.text import shuffled
+from prox24._models.spec import tensor_shapes
+from prox24._pruning.loop import prune
 from prox24.errors import CalibrationError, CheckpointError
-from prox24.jobs.forward import all_linears, load_model
-from prox24.jobs.native import native_runner
-from prox24.jobs.text import shuffled
-from prox24.models.spec import tensor_shapes
-from prox24.pruning.loop import prune
 from prox24.refine import BlockRefinement, Outcome
 
 BATCHES = 6
@@ -377,7 +377,7 @@ def test_a_refined_run_goes_on_with_the_same_bytes(
     assert {linear["block"]["outcome"] for linear in report["linears"]} <= {"improved", "unchanged"}
     for count in counts:  # in the middle of the first layer, and of the second
         with monkeypatch.context() as patch:
-            patch.setattr("prox24.pruning.loop.prune", interrupted_after(count))
+            patch.setattr("prox24._pruning.loop.prune", interrupted_after(count))
             assert refining(tmp_path, "out", *more) == 130
         assert refining(tmp_path, "out", *more) == 0
         assert contents("out") == contents("whole")
@@ -402,7 +402,7 @@ def test_windows_are_held_out_from_all_of_the_text(tmp_path, monkeypatch):
         seen.append(windows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prox24.jobs.prune.native_runner", caught)
+    monkeypatch.setattr("prox24._jobs.prune.native_runner", caught)
     for name, refined in (("out", "none"), ("refined", "block")):
         assert refining(tmp_path, name, "--refine", refined) == 130
     plain, refined = seen
@@ -415,7 +415,7 @@ def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path, 
     weights["model.layers.0.self_attn.v_proj.weight"][0, 0] = 1e5
     write_folder(tmp_path / "source", config_dict(), weights)
     recipe = recipe_with(BlockRefinement(passes=1), dtype="float16")
-    monkeypatch.setattr("prox24.pruning.loop.train_block", None)
+    monkeypatch.setattr("prox24._pruning.loop.train_block", None)
     with pytest.raises(CheckpointError, match=r"0\.self_attn\.v_proj\.weight overflows float16"):
         run(open_checkpoint(tmp_path / "source"), tokens(batch=8, length=32), recipe)
 

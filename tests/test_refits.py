@@ -8,15 +8,15 @@ import pytest
 from reference import damped, masked_least_squares
 from test_solvers import DAMPING, assert_has_pattern, damped_loss, make_problem
 
-from prox24.solvers.admm import ADMM
-from prox24.solvers.problem import Status, correct_inputs
-from prox24.solvers.proximal import ProximalGradient
-from prox24.solvers.refit import ConjugateGradients, LeastSquares
-from prox24.solvers.schedules import Exponential
-from prox24.solvers.scores import Magnitude, Wanda
-from prox24.solvers.solve import solve
-from prox24.solvers.sparsegpt import SparseGPT
-from prox24.solvers.swaps import Swaps
+from prox24._solvers.admm import ADMM
+from prox24._solvers.problem import Status, correct_inputs
+from prox24._solvers.proximal import ProximalGradient
+from prox24._solvers.refit import ConjugateGradients, LeastSquares
+from prox24._solvers.schedules import Exponential
+from prox24._solvers.scores import Magnitude, Wanda
+from prox24._solvers.solve import solve
+from prox24._solvers.sparsegpt import SparseGPT
+from prox24._solvers.swaps import Swaps
 
 
 def swept(weight, mask, original, gram, kept, group):

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import Mesh
 from programs import output_of
 
-from prox24.core.placement import common_mesh, one_axis
-from prox24.pruning.grams import GramSum, add
+from prox24._core.placement import common_mesh, one_axis
+from prox24._pruning.grams import GramSum, add
 
 SCALARS = {"f32[]", "s32[]", "pred[]"}
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import write_checkpoint
-from prox24.cli.demo_model import fetch_model
-from prox24.core.masks import top_mask
-from prox24.jobs.forward import (
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.writer import write_checkpoint
+from prox24._cli.demo_model import fetch_model
+from prox24._core.masks import top_mask
+from prox24._jobs.forward import (
     all_linears,
     all_weights,
     embed_windows,
@@ -19,10 +19,10 @@ from prox24.jobs.forward import (
     load_model,
     run_layer,
 )
-from prox24.jobs.perplexity import native_perplexity
-from prox24.jobs.text import first_windows, packaged_text, tokenize
-from prox24.models import decoder
-from prox24.models.generate import generate
+from prox24._jobs.perplexity import native_perplexity
+from prox24._jobs.text import first_windows, packaged_text, tokenize
+from prox24._models import decoder
+from prox24._models.generate import generate
 
 pytestmark = pytest.mark.optimized
 

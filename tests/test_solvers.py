@@ -17,20 +17,20 @@ from reference import (
     sparsegpt,
 )
 
-from prox24.core.masks import is_sparse
-from prox24.core.pattern import Unstructured
-from prox24.core.prox import prox
+from prox24._core.masks import is_sparse
+from prox24._core.pattern import Unstructured
+from prox24._core.prox import prox
+from prox24._solvers.admm import ADMM
+from prox24._solvers.problem import LayerProblem, Status
+from prox24._solvers.protocol import Patterns
+from prox24._solvers.proximal import ProximalGradient, eigenvalue_bound
+from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+from prox24._solvers.schedules import Exponential
+from prox24._solvers.scores import Magnitude, Wanda
+from prox24._solvers.solve import SOLVERS, check_supported, solve
+from prox24._solvers.sparsegpt import SparseGPT
+from prox24._solvers.swaps import Swaps
 from prox24.errors import SolverError
-from prox24.solvers.admm import ADMM
-from prox24.solvers.problem import LayerProblem, Status
-from prox24.solvers.protocol import Patterns
-from prox24.solvers.proximal import ProximalGradient, eigenvalue_bound
-from prox24.solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
-from prox24.solvers.schedules import Exponential
-from prox24.solvers.scores import Magnitude, Wanda
-from prox24.solvers.solve import SOLVERS, check_supported, solve
-from prox24.solvers.sparsegpt import SparseGPT
-from prox24.solvers.swaps import Swaps
 
 ROWS, WIDTH, DAMPING = 32, 64, 0.01
 KINDS = ["low_rank", "power_law", "few_tokens"]

@@ -5,9 +5,8 @@ import pytest
 from tiny import byte_tokenizer, tokens, write_tiny
 
 from prox24 import Text
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.errors import CalibrationError
-from prox24.jobs.text import (
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._jobs.text import (
     calibration_windows,
     evaluation_windows,
     first_windows,
@@ -15,6 +14,7 @@ from prox24.jobs.text import (
     start_tokens,
     tokenize,
 )
+from prox24.errors import CalibrationError
 
 IDS = np.arange(103, dtype=np.int32)
 

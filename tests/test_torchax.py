@@ -25,21 +25,21 @@ from tiny import (
 
 import prox24
 from prox24 import DenseTargets, Recipe
-from prox24.checkpoints.checkpoint import open_checkpoint
-from prox24.checkpoints.writer import write_checkpoint
-from prox24.cli.main import main
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.writer import write_checkpoint
+from prox24._cli.main import main
+from prox24._jobs import torchax
+from prox24._jobs.native import native_runner
+from prox24._jobs.perplexity import native_perplexity
+from prox24._jobs.torch_runner import torch_runner
+from prox24._jobs.verify import native_axes
+from prox24._pruning import loop
 from prox24.errors import (
     CalibrationError,
     CheckpointError,
     Prox24Error,
     UnsupportedModelError,
 )
-from prox24.jobs import torchax
-from prox24.jobs.native import native_runner
-from prox24.jobs.perplexity import native_perplexity
-from prox24.jobs.torch_runner import torch_runner
-from prox24.jobs.verify import native_axes
-from prox24.pruning import loop
 
 WINDOWS = tokens(batch=8, length=32)
 WANDA = Recipe.wanda()
@@ -223,7 +223,7 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
 def test_layers_are_pruned_as_by_the_native_forward_pass(
     tmp_path, monkeypatch, variant, dtype, targets
 ):
-    monkeypatch.setattr("prox24.jobs.forward.BATCH_TOKENS", 64)  # four batches
+    monkeypatch.setattr("prox24._jobs.forward.BATCH_TOKENS", 64)  # four batches
     write_tiny(tmp_path / "model", variant, dtype)
     # In 16 bits a number between two others is rounded to either.
     recipe = Recipe(prox24.SparseGPT(), None, targets=targets, dtype="float32")
@@ -303,7 +303,7 @@ def test_layers_that_depend_on_more_than_hidden_states_are_refused(tmp_path, mon
 
     model.model.register_forward_pre_hook(rotate_by_token, with_kwargs=True)
     monkeypatch.setattr(torchax, "_load", lambda path: model)
-    monkeypatch.setattr("prox24.jobs.forward.BATCH_TOKENS", 64)
+    monkeypatch.setattr("prox24._jobs.forward.BATCH_TOKENS", 64)
     write_foreign(tmp_path / "model", "stablelm")
     with pytest.raises(UnsupportedModelError, match="depend on more than their hidden states"):
         pruned_folder(tmp_path / "model")

@@ -14,7 +14,7 @@ import pytest
 from jax import export
 
 import prox24
-from prox24.core import tpu
+from prox24._core import tpu
 
 pytestmark = pytest.mark.optimized
 

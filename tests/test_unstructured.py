@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from reference import damped
 from test_solvers import ROWS, WIDTH, make_problem
 
-from prox24.core.masks import count_violations, largest_mask
-from prox24.core.pattern import Unstructured
-from prox24.solvers.problem import Status
-from prox24.solvers.refit import ConjugateGradients
-from prox24.solvers.scores import Magnitude, Wanda
-from prox24.solvers.solve import solve
-from prox24.solvers.sparsegpt import SparseGPT
+from prox24._core.masks import count_violations, largest_mask
+from prox24._core.pattern import Unstructured
+from prox24._solvers.problem import Status
+from prox24._solvers.refit import ConjugateGradients
+from prox24._solvers.scores import Magnitude, Wanda
+from prox24._solvers.solve import solve
+from prox24._solvers.sparsegpt import SparseGPT
 
 HALF = Unstructured(0.5)
 

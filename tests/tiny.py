@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from prox24.models import decoder, spec
-from prox24.models.families import config_from_hf
-from prox24.models.generate import ModelWeights
-from prox24.pruning import loop
-from prox24.pruning.report import LinearReport
+from prox24._models import decoder, spec
+from prox24._models.families import config_from_hf
+from prox24._models.generate import ModelWeights
+from prox24._pruning import loop
+from prox24._pruning.report import LinearReport
 
 VOCABULARY = 260
 LLAMA3_ROPE = {
@@ -264,7 +264,7 @@ def jax_logits(config_json: dict, weights: dict, token_ids: np.ndarray) -> np.nd
 
 
 def model_weights(config_json: dict, weights: dict) -> tuple[spec.Config, ModelWeights]:
-    """The decoder, and its weights as `prox24.models.generate` takes them."""
+    """The decoder, and its weights as `prox24._models.generate` takes them."""
     config = config_from_hf(config_json, weights)
     layers = [_layer_weights(config, weights, index) for index in range(len(config.layers))]
     return config, ModelWeights(_outer_weights(config, weights), layers)

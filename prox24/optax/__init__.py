@@ -5,9 +5,9 @@ it. `keep_pattern` wraps an optimizer so that the zeros of pruned
 parameters stay. `describe` lists which parameters are pruned, along which axis, and why.
 """
 
-from prox24.optax.check import check
-from prox24.optax.leaves import Leaf, by_path, describe
-from prox24.optax.transforms import (
+from prox24.optax._check import check
+from prox24.optax._leaves import Leaf, by_path, describe
+from prox24.optax._transforms import (
     KeepPatternState,
     ProximalState,
     keep_pattern,

@@ -5,10 +5,10 @@ norms and biases are trained together on the block's output, or those of a whole
 model's predictions, by any optax optimizer, and the zeros stay zeros.
 """
 
-from prox24.refine.blocks import BlockRefinement, relative_error, train_block
-from prox24.refine.distillation import distill, divergence
-from prox24.refine.model import ModelRefinement
-from prox24.refine.training import Outcome, Refined, Training
+from prox24.refine._blocks import BlockRefinement, relative_error, train_block
+from prox24.refine._distillation import distill, divergence
+from prox24.refine._model import ModelRefinement
+from prox24.refine._training import Outcome, Refined, Training
 
 __all__ = [
     "BlockRefinement",

@@ -4,7 +4,7 @@ from refit_contract import RefitContract
 from solver_contract import SolverContract
 
 import prox24
-from prox24.solvers.solve import REFITS, SOLVERS
+from prox24._solvers.solve import REFITS, SOLVERS
 
 
 class TestMagnitude(SolverContract):

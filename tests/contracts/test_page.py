@@ -13,7 +13,7 @@ import pytest
 from tiny import write_tiny
 
 import prox24
-from prox24.checkpoints import hub
+from prox24._checkpoints import hub
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-a-solver.md").read_text()

@@ -1,4 +1,4 @@
-// What prox24/packed/kernels/cusparselt.cc calls of cuSPARSELt, as its documentation has it, for
+// What prox24/packed/_kernels/cusparselt.cc calls of cuSPARSELt, as its documentation has it, for
 // bfloat16 in the memory of the host: descriptors say how matrices lie; nothing is asynchronous.
 
 #pragma once

@@ -1,0 +1,226 @@
+"""What every format is read into: a config, tensors that are read when asked for, a tokenizer."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from prox24._checkpoints import (
+    flax_file,
+    float8,
+    gguf_file,
+    hf_folder,
+    hub,
+    pickle_file,
+    safetensors_file,
+)
+from prox24._checkpoints.tensors import TensorSource, is_finite
+from prox24._models.families import config_from_hf, with_names_of
+from prox24._models.spec import Config, outer_tensor, tensor_shapes
+from prox24.errors import CheckpointError, first_line
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The dtypes that checkpoints are written in, by HF's names."""
+
+FORMATS = (safetensors_file.FILES, pickle_file.FILES, flax_file.FILES)
+"""The weights that an HF folder may have, the preferred ones first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+      path: the folder or file that was opened.
+      config: HF's config.json as a dict.
+      tensors: by HF's names; nothing is read until `read` is called, but for Flax files.
+      shards: names of tensors in the order of writing, one list for each file.
+      load_tokenizer: builds the tokenizer.
+      carried: files of the source that are copied to an output as they are.
+      buffers: names of tensors that nothing is computed with, where that is known: what they hold
+        is not looked at, such as the -inf that -1e9 is in float16.
+      decoder: what the config says, for models with a forward pass here.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorSource]
+    shards: list[list[str]]
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    carried: list[Path]
+    buffers: frozenset[str] = frozenset()
+    decoder: Config | None = None
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The values of a tensor, in the dtype of the file.
+
+        Raises:
+          CheckpointError: the tensor cannot be read, or holds NaN or Inf and is no buffer.
+        """
+        values = self.tensors[name].read()
+        if name not in self.buffers and not is_finite(values):
+            raise CheckpointError(f"{self.path}: tensor {name} holds NaN or Inf")
+        return values
+
+
+def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint:
+    """Opens a model and checks names, shapes and dtypes.
+
+    Args:
+      path: a folder with config.json and weights as safetensors, PyTorch's .bin or Flax's msgpack,
+        in one file or with an index of shards; a file that ends in .gguf; or an id of the hub,
+        "owner/name" or "owner/name@revision".
+      any_family: opens folders of models without a forward pass here too, for torchax.
+
+    Returns:
+      A `Checkpoint` whose tensors are those the model's family computes with, and no fewer; all
+      that the files hold, of any shape, if `any_family`.
+
+    Raises:
+      CheckpointError: something is missing, truncated, of a wrong shape or of an unsupported
+        dtype; the message names the file or the tensor.
+      UnsupportedModelError: the architecture, or a setting of it, has no forward pass here.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return _open_gguf(path)
+    if path.is_dir():
+        return _open_folder(path, any_family)
+    if not path.exists() and hub.is_id(path.as_posix()):
+        return _open_folder(hub.download(path.as_posix(), FORMATS), any_family)
+    raise CheckpointError(f"{path} is neither a folder, nor a .gguf file, nor an id of the hub")
+
+
+def stop_tokens(checkpoint: Checkpoint) -> list[int]:
+    """The ids that end a text: of generation_config.json, or else of config.json; often one.
+
+    Raises:
+      CheckpointError: generation_config.json cannot be read, or what is given are no ids.
+    """
+    path = checkpoint.path / "generation_config.json"
+    found = hf_folder.read_json(path).get("eos_token_id") if path.exists() else None
+    given = checkpoint.config.get("eos_token_id") if found is None else found
+    if given is None:
+        return []
+    ids = given if isinstance(given, list) else [given]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{checkpoint.path}: eos_token_id {given!r} is no id or list of ids")
+    return ids
+
+
+def _open_folder(path: Path, any_family: bool) -> Checkpoint:
+    config = hf_folder.read_json(path / "config.json")
+    # An unknown model says so before its files are opened.
+    model = None if any_family else config_from_hf(config)
+    _check_quantization(path, config)
+    shards = hf_folder.open_shards(path, FORMATS)
+    tensors = {name: source for shard in shards for name, source in shard.items()}
+    model = None if model is None else with_names_of(model, tensors)
+    shapes = tensor_shapes(model) if model else {}
+    tensors = _without_copies(tensors, shapes)
+    tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
+    buffers: frozenset[str] = frozenset()
+    if model:
+        # A tied head that is also stored is a copy of the embedding, and has to stay one.
+        head = outer_tensor(model.names, "lm_head.weight")
+        buffers = frozenset(tensors.keys() - shapes.keys() - {head})
+
+    def load_tokenizer() -> PreTrainedTokenizerBase:
+        try:
+            # Not asked whether to trust code in the folder: it is not run.
+            return AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises a different type for each missing file
+            raise CheckpointError(
+                f"{path}: the tokenizer cannot be loaded: {first_line(error)}"
+            ) from error
+
+    checkpoint = Checkpoint(
+        path=path,
+        config=config,
+        tensors=tensors,
+        shards=[[name for name in shard if name in tensors] for shard in shards],
+        load_tokenizer=load_tokenizer,
+        carried=hf_folder.carried_files(path),
+        buffers=buffers,
+        decoder=model,
+    )
+    _check_tensors(checkpoint, shapes)
+    return checkpoint
+
+
+def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: the quantization_config of config.json is no JSON object")
+    if quantization.get("quant_method") != "fp8":
+        raise CheckpointError(
+            f"{path}: the weights are quantised ({quantization.get('quant_method')}), "
+            "which is read for fp8 only; dequantise the model first"
+        )
+
+
+def _own_dtype(config: Mapping[str, Any]) -> np.dtype[Any]:
+    name = config.get("dtype") or config.get("torch_dtype")
+    return DTYPES.get(str(name), DTYPES["bfloat16"])
+
+
+def _without_copies(
+    tensors: Mapping[str, TensorSource], shapes: Mapping[str, Any]
+) -> dict[str, TensorSource]:
+    """Leaves out the other names of a tensor that the model computes with: a tied head's."""
+    used = {id(source) for name, source in tensors.items() if name in shapes}
+    return {
+        name: source for name, source in tensors.items() if name in shapes or id(source) not in used
+    }
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    contents = gguf_file.open_gguf(path)
+    model = config_from_hf(contents.config, contents.tensors)
+    checkpoint = Checkpoint(
+        path=path,
+        config=contents.config,
+        tensors=contents.tensors,
+        shards=[list(contents.tensors)],
+        load_tokenizer=contents.load_tokenizer,
+        carried=[],
+        decoder=model,
+    )
+    _check_tensors(checkpoint, tensor_shapes(model))
+    return checkpoint
+
+
+def _check_tensors(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
+        source = checkpoint.tensors[name]
+        if source.shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has shape {source.shape}, "
+                f"config.json says {shape}"
+            )
+        if source.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has dtype {source.dtype}; "
+                f"supported are {', '.join(DTYPES)}"
+            )
+
+
+def config_json(config: Mapping[str, Any]) -> str:
+    """The text of a config.json."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,84 @@
+"""float8 weights and their scales, read as the values that they stand for."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24._checkpoints.tensors import TensorSource
+from prox24.errors import CheckpointError
+
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+SCALE = "_scale_inv"
+"""What HF adds to a weight's name for its scale, which multiplies the weight despite the name."""
+
+
+def dequantise(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorSource], dtype: np.dtype[Any]
+) -> dict[str, TensorSource]:
+    """Replaces each float8 weight by its product with its scale; scales are left out.
+
+    A scale is one number, or one for each block of `weight_block_size` of the
+    `quantization_config`, with incomplete blocks at the end, as in DeepSeek-V3.
+
+    Args:
+      path: for messages.
+      config: HF's config.json.
+      tensors: of the model, by name.
+      dtype: of the products.
+
+    Raises:
+      CheckpointError: a float8 tensor has no scale, or one of another shape.
+    """
+    weights = {name for name, source in tensors.items() if source.dtype in FLOAT8}
+    # The scales of activations, which a static scheme stores, describe float8 arithmetic.
+    modules = {name.removesuffix(".weight") for name in weights}
+    dropped = {f"{name}{SCALE}" for name in weights}
+    dropped |= {f"{module}.activation_scale" for module in modules}
+    block = (config.get("quantization_config") or {}).get("weight_block_size")
+    values = {name: source for name, source in tensors.items() if name not in dropped}
+    for name in weights:
+        scale = tensors.get(f"{name}{SCALE}")
+        if scale is None:
+            raise CheckpointError(
+                f"{path}: tensor {name} is {tensors[name].dtype} without {name}{SCALE}; "
+                "dequantise the model first"
+            )
+        if math.prod(scale.shape) != 1 and scale.shape != _blocks(tensors[name].shape, block):
+            raise CheckpointError(
+                f"{path}: tensor {name}{SCALE} has shape {scale.shape}, which does not fit "
+                f"{tensors[name].shape} in blocks of {block}"
+            )
+        values[name] = _product(tensors[name], scale, block, dtype)
+    return values
+
+
+def _blocks(shape: tuple[int, ...], block: Any) -> tuple[int, ...] | None:
+    if not isinstance(block, list) or not len(shape) == len(block) == 2:
+        return None
+    if not all(type(size) is int and size > 0 for size in block):
+        return None
+    return tuple(-(-length // size) for length, size in zip(shape, block, strict=True))
+
+
+def _product(
+    weight: TensorSource, scale: TensorSource, block: Any, dtype: np.dtype[Any]
+) -> TensorSource:
+    def read() -> NDArray[Any]:
+        with np.errstate(over="ignore"):
+            factors = scale.read().astype(np.float32)
+        if factors.size == 1:
+            factors = factors.reshape(())
+        else:
+            for axis, length in enumerate(weight.shape):
+                # A block may be larger than the weight, however large.
+                factors = np.repeat(factors, min(block[axis], length), axis)
+            factors = factors[: weight.shape[0], : weight.shape[1]]
+        with np.errstate(all="ignore"):  # who reads it looks for NaN and Inf
+            return (weight.read().astype(np.float32) * factors).astype(dtype)
+
+    return TensorSource(weight.shape, dtype, read)

@@ -1,0 +1,272 @@
+"""Reading GGUF files: HF's names, layout and config out of llama.cpp's."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quant_shape_to_byte_shape
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from prox24._checkpoints.gguf_header import StoredTensor, read_header
+from prox24._checkpoints.gguf_tokenizer import build_tokenizer
+from prox24._checkpoints.tensors import TensorSource, read_entries
+from prox24.errors import CheckpointError, UnsupportedModelError
+
+TOP_TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+SANDWICH_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# The setting of HF's config that a bias needs, None where there always is one.
+ATTENTION_BIASES = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), "attention_bias")
+MLP_BIASES = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias")
+ROPE_FREQUENCIES = "rope_freqs.weight"
+
+
+class Architecture(NamedTuple):
+    """How llama.cpp stores a family.
+
+    Attributes:
+      model_type: HF's.
+      hf_class: HF's name of the model.
+      settings: of HF's config that follow from the architecture.
+      layer: HF's names of a layer's tensors.
+      biases: of which of them there may be biases, and by which setting.
+      pairs: the rows of q and k are in the order in which neighbours rotate together.
+      norm_offset: what was added to the weights of norms.
+    """
+
+    model_type: str
+    hf_class: str
+    settings: dict[str, Any]
+    layer: dict[str, str] = LAYER_TENSORS
+    biases: Mapping[str, str | None] = ATTENTION_BIASES
+    pairs: bool = False
+    norm_offset: float = 0.0
+
+
+SILU = {"hidden_act": "silu"}
+ARCHITECTURES = {
+    "llama": Architecture(
+        "llama", "LlamaForCausalLM", SILU, biases=ATTENTION_BIASES | MLP_BIASES, pairs=True
+    ),
+    "qwen2": Architecture(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        SILU,
+        biases=dict.fromkeys(("attn_q", "attn_k", "attn_v")),
+    ),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", SILU, LAYER_TENSORS | HEAD_NORMS),
+    "gemma3": Architecture(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
+        LAYER_TENSORS | HEAD_NORMS | SANDWICH_NORMS,
+        norm_offset=1.0,
+    ),
+}
+"""By general.architecture."""
+
+
+class GGUFContents(NamedTuple):
+    """A GGUF file in HF's terms.
+
+    Attributes:
+      config: what HF's config.json would say.
+      tensors: by HF's names, in HF's layout, dequantised to float32 when read (float16 tensors
+        as they are).
+      load_tokenizer: builds the tokenizer from the metadata.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorSource]
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+
+
+def open_gguf(path: Path) -> GGUFContents:
+    """Opens a GGUF file.
+
+    Raises:
+      CheckpointError: the file is damaged or lacks metadata.
+      UnsupportedModelError: an architecture that is not in `ARCHITECTURES`.
+    """
+    try:
+        metadata, stored = read_header(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+    kind = metadata.get("general.architecture")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        supported = ", ".join(map(repr, ARCHITECTURES))
+        raise UnsupportedModelError(
+            f"GGUF architecture {kind!r} is not supported; supported: {supported}"
+        )
+    architecture = ARCHITECTURES[kind]
+    config = _config(path, metadata, stored)
+    tensors = {
+        _hf_name(name, architecture, path): _source(path, name, tensor, architecture, config)
+        for name, tensor in stored.items()
+    }
+    length = config["max_position_embeddings"]
+    return GGUFContents(config, tensors, lambda: build_tokenizer(metadata, length, path))
+
+
+class _Fields:
+    """The metadata of a file, of the types that they must have."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.prefix = f"{metadata['general.architecture']}."
+
+    def of_type(self, kind: type, name: str, default: Any = None) -> Any:
+        value = self.metadata.get(name, default)
+        if value is None:
+            raise CheckpointError(f"{self.path} lacks the metadata field {name!r}")
+        if type(value) is not kind:
+            raise CheckpointError(f"{self.path}: the metadata field {name!r} is no {kind.__name__}")
+        return value
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """An integer from 1 on, of the architecture."""
+        value: int = self.of_type(int, self.prefix + name, default)
+        if value < 1:
+            raise CheckpointError(
+                f"{self.path}: the metadata field {self.prefix + name} is {value}"
+            )
+        return value
+
+    def real(self, name: str, default: float | None = None) -> float:
+        """A number that may have digits behind the point, of the architecture."""
+        value: float = self.of_type(float, self.prefix + name, default)
+        return value
+
+
+def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    kind = metadata["general.architecture"]
+    architecture, fields = ARCHITECTURES[kind], _Fields(path, metadata)
+    # Older files have the factor alone, and mean it to be linear; 0 is none.
+    factors = [
+        metadata.get(f"{kind}.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")
+    ]
+    unsaid = "none" if all(factor in (0, 1) for factor in factors) else "linear"
+    scaling = metadata.get(f"{kind}.rope.scaling.type", unsaid)
+    if ROPE_FREQUENCIES in names or scaling != "none":
+        raise UnsupportedModelError(
+            "a GGUF with scaled rope frequencies does not say how they were scaled; "
+            "prune the model's HF folder instead"
+        )
+    heads, hidden = fields.number("attention.head_count"), fields.number("embedding_length")
+    layers = fields.number("block_count")
+    head_dim = fields.number(
+        "attention.key_length", fields.number("rope.dimension_count", hidden // heads)
+    )
+    rotated = fields.number("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise UnsupportedModelError(
+            f"rope.dimension_count of the GGUF is {rotated}, a head has {head_dim} entries, of "
+            f"which {architecture.hf_class} rotates all; prune the model's HF folder instead"
+        )
+    config = {
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": fields.number("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": fields.number("context_length"),
+        "rms_norm_eps": fields.real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": fields.real("rope.freq_base", 10000.0),
+        "vocab_size": len(fields.of_type(list, "tokenizer.ggml.tokens")),
+        "tie_word_embeddings": "output.weight" not in names,
+        "torch_dtype": "float32",
+        **architecture.settings,
+    }
+    for name in names:
+        module, _, part = name.rpartition(".")
+        setting = architecture.biases.get(module.rpartition(".")[2])
+        if part == "bias" and setting is not None:
+            config[setting] = True
+    if kind == "gemma3":
+        config["sliding_window"] = fields.number("attention.sliding_window")
+        # The model of 62 layers is the one that does not scale by the width of its heads.
+        is_27b = layers == 62
+        config["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
+    for field in ("bos", "eos", "pad"):
+        name = "padding" if field == "pad" else field
+        token = f"tokenizer.ggml.{name}_token_id"
+        if token in metadata:
+            config[f"{field}_token_id"] = fields.of_type(int, token)
+    return config
+
+
+def _hf_name(name: str, architecture: Architecture, path: Path) -> str:
+    module, _, part = name.rpartition(".")
+    parts = module.split(".")
+    if module in TOP_TENSORS and part == "weight":
+        return f"{TOP_TENSORS[module]}.{part}"
+    known = {"weight": architecture.layer, "bias": architecture.biases}.get(part, ())
+    if len(parts) != 3 or parts[0] != "blk" or parts[2] not in known:
+        raise CheckpointError(
+            f"{path}: tensor {name} has no counterpart in {architecture.hf_class}"
+        )
+    return f"model.layers.{parts[1]}.{architecture.layer[parts[2]]}.{part}"
+
+
+def _source(
+    path: Path,
+    name: str,
+    tensor: StoredTensor,
+    architecture: Architecture,
+    config: dict[str, Any],
+) -> TensorSource:
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    rotated = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    heads = rotated.get(module) if architecture.pairs else None
+    if heads is not None and tensor.shape[0] % (2 * heads):
+        raise CheckpointError(f"{path}: the {tensor.shape[0]} rows of {name} are not {heads} heads")
+    is_float16 = tensor.kind == GGMLQuantizationType.F16
+
+    def read() -> NDArray[Any]:
+        content = read_entries(path, tensor.start, tensor.size, np.dtype(np.uint8))
+        rows = content.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
+        try:
+            with np.errstate(all="ignore"):  # who reads it looks for NaN and Inf
+                values = dequantize(rows, tensor.kind).reshape(tensor.shape)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
+        if heads is not None:
+            values = _undo_rope_permutation(values, heads)
+        if module.endswith("norm"):
+            with np.errstate(all="ignore"):
+                values = values - np.float32(architecture.norm_offset)
+        return values.astype(np.float16) if is_float16 else values
+
+    return TensorSource(tensor.shape, np.dtype(np.float16 if is_float16 else np.float32), read)
+
+
+def _undo_rope_permutation(values: NDArray[Any], heads: int) -> NDArray[Any]:
+    """llama.cpp rotates neighbouring pairs, HF halves of a head: each has its own order of rows."""
+    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

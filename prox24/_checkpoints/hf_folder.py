@@ -1,0 +1,211 @@
+"""The files of an HF folder: config.json, weights with or without an index, and what goes along."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prox24._checkpoints.tensors import TensorSource
+from prox24.errors import CheckpointError
+
+MANIFEST = "prox24.json"
+"""What `prox24 prune` leaves in a folder, see `prox24._checkpoints.manifest`."""
+
+# Weights in other formats would contradict the pruned ones.
+NOT_CARRIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".msgpack",
+    ".h5",
+    ".ot",
+    ".gguf",
+    ".onnx",
+    ".tflite",
+    ".index.json",
+)
+
+
+MAX_DEPTH = 100
+"""Levels of a JSON file; what is much deeper can be neither compared nor printed nor written."""
+
+
+class WeightFiles(NamedTuple):
+    """How a format names its files, and what reads one of them.
+
+    Attributes:
+      stem: of a file's name; the number of a shard follows.
+      suffix: of a file's name.
+      open_file: the tensors of a file by HF's names.
+      tensor_name: HF's name for a name in the index.
+    """
+
+    stem: str
+    suffix: str
+    open_file: Callable[[Path], dict[str, TensorSource]]
+    tensor_name: Callable[[str], str] = str
+
+    @property
+    def single_file(self) -> str:
+        """Name of the file that holds all tensors."""
+        return self.stem + self.suffix
+
+    @property
+    def index_file(self) -> str:
+        """Name of the file that says which shard holds a tensor."""
+        return f"{self.single_file}.index.json"
+
+    def names(self, count: int) -> list[str]:
+        """Names of that many files.
+
+        Example:
+          >>> files = WeightFiles("model", ".safetensors", lambda path: {})
+          >>> files.names(1), files.names(2)[0]
+          (['model.safetensors'], 'model-00001-of-00002.safetensors')
+        """
+        if count == 1:
+            return [self.single_file]
+        return [f"{self.stem}-{i:05d}-of-{count:05d}{self.suffix}" for i in range(1, count + 1)]
+
+    def are_in(self, folder: Path) -> bool:
+        """Whether a folder has weights in this format."""
+        return (folder / self.single_file).is_file() or (folder / self.index_file).is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Decodes a JSON object.
+
+    Raises:
+      CheckpointError: the file is missing, is a link to outside its folder, is not JSON, is nested
+        too deeply, or holds something else than an object.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: there is no such file")
+    check_inside(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        depth = _depth(value)
+        if "\\u" in text and depth <= MAX_DEPTH:
+            json.dumps(value, ensure_ascii=False).encode()  # not of halves of characters
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError:
+        depth = MAX_DEPTH + 1
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{path} is nested in more than {MAX_DEPTH} levels")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
+def open_shards(folder: Path, formats: Sequence[WeightFiles]) -> list[dict[str, TensorSource]]:
+    """The tensors of a folder, file by file, in the first of the formats that it has.
+
+    Raises:
+      CheckpointError: no weights, a shard that is missing or damaged, or an index that disagrees
+        with the shards or points outside the folder.
+    """
+    files = next((files for files in formats if files.are_in(folder)), None)
+    if files is None:
+        names = ", ".join(files.single_file for files in formats)
+        raise CheckpointError(f"{folder} has no weights: none of {names}, nor an index of shards")
+    if (folder / files.single_file).is_file():
+        return [_open_file(folder / files.single_file, files)]
+    return _open_index(folder, files)
+
+
+def weight_files(folder: Path, formats: Sequence[WeightFiles]) -> list[str]:
+    """Names of the files that `open_shards` reads of a folder that it has opened.
+
+    Raises:
+      CheckpointError: an index is damaged, or points outside the folder.
+    """
+    files = next(files for files in formats if files.are_in(folder))
+    if (folder / files.single_file).is_file():
+        return [files.single_file]
+    return [files.index_file, *sorted(set(_read_index(folder / files.index_file).values()))]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The name of a shard by the tensor's."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
+            raise CheckpointError(f"{index} places tensor {name} outside the folder: {shard!r}")
+    return weight_map
+
+
+def _open_index(folder: Path, files: WeightFiles) -> list[dict[str, TensorSource]]:
+    index = folder / files.index_file
+    weight_map = _read_index(index)
+    places = {files.tensor_name(name): shard for name, shard in weight_map.items()}
+    shards = {name: _open_file(folder / name, files) for name in sorted(set(places.values()))}
+    for name, shard in places.items():
+        if name not in shards[shard]:
+            raise CheckpointError(
+                f"{index} places tensor {name} in {shard}, which does not hold it"
+            )
+    return [
+        {name: source for name, source in tensors.items() if places.get(name) == shard}
+        for shard, tensors in shards.items()
+    ]
+
+
+def _open_file(path: Path, files: WeightFiles) -> dict[str, TensorSource]:
+    try:
+        found = path.is_file()
+    except OSError:  # a name that is too long
+        found = False
+    if not found:
+        raise CheckpointError(f"shard {path} is missing")
+    check_inside(path)
+    return files.open_file(path)
+
+
+def check_inside(path: Path) -> None:
+    """Refuses a link to outside a file's folder, but for those of a hub cache.
+
+    There snapshots/REVISION/FILE is a link to blobs/HASH.
+
+    Raises:
+      CheckpointError: the file is such a link.
+    """
+    if not path.is_symlink():
+        return
+    target, folder = path.resolve().parent, path.parent.resolve()
+    is_cached = folder.parent.name == "snapshots" and target == folder.parent.parent / "blobs"
+    if target != folder and not is_cached:
+        raise CheckpointError(f"{path} is a link to outside the folder")
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The files that go with a model whatever its weights: tokenizer, generation config, licence.
+
+    config.json is written anew, the manifest tells of this model alone: they are not among them.
+
+    Raises:
+      CheckpointError: one is a link to outside the folder, from where it would be copied.
+    """
+    carried = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and path.name not in ("config.json", MANIFEST)
+        and not path.name.startswith(".")
+        and not path.name.endswith(NOT_CARRIED)
+    )
+    for path in carried:
+        check_inside(path)
+    return carried

@@ -1,0 +1,117 @@
+"""The state of a training on disk, written by orbax: complete or absent, the last one kept."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from prox24._checkpoints.tensors import writing
+from prox24._checkpoints.unfinished import difference
+from prox24.errors import CheckpointError, DiskError, first_line
+from prox24.refine import Training
+
+
+class States(NamedTuple):
+    """A folder of states.
+
+    Attributes:
+      manager: orbax's.
+      job: what decides the result of the training.
+      losses: measured so far; empty if nothing was saved.
+    """
+
+    manager: ocp.CheckpointManager
+    job: Mapping[str, Any]
+    losses: list[float]
+
+    def save(self, state: Training) -> None:
+        """Writes a state; when it returns, the arrays may be overwritten.
+
+        Raises:
+          DiskError: it cannot be written.
+        """
+        arrays = (state.master, state.optimizer, state.best)
+        about = {"job": self.job, "losses": state.losses}
+        both = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(_numbered(arrays)), about=ocp.args.JsonSave(about)
+        )
+        try:
+            self.manager.save(state.steps, args=both)
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # tensorstore raises this one for a full disk
+            raise DiskError(
+                f"cannot write the state in {self.manager.directory}: {first_line(error)}"
+            ) from error
+
+    def resume(self, begun: Training) -> Training:
+        """The state that was saved last, with the shapes and the places of this one; or this one.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return begun
+        arrays = (begun.master, begun.optimizer, begun.best)
+        wanted = ocp.args.StandardRestore(jax.tree.map(_like, _numbered(arrays)))
+        with _reading(self.manager):
+            saved = self.manager.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
+            leaves = [jnp.asarray(saved[key]) for key in sorted(saved, key=int)]
+            master, optimizer, best = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
+        return Training(master, optimizer, best, self.losses, step)
+
+
+@contextlib.contextmanager
+def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
+    """Opens a folder of states, or makes it.
+
+    Raises:
+      DiskError: nothing can be written there.
+      CheckpointError: what was saved there last cannot be read, or is of another job; names the
+        difference.
+    """
+    with writing(folder):  # Found out before there is a state to be lost.
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        step, losses = manager.latest_step(), []
+        if step is not None:
+            with _reading(manager):
+                about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+                saved_job, losses = about["about"]["job"], list(about["about"]["losses"])
+                found = difference(saved_job, json.loads(json.dumps(job)))
+            if found is not None:
+                raise CheckpointError(
+                    f"{folder} holds the state of another training: {found}; "
+                    "choose another folder, or delete it"
+                )
+        yield States(manager, job, losses)
+
+
+@contextlib.contextmanager
+def _reading(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the state in {manager.directory} cannot be read: {first_line(error)}; "
+            "delete it, or choose another folder"
+        ) from error
+
+
+def _numbered(arrays: Any) -> dict[str, Any]:
+    """The leaves by their place, since orbax has names of its own for what optax keeps."""
+    return {str(place): leaf for place, leaf in enumerate(jax.tree.leaves(arrays))}
+
+
+def _like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    # A count that is on no device in particular would be bound to one.
+    sharding = leaf.sharding if leaf.committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,343 @@
+"""A folder that is being written: its destination is complete or absent, and done work is kept.
+
+Beside a destination DST stands DST.unfinished while it is written:
+
+    lock            held by the process that writes
+    job.json        what decides the bytes of the result
+    journal.jsonl   a line for each tensor that is safely on disk
+    activations/    hidden states, where they are kept on disk, by process
+    model/          the files of the result, which is renamed to DST in the end
+    replaced/       what stood at DST before, for the moment of the renaming
+    old/            the same afterwards, until it is deleted
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from prox24._checkpoints import safetensors_file
+from prox24._checkpoints.checkpoint import FORMATS
+from prox24._checkpoints.hf_folder import weight_files
+from prox24._checkpoints.tensors import TensorSource, writing
+from prox24.errors import CheckpointError, DiskError, Prox24Error
+
+OF_A_RUN = {"lock", "job.json", "job.json.new", "journal.jsonl"}
+OF_A_RUN |= {"activations", "model", "replaced", "old"}
+
+
+class Written(NamedTuple):
+    """A tensor that was written.
+
+    Attributes:
+      name: by HF's names.
+      file: that holds it.
+      sha256: of its bytes.
+    """
+
+    name: str
+    file: Path
+    sha256: str
+
+
+class Unfinished(NamedTuple):
+    """A folder that is being written.
+
+    Attributes:
+      folder: where its files go.
+      entries: what `record` noted before, by tensor, in that order.
+      finished: the tensors that were noted, as they were written.
+      record: notes that a tensor is done, with what else is to be known of it.
+    """
+
+    folder: Path
+    entries: dict[str, dict[str, Any]]
+    finished: dict[str, TensorSource]
+    record: Callable[[Written, Mapping[str, Any]], None]
+
+
+@contextlib.contextmanager
+def unfinished_folder(
+    destination: Path, job: Mapping[str, Any] | None = None, *, overwrite: bool = False
+) -> Iterator[Unfinished]:
+    """Makes a folder that becomes the destination when the block ends without an error.
+
+    Args:
+      destination: a folder.
+      job: what decides the result, as JSON has it. What `record` noted outlives the end of the
+        process, and the same job goes on where it ended. An error that is the input's would come
+        again: it ends the job, and nothing is kept.
+      overwrite: replaces what stands at the destination in the end.
+
+    Yields:
+      An `Unfinished`.
+
+    Raises:
+      CheckpointError: another process writes to the destination, another job is unfinished there,
+        what it wrote is damaged, what is there is not of such a job, the disk fails, or something
+        came to stand at the destination.
+    """
+    work = work_folder(destination)
+    if work.exists() and not work.is_dir():
+        raise CheckpointError(f"{work}, where {destination} would be made, is a file; move it away")
+    with writing(destination):
+        work.mkdir(exist_ok=True)
+        names = {file.name for file in work.iterdir()}
+    others = names - OF_A_RUN
+    # What locks and network file systems leave for a moment lies beside a lock or a job.
+    if others and not names & {"lock", "job.json"}:
+        raise CheckpointError(
+            f"{work}, where {destination} would be made, holds {min(others)}; move it away"
+        )
+    lock = FileLock(work / "lock")
+    with writing(destination):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise CheckpointError(f"another process is writing {destination}") from error
+    done: dict[str, dict[str, Any]] = {}
+    journal_known = False
+    try:
+        with writing(destination):
+            _put_back(work, destination)
+            shutil.rmtree(work / "old", ignore_errors=True)
+            done |= _entries(work)
+            journal_known = True
+            if (work / "replaced").exists():
+                raise DiskError(f"{work}/replaced stood at {destination} before; move one away")
+            check_replaceable(destination, overwrite)
+            if done:
+                _check_job(work, len(done), job)
+            else:
+                for part in ("model", "activations"):
+                    shutil.rmtree(work / part, ignore_errors=True)
+                (work / "model").mkdir()
+                _write_whole(work / "job.json", json.dumps(job, indent=2) + "\n")
+        finished = _finished(work / "model", done)
+        with (work / "journal.jsonl").open("a", encoding="utf-8") as journal:
+
+            def record(written: Written, also: Mapping[str, Any]) -> None:
+                done[written.name] = {"sha256": written.sha256, **also}
+                with writing(written.file):
+                    synchronise(written.file)
+                    entry = {"tensor": written.name, **done[written.name]}
+                    journal.write(json.dumps(entry) + "\n")
+                    journal.flush()
+                    os.fsync(journal.fileno())
+
+            try:
+                yield Unfinished(work / "model", dict(done), finished, record)
+                with writing(destination):
+                    _move_into_place(work, destination, overwrite)
+                    done.clear()
+                    synchronise(work.parent)
+            except BaseException as error:
+                if isinstance(error, Prox24Error) and not isinstance(error, DiskError):
+                    done.clear()  # The same command would end in the same way.
+                if done:
+                    error.add_note(f"what is done is in {work}: the same command goes on with it")
+                raise
+    finally:
+        _put_back(work, destination)
+        if journal_known and not done and not (work / "replaced").exists():
+            shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+
+
+def opened_by_another(destination: Path) -> Unfinished:
+    """The folder that another process of the same run has open, for what is finished in it.
+
+    Raises:
+      CheckpointError: the files that its journal tells of are not there.
+    """
+    work = work_folder(destination)
+    entries = _entries(work)
+    tensors = _tensors(work / "model", entries)
+    for name in entries:
+        if name not in tensors:
+            raise CheckpointError(f"{work}: tensor {name} is not there")
+    finished = {name: tensors[name] for name in entries}
+    return Unfinished(work / "model", entries, finished, lambda written, also: None)
+
+
+def check_replaceable(destination: Path, overwrite: bool) -> None:
+    """Raises CheckpointError where something stands at the destination and has to stay."""
+    if destination.exists() and not overwrite:
+        raise CheckpointError(
+            f"{destination} exists; pass overwrite=True, or --overwrite, to replace it"
+        )
+
+
+def source_files(path: Path) -> dict[str, list[int]]:
+    """Size and time of change, in ns, of a model's weights and config, by which to know it again.
+
+    What its other files hold goes into the result as well, or decides the tokens of a text, which
+    have a hash of their own: no work is lost when they change.
+    """
+    if path.is_file():
+        return {path.name: _size_and_time(path)}
+    names = ["config.json", *weight_files(path, FORMATS)]
+    return {name: _size_and_time(path / name) for name in names}
+
+
+def check_unchanged(path: Path, files: Mapping[str, list[int]]) -> None:
+    """Raises CheckpointError unless every file is what `source_files` said; new ones may come."""
+    for name, before in files.items():
+        file = path if path.is_file() else path / name
+        if not file.is_file() or _size_and_time(file) != before:
+            raise CheckpointError(f"{path}: {name} changed while it was read")
+
+
+def _size_and_time(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def sha256(values: NDArray[Any]) -> str:
+    """Of the entries in memory order."""
+    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def work_folder(destination: Path) -> Path:
+    """Where a destination is written before it is complete."""
+    return destination.absolute().with_name(destination.name + ".unfinished")
+
+
+def _entries(work: Path) -> dict[str, dict[str, Any]]:
+    """Of a journal, whose last line may be cut off, if the files that it tells of are there.
+
+    Raises:
+      CheckpointError: another line is damaged.
+    """
+    journal = work / "journal.jsonl"
+    if not journal.exists() or not (work / "model").is_dir():
+        journal.unlink(missing_ok=True)
+        return {}
+    text = journal.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(journal, len(whole))
+    found: dict[str, dict[str, Any]] = {}
+    with _intact(journal):
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            name = entry.pop("tensor")
+            found[name] = {"sha256": entry["sha256"], **entry}
+    return found
+
+
+@contextlib.contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Names a file of the folder that does not hold what was written to it."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged; delete {path.parent} to start anew") from error
+
+
+def _check_job(work: Path, count: int, job: Mapping[str, Any] | None) -> None:
+    with _intact(work / "job.json"):
+        began = json.loads((work / "job.json").read_text(encoding="utf-8"))
+        version = began["versions"]["prox24"]
+    if job is not None and version != job["versions"]["prox24"]:
+        raise CheckpointError(
+            f"{work} was begun by prox24 {version}; finish it with that version, "
+            "or delete it to start anew"
+        )
+    found = "of another command" if job is None else difference(began, json.loads(json.dumps(job)))
+    if found is not None:
+        raise CheckpointError(
+            f"{work} holds {count} tensors of another run: {found}; "
+            "run as before to go on with it, or delete it to start anew"
+        )
+
+
+def difference(before: Any, now: Any, name: str = "") -> str | None:
+    """The first value that differs between two jobs, with its name, or None."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = (
+            difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            for key in before.keys() | now.keys()
+        )
+        return min(filter(None, found), default=None)
+    return None if before == now else f"{name} was {json.dumps(before)}, is {json.dumps(now)}"
+
+
+def _tensors(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
+    """What the files hold, if there is anything in the journal."""
+    tensors: dict[str, TensorSource] = {}
+    for path in sorted(folder.glob("*.safetensors")) if entries else []:
+        tensors |= safetensors_file.open_file(path)
+    return tensors
+
+
+def _finished(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
+    """The tensors of the journal, which are read once to see whether they are what was written."""
+    tensors = _tensors(folder, entries)
+    for name, entry in entries.items():
+        if name not in tensors or sha256(tensors[name].read()) != entry["sha256"]:
+            raise CheckpointError(f"{folder}: tensor {name} is damaged; delete {folder.parent}")
+    return {name: tensors[name] for name in entries}
+
+
+def _move_into_place(work: Path, destination: Path, overwrite: bool) -> None:
+    folder = work / "model"
+    for file in folder.iterdir():
+        synchronise(file)
+    synchronise(folder)
+    replaced = work / "replaced"
+    if destination.exists() and not overwrite:
+        names = (f"{destination.name}.new{number or ''}" for number in itertools.count())
+        free = next(filter(lambda path: not path.exists(), map(destination.with_name, names)))
+        folder.rename(free)
+        raise CheckpointError(f"{destination} came to exist meanwhile; the result is {free}")
+    if destination.exists():
+        destination.rename(replaced)
+    folder.rename(destination)
+    if replaced.exists():
+        replaced.rename(work / "old")
+
+
+def _put_back(work: Path, destination: Path) -> None:
+    """Undoes half of a replacement, which an end of the process may have left, or ends a whole one.
+
+    Between the two, where something else came to stand at the destination, both stay.
+    """
+    replaced = work / "replaced"
+    if replaced.exists() and not destination.exists():
+        replaced.rename(destination)
+    elif replaced.exists() and not (work / "model").exists():
+        replaced.rename(work / "old")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """The file has the whole text, or is not there, whenever the process ends."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    synchronise(new)
+    new.rename(path)
+
+
+def synchronise(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk.
+
+    Some file systems cannot wait for names.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)

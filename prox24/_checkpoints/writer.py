@@ -1,0 +1,330 @@
+"""Writing HF folders that are complete or absent."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24._checkpoints import flax_file, safetensors_file
+from prox24._checkpoints.checkpoint import DTYPES, Checkpoint, config_json
+from prox24._checkpoints.hf_folder import WeightFiles, carried_files
+from prox24._checkpoints.tensors import Put, Spec, byte_count, is_finite, writing
+from prox24._checkpoints.unfinished import (
+    Unfinished,
+    Written,
+    check_replaceable,
+    check_unchanged,
+    sha256,
+    source_files,
+    unfinished_folder,
+    work_folder,
+)
+from prox24._models.spec import tensor_shapes
+from prox24.errors import CheckpointError, DiskError, first_line
+
+MODEL_CARD = "README.md"
+
+Replacement = TypeVar("Replacement", bound=tuple[Any, ...])
+
+
+class Output(NamedTuple):
+    """A format to write.
+
+    Attributes:
+      files: how they are called.
+      names: of the tensors that it holds, by HF's names.
+      stored_name: of a tensor in the index, by HF's name and the number of its axes.
+      create: a file for tensors of those names, and what writes one of them to it.
+      remark: what runs faster for it.
+    """
+
+    files: WeightFiles
+    names: Collection[str]
+    stored_name: Callable[[str, int], str]
+    create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
+    remark: str
+
+
+ZEROS_ARE_STORED = "zeros are stored like other weights: no runtime skips them by itself"
+
+
+def _safetensors(source: Checkpoint) -> Output:
+    return Output(
+        files=safetensors_file.FILES,
+        names=source.tensors.keys(),
+        stored_name=lambda name, dimensions: name,
+        create=safetensors_file.create_file,
+        remark=f"{ZEROS_ARE_STORED}; PyTorch's to_sparse_semi_structured packs a 2:4 linear",
+    )
+
+
+def _flax(source: Checkpoint) -> Output:
+    norm, model = flax_file.norm_leaf(source.config["model_type"]), source.decoder
+    return Output(
+        files=flax_file.FILES,
+        # Flax classes had no buffers.
+        names=tensor_shapes(model).keys() if model else source.tensors.keys(),
+        stored_name=lambda name, dimensions: flax_file.leaf_path(name, dimensions, norm),
+        create=lambda path, specs: flax_file.create_file(path, norm),
+        remark=ZEROS_ARE_STORED,
+    )
+
+
+OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {
+    "safetensors": _safetensors,
+    "flax": _flax,
+}
+"""The formats to write in: safetensors, and the msgpack files of transformers' Flax classes."""
+
+
+def check_destination(
+    destination: Path, inputs: Iterable[Path | None], overwrite: bool = False
+) -> None:
+    """Raises CheckpointError where writing to `destination` would fail or lose something.
+
+    Args:
+      destination: a folder to write.
+      inputs: what is read, or kept for another run; None is passed over.
+      overwrite: whether the destination may stand there, to be replaced.
+    """
+    if destination.name in ("", ".."):
+        raise CheckpointError(f"{destination} has no name of its own; choose another destination")
+    for path in inputs:
+        if path is not None and path.exists():
+            check_outside(destination, path)
+    if destination.is_symlink() and not destination.exists():
+        raise CheckpointError(f"{destination} is a link to what does not exist; remove it")
+    check_replaceable(destination, overwrite)
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file; choose a folder")
+    if not destination.absolute().parent.is_dir():
+        raise CheckpointError(f"the folder of {destination} does not exist")
+
+
+def check_outside(destination: Path, path: Path) -> None:
+    """Raises CheckpointError where a path is, or lies in, the destination or what becomes it.
+
+    None of them need exist.
+    """
+    whole, work = path.resolve(), work_folder(destination)
+    places = {destination: f"{destination}", work: f"{work}, where {destination} is made,"}
+    for folder, name in places.items():
+        for place in (whole, *whole.parents):
+            if place == folder.resolve() or (
+                place.exists() and folder.exists() and place.samefile(folder)
+            ):
+                raise CheckpointError(f"{name} is or holds {path}; choose another destination")
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    destination: Path,
+    replaced: Iterable[tuple[str, NDArray[Any]]] = (),
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int | None = None,
+    file_format: str = "safetensors",
+    note: str | None = None,
+) -> list[str]:
+    """Writes `source` with some tensors replaced, as an HF folder with the same names.
+
+    The folder is written beside the destination, synchronised to disk and renamed, so that the
+    destination is complete or absent, whatever happens.
+
+    Args:
+      source: gives the names, the order, the config, the tokenizer and every other file.
+      destination: a folder that does not exist yet, unless `overwrite`.
+      replaced: see `fill_folder`.
+      dtype: see `fill_folder`.
+      overwrite: replaces an existing folder, which stays until the new one is complete.
+      max_shard_bytes: see `fill_folder`.
+      file_format: see `fill_folder`.
+      note: see `fill_folder`.
+
+    Returns:
+      The names of the tensors that were written: all, but for the buffers that Flax files lack.
+
+    Raises:
+      CheckpointError: the destination exists, or see `fill_folder`.
+      UnsupportedModelError: there is no Flax class for the model.
+    """
+    check_destination(destination, [source.path], overwrite)
+    files = source_files(source.path)
+    with unfinished_folder(destination, overwrite=overwrite) as unfinished:
+        digests = fill_folder(
+            source,
+            unfinished,
+            replaced,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            file_format=file_format,
+            note=note,
+        )
+        check_unchanged(source.path, files)
+    return list(digests)
+
+
+def fill_folder(
+    source: Checkpoint,
+    unfinished: Unfinished,
+    replaced: Iterable[Replacement] = (),
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    file_format: str = "safetensors",
+    note: str | None = None,
+    on_replaced: Callable[[Written, Replacement], None] = lambda written, replacement: None,
+) -> dict[str, str]:
+    """Writes the files of an HF folder.
+
+    Args:
+      source: gives the names, the order, the config, the tokenizer and every other file.
+      unfinished: the folder; what is finished there is left as it is.
+      replaced: tuples of the name of a tensor, its new values, and more that is not looked at. Each
+        is written before the next is asked for. Other tensors are copied bit for bit.
+      dtype: "float32", "float16" or "bfloat16" for all but buffers and integers; None keeps each
+        tensor's own.
+      max_shard_bytes: of the tensors in one file, unless a single one is larger; None keeps
+        together what is in one file of the source.
+      file_format: one of `OUTPUTS`.
+      note: Markdown that is appended to the model card, README.md.
+      on_replaced: called when a replaced tensor is written, with the tuple that it came in.
+
+    Returns:
+      The SHA-256 of every tensor that the files hold, by name, in their order: of all, but for the
+      buffers that Flax files lack.
+
+    Raises:
+      CheckpointError: the source cannot be read, the disk is full or fails, or `replaced` holds a
+        name twice, or one or a shape that the source has not.
+      UnsupportedModelError: there is no Flax class for the model.
+    """
+    folder = unfinished.folder
+    output = OUTPUTS[file_format](source)
+    specs = {name: written_spec(source, name, dtype) for name in output.names}
+    sizes = {name: byte_count(spec) for name, spec in specs.items()}
+    shards = _shards(source, sizes, max_shard_bytes)
+    files = [folder / file for file in output.files.names(len(shards))]
+    size = sum(sizes.values())
+    with writing(folder):
+        if shutil.disk_usage(folder).free < size - _allocated(folder):
+            raise DiskError(f"cannot write {folder}: its {size} bytes do not fit")
+        _write_companions(source, folder, dtype, note)
+        if len(shards) > 1:
+            weight_map = {
+                output.stored_name(name, len(specs[name].shape)): file.name
+                for file, names in zip(files, shards, strict=True)
+                for name in names
+            }
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (folder / output.files.index_file).write_text(config_json(index), encoding="utf-8")
+    digests = {name: entry["sha256"] for name, entry in unfinished.entries.items()}
+    with contextlib.ExitStack() as opened:
+        places: dict[str, tuple[Path, Put]] = {}
+        for file, names in zip(files, shards, strict=True):
+            with writing(file):
+                put = opened.enter_context(
+                    output.create(file, {name: specs[name] for name in names})
+                )
+            places |= dict.fromkeys(names, (file, put))
+        places = {name: place for name, place in places.items() if name not in digests}
+
+        def write(name: str, values: NDArray[Any]) -> Written:
+            file, put = places.pop(name)
+            converted = np.ascontiguousarray(_converted(source, name, values, specs[name].dtype))
+            with writing(file):
+                put(name, converted)
+            digests[name] = sha256(converted)
+            return Written(name, file, digests[name])
+
+        for replacement in replaced:
+            name, values = replacement[:2]
+            if name not in places or values.shape != specs[name].shape:
+                raise CheckpointError(
+                    f"{source.path} has no place for a tensor {name} of shape {values.shape}"
+                )
+            on_replaced(write(name, values), replacement)
+        for name in list(places):
+            write(name, source.read(name))
+    return {name: digests[name] for names in shards for name in names}
+
+
+def _write_companions(
+    source: Checkpoint, folder: Path, dtype: str | None, note: str | None
+) -> None:
+    """Everything but the weights."""
+    for left in carried_files(folder):  # by a run before this, from which the source may differ
+        left.unlink()
+    for carried in source.carried:
+        try:
+            file = carried.open("rb")
+        except OSError as error:
+            raise DiskError(f"cannot read {carried}: {error.strerror}") from error
+        with file, (folder / carried.name).open("wb") as copy:
+            shutil.copyfileobj(file, copy)
+    if source.path.is_file():  # which holds the tokenizer as well
+        tokenizer = source.load_tokenizer()
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if type(error) is not Exception:  # tokenizers's for a disk that is full
+                raise
+            raise DiskError(f"cannot write {folder}: {first_line(error)}") from error
+    if note is not None:
+        with (folder / MODEL_CARD).open("ab") as card:
+            card.write(f"\n{note}".encode() if card.tell() else note.encode())
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    if dtype is not None:
+        config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
+    (folder / "config.json").write_text(config_json(config), encoding="utf-8")
+
+
+def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
+    """Of a tensor as it is written; buffers and integers stay as they are."""
+    own = source.tensors[name]
+    if not own.dtype.itemsize:
+        raise CheckpointError(f"{source.path}: tensor {name} has a dtype that is not supported")
+    if dtype is None or name in source.buffers or own.dtype not in DTYPES.values():
+        return Spec(own.shape, own.dtype)
+    return Spec(own.shape, DTYPES[dtype])
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes on disk that the files of a folder have already."""
+    return sum(512 * file.stat().st_blocks for file in folder.iterdir())
+
+
+def _shards(source: Checkpoint, sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
+    """Names of tensors, file by file, in the order of the source."""
+    kept = [[name for name in shard if name in sizes] for shard in source.shards]
+    if max_bytes is None:
+        return [shard for shard in kept if shard]
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in (name for shard in kept for name in shard):
+        if shards[-1] and size + sizes[name] > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += sizes[name]
+    return shards
+
+
+def check_tensor(source: Checkpoint, name: str, dtype: str | None) -> None:
+    """Raises CheckpointError unless a tensor can be read, is finite, and fits its new dtype."""
+    _converted(source, name, source.read(name), written_spec(source, name, dtype).dtype)
+
+
+def _converted(
+    source: Checkpoint, name: str, values: NDArray[Any], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        converted = values.astype(dtype, copy=False)
+    if name not in source.buffers and not is_finite(converted):
+        raise CheckpointError(f"tensor {name} overflows {dtype}; choose another dtype")
+    return converted

@@ -1,0 +1,59 @@
+"""`prox24 distill`: see `prox24.distill`."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from prox24._cli import options
+from prox24.refine._model import ModelRefinement
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    command.add_argument("dense", help=f"the model that was pruned: {options.MODEL}")
+    command.add_argument("pruned", help="HF folder of the pruned model")
+    command.add_argument("destination", type=Path, help="HF folder to write")
+    options.add_windows(command, "text", "UTF-8 text to train on (default: speeches)")
+    for field in dataclasses.fields(ModelRefinement):
+        options.add_field(command, ModelRefinement, field.name)
+    command.add_argument(
+        "--tensor-parallel",
+        type=options.positive,
+        default=1,
+        metavar="DEVICES",
+        help="devices that share heads and widths; the others share the windows (default: 1)",
+    )
+    command.add_argument(
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help="where the state of the training is kept; the same command goes on from there",
+    )
+    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    command.add_argument("--overwrite", action="store_true", help="replace the destination")
+    options.add_output(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; the exit code."""
+    from prox24._jobs.distill import distill
+    from prox24._jobs.output import check_report, show
+    from prox24._jobs.text import Text
+
+    inputs = (arguments.dense, arguments.pruned, arguments.text)
+    check_report(arguments.report, inputs, arguments.destination)
+    names = [field.name for field in dataclasses.fields(ModelRefinement)]
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    report = distill(
+        arguments.dense,
+        arguments.pruned,
+        arguments.destination,
+        ModelRefinement(**given),
+        text=Text(arguments.text, arguments.samples, arguments.sequence_length),
+        state=arguments.state,
+        tensor_parallel=arguments.tensor_parallel,
+        overwrite=arguments.overwrite,
+        quiet=arguments.quiet,
+    )
+    show(report, arguments)
+    return 0

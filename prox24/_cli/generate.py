@@ -1,0 +1,109 @@
+"""`prox24 generate`: what a model makes of a prompt."""
+
+import argparse
+import time
+
+from prox24._cli import options
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    command.add_argument("model", help=options.MODEL)
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    command.add_argument(
+        "--tokens", type=options.positive, default=64, help="most tokens to generate (default: 64)"
+    )
+    command.add_argument(
+        "--temperature",
+        type=options.nonnegative,
+        default=0.0,
+        help="0 takes the most probable tokens (default: 0)",
+    )
+    command.add_argument(
+        "--top-p",
+        type=options.probability,
+        default=1.0,
+        metavar="P",
+        help="draw from the most probable tokens that have this probability together (default: 1)",
+    )
+    command.add_argument(
+        "--seed", type=options.index, default=0, help="of the random draws (default: 0)"
+    )
+    command.add_argument(
+        "--dtype", choices=options.DTYPES, help="of the weights in memory (default: the model's)"
+    )
+    command.add_argument(
+        "--packed", action="store_true", help="keep the linears of a 2:4 model packed in memory"
+    )
+    options.add_output(command, quiet="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; the exit code."""
+    from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
+    from prox24._jobs.forward import all_weights, load_model
+    from prox24._jobs.output import peak_memory_bytes, print_json, progress_bar
+    from prox24._jobs.text import prompt_tokens
+    from prox24._models.generate import check_prompts, generate
+    from prox24.packed import pack
+
+    checkpoint = open_checkpoint(arguments.model)
+    model, tokenizer = load_model(checkpoint), checkpoint.load_tokenizer()
+    prompt = prompt_tokens(checkpoint, arguments.prompt)
+    check_prompts(model.config, prompt, arguments.tokens)
+    stop = stop_tokens(checkpoint)
+    pack_linear = pack if arguments.packed else None
+    weights = all_weights(model, DTYPES.get(arguments.dtype), pack_linear=pack_linear)
+    tokens: list[int] = []
+    times = [time.perf_counter()]
+    with progress_bar("generate", arguments.tokens, arguments.quiet) as advance:
+        for (token,) in generate(
+            model.config,
+            weights,
+            prompt,
+            arguments.tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            stop=stop,
+        ):
+            tokens.append(int(token))
+            times.append(time.perf_counter())
+            advance("", None)
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    # Some tokenizers drop the space before a first word, so the prompt is decoded with the rest.
+    before = prompt[0].tolist()
+    text = decode(before + tokens).removeprefix(decode(before))
+    if not arguments.json:
+        print(arguments.prompt + text)
+        return 0
+    print_json(
+        {
+            "model": str(arguments.model),
+            "prompt": arguments.prompt,
+            "prompt_tokens": prompt.size,
+            "tokens": tokens,
+            "text": text,
+            "seconds": times[-1] - times[0],
+            "tokens_per_second": decoding_rate(times),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+    )
+    return 0
+
+
+def decoding_rate(times: list[float]) -> float | None:
+    """Tokens a second, of the times in seconds at the start and after each token.
+
+    The prompt makes the first token, and the second one's programs are compiled; what remains
+    counts. None if nothing does.
+
+    Example:
+      >>> decoding_rate([0.0, 3.0, 5.0, 5.5, 6.0])
+      2.0
+    """
+    decoded = times[2:]
+    return (len(decoded) - 1) / (decoded[-1] - decoded[0]) if len(decoded) > 1 else None

@@ -1,0 +1,142 @@
+"""The `prox24` command: finds the command's module, and ends errors as one line with exit code 2.
+
+`prox24 --help` imports no JAX: a command's module is imported when its name is given.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from prox24 import __version__
+from prox24.errors import Prox24Error, first_line
+
+COMMANDS = {
+    "prune": "prune a checkpoint, and write one that transformers loads",
+    "distill": "train what is kept of a pruned model on the dense model's predictions",
+    "plan": "estimate the memory of pruning, before it starts",
+    "verify": "check a pruned model, its manifest and its source",
+    "eval": "measure the perplexity of a model on a text",
+    "generate": "continue a prompt",
+    "inspect": "list what would be pruned",
+    "convert": "write a checkpoint in another format",
+    "demo": "prune SmolLM2-135M by four methods and compare them",
+}
+"""Each one is a module of this package with `add_arguments` and `run`."""
+
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses the command line and runs one command.
+
+    Returns:
+      0, or 1 where `verify` finds a tensor that is not as it should be; or, with one line on
+      standard error, 2 on an error, or 128 and the number of the signal that ended it, SIGINT or
+      SIGTERM. Where the reader of what is printed has ended it is that of SIGPIPE, without a line.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    parsed = parser(given).parse_args(given)
+    _give_back_memory()
+    try:
+        with _ended_by(signal.SIGTERM):
+            code = int(parsed.run(parsed))
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # whoever read what was printed has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # SIGPIPE, which not every system has
+    except Terminated as error:
+        return _end("ended by SIGTERM", error, 128 + signal.SIGTERM)
+    except KeyboardInterrupt as error:
+        return _end("interrupted", error, 128 + signal.SIGINT)
+    except Exception as error:
+        said = _said(error)
+        if said is None:
+            raise
+        return _end(f"error: {said}", error, 2)
+
+
+def parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """The parser of every command; only the one that is named has its options."""
+    top = argparse.ArgumentParser(
+        prog="prox24", description="Prunes language models to N:M sparsity, in JAX."
+    )
+    top.add_argument("--version", action="version", version=f"prox24 {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, said in COMMANDS.items():
+        command = commands.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}.")
+        if name == named:
+            module = importlib.import_module(f"prox24._cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return top
+
+
+def _said(error: Exception) -> str | None:
+    """The line of an error that a user can mend; None for an error of the program."""
+    if isinstance(error, Prox24Error | OSError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}"
+    if isinstance(error, UnicodeError):  # of a name or an argument that is not UTF-8
+        return f"text that is no Unicode: {error}"
+    import jax
+
+    from prox24._jobs.processes import is_missing_device
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return f"a device fails: {first_line(error)}"
+    return first_line(error) if is_missing_device(error) else None
+
+
+def _give_back_memory() -> None:
+    """Has glibc, where it is, give back what is freed of 1 MiB or more.
+
+    By itself it comes to keep pieces of up to 32 MB that often do not fit the next array, and the
+    peak of memory then depends on the sizes that went before.
+    """
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _ended_by(number: signal.Signals) -> Iterator[None]:
+    """Has a signal end the block as Ctrl-C does, so that files and progress are left in order."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone receives signals
+        return
+    before = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _end(message: str, error: BaseException, code: int) -> int:
+    text = "; ".join([message, *getattr(error, "__notes__", ())])
+    print("prox24:", *text.split(), file=sys.stderr)
+    if "jax" in sys.modules:
+        from prox24._jobs.processes import leave
+
+        leave(code)
+    return code

@@ -1,0 +1,83 @@
+"""`prox24 prune`: see `prox24.prune`."""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from prox24._cli import options
+from prox24.errors import Prox24Error
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    command.epilog = "Example: prox24 prune MODEL OUT --calibration text.txt --report report.json"
+    command.add_argument("source", help=options.MODEL)
+    command.add_argument("destination", type=Path, help="HF folder to write")
+    options.add_recipe(command)
+    options.add_windows(command, "calibration", "UTF-8 text (default: speeches of the package)")
+    command.add_argument(
+        "--memory",
+        type=options.size,
+        metavar="SIZE",
+        help="bytes of the device, as 8GiB: the largest micro-batch that fits is used",
+    )
+    command.add_argument(
+        "--activations",
+        choices=("memory", "disk"),
+        default="memory",
+        help="where hidden states are between layers; with disk, a run that was interrupted does "
+        "not run the finished layers again",
+    )
+    command.add_argument(
+        "--shard-grams",
+        action="store_true",
+        help="devices share the columns of Grams and weights, not the rows of weights",
+    )
+    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    options.add_writing(command)
+    options.add_output(command)
+    group = command.add_argument_group(
+        "several processes",
+        "Each process runs the same command. Under Slurm, GKE, Open MPI and on TPU VMs they find "
+        "each other; elsewhere give the last three options.",
+    )
+    group.add_argument(
+        "--distributed", action="store_true", help="share the work with other processes"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument(
+        "--num-processes", type=options.positive, metavar="N", help="the number of processes"
+    )
+    group.add_argument(
+        "--process-id", type=options.index, metavar="I", help="the number of this process, from 0"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out, with other processes or alone; the exit code."""
+    place = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed and place != (None, None, None):
+        raise Prox24Error("--coordinator, --num-processes and --process-id are for --distributed")
+    recipe = options.recipe_of(arguments)
+    from prox24._jobs.output import check_report, show
+    from prox24._jobs.processes import connected, is_first
+    from prox24._jobs.prune import prune
+    from prox24._jobs.text import Text
+
+    check_report(arguments.report, (arguments.source, arguments.calibration), arguments.destination)
+    with connected(*place) if arguments.distributed else contextlib.nullcontext():
+        report = prune(
+            arguments.source,
+            arguments.destination,
+            recipe,
+            calibration=Text(arguments.calibration, arguments.samples, arguments.sequence_length),
+            memory=arguments.memory,
+            activations=arguments.activations,
+            shard_grams=arguments.shard_grams,
+            shard_size=arguments.shard_size,
+            overwrite=arguments.overwrite,
+            quiet=arguments.quiet,
+        )
+        if is_first():
+            show(report, arguments)
+    return 0

@@ -1,0 +1,33 @@
+"""`prox24 verify`: see `prox24.verify`."""
+
+import argparse
+from pathlib import Path
+
+from prox24._cli import options
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    command.add_argument("model", help=options.MODEL)
+    command.add_argument("--source", help="the model that it was pruned from")
+    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    command.add_argument(
+        "--pattern",
+        type=options.pattern,
+        metavar="N:M",
+        help="of every linear, or P%% of zeros (default: that of the folder's manifest, else 2:4)",
+    )
+    options.add_output(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries the command out; 0 if every tensor is as it should be, else 1."""
+    from prox24._jobs.output import check_report, show
+    from prox24._jobs.verify import verify
+
+    check_report(arguments.report, (arguments.model, arguments.source))
+    found = verify(arguments.model, arguments.source, arguments.pattern, quiet=arguments.quiet)
+    show(found, arguments)
+    if arguments.quiet and not arguments.json:
+        print(*found.problem_lines(), sep="\n", end="\n" if found.problems else "")
+    return 0 if found.ok else 1

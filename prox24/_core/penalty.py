@@ -1,0 +1,46 @@
+"""The regulariser whose zeros are exactly the 2:4 blocks."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from prox24._core.blocks import split
+from prox24._core.pattern import PatternLike, as_pattern
+from prox24._core.precision import working_dtype
+
+
+def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
+    """R(w) = sum over blocks of e_{N+1}(|w|), the elementary symmetric polynomial of degree N+1.
+
+    It is zero exactly when every block has at most N nonzeros. For 2:4,
+    R(w) = |w1 w2 w3| + |w1 w2 w4| + |w1 w3 w4| + |w2 w3 w4| on each block.
+
+    Args:
+      w: array whose length along `axis` is a multiple of M.
+      pattern: (N, M), any 1 <= N <= M (N = M gives 0).
+      axis: the axis along which the blocks run.
+
+    Returns:
+      Scalar of the unit of w cubed for 2:4; float64 if `w` is, else float32.
+
+    Raises:
+      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
+
+    References:
+      "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, the regulariser of its
+      section 3.
+
+    Example:
+      >>> float(penalty(jnp.array([1.0, -2.0, 3.0, 0.0])))
+      6.0
+    """
+    degree = as_pattern(pattern).kept + 1
+    w = jnp.asarray(w)
+    w = w.astype(working_dtype(w.dtype))
+    magnitudes = [jnp.abs(plane) for plane in split(w, pattern, axis)]
+    # Horner's scheme for the product of (1 + |w_i| t): elementary[d] is e_d of the entries so far.
+    elementary = [jnp.ones_like(magnitudes[0])] + [jnp.zeros_like(magnitudes[0])] * degree
+    for magnitude in magnitudes:
+        for d in range(degree, 0, -1):
+            elementary[d] = elementary[d] + magnitude * elementary[d - 1]
+    return jnp.sum(elementary[degree])

@@ -1,0 +1,122 @@
+"""The proximal operator on blocks in planar form, for callers that keep their data planar.
+
+Plane i holds the i-th entry of every block: `split` makes planes of an array, `join` undoes it, and
+`prox` then is arithmetic on whole contiguous arrays. Public as `prox24.planes`.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from prox24._core import keep_one, keep_two
+from prox24._core.blocks import join, split
+from prox24._core.precision import working_dtype
+
+__all__ = ["join", "prox", "split"]
+
+KEPT = {1: keep_one, 2: keep_two}
+
+
+def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array, ...]:
+    """prox_{lam R}(y) on planes; `prox24.prox` says what it is.
+
+    Args:
+      planes: M arrays of one shape and dtype, the entries of each block.
+      lam: nonnegative, a scalar or one that broadcasts to the shape of a plane; NaN where it is
+        negative.
+      kept: N of the pattern N:M, 1 or 2.
+
+    Returns:
+      M arrays of the shape and dtype of `planes`.
+
+    Raises:
+      ValueError: another `kept`, a dtype that is not floating, or `lam` does not broadcast.
+
+    Example:
+      >>> planes = [jnp.full((1,), y) for y in (1.0, 0.8, 0.6, 0.4)]
+      >>> [round(float(w[0]), 3) for w in prox(planes, 0.3)]
+      [0.911, 0.681, 0.404, 0.021]
+    """
+    check_kept(kept, len(planes))
+    given = planes[0].dtype
+    if not jnp.issubdtype(given, jnp.floating):
+        raise ValueError(f"prox needs floating-point entries, not {given}")
+    dtype = working_dtype(given)
+    lam = jnp.asarray(lam).astype(dtype)
+    if lam.ndim:
+        lam = _broadcast(lam, planes[0].astype(dtype))
+    lam = jnp.where(lam < 0, jnp.nan, lam)  # Not the identity in silence.
+    w = _prox(tuple(plane.astype(dtype) for plane in planes), lam, kept)
+    return tuple(plane.astype(given) for plane in w)
+
+
+def check_kept(kept: int, group: int) -> None:
+    """Raises ValueError, saying what serves instead, unless there is a prox for the pattern."""
+    if kept not in KEPT:
+        raise ValueError(
+            f"the proximal operator supports 1:M and 2:M, not {kept}:{group}; "
+            "magnitude, wanda, sparsegpt and ADMM with a projection support any N:M"
+        )
+
+
+def _broadcast(lam: Array, plane: Array) -> Array:
+    try:
+        fits = jnp.broadcast_shapes(lam.shape, plane.shape) == plane.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"lam of shape {lam.shape} does not broadcast to the blocks, of shape {plane.shape}"
+        )
+    # By a sum, not by broadcast_to, which would not shard it as the plane is.
+    return jnp.zeros_like(plane) + lam.reshape((1,) * (plane.ndim - lam.ndim) + lam.shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)
+def _prox(y: tuple[Array, ...], lam: Array, kept: int) -> tuple[Array, ...]:
+    magnitudes = [jnp.abs(entry) for entry in y]
+    tiny, largest = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).max
+    # An infinite penalty on a zero would be NaN.
+    shrunk = KEPT[kept].shrink(magnitudes, jnp.minimum(lam, largest))
+
+    def signed(entry: Array, magnitude: Array, w: Array) -> Array:
+        moved = jnp.where(w < tiny, 0, jnp.where(entry < 0, -w, w))
+        return jnp.where(w == magnitude, entry, moved)
+
+    return tuple(signed(*entry) for entry in zip(y, magnitudes, shrunk, strict=True))
+
+
+@_prox.defjvp
+def _prox_jvp(
+    kept: int,
+    primals: tuple[tuple[Array, ...], Array],
+    tangents: tuple[tuple[Array, ...], Array],
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    # The implicit function theorem on the support of w: H dw = dy - dlam grad R(w).
+    (y, lam), (dy, dlam) = primals, tangents
+    w = _prox(y, lam, kept)
+    signs = [jnp.where(entry < 0, -1, 1).astype(lam.dtype) for entry in y]
+    # Without a penalty the operator is the identity, on zeros too.
+    support = [(entry != 0) | (lam == 0) for entry in w]
+    # N entries do not act on one another. Without such blocks all is bounded: no product overflows
+    # to become NaN in a gradient.
+    acting = sum(here.astype(lam.dtype) for here in support) > kept
+    lam = jnp.where(acting, lam, 0)
+    magnitudes = [jnp.where(acting, jnp.abs(entry), 0) for entry in w]
+    # An infinite slope times a tangent of zero would be NaN. What is zero is zero for every lam.
+    largest = jnp.finfo(lam.dtype).max
+    slopes = [
+        jnp.where(entry != 0, jnp.minimum(slope, largest), 0)
+        for entry, slope in zip(w, KEPT[kept].gradient(magnitudes), strict=True)
+    ]
+    r = [
+        jnp.where(here, sign * d - dlam * slope, 0)
+        for here, sign, d, slope in zip(support, signs, dy, slopes, strict=True)
+    ]
+    dw = KEPT[kept].solve(magnitudes, support, lam, r)
+    return w, tuple(sign * d for sign, d in zip(signs, dw, strict=True))

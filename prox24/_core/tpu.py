@@ -1,0 +1,152 @@
+"""The proximal operator on interleaved blocks as one TPU kernel, which reads and writes once.
+
+The planes of a (rows, columns) array are columns with a stride, and a TPU keeps columns in the
+lanes of its registers, which have no stride: XLA changes the layout in HBM, there and back. The
+kernel transposes a tile in on-chip memory instead, where planes are rows with a stride.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from prox24._core import planes
+from prox24._core.placement import is_on_one_device
+
+# Mosaic loads rows with a stride only from arrays of one register's width.
+LANES = 128
+# A tile of float32 takes 1 MiB, and a kernel holds about six of the 16 MiB.
+COLUMNS = 2048
+# Rows of a plane in one step: independent chains of Newton steps, which hide each other's latency.
+STEP = 32
+
+
+def serves(y: Array, lam: Array, group: int, axis: int) -> bool:
+    """Whether `prox` takes these: the others are too small, or their layout is not a tile's."""
+    return (
+        y.dtype in (jnp.float32, jnp.bfloat16)
+        and lam.ndim == 0
+        and y.ndim >= 2
+        and axis in (-1, y.ndim - 1)
+        and group in (2, 4, 8)
+        and _fits(y.shape)
+        and (not jax.sharding.get_abstract_mesh().manual_axes or _varies_alike(y, lam))
+    )
+
+
+def prox(y: Array, lam: Array, kept: int, group: int) -> Array:
+    """prox_{lam R}(y) along the last axis, where it is lowered for TPUs.
+
+    It may be mapped, not differentiated.
+
+    Args:
+      y: (..., columns), for which `serves` holds.
+      lam: scalar.
+      kept: N of the pattern N:M.
+      group: M.
+
+    Returns:
+      Array of the shape and dtype of `y`.
+    """
+    return prox_p.bind(y, lam, kept=kept, group=group)
+
+
+def planar(y: Array, lam: Array, kept: int, group: int, axis: int = -1) -> Array:
+    """`prox` by XLA, along any axis and for any lam."""
+    return planes.join(planes.prox(planes.split(y, (kept, group), axis), lam, kept), axis)
+
+
+def _lower_for_tpu(context: Any, *operands: Any, kept: int, group: int) -> Any:
+    chosen: Callable[..., Array] = kernel if is_on_one_device(context) else planar
+    function = functools.partial(chosen, kept=kept, group=group)
+    return mlir.lower_fun(function, multiple_results=False)(context, *operands)
+
+
+def _map(operands: Any, axes: Any, kept: int, group: int) -> tuple[Array, int]:
+    (y, lam), (of_y, of_lam) = operands, axes
+    if of_lam is None:
+        return prox(jnp.moveaxis(y, of_y, 0), lam, kept, group), 0
+    return jax.vmap(functools.partial(planar, kept=kept, group=group), axes)(y, lam), 0
+
+
+prox_p = Primitive("prox")
+prox_p.def_abstract_eval(lambda y, lam, **pattern: y)
+prox_p.def_impl(planar)
+mlir.register_lowering(prox_p, mlir.lower_fun(planar, multiple_results=False))
+mlir.register_lowering(prox_p, _lower_for_tpu, platform="tpu")
+batching.primitive_batchers[prox_p] = _map
+
+
+def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False) -> Array:
+    """`prox` on one device.
+
+    Args:
+      y: (..., columns).
+      lam: scalar.
+      kept: N of the pattern N:M.
+      group: M.
+      interpret: whether to run it as ordinary JAX, on any device.
+
+    Returns:
+      Array of the shape and dtype of `y`.
+    """
+    # Here, since no other device needs them, and they take a while to import.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    shape = y.shape
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    width = min(columns, COLUMNS)
+    y = y.reshape(rows, columns)
+
+    def tile(lam_ref: Array, y_ref: Array, w_ref: Array, turned: Array) -> None:
+        turned[...] = y_ref[...].astype(jnp.float32).T
+
+        @pl.loop(0, width, step=STEP * group)
+        def _(start: Array) -> None:
+            places = [pl.ds(start + i, STEP, stride=group) for i in range(group)]
+            blocks = [turned[place, :] for place in places]
+            lam = jnp.full_like(blocks[0], lam_ref[0])
+            for place, w in zip(places, planes.prox(blocks, lam, kept), strict=True):
+                turned[place, :] = w
+
+        w_ref[...] = turned[...].T.astype(w_ref.dtype)
+
+    block = pl.BlockSpec((LANES, width), lambda i, j: (i, j))
+    # Mosaic has no 64-bit integers, which the indices of a grid would be.
+    with jax.enable_x64(False):
+        w = pl.pallas_call(
+            tile,
+            grid=(pl.cdiv(rows, LANES), pl.cdiv(columns, width)),
+            in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
+            out_specs=block,
+            # Inside of shard_map this says over which axes y varies, as well.
+            out_shape=jax.eval_shape(lambda y: y, y),
+            scratch_shapes=[pltpu.VMEM((width, LANES), jnp.float32)],
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+            # Roughly, from the instructions of 2:4; XLA schedules by it.
+            cost_estimate=pl.CostEstimate(
+                flops=300 * y.size, transcendentals=12 * y.size, bytes_accessed=2 * y.nbytes
+            ),
+            interpret=interpret,
+            name="prox",
+        )(lam.astype(jnp.float32).reshape(1), y)
+    return w.reshape(shape)
+
+
+def _varies_alike(y: Array, lam: Array) -> bool:
+    """In shard_map, lam may vary over axes over which y does not, and the result then does too."""
+    both = jax.eval_shape(lambda y, lam: y + lam.astype(y.dtype), y, lam)
+    return both == jax.eval_shape(lambda y: y, y)
+
+
+def _fits(shape: tuple[int, ...]) -> bool:
+    if not all(isinstance(length, int) for length in shape):
+        return False  # symbolic
+    return math.prod(shape[:-1]) >= LANES and shape[-1] > 0 and shape[-1] % (8 * STEP) == 0

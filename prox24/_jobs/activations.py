@@ -1,0 +1,108 @@
+"""Hidden states in files: memory for the layers, and a place from which a run can go on."""
+
+import errno
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24._checkpoints.tensors import writing
+from prox24._checkpoints.unfinished import synchronise
+from prox24._jobs.processes import latest, meet
+
+
+class ActivationFiles:
+    """Streams of hidden states in memory-mapped files of a folder.
+
+    A stream has two files: what enters a layer is read from one while what leaves it is written to
+    the other. A third names the layer that all streams are complete for. Each of several processes
+    has a folder of its own.
+
+    Attributes:
+      layer: that every stream was complete for when the folder was opened; None at the start, or
+        where a file is missing, damaged or of another length.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: tuple[int, ...],
+        micro_batch: int,
+        streams: Iterable[str],
+        layers: int,
+    ):
+        """Opens a folder, or makes it.
+
+        Args:
+          folder: of the files.
+          shape: (windows, length, hidden) of a stream, in float32.
+          micro_batch: windows that go through a layer together.
+          streams: names of all streams.
+          layers: of the model.
+        """
+        self._folder, self._shape, self._micro_batch = folder, shape, micro_batch
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        note = folder / "layer"
+        text = note.read_bytes() if note.exists() else b""
+        self.layer = latest(int(text) if text.isdigit() else None)
+        if self.layer is not None:
+            paths = [self._path(stream, self.layer) for stream in streams]
+            whole = self.layer <= layers and all(
+                path.is_file() and path.stat().st_size == self._size for path in paths
+            )
+            # A process that lacks a file sends all of them back to the start.
+            if latest(None if whole else self.layer) is not None:
+                self.layer = None
+        if self.layer is None:
+            with writing(folder):
+                # What it says is true no more when the first file is written.
+                note.unlink(missing_ok=True)
+                synchronise(folder)
+            meet("the activations begin anew")
+
+    @property
+    def _size(self) -> int:
+        return 4 * math.prod(self._shape)
+
+    def _path(self, stream: str, layer: int) -> Path:
+        return self._folder / f"{stream}-{layer % 2}"
+
+    def micro_batches(self, stream: str, layer: int) -> list[NDArray[np.float32]]:
+        """What enters a layer, to be read or written, as views into a file."""
+        path, size = self._path(stream, layer), self._micro_batch
+        with writing(path):
+            path.touch()
+            _allocate(path, self._size)
+            whole = np.memmap(path, np.float32, "r+", shape=self._shape)
+        return [whole[i : i + size] for i in range(0, len(whole), size)]
+
+    def complete(self, layer: int, streams: Iterable[str]) -> None:
+        """Notes that what enters the layer is written; when it returns, it is on disk."""
+        new = self._folder / "layer.new"
+        with writing(self._folder):
+            new.write_text(str(layer))
+            for path in [*(self._path(stream, layer) for stream in streams), new]:
+                synchronise(path)
+            # When one process has noted the layer, all have written it.
+            meet(f"layer {layer} is complete")
+            new.rename(self._folder / "layer")
+            synchronise(self._folder)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Takes a file's place on the disk: where there is none later, a mapped file ends the process.
+
+    Some systems and file systems cannot.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise

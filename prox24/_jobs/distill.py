@@ -1,0 +1,234 @@
+"""The whole job of training a pruned model on the dense model's predictions."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.manifest import write_manifest
+from prox24._checkpoints.training_state import states
+from prox24._checkpoints.unfinished import (
+    check_unchanged,
+    sha256,
+    source_files,
+    unfinished_folder,
+)
+from prox24._checkpoints.writer import OUTPUTS, check_destination, check_outside, fill_folder
+from prox24._core.masks import mean_sparsity
+from prox24._core.placement import common_mesh
+from prox24._jobs.forward import all_linears, load_model
+from prox24._jobs.output import peak_memory_bytes, progress_bar, table, versions
+from prox24._jobs.prune import described
+from prox24._jobs.reports import Report, gigabytes
+from prox24._jobs.text import SPEECHES, Text, Windows, calibration_windows, shuffled
+from prox24._jobs.training import train_model
+from prox24.refine._model import ModelRefinement
+from prox24.refine._training import Resume, Training
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillReport(Report):
+    """How a model was trained; printed, it is a table.
+
+    Attributes:
+      dense: the model that was pruned.
+      pruned: the model that was trained.
+      destination: the folder that was written.
+      refinement: how it was trained, by field of `ModelRefinement`.
+      text: the text, its windows and tokens.
+      outcome: "improved", "unchanged" or "diverged".
+      losses: on held-out windows, before the first step and at each measurement; None where one is
+        not finite.
+      steps: of the optimizer.
+      resumed_steps: the steps that a run before had taken.
+      tokens: that were trained on, counted once for each pass.
+      seconds: wall-clock time of the job.
+      peak_memory_bytes: the largest resident memory; None where it is not known.
+      versions: of Python and packages.
+      remark: what a runtime makes of the zeros.
+    """
+
+    dense: str
+    pruned: str
+    destination: str
+    refinement: dict[str, Any]
+    text: dict[str, Any]
+    outcome: str
+    losses: list[float | None]
+    steps: int
+    resumed_steps: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int | None
+    versions: dict[str, str]
+    remark: str
+
+    def __str__(self) -> str:
+        best = min(loss for loss in self.losses if loss is not None)
+        rows = [
+            ["outcome", self.outcome],
+            ["loss on held-out windows", f"{self.losses[0]:.4f} to {best:.4f}"],
+            ["steps", str(self.steps)],
+            ["tokens", str(self.tokens)],
+            ["seconds", f"{self.seconds:.0f}"],
+            ["peak memory", gigabytes(self.peak_memory_bytes)],
+        ]
+        if self.resumed_steps:
+            rows.append(["done by the run before", f"{self.resumed_steps} steps"])
+        return f"{table(['written', self.destination], rows)}\n{self.remark}"
+
+
+def distill(
+    dense: str | Path,
+    pruned: str | Path,
+    destination: str | Path,
+    refinement: ModelRefinement = ModelRefinement(),
+    *,
+    text: Windows = Text(),
+    state: str | Path | None = None,
+    tensor_parallel: int = 1,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> DistillReport:
+    """Trains the weights that pruning kept on the dense model's predictions, and writes the result.
+
+    The zeros stay zeros. Norms and biases are trained, too; embeddings and head are not.
+
+    Args:
+      dense: the model that was pruned: an HF folder, a GGUF file, or the hub's
+        OWNER/NAME[@REVISION].
+      pruned: the pruned model.
+      destination: the HF folder to write; complete or absent.
+      refinement: how it is trained.
+      text: to train on; or token ids, shape (windows, length). The last windows are held out; those
+        of a text are shuffled before.
+      state: a folder for the state of the training at each measurement; the same call goes on from
+        there.
+      tensor_parallel: devices that share heads and widths; the others share the windows.
+      overwrite: replaces the destination.
+      quiet: shows no progress bar.
+
+    Returns:
+      A `DistillReport`.
+
+    Raises:
+      CheckpointError: the models differ in more than their weights, the pruned one is not pruned,
+        or the destination cannot be written.
+      CalibrationError: the text is too short, or the loss is not finite before the first step.
+      Prox24Error: the devices do not divide windows, heads or widths.
+    """
+    began = time.perf_counter()
+    destination = Path(destination)
+    file = text.file if isinstance(text, Text) else None
+    inputs = [Path(dense), Path(pruned), None if file is None else Path(file)]
+    check_destination(destination, inputs, overwrite)
+    if state is not None:
+        check_outside(destination, Path(state))
+    teacher, student = open_checkpoint(dense), open_checkpoint(pruned)
+    mesh = common_mesh(refinement.micro_batch, tensor_parallel)
+    windows = calibration_windows(teacher, text)
+    if isinstance(text, Text):
+        windows = shuffled(windows)
+    models = {"dense": teacher, "pruned": student}
+    files = {role: source_files(model.path) for role, model in models.items()}
+    job = {
+        "command": "distill",
+        "refinement": dataclasses.asdict(refinement),
+        "text": {"tokens": windows.size, "sha256": sha256(windows)},
+        "dense": files["dense"],
+        "source": files["pruned"],
+        "versions": versions(),
+        "devices": [jax.devices()[0].device_kind, *([1] if mesh is None else mesh.devices.shape)],
+    }
+    linears = {linear.tensor for linear in all_linears(load_model(student).config)}
+    figures: list[dict[str, Any]] = []
+    trained: set[str] = set()
+
+    def watched(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        for name, values in tensors:
+            trained.add(name)
+            if name in linears:
+                figures.append({"name": name, "sparsity": float(mean_sparsity(values))})
+            yield name, values
+
+    # Opened before hours are spent.
+    with unfinished_folder(destination, overwrite=overwrite) as unfinished:
+        with _training(state, job, refinement, len(windows), quiet) as (resume, on_measured):
+            found = train_model(
+                teacher,
+                student,
+                windows,
+                refinement,
+                mesh=mesh,
+                resume=resume,
+                on_measured=on_measured,
+            )
+        note = _model_card(windows, refinement)
+        digests = fill_folder(student, unfinished, watched(found.tensors), note=note)
+        for role, model in models.items():
+            check_unchanged(model.path, files[role])
+        write_manifest(unfinished.folder, job, digests, figures, trained - linears)
+    refined = found.refined
+    return DistillReport(
+        dense=str(dense),
+        pruned=str(pruned),
+        destination=str(destination),
+        refinement=dataclasses.asdict(refinement),
+        text=described(text, windows, SPEECHES),
+        outcome=refined.outcome.value,
+        losses=[loss if math.isfinite(loss) else None for loss in refined.losses],
+        steps=refined.steps,
+        resumed_steps=refined.resumed_steps,
+        tokens=found.tokens,
+        seconds=time.perf_counter() - began,
+        peak_memory_bytes=peak_memory_bytes(),
+        versions=versions(),
+        remark=OUTPUTS["safetensors"](student).remark,
+    )
+
+
+@contextlib.contextmanager
+def _training(
+    state: str | Path | None,
+    job: Mapping[str, Any],
+    refinement: ModelRefinement,
+    windows: int,
+    quiet: bool,
+) -> Iterator[tuple[Resume, Callable[[Training], None]]]:
+    """Where the training begins, and what is done at each measurement: progress, and the state."""
+    steps = refinement.steps(windows // refinement.step_windows)
+    measurements = math.ceil(steps / refinement.measured_every(steps))
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress_bar("distill", measurements, quiet))
+        saved = None if state is None else stack.enter_context(states(Path(state), job))
+
+        def on_measured(state: Training) -> None:
+            advance(f"step {state.steps} of {steps}", state.losses[-1])
+            if saved is not None:
+                saved.save(state)
+
+        def resume(begun: Training) -> Training:
+            state = begun if saved is None else saved.resume(begun)
+            for loss in state.losses[1:]:
+                advance(f"step {state.steps} of {steps}", loss)
+            return state
+
+        yield resume, on_measured
+
+
+def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:
+    return f"""## Distillation
+
+prox24 {versions()["prox24"]} trained the weights that pruning kept, in {refinement.passes} passes
+over {windows.shape[0]} windows of {windows.shape[1]} tokens. Some were held out to choose the best
+weights. Adam had rates up to {refinement.rate}. A share of {refinement.cross_entropy} of the loss
+is the text's own next tokens, the rest the dense model's predictions.
+"""

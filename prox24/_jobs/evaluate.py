@@ -1,0 +1,79 @@
+"""The perplexity of a model on a text."""
+
+import dataclasses
+from pathlib import Path
+
+from prox24._jobs import torchax
+from prox24._jobs.forward import load_model
+from prox24._jobs.output import progress_bar, table
+from prox24._jobs.perplexity import native_perplexity
+from prox24._jobs.reports import Report
+from prox24._jobs.text import NOVEL, Text, Windows, evaluation_windows
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityReport(Report):
+    """exp of the mean negative log-likelihood; printed, it is a table.
+
+    Attributes:
+      model: that predicts.
+      text: its name.
+      perplexity: per predicted token.
+      context_length: tokens of a window; the first of each is given, the others are predicted.
+      windows: their number.
+      predicted_tokens: windows (context_length - 1).
+    """
+
+    model: str
+    text: str
+    perplexity: float
+    context_length: int
+    windows: int
+    predicted_tokens: int
+
+    def __str__(self) -> str:
+        rows = [
+            ["perplexity", f"{self.perplexity:.3f}"],
+            ["text", self.text],
+            ["context length", f"{self.context_length} tokens"],
+            ["windows", str(self.windows)],
+            ["predicted tokens", str(self.predicted_tokens)],
+        ]
+        return table(["model", self.model], rows)
+
+
+def perplexity(
+    model: str | Path, text: Windows = Text(), *, quiet: bool = True
+) -> PerplexityReport:
+    """exp(-mean log p(token t | tokens 0..t-1 of its window)), on windows that do not overlap.
+
+    In float32, with one layer's weights in memory; the losses of windows are added in float64.
+
+    Args:
+      model: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
+      text: whose first windows are taken; a novel of the package by default. Or token ids, of shape
+        (windows, length).
+      quiet: shows no progress bar.
+
+    Returns:
+      A `PerplexityReport`.
+
+    Raises:
+      CheckpointError: the model cannot be read.
+      CalibrationError: the text is too short, or the loss is not finite.
+      UnsupportedModelError: the model has no forward pass here, and torchax cannot run it.
+    """
+    checkpoint, native = torchax.open_any(model)
+    windows = evaluation_windows(checkpoint, text)
+    steps = len(load_model(checkpoint).config.layers) if native else len(windows)
+    with progress_bar("eval", steps, quiet) as advance:
+
+        def on_step(index: int) -> None:
+            advance(f"{'layer' if native else 'window'} {index}", None)
+
+        if native:
+            found = native_perplexity(checkpoint, windows, on_layer=on_step)
+        else:
+            found = torchax.torch_perplexity(checkpoint, windows, on_window=on_step)
+    name = text.called(NOVEL) if isinstance(text, Text) else "tokens"
+    return PerplexityReport(str(model), name, *found)

@@ -1,0 +1,259 @@
+"""Running a checkpoint's layers one after the other over windows of tokens."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from numpy.typing import NDArray
+
+from prox24._checkpoints.checkpoint import Checkpoint
+from prox24._core.pattern import PatternLike, Unstructured, as_pattern
+from prox24._core.placement import everywhere, in_parts, one_axis, own_windows, placed, taken
+from prox24._models import decoder, spec
+from prox24._models.families import config_from_hf
+from prox24._models.generate import ModelWeights
+from prox24._models.spec import Config, Layer
+from prox24.errors import CheckpointError
+from prox24.packed import Packed24
+
+BATCH_TOKENS = 2048
+"""Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
+
+
+AnyArray = TypeVar("AnyArray", Array, NDArray[Any])
+
+HiddenStates = NDArray[np.float32]
+"""Of a micro-batch, on the host: shape (windows, length, hidden), this process's own windows."""
+
+
+class Model(NamedTuple):
+    """A checkpoint, the decoder that computes it, and the devices that share its windows."""
+
+    checkpoint: Checkpoint
+    config: Config
+    mesh: Mesh | None = None
+
+
+class Linear(NamedTuple):
+    """A linear that is pruned.
+
+    Attributes:
+      tensor: the checkpoint's name of the weight.
+      weight: its name among the weights of its layer.
+      shape: (out, in).
+      input: what `tap` calls its input.
+    """
+
+    tensor: str
+    weight: str
+    shape: tuple[int, ...]
+    input: str
+
+
+def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Model:
+    """Finds the decoder of a checkpoint; it runs on the devices of a mesh, or on one.
+
+    Raises:
+      UnsupportedModelError: the architecture, or a setting of it, has no forward pass here.
+    """
+    # Parsed when the checkpoint was opened; where there is none, this raises the reason.
+    config = checkpoint.decoder or config_from_hf(checkpoint.config, checkpoint.tensors)
+    return Model(checkpoint, config, one_axis(mesh))
+
+
+def layer_linears(config: Config, index: int) -> list[Linear]:
+    """The linears of a layer, in the order of pruning."""
+    layer = config.layers[index]
+    shapes = spec.layer_shapes(layer)
+    return [
+        Linear(spec.layer_tensor(config.names, index, weight), weight, shapes[weight], source)
+        for weight, source in (
+            (f"{name}.weight", source) for name, source in spec.linear_inputs(layer).items()
+        )
+    ]
+
+
+def all_linears(config: Config) -> list[Linear]:
+    """The linears of every layer, in the order of pruning."""
+    return [linear for i in range(len(config.layers)) for linear in layer_linears(config, i)]
+
+
+def input_widths(linears: Iterable[Linear]) -> dict[str, int]:
+    """Of linears, by tensor."""
+    return {linear.tensor: linear.shape[1] for linear in linears}
+
+
+def check_widths(widths: Mapping[str, int], pattern: PatternLike | Unstructured) -> None:
+    """Raises CheckpointError where M does not divide an input width, given by tensor."""
+    if isinstance(pattern, Unstructured):
+        return
+    pattern = as_pattern(pattern)
+    for name, width in widths.items():
+        if width % pattern.group:
+            raise CheckpointError(
+                f"tensor {name} has input width {width}, not divisible by {pattern.group}: "
+                f"the pattern {pattern} does not fit"
+            )
+
+
+def oriented(config: Config, weight: AnyArray) -> AnyArray:
+    """A tensor of a layer from the checkpoint's layout to (out, in), or back."""
+    return weight.T if config.names.transposed else weight
+
+
+def layer_tensor(model: Model, index: int, name: str) -> NDArray[Any]:
+    """Reads a tensor of a layer by the decoder's name; a linear is (out, in)."""
+    tensor = spec.layer_tensor(model.config.names, index, name)
+    return oriented(model.config, model.checkpoint.read(tensor))
+
+
+def layer_weights(model: Model, index: int) -> dict[str, Array]:
+    """Reads the tensors of one layer, under the decoder's names, linears as (out, in)."""
+    weights = {
+        name: jnp.asarray(layer_tensor(model, index, name))
+        for name in spec.layer_shapes(model.config.layers[index])
+    }
+    return everywhere(weights, model.mesh)
+
+
+def embedding_weights(model: Model) -> dict[str, Array]:
+    """Reads what comes before the layers."""
+    return _outer_weights(model, spec.embedding_shapes(model.config))
+
+
+def head_weights(model: Model) -> dict[str, Array]:
+    """Reads what comes after the layers: the final norm and the head."""
+    return _outer_weights(model, spec.head_shapes(model.config))
+
+
+def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
+    tensors = {name: spec.outer_tensor(model.config.names, name) for name in names}
+    return {name: jnp.asarray(model.checkpoint.read(tensor)) for name, tensor in tensors.items()}
+
+
+def all_weights(
+    model: Model,
+    dtype: np.dtype[Any] | None = None,
+    *,
+    pack_linear: Callable[[Array], Array | Packed24] | None = None,
+) -> ModelWeights:
+    """Reads every tensor that the model computes with.
+
+    Args:
+      model: the model.
+      dtype: of all; None for the checkpoint's.
+      pack_linear: what packs the weight of a pruned linear when it is read, as
+        `prox24.packed.pack`; None keeps it as it is.
+
+    Raises:
+      CheckpointError: a linear that is to be packed is not 2:4; names the tensor.
+    """
+
+    def cast(weights: dict[str, Array]) -> dict[str, Array]:
+        return weights if dtype is None else jax.tree.map(lambda w: w.astype(dtype), weights)
+
+    config = model.config
+    names = spec.embedding_shapes(config) | spec.head_shapes(config)
+    layers: list[dict[str, Any]] = []
+    for index in range(len(config.layers)):
+        layers.append(dict(cast(layer_weights(model, index))))
+        if pack_linear is None:
+            continue
+        for linear in layer_linears(config, index):
+            try:
+                layers[index][linear.weight] = pack_linear(layers[index][linear.weight])
+            except ValueError as error:
+                raise CheckpointError(f"tensor {linear.tensor}: {error}") from error
+    return ModelWeights(cast(_outer_weights(model, names)), layers)
+
+
+def batch_size(windows: int, length: int, mesh: Mesh | None = None) -> int:
+    """Windows per micro-batch: a divisor of their number, so that one shape is compiled.
+
+    Raises:
+      ValueError: the devices of the mesh do not divide the windows.
+    """
+    devices = 1 if mesh is None else mesh.size
+    if windows % devices:
+        raise ValueError(f"{windows} windows are not divisible by {devices} devices")
+    return devices * micro_batches_of(windows // devices, max(1, BATCH_TOKENS // length))[0]
+
+
+def micro_batches_of(windows: int, most: int) -> list[int]:
+    """The sizes of micro-batches that divide a number of windows, the largest first."""
+    return [size for size in range(min(most, windows), 0, -1) if windows % size == 0]
+
+
+def embed_windows(
+    model: Model, windows: NDArray[np.int32], micro_batch: int | None = None
+) -> Iterator[HiddenStates]:
+    """Embeds windows (count, length), a micro-batch at a time.
+
+    The table of the tokens stays on the host, where it is read: on the device are the rows of a
+    micro-batch.
+    """
+    config, tokens = model.config, "embed_tokens.weight"
+    table = model.checkpoint.read(spec.outer_tensor(config.names, tokens))
+    others = _outer_weights(
+        model, [name for name in spec.embedding_shapes(config) if name != tokens]
+    )
+    size = micro_batch or batch_size(len(windows), windows.shape[1], model.mesh)
+    own = own_windows(size, model.mesh)
+    for i in range(0, len(windows), size):
+        ids = windows[i + own.start : i + own.stop]
+        rows = others | {tokens: jnp.asarray(table[ids.ravel()])}
+        places = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
+        yield np.asarray(decoder.embed(config, rows, places))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
+    """One layer on one micro-batch, compiled once for all equal layers of a model."""
+    return layer_function(layer)(weights, hidden)
+
+
+@functools.lru_cache
+def layer_function(
+    layer: Layer, mesh: Mesh | None = None, compute_dtype: str = "float32"
+) -> Callable[[dict[str, Array], Array], Array]:
+    """One function for equal layers, which is compiled once; devices share the windows.
+
+    Args:
+      layer: of the decoder.
+      mesh: of the devices.
+      compute_dtype: see `prox24.refine.BlockRefinement`.
+    """
+    linears = {f"{name}.weight" for name in spec.linear_inputs(layer)}
+
+    def run(weights: dict[str, Array], hidden: Array) -> Array:
+        used = decoder.computed_in(compute_dtype, weights, linears)
+        return decoder.layer(layer, used, in_parts(hidden, mesh), decoder.no_tap)
+
+    return run
+
+
+def run_in_place(
+    model: Model, index: int, weights: dict[str, Array], hidden: list[HiddenStates]
+) -> None:
+    """Replaces every micro-batch by what a layer makes of it, so that few are there twice."""
+    layer = model.config.layers[index]
+    for i, batch in enumerate(hidden):
+        hidden[i] = taken(run_layer(layer, weights, placed(batch, model.mesh)), model.mesh)
+
+
+def run_into(
+    model: Model,
+    index: int,
+    weights: dict[str, Array],
+    hidden: Iterable[HiddenStates],
+    results: Iterable[HiddenStates],
+) -> None:
+    """Writes what a layer makes of every micro-batch to arrays of the same shapes."""
+    layer = model.config.layers[index]
+    for batch, result in zip(hidden, results, strict=True):
+        result[...] = taken(run_layer(layer, weights, placed(batch, model.mesh)), model.mesh)

@@ -1,0 +1,170 @@
+"""What a checkpoint holds, and what a recipe prunes of it."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.tensors import byte_count
+from prox24._core.pattern import AnyPattern, Unstructured
+from prox24._jobs.forward import all_linears, load_model
+from prox24._jobs.output import table
+from prox24._jobs.reports import Report
+from prox24._models import spec
+from prox24._models.spec import Config
+from prox24._pruning.recipe import Recipe
+
+DENSE, PRUNED = "dense: ", "pruned"
+
+
+class Entry(NamedTuple):
+    """A tensor of a checkpoint.
+
+    Attributes:
+      name: the checkpoint's.
+      shape: as stored.
+      dtype: by numpy's name.
+      decision: "pruned", or "dense: " and why.
+      size: bytes of the values in that dtype; a quantised file has fewer.
+      sparse_size: bytes without the zeros that pruning makes, see `sparse_bytes`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    decision: str
+    size: int
+    sparse_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection(Report):
+    """What a checkpoint holds and what a recipe prunes of it; printed, two tables.
+
+    Attributes:
+      model: that was looked at.
+      model_type: of its config.
+      layers: their number.
+      pattern: of the recipe, as text.
+      tensors: an `Entry` for each.
+    """
+
+    model: str
+    model_type: str
+    layers: int
+    pattern: str
+    tensors: list[Entry]
+
+    @property
+    def parameters(self) -> int:
+        """The number of entries of all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(entry.size for entry in self.tensors)
+
+    @property
+    def sparse_bytes(self) -> int:
+        """Of all tensors, without the zeros."""
+        return sum(entry.sparse_size for entry in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        totals = {name: getattr(self, name) for name in ("parameters", "bytes", "sparse_bytes")}
+        tensors = [entry._asdict() for entry in self.tensors]
+        return super().to_dict() | totals | {"tensors": tensors}
+
+    def __str__(self) -> str:
+        rows = [
+            ["model_type", self.model_type],
+            ["layers", str(self.layers)],
+            ["parameters", f"{self.parameters:,}"],
+            ["bytes", f"{self.bytes:,}"],
+            [f"bytes at {self.pattern} with zeros left out", f"{self.sparse_bytes:,}"],
+        ]
+        columns = ["tensors", "shape", "dtype", "number", "decision"]
+        return f"{table(['model', self.model], rows)}\n{table(columns, _grouped(self.tensors))}"
+
+
+def inspect_model(source: str | Path, recipe: Recipe = Recipe()) -> Inspection:
+    """Lists the tensors of a model, and what a recipe would do with them.
+
+    Raises:
+      CheckpointError: the model cannot be read.
+      UnsupportedModelError: it has no forward pass here.
+    """
+    checkpoint = open_checkpoint(source)
+    config = load_model(checkpoint).config
+    decisions = _decisions(config, recipe)
+    entries = []
+    for name, tensor in checkpoint.tensors.items():
+        decision = decisions.get(name, DENSE + "not used by the computation")
+        size = sparse = byte_count(tensor)
+        pattern = recipe.pattern_of(name)
+        if decision == PRUNED and pattern is not None:
+            sparse = sparse_bytes(size, tensor.dtype.itemsize, pattern)
+        entries.append(Entry(name, tensor.shape, str(tensor.dtype), decision, size, sparse))
+    model_type = str(checkpoint.config["model_type"])
+    patterns = ", ".join(dict.fromkeys(map(str, recipe.patterns)))
+    return Inspection(str(source), model_type, len(config.layers), patterns, entries)
+
+
+def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
+    """Bytes of the kept values and of their places: for N:M, N numbers below M in each block.
+
+    Without a pattern, a place is one bit for each weight, kept or not.
+
+    Example:
+      >>> import prox24
+      >>> sparse_bytes(32, 2, prox24.Pattern(2, 4))
+      18
+    """
+    weights = size // width
+    if isinstance(pattern, Unstructured):
+        return math.ceil(size * (1 - pattern.sparsity) + weights / 8)
+    kept = weights * pattern.kept // pattern.group
+    return kept * width + math.ceil(kept * math.ceil(math.log2(pattern.group)) / 8)
+
+
+def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
+    decisions = {
+        spec.outer_tensor(config.names, name): DENSE + _role(name)
+        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
+    }
+    for index, layer in enumerate(config.layers):
+        for name in spec.layer_shapes(layer):
+            decisions[spec.layer_tensor(config.names, index, name)] = DENSE + _role(name)
+    for linear in all_linears(config):
+        width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
+        if pattern is None:
+            decision = DENSE + "by the recipe"
+        elif width % getattr(pattern, "group", 1):
+            decision = f"{DENSE}width {width} does not fit {pattern}"
+        else:
+            decision = PRUNED
+        decisions[linear.tensor] = decision
+    return decisions
+
+
+def _role(name: str) -> str:
+    roles = {"embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "head"}
+    module, _, part = name.rpartition(".")
+    default = "router" if module == "mlp.router" else "norm" if "norm" in module else "bias"
+    return "bias" if part == "bias" else roles.get(module, default)
+
+
+def _grouped(entries: list[Entry]) -> list[list[str]]:
+    """One row for tensors that differ in a number of their names only."""
+    groups: dict[tuple[Any, ...], int] = {}
+    for entry in entries:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name)
+        key = (name, entry.shape, entry.dtype, entry.decision)
+        groups[key] = groups.get(key, 0) + 1
+    return [
+        [name, " x ".join(map(str, shape)), dtype, str(number), decision]
+        for (name, shape, dtype, decision), number in groups.items()
+    ]

@@ -1,0 +1,71 @@
+"""A checkpoint as a function of its parameters and tokens."""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from prox24._jobs import torchax
+from prox24._jobs.forward import load_model
+from prox24._models import decoder, spec
+from prox24._models.spec import Config
+from prox24._trees.products import Apply
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Loaded(NamedTuple):
+    """A model.
+
+    Attributes:
+      apply: from parameters and tokens, int32 of shape (batch, length), to logits, float32 of shape
+        (batch, length, vocabulary). Products are float32 at the highest precision.
+      params: arrays by HF's names, in the dtypes and layouts of the checkpoint.
+      tokenizer: of transformers.
+    """
+
+    apply: Apply
+    params: dict[str, Array]
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def load(model: str | Path) -> Loaded:
+    """Reads a model as a function of JAX, for `prox24.calibrate`, `prune_params` and training.
+
+    Args:
+      model: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
+
+    Returns:
+      A `Loaded`, which unpacks to `apply, params, tokenizer`.
+
+    Raises:
+      CheckpointError: the model cannot be read.
+      UnsupportedModelError: it has no forward pass here, and torchax cannot run it.
+    """
+    checkpoint, native = torchax.open_any(model)
+    if not native:
+        apply, params = torchax.loaded(checkpoint)
+        return Loaded(apply, params, checkpoint.load_tokenizer())
+    config = load_model(checkpoint).config
+    params = {name: jnp.asarray(checkpoint.read(name)) for name in spec.tensor_shapes(config)}
+    return Loaded(functools.partial(_logits, config), params, checkpoint.load_tokenizer())
+
+
+def _logits(config: Config, params: dict[str, Array], tokens: Array) -> Array:
+    outer = {
+        name: params[spec.outer_tensor(config.names, name)]
+        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
+    }
+    hidden = decoder.embed(config, outer, tokens)
+    for index, layer in enumerate(config.layers):
+        own = {
+            name: params[spec.layer_tensor(config.names, index, name)]
+            for name in spec.layer_shapes(layer)
+        }
+        if config.names.transposed:
+            own = {name: weight.T for name, weight in own.items()}
+        hidden = decoder.layer(layer, own, hidden, decoder.no_tap)
+    return decoder.logits(config, outer, hidden)

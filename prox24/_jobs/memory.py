@@ -1,0 +1,301 @@
+"""The memory and the operations that pruning a model takes, before it starts."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from prox24._checkpoints.checkpoint import DTYPES
+from prox24._jobs.forward import (
+    Linear,
+    Model,
+    all_linears,
+    layer_function,
+    layer_linears,
+    micro_batches_of,
+)
+from prox24._jobs.observe import layer_inputs, observe_layer
+from prox24._models import spec
+from prox24._pruning.grams import Sums, empty_gram
+from prox24._pruning.recipe import Recipe
+from prox24._pruning.runner import Linear as Width
+from prox24._pruning.runner import check_widths
+from prox24._solvers.damping import WIDEST_BLOCK
+from prox24._solvers.problem import LayerProblem, corrected_weight
+from prox24._solvers.solve import lower
+from prox24.errors import Prox24Error
+from prox24.refine._blocks import block_step
+
+Spec = jax.ShapeDtypeStruct
+
+
+class Memory(NamedTuple):
+    """Bytes on a device while one layer is pruned.
+
+    Attributes:
+      weights: of the layer, once.
+      grams: of its inputs, once.
+      gather: the most while its Grams are gathered: weights, Grams and a micro-batch.
+      solve: the most while a linear is solved: weights twice, Grams, and what the solver needs.
+      widest: the linear that needs most.
+    """
+
+    weights: int
+    grams: int
+    gather: int
+    solve: int
+    widest: str
+
+
+class Operations(NamedTuple):
+    """Multiplications and additions of the whole model, without those of the solver.
+
+    Attributes:
+      forward: passes of the calibration tokens through every layer: two, or three with dense
+        targets.
+      grams: their Grams, and the cross-Grams.
+    """
+
+    forward: float
+    grams: float
+
+
+class Setup(NamedTuple):
+    """What decides the memory of a layer, besides the layer.
+
+    Attributes:
+      recipe: what is done to it.
+      devices: that share the rows of a weight, or the columns of Grams and weights.
+      shard_grams: whether they share columns, see `prox24.prune`.
+    """
+
+    recipe: Recipe
+    devices: int = 1
+    shard_grams: bool = False
+
+    def sharing(self, width: int) -> int:
+        """The number of devices that share the columns of a Gram."""
+        return self.devices if self.shard_grams and width % self.devices == 0 else 1
+
+
+def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: Setup) -> Memory:
+    """Bytes that XLA's compiler reserves for the programs of one layer, which are not run.
+
+    It is asked about one device. Where devices share columns, the bytes of each are estimated from
+    its answer.
+
+    Args:
+      model: the model, of which nothing is read.
+      index: of the layer.
+      micro_batch: windows on one device and their length.
+      setup: what is done, and by how many devices.
+    """
+    linears = _pruned_linears(model, index, setup.recipe)
+    held = _held(_weights(model, index))
+    pruned = _held(_pruned_weights(model, index, setup.recipe))
+    grams = sum(4 * width**2 // setup.sharing(width) for width in _widths(linears).values())
+    by_shape = {
+        (linear.shape, setup.recipe.pattern_of(linear.tensor)): linear for linear in linears
+    }
+    solving = {linear.tensor: _solving(linear, setup) for linear in by_shape.values()}
+    widest = max(solving, key=solving.__getitem__, default="")
+    return Memory(
+        weights=held,
+        grams=grams,
+        gather=_gathering(model, index, micro_batch, setup),
+        solve=held + pruned + grams * streams(setup.recipe) + solving.get(widest, 0),
+        widest=widest,
+    )
+
+
+def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, budget: int) -> int:
+    """The most windows that may go through a layer together within a budget of bytes a device.
+
+    Args:
+      model: the model, of which nothing is read, without a mesh.
+      windows: their number and length.
+      setup: what is done; its devices divide the windows.
+      budget: bytes on each device.
+
+    Returns:
+      A divisor of the number of windows.
+
+    Raises:
+      Prox24Error: one window, or the solver, needs more.
+      CalibrationError: there are too few windows for a refinement.
+    """
+    (count, length), devices, refine = windows, setup.devices, setup.recipe.refine
+    whole = count // devices
+    if refine is not None:
+        whole = refine.step_windows(count, length, devices) // devices
+    most = whole
+
+    def needed(index: int, size: int) -> int:
+        gathering = _gathering(model, index, (size, length), setup)
+        refining = refining_memory(model, index, (size, length), setup.recipe, whole // size)
+        return max(gathering, refining)
+
+    for index in distinct_layers(model):
+        memory = layer_memory(model, index, (1, length), setup)
+        for name, bytes_needed in (
+            (f"solving {memory.widest}", memory.solve),
+            (f"one window in layer {index}", needed(index, 1)),
+        ):
+            if bytes_needed > budget:
+                raise Prox24Error(
+                    f"memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
+                )
+        sizes = micro_batches_of(whole, most)
+        most = next(size for size in sizes if needed(index, size) <= budget)
+    return most * devices
+
+
+def check_patterns(model: Model, recipe: Recipe) -> None:
+    """Raises CheckpointError that names a linear whose input width is not divisible by M."""
+    linears = all_linears(model.config)
+    check_widths([Width(each.tensor, each.input, each.shape[1]) for each in linears], recipe)
+
+
+def distinct_layers(model: Model) -> list[int]:
+    """The first layer of each kind; equal ones have equal programs."""
+    layers = model.config.layers
+    return sorted({layer: index for index, layer in reversed(list(enumerate(layers)))}.values())
+
+
+def operations(model: Model, tokens: int, recipe: Recipe) -> Operations:
+    """Counts, with 2 for a multiplication and an addition; attention and norms are left out.
+
+    Args:
+      model: the model, of which nothing is read.
+      tokens: of calibration.
+      recipe: says whether the dense model runs alongside.
+    """
+    forward = grams = 0.0
+    for index in range(len(model.config.layers)):
+        linears = layer_linears(model.config, index)
+        forward += sum(2.0 * math.prod(linear.shape) for linear in linears)
+        grams += sum(2.0 * width**2 for width in _widths(linears).values())
+    alongside = recipe.targets is not None or recipe.refine is not None
+    return Operations((2 + alongside) * tokens * forward, streams(recipe) * tokens * grams)
+
+
+def streams(recipe: Recipe) -> int:
+    """The number of models whose activations make Grams: two with dense targets."""
+    return 1 if recipe.targets is None else 2
+
+
+def _weights(model: Model, index: int) -> dict[str, Spec]:
+    tensors, names = model.checkpoint.tensors, model.config.names
+    return {
+        name: Spec(shape, tensors[spec.layer_tensor(names, index, name)].dtype)
+        for name, shape in spec.layer_shapes(model.config.layers[index]).items()
+    }
+
+
+def _pruned_linears(model: Model, index: int, recipe: Recipe) -> list[Linear]:
+    linears = layer_linears(model.config, index)
+    return [linear for linear in linears if recipe.pattern_of(linear.tensor) is not None]
+
+
+def _pruned_weights(model: Model, index: int, recipe: Recipe) -> dict[str, Spec]:
+    weights = _weights(model, index)
+    if recipe.dtype is not None:
+        for linear in layer_linears(model.config, index):
+            weights[linear.weight] = Spec(linear.shape, DTYPES[recipe.dtype])
+    return weights
+
+
+def _widths(linears: Iterable[Linear]) -> dict[str, int]:
+    return {linear.input: linear.shape[1] for linear in linears}
+
+
+def _gathering(model: Model, index: int, micro_batch: tuple[int, int], setup: Setup) -> int:
+    recipe, layer = setup.recipe, model.config.layers[index]
+    widths = _widths(_pruned_linears(model, index, recipe))
+    weights, hidden = _weights(model, index), Spec((*micro_batch, layer.hidden), jnp.float32)
+    sums: Sums = jax.eval_shape(lambda: {name: empty_gram(w) for name, w in widths.items()})
+    alongside = None if recipe.targets is None and recipe.refine is None else hidden
+    crosses = {} if recipe.targets is None else sums
+    needed = _needed(observe_layer.lower(layer, weights, hidden, alongside, sums, crosses))
+    if not setup.shard_grams or setup.devices == 1 or not widths:
+        return needed
+    # A device has a part of what the Grams take, and the tokens that another one sends.
+    inputs = [hidden] * streams(recipe)
+
+    @jax.jit
+    def run(weights: dict[str, Array], inputs: list[Array]) -> list[dict[str, Array]]:
+        return [layer_inputs(layer, weights, hidden) for hidden in inputs]
+
+    alone = _needed(run.lower(weights, inputs))
+    whole = sum(width**2 for width in widths.values())
+    part = sum(width**2 / setup.sharing(width) for width in widths.values()) / whole
+    sent = 4 * math.prod(micro_batch) * max(widths.values()) * len(inputs)
+    return alone + int(max(0, needed - alone) * part) + sent
+
+
+def _solving(linear: Linear, setup: Setup) -> int:
+    """Beside the Gram, and the cross-Gram."""
+    (outputs, width), recipe = linear.shape, setup.recipe
+    sharing = setup.sharing(width)
+    # What the devices do not divide is solved by each.
+    rows = outputs if sharing > 1 or outputs % setup.devices else outputs // setup.devices
+    gram = Spec((width, width), jnp.float32)
+    problem = LayerProblem(Spec((rows, width), jnp.float32), gram)  # type: ignore[arg-type]
+    pattern = recipe.pattern_of(linear.tensor)
+    assert pattern is not None
+    program = lower(problem, recipe.solver, recipe.refit, pattern=pattern)
+    needed = _needed(program) - _bytes(gram)
+    if recipe.targets is not None:
+        pull = Spec((), jnp.float32)
+        corrected = _needed(corrected_weight.lower(*problem, gram, pull)) - 2 * _bytes(gram)
+        needed = max(needed, corrected)
+    if sharing == 1:
+        return needed
+    # Each holds a whole weight, for its product with a Gram, and the rows of a block of an inverse,
+    # before and after the product with its pivot.
+    inverts = recipe.solver.needs_definite or recipe.targets is not None
+    swept = 2 * min(WIDEST_BLOCK, width) if inverts else 0
+    return needed // sharing + 4 * (outputs + swept) * width
+
+
+def refining_memory(
+    model: Model, index: int, micro_batch: tuple[int, int], recipe: Recipe, micro_batches: int
+) -> int:
+    """Bytes of all that is there while a layer is trained; 0 if it is not.
+
+    Args:
+      model: see `layer_memory`, and all that follow.
+      index: of the layer.
+      micro_batch: windows on one device and their length.
+      recipe: what is done to the layer.
+      micro_batches: of a step.
+    """
+    if recipe.refine is None:
+        return 0
+    weights, layer = _pruned_weights(model, index, recipe), model.config.layers[index]
+    hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
+    apply = layer_function(layer, None, recipe.refine.compute_dtype)
+    step = block_step(apply, weights, hidden, hidden, recipe.refine, micro_batches)
+    # The weights to begin with and the best ones are kept besides.
+    return 2 * _held(weights) + _needed(step)
+
+
+def _held(weights: Mapping[str, Spec]) -> int:
+    return sum(map(_bytes, weights.values()))
+
+
+def _needed(lowered: Any) -> int:
+    memory = lowered.compile().memory_analysis()
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def _bytes(spec: Spec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize

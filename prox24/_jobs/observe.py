@@ -1,0 +1,71 @@
+"""The inputs of the linears of a decoder's layer, and their Grams."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from prox24._models import decoder
+from prox24._models.spec import Layer
+from prox24._pruning.grams import Sums, add_in_turn, add_tokens, is_sent
+
+
+def layer_inputs(layer: Layer, weights: dict[str, Array], hidden: Array) -> dict[str, Array]:
+    """What the linears of a layer see, by the names that `tap` gives to inputs.
+
+    Args:
+      layer: which the weights are of.
+      weights: the layer's tensors.
+      hidden: shape (batch, length, hidden).
+
+    Returns:
+      Arrays (batch, length, in) for each input.
+    """
+    seen: dict[str, Array] = {}
+    decoder.layer(layer, weights, hidden, seen.__setitem__)
+    return seen
+
+
+@functools.partial(
+    jax.jit, static_argnames=("layer", "devices"), donate_argnames=("grams", "crosses")
+)
+def observe_layer(
+    layer: Layer,
+    weights: dict[str, Array],
+    hidden: Array,
+    dense_hidden: Array | None,
+    grams: Sums,
+    crosses: Sums,
+    devices: int | None = None,
+) -> tuple[Sums, Sums, Array | None]:
+    """Runs one dense layer on a micro-batch and adds the inputs of its linears to their Grams.
+
+    Args:
+      layer: static.
+      weights: the layer's tensors.
+      hidden: shape (batch, length, hidden), of the pruned model.
+      dense_hidden: the same tokens in the dense model, or None.
+      grams: sums of x' x'^T, by the names that `tap` gives to inputs; donated. Those that are
+        there are added to.
+      crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated. Where x is zero,
+        as it is for a token that the dense model sends to other experts, x' takes its place.
+      devices: the number that share the columns of every sum; static. None where each has its own
+        sum.
+
+    Returns:
+      The updated Grams and cross-Grams, and the layer's output for `dense_hidden`, or None.
+    """
+    put = add_tokens if devices is None else functools.partial(add_in_turn, devices=devices)
+    pruned = layer_inputs(layer, weights, hidden)
+    grams = {name: put(grams[name], pruned[name], pruned[name]) for name in grams}
+    if dense_hidden is None:
+        return grams, crosses, None
+    dense: dict[str, Array] = {}
+    output = decoder.layer(layer, weights, dense_hidden, dense.__setitem__)
+    for name in crosses:
+        x, given = pruned[name], dense[name]
+        # What only the pruned model sends to an expert has the expert's own output as target.
+        target = jnp.where(is_sent(given)[..., None], given, x)
+        crosses = crosses | {name: put(crosses[name], target, x)}
+    return grams, crosses, output

@@ -1,0 +1,163 @@
+"""What jobs show: progress, tables and JSON."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from prox24 import __version__
+from prox24._checkpoints.tensors import writing
+from prox24._checkpoints.writer import check_outside
+from prox24.errors import CheckpointError
+
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "transformers", "safetensors", "gguf")
+
+Advance = Callable[[str, float | None], None]
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[Advance]:
+    """A bar on standard error with what was done last, its relative loss, and the time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    # A log file has no use for the frames of a bar.
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[latest]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=total, completed=done, latest="")
+
+        def advance(name: str, loss: float | None) -> None:
+            latest = name if loss is None else f"{name} loss {loss:.4f}"
+            progress.update(task, advance=1, latest=latest)
+
+        yield advance
+
+
+class Shown(Protocol):
+    """A report: a table as text, and JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+
+
+def show(report: Shown, arguments: argparse.Namespace) -> None:
+    """Prints a report as --json and --quiet say, and writes it where --report says."""
+    with reporting(getattr(arguments, "report", None), report.to_dict()):
+        if arguments.json:
+            print_json(report.to_dict())
+        elif not arguments.quiet:
+            print(report)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(value, allow_nan=False))
+
+
+def check_report(
+    path: Path | None, inputs: Iterable[str | Path | None] = (), destination: Path | None = None
+) -> None:
+    """Raises CheckpointError where a report could not be written, before hours are spent.
+
+    Args:
+      path: of the report.
+      inputs: files, and folders of models, which it must not replace or change.
+      destination: a folder to write, in which it would be lost.
+    """
+    if path is None:
+        return
+    check_writable(path, "report")
+    for given in (Path(place) for place in inputs if place is not None):
+        held = given.iterdir() if given.is_dir() else [given]
+        if path.exists() and any(file.exists() and path.samefile(file) for file in held):
+            raise CheckpointError(f"the report {path} would replace what is there, or read")
+    if destination is not None:
+        check_outside(destination, path)
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raises CheckpointError where a file, which is called so, could not be written."""
+    if path.is_dir():
+        raise CheckpointError(f"the {what} {path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise CheckpointError(f"the folder of {path} does not exist")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise CheckpointError(f"the {what} {path} cannot be written: permission denied")
+
+
+@contextlib.contextmanager
+def reporting(path: Path | None, report: dict[str, Any]) -> Iterator[None]:
+    """Writes a JSON report, if one is asked for, when the block ends, even by a closed pipe."""
+    try:
+        yield  # prints first: what was measured is not lost where the disk is full
+    finally:
+        if path is not None:
+            with writing(path):
+                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def table(columns: list[str], rows: list[list[str]], width: int | None = None) -> str:
+    """A table as text: the first column to the left, figures to the right.
+
+    Args:
+      columns: their titles.
+      rows: cells.
+      width: characters of a line; None for those of the terminal, or 120 where there is none.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table()
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    # A path is no markup.
+    console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
+    with console.capture() as captured:
+        console.print(drawn)
+    return captured.get().rstrip("\n")
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output."""
+    print(table(columns, rows))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "prox24": __version__, **found}
+
+
+def peak_memory_bytes() -> int | None:
+    """The largest resident memory of this process so far; None where no system call tells."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

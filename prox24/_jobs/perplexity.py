@@ -1,0 +1,117 @@
+"""Perplexity on non-overlapping windows."""
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from numpy.typing import NDArray
+
+from prox24._checkpoints.checkpoint import Checkpoint
+from prox24._jobs.forward import (
+    embed_windows,
+    head_weights,
+    layer_weights,
+    load_model,
+    run_in_place,
+)
+from prox24._models import decoder
+from prox24._models.spec import Config
+from prox24.errors import CalibrationError
+
+LARGEST_LOSS = math.log(sys.float_info.max)
+
+
+class Perplexity(NamedTuple):
+    """exp of the mean negative log-likelihood, and what it was measured on.
+
+    Attributes:
+      perplexity: per predicted token.
+      context_length: tokens of a window; the first of each is given, the others are predicted.
+      windows: their number.
+      predicted_tokens: windows (context_length - 1).
+    """
+
+    perplexity: float
+    context_length: int
+    windows: int
+    predicted_tokens: int
+
+
+def native_perplexity(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int32],
+    *,
+    on_layer: Callable[[int], None] = lambda index: None,
+) -> Perplexity:
+    """exp(-mean log p(token t | tokens 0..t-1 of its window)).
+
+    In float32; the sums of windows are added in float64.
+
+    Args:
+      checkpoint: the model; one layer's weights are in memory at a time.
+      windows: token ids of shape (windows, context length).
+      on_layer: called after each layer, for progress.
+
+    Raises:
+      CalibrationError: the loss is not finite.
+    """
+    model = load_model(checkpoint)
+    hidden = list(embed_windows(model, windows))
+    for index in range(len(model.config.layers)):
+        run_in_place(model, index, layer_weights(model, index), hidden)
+        on_layer(index)
+    weights = head_weights(model)
+    batches = windows.reshape(len(hidden), -1, windows.shape[1])
+    losses = [
+        window_losses(model.config, weights, states, jnp.asarray(tokens))
+        for states, tokens in zip(hidden, batches, strict=True)
+    ]
+    return from_losses(checkpoint.path, windows, np.concatenate(losses))
+
+
+def from_losses(
+    path: Path, windows: NDArray[np.int32], losses: NDArray[np.floating[Any]]
+) -> Perplexity:
+    """The perplexity of windows (count, length) with these negative log-likelihoods, (count,).
+
+    Raises:
+      CalibrationError: the loss is not finite; names the path of the model.
+    """
+    predicted = windows.size - len(windows)
+    mean = losses.astype(np.float64).sum() / predicted
+    if not mean < LARGEST_LOSS:
+        raise CalibrationError(f"{path}: the loss on the text is {mean}")
+    return Perplexity(math.exp(mean), windows.shape[1], len(windows), predicted)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def window_losses(config: Config, weights: dict[str, Array], hidden: Array, tokens: Array) -> Array:
+    """Summed negative log-likelihood of each window, shape (batch,).
+
+    Windows go one at a time: the logits of one are as large as its length times the vocabulary.
+    """
+
+    def loss(window: tuple[Array, Array]) -> Array:
+        states, targets = window
+        return sequence_loss(decoder.logits(config, weights, states[None])[0], targets)
+
+    return lax.map(loss, (hidden, tokens))
+
+
+def sequence_loss(logits: Array, tokens: Array) -> Array:
+    """Summed negative log-likelihood of tokens (length,), of logits (length, vocabulary)."""
+    return jnp.sum(token_losses(logits, tokens))
+
+
+def token_losses(logits: Array, tokens: Array) -> Array:
+    """Of each token after the first, shape (length - 1,), of logits (length, vocabulary)."""
+    scores = logits[:-1]
+    chosen = jnp.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(scores, axis=-1) - chosen

@@ -1,0 +1,156 @@
+"""What pruning a model takes, before it starts."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.tensors import byte_count
+from prox24._jobs.forward import batch_size, load_model
+from prox24._jobs.memory import (
+    Setup,
+    check_patterns,
+    distinct_layers,
+    fitting_micro_batch,
+    layer_memory,
+    operations,
+    streams,
+)
+from prox24._jobs.output import table
+from prox24._jobs.prune import check_shared
+from prox24._jobs.reports import Report, gigabytes
+from prox24._pruning.recipe import Recipe
+from prox24.errors import Prox24Error
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Report):
+    """Bytes and operations; printed, it is a table.
+
+    Attributes:
+      model: that would be pruned.
+      devices: that would share the work.
+      shard_grams: whether they share the columns of Grams.
+      micro_batch_windows: windows that go through a layer together on a device.
+      sequence_length: tokens of a window.
+      checkpoint_bytes: of the weights, which are read twice and written once.
+      activation_bytes: of hidden states, on the host.
+      layer_weight_bytes: of the largest layer, once.
+      layer_gram_bytes: of its Grams.
+      gather_bytes: the most on a device while Grams are gathered.
+      solve_bytes: the most on a device while a linear is solved.
+      widest_linear: the linear that takes it.
+      peak_bytes: the larger of the two.
+      memory_bytes: the device's, or None.
+      fits: whether the job fits into it, or None.
+      fitting_micro_batch_windows: windows on a device that fit, or None.
+      operations: multiplications and additions of forward passes and Grams.
+    """
+
+    model: str
+    devices: int
+    shard_grams: bool
+    micro_batch_windows: int
+    sequence_length: int
+    checkpoint_bytes: int
+    activation_bytes: int
+    layer_weight_bytes: int
+    layer_gram_bytes: int
+    gather_bytes: int
+    solve_bytes: int
+    widest_linear: str
+    peak_bytes: int
+    memory_bytes: int | None
+    fits: bool | None
+    fitting_micro_batch_windows: int | None
+    operations: dict[str, float]
+
+    def __str__(self) -> str:
+        tokens = f"{self.micro_batch_windows} x {self.sequence_length} tokens"
+        rows = [
+            ["checkpoint, read twice and written once", gigabytes(self.checkpoint_bytes)],
+            ["hidden states, on the host", gigabytes(self.activation_bytes)],
+            ["a layer's weights", gigabytes(self.layer_weight_bytes)],
+            ["a layer's Grams", gigabytes(self.layer_gram_bytes)],
+            [f"peak on a device, gathering {tokens}", gigabytes(self.gather_bytes)],
+            [f"peak on a device, solving {self.widest_linear}", gigabytes(self.solve_bytes)],
+            *[[f"operations: {name}", f"{count:.3g}"] for name, count in self.operations.items()],
+        ]
+        if self.memory_bytes is not None:
+            most, length = self.fitting_micro_batch_windows, self.sequence_length
+            said = "no" if most is None else f"yes, {most} x {length} tokens at once"
+            rows.append([f"fits into {gigabytes(self.memory_bytes)}", said])
+        title = f"plan for {self.devices} device{'s' * (self.devices > 1)}"
+        return table([title + ", Grams shared" * self.shard_grams, self.model], rows)
+
+
+def plan(
+    source: str | Path,
+    recipe: Recipe = Recipe(),
+    *,
+    samples: int = 64,
+    sequence_length: int = 512,
+    devices: int = 1,
+    memory: int | None = None,
+    shard_grams: bool = False,
+) -> Plan:
+    """Estimates the memory and the operations of `prune`, from names and shapes.
+
+    XLA's compiler says what the programs of each kind of layer need; none of them is run.
+
+    Args:
+      source: see `prune`.
+      recipe: how the model would be pruned.
+      samples: windows of calibration text.
+      sequence_length: tokens of a window.
+      devices: that could share the work; as many as divide the windows do.
+      memory: bytes of a device; the plan then says whether the job fits.
+      shard_grams: see `prune`.
+
+    Returns:
+      A `Plan`.
+
+    Raises:
+      CheckpointError: the model cannot be read, or M does not divide an input width.
+      RecipeError: the solver does not support the pattern.
+      UnsupportedModelError: the model has no forward pass here.
+    """
+    recipe.check_supported()
+    checkpoint = open_checkpoint(source)
+    model = load_model(checkpoint)
+    check_patterns(model, recipe)
+    # As many as divide the windows, as `prune` uses.
+    used = max(n for n in range(1, min(devices, samples) + 1) if samples % n == 0)
+    if shard_grams:
+        check_shared(recipe, used)
+    setup, size = Setup(recipe, used, shard_grams), batch_size(samples // used, sequence_length)
+    memories = [
+        layer_memory(model, index, (size, sequence_length), setup)
+        for index in distinct_layers(model)
+    ]
+    fitting = None
+    if memory is not None:
+        with contextlib.suppress(Prox24Error):
+            fitting = fitting_micro_batch(model, (samples, sequence_length), setup, memory)
+    gather = max(each.gather for each in memories)
+    heaviest = max(memories, key=lambda each: each.solve)
+    alongside = 2 if recipe.refine is not None else streams(recipe)
+    return Plan(
+        model=str(source),
+        devices=used,
+        shard_grams=shard_grams,
+        micro_batch_windows=size,
+        sequence_length=sequence_length,
+        checkpoint_bytes=sum(map(byte_count, checkpoint.tensors.values())),
+        activation_bytes=4 * alongside * samples * sequence_length * model.config.hidden,
+        layer_weight_bytes=max(each.weights for each in memories),
+        layer_gram_bytes=max(each.grams for each in memories),
+        gather_bytes=gather,
+        solve_bytes=heaviest.solve,
+        widest_linear=heaviest.widest,
+        peak_bytes=max(gather, heaviest.solve),
+        memory_bytes=memory,
+        fits=None if memory is None else fitting is not None,
+        fitting_micro_batch_windows=None if fitting is None else fitting // used,
+        operations=operations(model, samples * sequence_length, recipe)._asdict(),
+    )

@@ -1,0 +1,326 @@
+"""The whole job of pruning: a checkpoint in, a sparse one out, and a report."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24._checkpoints.checkpoint import Checkpoint
+from prox24._checkpoints.manifest import write_manifest
+from prox24._checkpoints.unfinished import (
+    Unfinished,
+    Written,
+    check_unchanged,
+    opened_by_another,
+    sha256,
+    source_files,
+    unfinished_folder,
+)
+from prox24._checkpoints.writer import OUTPUTS, check_destination, check_tensor, fill_folder
+from prox24._core.placement import common_mesh
+from prox24._jobs import torchax
+from prox24._jobs.forward import load_model
+from prox24._jobs.memory import Setup, check_patterns, fitting_micro_batch
+from prox24._jobs.native import native_runner
+from prox24._jobs.output import Advance, peak_memory_bytes, progress_bar, versions
+from prox24._jobs.processes import agree, is_first, meet
+from prox24._jobs.reports import PruneReport
+from prox24._jobs.text import SPEECHES, Text, Windows, calibration_windows, shuffled
+from prox24._jobs.torch_runner import torch_runner
+from prox24._pruning import loop
+from prox24._pruning.loop import PrunedTensor
+from prox24._pruning.recipe import Recipe
+from prox24._pruning.report import LinearReport
+from prox24._pruning.runner import Runner
+from prox24._solvers.solve import check_shares_columns
+from prox24.errors import DiskError, Prox24Error, RecipeError
+from prox24.refine._blocks import BlockRefinement
+
+
+def prune(
+    source: str | Path,
+    destination: str | Path,
+    recipe: Recipe = Recipe(),
+    *,
+    calibration: Windows = Text(),
+    memory: int | None = None,
+    activations: str = "memory",
+    shard_grams: bool = False,
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> PruneReport:
+    """Prunes a checkpoint, layer after layer, and writes one that `transformers` loads.
+
+    The destination is complete or absent. An interrupted run goes on where it ended when the
+    function is called again with the same arguments. All local devices that divide the windows
+    share the work.
+
+    Args:
+      source: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
+      destination: the HF folder to write.
+      recipe: how the model is pruned.
+      calibration: the text whose tokens make the Grams; or token ids, shape (windows, length). A
+        refinement holds the last windows out; those of a text are shuffled before.
+      memory: bytes of a device; the largest micro-batch that fits is used. None for one of about
+        2,048 tokens.
+      activations: where hidden states are between layers, "memory" or "disk". On disk, a run that
+        goes on does not run the finished layers again.
+      shard_grams: devices share the columns of Grams and weights, not the rows of weights: for
+        Grams of which a device cannot hold several.
+      shard_size: bytes of the largest file; None keeps the source's files.
+      overwrite: replaces the destination.
+      quiet: shows no progress bar.
+
+    Returns:
+      A `PruneReport`; printed, it is a table.
+
+    Raises:
+      CheckpointError: the source cannot be read, or the destination cannot be written.
+      CalibrationError: the text is too short, or activations are not finite.
+      RecipeError: the recipe does not fit the model, or JSON cannot hold it.
+      SolverError: a linear has no finite solution; names the tensor.
+      UnsupportedModelError: the model has no forward pass here, and torchax cannot run it.
+
+    Example:
+      Prunes with the default recipe and prints the summary::
+
+        report = prox24.prune("HuggingFaceTB/SmolLM2-135M", "smol-2of4")
+        print(report)
+    """
+    began = time.perf_counter()
+    source, destination = Path(source), Path(destination)
+    file = calibration.file if isinstance(calibration, Text) else None
+    check_destination(destination, [source, None if file is None else Path(file)], overwrite)
+    recipe.check_supported()
+    recipe.to_dict()  # A manifest holds it.
+    checkpoint, native = torchax.open_any(source)
+    files = source_files(checkpoint.path)
+    windows = calibration_windows(checkpoint, calibration)
+    if recipe.refine is not None:
+        if jax.process_count() > 1:
+            raise RecipeError("refine is for a single process")
+        windows = shuffled(windows) if isinstance(calibration, Text) else windows
+    mesh = common_mesh(len(windows)) if native else None
+    devices = 1 if mesh is None else mesh.size
+    if shard_grams:
+        check_shared(recipe, devices)
+    micro_batch = None
+    if memory is not None and native:
+        model = load_model(checkpoint)
+        check_patterns(model, recipe)
+        setup = Setup(recipe, devices, shard_grams)
+        micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
+    job = {
+        "recipe": recipe.to_dict(),
+        "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
+        "micro_batch": micro_batch,
+        "shard_grams": shard_grams,
+        "shard_size": shard_size,
+        "source": files,
+        "versions": versions(),
+        "devices": [jax.devices()[0].device_kind, devices],
+        "processes": jax.process_count(),
+    }
+    agree(
+        [job, activations],
+        Prox24Error("the processes differ in arguments, packages, devices or source files"),
+    )
+    with _common_folder(destination, job, overwrite) as unfinished:
+        place = unfinished.folder.with_name("activations") / str(jax.process_index())
+        if native:
+            runner: Runner[Any] = native_runner(
+                checkpoint,
+                windows,
+                recipe,
+                micro_batch=micro_batch,
+                activations=place if activations == "disk" else None,
+                mesh=mesh,
+                shard_grams=shard_grams,
+            )
+        else:
+            options = {
+                "memory": memory is not None,
+                "activations": activations == "disk",
+                "shard_grams": shard_grams,
+                "distributed": jax.process_count() > 1,
+                "refine": recipe.refine is not None,
+            }
+            _check_not_given(options, "models with a forward pass of prox24's own")
+            runner = torch_runner(checkpoint, windows, recipe)
+        chosen, quiet = loop.check(runner, recipe), quiet or not is_first()
+        if not unfinished.entries:  # else the run before has looked
+            _check_tensors(checkpoint, recipe.dtype, quiet)
+        if recipe.refine is not None:
+            unfinished = _whole_layers(unfinished, runner, recipe.refine)
+        dense = loop.most_lossy(runner.in_memory(), recipe)
+        done = len(chosen & unfinished.finished.keys())
+        with progress_bar("prune", len(chosen - dense), quiet, done) as advance:
+            tensors = loop.prune(runner, recipe, finished=unfinished.finished, dense=dense)
+            result = _write(
+                checkpoint,
+                unfinished,
+                _watched(tensors, advance),
+                dtype=recipe.dtype,
+                shard_size=shard_size,
+                note=_model_card(recipe, calibration, windows),
+            )
+        check_unchanged(checkpoint.path, files)
+        meet("nothing has changed")  # for any of them
+        if is_first():
+            refined = result.written - {figure["name"] for figure in result.figures}
+            write_manifest(unfinished.folder, job, result.digests, result.figures, refined)
+    return PruneReport(
+        source=str(source),
+        destination=str(destination),
+        recipe=recipe,
+        calibration=described(calibration, windows, SPEECHES),
+        linears=[LinearReport.of_figures(figure) for figure in result.figures],
+        kept_dense=sorted(dense),
+        resumed_linears=done,
+        seconds=time.perf_counter() - began,
+        peak_memory_bytes=peak_memory_bytes(),
+        versions=versions(),
+        remark=OUTPUTS["safetensors"](checkpoint).remark,
+    )
+
+
+class _Result(NamedTuple):
+    """Hashes and figures by tensor, and the tensors that were pruned or trained."""
+
+    digests: dict[str, str]
+    figures: list[dict[str, Any]]
+    written: set[str]
+
+
+def _write(
+    checkpoint: Checkpoint,
+    unfinished: Unfinished,
+    tensors: Iterator[PrunedTensor],
+    *,
+    dtype: str | None,
+    shard_size: int | None,
+    note: str,
+) -> _Result:
+    """Writes each tensor when it comes, and notes it in the journal; the first process alone."""
+    entries = unfinished.entries
+    figures = [entry["figures"] for entry in entries.values() if "figures" in entry]
+    written = set(entries)
+
+    def record(file: Written, tensor: PrunedTensor) -> None:
+        own = [report.figures() for report in tensor.reports]
+        figures.extend(own)
+        written.add(tensor.name)
+        unfinished.record(file, {"figures": own[0]} if own else {})
+
+    if not is_first():
+        for tensor in tensors:
+            figures.extend(report.figures() for report in tensor.reports)
+        return _Result({}, figures, written)
+    digests = fill_folder(
+        checkpoint,
+        unfinished,
+        tensors,
+        dtype=dtype,
+        max_shard_bytes=shard_size,
+        note=note,
+        on_replaced=record,
+    )
+    return _Result(digests, figures, written)
+
+
+def _watched(tensors: Iterator[PrunedTensor], advance: Advance) -> Iterator[PrunedTensor]:
+    """The tensors, and the bar that moves when one has been written."""
+    for tensor in tensors:
+        yield tensor
+        for report in tensor.reports:
+            advance(tensor.name, report.statistics.relative_loss)
+
+
+def _check_not_given(options: Mapping[str, bool], purpose: str) -> None:
+    """Raises Prox24Error that names the first option that was given, and what it is for."""
+    for option, given in options.items():
+        if given:
+            raise Prox24Error(f"{option} is for {purpose}")
+
+
+def _check_tensors(checkpoint: Checkpoint, dtype: str | None, quiet: bool) -> None:
+    """Reads every tensor once, before hours are spent on some of them."""
+    with progress_bar("check", len(checkpoint.tensors), quiet) as advance:
+        for name in checkpoint.tensors:
+            check_tensor(checkpoint, name, dtype)
+            advance(name, None)
+
+
+@contextlib.contextmanager
+def _common_folder(
+    destination: Path, job: Mapping[str, Any], overwrite: bool
+) -> Iterator[Unfinished]:
+    """`unfinished_folder` of the first process, in which the others see what is finished.
+
+    Raises:
+      CheckpointError: see `unfinished_folder`, or the others do not see it.
+    """
+    # Not an error of the input, which would end the job.
+    differ = DiskError(f"the processes do not find the same files beside {destination}")
+    if is_first():
+        with unfinished_folder(destination, job, overwrite=overwrite) as unfinished:
+            meet("opened")
+            agree(list(unfinished.entries), differ)
+            yield unfinished
+    else:
+        meet("opened")
+        unfinished = opened_by_another(destination)
+        agree(list(unfinished.entries), differ)
+        yield unfinished
+    meet("in place")
+
+
+def check_shared(recipe: Recipe, devices: int) -> None:
+    """Raises RecipeError where Grams cannot be shared: by one device, or with this solver."""
+    try:
+        check_shares_columns(recipe.solver, recipe.refit)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if devices == 1:
+        raise Prox24Error("shard_grams is for several devices, and there is one to be used")
+
+
+def _whole_layers(
+    unfinished: Unfinished, runner: Runner[Any], refine: BlockRefinement
+) -> Unfinished:
+    """Without the tensors of a layer that is not all there, which is refined anew as a whole."""
+    layers = [loop.trained_tensors(runner, index, refine) for index in range(runner.stages)]
+    whole = {name for names in layers if names <= unfinished.entries.keys() for name in names}
+    return unfinished._replace(
+        entries={name: entry for name, entry in unfinished.entries.items() if name in whole},
+        finished={name: tensor for name, tensor in unfinished.finished.items() if name in whole},
+    )
+
+
+def described(text: Windows, windows: NDArray[np.int32], packaged: str) -> dict[str, Any]:
+    """The text of a report: its name, windows and tokens."""
+    name = text.called(packaged) if isinstance(text, Text) else "tokens"
+    count, length = windows.shape
+    return {"text": name, "windows": count, "sequence_length": length, "tokens": windows.size}
+
+
+def _model_card(recipe: Recipe, calibration: Windows, windows: NDArray[np.int32]) -> str:
+    """Markdown that tells a model's users how it was pruned."""
+    text = described(calibration, windows, SPEECHES)
+    name = Path(text["text"]).name
+    return f"""## Pruning
+
+The linears of the layers were pruned by prox24 {versions()["prox24"]}, along the input axis.
+Calibration: {text["windows"]} windows of {text["sequence_length"]} tokens from {name}.
+`prox24 prune --recipe FILE` does the same with this recipe:
+
+```json
+{recipe.to_json()}
+```
+"""

@@ -1,0 +1,127 @@
+"""What jobs return: reports that print as tables and have a JSON form."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+from prox24._jobs.output import table
+from prox24._pruning.recipe import Recipe
+from prox24._pruning.report import LinearReport
+from prox24._solvers.problem import Status
+from prox24.refine._training import Outcome
+
+
+class Report:
+    """A dataclass that prints as a table."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneReport(Report):
+    """How a model was pruned; printed, it is a table.
+
+    Attributes:
+      source: the model that was pruned.
+      destination: the folder that was written.
+      recipe: how it was pruned.
+      calibration: the text, its windows and tokens.
+      linears: one `LinearReport` for each linear that was pruned, in the order of pruning.
+      kept_dense: the tensors that `keep_dense` of the recipe left dense.
+      resumed_linears: the number that the run before had done.
+      seconds: wall-clock time of the job.
+      peak_memory_bytes: the largest resident memory; None where it is not known.
+      versions: of Python and packages.
+      remark: what a runtime makes of the zeros.
+    """
+
+    source: str
+    destination: str
+    recipe: Recipe
+    calibration: dict[str, Any]
+    linears: list[LinearReport]
+    kept_dense: list[str]
+    resumed_linears: int
+    seconds: float
+    peak_memory_bytes: int | None
+    versions: dict[str, str]
+    remark: str
+
+    @property
+    def mean_relative_loss(self) -> float:
+        """The mean over linears."""
+        return float(np.mean([linear.statistics.relative_loss for linear in self.linears]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        linears = [linear.figures() for linear in self.linears]
+        return super().to_dict() | {"recipe": self.recipe.to_dict(), "linears": linears}
+
+    def __str__(self) -> str:
+        losses = {linear.name: linear.statistics.relative_loss for linear in self.linears}
+        rows = [["written", self.destination], ["linears pruned", str(len(losses))]]
+        if losses:
+            worst = max(losses, key=losses.__getitem__)
+            rows += [
+                ["mean relative loss", f"{self.mean_relative_loss:.4f}"],
+                ["largest relative loss", f"{losses[worst]:.4f}  {worst}"],
+            ]
+        rows += [
+            ["calibration", self.calibration["text"]],
+            ["calibration tokens", str(self.calibration["tokens"])],
+            ["seconds", f"{self.seconds:.0f}"],
+            ["peak memory", gigabytes(self.peak_memory_bytes)],
+            *self._block_rows(),
+        ]
+        counts = {
+            "done by the run before": self.resumed_linears,
+            "kept dense": len(self.kept_dense),
+            "cut to the pattern at the last step": sum(
+                linear.status is Status.MAX_STEPS for linear in self.linears
+            ),
+            "damping raised to make a Gram definite": sum(
+                linear.statistics.damping_raised for linear in self.linears
+            ),
+            "calibrated on fewer tokens than inputs": sum(
+                linear.tokens < linear.inputs for linear in self.linears
+            ),
+        }
+        rows += [[label, f"{count} linears"] for label, count in counts.items() if count]
+        dead = sum(linear.statistics.dead_features for linear in self.linears)
+        if dead:
+            rows.append(["input features never active", str(dead)])
+        return f"{table(['', ''], rows)}\n{self.remark}"
+
+    def _block_rows(self) -> list[list[str]]:
+        # Linears of a layer share one report.
+        blocks = list(dict.fromkeys(each.block for each in self.linears if each.block))
+        if not blocks:
+            return []
+        before, after = (
+            np.mean([getattr(block, key) for block in blocks]) for key in ("error_before", "error")
+        )
+        rows = [["mean error of a layer, refined", f"{before:.4f} to {after:.4f}"]]
+        if diverged := sum(block.outcome is Outcome.DIVERGED for block in blocks):
+            rows.append(["diverged while refined", f"{diverged} layers"])
+        return rows
+
+
+def gigabytes(count: int | None) -> str:
+    """A number of bytes for people.
+
+    Example:
+      >>> gigabytes(1_500_000_000), gigabytes(None)
+      ('1.50 GB', 'unknown')
+    """
+    return "unknown" if count is None else f"{count / 1e9:.2f} GB"

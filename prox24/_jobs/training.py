@@ -1,0 +1,279 @@
+"""Training all kept weights of a pruned checkpoint together, on what the dense one predicts."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from numpy.typing import NDArray
+
+from prox24 import refine
+from prox24._checkpoints.checkpoint import Checkpoint
+from prox24._core.placement import AXIS, in_parts
+from prox24._jobs import partition
+from prox24._jobs.forward import (
+    Model,
+    all_linears,
+    embed_windows,
+    embedding_weights,
+    head_weights,
+    layer_linears,
+    layer_tensor,
+    layer_weights,
+    load_model,
+    oriented,
+    run_in_place,
+)
+from prox24._models import decoder, spec, whole
+from prox24._models.decoder import Weights
+from prox24._models.spec import Config
+from prox24.errors import CalibrationError, CheckpointError
+from prox24.refine import Refined, Training
+from prox24.refine._distillation import Features, Logits
+from prox24.refine._model import ModelRefinement
+from prox24.refine._training import Resume
+
+
+class TrainedModel(NamedTuple):
+    """A pruned model after its training.
+
+    Attributes:
+      tensors: names and values, in the checkpoint's layout, of every tensor of every layer.
+      refined: how it went.
+      tokens: of all windows that were trained on, counted once for each pass.
+    """
+
+    tensors: Iterator[tuple[str, NDArray[Any]]]
+    refined: Refined
+    tokens: int
+
+
+def train_model(
+    dense: Checkpoint,
+    pruned: Checkpoint,
+    windows: NDArray[np.int32],
+    refinement: ModelRefinement,
+    *,
+    mesh: Mesh | None = None,
+    resume: Resume = lambda state: state,
+    on_measured: Callable[[Training], None] = lambda state: None,
+) -> TrainedModel:
+    """Trains the nonzeros of every linear, norms and biases; embeddings and head stay.
+
+    The dense model runs once, layer by layer, and the hidden states that it ends with are kept on
+    the host: hidden width * 4 bytes for a token. With cross-entropy alone it does not run. The
+    pruned model is in memory as a whole: its weights as they were given and the best ones, in
+    float32 the trained ones, two moments of Adam and a gradient, and a byte for each entry, whether
+    it is trained; embeddings and head besides.
+
+    Args:
+      dense: the teacher.
+      pruned: with the same config; its zeros stay zeros. Where its embeddings or head differ from
+        the dense model's, each has its own.
+      windows: tokens, shape (windows, length).
+      refinement: see there.
+      mesh: devices of one process, of which the first axis shares the windows of a micro-batch and
+        the parts of every weight. A second axis, if there is one, shares heads and widths.
+      resume: the state to begin with, given the one before the first step.
+      on_measured: see `prox24.refine.distill`.
+
+    Returns:
+      A `TrainedModel`.
+
+    Raises:
+      CheckpointError: the models differ in more than their weights, or the pruned one has no linear
+        with a quarter of zeros, or with more of them than the dense one's.
+      CalibrationError: there are fewer than two steps' windows, all are held out, or the loss is
+        not finite before the first step.
+      Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
+        of the second the heads or the width of a layer.
+    """
+    mesh = None if mesh is None else partition.training_mesh(mesh)
+    # Devices of the second axis would compute the same.
+    teacher = load_model(dense, None if mesh is None else Mesh(mesh.devices[:, 0], (AXIS,)))
+    student = load_model(pruned)
+    config = student.config
+    if config != teacher.config:
+        raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
+    size, micro_batch = refinement.step_windows, refinement.micro_batch
+    if mesh is not None:
+        partition.check_divides(config, mesh, micro_batch)
+    groups = len(windows) // size
+    held_out = refinement.held_out_of(groups)
+    if groups < 2:
+        raise CalibrationError(
+            f"{len(windows)} windows are too few for steps of {size}: {2 * size} or more are "
+            f"needed, {size} of them held out"
+        )
+    if groups == held_out:
+        raise CalibrationError(f"all {len(windows)} windows are held out; use a smaller share")
+    windows, steps = windows[: groups * size], refinement.steps(groups)
+    params = _params(student, mesh)
+    if not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config)):
+        raise CheckpointError(
+            f"{pruned.path} has no more zeros in its linears than {dense.path}: prune it first"
+        )
+    dtype = refinement.compute_dtype
+    outer = _outer(student, mesh, dtype)
+    taught = refinement.cross_entropy < 1
+    batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
+    if taught:
+        targets = _targets(teacher, windows, micro_batch, dtype)
+        of_teacher = _shared(_head(config, dtype, _placed(head_weights(teacher), mesh)), outer.head)
+    else:  # Not looked at.
+        targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), outer.head
+    trained = refine.distill(
+        *_functions(config, mesh, dtype),
+        params,
+        outer,
+        batches,
+        targets,
+        _optimizer(refinement, steps),
+        teacher=outer._replace(head=of_teacher),
+        cross_entropy=refinement.cross_entropy,
+        passes=refinement.passes,
+        held_out=held_out * refinement.micro_batches,
+        micro_batches=refinement.micro_batches,
+        kept=functools.partial(_kept, config),
+        measured_every=refinement.measured_every(steps),
+        resume=resume,
+        on_measured=on_measured,
+    )
+    if not math.isfinite(trained.losses[0]):
+        raise CalibrationError(f"{pruned.path}: the loss on the text is {trained.losses[0]}")
+    tokens = trained.steps * size * windows.shape[1]
+    return TrainedModel(_named(config, trained.params), trained, tokens)
+
+
+def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
+    """The tensors of all layers; on the host are those of one name at a time."""
+
+    def stack(name: str, tensors: list[NDArray[Any]]) -> Array:
+        values = np.stack(tensors)
+        return jax.device_put(
+            values, None if mesh is None else partition.stored(mesh, name, values.shape)
+        )
+
+    return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
+
+
+class _Outer(NamedTuple):
+    """What a training computes with besides the layers."""
+
+    embedding: Weights
+    head: Weights
+
+
+def _outer(model: Model, mesh: Mesh | None, compute_dtype: str) -> _Outer:
+    weights = _placed(embedding_weights(model) | head_weights(model), mesh)
+    embedding = {name: weights[name] for name in spec.embedding_shapes(model.config)}
+    return _Outer(embedding, _head(model.config, compute_dtype, weights))
+
+
+def _placed(weights: Weights, mesh: Mesh | None) -> Weights:
+    if mesh is None:
+        return weights
+    return {name: jax.device_put(w, partition.outer(mesh, w.shape)) for name, w in weights.items()}
+
+
+def _head(config: Config, compute_dtype: str, weights: Weights) -> Weights:
+    """What is behind the layers, rounded once for all steps."""
+    behind = {name: weights[name] for name in spec.head_shapes(config)}
+    return decoder.computed_in(compute_dtype, behind, {spec.head_weight(config.head)})
+
+
+def _shared(weights: Weights, others: Weights) -> Weights:
+    """The weights, of which those that equal the others' are not in memory twice."""
+
+    def shared(weight: Array, other: Array) -> Array:
+        equal = weight.dtype == other.dtype and bool(jnp.all(weight == other))
+        return other if equal else weight
+
+    return jax.tree.map(shared, weights, others)
+
+
+def _targets(
+    model: Model, windows: NDArray[np.int32], size: int, compute_dtype: str
+) -> list[NDArray[np.float32]]:
+    """What the last layer puts out, by batch: shape (size, length, hidden)."""
+    config, hidden = model.config, list(embed_windows(model, windows, size))
+    for index in range(len(config.layers)):
+        weights = decoder.computed_in(compute_dtype, layer_weights(model, index), _linears(config))
+        run_in_place(model, index, weights, hidden)
+    return hidden
+
+
+@functools.lru_cache(maxsize=4)
+def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[Features, Logits]:
+    """Objects that are the same for the same model, so that they are compiled once."""
+    linears = _linears(config)
+
+    def enter(weights: Weights, hidden: Array) -> tuple[Weights, Array]:
+        # In that dtype already when devices send them to each other.
+        return partition.gathered(
+            mesh, decoder.computed_in(compute_dtype, weights, linears), hidden
+        )
+
+    def features(params: whole.Stacked, outer: _Outer, tokens: Array) -> Array:
+        return whole.features(config, params, outer.embedding, in_parts(tokens, mesh), enter)
+
+    def logits(outer: _Outer, hidden: Array) -> Array:
+        return decoder.logits(config, outer.head, hidden)
+
+    return features, logits
+
+
+@functools.lru_cache(maxsize=4)
+def _optimizer(refinement: ModelRefinement, steps: int) -> optax.GradientTransformation:
+    """The same object for the same numbers, so that it is compiled once."""
+    return refinement.optimizer(steps)
+
+
+@functools.lru_cache(maxsize=4)
+def _linears(config: Config) -> frozenset[str]:
+    """The names of linears among the tensors of layers."""
+    indices = range(len(config.layers))
+    return frozenset(linear.weight for i in indices for linear in layer_linears(config, i))
+
+
+def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bool:
+    """Whether a linear has more than the same one of the dense model, which may have a few."""
+
+    def zeros(checkpoint: Checkpoint, tensor: str) -> int:
+        return int(np.count_nonzero(checkpoint.read(tensor) == 0))
+
+    names = (linear.tensor for linear in all_linears(config))
+    return any(zeros(pruned, name) > zeros(dense, name) for name in names)
+
+
+def _is_pruned(config: Config, params: whole.Stacked) -> bool:
+    """Whether a linear has so many zeros as no dense or quantised one has: a quarter."""
+    linears = _linears(config)
+    return any(
+        bool(jnp.max(jnp.mean(leaf == 0, axis=(1, 2), dtype=jnp.float32)) >= 0.25)
+        for run in params
+        for name, leaf in run.items()
+        if name in linears
+    )
+
+
+def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
+    """The nonzeros of linears, and every entry of the other tensors."""
+    linears = _linears(config)
+    return [
+        {name: leaf != 0 if name in linears else jnp.array(True) for name, leaf in run.items()}
+        for run in params
+    ]
+
+
+def _named(config: Config, params: whole.Stacked) -> Iterator[tuple[str, NDArray[Any]]]:
+    for index, weights in enumerate(whole.unstacked(config, params)):
+        for name, values in weights.items():
+            tensor = spec.layer_tensor(config.names, index, name)
+            yield tensor, np.asarray(oriented(config, values.astype(jnp.float32)))

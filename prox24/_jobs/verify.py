@@ -1,0 +1,205 @@
+"""Whether a pruned model is what it should be, tensor by tensor."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from numpy.typing import NDArray
+
+from prox24._checkpoints.checkpoint import Checkpoint
+from prox24._checkpoints.manifest import read_manifest
+from prox24._checkpoints.tensors import TensorSource, is_finite
+from prox24._checkpoints.unfinished import sha256
+from prox24._core.masks import count_violations, mean_sparsity
+from prox24._core.pattern import PatternLike, Unstructured
+from prox24._jobs import torchax
+from prox24._jobs.forward import all_linears, load_model
+from prox24._jobs.output import progress_bar, table, versions
+from prox24._jobs.reports import Report
+from prox24._pruning.recipe import Recipe
+from prox24._pruning.runner import Linear, check_widths
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport(Report):
+    """Whether a model is as it should be; printed, it is a table and a line for each problem.
+
+    Attributes:
+      model: that was looked at.
+      source: that it was compared with, or None.
+      manifest: whether the folder has one.
+      pattern: of the linears, as text; those of a recipe are one after the other.
+      tensors: their number.
+      linears: the number that should have the pattern.
+      refined: tensors that were trained without being pruned, and are not compared.
+      blocks: of the linears; weights where there is no N:M.
+      sparsity: share of exact zeros in the linears.
+      violations: by tensor, the blocks that break the pattern.
+      problems: by tensor, what is wrong.
+      others: tensors that are neither linears nor refined.
+      versions: of Python and packages.
+    """
+
+    model: str
+    source: str | None
+    manifest: bool
+    pattern: str
+    tensors: int
+    linears: int
+    refined: list[str]
+    blocks: int
+    sparsity: float
+    violations: dict[str, int]
+    problems: dict[str, str]
+    others: int
+    versions: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        compared = "" if self.source is None else ", compared with the source"
+        rows = [
+            ["pattern, along the input axis", self.pattern],
+            ["linears", str(self.linears)],
+            ["blocks", str(self.blocks)],
+            ["exact zeros", f"{self.sparsity:.2%}"],
+            ["linears that break the pattern", str(len(self.violations))],
+            ["tensors", str(self.tensors)],
+            ["hashes", "compared with the manifest" if self.manifest else "no manifest"],
+            ["other tensors", f"{self.others}{compared}"],
+            ["refined tensors, not compared", str(len(self.refined))],
+            ["tensors with problems", str(len(self.problems))],
+        ]
+        return "\n".join([table(["model", self.model], rows), *self.problem_lines()])
+
+    def problem_lines(self) -> list[str]:
+        """A line for each problem."""
+        return [f"{name}: {problem}" for name, problem in self.problems.items()]
+
+
+def verify(
+    model: str | Path,
+    source: str | Path | None = None,
+    pattern: PatternLike | Unstructured | str | None = None,
+    *,
+    quiet: bool = True,
+) -> VerifyReport:
+    """Checks the pattern, the hashes and the values of a pruned model.
+
+    Args:
+      model: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
+      source: the model that it was pruned from; tensors that were not pruned must equal its.
+      pattern: that every linear must have. None for that of the recipe in the folder's manifest, of
+        the tensors that were pruned; and 2:4 of every linear where there is no recipe.
+      quiet: shows no progress bar.
+
+    Returns:
+      A `VerifyReport`; its `ok` says whether all is well.
+
+    Raises:
+      CheckpointError: a model cannot be read, or an input width is not divisible by M.
+      RecipeError: the pattern is none.
+    """
+    checkpoint, native = torchax.open_any(model)
+    manifest = read_manifest(checkpoint.path)
+    axes = native_axes(checkpoint) if native else torchax.linear_axes(checkpoint)
+    entries = {} if manifest is None else manifest["tensors"]
+    made = None if manifest is None or pattern is not None else manifest.get("recipe")
+    if made is None:
+        recipe = Recipe(pattern=(2, 4) if pattern is None else pattern)
+    else:
+        names = [name for name in ("pattern", "only", "skip") if name in made]
+        recipe = Recipe.from_dict({name: made[name] for name in names})
+        axes = {name: axis for name, axis in axes.items() if "pruned" in entries.get(name, {})}
+    shapes = {name: checkpoint.tensors[name].shape for name in axes}
+    check_widths([Linear(name, name, shapes[name][axis]) for name, axis in axes.items()], recipe)
+    given = None if source is None else torchax.open_any(source)[0]
+    problems = _missing(checkpoint, given, None if manifest is None else entries)
+    refined = {name for name, entry in entries.items() if entry.get("refined")}
+    copies = {} if given is None else given.tensors
+    others = {name: tensor for name, tensor in copies.items() if name not in refined}
+    violations: dict[str, int] = {}
+    zeros = weights = blocks = 0.0
+    with progress_bar("verify", len(checkpoint.tensors), quiet) as advance:
+        for name in checkpoint.tensors:
+            values = checkpoint.tensors[name].read()
+            own = entries.get(name, {})
+            promised = own.get("dtype", values.dtype.name)
+            if values.dtype.name != promised:
+                problems[name] = f"is {values.dtype}, the manifest says {promised}"
+            elif own and sha256(values) != own["sha256"]:
+                problems[name] = "is not what the manifest says"
+            if name in axes:
+                weight, sought = jnp.asarray(values), recipe.pattern_of(name)
+                assert sought is not None
+                group = 1 if isinstance(sought, Unstructured) else sought.group
+                zeros += float(mean_sparsity(weight)) * weight.size
+                weights += weight.size
+                blocks += weight.size // group
+                broken = int(count_violations(weight, sought, axes[name]))
+                if broken:
+                    unit = "weights" if group == 1 else f"blocks of {group}"
+                    violations[name] = broken
+                    problems[name] = f"{broken} {unit} break the pattern {sought}"
+            elif name in others and _differ(values, others[name]):
+                problems[name] = "is not what the source has"
+            if name not in checkpoint.buffers and not is_finite(values):
+                before = [problems[name]] if name in problems else []
+                problems[name] = "; ".join(["holds NaN or Inf", *before])
+            advance(name, None)
+    return VerifyReport(
+        model=str(model),
+        source=None if given is None else str(given.path),
+        manifest=manifest is not None,
+        pattern=", ".join(dict.fromkeys(str(recipe.pattern_of(name)) for name in axes)),
+        tensors=len(checkpoint.tensors),
+        linears=len(axes),
+        refined=sorted(refined),
+        blocks=int(blocks),
+        sparsity=zeros / weights if weights else 0.0,
+        violations=violations,
+        problems=problems,
+        others=len(checkpoint.tensors.keys() - axes.keys() - refined),
+        versions=versions(),
+    )
+
+
+def native_axes(checkpoint: Checkpoint) -> dict[str, int]:
+    """The pruned tensors of a native model, with the axis that each sums over."""
+    config = load_model(checkpoint).config
+    axis = 0 if config.names.transposed else 1
+    return {linear.tensor: axis for linear in all_linears(config)}
+
+
+def _missing(
+    checkpoint: Checkpoint, source: Checkpoint | None, manifest: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """What is wrong without reading a tensor: names and shapes."""
+    problems: dict[str, str] = {}
+    if manifest is not None:
+        problems |= {name: "is missing" for name in manifest.keys() - checkpoint.tensors.keys()}
+        problems |= {
+            name: "is not in the manifest" for name in checkpoint.tensors.keys() - manifest.keys()
+        }
+    if source is not None:
+        for name, tensor in source.tensors.items():
+            if name not in checkpoint.tensors:
+                problems[name] = "is missing"
+            elif checkpoint.tensors[name].shape != tensor.shape:
+                problems[name] = (
+                    f"has shape {checkpoint.tensors[name].shape}, the source has {tensor.shape}"
+                )
+        for name in checkpoint.tensors.keys() - source.tensors.keys():
+            problems.setdefault(name, "is not in the source")
+    return problems
+
+
+def _differ(values: NDArray[Any], source: TensorSource) -> bool:
+    """In a bit, after the change of dtype that a user may have asked for; `_missing` has shapes."""
+    same_shape = values.shape == source.shape
+    return same_shape and sha256(values) != sha256(source.read().astype(values.dtype, copy=False))

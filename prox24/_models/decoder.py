@@ -1,0 +1,366 @@
+"""The decoder that every family is a setting of, as pure functions of its weights.
+
+A layer's weights are a dict under the names of `prox24._models.spec`. Everything is computed in
+float32, but for products with weights that are `Packed24` or `InBfloat16`.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from prox24._core.precision import PRECISION
+from prox24._models.spec import (
+    MLP,
+    Alibi,
+    Attention,
+    Config,
+    Layer,
+    Norm,
+    Rope,
+    expert_names,
+    head_weight,
+)
+from prox24.errors import UnsupportedModelError
+from prox24.packed import Packed24, matmul
+
+Weights = Mapping[str, Array]
+
+Tap = Callable[[str, Array], None]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""By HF's names."""
+
+
+class Past(NamedTuple):
+    """What comes before the tokens of a pass.
+
+    Attributes:
+      length: tokens before them, the position of the first of them; an int32 scalar if traced.
+      join: from their keys and values, each (batch, key heads, length, head_dim), to those of all
+        positions from 0. What is behind theirs is not seen.
+    """
+
+    length: Array | int
+    join: Callable[[Array, Array], tuple[Array, Array]]
+
+
+NO_PAST = Past(0, lambda keys, values: (keys, values))
+"""Of the tokens of whole texts."""
+
+
+def embed(config: Config, weights: Weights, tokens: Array, start: Array | int = 0) -> Array:
+    """Token ids (batch, length) to hidden states (batch, length, hidden), float32.
+
+    Args:
+      config: static.
+      weights: as `embedding_shapes` lists them.
+      tokens: integers.
+      start: the position of the first token.
+
+    Raises:
+      UnsupportedModelError: there are more tokens than rows in the table of positions.
+    """
+    length, embedding = tokens.shape[1], config.embedding
+    hidden = weights["embed_tokens.weight"][tokens].astype(jnp.float32) * embedding.scale
+    if embedding.positions:
+        if length > embedding.positions - embedding.offset:
+            raise UnsupportedModelError(
+                f"windows of {length} tokens are longer than the model's "
+                f"{embedding.positions - embedding.offset} positions"
+            )
+        table = weights["embed_positions.weight"]
+        rows = jax.lax.dynamic_slice_in_dim(table, embedding.offset + start, length)
+        hidden = hidden + rows.astype(jnp.float32)[None]
+    return _norm(config.norm, weights, "embed_norm" if embedding.norm else None, hidden)
+
+
+def layer(spec: Layer, weights: Weights, hidden: Array, tap: Tap, past: Past = NO_PAST) -> Array:
+    """One decoder layer.
+
+    Args:
+      spec: static.
+      weights: the layer's tensors.
+      hidden: shape (batch, length, hidden), float32.
+      tap: called with the name and the value (batch, length, in) of every input of a linear, as
+        `linear_inputs` names them; tokens that an expert does not get are zero in its inputs. Pass
+        `no_tap` to observe nothing.
+      past: what comes before; nothing if `hidden` is of whole texts.
+
+    Returns:
+      Hidden states of the same shape.
+    """
+    residual = spec.residual
+
+    def norm(name: str | None, x: Array) -> Array:
+        return _norm(spec.norm, weights, name, x)
+
+    x = norm(residual.before_attention, hidden)
+    tap("attention_input", x)
+    x = _attention(spec.attention, spec.norm, weights, x, past)
+    tap("attention_output", x)
+    x = _affine(weights, "self_attn.o_proj", x)
+    attended = hidden + residual.scale * norm(residual.after_attention, x)
+
+    x = norm(residual.before_mlp, hidden if residual.parallel else attended)
+    x = _mixture(spec.mlp, weights, x, tap) if spec.mlp.experts else _mlp(spec.mlp, weights, x, tap)
+    return attended + residual.scale * norm(residual.after_mlp, x)
+
+
+def no_tap(name: str, x: Array) -> None:
+    """Observes nothing."""
+    del name, x
+
+
+def logits(config: Config, weights: Weights, hidden: Array) -> Array:
+    """Hidden states (batch, length, hidden) to float32 logits (batch, length, vocabulary)."""
+    head = config.head
+    x = _norm(config.norm, weights, "norm", hidden)
+    y = linear(x, weights[head_weight(head)])
+    if head.bias:
+        y = y + weights["lm_head.bias"].astype(jnp.float32)[None, None, :]
+    return _softcap(y / head.divisor, head.softcap)
+
+
+class InBfloat16(NamedTuple):
+    """A weight of a linear that is multiplied in bfloat16, forwards and backwards.
+
+    Attributes:
+      weight: shape (out, in), bfloat16.
+    """
+
+    weight: Array
+
+
+def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) -> dict[str, Any]:
+    """Weights whose linears are multiplied in one of `prox24._core.precision.COMPUTE_DTYPES`.
+
+    Args:
+      compute_dtype: "float32" leaves the weights as they are, to be multiplied in float32.
+      weights: of a layer, or around the layers, by name.
+      linears: the names of those that are multiplied so.
+
+    Returns:
+      The weights, of which with "bfloat16" these are `InBfloat16`.
+
+    Example:
+      >>> weights = {"up.weight": jnp.ones((2, 4)), "norm.weight": jnp.ones(4)}
+      >>> found = computed_in("bfloat16", weights, {"up.weight"})
+      >>> found["up.weight"].weight.dtype.name, found["norm.weight"].dtype.name
+      ('bfloat16', 'float32')
+    """
+    if compute_dtype == "float32":
+        return dict(weights)
+    return {
+        name: InBfloat16(w.astype(jnp.bfloat16)) if name in linears else w
+        for name, w in weights.items()
+    }
+
+
+def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
+    """x W^T of x (batch, length, in) and W (out, in), in float32.
+
+    Nothing else multiplies with the weight of a linear. With a packed one `x` is rounded to its
+    dtype, and so is the product: kernels read both in one dtype. With an `InBfloat16` operands are
+    rounded to bfloat16, those of the gradients too, and sums are float32.
+
+    Example:
+      >>> linear(jnp.ones((1, 3, 4)), jnp.ones((2, 4), jnp.bfloat16)).shape
+      (1, 3, 2)
+    """
+    if isinstance(weight, Packed24):
+        return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
+    if isinstance(weight, InBfloat16):
+        return _in_bfloat16(x, weight.weight)
+    return jnp.einsum("bti,oi->bto", x, weight.astype(jnp.float32), precision=PRECISION)
+
+
+@jax.custom_vjp
+def _in_bfloat16(x: Array, weight: Array) -> Array:
+    """x W^T of a bfloat16 W.
+
+    JAX's own gradients would multiply float32 cotangents with bfloat16 operands, which is done in
+    float32.
+    """
+    return _sums("bti,oi->bto", x, weight)
+
+
+def _in_bfloat16_forwards(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    x = x.astype(jnp.bfloat16)
+    return _sums("bti,oi->bto", x, weight), (x, weight)
+
+
+def _in_bfloat16_backwards(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, weight = operands
+    of_weight = _sums("bto,bti->oi", cotangent, x)
+    return _sums("bto,oi->bti", cotangent, weight), of_weight.astype(jnp.bfloat16)
+
+
+def _sums(axes: str, a: Array, b: Array) -> Array:
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+_in_bfloat16.defvjp(_in_bfloat16_forwards, _in_bfloat16_backwards)
+
+
+def _affine(weights: Weights, name: str, x: Array) -> Array:
+    y = linear(x, weights[f"{name}.weight"])
+    bias = weights.get(f"{name}.bias")
+    return y if bias is None else y + bias.astype(jnp.float32)[None, None, :]
+
+
+def _norm(norm: Norm, weights: Weights, name: str | None, x: Array) -> Array:
+    """Normalises the last axis; the identity without a name."""
+    if name is None:
+        return x
+    if norm.kind == "layer":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    weight = norm.offset + weights[f"{name}.weight"].astype(jnp.float32)
+    shape = (1,) * (x.ndim - 1) + weight.shape
+    x = x * jax.lax.rsqrt(square + norm.epsilon) * weight.reshape(shape)
+    if norm.kind == "layer":
+        x = x + weights[f"{name}.bias"].astype(jnp.float32).reshape(shape)
+    return x
+
+
+def _softcap(x: Array, cap: float | None) -> Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _mlp(mlp: MLP, weights: Weights, x: Array, tap: Tap, name: str = "mlp") -> Array:
+    prefix = "mlp_" if name == "mlp" else f"{name}."
+    tap(f"{prefix}input", x)
+    activation = ACTIVATIONS[mlp.activation]
+    if mlp.fused:
+        gate, up = jnp.split(_affine(weights, f"{name}.gate_up_proj", x), 2, axis=-1)
+    else:
+        up = _affine(weights, f"{name}.up_proj", x)
+        gate = _affine(weights, f"{name}.gate_proj", x) if mlp.gated else up
+    x = activation(gate) * up if mlp.gated else activation(up)
+    tap(f"{prefix}activation", x)
+    return _affine(weights, f"{name}.down_proj", x)
+
+
+def _mixture(mlp: MLP, weights: Weights, x: Array, tap: Tap) -> Array:
+    """Every expert computes every token: simple, at experts / per_token times the least work."""
+    experts = mlp.experts
+    assert experts is not None
+    probabilities = jax.nn.softmax(_affine(weights, "mlp.router", x), axis=-1)
+    chosen, indices = jax.lax.top_k(probabilities, experts.per_token)
+    if experts.normalised:
+        chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+    total = jnp.zeros_like(x)
+    for index, name in enumerate(expert_names(experts)):
+        routed = indices == index
+        share = jnp.sum(jnp.where(routed, chosen, 0), axis=-1, keepdims=True)
+        seen = jnp.where(jnp.any(routed, axis=-1, keepdims=True), x, 0)
+        total = total + share * _mlp(mlp, weights, seen, tap, name)
+    return total
+
+
+def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array, past: Past) -> Array:
+    """Mixed values (batch, length, heads head_dim), before the output projection."""
+    batch, length, _ = x.shape
+    heads, key_heads, width = attention.heads, attention.key_value_heads, attention.head_dim
+    queries, keys, values = _queries_keys_values(attention, weights, x)
+
+    def normalised(x: Array, name: str) -> Array:
+        if attention.norm == "rows":
+            rows = x.reshape(batch, length, -1)
+            x = _norm(norm, weights, f"self_attn.{name}_norm", rows).reshape(x.shape)
+        elif attention.norm == "heads":
+            x = _norm(norm, weights, f"self_attn.{name}_norm", x)
+        return x
+
+    queries, keys = normalised(queries, "q"), normalised(keys, "k")
+    if attention.clip is not None:
+        queries, keys, values = (
+            jnp.clip(part, -attention.clip, attention.clip) for part in (queries, keys, values)
+        )
+    queries, keys, values = (part.transpose(0, 2, 1, 3) for part in (queries, keys, values))
+    positions = past.length + jnp.arange(length, dtype=jnp.int32)
+    if attention.rope is not None:
+        cosines, sines = _angles(attention.rope.at_length(length), positions)
+        queries, keys = _rotate(queries, cosines, sines), _rotate(keys, cosines, sines)
+    keys, values = past.join(keys, values)
+    seen = keys.shape[2]
+    # The queries that share a key head are rows of one matrix product.
+    shared = (batch, key_heads, heads // key_heads * length)
+    queries = queries.reshape(*shared, width) * attention.scale
+    scores = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, precision=PRECISION)
+    scores = _softcap(scores.reshape(batch, heads, length, seen), attention.softcap)
+    if attention.alibi is not None:
+        scores = scores + _alibi(attention.alibi, seen)
+    scores = jnp.where(_visible(positions, seen, attention.window), scores, -jnp.inf)
+    probabilities = jax.nn.softmax(scores, axis=-1).reshape(*shared, seen)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, values, precision=PRECISION)
+    mixed = mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
+    return mixed.reshape(batch, length, heads * width)
+
+
+def _queries_keys_values(
+    attention: Attention, weights: Weights, x: Array
+) -> tuple[Array, Array, Array]:
+    """Each of shape (batch, length, its heads, head_dim)."""
+    batch, length, _ = x.shape
+    heads, key_heads, width = attention.heads, attention.key_value_heads, attention.head_dim
+
+    def by_heads(x: Array) -> Array:
+        return x.reshape(batch, length, -1, width)
+
+    if attention.fused is None:
+        queries, keys, values = (
+            by_heads(_affine(weights, f"self_attn.{part}_proj", x)) for part in "qkv"
+        )
+        return queries, keys, values
+    fused = by_heads(_affine(weights, "self_attn.qkv_proj", x))
+    if attention.fused == "rows":
+        queries, keys, values = jnp.split(fused, (heads, heads + key_heads), axis=2)
+        return queries, keys, values
+    group = heads // key_heads
+    grouped = fused.reshape(batch, length, key_heads, group + 2, width)
+    queries, keys, values = jnp.split(grouped, (group, group + 1), axis=3)
+    return by_heads(queries), by_heads(keys), by_heads(values)
+
+
+def _visible(positions: Array, keys: int, window: int | None) -> Array:
+    """Whether a query (row) sees a key (column); bool, shape (1, 1, queries, keys)."""
+    ahead = positions[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :]
+    visible = ahead >= 0
+    if window is not None:
+        visible = visible & (ahead < window)
+    return visible[None, None]
+
+
+def _alibi(alibi: Alibi, keys: int) -> Array:
+    """Shape (1, heads, 1, keys)."""
+    slopes = jnp.asarray(alibi.slopes, jnp.float32).astype(alibi.dtype)
+    bias = slopes[:, None] * jnp.arange(keys).astype(alibi.dtype)[None, :]
+    return alibi.scale * bias.astype(jnp.float32)[None, :, None, :]
+
+
+def _angles(rope: Rope, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines, shape (1, 1, positions, rotated entries / 2)."""
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    angles = angles[None, None]
+    return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
+
+
+def _rotate(x: Array, cosines: Array, sines: Array) -> Array:
+    """Rotates the pairs (x[i], x[i + n / 2]) of the first n entries of a head."""
+    half = cosines.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    rotated = [first * cosines - second * sines, second * cosines + first * sines, rest]
+    return jnp.concatenate(rotated, axis=-1)

@@ -1,0 +1,117 @@
+"""From HF's config.json to the setting of the decoder that computes it: a function for a family.
+
+`docs/adding-a-model.md` adds one. A field that changes the computation and has no counterpart in
+`prox24._models.spec` raises; it is never ignored.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from prox24._models import gpt, llama
+from prox24._models.spec import Config, outer_tensor
+from prox24.errors import UnsupportedModelError
+
+LIMITS = {
+    "num_hidden_layers": 2**10,
+    "hidden_size": 2**16,
+    "num_attention_heads": 2**12,
+    "head_dim": 2**12,
+}
+
+MLPS = 2**14
+"""Beyond any model, and its experts in all; a small config.json should not take more memory."""
+
+WRONG_VALUE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers, and a family, run into if a field has a value of another kind."""
+
+UNUSED = ("dtype", "torch_dtype", "id2label", "label2id", "num_labels")
+"""What transformers reads torch for, or makes as many entries of as it is told."""
+
+FAMILIES: dict[str, Callable[[PreTrainedConfig], Config]] = {
+    "bloom": gpt.bloom,
+    "falcon": gpt.falcon,
+    "gemma": llama.gemma,
+    "gemma2": llama.gemma2,
+    "gemma3_text": llama.gemma3,
+    "gpt2": gpt.gpt2,
+    "gpt_neox": gpt.gpt_neox,
+    "granite": llama.granite,
+    "llama": llama.llama,
+    "mistral": llama.mistral,
+    "mixtral": llama.mixtral,
+    "olmo2": llama.olmo2,
+    "olmoe": llama.olmoe,
+    "opt": gpt.opt,
+    "phi": gpt.phi,
+    "phi3": llama.phi3,
+    "qwen2": llama.qwen2,
+    "qwen3": llama.qwen3,
+    "qwen3_moe": llama.qwen3_moe,
+    "smollm3": llama.smollm3,
+}
+"""By HF's model_type."""
+
+
+def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Config:
+    """Reads HF's config.json.
+
+    Args:
+      config: the decoded JSON object. Fields that it lacks are as transformers has them.
+      tensors: the checkpoint's names, since some lack the prefix that transformers expects.
+
+    Raises:
+      UnsupportedModelError: the model_type, or a setting of it, has no forward pass here.
+
+    Example:
+      >>> config_from_hf({"model_type": "llama", "num_hidden_layers": 2}).hidden
+      4096
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        supported = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModelError(f"model_type {kind!r} is not supported; supported: {supported}")
+    _check_sizes(kind, config)
+    given = {name: value for name, value in config.items() if name not in UNUSED}
+    try:
+        found = FAMILIES[kind](transformers.AutoConfig.for_model(**given))
+    except WRONG_VALUE as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UnsupportedModelError(f"the config of a {kind} model: {reason}") from error
+    if sum(layer.mlp.experts.number if layer.mlp.experts else 1 for layer in found.layers) > MLPS:
+        raise UnsupportedModelError(f"the config of a {kind} model: more than {MLPS} experts")
+    return with_names_of(found, tensors)
+
+
+def with_names_of(config: Config, tensors: Collection[str]) -> Config:
+    """The decoder with the prefix that a checkpoint's names have.
+
+    OPT's larger models have "decoder." alone for "model.decoder.".
+    """
+    parts = config.names.base.split(".")
+    names = [config.names._replace(base=".".join(parts[start:])) for start in range(len(parts))]
+    present = (one for one in names if outer_tensor(one, "embed_tokens.weight") in tensors)
+    return config._replace(names=next(present, config.names))
+
+
+def _check_sizes(kind: str, config: Mapping[str, Any]) -> None:
+    aliases = CONFIG_MAPPING[kind].attribute_map
+    for name, limit in LIMITS.items():
+        for key in sorted({name, aliases.get(name, name)}):
+            value = config.get(key)
+            if value is not None and not (type(value) is int and 0 < value <= limit):
+                raise UnsupportedModelError(
+                    f"the config of a {kind} model: {key} is {value!r}, "
+                    f"not a number from 1 to {limit}"
+                )

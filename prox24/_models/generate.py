@@ -1,0 +1,255 @@
+"""Text that goes on: one token after the other, with the keys and values of all before in a cache.
+
+A pass of `advance` runs a few compiled functions: the embedding, one for each kind of layer, the
+head. They are compiled for the prompt and for single tokens, and serve any number of tokens and of
+equal layers; a loop over tokens or layers within one program would take as many times longer to
+compile as there are layers, and XLA would convert the weights of all layers to float32 at once. The
+caller has every token as it comes, and ends where it likes.
+"""
+
+import functools
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from prox24._models import decoder, spec
+from prox24._models.decoder import Past
+from prox24._models.spec import Config, Layer
+from prox24.errors import PromptError, Prox24Error
+
+
+class ModelWeights(NamedTuple):
+    """All weights of a decoder, in any floating dtypes.
+
+    Attributes:
+      outer: of the embedding and the head, as `spec.embedding_shapes` and `spec.head_shapes`
+        list them.
+      layers: of each layer, as `spec.layer_shapes` lists them; those of linears may be packed.
+    """
+
+    outer: dict[str, Array]
+    layers: list[dict[str, Any]]
+
+
+class KeysValues(NamedTuple):
+    """Of one layer, float32 of shape (batch, key heads, capacity, head_dim), by position."""
+
+    keys: Array
+    values: Array
+
+
+Cache = list[KeysValues]
+"""Of every layer."""
+
+
+def empty_cache(config: Config, batch: int, capacity: int) -> Cache:
+    """The cache before the first token of texts of at most `capacity` tokens."""
+
+    def empty(layer: Layer) -> KeysValues:
+        attention = layer.attention
+        shape = (batch, attention.key_value_heads, capacity, attention.head_dim)
+        return KeysValues(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+    return list(map(empty, config.layers))
+
+
+def advance(
+    config: Config, weights: ModelWeights, cache: Cache, tokens: ArrayLike, start: ArrayLike
+) -> tuple[Array, Cache]:
+    """Runs a decoder on the next tokens of texts.
+
+    It can be compiled as one program, with `jax.jit(advance, static_argnums=0, donate_argnums=2)`.
+
+    Args:
+      config: of texts of the cache's capacity, see `spec.at_length`.
+      weights: of the model.
+      cache: with the tokens before; it is donated, and must not be used again.
+      tokens: shape (batch, length), integers.
+      start: int32 scalar, the number of tokens before.
+
+    Returns:
+      The logits of what follows the last token, float32 of shape (batch, vocabulary), and the cache
+      with the tokens in it.
+    """
+    hidden = _embed(config, weights.outer, tokens, start)
+    extended: Cache = []
+    for layer, own, cached in zip(config.layers, weights.layers, cache, strict=True):
+        hidden, joined = _layer(layer, own, hidden, cached, start)
+        extended.append(joined)
+    return _logits(config, weights.outer, hidden[:, -1:])[:, 0], extended
+
+
+_embed = jax.jit(decoder.embed, static_argnums=0)
+_logits = jax.jit(decoder.logits, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _layer(
+    layer: Layer, weights: dict[str, Array], hidden: Array, cached: KeysValues, start: Array
+) -> tuple[Array, KeysValues]:
+    """Compiled once for equal layers."""
+    joined: list[KeysValues] = []
+
+    def join(keys: Array, values: Array) -> KeysValues:
+        parts = zip(cached, (keys, values), strict=True)
+        joined.append(
+            KeysValues(*(lax.dynamic_update_slice_in_dim(*pair, start, axis=2) for pair in parts))
+        )
+        return joined[0]
+
+    hidden = decoder.layer(layer, weights, hidden, decoder.no_tap, Past(start, join))
+    return hidden, joined[0]
+
+
+@jax.jit
+def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array | float) -> Array:
+    """The next token of each text, int32 of shape (batch,); -1 where logits are NaN.
+
+    The most probable token at temperature 0. Otherwise one that is drawn with the probabilities
+    softmax(logits / temperature), from the nucleus: the fewest of the most probable tokens whose
+    probabilities sum to `top_p`, and those as probable as the last of them.
+
+    Args:
+      logits: shape (batch, vocabulary).
+      key: of `jax.random`.
+      temperature: nonnegative.
+      top_p: in (0, 1].
+
+    References:
+      "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1.
+
+    Example:
+      >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+      >>> choose(logits, jax.random.key(0), 0.0, 1.0).tolist()
+      [0]
+      >>> keys = jax.random.split(jax.random.key(0), 20)
+      >>> sorted({int(choose(logits, key, 1.0, 0.6)[0]) for key in keys})
+      [0, 1]
+    """
+
+    def most_probable() -> Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def drawn() -> Array:
+        # The largest becomes 0, so that no temperature is too small.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+        kept = lax.cond(top_p < 1, lambda: _nucleus(scaled, top_p), lambda: scaled)
+        return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
+
+    chosen = lax.cond(temperature > 0, drawn, most_probable)
+    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, chosen)
+
+
+def _nucleus(logits: Array, top_p: Array | float) -> Array:
+    """Logits with -inf for the tokens outside the nucleus."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # Nothing is before the most probable token, and a number below float32's smallest is zero.
+    within = before < jnp.maximum(top_p, jnp.finfo(before.dtype).tiny)
+    least = jnp.min(jnp.where(within, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def generate(
+    config: Config,
+    weights: ModelWeights,
+    prompts: ArrayLike,
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> Iterator[NDArray[np.int32]]:
+    """Goes on from prompts, token by token.
+
+    Args:
+      config: of the model.
+      weights: of the model; products are computed in float32 whatever their dtypes, but for those
+        of packed linears, whose inputs and results are rounded to the weight's.
+      prompts: integers, token ids of shape (batch, length).
+      tokens: at most so many are generated.
+      temperature: 0 for the most probable tokens, see `choose`.
+      top_p: see `choose`.
+      seed: of the random draws.
+      stop: tokens that end a text.
+
+    Yields:
+      The next token of every text, int32 of shape (batch,). A text that has ended repeats its last
+      token until all have ended.
+
+    Raises:
+      PromptError: see `check_prompts`.
+      Prox24Error: logits are NaN.
+      ValueError: a number is out of its range, or the prompts are not of one length.
+    """
+    given = np.asarray(prompts)
+    check_prompts(config, given, tokens)
+    text = given.astype(np.int32)
+    if not temperature >= 0:
+        raise ValueError(f"temperature {temperature} is negative")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is not above 0 and at most 1")
+    key = jax.random.key(seed)
+    ended = np.zeros(len(text), bool)
+    for capacity in _capacities(config, text.shape[1], text.shape[1] + tokens - 1):
+        fixed = spec.at_length(config, capacity)
+        cache = empty_cache(config, len(text), capacity)
+        unseen = text
+        while text.shape[1] <= capacity:
+            length = text.shape[1]
+            start = np.int32(length - unseen.shape[1])
+            logits, cache = advance(fixed, weights, cache, unseen, start)
+            drawn = choose(logits, jax.random.fold_in(key, length), temperature, top_p)
+            last = np.where(ended, text[:, -1], drawn)
+            if last.min() < 0:
+                raise Prox24Error(
+                    f"the model's logits after {length} tokens are NaN: a value overflows, as in "
+                    "float16, or the weights are damaged"
+                )
+            yield last
+            ended |= np.isin(last, list(stop))
+            text = np.concatenate([text, last[:, None]], axis=1)
+            if ended.all():
+                return
+            unseen = last[:, None]
+
+
+def check_prompts(config: Config, prompts: NDArray[Any], tokens: int) -> None:
+    """Checks that a model can go on from prompts (batch, length) by so many tokens.
+
+    Raises:
+      PromptError: the prompts have another shape, are empty, hold what is no integer or ids that
+        the model has no embedding for, or are too long for its positions.
+      ValueError: no token is asked for.
+    """
+    if tokens < 1:
+        raise ValueError(f"{tokens} tokens to generate are fewer than one")
+    if prompts.ndim != 2:
+        raise PromptError(f"prompts of shape {prompts.shape} are not (batch, length)")
+    if not prompts.size:
+        raise PromptError("the prompt is empty")
+    if not np.issubdtype(prompts.dtype, np.integer):
+        raise PromptError(f"the prompt's ids are {prompts.dtype}, not integers")
+    if prompts.min() < 0 or prompts.max() >= config.vocabulary:
+        raise PromptError(f"the prompt has ids that are not among the {config.vocabulary} tokens")
+    length = prompts.shape[1]
+    if config.positions is not None and length + tokens > config.positions:
+        raise PromptError(
+            f"a prompt of {length} tokens and {tokens} to generate are more than the model's "
+            f"{config.positions} positions"
+        )
+
+
+def _capacities(config: Config, first: int, last: int) -> list[int]:
+    """Up to which length each cache serves: beyond a switch of `Rope` all keys are others."""
+    ropes = (layer.attention.rope for layer in config.layers)
+    switches = {rope.switch for rope in ropes if rope is not None and rope.long is not None}
+    return [*sorted(switch for switch in switches if first <= switch < last), last]

@@ -1,0 +1,90 @@
+"""All layers of a decoder as one differentiable function, equal neighbours compiled once."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax import Array, lax
+
+from prox24._models import decoder
+from prox24._models.decoder import Weights
+from prox24._models.spec import Config, Layer, layer_shapes
+
+Tensor = TypeVar("Tensor")
+
+Stacked = list[Weights]
+"""For each run of equal layers its tensors, shape (layers of the run, ...)."""
+
+
+def stacked(
+    config: Config,
+    tensor: Callable[[int, str], Tensor],
+    stack: Callable[[str, list[Tensor]], Array],
+) -> Stacked:
+    """Stacks the tensors of each run of equal layers, one name after the other.
+
+    Args:
+      config: of the model.
+      tensor: by the index of its layer and its name there.
+      stack: makes one array of those that have a name.
+
+    Returns:
+      Arrays of the runs, each by name, as `stack` makes them.
+    """
+    return [
+        {
+            name: stack(name, [tensor(index, name) for index in run])
+            for name in layer_shapes(config.layers[run.start])
+        }
+        for run in _runs(config)
+    ]
+
+
+def unstacked(config: Config, weights: Stacked) -> Iterator[Weights]:
+    """The tensors of each layer, one after the other."""
+    for run, tensors in zip(_runs(config), weights, strict=True):
+        for place in range(len(run)):
+            yield {name: tensor[place] for name, tensor in tensors.items()}
+
+
+def features(
+    config: Config,
+    layers: Sequence[Any],
+    outer: Weights,
+    tokens: Array,
+    enter: Callable[[Any, Array], tuple[Weights, Array]] = lambda *given: given,
+) -> Array:
+    """What the last layer puts out, before the final norm.
+
+    For the gradient only what enters each layer is kept, and the layer runs again.
+
+    Args:
+      config: static.
+      layers: the weights of each run, or any pytrees that `enter` makes weights of, layer by layer.
+      outer: the tensors before the layers.
+      tokens: ids, shape (batch, length).
+      enter: what a layer computes with, of its part of these and its input.
+
+    Returns:
+      Hidden states (batch, length, hidden), float32.
+    """
+    hidden = decoder.embed(config, outer, tokens)
+    for run, stack in zip(_runs(config), layers, strict=True):
+        spec = config.layers[run.start]
+
+        @jax.checkpoint
+        def step(hidden: Array, layer: Any, spec: Layer = spec) -> tuple[Array, None]:
+            return decoder.layer(spec, *enter(layer, hidden), decoder.no_tap), None
+
+        hidden, _ = lax.scan(step, hidden, stack)
+    return hidden
+
+
+@functools.lru_cache(maxsize=16)
+def _runs(config: Config) -> tuple[range, ...]:
+    """The indices of neighbours that are equal."""
+    indices = range(len(config.layers))
+    runs = (list(run) for _, run in itertools.groupby(indices, config.layers.__getitem__))
+    return tuple(range(run[0], run[-1] + 1) for run in runs)

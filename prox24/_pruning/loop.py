@@ -1,0 +1,275 @@
+"""The one loop: observe, solve, round, refine, hand out, advance; stage after stage."""
+
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from prox24._core.masks import mean_sparsity
+from prox24._core.pattern import AnyPattern
+from prox24._core.placement import apart, everywhere
+from prox24._core.precision import working_dtype
+from prox24._pruning.grams import identity_if_unseen
+from prox24._pruning.recipe import Recipe
+from prox24._pruning.report import BlockReport, LinearReport
+from prox24._pruning.runner import Inputs, Linear, Runner, State, Streams, check_widths
+from prox24._solvers.problem import LayerProblem, correct_inputs
+from prox24._solvers.scores import Wanda
+from prox24._solvers.solve import explain, solve
+from prox24.errors import CalibrationError, CheckpointError, RecipeError, SolverError
+from prox24.refine._blocks import BlockRefinement, train_block
+
+
+class Readable(Protocol):
+    """A tensor that was written before."""
+
+    def read(self) -> Any:
+        """Its values."""
+
+
+class PrunedTensor(NamedTuple):
+    """The new values of a tensor.
+
+    Attributes:
+      name: of the tensor.
+      values: as they are to be written: in the dtype and the layout of the runner.
+      reports: one for each matrix of a linear; none for a norm or a bias that was refined.
+    """
+
+    name: str
+    values: Any
+    reports: tuple[LinearReport, ...]
+
+
+def prune(
+    runner: Runner[State],
+    recipe: Recipe,
+    *,
+    finished: Mapping[str, Readable] = MappingProxyType({}),
+    dense: Collection[str] = (),
+) -> Iterator[PrunedTensor]:
+    """Prunes every linear of every stage by a recipe.
+
+    For each stage the Grams of its linears are gathered while it is dense, from the outputs of the
+    pruned stages before it. Each linear is solved, and the stage runs again, pruned, to feed the
+    next. A linear that saw no token, as an expert may, is pruned as if its Gram were the identity.
+
+    Args:
+      runner: the model.
+      recipe: how it is pruned. Its `keep_dense` is not looked at, see `most_lossy`.
+      finished: tensors that were pruned and written before, by name. They are run, not yielded.
+      dense: tensors that stay dense besides those of the recipe.
+
+    Yields:
+      Each linear, when it is solved; with a refinement every trained tensor of a stage, afterwards.
+      What was yielded is not kept.
+
+    Raises:
+      CheckpointError: a linear's input width is not divisible by M, or a tensor overflows its
+        dtype.
+      CalibrationError: inputs are not finite; names the linear.
+      RecipeError: the solver does not support the pattern, or the recipe prunes no tensor.
+      SolverError: a solution is not finite; names the tensor.
+    """
+    chosen = check(runner, recipe).difference(dense)
+    crosses, refine = recipe.targets is not None, recipe.refine
+    streams = Streams(crosses or refine is not None, crosses)
+    first, state = runner.enter(streams)
+    for index in range(first, runner.stages):
+        given = runner.weights(index)
+        linears = [linear for linear in runner.linears(index) if linear.tensor in chosen]
+        trained = trained_tensors(runner, index, refine)
+        names = [name for name in given if name in finished]
+        if not trained.issubset(names):
+            names = []  # A stage is refined as a whole.
+        written = {name: runner.loaded(name, finished[name].read()) for name in names}
+        weights = given | written
+        remaining = [linear for linear in linears if linear.tensor not in written]
+        # The dense model moves on by the same program in a run that goes on, to the last bit.
+        inputs: Mapping[str, list[Inputs]] = {}
+        if remaining or streams.dense:
+            wanted = {linear.input for linear in linears}
+            inputs, state = runner.observe(index, given, state, wanted)
+        del given  # of which `weights` holds what is needed
+        reports: dict[str, tuple[LinearReport, ...]] = {}
+        for linear in remaining:
+            name, weight = linear.tensor, weights[linear.tensor]
+            weights[name], reports[name] = _pruned(
+                runner, recipe, linear, weight, inputs[linear.input]
+            )
+            del weight
+            if refine is None:
+                yield PrunedTensor(name, runner.stored(name, weights[name]), reports[name])
+        del inputs
+        if refine is not None and trained and not written:
+            outcome = _refine(runner, index, weights, state, refine, trained, chosen)
+            for name in (name for name in weights if name in trained):
+                own = tuple(report._replace(block=outcome) for report in reports.get(name, ()))
+                yield PrunedTensor(name, runner.stored(name, weights[name]), own)
+        state = runner.advance(index, weights, state)
+        del weights, written
+
+
+def check(runner: Runner[State], recipe: Recipe) -> set[str]:
+    """The tensors that a recipe prunes; computes nothing.
+
+    Raises:
+      CheckpointError: a linear's input width is not divisible by M.
+      RecipeError: the solver does not support a pattern, or no tensor is pruned.
+    """
+    recipe.check_supported()
+    linears = [linear for index in range(runner.stages) for linear in runner.linears(index)]
+    chosen = [linear for linear in linears if recipe.pattern_of(linear.tensor) is not None]
+    if not chosen:
+        names = ", ".join(linear.tensor for linear in linears[:3])
+        raise RecipeError(
+            f"the recipe prunes none of the {len(linears)} linears (only {recipe.only!r}, skip "
+            f"{recipe.skip!r}, pattern {recipe.pattern}); their names are as {names}"
+        )
+    check_widths(chosen, recipe)
+    return {linear.tensor for linear in chosen}
+
+
+def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
+    """The tensors that `keep_dense` of a recipe leaves dense: those that lose most.
+
+    One pass of the dense model ranks them by the relative loss of Wanda's mask.
+
+    Raises:
+      CalibrationError: inputs are not finite; names the linear.
+      CheckpointError: see `check`.
+      RecipeError: see `check`.
+    """
+    if not recipe.keep_dense:
+        return frozenset()
+    chosen, losses = check(runner, recipe), dict[str, float]()
+    first, state = runner.enter(Streams(False, False))
+    for index in range(first, runner.stages):
+        weights = runner.weights(index)
+        linears = [linear for linear in runner.linears(index) if linear.tensor in chosen]
+        wanted = {linear.input for linear in linears}
+        inputs, state = runner.observe(index, weights, state, wanted)
+        for linear in linears:
+            matrices = runner.matrices(linear, weights[linear.tensor])
+            pattern = _pattern(recipe, linear)
+            losses[linear.tensor] = max(
+                solve(
+                    *_problem(runner, matrix, own), Wanda(), None, pattern=pattern, throw=False
+                ).statistics.relative_loss
+                for matrix, own in zip(matrices, inputs[linear.input], strict=True)
+            )
+        state = runner.advance(index, weights, state)
+    share = recipe.keep_dense
+    count = share if isinstance(share, int) else round(share * len(losses))
+    return frozenset(sorted(losses, key=losses.__getitem__, reverse=True)[:count])
+
+
+def _pattern(recipe: Recipe, linear: Linear) -> AnyPattern:
+    pattern = recipe.pattern_of(linear.tensor)
+    assert pattern is not None, f"{linear.tensor} is not pruned"
+    return pattern
+
+
+def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProblem:
+    # Columns of the weight are where those of the Gram are, if these are not everywhere.
+    axis = 0 if inputs.gram.sharding.is_fully_replicated else 1
+    gram = identity_if_unseen(inputs.gram, inputs.tokens)
+    return LayerProblem(apart(matrix.astype(working_dtype(gram.dtype)), runner.mesh, axis), gram)
+
+
+def _pruned(
+    runner: Runner[State], recipe: Recipe, linear: Linear, weight: Array, inputs: list[Inputs]
+) -> tuple[Array, tuple[LinearReport, ...]]:
+    """A weight as it will be written, and a report on each of its matrices."""
+    pattern = _pattern(recipe, linear)
+    given = runner.matrices(linear, weight)
+    pruned, reports = [], []
+    for number, (matrix, own) in enumerate(zip(given, inputs, strict=True)):
+        began = time.perf_counter()
+        name = linear.tensor if len(given) == 1 else f"{linear.tensor}[{number}]"
+        problem = _problem(runner, matrix, own)
+        if own.tokens and own.cross is not None and recipe.targets is not None:
+            corrected = correct_inputs(*problem, own.cross, recipe.targets.pull)
+            problem = problem._replace(weight=corrected)
+        solution = solve(
+            *problem,
+            recipe.solver,
+            recipe.refit,
+            pattern=pattern,
+            damping=recipe.damping,
+            throw=False,
+        )
+        if solution.status.failed:
+            raise SolverError(explain(solution.status, problem, recipe.damping, name))
+        pruned.append(everywhere(solution.weight, runner.mesh))
+        reports.append(
+            LinearReport(
+                name=name,
+                status=solution.status,
+                sparsity=float(mean_sparsity(solution.weight)),
+                inputs=own.gram.shape[-1],
+                tokens=own.tokens,
+                seconds=time.perf_counter() - began,
+                statistics=solution.statistics,
+            )
+        )
+        del problem, solution  # before the next matrix needs their place
+    rounded = _rounded(runner, linear.tensor, runner.joined(linear, pruned))
+    return rounded, tuple(reports)
+
+
+def _rounded(runner: Runner[State], tensor: str, values: Array) -> Array:
+    dtype = runner.dtype(tensor)
+    rounded = values.astype(dtype)
+    if not jnp.isfinite(rounded).all():
+        raise CheckpointError(f"tensor {tensor} overflows {dtype}; choose another dtype")
+    return rounded
+
+
+def trained_tensors(runner: Runner[State], index: int, refine: BlockRefinement | None) -> set[str]:
+    """The tensors of a stage that a refinement trains; none without one."""
+    if refine is None:
+        return set()
+    if refine.linears_only:
+        return {linear.tensor for linear in runner.linears(index)}
+    return set(runner.tensors(index))
+
+
+def _refine(
+    runner: Runner[State],
+    index: int,
+    weights: dict[str, Array],
+    state: State,
+    refine: BlockRefinement,
+    trained: Collection[str],
+    pruned: Collection[str],
+) -> BlockReport:
+    """Trains the weights of a stage, in place, as they will be written."""
+    began = time.perf_counter()
+    weights |= {name: _rounded(runner, name, weights[name]) for name in trained}
+    block = runner.block(index, state)
+    groups = len(block.inputs) // block.micro_batches
+    refined = train_block(
+        block.apply,
+        {key: weights[name] for key, name in block.names.items()},
+        block.inputs,
+        block.targets,
+        refine.optimizer(groups),
+        passes=refine.passes,
+        held_out=refine.held_out_of(groups) * block.micro_batches,
+        micro_batches=block.micro_batches,
+        kept={
+            key: weights[name] != 0 if name in pruned else name in trained
+            for key, name in block.names.items()
+        },
+    )
+    weights |= {block.names[key]: values for key, values in refined.params.items()}
+    seconds = time.perf_counter() - began
+    if not math.isfinite(refined.losses[0]):
+        raise CalibrationError(f"NaN or Inf in the outputs of the pruned layer {index}")
+    best = min(loss for loss in refined.losses if math.isfinite(loss))
+    return BlockReport(refined.outcome, refined.losses[0], best, refined.steps, seconds)

@@ -1,0 +1,345 @@
+"""`Recipe`: the one object that says how a model is pruned."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+from prox24._core.pattern import AnyPattern, Pattern, PatternLike, Unstructured, as_any_pattern
+from prox24._pruning._fields import build, decode, encode
+from prox24._solvers.admm import ADMM
+from prox24._solvers.hyperparameters import REGISTERED
+from prox24._solvers.protocol import Refit, Solver
+from prox24._solvers.proximal import ProximalGradient
+from prox24._solvers.refit import ConjugateGradients, GradientSteps
+from prox24._solvers.scores import Magnitude, Wanda
+from prox24._solvers.solve import check_supported
+from prox24._solvers.sparsegpt import SparseGPT
+from prox24.errors import RecipeError
+from prox24.refine._blocks import BlockRefinement
+
+VERSION = 1
+"""Of the JSON form."""
+
+DENSE = "dense"
+"""In a pattern by tensor: these tensors stay dense."""
+
+TRAINED_TOKENS = 163_840
+"""Of a block refinement: five passes over 32,768 tokens, the measured ones of docs/results.md."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseTargets:
+    """Each linear reproduces the dense model's output, not its own.
+
+    The dense model runs alongside. See `prox24.correct_inputs` for the mathematics.
+
+    Attributes:
+      pull: strength of the pull towards the dense weight, in units of trace(G). Positive.
+
+    Raises:
+      ValueError: the pull is not positive and finite.
+    """
+
+    pull: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.pull < math.inf:
+            raise ValueError(f"pull {self.pull} is not a positive number")
+
+
+PatternsByTensor = tuple[tuple[str, Pattern | Unstructured | str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is pruned. Frozen, comparable, printable; to JSON and back without a loss.
+
+    `Recipe()` is the best that is known without training. `best` adds training of what is kept.
+    `magnitude`, `wanda`, `sparsegpt` and `paper` are what their papers describe.
+
+    Attributes:
+      solver: finds the mask and the weights of a linear.
+      refit: updates the kept weights afterwards; None leaves them as the solver found them.
+      pattern: N:M along the input axis, or a share of zeros. Or a tuple of pairs (regular
+        expression, pattern): a tensor has the pattern of the first expression that is found in its
+        name, and stays dense where that pattern is "dense" or no expression is found.
+      damping: added to the diagonal of a Gram, in units of its mean.
+      targets: `DenseTargets` to reproduce the dense model's outputs; None to reproduce each
+        linear's own output on the pruned model's activations.
+      refine: trains what is kept of each layer after it is pruned; None does not.
+      only: regular expression; only tensors in whose names it is found are pruned.
+      skip: regular expression; tensors in whose names it is found stay dense.
+      keep_dense: the linears that lose most stay dense: a count, or a share below 1.
+      dtype: of the written weights, "float32", "float16" or "bfloat16"; None keeps each tensor's
+        own.
+
+    Raises:
+      RecipeError: a field has a wrong type or is out of range; names the field.
+
+    Example:
+      >>> recipe = Recipe(pattern=(2, 4), skip="layers.0.")
+      >>> Recipe.from_json(recipe.to_json()) == recipe
+      True
+    """
+
+    solver: Solver = ADMM()
+    refit: Refit | None = ConjugateGradients()
+    pattern: PatternLike | Unstructured | str | PatternsByTensor = Pattern(2, 4)
+    damping: float = 0.01
+    targets: DenseTargets | None = DenseTargets()
+    refine: BlockRefinement | None = None
+    only: str | None = None
+    skip: str | None = None
+    keep_dense: int | float = 0
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", _checked_pattern(self.pattern))
+        if not 0 <= self.damping < math.inf:
+            raise RecipeError(f"damping {self.damping} is not a nonnegative number")
+        for name in ("only", "skip"):
+            _check_expression(name, getattr(self, name))
+        count = self.keep_dense
+        if isinstance(count, bool) or count < 0 or (isinstance(count, float) and count >= 1):
+            raise RecipeError(f"keep_dense {count} is neither a count nor a share below 1")
+        if self.dtype not in (None, "float32", "float16", "bfloat16"):
+            raise RecipeError(f"dtype {self.dtype!r} is not float32, float16 or bfloat16")
+
+    @classmethod
+    def best(cls, tokens: int = 32_768) -> Self:
+        """The default, and then training of what is kept of each layer.
+
+        Args:
+          tokens: of the calibration text. With more of them each is passed over fewer times.
+        """
+        passes = max(1, round(TRAINED_TOKENS / tokens))
+        return cls(refine=BlockRefinement(passes=passes))
+
+    @classmethod
+    def proximal(cls) -> Self:
+        """Accelerated proximal gradients in place of ADMM."""
+        return cls(ProximalGradient())
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The iteration of arXiv 2501.18015: no momentum, then 1,000 gradient steps."""
+        return cls(ProximalGradient.paper(), GradientSteps(), targets=None)
+
+    @classmethod
+    def sparsegpt(cls) -> Self:
+        """SparseGPT, arXiv 2301.00774."""
+        return cls(SparseGPT(), None, targets=None)
+
+    @classmethod
+    def wanda(cls) -> Self:
+        """Wanda, arXiv 2306.11695."""
+        return cls(Wanda(), None, targets=None)
+
+    @classmethod
+    def magnitude(cls) -> Self:
+        """The largest weights are kept."""
+        return cls(Magnitude(), None, targets=None)
+
+    def pattern_of(self, tensor: str) -> AnyPattern | None:
+        """The pattern of a tensor by its name; None where it stays dense.
+
+        Example:
+          >>> recipe = Recipe(pattern=(("mlp", (2, 4)), ("v_proj", "dense"), ("attn", (4, 8))))
+          >>> print(recipe.pattern_of("0.mlp.up"), recipe.pattern_of("0.attn.v_proj"))
+          2:4 None
+        """
+        if self.only is not None and not re.search(self.only, tensor):
+            return None
+        if self.skip is not None and re.search(self.skip, tensor):
+            return None
+        for expression, pattern in self._pairs:
+            if re.search(expression, tensor):
+                return None if pattern == DENSE else cast(AnyPattern, pattern)
+        return None
+
+    @property
+    def patterns(self) -> list[AnyPattern]:
+        """Every pattern that a tensor may have."""
+        return [cast(AnyPattern, pattern) for _, pattern in self._pairs if pattern != DENSE]
+
+    @property
+    def _pairs(self) -> PatternsByTensor:
+        if isinstance(self.pattern, Pattern | Unstructured):
+            return (("", self.pattern),)
+        return cast(PatternsByTensor, self.pattern)  # after __post_init__
+
+    def check_supported(self) -> None:
+        """Raises RecipeError where the solver or the refit cannot make a pattern."""
+        try:
+            for pattern in self.patterns:
+                check_supported(self.solver, self.refit, pattern)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON holds it.
+
+        Raises:
+          RecipeError: a part is no registered class of plain fields, as an optax transformation
+            in a refit; names it.
+        """
+        return {"recipe": VERSION} | {
+            field.name: encode(getattr(self, field.name), f"recipe.{field.name}")
+            for field in dataclasses.fields(self)
+        }
+
+    def to_json(self) -> str:
+        """JSON text, from which `from_json` makes an equal recipe.
+
+        Raises:
+          RecipeError: see `to_dict`.
+        """
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
+        """A recipe from what JSON holds. Fields that are not given have their defaults.
+
+        Raises:
+          RecipeError: the version or a field is unknown, or a value does not fit; names it.
+        """
+        if not isinstance(given, Mapping):
+            raise RecipeError(f"a recipe is an object of fields, not {given!r}")
+        version = given.get("recipe", VERSION)
+        if type(version) is not int or version != VERSION:
+            raise RecipeError(f"version {version!r} of recipes is unknown; this is {VERSION}")
+        fields = {key: value for key, value in given.items() if key != "recipe"}
+        pattern = _pattern_of_json(fields.pop("pattern", str(cls.pattern)))
+        return dataclasses.replace(build(cls, fields, "recipe"), pattern=pattern)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """A recipe from JSON text.
+
+        Raises:
+          RecipeError: it is no JSON, or see `from_dict`.
+        """
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise RecipeError(f"the recipe is not JSON: {error}") from error
+        return cls.from_dict(given)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a recipe from a .json file, or from a .yaml file where PyYAML is installed.
+
+        Raises:
+          RecipeError: the file cannot be read, or see `from_dict`; names the file.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise RecipeError(f"cannot read {path}: {reason}") from error
+        try:
+            if path.suffix not in (".yaml", ".yml"):
+                return cls.from_json(text)
+            yaml = _yaml()
+            try:
+                given = yaml.load(text, _json_numbers(yaml))
+            except yaml.YAMLError as error:
+                reason = " ".join(str(error).split())
+                raise RecipeError(f"the recipe is not YAML: {reason}") from error
+            return cls.from_dict({} if given is None else given)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the recipe, as `load` reads it.
+
+        Raises:
+          RecipeError: see `to_dict`; or PyYAML is not installed and the name ends in .yaml.
+        """
+        path, given = Path(path), self.to_dict()
+        if path.suffix in (".yaml", ".yml"):
+            text = _yaml().safe_dump(given, sort_keys=False)
+        else:
+            text = json.dumps(given, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
+REGISTERED |= {cls.__name__: cls for cls in (DenseTargets, BlockRefinement, Unstructured)}
+
+PRESETS: dict[str, Callable[[], Recipe]] = {
+    "admm": Recipe,
+    "best": Recipe.best,
+    "prox": Recipe.proximal,
+    "paper": Recipe.paper,
+    "sparsegpt": Recipe.sparsegpt,
+    "wanda": Recipe.wanda,
+    "magnitude": Recipe.magnitude,
+}
+"""Recipes by the names that the command line has for them."""
+
+
+def _checked_pattern(pattern: Any) -> Any:
+    """The pattern, or the patterns by tensor, with every part checked."""
+    by_tensor = isinstance(pattern, tuple | list) and all(
+        isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
+        for pair in pattern
+    )
+    if not by_tensor or not pattern:
+        return _one_pattern("pattern", pattern)
+    pairs = []
+    for expression, own in pattern:
+        place = f"the pattern of {expression!r}"
+        _check_expression("pattern", expression)
+        pairs.append((expression, own if own == DENSE else _one_pattern(place, own)))
+    return tuple(pairs)
+
+
+def _pattern_of_json(value: Any) -> Any:
+    """The field of a recipe: only a share of zeros is an object in JSON."""
+    if isinstance(value, Mapping):
+        return decode(value, Unstructured, "recipe.pattern")
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        return [[expression, _pattern_of_json(own)] for expression, own in value]
+    return value
+
+
+def _one_pattern(place: str, pattern: Any) -> AnyPattern:
+    try:
+        return as_any_pattern(pattern)
+    except ValueError as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
+def _check_expression(name: str, expression: str | None) -> None:
+    try:
+        re.compile(expression or "")
+    except (re.error, TypeError) as error:
+        raise RecipeError(f"{name} {expression!r} is no regular expression: {error}") from error
+
+
+def _yaml() -> Any:
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise RecipeError("PyYAML is not installed: pip install pyyaml, or use JSON") from error
+    return yaml
+
+
+def _json_numbers(yaml: Any) -> Any:
+    """A safe loader for which 1e-2 is a number and 2:4 is text; for YAML 1.1 it is 124."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if not pair[0].endswith((":int", ":float"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for kind, number in (("int", r"-?\d+$"), ("float", r"-?\d+(\.\d*)?([eE][-+]?\d+)?$")):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(number), "-0123456789")
+    return Loader

@@ -1,0 +1,88 @@
+"""Reports on what was pruned: of a linear, as one line and as one flat object."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from prox24._solvers.problem import Statistics, Status
+from prox24.refine._training import Outcome
+
+
+class BlockReport(NamedTuple):
+    """How a layer was refined.
+
+    Attributes:
+      outcome: how it ended.
+      error_before: of the layer's output on held-out windows, see `prox24.refine.relative_error`.
+      error: after.
+      steps: of the optimizer.
+      seconds: wall-clock time, compilation included.
+    """
+
+    outcome: Outcome
+    error_before: float
+    error: float
+    steps: int
+    seconds: float
+
+
+class LinearReport(NamedTuple):
+    """How one matrix was pruned; printed, it is one line.
+
+    Attributes:
+      name: the tensor, followed by [i] where it consists of several matrices.
+      status: how the solver ended.
+      sparsity: fraction of exact zeros.
+      inputs: the input width. A Gram of fewer tokens is singular: damping alone says how far
+        weights may move where nothing was seen.
+      tokens: calibration tokens that the matrix saw; an expert sees those that are routed to it.
+      seconds: wall-clock time of the solver and the refit, compilation included.
+      statistics: the losses and other figures of `prox24.solve`.
+      block: how the layer was refined afterwards, or None.
+    """
+
+    name: str
+    status: Status
+    sparsity: float
+    inputs: int
+    tokens: int
+    seconds: float
+    statistics: Statistics
+    block: BlockReport | None = None
+
+    def __str__(self) -> str:
+        few = ", too few" if self.tokens < self.inputs else ""
+        return (
+            f"{self.status.name.lower():9}  loss {self.statistics.relative_loss:.4f}  "
+            f"{self.tokens} tokens of {self.inputs}{few}  {self.name}"
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """The report as JSON holds it; a number that is not finite is None."""
+        own = {key: value for key, value in self._asdict().items() if key != "statistics"}
+        block = self.block and self.block._asdict() | {"outcome": self.block.outcome.value}
+        flat = (
+            own | {"status": self.status.name.lower(), "block": block} | self.statistics._asdict()
+        )
+        return {key: None if _is_infinite(value) else value for key, value in flat.items()}
+
+    @classmethod
+    def of_figures(cls, figures: Mapping[str, Any]) -> Self:
+        """The report that `figures` made them of."""
+        block = figures["block"]
+        numbers = {name: figures[name] for name in Statistics._fields}
+        losses = {key: math.inf for key, value in numbers.items() if value is None}
+        return cls(
+            name=figures["name"],
+            status=Status[figures["status"].upper()],
+            sparsity=figures["sparsity"],
+            inputs=figures["inputs"],
+            tokens=figures["tokens"],
+            seconds=figures["seconds"],
+            statistics=Statistics(**numbers | losses),
+            block=block and BlockReport(**block | {"outcome": Outcome(block["outcome"])}),
+        )
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

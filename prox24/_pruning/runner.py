@@ -1,0 +1,159 @@
+"""What a model is to pruning: stages, each with weights, linears and inputs that are observed."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
+
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from prox24._pruning.recipe import Recipe
+from prox24.errors import CheckpointError
+
+State = TypeVar("State")
+
+Apply = Callable[[dict[str, Array], Array], Array]
+"""A layer as a function of its weights and its input."""
+
+
+class Linear(NamedTuple):
+    """A weight that can be pruned.
+
+    Attributes:
+      tensor: its name.
+      input: the name of its input; linears that share an input share its Gram.
+      width: of the input, in the direction of the blocks: what M has to divide.
+    """
+
+    tensor: str
+    input: str
+    width: int
+
+
+class Inputs(NamedTuple):
+    """What one matrix was multiplied with.
+
+    Attributes:
+      gram: sum of x x^T over tokens, shape (in, in).
+      tokens: their number.
+      cross: sum of x' x^T, with x' the same tokens' inputs in the dense model; None where they are
+        the same.
+    """
+
+    gram: Array
+    tokens: int
+    cross: Array | None = None
+
+
+class Streams(NamedTuple):
+    """What runs through the model.
+
+    Attributes:
+      dense: whether the dense model runs alongside the pruned one.
+      crosses: whether its inputs are compared with the pruned model's.
+    """
+
+    dense: bool
+    crosses: bool
+
+
+class Runner(Protocol[State]):
+    """A model, as the loop prunes it: in stages, each one seeing the pruned ones before it.
+
+    A stage is a layer of a decoder, or the weights of a function that share an input. `State` is
+    what a runner takes from one stage to the next, such as hidden states. Only the runner looks
+    into it.
+    """
+
+    @property
+    def stages(self) -> int:
+        """Their number."""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the work."""
+
+    def linears(self, index: int) -> Sequence[Linear]:
+        """The linears of a stage, in the order of pruning."""
+
+    def tensors(self, index: int) -> Collection[str]:
+        """The names of a stage's tensors."""
+
+    def weights(self, index: int) -> dict[str, Array]:
+        """The dense weights of a stage, by tensor."""
+
+    def enter(self, streams: Streams) -> tuple[int, State]:
+        """The first stage to run, and the state before it."""
+
+    def observe(
+        self, index: int, weights: Mapping[str, Array], state: State, wanted: Collection[str]
+    ) -> tuple[Mapping[str, list[Inputs]], State]:
+        """The inputs of a stage's linears; the dense model, if it runs, moves on to the next stage.
+
+        Args:
+          index: of the stage.
+          weights: the dense ones.
+          state: before the stage.
+          wanted: names of the inputs.
+
+        Returns:
+          One `Inputs` for each matrix, by the name of the input; and the new state.
+        """
+
+    def advance(self, index: int, weights: Mapping[str, Array], state: State) -> State:
+        """The state after a stage that has these weights; the dense model has moved on before."""
+
+    def dtype(self, tensor: str) -> np.dtype[Any]:
+        """The dtype that a tensor of a stage is written in."""
+
+    def matrices(self, linear: Linear, weight: Array) -> list[Array]:
+        """The matrices (out, in) that a weight consists of."""
+
+    def joined(self, linear: Linear, matrices: list[Array]) -> Array:
+        """The weight that consists of these matrices."""
+
+    def loaded(self, tensor: str, stored: Any) -> Array:
+        """A weight from the array that `stored` made of it."""
+
+    def stored(self, tensor: str, weight: Array) -> Any:
+        """A weight as it is handed out, in its own layout."""
+
+    def in_memory(self) -> Self:
+        """The same runner, which leaves nothing on disk."""
+
+    def block(self, index: int, state: State) -> "Block":
+        """The stage as a function, its inputs and its targets, for a refinement.
+
+        Raises:
+          RecipeError: the runner has no such function.
+        """
+
+
+class Block(NamedTuple):
+    """A stage that is trained.
+
+    Attributes:
+      apply: the stage; the same object for equal stages, which are then compiled once.
+      names: the tensors' names, by those that `apply` has for them.
+      inputs: micro-batches of the pruned model.
+      targets: the dense stage's outputs for the dense model's inputs.
+      micro_batches: of a step.
+    """
+
+    apply: Apply
+    names: Mapping[str, str]
+    inputs: Sequence[Any]
+    targets: Sequence[Any]
+    micro_batches: int
+
+
+def check_widths(linears: Sequence[Linear], recipe: Recipe) -> None:
+    """Raises CheckpointError where M does not divide the width of a linear that is pruned."""
+    for linear in linears:
+        pattern = recipe.pattern_of(linear.tensor)
+        group = getattr(pattern, "group", 1)
+        if linear.width % group:
+            raise CheckpointError(
+                f"tensor {linear.tensor} has input width {linear.width}, not divisible by {group}: "
+                f"the pattern {pattern} does not fit"
+            )

@@ -1,0 +1,173 @@
+"""ADMM between the squared loss and sparsity, by projection or by the exact proximal operator."""
+
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from prox24._core import planes
+from prox24._core.masks import top_mask
+from prox24._core.pattern import AnyPattern, Pattern
+from prox24._core.precision import PRECISION
+from prox24._solvers.damping import damped_gram, damped_inverse
+from prox24._solvers.hyperparameters import hyperparameters
+from prox24._solvers.problem import Candidate, LayerProblem, Normalized, normalize, relative_loss
+from prox24._solvers.protocol import Patterns, n_of_m
+from prox24._solvers.schedules import Exponential
+
+
+@hyperparameters
+class ADMM:
+    """min 1/2 tr((W - W0) G (W - W0)^T) + lam R(Z) over W = Z, by alternating directions.
+
+    With U the scaled dual variable, a step is Z <- prox_{(lam / rho) R}(W + U), U <- W + U - Z,
+    W <- W0 - rho (W0 - Z + U) (G + rho I)^-1, with rho and lam / rho as scheduled. The result is
+    the projection of the last W + U on the pattern.
+
+    The operator keeps undecided blocks dense: entries shrink before they leave, and blocks of large
+    entries are decided first. Without a penalty, Z is the projection on the pattern in every step.
+
+    The features are scaled so that D = (diag(G) / diag(G^-1))^(1/2) becomes the identity, the
+    geometric mean of what a weight costs with the others fixed and with the others free to follow.
+    A fixed point with rho = 1 is then a mask that no exchange of two weights of a block improves,
+    as far as D is what a weight costs (docs/theory.md, section 13). `scaling` 0 takes diag(G)
+    alone, and 1 takes diag(G^-1)^-1.
+
+    Attributes:
+      steps: each with one product of the size of W0 G.
+      rho: schedule of rho, which moves once every `interval` steps.
+      penalty: schedule of lam / rho, which moves in every step: for 2:M in units of 1 / mean |W0|
+        of the normalized problem, for 1:M without a unit. None projects; any N:M.
+      scaling: exponent of the second curvature, from 0 to 1.
+      interval: steps between two moves of rho; each move costs an inverse, as many operations as
+        the product G G.
+      history: number of steps whose losses are recorded, each for one more product; compiled in.
+
+    Example:
+      >>> ADMM(penalty=None).steps
+      24
+    """
+
+    needs_definite: ClassVar[bool] = True
+    shares_columns: ClassVar[bool] = True
+
+    steps: int = 24
+    rho: Exponential = Exponential.between(0.5, 1.2, 6)
+    penalty: Exponential | None = Exponential.between(0.3, 2.0, 24)
+    scaling: float = 0.5
+    interval: int = 4
+    history: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def patterns(self) -> Patterns:
+        """Those of the operator, or of the projection."""
+        return Patterns.GROUPED if self.penalty is None else Patterns.ONE_OR_TWO
+
+    @classmethod
+    def in_steps(cls, steps: int) -> "ADMM":
+        """The default schedules, stretched to a number of steps, with six values of rho at most.
+
+        Raises:
+          ValueError: fewer than 4 steps.
+
+        Example:
+          >>> ADMM.in_steps(24) == ADMM()
+          True
+        """
+        if steps < 4:
+            raise ValueError(f"the default schedules need 4 steps or more, not {steps}")
+        interval = math.ceil(steps / 6)
+        return cls(
+            steps,
+            Exponential.between(0.5, 1.2, math.ceil(steps / interval)),
+            Exponential.between(0.3, 2.0, steps),
+            interval=interval,
+        )
+
+    def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
+        """Finds a candidate; traceable, with the pattern static."""
+        pattern = n_of_m(pattern)
+        inverted = damped_inverse(problem.gram, damping)
+        gram = damped_gram(problem.gram, inverted.damping)
+        diagonal = jnp.diagonal(gram)
+        others_free = 1 / jnp.diagonal(inverted.matrix)
+        curvature = diagonal * (others_free / diagonal) ** self.scaling
+        normalized = normalize(problem.weight, gram, curvature)
+        final = _iterate(normalized, pattern, self)
+        total = final.weight + final.dual
+        return Candidate.of(
+            total / normalized.scale[None, :],
+            top_mask(jnp.abs(total), pattern),
+            inverted.damping,
+            steps=final.steps,
+            damping_raised=final.damping_raised,
+            history=final.history,
+        )
+
+
+class _State(NamedTuple):
+    weight: Array
+    dual: Array
+    rho: Array
+    penalty: Array
+    damping_raised: Array
+    steps: Array
+    history: Array
+
+
+def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
+    """All steps from the dense weight."""
+    start, gram, _ = problem
+    penalty = solver.penalty
+
+    def sparse(total: Array, strength: Array) -> Array:
+        if penalty is None:
+            return jnp.where(top_mask(jnp.abs(total), pattern), total, 0)
+        return planes.join(planes.prox(planes.split(total, pattern), strength, pattern.kept))
+
+    def advance(state: _State, response: Array) -> _State:
+        """One step; `response` is rho (G + rho I)^-1."""
+        total = state.weight + state.dual
+        sparsified = sparse(total, state.penalty)
+        dual = total - sparsified
+        pulled = jnp.matmul(start - sparsified + dual, response, precision=PRECISION)
+        weight, history = start - pulled, state.history
+        if solver.history:
+            total = weight + dual
+            kept = jnp.where(top_mask(jnp.abs(total), pattern), total, 0)
+            history = history.at[state.steps].set(relative_loss(kept, problem), mode="drop")
+        return state._replace(
+            weight=weight,
+            dual=dual,
+            penalty=state.penalty if penalty is None else penalty(state.penalty),
+            steps=state.steps + 1,
+            history=history,
+        )
+
+    def advance_with_one_rho(state: _State) -> _State:
+        # What the damping made definite may be indefinite by rounding, once features are scaled.
+        inverted = damped_inverse(gram, jnp.zeros_like(state.rho), shift=state.rho)
+        response = state.rho * inverted.matrix
+        steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
+        end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
+        # The result is a projection of W + U, in units of the rho of the last step.
+        rho = jnp.where(end.steps < solver.steps, solver.rho(end.rho), end.rho)
+        return end._replace(
+            dual=end.dual * (end.rho / rho),
+            rho=rho,
+            damping_raised=end.damping_raised | (inverted.damping > 0),
+        )
+
+    dtype = start.dtype
+    initial = _State(
+        weight=start,
+        dual=jnp.zeros_like(start),
+        rho=jnp.asarray(solver.rho.first, dtype),
+        penalty=jnp.asarray(0 if penalty is None else penalty.first, dtype),
+        damping_raised=jnp.asarray(False),
+        steps=jnp.zeros((), jnp.int32),
+        history=jnp.full(solver.history, jnp.nan, dtype),
+    )
+    return lax.while_loop(lambda state: state.steps < solver.steps, advance_with_one_rho, initial)

@@ -1,0 +1,350 @@
+"""The layer-wise problem that every solver solves, and what a solver returns."""
+
+import enum
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from prox24._core.precision import PRECISION, working_dtype
+from prox24._solvers.damping import damped_inverse
+
+
+class LayerProblem(NamedTuple):
+    """min over sparse W of tr((W - W0) G (W - W0)^T), the squared error of a linear layer's output.
+
+    Attributes:
+      weight: W0, shape (out, in), floating; the layer computes x -> W0 x.
+      gram: G = sum over calibration tokens of x x^T, or its mean, shape (in, in), symmetric and
+        positive semidefinite. Solutions do not depend on its scale.
+
+    A general linear term, as of min |W X' - Y|^2, is W0 = Y X'^T G^-1; see `correct_inputs`.
+    """
+
+    weight: Array
+    gram: Array
+
+
+class Status(enum.IntEnum):
+    """How a solver ended."""
+
+    SPARSE = 0
+    """The pattern holds and every entry is finite."""
+    MAX_STEPS = 1
+    """`ProximalGradient` ran out of steps: blocks that were still dense were cut to their largest
+    entries. ADMM always ends with a projection."""
+    NONFINITE = 2
+    """NaN or Inf appeared, in the input or because the damped Gram is not positive definite."""
+    INDEFINITE = 3
+    """The Gram is not positive semidefinite, by more than rounding: its diagonal or a loss is
+    negative."""
+    ASYMMETRIC = 4
+    """The Gram is not symmetric, by more than rounding."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no solution."""
+        return self >= Status.NONFINITE
+
+
+class Candidate(NamedTuple):
+    """What a solver passes on to the refit: a sparse point and how it was found.
+
+    Attributes:
+      weight: shape (out, in), zero outside the mask.
+      mask: bool, shape (out, in), exactly N True in each block, or as many as `Unstructured` keeps.
+      damping: scalar, relative to the mean of the Gram's diagonal; as given, or raised.
+      dense_blocks: int32 scalar, the blocks that had more than N nonzeros when `ProximalGradient`
+        ran out of steps.
+      steps: int32 scalar, iterations taken.
+      damping_raised: bool scalar, whether an inverse took more damping than that.
+      history: see `Solution`.
+    """
+
+    weight: Array
+    mask: Array
+    damping: Array
+    dense_blocks: Array
+    steps: Array
+    damping_raised: Array
+    history: Array
+
+    @classmethod
+    def of(
+        cls,
+        weight: Array,
+        mask: Array,
+        damping: Array,
+        dense_blocks: Array | int = 0,
+        steps: Array | int = 0,
+        damping_raised: Array | bool = False,
+        history: Array | None = None,
+    ) -> "Candidate":
+        """A candidate whose weight is cut to the mask."""
+        return cls(
+            jnp.where(mask, weight, 0),
+            mask,
+            damping,
+            jnp.asarray(dense_blocks, jnp.int32),
+            jnp.asarray(steps, jnp.int32),
+            jnp.asarray(damping_raised),
+            jnp.zeros(0, weight.dtype) if history is None else history,
+        )
+
+
+class Statistics(NamedTuple):
+    """Figures about a solution. Losses are relative to tr(W0 G W0^T), with G as given, undamped.
+
+    Attributes:
+      relative_loss: of the returned weight.
+      relative_loss_before_refit: of the solver's weight.
+      steps: the solver's iterations.
+      refit_steps: the refit's iterations.
+      refit_exhausted: whether the refit took all its steps before it met its own stop test.
+      dense_blocks: blocks that were cut to the pattern because `ProximalGradient` ran out of steps.
+      dead_features: input features that are zero in every calibration token.
+      damping: what was added to the diagonal of the Gram, in its units.
+      damping_raised: whether that is more than was asked for, or an inverse within ADMM, of the
+        Gram with its features scaled, took more; see `prox24._solvers.damping`.
+    """
+
+    relative_loss: float
+    relative_loss_before_refit: float
+    steps: int
+    refit_steps: int
+    refit_exhausted: bool
+    dense_blocks: int
+    dead_features: int
+    damping: float
+    damping_raised: bool
+
+
+class Solution(NamedTuple):
+    """A sparse weight, its mask, how it was reached, and figures; a single one prints as one line.
+
+    Attributes:
+      weight: the shape and dtype of the weight that was given, exact zeros outside the mask.
+      mask: bool, the same shape, as in `Candidate`.
+      status: a `Status`; traced, an int32 scalar of its value.
+      statistics: `Statistics`; traced, arrays.
+      history: relative losses of the damped problem, if the solver stopped after the first step,
+        the second, and so on; as many as its `history` asks for, NaN where there was no such step.
+    """
+
+    weight: Array
+    mask: Array
+    status: Status
+    statistics: Statistics
+    history: Array
+
+    def __str__(self) -> str:
+        status: Any = self.status
+        if isinstance(status, jax.core.Tracer) or jnp.ndim(status) > 0:
+            return repr(self)
+        figures = self.statistics
+        return (
+            f"{Status(self.status).name.lower()}: relative loss {figures.relative_loss:.4g} "
+            f"({figures.relative_loss_before_refit:.4g} before the refit), {figures.steps} steps, "
+            f"{figures.refit_steps} of the refit"
+        )
+
+
+class Normalized(NamedTuple):
+    """A problem without units: W0 scaled to unit mean magnitude, and the Gram accordingly.
+
+    Attributes:
+      weight: W0 scaled, shape (out, in), float32 or float64.
+      gram: shape (in, in).
+      scale: shape (in,); a normalized weight divided by it is in the problem's units again.
+    """
+
+    weight: Array
+    gram: Array
+    scale: Array
+
+
+class Refitted(NamedTuple):
+    """What a refit returns.
+
+    Attributes:
+      weight: shape (out, in), of a normalized problem, zero outside the mask.
+      mask: bool, shape (out, in).
+      steps: int32 scalar, iterations taken.
+      exhausted: bool, shape (out,), whether they ran out before the row met the refit's stop test.
+    """
+
+    weight: Array
+    mask: Array
+    steps: Array
+    exhausted: Array
+
+
+def check_arrays(weight: Array, gram: Array, axis: int = -1) -> None:
+    """Raises ValueError unless the arrays are floating-point and their shapes fit one another."""
+    for name, array in {"weight": weight, "gram": gram}.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"the {name} is {array.dtype}, not floating-point")
+    shapes = f"weight {weight.shape} and gram {gram.shape}"
+    if weight.ndim != 2 or gram.ndim != 2 or not -2 <= axis < 2:
+        raise ValueError(f"{shapes} are not matrices, or have no axis {axis}; use jax.vmap")
+    width, other = weight.shape[axis], weight.shape[axis - 1]
+    if gram.shape != (width, width):
+        hint = ""
+        if gram.shape == (other, other):
+            hint = f"; the Gram fits the other axis: pass axis={0 if axis in (-1, 1) else -1}"
+        raise ValueError(f"{shapes} do not fit: the weight sums over axis {axis}{hint}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight {weight.shape} has no entries")
+
+
+def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Normalized:
+    """Scales a problem with D = curvature^(1/2) and to unit mean magnitude of the weight.
+
+    The loss is unchanged by W -> W D, G -> D^-1 G D^-1, and a multiple of the loss is left by
+    dividing W by a scalar. The strength of a penalty then means the same in every layer.
+
+    Args:
+      weight: W0, shape (out, in).
+      gram: damped, shape (in, in).
+      curvature: shape (in,), positive; the diagonal of the Gram, which becomes 1, if None.
+    """
+    deviation = jnp.sqrt(jnp.diagonal(gram) if curvature is None else curvature)
+    magnitudes = jnp.abs(weight * deviation[None, :])
+    # The last bits of a mean depend on the order of its terms, and with it on the number of devices
+    # that share the rows; a maximum does not. Their ratio has no unit, and needs few bits.
+    largest = jnp.max(magnitudes)
+    ratio = lax.reduce_precision(jnp.mean(magnitudes) / largest, 8, 10)
+    magnitude = ratio * largest
+    scale = deviation / jnp.where(magnitude > 0, magnitude, 1)
+    scaled = gram / (deviation[:, None] * deviation[None, :])
+    return Normalized(weight * scale[None, :], scaled, scale)
+
+
+def quadratic_loss(difference: Array, gram: Array) -> Array:
+    """tr(D G D^T) for a difference D of shape (out, in), a scalar."""
+    image = jnp.matmul(difference, gram, precision=PRECISION)
+    # The selection changes nothing, but keeps XLA's CPU backend from fusing the product with the
+    # sum, which is three times slower than a product by itself.
+    return jnp.sum(jnp.where(difference != 0, image, 0) * difference)
+
+
+def relative_loss(weight: Array, problem: Normalized) -> Array:
+    """The loss of a normalized weight (out, in), relative to that of zeros; a scalar."""
+    loss = quadratic_loss(weight - problem.weight, problem.gram)
+    return loss / quadratic_loss(problem.weight, problem.gram)
+
+
+ROUNDINGS = 100
+"""Tolerated error of an entry of a Gram, in units of eps."""
+
+
+def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> Array:
+    """Whether a loss is nonnegative but for rounding; a bool scalar.
+
+    Where every entry G_ij is off by at most c sqrt(G_ii G_jj), the loss of a row d is no less than
+    -c (sum_j |d_j| sqrt(G_jj))^2. Here c is 100 eps.
+
+    Args:
+      loss: `quadratic_loss` of the two that follow.
+      difference: shape (out, in).
+      gram: shape (in, in).
+      eps: of the dtype in which the Gram was summed.
+    """
+    deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    most = jnp.sum(jnp.square(jnp.sum(jnp.abs(difference) * deviation[None, :], axis=1)))
+    return loss >= -ROUNDINGS * eps * most
+
+
+def is_symmetric(gram: Array, eps: float) -> Array:
+    """Whether a Gram is symmetric but for rounding; a bool scalar, true where it holds NaN.
+
+    G v and G^T v are compared for one vector v of fixed signs, so that devices that share columns
+    exchange vectors only. Where every entry is off by at most c sqrt(G_ii G_jj), an entry of their
+    difference is at most 2 c sqrt(G_ii) sum_j sqrt(G_jj). Here c is 100 eps.
+
+    Args:
+      gram: shape (in, in).
+      eps: of the dtype in which the Gram was summed.
+    """
+    # An additive sequence has no short period, by which a shifted Gram could hide.
+    phases = jnp.arange(gram.shape[0], dtype=gram.dtype) * 0.6180339887
+    signs = jnp.where(phases % 1 < 0.5, 1, -1).astype(gram.dtype)
+    rows = jnp.matmul(gram, signs, precision=PRECISION)
+    columns = jnp.matmul(signs, gram, precision=PRECISION)
+    deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    most = 2 * ROUNDINGS * eps * deviation * jnp.sum(deviation)
+    return ~jnp.any(jnp.abs(rows - columns) > most)
+
+
+def has_negative_diagonal(gram: Array, eps: float) -> Array:
+    """Whether a finite entry of the diagonal is negative beyond rounding; a bool scalar.
+
+    Args:
+      gram: shape (in, in).
+      eps: of the dtype in which the Gram was summed.
+    """
+    diagonal = jnp.diagonal(gram)
+    return jnp.any(jnp.isfinite(diagonal) & (diagonal < -ROUNDINGS * eps * jnp.max(diagonal)))
+
+
+DEFAULT_PULL = 1.0
+"""Among those of docs/results.md the one with the least perplexity of *Emma*."""
+
+
+def correct_inputs(weight: Array, gram: Array, cross: Array, pull: float = DEFAULT_PULL) -> Array:
+    """The dense weight that also corrects what pruning did to the layer's inputs.
+
+    The layer sees x' in the pruned model where the dense one sees x. The dense minimiser of
+    |W X' - W0 X|^2 + pull tr(G) |W - W0|^2 is W0 + W0 (C - G) (G + pull tr(G) I)^-1 with
+    G = X' X'^T and C = X X'^T. It takes the place of W0 in `prox24.solve`, with the same Gram;
+    losses are then relative to it. With little pull, models were ruined: the default corrects only
+    the directions whose eigenvalues are a good part of the trace (docs/theory.md, section 15).
+
+    Args:
+      weight: W0, shape (out, in).
+      gram: G, shape (in, in), of the pruned model's inputs.
+      cross: C, shape (in, in), on the scale of the gram.
+      pull: positive, relative to the trace of G. Where G + pull tr(G) I is not positive definite,
+        it is raised as damping is, see `prox24.solve`, but not above 1 / in.
+
+    Returns:
+      Array (out, in), float32, or float64 if the Gram is; NaN if the Gram or the cross-Gram holds
+      NaN.
+
+    Raises:
+      ValueError: the pull is not positive and finite, or the shapes do not fit.
+
+    Example:
+      >>> x = jnp.eye(4)
+      >>> correct_inputs(jnp.ones((1, 4)), x @ x.T, 1.5 * x, pull=0.25).tolist()
+      [[1.25, 1.25, 1.25, 1.25]]
+    """
+    if not 0 < pull < math.inf:
+        raise ValueError(f"a pull of {pull} is not positive and finite")
+    check_arrays(weight, gram)
+    if cross.shape != gram.shape:
+        raise ValueError(f"cross-Gram {cross.shape} is not of the Gram's shape {gram.shape}")
+    return corrected_weight(weight, gram, cross, pull)
+
+
+@jax.jit
+def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | float) -> Array:
+    """The new dense weight of `correct_inputs`, compiled once for each shape.
+
+    Args:
+      weight: W0, shape (out, in).
+      gram: G, shape (in, in).
+      cross: C, shape (in, in).
+      pull: positive scalar, relative to the trace.
+
+    Returns:
+      Array (out, in), float32, or float64 if the Gram is.
+    """
+    dtype = working_dtype(gram.dtype)
+    weight, gram = weight.astype(dtype), gram.astype(dtype)
+    # Damping is relative to the mean of the diagonal.
+    inverse = damped_inverse(gram, gram.shape[0] * jnp.asarray(pull, dtype)).matrix
+    surplus = jnp.matmul(weight, cross.astype(dtype) - gram, precision=PRECISION)
+    return weight + jnp.matmul(surplus, inverse, precision=PRECISION)

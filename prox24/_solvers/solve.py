@@ -1,0 +1,330 @@
+"""One entry for every solver and every refit."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
+from jax.typing import ArrayLike
+
+from prox24._core.pattern import AnyPattern, PatternLike, Unstructured, as_any_pattern
+from prox24._core.precision import working_dtype
+from prox24._solvers.admm import ADMM
+from prox24._solvers.damping import damped_gram, damping_amount, inverse_factor
+from prox24._solvers.problem import (
+    Candidate,
+    LayerProblem,
+    Solution,
+    Statistics,
+    Status,
+    check_arrays,
+    has_negative_diagonal,
+    is_nonnegative,
+    is_symmetric,
+    normalize,
+    quadratic_loss,
+)
+from prox24._solvers.protocol import TRAITS, Refit, Solver, implements
+from prox24._solvers.proximal import ProximalGradient
+from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+from prox24._solvers.scores import Magnitude, Wanda
+from prox24._solvers.sparsegpt import SparseGPT
+from prox24._solvers.swaps import Swaps
+from prox24.errors import SolverError
+
+SOLVERS: dict[str, type[Solver]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "prox": ProximalGradient,
+    "admm": ADMM,
+}
+REFITS: dict[str, type[Refit]] = {
+    "cg": ConjugateGradients,
+    "gradient": GradientSteps,
+    "exact": LeastSquares,
+    "swaps": Swaps,
+}
+
+Program = tuple[Array, Array, Array, Statistics, Array]
+"""Weight, mask, status, statistics and history, as a program returns them."""
+
+
+def solve(
+    weight: ArrayLike,
+    gram: ArrayLike,
+    solver: Solver = ADMM(),
+    refit: Refit | None = ConjugateGradients(),
+    *,
+    pattern: PatternLike | Unstructured | str = (2, 4),
+    damping: float = 0.01,
+    axis: int = -1,
+    throw: bool = True,
+) -> Solution:
+    """Prunes one layer: finds a mask and weights, then refits the kept weights.
+
+    Minimises tr((W - W0) G (W - W0)^T), the squared error of a linear layer's output, over W of the
+    pattern. Works under `jax.jit` and `jax.vmap`, as over the experts of a layer: there the status
+    is an integer array, the statistics are arrays, and numbers raise nothing.
+
+    Rows are independent: a weight whose rows are sharded over a mesh, its axes automatic or
+    explicit, gives a weight and a mask that are sharded alike, and devices exchange one number
+    for each look at the stop test. If the columns of the weight and of the Gram are sharded, so are
+    those of the result: devices then exchange the weight in every step, and with solvers and refits
+    that share columns they never exchange the Gram (docs/scaling.md).
+
+    Args:
+      weight: W0, shape (out, in), floating; the layer computes x -> W0 x. Other layouts by `axis`.
+      gram: G = sum over calibration tokens of x x^T, or its mean, shape (in, in), symmetric and
+        positive semidefinite. Solutions do not depend on its scale. The work is done in float32, or
+        in float64 when the Gram is float64.
+      solver: how the mask is found; an object of hyperparameters, whose numbers are traced.
+      refit: how the kept weights are updated afterwards, or None to keep the solver's.
+      pattern: (N, M) along the axis, M a divisor of its length; or `Unstructured`.
+      damping: added to the diagonal of the Gram, relative to its mean. It makes a singular Gram
+        definite. Solvers and refits that need one raise it, to at most 1, where it is not enough,
+        and the statistics say so (`prox24._solvers.damping.inverse_factor`).
+      axis: the axis of the weight that the layer sums over: -1 for (out, in), 0 for the kernel
+        (in, out) of a Flax layer.
+      throw: whether a failure raises; else its status tells.
+
+    Returns:
+      A `Solution`.
+
+    Raises:
+      SolverError: there is no finite solution, or the Gram is none; says why. Not where the call is
+        traced, nor with `throw=False`.
+      ValueError: the shapes do not fit, the weight has no entries, M does not divide the length of
+        the axis, an array is not floating-point, damping is negative or infinite, or the solver or
+        the refit does not support the pattern, or is none.
+
+    Example:
+      >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
+      >>> tokens = jax.random.normal(jax.random.key(1), (64, 16))
+      >>> gram = jnp.matmul(tokens.T, tokens, precision="highest")
+      >>> solution = solve(weight, gram)
+      >>> solution.status, int(solution.mask.sum())
+      (<Status.SPARSE: 0>, 64)
+    """
+    weight, gram, pattern = jnp.asarray(weight), jnp.asarray(gram), as_any_pattern(pattern)
+    check_arrays(weight, gram, axis)
+    check_traits(solver, refit, pattern)
+    width = weight.shape[axis]
+    if not isinstance(pattern, Unstructured) and width % pattern.group:
+        raise ValueError(
+            f"input width {width} is not divisible by {pattern.group}: take another pattern, or "
+            "pad weight and Gram with zeros"
+        )
+    traced = any(map(_is_traced, jax.tree.leaves((weight, gram, solver, refit, damping))))
+    if not _is_traced(damping) and not 0 <= damping < math.inf:
+        raise ValueError(f"damping {damping} is not a nonnegative number")
+    transposed = axis in (0, -2)
+    problem = LayerProblem(weight.T if transposed else weight, gram)
+    found, mask, status, figures, history = solve_program(
+        problem, solver, refit, jnp.asarray(damping, jnp.result_type(float)), pattern
+    )
+    if transposed:
+        found, mask = found.T, mask.T
+    if traced:
+        return Solution(found, mask, status, figures, history)
+    status, figures = jax.device_get((status, figures))  # all at once
+    plain = Statistics(*(value.item() for value in figures))
+    solution = Solution(found, mask, Status(int(status)), plain, history)
+    if throw and solution.status.failed:
+        raise SolverError(explain(solution.status, problem, float(damping)))
+    return solution
+
+
+def explain(status: Status, problem: LayerProblem, damping: float, name: str = "the weight") -> str:
+    """Why there is no solution, in a sentence.
+
+    Args:
+      status: that `failed`.
+      problem: that was solved.
+      damping: that was asked for.
+      name: of the weight.
+    """
+    if status is Status.INDEFINITE:
+        return f"the Gram of {name} is not positive semidefinite"
+    if status is Status.ASYMMETRIC:
+        return f"the Gram of {name} is not symmetric"
+    for part, entries in zip(("", "the Gram of "), problem, strict=True):
+        if not jnp.isfinite(entries).all():
+            return f"{part}{name} holds NaN or Inf"
+    return (
+        f"no finite solution for {name}: its Gram is not positive definite with damping "
+        f"{damping:g}, or numbers are too large; use more damping"
+    )
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def lower(
+    problem: LayerProblem,
+    solver: Solver,
+    refit: Refit | None,
+    *,
+    pattern: PatternLike | Unstructured = (2, 4),
+) -> jax.stages.Lowered:
+    """The program of `solve`, to be compiled and looked at; arrays may be `ShapeDtypeStruct`."""
+    damping = jax.ShapeDtypeStruct((), jnp.asarray(0.0).dtype)
+    return solve_program.lower(problem, solver, refit, damping, pattern=as_any_pattern(pattern))
+
+
+def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> None:
+    """Raises ValueError unless these are a solver and a refit that can make the pattern.
+
+    Example:
+      >>> check_traits(SparseGPT(), None, as_any_pattern("3:4"))
+    """
+    for protocol, usual, method, known in (
+        (Solver, "ADMM", solver, SOLVERS),
+        (Refit, "ConjugateGradients", refit, REFITS),
+    ):
+        role = protocol.__name__.lower()
+        if method is None and protocol is Refit:
+            continue
+        if isinstance(method, str) or not callable(method):
+            raise ValueError(f"the {role} is {method!r}; give an object, such as prox24.{usual}()")
+        if isinstance(method, type):
+            raise ValueError(f"the {role} is a class; give an object, {method.__name__}()")
+        missing = [trait for trait in TRAITS if not hasattr(method, trait)]
+        if missing:
+            raise ValueError(
+                f"the {role} {type(method).__name__} has no trait {missing[0]}: see "
+                "docs/adding-a-solver.md"
+            )
+        if not implements(type(method), protocol):
+            raise ValueError(f"{type(method).__name__} is no {role}: its call has other arguments")
+        if jax.tree_util.all_leaves([method]):
+            raise ValueError(
+                f"the {role} {type(method).__name__} is no pytree: decorate its class with "
+                "prox24.hyperparameters"
+            )
+        if pattern not in method.patterns:
+            able = ", ".join(name for name, make in known.items() if pattern in make().patterns)
+            raise ValueError(
+                f"{type(method).__name__} supports {method.patterns.value}, not {pattern}; "
+                f"{able or 'no ' + role} would"
+            )
+
+
+def check_supported(
+    solver: Solver, refit: Refit | None, pattern: PatternLike | Unstructured
+) -> None:
+    """Raises ValueError where `solve` would for the pattern, and computes nothing.
+
+    Example:
+      >>> check_supported(SparseGPT(), None, (3, 4))
+    """
+    pattern = as_any_pattern(pattern)
+    check_traits(solver, refit, pattern)
+    width = 1 if isinstance(pattern, Unstructured) else pattern.group
+    problem = jax.eval_shape(lambda: LayerProblem(jnp.zeros((1, width)), jnp.zeros((width, width))))
+    program = functools.partial(_solve, pattern=pattern)
+    jax.eval_shape(program, problem, solver, refit, jnp.zeros(()))
+
+
+def check_shares_columns(solver: Solver, refit: Refit | None) -> None:
+    """Raises ValueError unless devices that share the columns of a Gram never need all of it.
+
+    Others factor it, or take its powers for the size of their steps.
+
+    Example:
+      >>> check_shares_columns(ADMM(), ConjugateGradients())
+    """
+    for method, known in ((solver, SOLVERS), (refit, REFITS)):
+        if method is not None and not method.shares_columns:
+            able = ", ".join(name for name, make in known.items() if make().shares_columns)
+            raise ValueError(
+                f"{type(method).__name__} needs the whole Gram on every device; {able} would share "
+                "its columns"
+            )
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def solve_program(
+    given: LayerProblem,
+    solver: Solver,
+    refit: Refit | None,
+    damping: Array,
+    pattern: AnyPattern,
+) -> Program:
+    """What `solve` compiles; to it explicit axes of a mesh are what automatic ones are."""
+    program = functools.partial(_solve, pattern=pattern)
+    placed = jax.typeof(given.weight).sharding
+    if placed.mesh.explicit_axes:
+        everywhere = NamedSharding(placed.mesh, PartitionSpec())
+        program = auto_axes(program, out_sharding=(placed, placed, *[everywhere] * 3))
+    return program(given, solver, refit, damping)
+
+
+def _solve(
+    given: LayerProblem,
+    solver: Solver,
+    refit: Refit | None,
+    damping: Array,
+    pattern: AnyPattern,
+) -> Program:
+    dtype = working_dtype(given.gram.dtype)
+    damping = damping.astype(dtype)
+    solver, refit = jax.tree.map(
+        lambda x: jnp.asarray(x, dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x,
+        (solver, refit),
+    )
+    problem = LayerProblem(given.weight.astype(dtype), given.gram.astype(dtype))
+    candidate: Candidate = solver(problem, pattern, damping)
+    weight, mask, used = candidate.weight, candidate.mask, candidate.damping
+    refit_steps, refit_exhausted = jnp.zeros((), jnp.int32), jnp.zeros(len(weight), bool)
+    if refit is not None:
+        if refit.needs_definite:
+            used = inverse_factor(problem.gram, used).damping
+        normalized = normalize(problem.weight, damped_gram(problem.gram, used))
+        scale = normalized.scale[None, :]
+        refitted = refit(normalized, weight * scale, mask, pattern)
+        weight, mask, refit_steps, refit_exhausted = refitted
+        weight = weight / scale
+    weight = jnp.where(mask, weight, 0).astype(given.weight.dtype)
+
+    total = quadratic_loss(problem.weight, problem.gram)
+
+    def relative(loss: Array) -> Array:
+        return jnp.where(loss == 0, 0, loss / total)
+
+    difference = weight.astype(dtype) - problem.weight
+    loss = quadratic_loss(difference, problem.gram)
+    before = candidate.weight - problem.weight
+    # A float64 Gram may have been summed in float32.
+    eps = max(float(jnp.finfo(summed).eps) for summed in (given.gram.dtype, jnp.float32))
+    figures: dict[str, Any] = {
+        "relative_loss": relative(loss),
+        "relative_loss_before_refit": relative(
+            loss if refit is None else quadratic_loss(before, problem.gram)
+        ),
+        "steps": candidate.steps,
+        "refit_steps": refit_steps,
+        "refit_exhausted": jnp.any(refit_exhausted),
+        "dense_blocks": candidate.dense_blocks,
+        "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
+        "damping": damping_amount(problem.gram, used),
+        "damping_raised": candidate.damping_raised | (used > damping),
+    }
+    finite = jnp.all(jnp.isfinite(weight)) & jnp.isfinite(total)
+    nonnegative = is_nonnegative(loss, difference, problem.gram, eps)
+    nonnegative &= is_nonnegative(total, problem.weight, problem.gram, eps)
+    found = [
+        (has_negative_diagonal(problem.gram, eps), Status.INDEFINITE),
+        (~is_symmetric(problem.gram, eps), Status.ASYMMETRIC),
+        (~finite, Status.NONFINITE),
+        (~nonnegative, Status.INDEFINITE),
+        (candidate.dense_blocks > 0, Status.MAX_STEPS),
+    ]
+    status = jnp.asarray(Status.SPARSE, jnp.int32)
+    for holds, one in reversed(found):  # The first that holds counts.
+        status = jnp.where(holds, jnp.asarray(one, jnp.int32), status)
+    return weight, mask, status, Statistics(**figures), candidate.history

@@ -1,0 +1,126 @@
+"""SparseGPT: one sweep over the columns that prunes, and spreads each error over later columns."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from prox24._core.masks import largest_mask, top_mask
+from prox24._core.pattern import AnyPattern, Unstructured
+from prox24._core.precision import PRECISION
+from prox24._solvers.damping import inverse_factor
+from prox24._solvers.hyperparameters import hyperparameters
+from prox24._solvers.problem import Candidate, LayerProblem
+from prox24._solvers.protocol import Patterns
+
+
+@hyperparameters
+class SparseGPT:
+    """The optimal-brain-surgeon sweep of SparseGPT. Any N:M, and unstructured sparsity.
+
+    With U upper triangular and U^T U the inverse of the damped Gram, columns are visited in order.
+    At each block of M the N entries of largest w^2 / U_jj^2 are kept; a pruned entry's error
+    w / U_jj times row j of U is taken off the columns that follow. Without a pattern, the same
+    scores are compared within `block_size` columns of all rows.
+
+    Attributes:
+      block_size: the columns updated together before the rest of the matrix; a pattern's result
+        does not depend on it but for rounding. The largest divisor of the width that is not above
+        it is taken.
+
+    References:
+      "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
+      algorithm 1.
+    """
+
+    patterns: ClassVar[Patterns] = Patterns.ANY
+    needs_definite: ClassVar[bool] = True
+    shares_columns: ClassVar[bool] = False
+
+    block_size: int = dataclasses.field(default=128, metadata={"static": True})
+
+    def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
+        """Finds a candidate; traceable, with the pattern static."""
+        factor = inverse_factor(problem.gram, damping)
+        block = _block_width(problem.weight.shape[1], pattern, self.block_size)
+        swept = _sweep(problem.weight.T, factor.upper, pattern, block)
+        return Candidate.of(swept.weight.T, swept.mask.T, factor.damping)
+
+
+def _block_width(width: int, pattern: AnyPattern, largest: int) -> int:
+    group = _group(pattern)
+    candidates = range(group, max(largest, group) + 1, group)
+    return max(block for block in candidates if width % block == 0)
+
+
+def _group(pattern: AnyPattern) -> int:
+    return 1 if isinstance(pattern, Unstructured) else pattern.group
+
+
+class _Sweep(NamedTuple):
+    """Transposed, (in, out): the entries of one column are contiguous, as the sweep needs them."""
+
+    weight: Array
+    mask: Array
+
+
+def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sweep:
+    width, rows = weight.shape
+
+    def prune_block(index: Array, state: _Sweep) -> _Sweep:
+        start = index * block
+        columns = lax.dynamic_slice(state.weight, (start, 0), (block, rows))
+        factor_rows = lax.dynamic_slice(factor, (start, 0), (block, width))
+        local_factor = lax.dynamic_slice(factor_rows, (0, start), (block, block))
+        kept, mask, errors = _prune_columns(columns, local_factor, pattern)
+        # The factor is upper triangular: earlier columns get zero; the block's own are replaced.
+        updated = state.weight - jnp.matmul(factor_rows.T, errors, precision=PRECISION)
+        return _Sweep(
+            lax.dynamic_update_slice(updated, kept, (start, 0)),
+            lax.dynamic_update_slice(state.mask, mask, (start, 0)),
+        )
+
+    start = _Sweep(weight, jnp.zeros(weight.shape, bool))
+    swept = lax.fori_loop(0, width // block, prune_block, start)
+    return _Sweep(jnp.where(swept.mask, swept.weight, 0), swept.mask)
+
+
+def _prune_columns(
+    columns: Array, factor: Array, pattern: AnyPattern
+) -> tuple[Array, Array, Array]:
+    """Prunes the columns of one block: kept values, mask and errors, each (block, rows)."""
+    block, rows = columns.shape
+    group = _group(pattern)
+    diagonal = jnp.diagonal(factor)
+
+    def choose(entries: Array, start: Array) -> Array:
+        if isinstance(pattern, Unstructured):
+            return lax.dynamic_slice(chosen, (start, 0), (group, rows))
+        scales = lax.dynamic_slice(diagonal, (start,), (group,))
+        return top_mask(jnp.square(entries / scales[:, None]), pattern, axis=0)
+
+    def prune_group(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        columns, mask, errors = state
+        start = index * group
+        entries = lax.dynamic_slice(columns, (start, 0), (group, rows))
+        factor_rows = lax.dynamic_slice(factor, (start, 0), (group, block))
+        corner = lax.dynamic_slice(factor_rows, (0, start), (group, group))
+        group_mask = choose(entries, start)
+        group_errors = []
+        for i in range(group):
+            error = jnp.where(group_mask[i], 0, entries[i] / corner[i, i])
+            entries = entries - corner[i][:, None] * error[None, :]
+            group_errors.append(error)
+        stacked = jnp.stack(group_errors)
+        return (
+            columns - jnp.matmul(factor_rows.T, stacked, precision=PRECISION),
+            lax.dynamic_update_slice(mask, group_mask, (start, 0)),
+            lax.dynamic_update_slice(errors, stacked, (start, 0)),
+        )
+
+    if isinstance(pattern, Unstructured):
+        scores = jnp.square(columns / diagonal[:, None])
+        chosen = largest_mask(scores, pattern.kept(scores.size))
+    start = (columns, jnp.zeros(columns.shape, bool), jnp.zeros_like(columns))
+    return lax.fori_loop(0, block // group, prune_group, start)

@@ -1,0 +1,269 @@
+"""The Grams of the inputs of every weight of any model."""
+
+import functools
+import itertools
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from prox24._pruning.grams import GramSum, Sums, add_tokens, empty_gram, is_sent
+from prox24._pruning.runner import Inputs
+from prox24._trees.layout import Layout
+from prox24._trees.products import Apply, find_products, split_arrays
+from prox24.errors import CalibrationError
+from prox24.optax._leaves import PyTree
+
+
+class InputGram(NamedTuple):
+    """What calibration knows of a weight's inputs.
+
+    Attributes:
+      gram: sum of x x^T over the rows x, float32, shape (problems, in, in). There is one problem,
+        but for grouped convolutions, batched products and weights that `lax.scan` runs over.
+      rows: how many rows each problem has seen that were not all zero.
+      layout: which axes of the weight make the matrices (out, in) of the problems.
+      cross: sum of x' x^T, with x' the same rows in the dense model; None where they are the same.
+    """
+
+    gram: Array
+    rows: tuple[int, ...]
+    layout: Layout
+    cross: Array | None = None
+
+    def inputs(self) -> list[Inputs]:
+        """The inputs of each problem."""
+        crosses = itertools.repeat(None) if self.cross is None else self.cross
+        return list(map(Inputs, self.gram, self.rows, crosses))
+
+
+class Calibration(NamedTuple):
+    """What calibration knows of a model.
+
+    Attributes:
+      grams: by path of the weight, in the order of the calls.
+      left_out: by path, why other weights have none.
+    """
+
+    grams: dict[str, InputGram]
+    left_out: dict[str, str]
+
+
+class Survey(NamedTuple):
+    """What the shapes of one batch say about a model.
+
+    Attributes:
+      layouts: of every weight with products, by path, in the order of its first call.
+      shapes: of their inputs, (problems, in).
+      groups: the paths in that order, those side by side that see nothing but one common input.
+      left_out: why weights have no products.
+    """
+
+    layouts: dict[str, Layout]
+    shapes: dict[str, tuple[int, int]]
+    groups: list[list[str]]
+    left_out: dict[str, str]
+
+
+def calibrate(
+    apply: Apply,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    names: Collection[str] | None = None,
+) -> Calibration:
+    """Gathers the Gram sum x x^T of the inputs x of every weight of a model, for `prune_params`.
+
+    The model is any function of JAX. Its weights are found where they meet activations in a matrix
+    product or a convolution, of whatever layer: Flax's `Dense`, `DenseGeneral`, `Einsum`, `Conv`
+    and attention, linen or NNX, Equinox's layers, or `x @ w`; inside `jax.jit`, `jax.checkpoint`,
+    `jax.vmap` and `lax.scan` too. Elsewhere `tap` says what a weight is multiplied with. A weight
+    that is used twice has the sum of both Grams.
+
+    A convolution's input is the patch that the kernel sees, with channels as the fastest axis, so
+    that N:M blocks run over consecutive input channels at each place of the kernel.
+
+    Grams are float32 sums of products at the highest precision, compensated from batch to batch.
+    Each takes 4 in^2 bytes, and as much again while it is summed. One program is compiled for each
+    shape of a batch.
+
+    Args:
+      apply: from parameters and a batch to anything; `lambda p, x: model.apply({"params": p}, x)`
+        for linen, `lambda p, x: nnx.merge(graph, p)(x)` for NNX. It should compute what the model
+        computes when it is used, without dropout.
+      params: pytree; its arrays are the weights, named by their paths.
+      batches: pytrees of arrays, which are looked at one by one.
+      names: the weights to calibrate; all that can be if None.
+
+    Returns:
+      A `Calibration`.
+
+    Raises:
+      CalibrationError: there is no batch, or one array in their place; a name has no
+        products, a tap does not fit the parameters, or inputs are not finite; names the weight.
+
+    Example:
+      >>> def apply(params, x):
+      ...     return x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> found = calibrate(apply, params, [jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0]])])
+      >>> found.grams["kernel"].gram.tolist(), found.grams["kernel"].rows
+      ([[[2.0, 2.0], [2.0, 4.0]]], (2,))
+    """
+    return gather(apply, Stream(params, batches), names=names)
+
+
+class Stream(NamedTuple):
+    """A model's parameters, and the batches that run through it."""
+
+    params: PyTree
+    batches: Iterable[PyTree]
+
+
+def gather(
+    apply: Apply,
+    stream: Stream,
+    dense: Stream | None = None,
+    *,
+    names: Collection[str] | None = None,
+) -> Calibration:
+    """`calibrate`, with the cross-Grams of the inputs in the dense model, if one is given.
+
+    Args:
+      apply: see `calibrate`.
+      stream: the model.
+      dense: the dense model on the same data. Where an input of it is zero, as that of a token that
+        it sends to other experts, the pruned model's takes its place.
+      names: see `calibrate`.
+
+    Raises:
+      CalibrationError: see `calibrate`.
+    """
+    batches = iter(_no_array(stream.batches))
+    first = next(batches, None)
+    if first is None:
+        raise CalibrationError(NO_BATCH)
+    survey = survey_products(apply, stream.params, first)
+    for name in names or ():
+        if name not in survey.layouts:
+            raise CalibrationError(f"{name} has no products: {survey.left_out.get(name, 'unused')}")
+    chosen = {
+        path: shape for path, shape in survey.shapes.items() if names is None or path in names
+    }
+    grams = {path: _empty_grams(shape) for path, shape in chosen.items()}
+    crosses = {} if dense is None else jax.tree.map(jnp.copy, grams)
+    arrays, join = split_arrays(stream.params)
+    dense_arrays, join_dense = split_arrays(stream.params if dense is None else dense.params)
+
+    @functools.partial(jax.jit, donate_argnames=("grams", "crosses"))
+    def add(
+        arrays: list[Array],
+        dense_arrays: list[Array],
+        batch: PyTree,
+        dense_batch: PyTree,
+        grams: Sums,
+        crosses: Sums,
+    ) -> tuple[Sums, Sums]:
+        products = find_products(apply, join(arrays), batch)[0]
+        grams, crosses = dict(grams), dict(crosses)
+        for product in products:
+            if product.path in grams:
+                grams[product.path] = _add(grams[product.path], product.rows, product.rows)
+        if not crosses:
+            return grams, crosses
+        of_dense = find_products(apply, join_dense(dense_arrays), dense_batch)[0]
+        for product, given in zip(products, of_dense, strict=True):
+            if product.path in crosses:
+                rows = jnp.where(is_sent(given.rows)[..., None], given.rows, product.rows)
+                crosses[product.path] = _add(crosses[product.path], rows, product.rows)
+        return grams, crosses
+
+    alongside = itertools.repeat(None) if dense is None else dense.batches
+    for batch, dense_batch in zip(itertools.chain([first], batches), alongside, strict=False):
+        grams, crosses = add(arrays, dense_arrays, batch, dense_batch, grams, crosses)
+    found = {}
+    # Compiled functions return dicts in the order of their keys.
+    for path, layout in survey.layouts.items():
+        if path in grams:
+            gram, cross = grams[path], crosses.get(path)
+            for each in (gram, cross):
+                if each is not None and not _is_finite(each):
+                    raise CalibrationError(f"NaN or Inf in the inputs of {path}")
+            total = None if cross is None else cross.total
+            found[path] = InputGram(gram.total, tuple(gram.tokens.tolist()), layout, total)
+    return Calibration(found, survey.left_out)
+
+
+NO_BATCH = "there is no batch to calibrate on"
+
+
+def check_batches(batches: Iterable[PyTree]) -> list[PyTree]:
+    """The batches as a list.
+
+    Raises:
+      CalibrationError: there is none, or one array in their place.
+    """
+    found = list(_no_array(batches))
+    if not found:
+        raise CalibrationError(NO_BATCH)
+    return found
+
+
+def _no_array(batches: Iterable[PyTree]) -> Iterable[PyTree]:
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise CalibrationError(
+            f"batches is one array of shape {batches.shape}; give a list of batches, as [x]"
+        )
+    return batches
+
+
+def _add(gram: GramSum, x: Array, y: Array) -> GramSum:
+    return jax.vmap(add_tokens)(gram, x, y)
+
+
+def _is_finite(gram: GramSum) -> bool:
+    return bool(jnp.all(jnp.isfinite(jnp.trace(gram.total, axis1=1, axis2=2))))
+
+
+def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:
+    """Traces `apply` on the shapes of one batch, and computes nothing.
+
+    Raises:
+      CalibrationError: a tap does not fit the parameters.
+    """
+    arrays, join = split_arrays(params)
+    surveys: list[Survey] = []
+
+    def trace(arrays: list[Array], batch: PyTree) -> None:
+        products, left_out = find_products(apply, join(arrays), batch)
+        survey = Survey({}, {}, [], left_out)
+        paths = [product.path for product in products]
+        source = None
+        for product in products:
+            path = product.path
+            if path in survey.layouts:
+                continue
+            problems, _, width = product.rows.shape
+            survey.layouts[path] = product.layout
+            survey.shapes[path] = (problems, width)
+            # A later use may depend on what shares the input of the first.
+            source_alone = None if paths.count(path) > 1 else product.source
+            if source is None or source_alone is not source:
+                survey.groups.append([])
+            survey.groups[-1].append(path)
+            source = source_alone
+        surveys.append(survey)
+
+    jax.eval_shape(trace, arrays, batch)
+    return surveys[-1]
+
+
+def _empty_grams(shape: tuple[int, int]) -> GramSum:
+    """As many Grams of no rows as there are problems."""
+    problems, width = shape
+    return jax.tree.map(
+        lambda part: jnp.zeros((problems, *part.shape), part.dtype), empty_gram(width)
+    )

@@ -1,0 +1,311 @@
+"""Pruning the weights of any parameter tree by their Grams."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from prox24._pruning import loop
+from prox24._pruning.recipe import Recipe
+from prox24._pruning.report import LinearReport
+from prox24._pruning.runner import Block, Inputs, Linear, Streams
+from prox24._trees.calibrate import (
+    Calibration,
+    Stream,
+    calibrate,
+    check_batches,
+    gather,
+    survey_products,
+)
+from prox24._trees.layout import Layout, from_matrices, to_matrices
+from prox24._trees.products import Apply
+from prox24.errors import CalibrationError, RecipeError
+from prox24.optax._leaves import Leaf, Mask, PyTree, describe, named_leaves, nonzeros, spread
+
+
+class PrunedParams(NamedTuple):
+    """A pruned parameter tree.
+
+    Attributes:
+      params: the tree that was given, in its containers, with the pruned weights in their places,
+        shapes and dtypes.
+      leaves: which leaves are pruned, along which axis, and why others are not; each prints as one
+        line.
+      reports: one for each pruned matrix, in the order of pruning.
+    """
+
+    params: PyTree
+    leaves: tuple[Leaf, ...]
+    reports: list[LinearReport]
+
+    @property
+    def kept(self) -> PyTree:
+        """For `prox24.optax.keep_pattern`: the nonzeros of what was pruned, and all else."""
+        return nonzeros(self.params, self.leaves)
+
+
+def prune_params(
+    apply: Apply,
+    params: PyTree,
+    batches: Iterable[PyTree] = (),
+    recipe: Recipe = Recipe(),
+    *,
+    grams: Calibration | None = None,
+    order: Literal["one-shot", "sequential"] = "one-shot",
+    mask: Mask | None = None,
+) -> PrunedParams:
+    """Prunes the weights of any JAX model, along the axes that their products sum over.
+
+    For a weight of matrices W0 (out, in) and their Grams G it minimises tr((W - W0) G (W - W0)^T)
+    over W of the pattern, by `prox24.solve`. Blocks of M run along the last summed axis, which is
+    the input channel of a convolution and `head_dim` of an attention's output.
+
+    "one-shot" takes all Grams from the dense model. "sequential" prunes weights in the order of
+    their first calls, each on the inputs that it has in the pruned model. Weights that see one
+    common input, such as an attention's query, key and value, are pruned together, and so are the
+    layers that `lax.scan` runs over. Each such group costs one run of the model over all batches
+    and one compilation; only one group's Grams are in memory. Dense targets of the recipe matter
+    in this order alone: in the other one a weight's inputs are the dense model's.
+
+    A matrix that no row has met, as an expert may, is pruned as if its Gram were the identity; its
+    loss is relative to that.
+
+    Args:
+      apply: see `calibrate`.
+      params: pytree: dicts, `FrozenDict`, `nnx.State`, NNX or Equinox modules, lists, tuples.
+      batches: see `calibrate`; in the sequential order all are kept.
+      recipe: how the weights are pruned; its names are the paths of leaves. `refine` is not for
+        this function, see `prox24.refine.train_block`. `dtype` None keeps each leaf's.
+      grams: of `calibrate`, in place of batches; for the "one-shot" order.
+      order: "one-shot" or "sequential".
+      mask: bool pytree like `params` or a prefix of it, False for weights to leave dense, or a
+        function of `params` that returns one, such as `prox24.optax.by_path`. By default embeddings
+        and heads are left dense, by their names (`prox24.optax.describe`).
+
+    Returns:
+      The parameters, of the same structure; what was done with each leaf; and a report on each
+      matrix that was pruned.
+
+    Raises:
+      CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has one.
+      RecipeError: the recipe refines or prunes no leaf, or the solver does not support its pattern.
+      SolverError: a solution is not finite; names the weight.
+      ValueError: a Gram does not fit its weight, the order is unknown, or Grams are given for the
+        sequential order.
+
+    Example:
+      >>> kernel = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> params = {"kernel": kernel, "scale": jnp.ones(())}
+      >>> x = jax.random.normal(jax.random.key(1), (64, 8))
+      >>> def apply(params, x):
+      ...     return params["scale"] * (x @ params["kernel"])
+      >>> pruned = prune_params(apply, params, [x])
+      >>> print(*pruned.leaves, sep="\\n")
+      pruned  (8, 3)              axis 0  default                             kernel
+      dense   ()                          fewer than two dimensions           scale
+      >>> int(jnp.count_nonzero(pruned.params["kernel"]))
+      12
+    """
+    if order not in ("one-shot", "sequential"):
+        raise ValueError(f"order {order!r} is neither one-shot nor sequential")
+    if recipe.refine is not None:
+        raise RecipeError("refine is for decoders; train the result with prox24.refine.train_block")
+    if order == "sequential" and grams is not None:
+        raise ValueError("grams are of the dense model: the sequential order takes batches")
+    if order == "one-shot":
+        found = calibrate(apply, params, batches) if grams is None else grams
+        layouts = {path: own.layout for path, own in found.grams.items()}
+        leaves = _choose(params, layouts, found.left_out, recipe, mask)
+        runner = FunctionRunner(
+            apply, params, recipe, leaves, [list(layouts)], layouts, grams=found
+        )
+    else:
+        batches = check_batches(batches)
+        survey = survey_products(apply, params, batches[0])
+        leaves = _choose(params, survey.layouts, survey.left_out, recipe, mask)
+        runner = FunctionRunner(
+            apply, params, recipe, leaves, survey.groups, survey.layouts, batches
+        )
+    if grams is not None:
+        _check_paths(params, grams)
+    if not any(leaf.pruned for leaf in leaves):
+        if left := [leaf.path for leaf in leaves if leaf.reason == BY_RECIPE]:
+            raise RecipeError(
+                f"the recipe prunes no leaf (only {recipe.only!r}, skip {recipe.skip!r}, pattern "
+                f"{recipe.pattern}); it leaves dense {_some(left)}"
+            )
+        return PrunedParams(params, leaves, [])
+    dense = loop.most_lossy(runner, recipe)
+    pruned = list(loop.prune(runner, recipe, dense=dense))
+    leaves = tuple(_kept_dense(leaf) if leaf.path in dense else leaf for leaf in leaves)
+    values = {tensor.name: tensor.values for tensor in pruned}
+    reports = [report for tensor in pruned for report in tensor.reports]
+    return PrunedParams(_replaced(params, values), leaves, reports)
+
+
+BY_RECIPE = "dense by the recipe"
+
+
+def _check_paths(params: PyTree, grams: Calibration) -> None:
+    """Raises CalibrationError where no path of the tree is one of the Grams'."""
+    paths = [path for path, _ in named_leaves(params)]
+    if not grams.grams.keys() & set(paths):
+        raise CalibrationError(
+            f"no leaf of params has a Gram: the Grams are of {_some(grams.grams)}, the leaves are "
+            f"{_some(paths)}; give the tree that was calibrated"
+        )
+
+
+def _some(paths: Collection[str]) -> str:
+    return ", ".join(list(paths)[:3]) + ", ..." * (len(paths) > 3)
+
+
+def _kept_dense(leaf: Leaf) -> Leaf:
+    return leaf._replace(pruned=False, reason="among those that lose most")
+
+
+def _replaced(params: PyTree, values: Mapping[str, Array]) -> PyTree:
+    """The tree with other leaves, by path."""
+    names = [path for path, _ in named_leaves(params)]
+    leaves, structure = jax.tree.flatten(params)
+    replaced = [values.get(path, leaf) for path, leaf in zip(names, leaves, strict=True)]
+    return jax.tree.unflatten(structure, replaced)
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionRunner:
+    """A function of JAX as a `prox24._pruning.runner.Runner`.
+
+    A stage is a group of weights that share an input. The state is the parameters as they are so
+    far; the batches run through the whole function in every stage.
+    """
+
+    apply: Apply
+    params: PyTree
+    recipe: Recipe
+    leaves: tuple[Leaf, ...]
+    groups: list[list[str]]
+    layouts: Mapping[str, Layout]
+    batches: list[PyTree] = dataclasses.field(default_factory=list)
+    grams: Calibration | None = None
+    mesh: None = None
+
+    @property
+    def stages(self) -> int:
+        """Groups of weights."""
+        return len(self.groups)
+
+    def linears(self, index: int) -> list[Linear]:
+        """The chosen weights of a group."""
+        own = {leaf.path: leaf for leaf in self.leaves if leaf.pruned}
+        return [
+            Linear(path, path, own[path].shape[own[path].axis])
+            for path in self.groups[index]
+            if path in own
+        ]
+
+    def tensors(self, index: int) -> list[str]:
+        """The paths of a group's chosen weights."""
+        return [linear.tensor for linear in self.linears(index)]
+
+    def weights(self, index: int) -> dict[str, Array]:
+        """The dense weights of a group."""
+        own = self.tensors(index)
+        named = named_leaves(self.params) if own else []
+        return {path: jnp.asarray(leaf) for path, leaf in named if path in own}
+
+    def enter(self, streams: Streams) -> tuple[int, tuple[PyTree, Streams]]:
+        """The dense parameters."""
+        return 0, (self.params, streams)
+
+    def observe(
+        self,
+        index: int,
+        weights: Mapping[str, Array],
+        state: tuple[PyTree, Streams],
+        wanted: Collection[str],
+    ) -> tuple[dict[str, list[Inputs]], tuple[PyTree, Streams]]:
+        """The Grams that are given, or those of a run over all batches."""
+        found, (params, streams) = self.grams, state
+        if found is None and wanted:
+            dense = Stream(self.params, self.batches) if streams.crosses and index else None
+            found = gather(self.apply, Stream(params, self.batches), dense, names=wanted)
+        return {path: found.grams[path].inputs() for path in wanted} if found else {}, state
+
+    def advance(
+        self, index: int, weights: Mapping[str, Array], state: tuple[PyTree, Streams]
+    ) -> tuple[PyTree, Streams]:
+        """The parameters with the weights of a group in their places."""
+        params, streams = state
+        if index == self.stages - 1 or not weights:
+            return state
+        return _replaced(params, weights), streams
+
+    def dtype(self, tensor: str) -> np.dtype[Any]:
+        """The recipe's, or the leaf's own."""
+        if self.recipe.dtype is not None:
+            return jnp.dtype(self.recipe.dtype)
+        return next(
+            jnp.asarray(leaf).dtype for path, leaf in named_leaves(self.params) if path == tensor
+        )
+
+    def matrices(self, linear: Linear, weight: Array) -> list[Array]:
+        """One for each problem."""
+        return list(to_matrices(weight, self.layouts[linear.tensor]))
+
+    def joined(self, linear: Linear, matrices: list[Array]) -> Array:
+        """The leaf in its own shape."""
+        shape = next(leaf.shape for leaf in self.leaves if leaf.path == linear.tensor)
+        return from_matrices(jnp.stack(matrices), self.layouts[linear.tensor], shape)
+
+    def loaded(self, tensor: str, stored: Array) -> Array:
+        """As it is."""
+        return stored
+
+    def stored(self, tensor: str, weight: Array) -> Array:
+        """On its device."""
+        return weight
+
+    def in_memory(self) -> Self:
+        """It is."""
+        return self
+
+    def block(self, index: int, state: tuple[PyTree, Streams]) -> Block:
+        """Raises RecipeError: a group of weights is no layer."""
+        raise RecipeError("refine is for decoders")
+
+
+def _choose(
+    params: PyTree,
+    layouts: dict[str, Layout],
+    left_out: dict[str, str],
+    recipe: Recipe,
+    mask: Mask | None,
+) -> tuple[Leaf, ...]:
+    # Every length is a multiple of 1: by itself, this says what names and shapes say.
+    by_name = describe(params, (1, 1), axis=0)
+    wanted = [None] * len(by_name) if mask is None else jax.tree.leaves(spread(mask, params))
+
+    def choose(leaf: Leaf, wanted: bool | None) -> Leaf:
+        layout = layouts.get(leaf.path)
+        axis = 0 if layout is None else layout.summed[-1]
+        if wanted is None and not leaf.pruned:
+            reason = leaf.reason
+        elif wanted is not None and not wanted:
+            reason = "not in mask"
+        elif (pattern := recipe.pattern_of(leaf.path)) is None:
+            reason = BY_RECIPE
+        elif layout is None:
+            reason = f"no Gram: {left_out.get(leaf.path, 'unused')}"
+        elif leaf.shape[axis] % (group := getattr(pattern, "group", 1)):
+            reason = f"axis {axis} is not divisible by {group}"
+        else:
+            reason = "default" if wanted is None else "in mask"
+            return leaf._replace(axis=axis, pruned=True, reason=reason)
+        return leaf._replace(axis=axis, pruned=False, reason=reason)
+
+    return tuple(map(choose, by_name, wanted))

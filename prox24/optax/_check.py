@@ -1,0 +1,119 @@
+"""Finds an optimizer that undoes the proximal step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prox24._core.masks import is_sparse
+from prox24._core.pattern import Pattern
+from prox24.optax._leaves import Axis, Mask, PyTree, describe
+from prox24.optax._transforms import takes_extra_arguments
+
+# So large that the proximal operator keeps the N largest entries of every block.
+HARD_PENALTY = 1e30
+# An average or a momentum behind `proximal` shows from the second step that it takes.
+STEPS_TAKEN = 3
+# Enough for an optimizer that accumulates gradients to take its first step.
+STEPS_GIVEN = 256
+# Parameters and gradients are large, so that clipping behind `proximal` shows.
+SCALE = 10.0
+
+NOT_LAST = "put proximal last, and give it and check the same pattern, axis and mask"
+NOT_REACHED = "it has no proximal for this leaf, or a wrapper does not pass extra arguments on"
+
+
+def check(
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    pattern: tuple[int, int] = (2, 4),
+    *,
+    axis: Axis | None = None,
+    mask: Mask | None = None,
+    **extra_args: Any,
+) -> None:
+    """Raises ValueError if something in an optimizer undoes the zeros that `proximal` makes.
+
+    It takes a few steps, each from other random dense parameters, with the extra argument `penalty`
+    so large that `proximal` keeps the N largest entries of every block. A transform behind it that
+    scales, decays, clips, averages or adds noise leaves blocks with more nonzeros.
+
+    Parameters, gradients and the optimizer's state are made on the default device: for a model that
+    does not fit there, give the shapes of a smaller one with the same names.
+
+    Args:
+      optimizer: a transform that contains `proximal`.
+      params: pytree of arrays, or of `jax.ShapeDtypeStruct`; only shapes and dtypes matter.
+      pattern: (N, M), as given to `proximal`.
+      axis: as given to `proximal`.
+      mask: as given to `proximal`.
+      **extra_args: what else the optimizer's `update` needs, such as value.
+
+    Raises:
+      ValueError: a step leaves a leaf that is not N:M, which the message names, because `proximal`
+        is not last, is missing, or gets no extra arguments; no leaf is pruned, or none moves.
+
+    Example:
+      >>> from prox24.optax import proximal
+      >>> params = {"kernel": jnp.ones((8, 4))}
+      >>> check(optax.chain(optax.sgd(0.1), proximal(1.0)), params)
+      >>> wrong = optax.chain(optax.sgd(0.1), proximal(1.0), optax.scale(0.5))
+      >>> check(wrong, params)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ...
+      ValueError: kernel is not 2:4 along axis 0 after a step: put proximal last, ...
+    """
+    leaves = describe(params, pattern, axis=axis, mask=mask)
+    pruned = [i for i, leaf in enumerate(leaves) if leaf.pruned]
+    if not pruned:
+        raise ValueError("no leaf is pruned: describe(params) says why, mask chooses others")
+    if not takes_extra_arguments(optimizer):
+        raise ValueError(
+            "the optimizer takes no extra arguments: add proximal to it, or pass them on"
+        )
+
+    @jax.jit
+    def update(
+        gradients: PyTree, state: PyTree, params: PyTree, penalty: float
+    ) -> tuple[PyTree, PyTree]:
+        return optimizer.update(gradients, state, params, penalty=penalty, **extra_args)
+
+    state = optimizer.init(_random_like(params, seed=0))
+    taken = 0
+    for seed in range(STEPS_GIVEN):
+        before, gradients = _random_like(params, 2 * seed), _random_like(params, 2 * seed + 1)
+        updates, next_state = update(gradients, state, before, HARD_PENALTY)
+        steps = jax.tree.leaves(updates)
+        if any(steps[i].any() for i in pruned):
+            after = jax.tree.leaves(optax.apply_updates(before, updates))
+            broken = [i for i in pruned if not is_sparse(after[i], pattern, leaves[i].axis)]
+            if broken:
+                first = broken[0]
+                without_penalty, _ = update(gradients, state, before, 0.0)
+                reached = not jnp.array_equal(steps[first], jax.tree.leaves(without_penalty)[first])
+                raise ValueError(
+                    f"{leaves[first].path} is not {Pattern(*pattern)} along axis "
+                    f"{leaves[first].axis} after a step: {NOT_LAST if reached else NOT_REACHED}"
+                )
+            taken += 1
+        state = next_state
+        if taken == STEPS_TAKEN:
+            return
+    if not taken:
+        raise ValueError(f"the optimizer did not move the pruned leaves in {STEPS_GIVEN} steps")
+
+
+def _random_like(tree: PyTree, seed: int) -> PyTree:
+    """Normal numbers in floating leaves, zeros in others."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        structure,
+        [
+            SCALE * jax.random.normal(key, leaf.shape, leaf.dtype)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+            else jnp.zeros(leaf.shape, leaf.dtype)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ],
+    )

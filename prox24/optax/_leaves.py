@@ -1,0 +1,246 @@
+"""Which leaves of a parameter tree are pruned, and along which axis."""
+
+import collections
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prox24._core.pattern import Pattern, as_pattern
+
+PyTree = Any
+Mask = PyTree | Callable[[PyTree], PyTree]
+Axis = int | Callable[[str], int]
+
+# The axis along which a layer sums, by the end of the path; the first match counts. Flax keeps
+# kernels as (in, out), (height, width, in, out), and those of attention as (in, heads, width) and
+# (heads, width, out); PyTorch and Equinox keep weights as (out, in) and (out, in, height, width).
+SUMMED_AXIS = (
+    (re.compile(r"(.*/)?(query|key|value)/kernel"), 0),
+    (re.compile(r"(.*/)?kernel"), -2),
+    (re.compile(r".*"), 1),
+)
+
+# Components of a path that mark a leaf to leave dense.
+DENSE_NAMES = (
+    (re.compile(r".*embed.*|wte|wpe"), "embedding"),
+    (re.compile(r"(.*_)?heads?|classifier|logits|score|output_projection"), "head"),
+    (re.compile(r"bias|scale|.*norm.*|ln\d*|ln_.*"), "bias or normalization"),
+)
+
+
+class Leaf(NamedTuple):
+    """One leaf of a parameter tree, and whether it is pruned.
+
+    Attributes:
+      path: its path, components joined by "/".
+      shape: its shape, () for what is not an array.
+      axis: the axis along which its blocks run, counted from the first if the leaf has it.
+      pruned: whether it is pruned.
+      reason: why, or why not.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axis: int
+    pruned: bool
+    reason: str
+
+    def __str__(self) -> str:
+        verdict = "pruned" if self.pruned else "dense"
+        axis = f"axis {self.axis}" if self.pruned else ""
+        # The path comes last, since its length has no bound that columns could be aligned to.
+        return f"{verdict:6}  {self.shape!s:18}  {axis:6}  {self.reason:34}  {self.path}"
+
+
+def describe(
+    params: PyTree,
+    pattern: tuple[int, int] = (2, 4),
+    *,
+    axis: Axis | None = None,
+    mask: Mask | None = None,
+) -> tuple[Leaf, ...]:
+    """Lists the leaves of `params`, which of them are pruned, along which axis, and why.
+
+    By default a leaf is pruned if it is a floating array of two or more dimensions, M divides its
+    length along the axis, and its path names no embedding, head, bias or normalization. The axis is
+    the one along which the layer sums, as the pattern's hardware needs it: -2 for Flax kernels, 0
+    for the query, key and value kernels of Flax attention, and 1 for all else, such as the weights
+    of Equinox and PyTorch. Where `optax.masked` or `optax.partition` have chosen leaves, by a label
+    say, names leave none of these dense.
+
+    Args:
+      params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
+      pattern: (N, M).
+      axis: the axis along which blocks of M run: one for all leaves, or a function of the path;
+        None for the default.
+      mask: bool pytree like `params` or a prefix of it, True for the leaves to prune, or a function
+        of `params` that returns one (see `by_path`); None for the default.
+
+    Returns:
+      One `Leaf` for each leaf, in the order of `jax.tree.leaves`; printed, each is one line.
+
+    Raises:
+      ValueError: the pattern is not N:M; `mask` is True for a leaf that is not floating, lacks the
+        axis, or has a length along it that M does not divide.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+      >>> print(*describe(params), sep="\\n")
+      dense   (6,)                        fewer than two dimensions           dense/bias
+      pruned  (8, 6)              axis 0  default                             dense/kernel
+    """
+    pattern = as_pattern(pattern)
+    leaves = named_leaves(params)
+    by_name = not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
+    chosen = [None] * len(leaves) if mask is None else jax.tree.leaves(spread(mask, params))
+    return tuple(
+        _leaf(path, leaf, pattern, axis, choice, by_name)
+        for (path, leaf), choice in zip(leaves, chosen, strict=True)
+    )
+
+
+def nonzeros(params: PyTree, leaves: Sequence[Leaf]) -> PyTree:
+    """Of leaves that are pruned the nonzeros, of the others a scalar True.
+
+    Args:
+      params: pytree of arrays.
+      leaves: of it, as `describe` lists them.
+
+    Returns:
+      Bool pytree like `params`.
+
+    Example:
+      >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 1))}
+      >>> found = nonzeros(params, describe(params))
+      >>> found["bias"].shape, found["kernel"].shape
+      ((), (4, 1))
+    """
+    weights, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(
+        structure,
+        [
+            weight != 0 if leaf.pruned else jnp.ones((), bool)
+            for leaf, weight in zip(leaves, weights, strict=True)
+        ],
+    )
+
+
+def by_path(predicate: Callable[[str], object]) -> Callable[[PyTree], PyTree]:
+    """Makes a mask of a predicate on paths.
+
+    Args:
+      predicate: from a path such as "encoder/layers/0/kernel" to whether the leaf is chosen,
+        something true or false.
+
+    Returns:
+      A function from a pytree to the bool pytree of the same structure.
+
+    Example:
+      >>> mask = by_path(lambda path: path.endswith("kernel"))
+      >>> mask({"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}})
+      {'dense': {'bias': False, 'kernel': True}}
+    """
+
+    def mask(params: PyTree) -> PyTree:
+        chosen = [bool(predicate(path)) for path, _ in named_leaves(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+    return mask
+
+
+def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
+    """The leaves, in the order of `jax.tree.leaves`, after their paths, components joined by "/".
+
+    Example:
+      >>> named_leaves({"dense": [1.0, 2.0]})
+      [('dense/0', 1.0), ('dense/1', 2.0)]
+    """
+    # With nodes that are empty, as optax leaves them where a leaf was that it masks.
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_empty)[0]
+    within = collections.Counter(path[:n] for path, _ in leaves for n in range(len(path)))
+
+    def name(path: tuple[Any, ...]) -> str:
+        # A Flax NNX variable holds its array, alone, in an attribute that is no part of the name.
+        if path and path[-1] == jax.tree_util.GetAttrKey("value") and within[path[:-1]] == 1:
+            path = path[:-1]
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    return [(name(path), leaf) for path, leaf in leaves if not _is_empty(leaf)]
+
+
+def _is_empty(node: Any) -> bool:
+    return not jax.tree.leaves(node)
+
+
+def spread(tree: Mask, params: PyTree) -> PyTree:
+    """Gives each leaf of `params` its entry of `tree`, a prefix, or a function that makes one."""
+    # A tree of bools may itself be callable, as an Equinox module is; a function is its own leaf.
+    is_function = callable(tree) and all(map(callable, jax.tree.leaves(tree)))
+    prefix = tree(params) if is_function else tree
+    return jax.tree.broadcast(prefix, params)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _leaf(
+    path: str,
+    leaf: Any,
+    pattern: Pattern,
+    axis: Axis | None,
+    choice: bool | None,
+    by_name: bool,
+) -> Leaf:
+    shape = tuple(getattr(leaf, "shape", ()))
+    along = _axis(path, axis)
+    if -len(shape) <= along < len(shape):
+        along %= len(shape)
+    obstacle = _obstacle(leaf, shape, along, pattern)
+    if choice is None:
+        reason = _exception(path if by_name else "", shape) or obstacle
+        return Leaf(path, shape, along, reason is None, reason or "default")
+    if choice and obstacle:
+        raise ValueError(
+            f"{path} of shape {shape} cannot be pruned to {pattern} along axis {along}: "
+            f"{obstacle}; leave it out of mask or choose its axis"
+        )
+    return Leaf(path, shape, along, bool(choice), "in mask" if choice else "not in mask")
+
+
+def _axis(path: str, axis: Axis | None) -> int:
+    if axis is None:
+        name = "/".join(_components(path))
+        return next(axis for suffix, axis in SUMMED_AXIS if suffix.fullmatch(name))
+    return axis(path) if callable(axis) else axis
+
+
+def _obstacle(leaf: Any, shape: tuple[int, ...], axis: int, pattern: Pattern) -> str | None:
+    """What keeps a leaf from being pruned along the axis at all."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return "it is not a floating array"
+    if not 0 <= axis < len(shape):
+        return f"it has no axis {axis}"
+    if shape[axis] % pattern.group:
+        return f"axis {axis} is not divisible by {pattern.group}"
+    return None
+
+
+def _exception(path: str, shape: tuple[int, ...]) -> str | None:
+    """What makes the default leave a leaf dense, even if it could be pruned."""
+    if len(shape) < 2:
+        return "fewer than two dimensions"
+    for names, kind in DENSE_NAMES:
+        if any(map(names.fullmatch, _components(path))):
+            return kind
+    return None
+
+
+def _components(path: str) -> list[str]:
+    # The names of checkpoints are flat, with dots: "model.layers.0.mlp.up_proj.weight".
+    return re.split(r"[/.]", path.lower())

@@ -1,0 +1,158 @@
+"""A 2:4 weight as its kept values and where they are: 9/16 of the bytes in 16-bit types."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from prox24._core.blocks import checked_axis
+from prox24.packed._codes import BLOCK, ENTRIES_PER_WORD, KEPT, compress, expand, words_of
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed24:
+    """A 2:4 array, packed along the axis of its blocks; `pack` makes one.
+
+    The packed axis of the weight is the last axis of both arrays: the entries of a dot product lie
+    together. All else follows from the shapes of the arrays, so a slice, a shard or a stack of
+    packed weights is a packed weight. Both arrays shard by the same `PartitionSpec`; a shard of
+    columns must have whole words, 32 inputs.
+
+    Attributes:
+      values: shape (..., in / 2), the two kept entries of every block.
+      codes: shape (..., ceil(in / 32)), uint32, see `prox24.packed._codes`.
+      axis: negative, the axis of the weight along which blocks run.
+      remainder: in modulo 32, the entries of a last word that is not full. It shows that an axis
+        without whole words was cut.
+    """
+
+    values: Array
+    codes: Array
+    axis: int = dataclasses.field(default=-1, metadata={"static": True})
+    remainder: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        *shape, half = self.values.shape
+        shape.insert(len(shape) + 1 + self.axis, half // KEPT * BLOCK)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the weight."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both arrays."""
+        return self.values.nbytes + self.codes.nbytes
+
+
+def pack(w: ArrayLike, axis: int = -1) -> Packed24:
+    """Packs a 2:4 weight; `unpack` gives it back bit for bit.
+
+    A NaN or a subnormal number is a nonzero, -0.0 is not. A block with fewer than two nonzeros
+    keeps entries -0.0 first, and then its earliest zeros. Only the sign of a zero can be lost, in a
+    block without a place for it: `unpack` gives +0.0.
+
+    Differentiable in `w`. Blocks are independent: the result is sharded as `w` is.
+
+    Args:
+      w: float64, float32, float16 or bfloat16, its length along `axis` a multiple of four.
+      axis: the axis along which the blocks run: -1 for weights (out, in), -2 for Flax kernels
+        (in, out).
+
+    Returns:
+      `Packed24`. Under `jit` and other transformations, which hide the entries, both values of a
+      block with more than two nonzeros become NaN.
+
+    Raises:
+      ValueError: a block has more than two nonzeros (the message has the index of the first such
+        block); another dtype, or one that JAX would round; there is no such axis; or four does not
+        divide its length.
+
+    Example:
+      >>> w = pack(jnp.array([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 0.0]]))
+      >>> w.values.tolist(), w.shape
+      ([[1.0, 2.0], [3.0, 0.0]], (2, 4))
+    """
+    given, w = getattr(w, "dtype", None), jnp.asarray(w)
+    if w.dtype.name not in DTYPES:
+        raise ValueError(f"pack takes {', '.join(DTYPES)}, not {w.dtype}")
+    if given == np.float64 != w.dtype:
+        raise ValueError("w is float64, which JAX rounds unless jax_enable_x64 is set")
+    axis = checked_axis(w.shape, axis) - w.ndim
+    if w.shape[axis] % BLOCK:
+        raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {BLOCK}")
+    values, codes, excess = _pack(w, axis)
+    if not isinstance(excess, jax.core.Tracer):
+        _check(w, excess, axis)
+    return Packed24(values, codes, axis, w.shape[axis] % ENTRIES_PER_WORD)
+
+
+def unpack(w: Packed24) -> Array:
+    """The weight that was packed, differentiable in its values.
+
+    Args:
+      w: packed; its codes must be valid, as `pack` and `from_arrays` see to.
+
+    Returns:
+      Array of shape `w.shape` and dtype `w.dtype`.
+
+    Raises:
+      ValueError: the arrays do not fit each other, as after a cut within a word.
+
+    Example:
+      >>> unpack(pack(jnp.array([0.0, 1.0, 0.0, 2.0]))).tolist()
+      [0.0, 1.0, 0.0, 2.0]
+    """
+    check_words(w)
+    return _unpack(w)
+
+
+def check_words(w: Packed24) -> None:
+    """Raises ValueError unless codes and values fit each other."""
+    *rows, half = w.values.shape
+    entries = half // KEPT * BLOCK
+    if (
+        half % KEPT
+        or entries % ENTRIES_PER_WORD != w.remainder
+        or w.codes.shape != (*rows, words_of(entries))
+        or w.codes.dtype != jnp.uint32
+    ):
+        raise ValueError(
+            f"codes, {w.codes.dtype} of shape {w.codes.shape}, do not fit values of shape "
+            f"{w.values.shape} and a remainder of {w.remainder}: cut both alike, and a packed axis "
+            f"at multiples of {ENTRIES_PER_WORD} entries only"
+        )
+
+
+@jax.jit
+def _unpack(w: Packed24) -> Array:
+    return jnp.moveaxis(expand(w.values, w.codes), -1, w.axis)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pack(w: Array, axis: int) -> tuple[Array, Array, Array]:
+    return compress(jnp.moveaxis(w, axis, -1))
+
+
+def _check(w: Array, excess: Array, axis: int) -> None:
+    count = int(jnp.count_nonzero(excess))
+    if not count:
+        return
+    index = [int(i) for i in np.unravel_index(int(jnp.argmax(excess.ravel())), excess.shape)]
+    entries = jnp.moveaxis(w, axis, -1).reshape(*excess.shape, BLOCK)[tuple(index)].tolist()
+    index.insert(len(index) + axis, index.pop())
+    raise ValueError(
+        f"w is not 2:4 along axis {axis}: {count} blocks have more than two nonzeros, the first of "
+        f"which is {tuple(index)}, {entries}; prune w, or pack it along the axis it was pruned on"
+    )

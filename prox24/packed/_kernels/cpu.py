@@ -1,0 +1,29 @@
+"""The product on CPUs, by a kernel in C++ that reads every packed weight once for a small batch."""
+
+import numpy as np
+from jax import Array
+
+from prox24.packed._kernels import native
+
+INSTRUCTIONS = ("portable", "avx2", "avx512")
+"""The forms of the kernel, each with wider registers than the one before."""
+LIBRARY = native.Library(
+    target="prox24_matmul",
+    platform="cpu",
+    sources=("cpu.cc",),
+    compilers=native.CPP_COMPILERS,
+    flags=lambda: ["-O3", *native.CPP_FLAGS, "-pthread"],
+)
+
+
+def run(x: Array, values: Array, codes: Array, instructions: str = INSTRUCTIONS[-1]) -> Array:
+    """x W^T, see `prox24.packed._choice.Implementation`.
+
+    Args:
+      x: (..., in).
+      values: (out, in / 2).
+      codes: (out, in / 32).
+      instructions: one of `INSTRUCTIONS`, the widest that may be used if the CPU has them.
+    """
+    widest = np.int32(INSTRUCTIONS.index(instructions))
+    return native.call(LIBRARY, x, values, codes, instructions=widest)

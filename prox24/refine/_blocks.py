@@ -1,0 +1,211 @@
+"""Training what is kept of a block of layers to reproduce what the dense block puts out."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from prox24._core.precision import check_compute_dtype
+from prox24.errors import CalibrationError
+from prox24.refine._training import (
+    Loss,
+    PyTree,
+    Refined,
+    at_least_float32,
+    check_positive,
+    check_shares,
+    lower_step,
+    refine,
+    share_of,
+)
+
+Apply = Callable[[PyTree, Array], Array]
+OutputLoss = Callable[[Array, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockRefinement:
+    """How the pruning loop refines a layer after its linears are pruned.
+
+    Adam with a rate that falls to zero along a cosine. The steps of each tensor are multiplied by
+    the root mean square of its entries, at least 0.001: one rate serves weights of any size.
+
+    Attributes:
+      rate: first rate of Adam, relative to the size of each tensor's entries.
+      passes: passes over the calibration windows that are not held out.
+      held_out: share of the steps' windows, the last ones, by which the best pass is chosen; at
+        least one step's. Shuffle windows that are in the order of a text.
+      step_tokens: tokens of a step, about; a window, or devices that share windows, may need more.
+      linears_only: leaves norms, biases and routers as they are.
+      compute_dtype: dtype in which products with linears are computed, "float32" or "bfloat16".
+        bfloat16 is for accelerators and for CPUs with instructions for it.
+
+    Raises:
+      ValueError: the rate, the passes or the tokens of a step are not positive, the share is not
+        from 0 to 1, or it is another dtype.
+
+    References:
+      "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235, section 8,
+      for the relative steps.
+    """
+
+    rate: float = 1e-2
+    passes: int = 5
+    held_out: float = 0.125
+    step_tokens: int = 512
+    linears_only: bool = False
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rate", "passes", "step_tokens")
+        check_shares(self, "held_out")
+        check_compute_dtype(self.compute_dtype)
+
+    def step_windows(self, windows: int, length: int, devices: int = 1) -> int:
+        """Windows of a step: of `step_tokens`, less where a pass would have fewer than eight steps.
+
+        Args:
+          windows: of all steps, a multiple of the devices.
+          length: of a window, in tokens.
+          devices: that share the windows of a step, and so divide them.
+
+        Raises:
+          CalibrationError: there is no second step, which decides what was best.
+        """
+        most = max(1, min(self.step_tokens // length, windows // 8))
+        enough = max(size for size in range(1, most + 1) if windows % size == 0)
+        shared = [n for n in range(devices, windows // 2 + 1, devices) if windows % n == 0]
+        if not shared:
+            raise CalibrationError(f"refining takes {2 * devices} calibration windows or more")
+        return min((n for n in shared if n >= enough), default=shared[-1])
+
+    def held_out_of(self, groups: int) -> int:
+        """Of the groups of windows that make a step each, those that are held out."""
+        return share_of(self.held_out, groups)
+
+    def optimizer(self, groups: int) -> optax.GradientTransformation:
+        """The same object for the same number of groups of windows, to be compiled once."""
+        return _relative_adam(self.rate, self.passes * (groups - self.held_out_of(groups)))
+
+
+@functools.lru_cache
+def _relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_param_block_rms(),
+        optax.scale_by_learning_rate(optax.cosine_decay_schedule(rate, max(1, steps))),
+    )
+
+
+def relative_error(output: Array, target: Array) -> Array:
+    """Mean over tokens of |output - target|^2 / |target|^2, for arrays (..., features).
+
+    The plain squared error is that of a few tokens whose activations are huge. A target of zero
+    has the mean of |target|^2 in its place. Computed in float32, or float64 if an array is.
+
+    Example:
+      >>> float(relative_error(jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 1.0]])))
+      0.5
+    """
+    output, target = at_least_float32(output), at_least_float32(target)
+    error = jnp.sum(jnp.square(output - target), axis=-1)
+    size = jnp.sum(jnp.square(target), axis=-1)
+    size = jnp.where(size > 0, size, jnp.mean(size))
+    return jnp.mean(error / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
+
+
+def train_block(
+    apply: Apply,
+    params: PyTree,
+    inputs: Sequence[ArrayLike],
+    targets: Sequence[ArrayLike],
+    optimizer: optax.GradientTransformation,
+    *,
+    passes: int = 5,
+    held_out: int = 1,
+    micro_batches: int = 1,
+    kept: PyTree | Callable[[PyTree], PyTree] | None = None,
+    loss: OutputLoss = relative_error,
+) -> Refined:
+    """Trains the kept parameters of a block so that it reproduces targets.
+
+    Minimises the mean of loss(apply(params, x), t) over batches x, t, in the given order, a step of
+    the optimizer for each `micro_batches` of them. The last batches are held out: after each pass
+    the loss is measured on them, with the parameters rounded to their dtypes, and the best
+    parameters are returned, which are those that were given if no others are better.
+
+    Args:
+      apply: the block; compiled once for each function object, so give equal blocks the same.
+      params: pytree of floating-point arrays; trained in float32.
+      inputs: batches, all of one shape.
+      targets: what `apply` should return for each.
+      optimizer: compiled once for each object, too.
+      passes: over the batches that are not held out.
+      held_out: batches, from the end.
+      micro_batches: so many batches, in memory one after the other, make one step, by the mean of
+        their gradients.
+      kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
+        leaves that `prox24.optax.proximal` prunes, and all other leaves.
+      loss: of an output and its target, a scalar.
+
+    Returns:
+      A `Refined`.
+
+    Raises:
+      ValueError: the numbers of targets and inputs differ, or no batch is left to train on or to
+        hold out.
+
+    Example:
+      >>> import jax
+      >>> weight = jnp.array([[1.0, 0.0, 0.0, 2.0]])
+      >>> inputs = list(jax.random.normal(jax.random.key(0), (8, 16, 4)))
+      >>> targets = [x @ jnp.array([[3.0], [0.0], [0.0], [2.0]]) for x in inputs]
+      >>> refined = train_block(lambda w, x: x @ w["kernel"], {"kernel": weight.T}, inputs, targets,
+      ...                       optax.adam(0.3), passes=20)
+      >>> refined.outcome, refined.params["kernel"].ravel().round().tolist()
+      (<Outcome.IMPROVED: 'improved'>, [3.0, 0.0, 0.0, 2.0])
+    """
+    if len(inputs) != len(targets):
+        raise ValueError(f"{len(inputs)} batches of inputs, but {len(targets)} of targets")
+    batches = list(zip(inputs, targets, strict=True))
+    return refine(
+        _block_loss(apply, loss),
+        params,
+        None,
+        batches,
+        optimizer,
+        passes=passes,
+        held_out=held_out,
+        micro_batches=micro_batches,
+        kept=kept,
+    )
+
+
+def block_step(
+    apply: Apply,
+    params: PyTree,
+    inputs: Any,
+    targets: Any,
+    refinement: BlockRefinement,
+    micro_batches: int,
+) -> jax.stages.Lowered:
+    """The program of the last batch of a step of `train_block`; arrays may be specs."""
+    optimizer = refinement.optimizer(8)  # The program is the same for any number of steps.
+    loss = _block_loss(apply, relative_error)
+    return lower_step(loss, params, (inputs, targets), optimizer, micro_batches)
+
+
+@functools.lru_cache(maxsize=16)
+def _block_loss(apply: Apply, loss: OutputLoss) -> Loss:
+    def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
+        del constants
+        x, target = batch
+        return loss(apply(params, x), target)
+
+    return of_batch

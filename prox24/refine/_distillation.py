@@ -1,0 +1,176 @@
+"""Training what is kept of a whole model to predict what the dense model predicts."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from prox24.refine._training import (
+    Loss,
+    PyTree,
+    Refined,
+    Resume,
+    Training,
+    at_least_float32,
+    refine,
+)
+
+Features = Callable[[PyTree, PyTree, Array], Array]
+Logits = Callable[[PyTree, Array], Array]
+
+
+CHUNK = 128
+"""Tokens of each window whose logits are in memory together."""
+
+
+def divergence(logits: Array, target: Array) -> Array:
+    """KL(softmax(target) || softmax(logits)) in nats, over the last axis, in float32 or float64.
+
+    Example:
+      >>> uniform, certain = jnp.zeros(2), jnp.array([0.0, 100.0])
+      >>> round(float(divergence(uniform, certain)), 6)  # log 2
+      0.693147
+    """
+    logits, target = at_least_float32(logits), at_least_float32(target)
+    probabilities = jax.nn.softmax(target, axis=-1)
+    surprise = jax.nn.log_softmax(target, axis=-1) - jax.nn.log_softmax(logits, axis=-1)
+    # What the target excludes by -inf adds nothing, whatever the logits say.
+    surprise = jnp.where(probabilities > 0, surprise, 0)
+    # XLA's CPU backend takes several times as long for a sum of products.
+    return jnp.einsum("...v,...v->...", probabilities, surprise, precision=lax.Precision.HIGHEST)
+
+
+def distill(
+    features: Features,
+    logits: Logits,
+    params: PyTree,
+    outer: PyTree,
+    tokens: Sequence[ArrayLike],
+    targets: Sequence[ArrayLike],
+    optimizer: optax.GradientTransformation,
+    *,
+    teacher: PyTree = None,
+    cross_entropy: float = 0.0,
+    passes: int = 1,
+    held_out: int = 1,
+    micro_batches: int = 1,
+    kept: PyTree | Callable[[PyTree], PyTree] | None = None,
+    measured_every: int | None = None,
+    resume: Resume = lambda state: state,
+    on_measured: Callable[[Training], None] = lambda state: None,
+) -> Refined:
+    """Trains the kept parameters of a model on the predictions of the dense one.
+
+    Minimises, over the tokens of batches,
+
+        (1 - c) KL(softmax(logits(teacher, t)) || softmax(logits(outer, h))) - c log p(next token),
+
+    with h = features(params, outer, tokens), t the target and c the share of cross-entropy. What
+    the teacher puts out before its head is all that is kept of it: the hidden width of numbers for
+    a token, where its logits would be as many as the vocabulary. The logits of `CHUNK` tokens of
+    each window are in memory at a time, and computed again for the gradient.
+
+    Args:
+      features: hidden states (windows, length, hidden), of tokens (windows, length).
+      logits: of outer and hidden states.
+      params: pytree of floating-point arrays; trained in float32.
+      outer: what is not trained, such as embeddings and the head.
+      tokens: batches of windows, int32, all of one shape.
+      targets: hidden states of the dense model for each; with a share of 1 not looked at.
+      optimizer: compiled once for each object, and for each pair of functions.
+      teacher: what `outer` is in the dense model; None if it is the same.
+      cross_entropy: the share c, from 0 to 1; with 1 the teacher is not asked, with 0 the next
+        tokens are not looked at.
+      passes: as `prox24.refine._training.refine` has it, and all that follow.
+      held_out: batches, from the end.
+      micro_batches: batches that make one step, by the mean of their gradients.
+      kept: which entries are trained.
+      measured_every: steps between measurements; None for every pass.
+      resume: the state to begin with, given the one before the first step.
+      on_measured: called after each measurement.
+
+    Returns:
+      A `Refined`.
+
+    Raises:
+      ValueError: there are not as many targets as batches; the share is not from 0 to 1; or as
+        `refine` has it.
+
+    Example:
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> outer = {"embedding": jax.random.normal(keys[0], (16, 8))}
+      >>> def features(params, outer, tokens):
+      ...     return outer["embedding"][tokens] @ params["kernel"]
+      >>> def logits(outer, hidden):
+      ...     return hidden @ outer["embedding"].T
+      >>> dense = {"kernel": jax.random.normal(keys[1], (8, 8))}
+      >>> pruned = {"kernel": dense["kernel"].at[1::2].set(0)}
+      >>> tokens = list(jax.random.randint(keys[2], (9, 4, 8), 0, 16, "int32"))
+      >>> targets = [features(dense, outer, batch) for batch in tokens]
+      >>> refined = distill(features, logits, pruned, outer, tokens, targets, optax.adam(0.03),
+      ...                   passes=4)
+      >>> refined.outcome, bool(jnp.any(refined.params["kernel"][1::2]))
+      (<Outcome.IMPROVED: 'improved'>, False)
+    """
+    if len(tokens) != len(targets):
+        raise ValueError(f"{len(tokens)} batches of tokens, but {len(targets)} of targets")
+    if not 0 <= cross_entropy <= 1:
+        raise ValueError(f"a share of cross-entropy of {cross_entropy} is not from 0 to 1")
+    return refine(
+        _loss(features, logits, cross_entropy < 1, cross_entropy > 0),
+        params,
+        (outer, outer if teacher is None else teacher, jnp.asarray(cross_entropy, jnp.float32)),
+        list(zip(tokens, targets, strict=True)),
+        optimizer,
+        passes=passes,
+        held_out=held_out,
+        micro_batches=micro_batches,
+        kept=kept,
+        measured_every=measured_every,
+        resume=resume,
+        on_measured=on_measured,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) -> Loss:
+    """With or without the teacher, and the text's next tokens."""
+
+    def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
+        (outer, teacher, share), (tokens, targets) = constants, batch
+        windows, length = tokens.shape
+
+        # Chunks run along the windows, which devices may share.
+        @jax.checkpoint
+        def of_chunk(chunk: list[Array]) -> tuple[Array, Array]:
+            hidden, following, seen, predicts, *target = chunk
+            own = at_least_float32(logits(outer, hidden))
+            gap = entropy = jnp.zeros(following.shape, own.dtype)
+            if taught:
+                gap = divergence(own, logits(teacher, *target))
+            if reads_text:
+                entropy = optax.softmax_cross_entropy_with_integer_labels(own, following)
+            return jnp.sum(jnp.where(seen, gap, 0)), jnp.sum(jnp.where(predicts, entropy, 0))
+
+        place = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
+        following = jnp.roll(tokens, -1, axis=1)
+        hidden = features(params, outer, tokens)
+        parts = [hidden, following, place < length, place < length - 1]
+        parts += [targets] if taught else []
+        gaps, entropies = lax.map(of_chunk, jax.tree.map(_chunks, parts))
+        gap = jnp.sum(gaps) / (windows * length)
+        # A window of one token has no next one.
+        return (1 - share) * gap + share * jnp.sum(entropies) / (windows * max(length - 1, 1))
+
+    return of_batch
+
+
+def _chunks(x: Array) -> Array:
+    """(windows, length, ...) to (chunks, windows, CHUNK, ...), padded with zeros."""
+    windows, length, *rest = x.shape
+    x = jnp.pad(x, [(0, 0), (0, -length % CHUNK), *[(0, 0)] * len(rest)])
+    return jnp.moveaxis(x.reshape(windows, -1, CHUNK, *rest), 1, 0)

@@ -1,0 +1,309 @@
+"""One loop for all training of what pruning kept: masked steps, and the best that was measured."""
+
+import enum
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from prox24._core.precision import working_dtype
+from prox24.optax import keep_pattern
+
+PyTree = Any
+Loss = Callable[[PyTree, PyTree, PyTree], Array]
+"""Of parameters, of what is not trained, and of a batch: a scalar, to be minimised."""
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raises ValueError, naming the first, unless these numbers among the attributes are positive.
+
+    Example:
+      >>> check_positive(Training(None, None, None, [], 3), "steps")
+    """
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} {getattr(settings, name)} is not positive")
+
+
+def check_shares(settings: Any, *names: str) -> None:
+    """Raises ValueError, naming the first, unless these numbers among the attributes are shares.
+
+    Example:
+      >>> check_shares(Training(None, None, None, [], 1), "steps")
+    """
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} {getattr(settings, name)} is not from 0 to 1")
+
+
+def at_least_float32(x: Array) -> Array:
+    """The array in float32, or in float64 if it is: what a loss is computed in."""
+    return x.astype(working_dtype(x.dtype))
+
+
+def share_of(share: float, count: int) -> int:
+    """Of so many things those that a share holds out; one at the least.
+
+    Example:
+      >>> share_of(0.125, 16), share_of(0.125, 2)
+      (2, 1)
+    """
+    return max(1, round(share * count))
+
+
+class Outcome(enum.Enum):
+    """How a refinement ended.
+
+    IMPROVED: the loss on held-out batches is lower than before.
+    UNCHANGED: it never was; the parameters are those that were given.
+    DIVERGED: a loss was not finite, or a parameter that was before, which a loss may hide; they are
+      the best before that.
+    """
+
+    IMPROVED = "improved"
+    UNCHANGED = "unchanged"
+    DIVERGED = "diverged"
+
+
+class Refined(NamedTuple):
+    """Parameters after a refinement, and how it went.
+
+    Attributes:
+      params: the best that were measured, in the dtypes that were given.
+      outcome: an `Outcome`.
+      losses: on held-out batches, before the first step and at each measurement; NaN where a
+        parameter was not finite any more.
+      steps: of the optimizer.
+      resumed_steps: of these, those that were taken before, by what was gone on from.
+    """
+
+    params: PyTree
+    outcome: Outcome
+    losses: list[float]
+    steps: int
+    resumed_steps: int = 0
+
+
+class Training(NamedTuple):
+    """A training between two steps, from which it can go on.
+
+    Attributes:
+      master: the parameters, in float32.
+      optimizer: the state of the optimizer.
+      best: the parameters of the lowest loss so far, in the dtypes that were given.
+      losses: as in `Refined`.
+      steps: as in `Refined`.
+    """
+
+    master: PyTree
+    optimizer: PyTree
+    best: PyTree
+    losses: list[float]
+    steps: int
+
+    def diverged(self) -> bool:
+        """Whether the last loss is not finite, which ends a training."""
+        return not math.isfinite(self.losses[-1])
+
+    def refined(self) -> Refined:
+        """The result, if the training ends here."""
+        if self.diverged():
+            outcome = Outcome.DIVERGED
+        elif min(self.losses) < self.losses[0]:
+            outcome = Outcome.IMPROVED
+        else:
+            outcome = Outcome.UNCHANGED
+        return Refined(self.best, outcome, self.losses, self.steps)
+
+
+Resume = Callable[[Training], Training]
+
+
+def refine(
+    loss: Loss,
+    params: PyTree,
+    constants: PyTree,
+    batches: Sequence[PyTree],
+    optimizer: optax.GradientTransformation,
+    *,
+    passes: int,
+    held_out: int,
+    micro_batches: int = 1,
+    kept: PyTree | Callable[[PyTree], PyTree] | None = None,
+    measured_every: int | None = None,
+    resume: Resume = lambda state: state,
+    on_measured: Callable[[Training], None] = lambda state: None,
+) -> Refined:
+    """Minimises the mean of a loss over batches, in order, a step for each `micro_batches` of them.
+
+    The last batches are held out: the loss is measured on them with the parameters as they would be
+    used, rounded to their dtypes, and the best are returned, which are those that were given if no
+    others are better.
+
+    Args:
+      loss: compiled once for each function object and optimizer object.
+      params: pytree of floating-point arrays; trained in float32.
+      constants: what the loss needs besides, which is not trained.
+      batches: all of one shape.
+      optimizer: compiled once for each object.
+      passes: over the batches that are not held out.
+      held_out: batches, from the end.
+      micro_batches: so many batches, in memory one after the other, make one step of the optimizer,
+        by the mean of their gradients.
+      kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
+        leaves that `prox24.optax.proximal` prunes, and all other leaves.
+      measured_every: this many steps, and after the last; None for every pass.
+      resume: the state to begin with, given the one before the first step; one that `on_measured`
+        got, to go on with it.
+      on_measured: called after each measurement. The master parameters and the optimizer's state
+        are overwritten by the next step: copy what is to be kept.
+
+    Raises:
+      ValueError: no batch is left to train on, or none held out; those left are no whole number of
+        steps; a number is not positive; or the shape of an entry of `kept` does not fit.
+    """
+    counts = {"passes": passes, "micro_batches": micro_batches, "measured_every": measured_every}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} {count} is not positive")
+    if not 0 < held_out < len(batches):
+        raise ValueError(
+            f"{len(batches)} batches: {held_out} held out leave none to train or measure"
+        )
+    training, measured = batches[:-held_out], batches[-held_out:]
+    if len(training) % micro_batches:
+        raise ValueError(f"{len(training)} batches are no whole number of steps of {micro_batches}")
+    steps_of_pass = len(training) // micro_batches
+    steps = passes * steps_of_pass
+    advance = _advance(loss, optimizer, micro_batches)
+
+    def candidate(master: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda leaf, given: jnp.array(leaf, given.dtype, copy=True), master, params
+        )
+
+    def measure(candidate: PyTree) -> float:
+        losses = [float(jax.jit(loss)(candidate, constants, batch)) for batch in measured]
+        return sum(losses) / held_out
+
+    # A copy also of what is float32 already: steps overwrite the master.
+    master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+    # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
+    memory = _each_its_own(keep_pattern(optimizer, kept).init(jax.tree.map(jnp.copy, master)))
+    memory = _placed_like(master, memory)
+    begun = Training(master, memory, params, [measure(params)], 0)
+    del master, memory  # Where a state goes on, these are not needed any more.
+    state = resume(begun)
+    resumed_steps = state.steps
+    del begun
+    while state.steps < steps and not state.diverged():
+        begin = state.steps % steps_of_pass * micro_batches
+        *before, batch = training[begin : begin + micro_batches]
+        total = jax.tree.map(jnp.zeros_like, state.master) if before else None
+        for other in before:
+            total = _add_gradient(loss)(total, state.master, constants, other)
+        master, memory = advance(state.master, state.optimizer, total, constants, batch)
+        taken = state.steps + 1
+        state = state._replace(master=master, optimizer=memory, steps=taken)
+        if taken % (measured_every or steps_of_pass) == 0 or taken == steps:
+            found = candidate(master)
+            finite = _still_finite(params, master) and _still_finite(params, found)
+            losses = [*state.losses, measure(found) if finite else math.nan]
+            best = found if losses[-1] == min(losses) < losses[0] else state.best
+            state = state._replace(best=best, losses=losses)
+            on_measured(state)
+    return state.refined()._replace(resumed_steps=resumed_steps)
+
+
+def _placed_like(params: PyTree, tree: PyTree) -> PyTree:
+    """The tree, with what is on no device by choice on those of the parameters.
+
+    There a step leaves it; else the second step would be compiled anew.
+    """
+    placed = jax.tree.leaves(params)[0].sharding
+    if not isinstance(placed, NamedSharding):
+        return tree
+    everywhere = NamedSharding(placed.mesh, PartitionSpec())
+
+    def place(leaf: Any) -> Array:
+        return leaf if getattr(leaf, "committed", False) else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, tree)
+
+
+def _each_its_own(tree: PyTree) -> PyTree:
+    """The tree without an array that is in it twice: each is donated."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, tree)
+
+
+def lower_step(
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+) -> jax.stages.Lowered:
+    """The program of the last batch of a step, on what is kept; arrays may be specs."""
+
+    def kept(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf != 0, params)
+
+    def begun(params: PyTree) -> tuple[PyTree, PyTree]:
+        master = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return master, keep_pattern(optimizer, kept).init(master)
+
+    master, state = jax.eval_shape(begun, params)
+    total = None if micro_batches == 1 else master
+    advance = _advance(loss, optimizer, micro_batches)
+    return advance.lower(master, state, total, None, batch)
+
+
+@jax.jit
+def _still_finite(before: PyTree, params: PyTree) -> Array:
+    def of(given: Array, leaf: Array) -> Array:
+        return jnp.all(jnp.isfinite(leaf) | ~jnp.isfinite(given))
+
+    return jnp.array(jax.tree.leaves(jax.tree.map(of, before, params))).all()
+
+
+@functools.lru_cache(maxsize=16)
+def _add_gradient(loss: Loss) -> Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(total: PyTree, params: PyTree, constants: PyTree, batch: PyTree) -> PyTree:
+        return jax.tree.map(jnp.add, total, jax.grad(loss)(params, constants, batch))
+
+    return add
+
+
+@functools.lru_cache(maxsize=16)
+def _advance(
+    loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int
+) -> jax.stages.Wrapped:
+    # The state holds what is kept, so that the transform's own choice is never asked for here.
+    transform = keep_pattern(optimizer)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def advance(
+        params: PyTree, state: PyTree, total: PyTree | None, constants: PyTree, batch: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        gradient = jax.grad(loss)(params, constants, batch)
+        if total is not None:
+            gradient = jax.tree.map(lambda a, b: (a + b) / micro_batches, total, gradient)
+        updates, state = transform.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return advance
