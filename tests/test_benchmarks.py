@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import brute_force_prox, prox_objective, sparsegpt
-from tiny import write_tiny
+from tiny import config_dict, random_weights, write_folder, write_tiny
 
 import prox24
 
@@ -24,7 +24,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def benchmark(tmp_path, monkeypatch, capsys):
     """Imports a benchmark and runs it on a tiny model, two texts and an output folder."""
-    write_tiny(tmp_path / "model")
+    config = config_dict(max_position_embeddings=512)  # the length of their windows
+    write_folder(tmp_path / "model", config, random_weights(config))
     calibration, text = tmp_path / "calibration.txt", tmp_path / "text.txt"
     calibration.write_text("Text of which a model reads the bytes. " * 60)
     text.write_text("And what it never read, is this text. " * 60)
