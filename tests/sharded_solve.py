@@ -38,10 +38,10 @@ from prox24._jobs.forward import (
 from prox24._jobs.memory import Setup, layer_memory
 from prox24._jobs.native import native_runner
 from prox24._jobs.observe import observe_layer
-from prox24._jobs.training import train_model
+from prox24._jobs.training import train_checkpoint
 from prox24._models import whole
 from prox24._pruning.grams import add_in_turn, empty_columns, empty_gram
-from prox24._pruning.loop import prune
+from prox24._pruning.loop import prune_stages
 from prox24._pruning.recipe import DenseTargets, Recipe
 from prox24._solvers.admm import ADMM
 from prox24._solvers.problem import LayerProblem
@@ -281,7 +281,7 @@ def model_reports(folder):
     def pruned(mesh, targets=None, refine=None, **options):
         recipe = Recipe(targets=targets, refine=refine)
         runner = native_runner(checkpoint, windows, recipe, mesh=mesh, **options)
-        tensors = list(prune(runner, recipe))
+        tensors = list(prune_stages(runner, recipe))
         reports = [report for tensor in tensors for report in tensor.reports]
         return {tensor.name: tensor.values for tensor in tensors}, reports
 
@@ -359,7 +359,7 @@ def distillation_reports(folder):
     checkpoint, windows = open_checkpoint(folder), tokens(batch=48, length=16)
     pruned = folder.with_name("pruned")
     recipe = Recipe.wanda()
-    tensors = prune(native_runner(checkpoint, windows[:8], recipe), recipe)
+    tensors = prune_stages(native_runner(checkpoint, windows[:8], recipe), recipe)
     write_checkpoint(checkpoint, pruned, ((name, values) for name, values, _ in tensors))
     pruned, shares, steps = open_checkpoint(pruned), [], []
     step_of = training._advance
@@ -380,7 +380,7 @@ def distillation_reports(folder):
         settings = ModelRefinement(rate=1e-3, step_windows=8, **options)
         # Optax's optimizers mix dtypes and ranks.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            result = train_model(
+            result = train_checkpoint(
                 checkpoint, pruned, windows, settings, mesh=mesh, on_measured=look, resume=resume
             )
         return result.refined, dict(result.tensors)

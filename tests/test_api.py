@@ -80,10 +80,10 @@ REFINE = [
     "Outcome",
     "Refined",
     "Training",
-    "distill",
     "divergence",
     "relative_error",
     "train_block",
+    "train_model",
 ]
 
 

@@ -18,7 +18,7 @@ from prox24._cli.main import main
 from prox24._core.precision import COMPUTE_DTYPES
 from prox24._jobs.forward import embedding_weights, head_weights, layer_weights, load_model
 from prox24._jobs.text import shuffled
-from prox24._jobs.training import _functions, _outer, _targets, train_model
+from prox24._jobs.training import _functions, _outer, _targets, train_checkpoint
 from prox24._models import decoder, spec, whole
 from prox24.errors import CalibrationError
 from prox24.refine import BlockRefinement, ModelRefinement
@@ -58,7 +58,7 @@ def student():
 def distil(student, optimizer, **more):
     """The pruned model, trained on the dense one's predictions."""
     _, pruned, outer, ids, targets = student
-    return refine.distill(features, logits, pruned, outer, ids, targets, optimizer, **more)
+    return refine.train_model(features, logits, pruned, outer, ids, targets, optimizer, **more)
 
 
 def expected_loss(params, outer, teacher, ids, target, share):
@@ -92,7 +92,7 @@ def test_without_a_share_the_text_may_hold_what_is_excluded(student):
     def excluding(outer, hidden):
         return logits(outer, hidden).at[..., ids[0][0, 1]].set(-jnp.inf)
 
-    refined = refine.distill(
+    refined = refine.train_model(
         features, excluding, pruned, outer, ids, targets, optax.adam(0.01), passes=2
     )
     assert refined.outcome is refine.Outcome.IMPROVED
@@ -145,9 +145,9 @@ def restored(state):
 def test_unequal_batches_and_a_share_beyond_one_are_refused(student):
     _, pruned, outer, ids, targets = student
     with pytest.raises(ValueError, match="6 batches of tokens, but 5 of targets"):
-        refine.distill(features, logits, pruned, outer, ids, targets[1:], optax.sgd(0.1))
+        refine.train_model(features, logits, pruned, outer, ids, targets[1:], optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"a share of cross-entropy of 1.5 is not from 0 to 1"):
-        refine.distill(
+        refine.train_model(
             features, logits, pruned, outer, ids, targets, optax.sgd(0.1), cross_entropy=1.5
         )
 
@@ -375,7 +375,7 @@ def test_windows_that_are_all_held_out_are_refused(workspace):
     dense, pruned = (open_checkpoint(workspace / name) for name in ("model", "pruned"))
     windows = np.zeros((4, 32), np.int32)
     with pytest.raises(CalibrationError, match="all 4 windows are held out"):
-        train_model(dense, pruned, windows, ModelRefinement(held_out=1.0))
+        train_checkpoint(dense, pruned, windows, ModelRefinement(held_out=1.0))
 
 
 def test_windows_are_taken_in_an_order_of_their_own():
@@ -389,7 +389,7 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
     more = ["--compute-dtype", "bfloat16", "--measurements", "3"]
     more += ["--step-windows", "2", "--micro-batches", "2"]
     assert distilled(workspace, "whole", *more) == 0
-    given, more = train_model, [*more, "--state", workspace / "state"]
+    given, more = train_checkpoint, [*more, "--state", workspace / "state"]
 
     def interrupted(*arguments, on_measured, **keywords):
         def measured(state):
@@ -400,11 +400,12 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(workspace, monkeypat
         return given(*arguments, on_measured=measured, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr("prox24._jobs.distill.train_model", interrupted)
+        patch.setattr("prox24._jobs.distill.train_checkpoint", interrupted)
         assert distilled(workspace, "out", *more) == 130
     assert not (workspace / "out").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("prox24._jobs.distill.train_model", None)  # It is refused before any work.
+        # It is refused before any work.
+        patch.setattr("prox24._jobs.distill.train_checkpoint", None)
         assert distilled(workspace, "out", *more, "--passes", "2") == 2
         assert "refinement.passes was 1, is 2" in capsys.readouterr().err
     assert distilled(workspace, "out", *more, "--json") == 0
@@ -429,7 +430,7 @@ def test_a_state_that_cannot_be_written_is_one_line(workspace, monkeypatch, caps
 def test_a_place_for_states_that_cannot_be_written_is_found_before_the_training(
     workspace, monkeypatch, capsys
 ):
-    monkeypatch.setattr("prox24._jobs.distill.train_model", None)
+    monkeypatch.setattr("prox24._jobs.distill.train_checkpoint", None)
     (workspace / "file").write_text("")
     assert distilled(workspace, "out", "--state", workspace / "file") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -491,7 +492,7 @@ def test_the_destination_is_looked_at_before_the_training(workspace, monkeypatch
     def trained(*arguments, **keywords):
         pytest.fail("it was trained")
 
-    monkeypatch.setattr("prox24._jobs.distill.train_model", trained)
+    monkeypatch.setattr("prox24._jobs.distill.train_checkpoint", trained)
     (workspace / "out.unfinished" / "model").mkdir(parents=True)
     job = {"versions": {"prox24": prox24.__version__}}
     (workspace / "out.unfinished" / "job.json").write_text(json.dumps(job))

@@ -581,7 +581,7 @@ def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(workspace, monk
     weights = weights_of(path)
     weights[name] = np.full_like(weights[name], np.inf)
     save_file(weights, path)
-    monkeypatch.setattr(prune.loop, "prune", None)
+    monkeypatch.setattr(prune.loop, "prune_stages", None)
     assert main(command(workspace)) == 2
     assert f"tensor {name} holds NaN or Inf" in capsys.readouterr().err
 

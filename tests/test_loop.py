@@ -243,7 +243,7 @@ def test_a_linear_is_given_out_before_the_next_layer_is_read(tmp_path):
 
     tensors = {name: recording(name, source) for name, source in checkpoint.tensors.items()}
     checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
-    for linear in loop.prune(native_runner(checkpoint, WINDOWS, MAGNITUDE), MAGNITUDE):
+    for linear in loop.prune_stages(native_runner(checkpoint, WINDOWS, MAGNITUDE), MAGNITUDE):
         own = linear.name.split(".")[2]
         assert {name.split(".")[2] for name in read if "layers" in name} <= {"0", own}
     assert not any("lm_head" in name for name in read)

@@ -20,7 +20,7 @@ from prox24._jobs.forward import all_linears, load_model
 from prox24._jobs.native import native_runner
 from prox24._jobs.text import shuffled
 from prox24._models.spec import tensor_shapes
-from prox24._pruning.loop import prune
+from prox24._pruning.loop import prune_stages
 from prox24.errors import CalibrationError, CheckpointError
 from prox24.refine import BlockRefinement, Outcome
 
@@ -249,7 +249,7 @@ def recipe_with(refinement=None, **changes):
 
 def run(checkpoint, windows, recipe, **options):
     """The tensors by name, and the reports."""
-    tensors = list(prune(native_runner(checkpoint, windows, recipe, **options), recipe))
+    tensors = list(prune_stages(native_runner(checkpoint, windows, recipe, **options), recipe))
     return (
         {tensor.name: tensor.values for tensor in tensors},
         [report for tensor in tensors for report in tensor.reports],
@@ -346,7 +346,7 @@ def interrupted_after(count):
     """The loop, which ends with an interrupt after this number of tensors."""
 
     def pruned(*arguments, **keywords):
-        yield from itertools.islice(prune(*arguments, **keywords), count)
+        yield from itertools.islice(prune_stages(*arguments, **keywords), count)
         raise KeyboardInterrupt
 
     return pruned
@@ -377,7 +377,7 @@ def test_a_refined_run_goes_on_with_the_same_bytes(
     assert {linear["block"]["outcome"] for linear in report["linears"]} <= {"improved", "unchanged"}
     for count in counts:  # in the middle of the first layer, and of the second
         with monkeypatch.context() as patch:
-            patch.setattr("prox24._pruning.loop.prune", interrupted_after(count))
+            patch.setattr("prox24._pruning.loop.prune_stages", interrupted_after(count))
             assert refining(tmp_path, "out", *more) == 130
         assert refining(tmp_path, "out", *more) == 0
         assert contents("out") == contents("whole")

@@ -249,7 +249,7 @@ class Pruned(NamedTuple):
 
 
 def pruned_by(runner, recipe, **options) -> Pruned:
-    found = list(loop.prune(runner, recipe, **options))
+    found = list(loop.prune_stages(runner, recipe, **options))
     reports = [report for tensor in found for report in tensor.reports]
     return Pruned({tensor.name: tensor.values for tensor in found}, reports)
 

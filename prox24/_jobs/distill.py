@@ -29,7 +29,7 @@ from prox24._jobs.output import peak_memory_bytes, progress_bar, table, versions
 from prox24._jobs.prune import described
 from prox24._jobs.reports import Report, gigabytes
 from prox24._jobs.text import SPEECHES, Text, Windows, calibration_windows, shuffled
-from prox24._jobs.training import train_model
+from prox24._jobs.training import train_checkpoint
 from prox24.refine._model import ModelRefinement
 from prox24.refine._training import Resume, Training
 
@@ -162,7 +162,7 @@ def distill(
     # Opened before hours are spent.
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
         with _training(state, job, refinement, len(windows), quiet) as (resume, on_measured):
-            found = train_model(
+            found = train_checkpoint(
                 teacher,
                 student,
                 windows,

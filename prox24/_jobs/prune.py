@@ -161,7 +161,7 @@ def prune(
         dense = loop.most_lossy(runner.in_memory(), recipe)
         done = len(chosen & unfinished.finished.keys())
         with progress_bar("prune", len(chosen - dense), quiet, done) as advance:
-            tensors = loop.prune(runner, recipe, finished=unfinished.finished, dense=dense)
+            tensors = loop.prune_stages(runner, recipe, finished=unfinished.finished, dense=dense)
             result = _write(
                 checkpoint,
                 unfinished,

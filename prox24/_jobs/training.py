@@ -54,7 +54,7 @@ class TrainedModel(NamedTuple):
     tokens: int
 
 
-def train_model(
+def train_checkpoint(
     dense: Checkpoint,
     pruned: Checkpoint,
     windows: NDArray[np.int32],
@@ -81,7 +81,7 @@ def train_model(
       mesh: devices of one process, of which the first axis shares the windows of a micro-batch and
         the parts of every weight. A second axis, if there is one, shares heads and widths.
       resume: the state to begin with, given the one before the first step.
-      on_measured: see `prox24.refine.distill`.
+      on_measured: see `prox24.refine.train_model`.
 
     Returns:
       A `TrainedModel`.
@@ -128,7 +128,7 @@ def train_model(
         of_teacher = _shared(_head(config, dtype, _placed(head_weights(teacher), mesh)), outer.head)
     else:  # Not looked at.
         targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), outer.head
-    trained = refine.distill(
+    trained = refine.train_model(
         *_functions(config, mesh, dtype),
         params,
         outer,

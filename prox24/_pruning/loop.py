@@ -45,7 +45,7 @@ class PrunedTensor(NamedTuple):
     reports: tuple[LinearReport, ...]
 
 
-def prune(
+def prune_stages(
     runner: Runner[State],
     recipe: Recipe,
     *,

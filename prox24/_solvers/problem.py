@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from prox24._core.precision import PRECISION, working_dtype
 from prox24._solvers.damping import damped_inverse
@@ -293,7 +294,9 @@ DEFAULT_PULL = 1.0
 """Among those of docs/results.md the one with the least perplexity of *Emma*."""
 
 
-def correct_inputs(weight: Array, gram: Array, cross: Array, pull: float = DEFAULT_PULL) -> Array:
+def correct_inputs(
+    weight: ArrayLike, gram: ArrayLike, cross: ArrayLike, pull: float = DEFAULT_PULL
+) -> Array:
     """The dense weight that also corrects what pruning did to the layer's inputs.
 
     The layer sees x' in the pruned model where the dense one sees x. The dense minimiser of
@@ -323,6 +326,7 @@ def correct_inputs(weight: Array, gram: Array, cross: Array, pull: float = DEFAU
     """
     if not 0 < pull < math.inf:
         raise ValueError(f"a pull of {pull} is not positive and finite")
+    weight, gram, cross = map(jnp.asarray, (weight, gram, cross))
     check_arrays(weight, gram)
     if cross.shape != gram.shape:
         raise ValueError(f"cross-Gram {cross.shape} is not of the Gram's shape {gram.shape}")

@@ -140,7 +140,7 @@ def prune_params(
             )
         return PrunedParams(params, leaves, [])
     dense = loop.most_lossy(runner, recipe)
-    pruned = list(loop.prune(runner, recipe, dense=dense))
+    pruned = list(loop.prune_stages(runner, recipe, dense=dense))
     leaves = tuple(_kept_dense(leaf) if leaf.path in dense else leaf for leaf in leaves)
     values = {tensor.name: tensor.values for tensor in pruned}
     reports = [report for tensor in pruned for report in tensor.reports]

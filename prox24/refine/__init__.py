@@ -6,7 +6,7 @@ model's predictions, by any optax optimizer, and the zeros stay zeros.
 """
 
 from prox24.refine._blocks import BlockRefinement, relative_error, train_block
-from prox24.refine._distillation import distill, divergence
+from prox24.refine._distillation import divergence, train_model
 from prox24.refine._model import ModelRefinement
 from prox24.refine._training import Outcome, Refined, Training
 
@@ -16,8 +16,8 @@ __all__ = [
     "Outcome",
     "Refined",
     "Training",
-    "distill",
     "divergence",
     "relative_error",
     "train_block",
+    "train_model",
 ]

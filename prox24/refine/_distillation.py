@@ -44,7 +44,7 @@ def divergence(logits: Array, target: Array) -> Array:
     return jnp.einsum("...v,...v->...", probabilities, surprise, precision=lax.Precision.HIGHEST)
 
 
-def distill(
+def train_model(
     features: Features,
     logits: Logits,
     params: PyTree,
@@ -111,7 +111,7 @@ def distill(
       >>> pruned = {"kernel": dense["kernel"].at[1::2].set(0)}
       >>> tokens = list(jax.random.randint(keys[2], (9, 4, 8), 0, 16, "int32"))
       >>> targets = [features(dense, outer, batch) for batch in tokens]
-      >>> refined = distill(features, logits, pruned, outer, tokens, targets, optax.adam(0.03),
+      >>> refined = train_model(features, logits, pruned, outer, tokens, targets, optax.adam(0.03),
       ...                   passes=4)
       >>> refined.outcome, bool(jnp.any(refined.params["kernel"][1::2]))
       (<Outcome.IMPROVED: 'improved'>, False)
