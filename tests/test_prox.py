@@ -188,7 +188,7 @@ def test_a_negative_lam_is_nan_and_no_other_block_is():
         w = prox(y, jnp.asarray([[-1.0], [0.1]], jnp.float32), pattern)
         assert np.isnan(w[0]).all()
         assert np.isfinite(w[1]).all()
-        assert np.isnan(prox(y, -1.0, pattern)).all()
+        assert np.isnan(prox(y, jnp.float32(-1.0), pattern)).all()
 
 
 @every_dtype
