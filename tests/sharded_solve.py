@@ -51,7 +51,8 @@ from prox24._solvers.scores import Wanda
 from prox24._solvers.solve import solve, solve_program
 from prox24._solvers.sparsegpt import SparseGPT
 from prox24._solvers.swaps import Swaps
-from prox24.refine import BlockRefinement, ModelRefinement, training
+from prox24.refine import BlockRefinement, ModelRefinement
+from prox24.refine import _training as training
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
