@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from tiny import write_tiny
 
@@ -43,8 +44,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys, make):
     for name in ("a.txt", "b.txt"):
         Path(name).write_text(TEXT * 200)
     names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
+    # Optax's optimizers mix dtypes and ranks.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, names)
     printed = capsys.readouterr().out
     for said in ("mean relative loss", "perplexity", "loss 0.", "SPARSE 0.5"):
         assert said in printed

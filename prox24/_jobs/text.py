@@ -71,8 +71,8 @@ def calibration_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int
     """
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
-    _check_length(checkpoint, text.sequence_length)
     ids, start = _tokens(checkpoint, text.read(SPEECHES))
+    _check_length(checkpoint, text.sequence_length)
     return spread_windows(ids, text.samples or SAMPLES, text.sequence_length, start)
 
 
@@ -85,8 +85,8 @@ def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int3
     """
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
-    _check_length(checkpoint, text.sequence_length)
     ids, start = _tokens(checkpoint, text.read(NOVEL))
+    _check_length(checkpoint, text.sequence_length)
     return first_windows(ids, text.samples, text.sequence_length, start)
 
 
