@@ -1,4 +1,4 @@
-"""What the processes of tests/test_faults.py do, which end before they are done."""
+"""Runs the command line in processes that end before they are done."""
 
 import contextlib
 import itertools
@@ -6,27 +6,33 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
 import prox24._cli.main
 
 EVENTS = {"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"}
+PRELOADED = ["prox24._cli.prune", "prox24._jobs.prune"]
+PRELOADED += ["transformers.models.auto.tokenization_auto"]
 
 
-PRELOADED = [
-    "prox24._cli.prune",
-    "prox24._jobs.prune",
-    "transformers.models.auto.tokenization_auto",
-]
-
-
-def imported() -> multiprocessing.context.ForkServerContext:
-    """Starts processes that have imported everything before."""
+@contextlib.contextmanager
+def processes() -> Iterator[Callable[..., multiprocessing.Process]]:
+    """Yields what starts `_run` in a process that has imported everything before."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    return context
+    started = []
+
+    def start(*given):
+        started.append(context.Process(target=_run, args=given))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
 
 
 def on_change(folder: str, act: Callable[[], None]) -> None:
@@ -39,13 +45,8 @@ def on_change(folder: str, act: Callable[[], None]) -> None:
     sys.addaudithook(hook)
 
 
-def run(
-    arguments: list[str],
-    cache: str,
-    errors: str,
-    place: int | None,
-    devices: int = 1,
-    number: int = signal.SIGKILL,
+def _run(
+    arguments: list[str], cache: str, errors: str, devices: int = 1, place: int | None = None
 ) -> None:
     """The command line, with programs compiled by an earlier process, and its standard error.
 
@@ -53,19 +54,18 @@ def run(
       arguments: of the command; the third is the destination.
       cache: of compiled programs.
       errors: file for standard error.
-      place: before which of its changes of files the process gets a signal.
       devices: of the process.
-      number: of the signal.
+      place: before which of its changes of files the process gets SIGTERM.
     """
     changes = itertools.count(1)
 
-    def kill() -> None:
+    def end() -> None:
         if next(changes) == place:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     # A shell has what it runs in the background ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    on_change(arguments[2], kill)
+    on_change(arguments[2], end)
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,36 +1,32 @@
 """What goes wrong while a model is pruned: nothing is half-written, and nothing is lost."""
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import json
 import os
-import random
 import resource
 import shutil
 import signal
 import stat
-import time
 import types
 from pathlib import Path
 
 import killed
 import numpy as np
 import pytest
-from killed import on_change
-from safetensors.numpy import save_file
-from tiny import write_tiny
+from safetensors.numpy import load_file, save_file
+from tiny import Q_PROJ, calibrated, contents, error_line, files, run, write_tiny, write_workspace
 
 from prox24._checkpoints import safetensors_file, unfinished, writer
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.unfinished import check_unchanged, source_files, unfinished_folder
-from prox24._cli.main import main
 from prox24._jobs import forward, prune
 from prox24.errors import CheckpointError, DiskError
 
-TEXT = "Calibration text for a model that reads bytes. " * 60
-Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 BEGUN = 5
+ON_DISK = ["--activations", "disk"]
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +34,23 @@ def template(tmp_path_factory):
     """A model and a text, the same with a pruned model, and the same with half of one."""
     folder = tmp_path_factory.mktemp("template")
     (folder / "given").mkdir()
-    write_tiny(folder / "given" / "model", dtype="bfloat16")
-    (folder / "given" / "text.txt").write_text(TEXT)
+    write_workspace(folder / "given", dtype="bfloat16")
     for name in ("done", "begun"):
         shutil.copytree(folder / "given", folder / name)
-    assert main(command(folder / "done")) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, BEGUN, KeyboardInterrupt)
-        assert main(command(folder / "begun")) == 130
+    assert pruned(folder / "done") == 0
+    assert pruned_until(BEGUN, folder / "begun") == 130
     return folder
 
 
-@pytest.fixture
-def workspace(template, tmp_path):
-    return shutil.copytree(template / "given", tmp_path, dirs_exist_ok=True)
+def copied(name):
+    @pytest.fixture
+    def copy(template, tmp_path):
+        return shutil.copytree(template / name, tmp_path, dirs_exist_ok=True)
+
+    return copy
 
 
-@pytest.fixture
-def done(template, tmp_path):
-    """With a pruned model."""
-    return shutil.copytree(template / "done", tmp_path, dirs_exist_ok=True)
-
-
-@pytest.fixture
-def begun(template, tmp_path):
-    """With five tensors of a pruned model."""
-    return shutil.copytree(template / "begun", tmp_path, dirs_exist_ok=True)
+workspace, done, begun = map(copied, ("given", "done", "begun"))
 
 
 @pytest.fixture
@@ -72,36 +59,32 @@ def whole(template):
     return contents(template / "done" / "out")
 
 
-def command(workspace, destination="out", *more, method="wanda"):
-    options = ["--calibration", workspace / "text.txt", "--sequence-length", "32", "--samples", "8"]
-    every = ["prune", workspace / "model", workspace / destination, "--method", method, *options]
-    return [str(argument) for argument in [*every, "--quiet", *more]]
+def command(workspace, *more, destination="out"):
+    every = ["prune", workspace / "model", workspace / destination, "--method", "wanda"]
+    return [str(argument) for argument in [*every, *calibrated(workspace), "--quiet", *more]]
 
 
-def in_shards(tmp_path):
-    write_tiny(tmp_path / "model")
-    given = [str(tmp_path / name) for name in ("model", "shards")]
-    return ["convert", *given, "--shard-size", "20KB", "--quiet"]
+def pruned(workspace, *more, **options):
+    """The exit code."""
+    return run(*command(workspace, *more, **options))
 
 
-def recorded(workspace):
-    return len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines())
+def of_system(code):
+    return OSError(code, os.strerror(code))
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def raising(error):
+    def fail(*arguments, **keywords):
+        raise error
+
+    return fail
 
 
-def weights_of(path):
-    return {name: source.read() for name, source in safetensors_file.open_file(path).items()}
+def pruned_until(count, workspace, *more, error=KeyboardInterrupt):
+    """The exit code of a run that an error ends before it writes its next tensor."""
+    create_file, written = safetensors_file.create_file, iter(range(count))
 
-
-def interrupt_after(monkeypatch, count, error):
-    """Has the writing of the tensor after so many end with an error."""
-    create_file = safetensors_file.create_file
-    written = iter(range(count))
-
-    @unfinished.contextlib.contextmanager
+    @contextlib.contextmanager
     def failing(path, specs):
         with create_file(path, specs) as put:
 
@@ -112,7 +95,23 @@ def interrupt_after(monkeypatch, count, error):
 
             yield put_or_fail
 
-    monkeypatch.setattr(safetensors_file, "create_file", failing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors_file, "create_file", failing)
+        return pruned(workspace, *more)
+
+
+def in_shards(tmp_path):
+    write_tiny(tmp_path / "model")
+    places = [tmp_path / "model", tmp_path / "shards"]
+    return run("convert", *places, "--shard-size", "20KB", "--quiet")
+
+
+def recorded(workspace):
+    return len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines())
+
+
+def weights_of(path):
+    return {name: source.read() for name, source in safetensors_file.open_file(path).items()}
 
 
 @pytest.mark.parametrize(
@@ -123,48 +122,43 @@ def interrupt_after(monkeypatch, count, error):
         ("mixtral", ["--method", "sparsegpt"]),
     ],
 )
-def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, monkeypatch, capsys, variant, options):
-    write_tiny(tmp_path / "model", variant)
-    (tmp_path / "text.txt").write_text(TEXT)
-    assert main(command(tmp_path, "whole", *options)) == 0
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 7, KeyboardInterrupt)
-        assert main(command(tmp_path, "out", *options)) == 130
+def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, capsys, variant, options):
+    write_workspace(tmp_path, variant)
+    assert pruned(tmp_path, *options, destination="whole") == 0
+    assert pruned_until(7, tmp_path, *options) == 130
     said = f"prox24: interrupted; what is done is in {tmp_path}/out.unfinished: "
     assert capsys.readouterr().err.startswith(said)
     assert not (tmp_path / "out").exists()
-    report = tmp_path / "report.json"
-    assert main(command(tmp_path, "out", *options, "--report", str(report))) == 0
+    assert pruned(tmp_path, *options, "--report", tmp_path / "report.json") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / "out.unfinished").exists()
-    resumed = json.loads(report.read_text())
+    resumed = json.loads((tmp_path / "report.json").read_text())
     assert resumed["resumed_linears"] == 7
     names = [linear["name"] for linear in resumed["linears"]]
     assert len(names) == len(set(names)) > 7
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_hidden_states_on_disk_spare_the_finished_layers(workspace, monkeypatch, whole, place):
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 9, KeyboardInterrupt)  # in the second of two layers
-        assert main(command(workspace, "out", "--activations", place)) == 130
-    read = []
-    layer_weights = forward.layer_weights
-    monkeypatch.setattr(
-        forward,
-        "layer_weights",
-        lambda model, index: read.append(index) or layer_weights(model, index),
-    )
-    assert main(command(workspace, "out", "--activations", place)) == 0
-    assert read == ([0, 1] if place == "memory" else [1])
+@pytest.mark.parametrize(("place", "expected"), [("memory", [0, 1]), ("disk", [1])])
+def test_hidden_states_on_disk_spare_the_finished_layers(
+    workspace, monkeypatch, whole, place, expected
+):
+    # In the second of two layers.
+    assert pruned_until(9, workspace, "--activations", place) == 130
+    read, layer_weights = [], forward.layer_weights
+
+    def noted(model, index):
+        read.append(index)
+        return layer_weights(model, index)
+
+    monkeypatch.setattr(forward, "layer_weights", noted)
+    assert pruned(workspace, "--activations", place) == 0
+    assert read == expected
     assert contents(workspace / "out") == whole
 
 
 @pytest.mark.parametrize(("left", "note"), [(100, None), (None, b"9"), (None, b"\xff")])
 def test_hidden_states_that_were_lost_are_computed_again(workspace, monkeypatch, whole, left, note):
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 9, KeyboardInterrupt)
-        assert main(command(workspace, "out", "--activations", "disk")) == 130
+    assert pruned_until(9, workspace, *ON_DISK) == 130
     folder = workspace / "out.unfinished" / "activations" / "0"
     if left is not None:
         os.truncate(folder / "pruned-1", left)
@@ -172,34 +166,10 @@ def test_hidden_states_that_were_lost_are_computed_again(workspace, monkeypatch,
         (folder / "layer").write_bytes(note)
     # It begins anew, and does not come far.
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "run_into", interrupted)
-        assert main(command(workspace, "out", "--activations", "disk")) == 130
-    assert main(command(workspace, "out", "--activations", "disk")) == 0
+        patch.setattr(forward, "run_into", raising(KeyboardInterrupt))
+        assert pruned(workspace, *ON_DISK) == 130
+    assert pruned(workspace, *ON_DISK) == 0
     assert contents(workspace / "out") == whole
-
-
-def interrupted(*arguments):
-    raise KeyboardInterrupt
-
-
-@pytest.fixture
-def processes(tmp_path):
-    """Starts the command line in processes."""
-    context = killed.imported()
-    started = []
-
-    def start(arguments, place=None, number=signal.SIGKILL):
-        cache, errors = str(tmp_path / "compiled"), str(tmp_path / "errors.txt")
-        target = (arguments, cache, errors, place, 1, number)
-        process = context.Process(target=killed.run, args=target)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
 
 
 def test_a_run_that_ends_at_any_place_ends_with_the_same_bytes(workspace, whole):
@@ -217,9 +187,9 @@ def test_a_run_that_ends_at_any_place_ends_with_the_same_bytes(workspace, whole)
 
     copying = []
     (workspace / "states").mkdir()
-    on_change(str(workspace / "out"), copy_state)
+    killed.on_change(str(workspace / "out"), copy_state)
     copying.append(True)
-    assert main(command(workspace)) == 0
+    assert pruned(workspace) == 0
     copying.clear()
     shutil.rmtree(workspace / "out")
     assert len(states) > 50
@@ -230,59 +200,43 @@ def test_a_run_that_ends_at_any_place_ends_with_the_same_bytes(workspace, whole)
             folder.rename(workspace / folder.name)
         resumed += (workspace / "out.unfinished" / "model").exists()
         if not (workspace / "out").exists():
-            assert main(command(workspace)) == 0
+            assert pruned(workspace) == 0
         assert contents(workspace / "out") == whole
         shutil.rmtree(workspace / "out")
         shutil.rmtree(workspace / "out.unfinished", ignore_errors=True)
     assert resumed > 4
 
 
-@pytest.mark.slow  # beside one that is cut off at some places
-def test_a_killed_run_ends_with_the_same_bytes(workspace, processes, whole):
-    """PROX24_KILLS=50 kills as many processes, which takes minutes."""
-    began = time.perf_counter()
-    processes(command(workspace)).join()
-    took = time.perf_counter() - began
-    places = random.Random(0)
-    for index in range(int(os.environ.get("PROX24_KILLS", "6"))):
-        if (workspace / "out").exists():
-            assert contents(workspace / "out") == whole
-            shutil.rmtree(workspace / "out")
-        if index % 2:  # at a change of a file, or at any time
-            process = processes(command(workspace), places.randrange(1, 60))
-        else:
-            process = processes(command(workspace))
-            process.join(places.uniform(0, took))
-            process.kill()
+def test_sigterm_ends_the_run_in_order(workspace, whole):
+    errors = workspace / "errors.txt"
+    with killed.processes() as start:
+        process = start(command(workspace), str(workspace / "compiled"), str(errors), 1, 40)
         process.join()
-        assert process.exitcode in (-signal.SIGKILL, 0)
-    process = processes([*command(workspace), "--overwrite"])
-    process.join()
-    assert process.exitcode == 0, (workspace / "errors.txt").read_text()
-    assert contents(workspace / "out") == whole
-
-
-def test_sigterm_ends_the_run_in_order(workspace, processes, whole):
-    process = processes(command(workspace), 40, signal.SIGTERM)
-    process.join()
     assert process.exitcode == 128 + signal.SIGTERM
     assert recorded(workspace)
-    printed = (workspace / "errors.txt").read_text()
     said = f"ended by SIGTERM; what is done is in {workspace}/out.unfinished: "
-    assert printed.startswith(f"prox24: {said}")
+    assert errors.read_text().startswith(f"prox24: {said}")
     assert not (workspace / "out").exists()
-    assert main(command(workspace)) == 0
+    assert pruned(workspace) == 0
     assert contents(workspace / "out") == whole
+
+
+def edited(file, change):
+    def edit(workspace):
+        (workspace / file).write_text(change((workspace / file).read_text()))
+
+    return edit
+
+
+JOB = "out.unfinished/job.json"
 
 
 def of_job(change):
-    def edit(workspace):
-        path = workspace / "out.unfinished" / "job.json"
-        job = json.loads(path.read_text())
-        change(job)
-        path.write_text(json.dumps(job))
+    def changed(text):
+        change(job := json.loads(text))
+        return json.dumps(job)
 
-    return edit
+    return edited(JOB, changed)
 
 
 def old_job(job):
@@ -291,68 +245,52 @@ def old_job(job):
     job["arguments"] = job.pop("recipe")
 
 
-def change_text(workspace):
-    (workspace / "text.txt").write_text("Another " + TEXT)
+def without_end(line):
+    def change(text):
+        return text.replace(text.splitlines()[line], text.splitlines()[line][:-9])
 
-
-def touch_source(workspace):
-    os.utime(workspace / "model" / "model.safetensors", (0, 0))
+    return change
 
 
 def damage_tensor(workspace):
     path = workspace / "out.unfinished" / "model" / "model.safetensors"
-    source = safetensors_file.open_file(path)[Q_PROJ].read()
-    place = path.read_bytes().index(source.tobytes())
-    with path.open("r+b") as file:
-        file.seek(place)
-        file.write(b"\x17")
-
-
-def damage_journal(workspace):
-    path = workspace / "out.unfinished" / "journal.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:2], lines[2][:-9], *lines[3:], ""]))
-
-
-def damage_job(workspace):
-    path = workspace / "out.unfinished" / "job.json"
-    path.write_text(path.read_text()[:-9])
-
-
-def lose_job(workspace):
-    (workspace / "out.unfinished" / "job.json").unlink()
+    before = safetensors_file.open_file(path)[Q_PROJ].read().tobytes()
+    path.write_bytes(path.read_bytes().replace(before, b"\x17" + before[1:]))
 
 
 DAMAGED = "is damaged; delete {work} to start anew"
 OLDER = "{work} was begun by prox24 0.1.0; finish it with that version, or delete it to start anew"
+SOURCE = "model/model.safetensors"
+OTHER_RUNS = [
+    (edited("text.txt", "Another ".__add__), [], 'calibration.sha256 was "'),
+    (lambda folder: os.utime(folder / SOURCE, (0, 0)), [], "source.model.safetensors was ["),
+    (lambda folder: None, ["--damping", "0.5"], "recipe.damping was 0.01, is 0.5"),
+    (
+        lambda folder: None,
+        ["--method", "magnitude"],
+        'recipe.solver.name was "Wanda", is "Magnitude"',
+    ),
+    (of_job(lambda job: job["versions"].update(jax="0.1")), [], 'versions.jax was "0.1", is'),
+    (of_job(old_job), [], OLDER),
+    (of_job(lambda job: job["devices"].append(7)), [], "devices was"),
+    (of_job(lambda job: job.update(processes=3)), [], "processes was 3, is 1"),
+    (damage_tensor, [], f"{Q_PROJ} is damaged; delete {{work}}"),
+    (
+        edited("out.unfinished/journal.jsonl", without_end(2)),
+        [],
+        f"{{work}}/journal.jsonl {DAMAGED}",
+    ),
+    (edited(JOB, without_end(-1)), [], f"{{work}}/job.json {DAMAGED}"),
+    (lambda folder: (folder / JOB).unlink(), [], f"{{work}}/job.json {DAMAGED}"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "said"),
-    [
-        (change_text, [], 'calibration.sha256 was "'),
-        (touch_source, [], "source.model.safetensors was ["),
-        (None, ["--damping", "0.5"], "recipe.damping was 0.01, is 0.5"),
-        (None, ["--method", "magnitude"], 'recipe.solver.name was "Wanda", is "Magnitude"'),
-        (of_job(lambda job: job["versions"].update(jax="0.1")), [], 'versions.jax was "0.1", is'),
-        (of_job(lambda job: job["versions"].update(prox24="0.1.0")), [], OLDER),
-        (of_job(old_job), [], OLDER),
-        (of_job(lambda job: job["devices"].append(7)), [], "devices was"),
-        (of_job(lambda job: job.update(processes=3)), [], "processes was 3, is 1"),
-        (damage_tensor, [], f"{Q_PROJ} is damaged; delete {{work}}"),
-        (damage_journal, [], f"{{work}}/journal.jsonl {DAMAGED}"),
-        (damage_job, [], f"{{work}}/job.json {DAMAGED}"),
-        (lose_job, [], f"{{work}}/job.json {DAMAGED}"),
-    ],
-)
+@pytest.mark.parametrize(("change", "options", "said"), OTHER_RUNS)
 def test_another_run_is_refused_and_the_work_stays(begun, capsys, change, options, said):
-    if change is not None:
-        change(begun)
+    change(begun)
     before = contents(begun / "out.unfinished" / "model")
-    assert main(command(begun, "out", *options)) == 2
-    printed = capsys.readouterr().err
+    printed = error_line(capsys, *command(begun, *options))
     assert said.replace("{work}", str(begun / "out.unfinished")) in printed
-    assert printed.count("\n") == 1
     assert contents(begun / "out.unfinished" / "model") == before
     assert recorded(begun) == BEGUN
 
@@ -372,7 +310,7 @@ def test_what_the_journal_tells_of_is_on_disk_before(workspace, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synchronised)
     monkeypatch.setattr(Path, "rename", renamed)
-    assert main(command(workspace)) == 0
+    assert pruned(workspace) == 0
     told = [place for place, event in enumerate(events) if event == "journal.jsonl"]
     assert len(told) == 14
     assert {events[place - 1] for place in told} <= {"model.safetensors", "model.safetensors.new"}
@@ -383,28 +321,23 @@ def test_what_the_journal_tells_of_is_on_disk_before(workspace, monkeypatch):
 
 def test_a_second_run_on_a_destination_is_refused(workspace, capsys):
     with unfinished_folder(workspace / "out"):
-        assert main(command(workspace)) == 2
-    assert capsys.readouterr().err == (
-        f"prox24: error: another process is writing {workspace}/out\n"
-    )
+        said = error_line(capsys, *command(workspace))
+    assert said == f"prox24: error: another process is writing {workspace}/out\n"
 
 
-def test_a_full_disk_loses_nothing(workspace, monkeypatch, capsys, whole):
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 8, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        assert main(command(workspace)) == 2
+def test_a_full_disk_loses_nothing(workspace, capsys, whole):
+    assert pruned_until(8, workspace, error=of_system(errno.ENOSPC)) == 2
     printed = capsys.readouterr().err
     assert "No space left on device; what is done is in" in printed
     assert printed.count("\n") == 1
-    assert main(command(workspace)) == 0
+    assert pruned(workspace) == 0
     assert contents(workspace / "out") == whole
 
 
 def test_a_disk_that_is_still_full_loses_nothing(begun, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
     monkeypatch.setattr(writer, "_allocated", lambda folder: 0)
-    assert main(command(begun)) == 2
-    assert "bytes do not fit; what is done is in" in capsys.readouterr().err
+    assert "bytes do not fit; what is done is in" in error_line(capsys, *command(begun))
     assert recorded(begun) == BEGUN
 
 
@@ -413,22 +346,19 @@ def test_a_file_that_the_system_does_not_let_grow_loses_nothing(workspace, capsy
     half = len(whole["model.safetensors"]) // 2
     resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))
     try:
-        assert main(command(workspace)) == 2
+        said = error_line(capsys, *command(workspace))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "model.safetensors: File too large" in capsys.readouterr().err
+    assert "model.safetensors: File too large" in said
     assert not (workspace / "out").exists()
-    assert main(command(workspace)) == 0
+    assert pruned(workspace) == 0
     assert contents(workspace / "out") == whole
 
 
 def test_what_is_done_outlives_a_journal_that_cannot_be_read(begun, monkeypatch):
-    def fail(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", fail)
-        assert main(command(begun)) == 2
+        patch.setattr(Path, "read_bytes", raising(of_system(errno.EIO)))
+        assert pruned(begun) == 2
     assert recorded(begun) == BEGUN
 
 
@@ -436,34 +366,41 @@ def test_what_is_done_outlives_a_journal_that_cannot_be_read(begun, monkeypatch)
 def test_activations_that_do_not_fit_the_disk_are_named(workspace, monkeypatch, capsys):
     def full(descriptor, start, size):
         assert size == 8 * 32 * 32 * 4
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise of_system(errno.ENOSPC)
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert main(command(workspace, "out", "--activations", "disk")) == 2
-    assert "activations/0/pruned-0: No space left on device" in capsys.readouterr().err
+    said = "activations/0/pruned-0: No space left on device"
+    assert said in error_line(capsys, *command(workspace, *ON_DISK))
 
 
 def test_a_file_system_that_gives_no_place_before_is_taken_as_it_is(workspace, monkeypatch):
     def unsupported(descriptor, start, size):
         assert not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        raise of_system(errno.EOPNOTSUPP)
 
     monkeypatch.setattr(os, "posix_fallocate", unsupported, raising=False)
-    assert main(command(workspace, "out", "--activations", "disk")) == 0
+    assert pruned(workspace, *ON_DISK) == 0
+
+
+def after_filling(monkeypatch, act):
+    fill_folder = prune.fill_folder
+
+    def filled(*arguments, **keywords):
+        digests = fill_folder(*arguments, **keywords)
+        act()
+        return digests
+
+    monkeypatch.setattr(prune, "fill_folder", filled)
 
 
 def test_what_came_to_stand_at_the_destination_is_kept(workspace, monkeypatch, capsys, whole):
-    fill_folder = prune.fill_folder
-
-    def meanwhile(*arguments, **keywords):
+    def meanwhile():
         (workspace / "out").mkdir()
         (workspace / "out" / "precious").write_text("x")
-        return fill_folder(*arguments, **keywords)
 
-    monkeypatch.setattr(prune, "fill_folder", meanwhile)
-    assert main(command(workspace)) == 2
-    printed = capsys.readouterr().err
-    assert f"{workspace}/out came to exist meanwhile; the result is {workspace}/out.new" in printed
+    after_filling(monkeypatch, meanwhile)
+    said = f"{workspace}/out came to exist meanwhile; the result is {workspace}/out.new"
+    assert said in error_line(capsys, *command(workspace))
     assert contents(workspace / "out") == {"precious": b"x"}
     assert not (workspace / "out.unfinished").exists()
     assert contents(workspace / "out.new") == whole
@@ -477,7 +414,7 @@ def test_what_is_done_outlives_a_destination_that_exists(begun, whole):
     ):
         pytest.fail("it was opened")
     assert recorded(begun) == BEGUN
-    assert main(command(begun, "out", "--overwrite")) == 0
+    assert pruned(begun, "--overwrite") == 0
     assert contents(begun / "out") == whole
 
 
@@ -485,8 +422,8 @@ def test_what_is_done_outlives_a_destination_that_exists(begun, whole):
 def test_an_old_folder_that_was_not_deleted_whole_is_no_hindrance(done, whole, left):
     (done / "out.unfinished" / left).mkdir(parents=True)
     (done / "out.unfinished" / left / "half").write_text("x")
-    assert main(command(done, "out", "--overwrite")) == 0
-    assert sorted(path.name for path in done.iterdir()) == ["model", "out", "text.txt"]
+    assert pruned(done, "--overwrite") == 0
+    assert files(done) == ["model", "out", "text.txt"]
     assert contents(done / "out") == whole
 
 
@@ -495,85 +432,9 @@ def test_an_old_folder_is_kept_beside_what_took_its_place(workspace, capsys):
         (workspace / "out.unfinished" / folder).mkdir(parents=True)
     (workspace / "out.unfinished" / "replaced" / "precious").write_text("x")
     (workspace / "out").mkdir()
-    assert main(command(workspace, "out", "--overwrite")) == 2
-    assert "out.unfinished/replaced stood at" in capsys.readouterr().err
+    said = error_line(capsys, *command(workspace, "--overwrite"))
+    assert "out.unfinished/replaced stood at" in said
     assert contents(workspace / "out.unfinished" / "replaced") == {"precious": b"x"}
-
-
-@pytest.mark.parametrize("option", ["--calibration", "source"])
-def test_overwriting_what_holds_an_input_is_refused(workspace, capsys, option):
-    (workspace / "all").mkdir()
-    kept = workspace / ("text.txt" if option == "--calibration" else "model")
-    kept.rename(workspace / "all" / kept.name)
-    (workspace / kept.name).symlink_to(workspace / "all" / kept.name)
-    assert main(command(workspace, "all", "--overwrite")) == 2
-    assert f"{workspace}/all is or holds {kept}" in capsys.readouterr().err
-    assert (workspace / "all" / kept.name).exists()
-
-
-@pytest.mark.parametrize(
-    ("report", "said"),
-    [
-        ("text.txt", "would replace what is there"),
-        ("model/config.json", "would replace what is there"),
-        ("out", "out is or holds"),
-        ("out.unfinished", "is made, is or holds"),
-    ],
-)
-def test_a_report_does_not_replace_what_is_needed(workspace, capsys, report, said):
-    before = contents(workspace / "model")
-    assert main(command(workspace, "out", "--report", str(workspace / report))) == 2
-    assert said in capsys.readouterr().err
-    assert contents(workspace / "model") == before
-    assert (workspace / "text.txt").read_text() == TEXT
-    assert sorted(path.name for path in workspace.iterdir()) == ["model", "text.txt"]
-
-
-def test_a_report_does_not_replace_the_manifest(done, capsys, whole):
-    manifest = str(done / "out" / "prox24.json")
-    assert main(["verify", str(done / "out"), "--report", manifest]) == 2
-    assert "would replace what is there" in capsys.readouterr().err
-    assert contents(done / "out") == whole
-
-
-@pytest.mark.parametrize("inside", ["", "model"])
-def test_a_source_where_the_work_would_be_is_kept(workspace, capsys, inside):
-    source = workspace / "out.unfinished" / inside
-    source.parent.mkdir(exist_ok=True)
-    (workspace / "model").rename(source)
-    before = contents(source)
-    given = command(workspace)
-    given[1] = str(source)
-    assert main(given) == 2
-    assert f"out is made, is or holds {source}; choose another" in capsys.readouterr().err
-    assert contents(source) == before
-
-
-@pytest.mark.parametrize("destination", ["/", ".."])
-def test_a_destination_without_a_name_is_refused(workspace, capsys, destination):
-    convert = ["convert", str(workspace / "model"), destination, "--overwrite"]
-    assert main(convert) == 2
-    assert f"{destination} has no name of its own" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("put", "said"),
-    [
-        (
-            lambda out, work: out.symlink_to("nowhere"),
-            "{out} is a link to what does not exist",
-        ),
-        (lambda out, work: work.write_text("x"), "{out}.unfinished, where"),
-        (lambda out, work: (work / "precious").mkdir(parents=True), "be made, holds precious"),
-    ],
-)
-def test_what_stands_in_the_way_is_named_and_kept(workspace, capsys, put, said):
-    out, work = workspace / "out", workspace / "out.unfinished"
-    put(out, work)
-    before = sorted(workspace.rglob("*"))
-    assert main(command(workspace)) == 2
-    assert said.replace("{out}", str(out)) in capsys.readouterr().err
-    assert sorted(workspace.rglob("*")) == before
 
 
 def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(workspace, monkeypatch, capsys):
@@ -582,8 +443,7 @@ def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(workspace, monk
     weights[name] = np.full_like(weights[name], np.inf)
     save_file(weights, path)
     monkeypatch.setattr(prune.loop, "prune_stages", None)
-    assert main(command(workspace)) == 2
-    assert f"tensor {name} holds NaN or Inf" in capsys.readouterr().err
+    assert f"tensor {name} holds NaN or Inf" in error_line(capsys, *command(workspace))
 
 
 def test_a_copy_of_the_embedding_stays_one(workspace):
@@ -591,73 +451,53 @@ def test_a_copy_of_the_embedding_stays_one(workspace):
     weights = weights_of(path)
     embedding = "model.embed_tokens.weight"
     save_file(weights | {"lm_head.weight": weights[embedding].copy()}, path)
-    config = json.loads((workspace / "model" / "config.json").read_text())
-    config["tie_word_embeddings"] = True
-    (workspace / "model" / "config.json").write_text(json.dumps(config))
-    assert main(command(workspace, "out", "--dtype", "float16")) == 0
-    written = weights_of(workspace / "out" / "model.safetensors")
-    head = written["lm_head.weight"]
-    np.testing.assert_array_equal(head, written[embedding])
-    assert head.dtype == np.float16
+    tied = json.loads((workspace / "model" / "config.json").read_text())
+    tied["tie_word_embeddings"] = True
+    (workspace / "model" / "config.json").write_text(json.dumps(tied))
+    assert pruned(workspace, "--dtype", "float16") == 0
+    written = load_file(workspace / "out" / "model.safetensors")
+    np.testing.assert_array_equal(written["lm_head.weight"], written[embedding])
+    assert written["lm_head.weight"].dtype == np.float16
 
 
 def test_what_a_buffer_holds_is_copied(workspace):
     path = workspace / "model" / "model.safetensors"
-    weights = weights_of(path)
     mask = "model.layers.0.self_attn.masked_bias"
-    save_file(weights | {mask: np.array(-np.inf, np.float16)}, path)
-    assert main(command(workspace, "out", "--dtype", "float32")) == 0
-    written = weights_of(workspace / "out" / "model.safetensors")[mask]
+    save_file(weights_of(path) | {mask: np.array(-np.inf, np.float16)}, path)
+    assert pruned(workspace, "--dtype", "float32") == 0
+    written = load_file(workspace / "out" / "model.safetensors")[mask]
     assert (written.dtype, float(written)) == (np.float16, -np.inf)
-    assert main(["verify", str(workspace / "out"), "--quiet"]) == 0
-
-
-def test_a_destination_that_cannot_be_written_is_named(workspace, capsys):
-    assert main(command(workspace, "/proc/out")) == 2
-    assert "cannot write /proc/out" in capsys.readouterr().err
-
-
-def change_after_filling(monkeypatch, *paths):
-    fill_folder = prune.fill_folder
-
-    def change_after(*arguments, **keywords):
-        digests = fill_folder(*arguments, **keywords)
-        for path in paths:
-            path.touch()
-            os.utime(path, (0, 0))
-        return digests
-
-    monkeypatch.setattr(prune, "fill_folder", change_after)
+    assert run("verify", workspace / "out", "--quiet") == 0
 
 
 def test_a_source_that_changes_while_it_is_read_is_named(workspace, monkeypatch, capsys):
-    change_after_filling(monkeypatch, workspace / "model" / "config.json")
-    assert main(command(workspace)) == 2
-    assert "config.json changed while it was read" in capsys.readouterr().err
-    assert sorted(path.name for path in workspace.iterdir()) == ["model", "text.txt"]
+    config = workspace / "model" / "config.json"
+    after_filling(monkeypatch, lambda: os.utime(config, (0, 0)))
+    said = error_line(capsys, *command(workspace))
+    assert "config.json changed while it was read" in said
+    assert files(workspace) == ["model", "text.txt"]
 
 
 def test_files_that_decide_nothing_may_change(workspace, monkeypatch):
-    names = ["README.md", "pytorch_model.bin", "tokenizer_config.json"]
+    names = ("README.md", "pytorch_model.bin", "tokenizer_config.json")
     paths = [workspace / "model" / name for name in names]
     for path in paths:
         path.touch()
-    change_after_filling(monkeypatch, *paths)
-    assert main(command(workspace)) == 0
+    after_filling(monkeypatch, lambda: [os.utime(path, (0, 0)) for path in paths])
+    assert pruned(workspace) == 0
 
 
 def test_every_shard_that_is_read_decides_a_run(tmp_path):
-    assert main(in_shards(tmp_path)) == 0
-    files = source_files(tmp_path / "shards")
-    assert len(files) > 3
-    assert files.keys() == {
-        path.name for path in (tmp_path / "shards").iterdir() if path.name.startswith("model")
-    } | {"config.json"}
-    check_unchanged(tmp_path / "shards", files)
-    shard = next(name for name in files if "-of-" in name)
+    assert in_shards(tmp_path) == 0
+    found = source_files(tmp_path / "shards")
+    assert len(found) > 3
+    models = {name for name in files(tmp_path / "shards") if name.startswith("model")}
+    assert found.keys() == models | {"config.json"}
+    check_unchanged(tmp_path / "shards", found)
+    shard = next(name for name in found if "-of-" in name)
     (tmp_path / "shards" / shard).unlink()
     with pytest.raises(CheckpointError, match=f"{shard} changed"):
-        check_unchanged(tmp_path / "shards", files)
+        check_unchanged(tmp_path / "shards", found)
 
 
 def test_a_file_system_that_cannot_wait_for_names_is_written_to(tmp_path, monkeypatch):
@@ -666,11 +506,11 @@ def test_a_file_system_that_cannot_wait_for_names_is_written_to(tmp_path, monkey
     def of_files(descriptor):
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             refused.append(descriptor)
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise of_system(errno.EINVAL)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", of_files)
-    assert main(in_shards(tmp_path)) == 0
+    assert in_shards(tmp_path) == 0
     assert refused
 
 
@@ -683,48 +523,44 @@ def test_a_run_that_is_ended_in_its_last_step_is_done(workspace, monkeypatch, ca
         synchronise(path)
 
     monkeypatch.setattr(unfinished, "synchronise", ended)
-    assert main(command(workspace)) == 130
+    assert pruned(workspace) == 130
     assert "goes on with it" not in capsys.readouterr().err
-    assert sorted(path.name for path in workspace.iterdir()) == ["model", "out", "text.txt"]
+    assert files(workspace) == ["model", "out", "text.txt"]
     assert contents(workspace / "out") == whole
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
 def test_a_report_that_cannot_be_written_takes_nothing_with_it(workspace, capsys):
     given = ["--report", "/dev/full", "--json"]
-    assert main(command(workspace, "out", *given)) == 2
+    assert pruned(workspace, *given) == 2
     printed = capsys.readouterr()
     assert "linears" in json.loads(printed.out)
     assert "cannot write /dev/full: No space left on device" in printed.err
-    assert main(["verify", str(workspace / "out"), *given]) == 2
+    assert run("verify", workspace / "out", *given) == 2
     assert json.loads(capsys.readouterr().out)["problems"] == {}
 
 
 def test_a_tokenizer_that_cannot_be_written_is_named(tmp_path):
-    class Full:
-        def save_pretrained(self, folder):
-            raise Exception("No space left on device (os error 28)")
-
     write_tiny(tmp_path / "model")
+    error = Exception("No space left on device (os error 28)")
+    full = types.SimpleNamespace(save_pretrained=raising(error))
     checkpoint = open_checkpoint(tmp_path / "model")
     file = tmp_path / "model" / "config.json"  # in place of a GGUF file, which holds a tokenizer
-    given = dataclasses.replace(checkpoint, path=file, load_tokenizer=Full)
+    given = dataclasses.replace(checkpoint, path=file, load_tokenizer=lambda: full)
     tensors = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
     with pytest.raises(DiskError, match=r"cannot write .*: No space left on device"):
         writer.write_checkpoint(given, tmp_path / "out", tensors)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_goes_on_takes_the_other_files_that_are_there_now(workspace, monkeypatch, whole):
+def test_a_run_that_goes_on_takes_the_other_files_that_are_there_now(workspace, whole):
     for name in ("notes.txt", "optimizer.pt"):  # the latter as weights that are not read
         (workspace / "model" / name).write_text("x")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5, KeyboardInterrupt)
-        assert main(command(workspace)) == 130
+    assert pruned_until(5, workspace) == 130
     for name in ("notes.txt", "optimizer.pt"):
         (workspace / "model" / name).unlink()
     (workspace / "model" / "licence.txt").write_text("y")
-    assert main(command(workspace)) == 0
+    assert pruned(workspace) == 0
     assert contents(workspace / "out") == whole | {"licence.txt": b"y"}
 
 
@@ -736,7 +572,7 @@ def test_the_old_folder_is_put_back_when_the_last_step_fails(tmp_path, monkeypat
 
     def fail(path, target):
         if path.name == "model":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise of_system(errno.EIO)
         return rename(path, target)
 
     def write():
@@ -762,43 +598,42 @@ def test_a_kill_between_the_two_renamings_loses_no_folder(tmp_path):
 
 
 def test_verify_compares_with_the_manifest_and_the_source(done, capsys):
-    verify = ["verify", str(done / "out"), "--source", str(done / "model")]
+    verify = ["verify", done / "out", "--source", done / "model"]
+
+    def problems():
+        assert run(*verify) == 1
+        return capsys.readouterr().out
+
     report = done / "report.json"
-    assert main([*verify, "--report", str(report)]) == 0
+    assert run(*verify, "--report", report) == 0
     assert "compared with the manifest" in capsys.readouterr().out
     assert json.loads(report.read_text())["problems"] == {}
 
     path = done / "out" / "model.safetensors"
+    content = path.read_bytes()
     for name, problem in [
-        (Q_PROJ, f"{Q_PROJ}: is not what the manifest says"),
-        ("model.norm.weight", "model.norm.weight: is not what the source has"),
+        (Q_PROJ, "is not what the manifest says"),
+        ("model.norm.weight", "is not what the source has"),
     ]:
         values = safetensors_file.open_file(path)[name].read()
-        content = path.read_bytes()
         place = content.index(values.tobytes())
         flipped = np.frombuffer(content, np.uint8).copy()
         flipped[place + int(np.flatnonzero(values.reshape(-1).astype(np.float32))[0]) * 2] ^= 1
         path.write_bytes(flipped.tobytes())
-        assert main(verify) == 1
-        assert problem in capsys.readouterr().out
+        assert f"{name}: {problem}" in problems()
         path.write_bytes(content)
 
-    weights = weights_of(path)
-    extra = {"more": np.zeros(2, np.float32)}
-    save_file(weights | extra, path)
-    assert main(verify) == 1
-    assert "more: is not in the manifest" in capsys.readouterr().out
+    extra = np.zeros(2, np.float32)
+    save_file(weights_of(path) | {"more": extra}, path)
+    assert "more: is not in the manifest" in problems()
     (done / "out" / "prox24.json").write_text("{}")
-    assert main(verify) == 2
-    assert "does not list the tensors" in capsys.readouterr().err
+    assert "does not list the tensors" in error_line(capsys, *verify)
 
     (done / "out" / "prox24.json").unlink()
-    assert main(verify) == 1
-    assert "more: is not in the source" in capsys.readouterr().out
+    assert "more: is not in the source" in problems()
     source = done / "model" / "model.safetensors"
-    save_file(weights_of(source) | {"less": extra["more"], "more": np.zeros(3, np.float32)}, source)
-    assert main(verify) == 1
-    printed = capsys.readouterr().out
+    save_file(weights_of(source) | {"less": extra, "more": np.zeros(3, np.float32)}, source)
+    printed = problems()
     assert "less: is missing" in printed
     assert "more: has shape (2,), the source has (3,)" in printed
 
@@ -811,11 +646,9 @@ def test_verify_compares_with_the_manifest_and_the_source(done, capsys):
     ],
 )
 def test_verify_goes_on_after_what_is_wrong_and_reports_it(done, capsys, before, after, problem):
-    path = done / "out" / "model.safetensors"
+    path, report = done / "out" / "model.safetensors", done / "report.json"
     path.write_bytes(path.read_bytes().replace(before, after))
-    report = done / "report.json"
-    assert main(["verify", str(done / "out"), "--report", str(report)]) == 1
-    problems = json.loads(report.read_text())["problems"]
+    assert run("verify", done / "out", "--report", report) == 1
     name = "model.layers.0.input_layernorm.weight"
-    assert problems[name].startswith(problem)
+    assert json.loads(report.read_text())["problems"][name].startswith(problem)
     assert f"{name}: {problem}" in capsys.readouterr().out
