@@ -10,26 +10,18 @@ import time
 import killed
 import numpy as np
 import pytest
-from tiny import write_tiny
-
-from prox24._checkpoints import safetensors_file
-
-TEXT = "Calibration text for a model that reads bytes. " * 60
+from tiny import calibrated, load_folder, write_workspace
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    write_tiny(folder / "model", dtype="bfloat16", shards=2)
-    (folder / "text.txt").write_text(TEXT)
-    return folder
+    return write_workspace(folder, dtype="bfloat16", shards=2)
 
 
 @pytest.fixture(scope="module")
 def start(workspace):
     """Starts processes that prune together."""
-    context = killed.imported()
-    started = []
 
     def start(destination, method, *own_options, devices=1):
         with socket.socket() as free:
@@ -37,24 +29,18 @@ def start(workspace):
             address = f"127.0.0.1:{free.getsockname()[1]}"
         together = []
         for index, own in enumerate(own_options):
-            options = ["--method", method, "--samples", "8", "--sequence-length", "32", "--quiet"]
-            options += ["--calibration", workspace / "text.txt", *own]
-            options += ["--report", workspace / f"{destination}.json"]
+            arguments = ["prune", workspace / "model", workspace / destination, "--quiet", *own]
+            arguments += ["--method", method, *calibrated(workspace)]
+            arguments += ["--report", workspace / f"{destination}.json"]
             if len(own_options) > 1:
-                options += ["--distributed", "--coordinator", address]
-                options += ["--num-processes", len(own_options), "--process-id", index]
-            arguments = ["prune", workspace / "model", workspace / destination, *options]
-            errors = workspace / f"{destination}-{index}.txt"
-            target = (list(map(str, arguments)), str(workspace / "compiled"), str(errors), None)
-            together.append(context.Process(target=killed.run, args=(*target, devices)))
-            together[-1].start()
-        started.extend(together)
+                arguments += ["--distributed", "--coordinator", address]
+                arguments += ["--num-processes", len(own_options), "--process-id", index]
+            places = [workspace / "compiled", workspace / f"{destination}-{index}.txt"]
+            together.append(start_one([*map(str, arguments)], *map(str, places), devices))
         return together
 
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
+    with killed.processes() as start_one:
+        yield start
 
 
 def ended(processes):
@@ -70,12 +56,8 @@ def said(workspace, destination, index):
 
 def pruned(workspace, destination):
     """The tensors and the report that a run wrote."""
-    tensors = {}
-    for path in sorted((workspace / destination).glob("*.safetensors")):
-        tensors |= {
-            name: source.read() for name, source in safetensors_file.open_file(path).items()
-        }
-    return tensors, json.loads((workspace / f"{destination}.json").read_text())
+    report = json.loads((workspace / f"{destination}.json").read_text())
+    return load_folder(workspace / destination), report
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +89,7 @@ def assert_the_same(ours, expected):
         difference = np.abs(values - others[name])[same].astype(np.float32)
         assert difference.max() <= 1e-5 * np.abs(others[name]).max(), name
     for linear, other in zip(report["linears"], other_report["linears"], strict=True):
-        assert linear["name"] == other["name"]
-        assert linear["tokens"] == other["tokens"]
+        assert (linear["name"], linear["tokens"]) == (other["name"], other["tokens"])
         assert linear["relative_loss"] == pytest.approx(other["relative_loss"], rel=1e-5)
 
 

@@ -110,10 +110,6 @@ def recorded(workspace):
     return len((workspace / "out.unfinished" / "journal.jsonl").read_text().splitlines())
 
 
-def weights_of(path):
-    return {name: source.read() for name, source in safetensors_file.open_file(path).items()}
-
-
 @pytest.mark.parametrize(
     ("variant", "options"),
     [
@@ -439,7 +435,7 @@ def test_an_old_folder_is_kept_beside_what_took_its_place(workspace, capsys):
 
 def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(workspace, monkeypatch, capsys):
     path, name = workspace / "model" / "model.safetensors", "lm_head.weight"
-    weights = weights_of(path)
+    weights = load_file(path)
     weights[name] = np.full_like(weights[name], np.inf)
     save_file(weights, path)
     monkeypatch.setattr(prune.loop, "prune_stages", None)
@@ -448,7 +444,7 @@ def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(workspace, monk
 
 def test_a_copy_of_the_embedding_stays_one(workspace):
     path = workspace / "model" / "model.safetensors"
-    weights = weights_of(path)
+    weights = load_file(path)
     embedding = "model.embed_tokens.weight"
     save_file(weights | {"lm_head.weight": weights[embedding].copy()}, path)
     tied = json.loads((workspace / "model" / "config.json").read_text())
@@ -463,7 +459,7 @@ def test_a_copy_of_the_embedding_stays_one(workspace):
 def test_what_a_buffer_holds_is_copied(workspace):
     path = workspace / "model" / "model.safetensors"
     mask = "model.layers.0.self_attn.masked_bias"
-    save_file(weights_of(path) | {mask: np.array(-np.inf, np.float16)}, path)
+    save_file(load_file(path) | {mask: np.array(-np.inf, np.float16)}, path)
     assert pruned(workspace, "--dtype", "float32") == 0
     written = load_file(workspace / "out" / "model.safetensors")[mask]
     assert (written.dtype, float(written)) == (np.float16, -np.inf)
@@ -624,7 +620,7 @@ def test_verify_compares_with_the_manifest_and_the_source(done, capsys):
         path.write_bytes(content)
 
     extra = np.zeros(2, np.float32)
-    save_file(weights_of(path) | {"more": extra}, path)
+    save_file(load_file(path) | {"more": extra}, path)
     assert "more: is not in the manifest" in problems()
     (done / "out" / "prox24.json").write_text("{}")
     assert "does not list the tensors" in error_line(capsys, *verify)
@@ -632,7 +628,7 @@ def test_verify_compares_with_the_manifest_and_the_source(done, capsys):
     (done / "out" / "prox24.json").unlink()
     assert "more: is not in the source" in problems()
     source = done / "model" / "model.safetensors"
-    save_file(weights_of(source) | {"less": extra, "more": np.zeros(3, np.float32)}, source)
+    save_file(load_file(source) | {"less": extra, "more": np.zeros(3, np.float32)}, source)
     printed = problems()
     assert "less: is missing" in printed
     assert "more: has shape (2,), the source has (3,)" in printed

@@ -8,10 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import VARIANTS, config_dict, model_weights, random_weights, tokens, write_tiny
+from tiny import (
+    VARIANTS,
+    calibrated,
+    config_dict,
+    error_line,
+    model_weights,
+    printed_json,
+    random_weights,
+    run,
+    tokens,
+    write_tiny,
+    write_workspace,
+)
 
 from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
-from prox24._cli.main import main
 from prox24._jobs.forward import all_weights, load_model
 from prox24._models import decoder
 from prox24._models.generate import advance, choose, empty_cache, generate
@@ -239,14 +250,12 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def printed_json(capsys, folder, *options):
-    options = ["--prompt", TEXT, "--tokens", str(COUNT), "--json", *options]
-    assert main(["generate", str(folder), *options]) == 0
-    return json.loads(capsys.readouterr().out)
+def command(folder, *options, prompt=TEXT, count=COUNT):
+    return ["generate", folder, "--prompt", prompt, "--tokens", count, *options]
 
 
 def test_the_command_agrees_with_the_function(folder, capsys):
-    printed = printed_json(capsys, folder)
+    printed = printed_json(capsys, *command(folder))
     tokenizer = open_checkpoint(folder).load_tokenizer()
     ids = tokenizer(TEXT)["input_ids"]
     assert printed["tokens"] == continued(tiny_model(), [ids])[0].tolist()
@@ -258,9 +267,8 @@ def test_the_command_agrees_with_the_function(folder, capsys):
 
 def test_the_command_prints_the_prompt_and_what_follows(folder, capsys):
     options = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "4"]
-    text = printed_json(capsys, folder, *options)["text"]
-    arguments = ["generate", str(folder), "--prompt", TEXT, "--tokens", str(COUNT), *options]
-    assert main(arguments) == 0
+    text = printed_json(capsys, *command(folder, *options))["text"]
+    assert run(*command(folder, *options)) == 0
     assert capsys.readouterr().out == f"{TEXT}{text}\n"
 
 
@@ -272,20 +280,21 @@ def test_the_weights_have_the_dtype_that_is_asked_for(folder):
 
 
 def test_the_command_ends_with_a_stop_token(folder, capsys):
-    free = printed_json(capsys, folder, "--temperature", "1")["tokens"]
+    generate = command(folder, "--temperature", "1")
+    free = printed_json(capsys, *generate)["tokens"]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[1]}))
-    assert printed_json(capsys, folder, "--temperature", "1")["tokens"] == free[:2]
+    assert printed_json(capsys, *generate)["tokens"] == free[:2]
 
 
-@pytest.mark.parametrize(
-    ("generation", "config", "expected"),
-    [
-        ('{"eos_token_id": [5, 6]}', {"eos_token_id": 2}, [5, 6]),
-        ('{"do_sample": false}', {"eos_token_id": 2}, [2]),
-        (None, {"eos_token_id": [2, 3]}, [2, 3]),
-        (None, {"eos_token_id": None}, []),
-    ],
-)
+STOPS = [
+    ('{"eos_token_id": [5, 6]}', {"eos_token_id": 2}, [5, 6]),
+    ('{"do_sample": false}', {"eos_token_id": 2}, [2]),
+    (None, {"eos_token_id": [2, 3]}, [2, 3]),
+    (None, {"eos_token_id": None}, []),
+]
+
+
+@pytest.mark.parametrize(("generation", "config", "expected"), STOPS)
 def test_stop_tokens_are_of_the_generation_config_or_else_of_the_config(
     folder, generation, config, expected
 ):
@@ -302,53 +311,16 @@ def test_stop_tokens_that_are_no_ids_are_refused(folder):
         stop_tokens(open_checkpoint(folder))
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "word " * 30], "150 tokens and 64 to generate are more than the model's 128"),
-    ],
-)
-def test_a_prompt_that_does_not_do_is_one_line(folder, capsys, options, named):
-    assert main(["generate", str(folder), *options]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("prox24: error: ")
-    assert printed.err.count("\n") == 1
-    assert named in printed.err
-
-
-def test_an_unsupported_model_is_one_line(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    assert main(["generate", str(tmp_path), "--prompt", "Once"]) == 2
-    assert "'mamba' is not supported" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("--tokens", "0"), ("--temperature", "-1"), ("--top-p", "0"), ("--top-p", "1.5")],
-)
-def test_bad_values_of_options_exit_2(capsys, option, value):
-    with pytest.raises(SystemExit, match="2"):
-        main(["generate", "model", "--prompt", "Once", option, value])
-    assert option in capsys.readouterr().err
-
-
 def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, capsys):
-    write_tiny(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
-    command = ["prune", str(tmp_path / "model"), str(tmp_path / "pruned"), "--method", "wanda"]
-    command += ["--calibration", str(tmp_path / "text.txt"), "--samples", "4", "--quiet"]
-    assert main([*command, "--sequence-length", "32"]) == 0
+    write_workspace(tmp_path)
+    options = [*calibrated(tmp_path, 4), "--method", "wanda", "--quiet"]
+    assert run("prune", tmp_path / "model", tmp_path / "pruned", *options) == 0
 
-    def generated(folder, *more):
+    def generate(folder, *more):
         jax.clear_caches()
-        command = ["generate", str(tmp_path / folder), "--prompt", "Once", "--tokens", "6"]
-        return main([*command, "--json", *more]), capsys.readouterr()
+        return command(tmp_path / folder, *more, prompt="Once", count=6)
 
-    (_, dense), (code, packed) = generated("pruned"), generated("pruned", "--packed")
-    assert code == 0
-    assert json.loads(packed.out)["tokens"] == json.loads(dense.out)["tokens"]
-    code, refused = generated("model", "--packed")
-    assert code == 2
-    assert "tensor model.layers.0.self_attn.q_proj.weight: w is not 2:4" in refused.err
+    dense = printed_json(capsys, *generate("pruned"))["tokens"]
+    assert printed_json(capsys, *generate("pruned", "--packed"))["tokens"] == dense
+    refused = error_line(capsys, *generate("model", "--packed", "--quiet"))
+    assert "tensor model.layers.0.self_attn.q_proj.weight: w is not 2:4" in refused

@@ -1,24 +1,23 @@
 """What is said of memory and work before a model is pruned."""
 
 import dataclasses
+import functools
 import json
 import re
 
 import jax
 import numpy as np
 import pytest
-from tiny import config_dict, random_weights, write_folder, write_tiny
+from tiny import TEXT, config_dict, printed_json, random_weights, run, write_folder, write_tiny
 
 import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint
-from prox24._cli.main import main
 from prox24._jobs import memory
 from prox24._jobs.forward import layer_linears, load_model
 from prox24._jobs.memory import Setup
 from prox24.errors import Prox24Error
 
 WANDA = prox24.Recipe.wanda()
-TEXT = "Calibration text for a model that reads bytes. " * 60
 
 
 @pytest.fixture
@@ -37,14 +36,10 @@ def changed(recipe=WANDA, **fields):
 
 def test_memory_counts_weights_grams_and_the_micro_batch(model):
     one, four = (layer_memory(model, size) for size in (1, 4))
-    shapes = {
-        name: tensor.shape
-        for name, tensor in model.checkpoint.tensors.items()
-        if name.startswith("model.layers.0.")
-    }
-    assert one.weights == sum(4 * int(np.prod(shape)) for shape in shapes.values())
-    config = config_dict()
-    hidden, width = config["hidden_size"], config["intermediate_size"]
+    tensors = model.checkpoint.tensors
+    layer = [tensors[name].shape for name in tensors if name.startswith("model.layers.0.")]
+    assert one.weights == sum(4 * int(np.prod(shape)) for shape in layer)
+    hidden, width = config_dict()["hidden_size"], config_dict()["intermediate_size"]
     assert one.grams == 4 * (3 * hidden**2 + width**2)
     # The Grams, what compensates for their rounding, and the weights.
     assert one.gather > 2 * one.grams + one.weights
@@ -56,20 +51,16 @@ def test_memory_counts_weights_grams_and_the_micro_batch(model):
     assert layer_memory(model, 1, changed(only="no such name"))[1::2] == (0, 2 * one.weights)
 
 
-def test_rows_of_a_weight_are_divided_among_devices(model):
-    one, two = (layer_memory(model, 1, WANDA, devices) for devices in (1, 2))
-    assert two.solve < one.solve
-    # Which none of the numbers of rows is divisible by.
-    assert layer_memory(model, 1, WANDA, 7).solve == one.solve
-
-
-def test_columns_of_grams_are_divided_among_devices(model):
+def test_devices_divide_the_rows_of_weights_or_the_columns_of_grams(model):
     one, rows = (layer_memory(model, 1, WANDA, devices) for devices in (1, 2))
     columns = layer_memory(model, 1, WANDA, 2, True)
+    assert rows.solve < one.solve
     assert columns.grams == one.grams // 2
     assert columns.gather < rows.gather
     assert columns.solve < rows.solve
-    # Which neither of the widths is divisible by: devices have copies, and send one another tokens.
+    # By 7 none of the numbers of rows is divisible,
+    assert layer_memory(model, 1, WANDA, 7).solve == one.solve
+    # nor a width: devices have copies, and send one another tokens.
     copies = layer_memory(model, 1, WANDA, 7, True)
     assert (copies.grams, copies.solve) == (one.grams, one.solve)
     assert copies.gather > one.gather
@@ -131,36 +122,10 @@ def test_a_dense_model_alongside_and_a_training_count(model, standard_promotion)
             memory.fitting_micro_batch(model, windows, Setup(recipe), needed - 1)
 
 
-def test_a_width_that_does_not_fit_the_pattern_is_named(model, tmp_path, capsys):
-    command = ["plan", str(tmp_path / "model"), "--method", "wanda", "--pattern", "2:5"]
-    assert main(command) == 2
-    assert "q_proj.weight has input width 32, not divisible by 5" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["plan", "prune"])
-@pytest.mark.parametrize(
-    ("method", "others"),
-    [(["sparsegpt"], "magnitude, wanda, admm"), (["admm", "--refit", "exact"], "cg")],
-)
-def test_methods_that_need_whole_grams_do_not_share_their_columns(
-    model, tmp_path, capsys, command, method, others
-):
-    places = [str(tmp_path / "model"), *[str(tmp_path / "pruned")] * (command == "prune")]
-    places += ["--sequence-length", "32"]
-    assert main([command, *places, "--shard-grams", "--method", "wanda"]) == 2
-    assert "shard_grams is for several devices" in capsys.readouterr().err
-    assert main([command, *places, "--shard-grams", "--method", *method]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"needs the whole Gram on every device; {others} would share its columns" in line
-
-
 def test_operations_are_those_of_the_products(model):
     counted = memory.operations(model, 100, WANDA)
-    shapes = [
-        tensor.shape
-        for name, tensor in model.checkpoint.tensors.items()
-        if name.endswith("proj.weight")
-    ]
+    tensors = model.checkpoint.tensors
+    shapes = [tensors[name].shape for name in tensors if name.endswith("proj.weight")]
     assert counted.forward == 2 * 100 * sum(2 * out * width for out, width in shapes)
     hidden, width = config_dict()["hidden_size"], config_dict()["intermediate_size"]
     assert counted.grams == 100 * 2 * (2 * (3 * hidden**2 + width**2))
@@ -181,29 +146,23 @@ def test_equal_layers_are_looked_at_once(tmp_path):
 
 
 def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):
-    arguments = ["plan", str(tmp_path / "model"), "--method", "wanda"]
-    arguments += ["--samples", "16", "--sequence-length", "32"]
-
-    def planned(*more):
-        assert main([*arguments, "--json", *more]) == 0
-        return json.loads(capsys.readouterr().out)
-
+    plan = ["plan", tmp_path / "model", "--method", "wanda"]
+    plan += ["--samples", "16", "--sequence-length", "32"]
+    planned = functools.partial(printed_json, capsys, *plan)
     said = planned("--memory", "1GB")
     assert said["fits"] is True
     assert said["peak_bytes"] == max(said["gather_bytes"], said["solve_bytes"])
     assert said["activation_bytes"] == 16 * 32 * 32 * 4
-    assert said["checkpoint_bytes"] == sum(
-        tensor.dtype.itemsize * int(np.prod(tensor.shape))
-        for tensor in model.checkpoint.tensors.values()
-    )
-    source = tmp_path / "model"
-    found = prox24.plan(source, WANDA, samples=16, sequence_length=32, memory=10**9)
-    assert found.to_dict() == said
-    assert main([*arguments, "--memory", "10KB", "--devices", "2"]) == 0
+    tensors = model.checkpoint.tensors.values()
+    sizes = [tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in tensors]
+    assert said["checkpoint_bytes"] == sum(sizes)
+    options = {"samples": 16, "sequence_length": 32, "memory": 10**9}
+    assert prox24.plan(tmp_path / "model", WANDA, **options).to_dict() == said
+    assert run(*plan, "--memory", "10KB", "--devices", "2") == 0
     printed = capsys.readouterr().out
     assert re.search(r"fits into 0.00 GB +. +no ", printed)
     assert "plan for 2 devices" in printed
-    # As many devices as divide the windows, and windows as many as fit.
+    # The devices divide the windows, and the windows fit.
     four = layer_memory(model, 2, WANDA)
     budget = f"{max(four.gather, four.solve) / 1000 + 0.001:.3f}KB"
     rows = planned("--memory", budget, "--devices", "7")

@@ -272,7 +272,7 @@ def files(folder: Path) -> list[str]:
 
 
 def load_folder(folder: Path) -> dict[str, np.ndarray]:
-    shards = map(load_file, folder.glob("*.safetensors"))
+    shards = map(load_file, sorted(folder.glob("*.safetensors")))
     return {name: values for shard in shards for name, values in shard.items()}
 
 
