@@ -11,14 +11,22 @@ import msgpack
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny import assert_same, config_dict, load_folder, random_weights, write_folder, write_tiny
+from tiny import (
+    Q_PROJ,
+    assert_same,
+    config_dict,
+    files,
+    load_folder,
+    random_weights,
+    write_folder,
+    write_tiny,
+)
 
 from prox24._checkpoints import flax_file, hub, pickle_file
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.writer import write_checkpoint
 from prox24.errors import CheckpointError, DiskError
 
-Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 STORAGES = {dtype: name.removeprefix("torch.") for name, dtype in pickle_file.STORAGES.items()}
@@ -58,31 +66,19 @@ def entries(pairs):
     return b"}(" + b"".join(text(key) + value for key, value in pairs.items()) + b"u"
 
 
-def storage(length=6, kind="FloatStorage", key="0", *part):
-    described = (
-        text("storage"),
-        reference(f"torch.{kind}"),
-        text(key),
-        text("cpu"),
-        number(length),
-    )
-    return items(*described, *part) + b"Q"
+def storage(length=6, kind="FloatStorage", key="0"):
+    described = (text("storage"), reference(f"torch.{kind}"), text(key), text("cpu"))
+    return items(*described, number(length)) + b"Q"
 
 
 ORDERED_DICT = call("collections.OrderedDict")
-NO, YES, NONE = b"\x89", b"\x88", b"N"
+NO, YES = b"\x89", b"\x88"
+REBUILD = "torch._utils._rebuild_tensor_v2"
 
 
 def tensor(shape=(2, 3), strides=(3, 1), offset=0, stored=None):
-    return call(
-        "torch._utils._rebuild_tensor_v2",
-        storage() if stored is None else stored,
-        number(offset),
-        numbers(*shape),
-        numbers(*strides),
-        NO,
-        ORDERED_DICT,
-    )
+    place = [storage() if stored is None else stored, number(offset)]
+    return call(REBUILD, *place, numbers(*shape), numbers(*strides), NO, ORDERED_DICT)
 
 
 def program(body, protocol=2):
@@ -112,7 +108,7 @@ def write_legacy(path, body, records=((6, VALUES.tobytes()),), little_endian=Tru
     return path
 
 
-def write_bin(path, weights, other_names=()):
+def write_bin(path, weights, tied=None):
     """Writes a state dict as torch.save does, each tensor in a storage of its own."""
     body, records = {}, {}
     for key, (name, values) in enumerate(weights.items()):
@@ -120,7 +116,7 @@ def write_bin(path, weights, other_names=()):
         stored = storage(values.size, STORAGES[values.dtype], str(key))
         body[name] = tensor(values.shape, strides, stored=stored)
         records[str(key)] = values.tobytes()
-    body |= {other: body[name] for other, name in other_names}
+    body |= {other: body[name] for other, name in (tied or {}).items()}
     return write_zip(path, entries(body), records, version="3\n")
 
 
@@ -197,39 +193,41 @@ def test_a_disk_that_fails_is_not_a_shorter_file(tmp_path, monkeypatch):
 
 
 def test_sharded_bin_files_become_as_many_safetensors(tmp_path):
-    weights = write_tiny(tmp_path / "source", "tied_head")
-    (tmp_path / "source" / "model.safetensors").unlink()
-    weight_map = {}
+    source, weight_map = tmp_path / "source", {}
+    weights = write_tiny(source, "tied_head")
+    (source / "model.safetensors").unlink()
     for shard in (1, 2, 3):
         file = f"pytorch_model-{shard:05d}-of-00003.bin"
         part = {name: weights[name] for name in list(weights)[shard - 1 :: 3]}
-        tied = [(HEAD, EMBEDDING)] if EMBEDDING in part else []
-        write_bin(tmp_path / "source" / file, part, tied)
-        weight_map |= dict.fromkeys([*part, *(head for head, _ in tied)], file)
+        tied = {HEAD: EMBEDDING} if EMBEDDING in part else {}
+        write_bin(source / file, part, tied)
+        weight_map |= dict.fromkeys([*part, *tied], file)
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (tmp_path / "source" / "pytorch_model.bin.index.json").write_text(index)
-    write_checkpoint(open_checkpoint(tmp_path / "source"), tmp_path / "out")
-    assert not list((tmp_path / "out").glob("pytorch_model*"))
-    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == {
-        f"model-0000{shard}-of-00003.safetensors" for shard in (1, 2, 3)
-    }
+    (source / "pytorch_model.bin.index.json").write_text(index)
+    write_checkpoint(open_checkpoint(source), tmp_path / "out")
+    shards = [f"model-0000{shard}-of-00003.safetensors" for shard in (1, 2, 3)]
+    models = [name for name in files(tmp_path / "out") if "model" in name]
+    assert models == [*shards, "model.safetensors.index.json"]
     assert_same(load_folder(tmp_path / "out"), weights)
 
 
 def test_safetensors_are_preferred_then_bin_then_flax(tmp_path):
-    weights = write_tiny(tmp_path / "source")
     folder = tmp_path / "source"
-    ones = {name: np.ones_like(values) for name, values in weights.items()}
+    weights = write_tiny(folder)
+    ones, zeros = (
+        {name: np.full_like(values, value) for name, values in weights.items()} for value in (1, 0)
+    )
     write_bin(folder / "pytorch_model.bin", ones)
-    zeros = {name: np.zeros_like(values) for name, values in weights.items()}
     with flax_file.create_file(folder / "flax_model.msgpack", "weight") as put:
         for name, values in zeros.items():
             put(name, values)
-    np.testing.assert_array_equal(open_checkpoint(folder).read(Q_PROJ), weights[Q_PROJ])
-    (folder / "model.safetensors").unlink()
-    np.testing.assert_array_equal(open_checkpoint(folder).read(Q_PROJ), ones[Q_PROJ])
-    (folder / "pytorch_model.bin").unlink()
-    np.testing.assert_array_equal(open_checkpoint(folder).read(Q_PROJ), zeros[Q_PROJ])
+    for file, expected in (
+        ("model.safetensors", weights),
+        ("pytorch_model.bin", ones),
+        ("flax_model.msgpack", zeros),
+    ):
+        np.testing.assert_array_equal(open_checkpoint(folder).read(Q_PROJ), expected[Q_PROJ])
+        (folder / file).unlink()
 
 
 # Pickles that would do something else
@@ -238,15 +236,11 @@ INSTANCE = b"(" + text("touch x") + b"ios\nsystem\n"
 DOTTED = text("collections") + text("OrderedDict.fromkeys") + b"\x93" + items(text("x")) + b"R"
 BOMB = items(b")q\x01", *[b"h\x01h\x01\x86q\x01"] * 60)
 """A tuple of a tuple twice, and so on: 2^60 entries, if it is hashed or printed."""
-REBUILD = "torch._utils._rebuild_tensor_v2"
 TRUE_SIZES = (storage(), number(0), items(YES), items(YES), NO, ORDERED_DICT)
 PICKLES = [
     ("names os.system,", entries({"x": call("os.system", text("touch x"))})),
     ("names collections.OrderedDict.fromkeys,", entries({"x": DOTTED})),
-    (
-        "names torch.ComplexFloatStorage",
-        entries({"x": tensor(stored=storage(3, "ComplexFloatStorage"))}),
-    ),
+    ("names torch.ComplexFloat", entries({"x": tensor(stored=storage(3, "ComplexFloatStorage"))})),
     ("instruction INST", entries({"x": INSTANCE})),
     ("instruction NEWOBJ", entries({"x": reference("torch.FloatStorage") + items() + b"\x81"})),
     ("instruction BYTEARRAY8", b"\x96" + struct.pack("<Q", 2**40)),
@@ -282,18 +276,11 @@ PICKLES = [
 
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
 @pytest.mark.parametrize(("named", "body"), PICKLES, ids=[named for named, _ in PICKLES])
-def test_other_pickles_are_refused(tmp_path, write, named, body, little_memory):
+def test_other_pickles_are_refused(tmp_path, monkeypatch, write, named, body, little_memory):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=rf"x\.bin cannot be read as a state dict: .*{named}"):
         pickle_file.open_file(write(tmp_path / "x.bin", body))
-
-
-def test_such_a_pickle_runs_code_where_nothing_refuses(tmp_path):
-    body = entries({"x": call("os.system", text(f"touch {tmp_path / 'proof'}"))})
-    with pytest.raises(CheckpointError, match=r"names os\.system"):
-        pickle_file.open_file(write_zip(tmp_path / "x.bin", body))
-    assert not (tmp_path / "proof").exists()
-    pickle.loads(program(body))
-    assert (tmp_path / "proof").exists()
+    assert files(tmp_path) == ["x.bin"]  # no command ran
 
 
 def test_attributes_that_torch_sets_on_a_state_dict_are_ignored(tmp_path, little_memory):
@@ -307,22 +294,16 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path):
     path, body = tmp_path / "x.bin", entries({"x": tensor()})
     write_zip(path, body, byteorder="little")
     assert pickle_file.open_file(path).keys() == {"x"}
-    for named, write, options in (
-        ("is compressed", write_zip, {"compression": zipfile.ZIP_DEFLATED}),
-        ("big-endian", write_zip, {"byteorder": "big"}),
-        ("big-endian", write_legacy, {"little_endian": False}),
-    ):
-        with pytest.raises(CheckpointError, match=named):
-            pickle_file.open_file(write(path, body, **options))
     keys = b"\x80\x02]q\x00X\x01\x00\x00\x000q\x01a."
     legacy, archive = write_legacy(path, body).read_bytes(), write_zip(path, body).read_bytes()
+    compressed = write_zip(path, body, compression=zipfile.ZIP_DEFLATED).read_bytes()
     for named, content in (
+        ("is compressed", compressed),
+        ("big-endian", write_zip(path, body, byteorder="big").read_bytes()),
+        ("big-endian", write_legacy(path, body, little_endian=False).read_bytes()),
         ("stores something else", legacy.replace(keys, b"\x80\x02]" + BOMB + b"a.")),
         ("not written by torch.save", program(number(1))),
-        (
-            "has no header",
-            archive[:4] + archive[4:].replace(b"PK\x03\x04", b"PK\x03\x05"),
-        ),
+        ("has no header", archive[:4] + archive[4:].replace(b"PK\x03\x04", b"PK\x03\x05")),
         ("cannot be read", archive.replace(b"data.pkl", b"data.not")),
     ):
         path.write_bytes(content)
@@ -333,25 +314,20 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path):
 # Flax's files
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "dimensions", "path"),
-    [
-        ("gpt2", "transformer.wte.weight", 2, "transformer/wte/embedding"),
-        ("gpt2", "transformer.wpe.weight", 2, "transformer/wpe/embedding"),
-        ("gpt2", "transformer.h.0.ln_1.weight", 1, "transformer/h/0/ln_1/scale"),
-        ("gpt2", "transformer.h.0.attn.c_attn.bias", 1, "transformer/h/0/attn/c_attn/bias"),
-        ("bloom", "transformer.word_embeddings.weight", 2, "transformer/word_embeddings/embedding"),
-        (
-            "opt",
-            "model.decoder.embed_positions.weight",
-            2,
-            "model/decoder/embed_positions/embedding",
-        ),
-        ("llama", "model.embed_tokens.weight", 2, "model/embed_tokens/embedding"),
-        ("llama", "model.norm.weight", 1, "model/norm/weight"),
-        ("llama", "lm_head.weight", 2, "lm_head/kernel"),
-    ],
-)
+FLAX_PATHS = [
+    ("gpt2", "transformer.wte.weight", 2, "transformer/wte/embedding"),
+    ("gpt2", "transformer.wpe.weight", 2, "transformer/wpe/embedding"),
+    ("gpt2", "transformer.h.0.ln_1.weight", 1, "transformer/h/0/ln_1/scale"),
+    ("gpt2", "transformer.h.0.attn.c_attn.bias", 1, "transformer/h/0/attn/c_attn/bias"),
+    ("bloom", "transformer.word_embeddings.weight", 2, "transformer/word_embeddings/embedding"),
+    ("opt", "decoder.embed_positions.weight", 2, "decoder/embed_positions/embedding"),
+    ("llama", "model.embed_tokens.weight", 2, "model/embed_tokens/embedding"),
+    ("llama", "model.norm.weight", 1, "model/norm/weight"),
+    ("llama", "lm_head.weight", 2, "lm_head/kernel"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "dimensions", "path"), FLAX_PATHS)
 def test_the_paths_of_flax_files_are_those_of_the_flax_classes(kind, name, dimensions, path):
     assert flax_file.leaf_path(name, dimensions, flax_file.norm_leaf(kind)) == path
     assert flax_file.tensor_name(path) == name
@@ -361,24 +337,23 @@ def flax_and_back(folder, variant, dtype, shards):
     weights = write_tiny(folder / "source", variant, dtype, shards)
     source = open_checkpoint(folder / "source")
     write_checkpoint(source, folder / "flax", file_format="flax")
-    files = {path.name for path in (folder / "flax").iterdir() if "model" in path.name}
     write_checkpoint(open_checkpoint(folder / "flax"), folder / "back")
     assert_same(load_folder(folder / "back"), weights)
     assert json.loads((folder / "back" / "config.json").read_text()) == source.config
-    return weights, files
+    return weights, {name for name in files(folder / "flax") if "model" in name}
 
 
 def test_flax_and_back_is_bit_exact_in_chunks_too(tmp_path, monkeypatch):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 64)
-    _, files = flax_and_back(tmp_path, "tied_head", "bfloat16", 1)
-    assert files == {"flax_model.msgpack"}
+    _, written = flax_and_back(tmp_path, "tied_head", "bfloat16", 1)
+    assert written == {"flax_model.msgpack"}
     assert flax_file.CHUNKED.encode() in (tmp_path / "flax" / "flax_model.msgpack").read_bytes()
 
 
 def test_shards_of_flax_files_have_an_index_of_paths(tmp_path):
-    weights, files = flax_and_back(tmp_path, "biases", "float32", 3)
+    weights, written = flax_and_back(tmp_path, "biases", "float32", 3)
     index = json.loads((tmp_path / "flax" / "flax_model.msgpack.index.json").read_text())
-    assert files == {*index["weight_map"].values(), "flax_model.msgpack.index.json"}
+    assert written == {*index["weight_map"].values(), "flax_model.msgpack.index.json"}
     assert index["metadata"]["total_size"] == sum(values.nbytes for values in weights.values())
     shard = index["weight_map"]["model/layers/0/self_attn/q_proj/kernel"]
     tree = flax.serialization.msgpack_restore((tmp_path / "flax" / shard).read_bytes())
@@ -433,10 +408,12 @@ def test_flax_reads_the_same_arrays(tmp_path):
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
-def float8_folder(folder, changes, quantization):
+def open_float8(tmp_path, quantization, weight, scale, **more):
     config = config_dict() | {"quantization_config": quantization, "torch_dtype": "bfloat16"}
-    write_folder(folder, config, random_weights(config) | changes)
-    return folder
+    weights = random_weights(config) | {Q_PROJ: weight, f"{Q_PROJ}_scale_inv": scale} | more
+    weights = {name: values for name, values in weights.items() if values is not None}
+    write_folder(tmp_path / "source", config, weights)
+    return open_checkpoint(tmp_path / "source")
 
 
 def quantised(dtype=E4M3):
@@ -451,9 +428,8 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [20, 12]}
 def test_float8_with_a_scale_for_each_block_is_dequantised(tmp_path, dtype):
     weight = quantised(dtype)
     scale = np.random.default_rng(2).uniform(1e-4, 1e-3, (2, 3)).astype(np.float32)
-    changes = {Q_PROJ: weight, f"{Q_PROJ}_scale_inv": scale}
-    changes[Q_PROJ.replace("weight", "activation_scale")] = np.ones((), np.float32)
-    checkpoint = open_checkpoint(float8_folder(tmp_path / "source", changes, BLOCKS))
+    activations = {Q_PROJ.replace("weight", "activation_scale"): np.ones((), np.float32)}
+    checkpoint = open_float8(tmp_path, BLOCKS, weight, scale, **activations)
     factors = np.repeat(np.repeat(scale, 20, 0)[:32], 12, 1)[:, :32]
     expected = weight.astype(np.float32) * factors
     assert checkpoint.tensors[Q_PROJ].dtype == BFLOAT16
@@ -467,44 +443,39 @@ def test_float8_with_a_scale_for_each_block_is_dequantised(tmp_path, dtype):
 
 @pytest.mark.parametrize("shape", [(), (1, 1)])
 def test_float8_with_one_scale_is_dequantised(tmp_path, shape):
-    changes = {Q_PROJ: quantised(), f"{Q_PROJ}_scale_inv": np.full(shape, 0.01, np.float32)}
-    folder = float8_folder(tmp_path / "source", changes, {"quant_method": "fp8"})
+    scale = np.full(shape, 0.01, np.float32)
+    read = open_float8(tmp_path, {"quant_method": "fp8"}, quantised(), scale).read(Q_PROJ)
     expected = quantised().astype(np.float32) * np.float32(0.01)
-    np.testing.assert_array_equal(open_checkpoint(folder).read(Q_PROJ), expected.astype(BFLOAT16))
-
-
-def test_float8_without_a_scale_is_refused_by_name(tmp_path):
-    folder = float8_folder(tmp_path / "source", {Q_PROJ: quantised()}, BLOCKS)
-    with pytest.raises(CheckpointError, match=f"{Q_PROJ} is float8_e4m3fn without .* dequantise"):
-        open_checkpoint(folder)
+    np.testing.assert_array_equal(read, expected.astype(BFLOAT16))
 
 
 @pytest.mark.parametrize(
-    ("block", "shape"), [([20, 12], (2, 2)), (5, (2, 3)), ([True, 12], (32, 3)), ([0, 12], (2, 3))]
+    ("quantization", "shape", "named"),
+    [
+        (BLOCKS, None, f"{Q_PROJ} is float8_e4m3fn without .* dequantise"),
+        *(
+            (BLOCKS | {"weight_block_size": block}, shape, f"{Q_PROJ}_scale_inv has shape")
+            for block, shape in (
+                ([20, 12], (2, 2)),
+                (5, (2, 3)),
+                ([True, 12], (32, 3)),
+                ([0, 12], (2, 3)),
+            )
+        ),
+        ({"quant_method": "gptq"}, (), r"quantised \(gptq\).*dequantise"),
+        (5, (), "is no JSON object"),
+    ],
 )
-def test_a_scale_that_does_not_fit_is_refused_by_name(tmp_path, block, shape):
-    changes = {Q_PROJ: quantised(), f"{Q_PROJ}_scale_inv": np.ones(shape, np.float32)}
-    quantization = BLOCKS | {"weight_block_size": block}
-    with pytest.raises(CheckpointError, match=f"{Q_PROJ}_scale_inv has shape"):
-        open_checkpoint(float8_folder(tmp_path / "source", changes, quantization))
+def test_other_quantisations_are_refused_by_name(tmp_path, quantization, shape, named):
+    scale = None if shape is None else np.ones(shape, np.float32)
+    with pytest.raises(CheckpointError, match=named):
+        open_float8(tmp_path, quantization, quantised(), scale)
 
 
 def test_blocks_that_are_larger_than_a_weight_take_no_memory(tmp_path, little_memory):
-    changes = {Q_PROJ: quantised(), f"{Q_PROJ}_scale_inv": np.ones((1, 32), np.float32)}
     quantization = BLOCKS | {"weight_block_size": [2**62, 1]}
-    source = open_checkpoint(float8_folder(tmp_path / "source", changes, quantization))
+    source = open_float8(tmp_path, quantization, quantised(), np.ones((1, 32), np.float32))
     np.testing.assert_array_equal(source.read(Q_PROJ), quantised().astype(BFLOAT16))
-
-
-@pytest.mark.parametrize(
-    ("quantization", "named"),
-    [({"quant_method": "gptq"}, r"quantised \(gptq\).*dequantise"), (5, "is no JSON object")],
-)
-def test_other_quantisations_are_refused_by_name(tmp_path, quantization, named):
-    config = config_dict() | {"quantization_config": quantization}
-    write_folder(tmp_path / "source", config, random_weights(config))
-    with pytest.raises(CheckpointError, match=named):
-        open_checkpoint(tmp_path / "source")
 
 
 # The hub
@@ -514,11 +485,10 @@ def test_other_quantisations_are_refused_by_name(tmp_path, quantization, named):
 def cached_model(tmp_path, monkeypatch):
     """A model in the hub's cache of a machine that is offline."""
     model = tmp_path / "hub" / "models--owner--name"
-    (model / "refs").mkdir(parents=True)
-    (model / "refs" / "main").write_text("1" * 40)
-    (model / "refs" / "v1").write_text("1" * 40)
-    (model / "snapshots").mkdir()
-    (model / "blobs").mkdir()
+    for name in ("refs", "snapshots", "blobs"):
+        (model / name).mkdir(parents=True)
+    for name in ("main", "v1"):
+        (model / "refs" / name).write_text("1" * 40)
     folder = model / "snapshots" / ("1" * 40)
     write_tiny(folder)
     for file in list(folder.iterdir()):
@@ -535,25 +505,22 @@ def test_a_cached_model_of_the_hub_is_opened_offline(cached_model, tmp_path, ide
     checkpoint = open_checkpoint(identifier)
     assert checkpoint.path == cached_model
     write_checkpoint(checkpoint, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        path.name for path in cached_model.iterdir()
-    }
+    assert files(tmp_path / "out") == files(cached_model)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("identifier", ["owner/other", "owner/name@v2"])
-def test_what_the_cache_lacks_is_named_offline(cached_model, identifier):
-    del cached_model
+@pytest.mark.usefixtures("cached_model")
+def test_what_the_cache_lacks_is_named_offline(identifier):
     with pytest.raises(CheckpointError, match=f"{identifier} is no folder or .gguf file"):
         open_checkpoint(identifier)
 
 
-def test_a_folder_goes_before_the_hub(cached_model, tmp_path):
-    del cached_model
+@pytest.mark.usefixtures("cached_model")
+def test_a_folder_goes_before_the_hub(tmp_path):
     (tmp_path / "owner").mkdir()
     weights = write_tiny(tmp_path / "owner" / "name", dtype="float16")
-    read = open_checkpoint("owner/name").read(Q_PROJ)
-    np.testing.assert_array_equal(read, weights[Q_PROJ])
+    np.testing.assert_array_equal(open_checkpoint("owner/name").read(Q_PROJ), weights[Q_PROJ])
 
 
 def test_a_cached_model_without_weights_is_refused(cached_model):

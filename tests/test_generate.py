@@ -92,22 +92,6 @@ def test_a_text_that_outgrows_the_short_frequencies_is_read_anew():
     np.testing.assert_array_equal(generated, expected.argmax(-1))
 
 
-@pytest.mark.parametrize("variant", PROMPTED)
-def test_greedy_tokens_are_those_of_pytorch(tmp_path, variant):
-    make_golden = pytest.importorskip("make_golden", exc_type=ImportError)
-    torch = pytest.importorskip("torch")
-    write_tiny(tmp_path / "model", variant)
-    model = make_golden.torch_model(tmp_path / "model")
-    model.generation_config.eos_token_id = None
-    prompts = tokens()[:, :PROMPT]
-    ids = torch.from_numpy(prompts).long()
-    expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=COUNT
-    )
-    generated = continued(tiny_model(variant), prompts)
-    np.testing.assert_array_equal(generated, expected[:, PROMPT:].numpy())
-
-
 def test_equal_layers_are_compiled_once_for_the_prompt_and_once_for_all_tokens(monkeypatch):
     traced = []
 
