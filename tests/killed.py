@@ -1,7 +1,6 @@
-"""Runs the command line in processes that end before they are done."""
+"""Runs the command line in processes, which a test can kill."""
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -12,7 +11,6 @@ import jax
 
 import prox24._cli.main
 
-EVENTS = {"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"}
 PRELOADED = ["prox24._cli.prune", "prox24._jobs.prune"]
 PRELOADED += ["transformers.models.auto.tokenization_auto"]
 
@@ -35,37 +33,10 @@ def processes() -> Iterator[Callable[..., multiprocessing.Process]]:
         process.join()
 
 
-def on_change(folder: str, act: Callable[[], None]) -> None:
-    """Calls `act` before every change that this process makes in a folder, and every file read."""
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event in EVENTS and str(arguments[0]).startswith(folder):
-            act()
-
-    sys.addaudithook(hook)
-
-
-def _run(
-    arguments: list[str], cache: str, errors: str, devices: int = 1, place: int | None = None
-) -> None:
-    """The command line, with programs compiled by an earlier process, and its standard error.
-
-    Args:
-      arguments: of the command; the third is the destination.
-      cache: of compiled programs.
-      errors: file for standard error.
-      devices: of the process.
-      place: before which of its changes of files the process gets SIGTERM.
-    """
-    changes = itertools.count(1)
-
-    def end() -> None:
-        if next(changes) == place:
-            os.kill(os.getpid(), signal.SIGTERM)
-
+def _run(arguments: list[str], cache: str, errors: str, devices: int) -> None:
+    """The command line, with programs compiled by an earlier process, and its standard error."""
     # A shell has what it runs in the background ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    on_change(arguments[2], end)
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

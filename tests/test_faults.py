@@ -10,10 +10,10 @@ import resource
 import shutil
 import signal
 import stat
+import sys
 import types
 from pathlib import Path
 
-import killed
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -26,6 +26,7 @@ from prox24._jobs import forward, prune
 from prox24.errors import CheckpointError, DiskError
 
 BEGUN = 5
+EMBEDDING = "model.embed_tokens.weight"
 ON_DISK = ["--activations", "disk"]
 
 
@@ -80,8 +81,8 @@ def raising(error):
     return fail
 
 
-def pruned_until(count, workspace, *more, error=KeyboardInterrupt):
-    """The exit code of a run that an error ends before it writes its next tensor."""
+def pruned_until(count, workspace, *more, stop=raising(KeyboardInterrupt)):
+    """The exit code of a run that is stopped when it would write its next tensor."""
     create_file, written = safetensors_file.create_file, iter(range(count))
 
     @contextlib.contextmanager
@@ -90,7 +91,7 @@ def pruned_until(count, workspace, *more, error=KeyboardInterrupt):
 
             def put_or_fail(name, values):
                 if next(written, None) is None:
-                    raise error
+                    stop()
                 put(name, values)
 
             yield put_or_fail
@@ -168,22 +169,25 @@ def test_hidden_states_that_were_lost_are_computed_again(workspace, monkeypatch,
     assert contents(workspace / "out") == whole
 
 
+CHANGES = {"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"}
+
+
 def test_a_run_that_ends_at_any_place_ends_with_the_same_bytes(workspace, whole):
     """What a killed process leaves is what is on disk then, in one process with copies of it."""
-    states = []
+    states, copying = [], []
 
-    def copy_state():
-        if copying:
+    def copy_state(event, arguments):
+        """Before every change in the folder, and every file read."""
+        folder = str(workspace / "out")
+        if copying and event in CHANGES and str(arguments[0]).startswith(folder):
             copying.clear()
-            state = workspace / "states" / str(len(states))
+            states.append(workspace / "states" / str(len(states)))
             for folder in workspace.glob("out*"):
-                shutil.copytree(folder, state / folder.name)
-            states.append(state)
+                shutil.copytree(folder, states[-1] / folder.name)
             copying.append(True)
 
-    copying = []
     (workspace / "states").mkdir()
-    killed.on_change(str(workspace / "out"), copy_state)
+    sys.addaudithook(copy_state)
     copying.append(True)
     assert pruned(workspace) == 0
     copying.clear()
@@ -203,16 +207,21 @@ def test_a_run_that_ends_at_any_place_ends_with_the_same_bytes(workspace, whole)
     assert resumed > 4
 
 
-def test_sigterm_ends_the_run_in_order(workspace, whole):
-    errors = workspace / "errors.txt"
-    with killed.processes() as start:
-        process = start(command(workspace), str(workspace / "compiled"), str(errors), 1, 40)
-        process.join()
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert recorded(workspace)
-    said = f"ended by SIGTERM; what is done is in {workspace}/out.unfinished: "
-    assert errors.read_text().startswith(f"prox24: {said}")
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        (lambda: signal.raise_signal(signal.SIGTERM), 128 + signal.SIGTERM, "ended by SIGTERM"),
+        (raising(of_system(errno.ENOSPC)), 2, "No space left on device"),
+    ],
+)
+def test_a_run_that_is_stopped_loses_nothing(workspace, capsys, whole, stop, code, said):
+    assert pruned_until(8, workspace, stop=stop) == code
+    printed = capsys.readouterr().err
+    assert f"{said}; what is done is in {workspace}/out.unfinished: " in printed
+    assert printed.startswith("prox24: ")
+    assert printed.count("\n") == 1
     assert not (workspace / "out").exists()
+    assert recorded(workspace) == 8
     assert pruned(workspace) == 0
     assert contents(workspace / "out") == whole
 
@@ -319,15 +328,6 @@ def test_a_second_run_on_a_destination_is_refused(workspace, capsys):
     with unfinished_folder(workspace / "out"):
         said = error_line(capsys, *command(workspace))
     assert said == f"prox24: error: another process is writing {workspace}/out\n"
-
-
-def test_a_full_disk_loses_nothing(workspace, capsys, whole):
-    assert pruned_until(8, workspace, error=of_system(errno.ENOSPC)) == 2
-    printed = capsys.readouterr().err
-    assert "No space left on device; what is done is in" in printed
-    assert printed.count("\n") == 1
-    assert pruned(workspace) == 0
-    assert contents(workspace / "out") == whole
 
 
 def test_a_disk_that_is_still_full_loses_nothing(begun, monkeypatch, capsys):
@@ -442,27 +442,17 @@ def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(workspace, monk
     assert f"tensor {name} holds NaN or Inf" in error_line(capsys, *command(workspace))
 
 
-def test_a_copy_of_the_embedding_stays_one(workspace):
-    path = workspace / "model" / "model.safetensors"
-    weights = load_file(path)
-    embedding = "model.embed_tokens.weight"
-    save_file(weights | {"lm_head.weight": weights[embedding].copy()}, path)
-    tied = json.loads((workspace / "model" / "config.json").read_text())
-    tied["tie_word_embeddings"] = True
-    (workspace / "model" / "config.json").write_text(json.dumps(tied))
-    assert pruned(workspace, "--dtype", "float16") == 0
-    written = load_file(workspace / "out" / "model.safetensors")
-    np.testing.assert_array_equal(written["lm_head.weight"], written[embedding])
-    assert written["lm_head.weight"].dtype == np.float16
-
-
-def test_what_a_buffer_holds_is_copied(workspace):
-    path = workspace / "model" / "model.safetensors"
-    mask = "model.layers.0.self_attn.masked_bias"
-    save_file(load_file(path) | {mask: np.array(-np.inf, np.float16)}, path)
+def test_a_copy_of_the_embedding_stays_one_and_a_buffer_stays_as_it_is(workspace):
+    path, config = (workspace / "model" / name for name in ("model.safetensors", "config.json"))
+    weights, mask = load_file(path), "model.layers.0.self_attn.masked_bias"
+    weights["lm_head.weight"] = weights[EMBEDDING].copy()
+    save_file(weights | {mask: np.array(-np.inf, np.float16)}, path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
     assert pruned(workspace, "--dtype", "float32") == 0
-    written = load_file(workspace / "out" / "model.safetensors")[mask]
-    assert (written.dtype, float(written)) == (np.float16, -np.inf)
+    written = load_file(workspace / "out" / "model.safetensors")
+    np.testing.assert_array_equal(written["lm_head.weight"], written[EMBEDDING])
+    assert written["lm_head.weight"].dtype == np.float32
+    assert (written[mask].dtype, float(written[mask])) == (np.float16, -np.inf)
     assert run("verify", workspace / "out", "--quiet") == 0
 
 
@@ -474,17 +464,10 @@ def test_a_source_that_changes_while_it_is_read_is_named(workspace, monkeypatch,
     assert files(workspace) == ["model", "text.txt"]
 
 
-def test_files_that_decide_nothing_may_change(workspace, monkeypatch):
-    names = ("README.md", "pytorch_model.bin", "tokenizer_config.json")
-    paths = [workspace / "model" / name for name in names]
-    for path in paths:
-        path.touch()
-    after_filling(monkeypatch, lambda: [os.utime(path, (0, 0)) for path in paths])
-    assert pruned(workspace) == 0
-
-
-def test_every_shard_that_is_read_decides_a_run(tmp_path):
+def test_the_config_and_every_shard_that_is_read_decide_a_run(tmp_path):
     assert in_shards(tmp_path) == 0
+    for name in ("README.md", "pytorch_model.bin"):  # beside the files of the tokenizer
+        (tmp_path / "shards" / name).touch()
     found = source_files(tmp_path / "shards")
     assert len(found) > 3
     models = {name for name in files(tmp_path / "shards") if name.startswith("model")}
@@ -606,19 +589,6 @@ def test_verify_compares_with_the_manifest_and_the_source(done, capsys):
     assert json.loads(report.read_text())["problems"] == {}
 
     path = done / "out" / "model.safetensors"
-    content = path.read_bytes()
-    for name, problem in [
-        (Q_PROJ, "is not what the manifest says"),
-        ("model.norm.weight", "is not what the source has"),
-    ]:
-        values = safetensors_file.open_file(path)[name].read()
-        place = content.index(values.tobytes())
-        flipped = np.frombuffer(content, np.uint8).copy()
-        flipped[place + int(np.flatnonzero(values.reshape(-1).astype(np.float32))[0]) * 2] ^= 1
-        path.write_bytes(flipped.tobytes())
-        assert f"{name}: {problem}" in problems()
-        path.write_bytes(content)
-
     extra = np.zeros(2, np.float32)
     save_file(load_file(path) | {"more": extra}, path)
     assert "more: is not in the manifest" in problems()
@@ -634,17 +604,33 @@ def test_verify_compares_with_the_manifest_and_the_source(done, capsys):
     assert "more: has shape (2,), the source has (3,)" in printed
 
 
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+def changed(before, after):
+    return lambda content, values: content.replace(before, after)
+
+
+def flipped(content, values):
+    """The file with a bit less or more in the first entry that is not 0."""
+    start = content.index(values.tobytes())
+    start += 2 * int(np.flatnonzero(values.reshape(-1).astype(np.float32))[0])
+    return content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :]
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "problem"),
+    ("name", "change", "problem"),
     [
-        (b'"BF16"', b'"F16" ', "is float16, the manifest says bfloat16"),
-        (b"\x80\x3f", b"\x80\x7f", "holds NaN or Inf"),  # 1.0, of a norm
+        (Q_PROJ, flipped, "is not what the manifest says"),
+        ("model.norm.weight", flipped, "is not what the source has"),
+        (NORM, changed(b'"BF16"', b'"F16" '), "is float16, the manifest says bfloat16"),
+        (NORM, changed(b"\x80\x3f", b"\x80\x7f"), "holds NaN or Inf"),  # 1.0, of a norm
     ],
 )
-def test_verify_goes_on_after_what_is_wrong_and_reports_it(done, capsys, before, after, problem):
+def test_verify_reports_every_tensor_that_changed(done, capsys, name, change, problem):
     path, report = done / "out" / "model.safetensors", done / "report.json"
-    path.write_bytes(path.read_bytes().replace(before, after))
-    assert run("verify", done / "out", "--report", report) == 1
-    name = "model.layers.0.input_layernorm.weight"
+    path.write_bytes(change(path.read_bytes(), safetensors_file.open_file(path)[name].read()))
+    source = ["--source", done / "model"] if "source" in problem else []
+    assert run("verify", done / "out", *source, "--report", report) == 1
     assert json.loads(report.read_text())["problems"][name].startswith(problem)
     assert f"{name}: {problem}" in capsys.readouterr().out
