@@ -5,19 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from tiny import (
-    assert_same,
-    calibrated,
-    config_dict,
-    files,
-    load_folder,
-    printed_json,
-    random_weights,
-    run,
-    write_folder,
-    write_tiny,
-    write_workspace,
-)
+from commands import calibrated, files, printed_json, run, write_workspace
+from tiny import assert_same, config_dict, load_folder, random_weights, write_folder, write_tiny
 
 from prox24._cli.options import size as parse_size
 

@@ -10,7 +10,8 @@ import time
 import killed
 import numpy as np
 import pytest
-from tiny import calibrated, load_folder, write_workspace
+from commands import calibrated, write_workspace
+from tiny import load_folder
 
 
 @pytest.fixture(scope="module")

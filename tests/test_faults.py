@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import calibrated, contents, error_line, files, run, write_workspace
 from safetensors.numpy import load_file, save_file
-from tiny import Q_PROJ, calibrated, contents, error_line, files, run, write_tiny, write_workspace
+from tiny import Q_PROJ, write_tiny
 
 from prox24._checkpoints import safetensors_file, unfinished, writer
 from prox24._checkpoints.checkpoint import open_checkpoint
@@ -68,6 +69,17 @@ def command(workspace, *more, destination="out"):
 def pruned(workspace, *more, **options):
     """The exit code."""
     return run(*command(workspace, *more, **options))
+
+
+def assert_finishes(workspace, whole, *more):
+    assert pruned(workspace, *more) == 0
+    assert contents(workspace / "out") == whole
+
+
+def precious(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "precious").write_text("x")
+    return {"precious": b"x"}
 
 
 def of_system(code):
@@ -135,12 +147,29 @@ def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, capsys, variant, opt
     assert len(names) == len(set(names)) > 7
 
 
-@pytest.mark.parametrize(("place", "expected"), [("memory", [0, 1]), ("disk", [1])])
-def test_hidden_states_on_disk_spare_the_finished_layers(
-    workspace, monkeypatch, whole, place, expected
+STATES = "out.unfinished/activations/0"
+
+
+@pytest.mark.parametrize(
+    ("place", "lose", "expected"),
+    [
+        ("memory", None, [0, 1]),
+        ("disk", None, [1]),  # in the second of two layers
+        ("disk", lambda at: os.truncate(at / STATES / "pruned-1", 100), [0, 1]),
+        ("disk", lambda at: (at / STATES / "layer").write_bytes(b"9"), [0, 1]),
+        ("disk", lambda at: (at / STATES / "layer").write_bytes(b"\xff"), [0, 1]),
+    ],
+)
+def test_hidden_states_on_disk_spare_the_finished_layers_unless_they_are_lost(
+    workspace, monkeypatch, whole, place, lose, expected
 ):
-    # In the second of two layers.
-    assert pruned_until(9, workspace, "--activations", place) == 130
+    options = ["--activations", place]
+    assert pruned_until(9, workspace, *options) == 130
+    if lose is not None:
+        lose(workspace)
+        with monkeypatch.context() as patch:  # It begins anew, and does not come far.
+            patch.setattr(forward, "run_into", raising(KeyboardInterrupt))
+            assert pruned(workspace, *options) == 130
     read, layer_weights = [], forward.layer_weights
 
     def noted(model, index):
@@ -148,25 +177,8 @@ def test_hidden_states_on_disk_spare_the_finished_layers(
         return layer_weights(model, index)
 
     monkeypatch.setattr(forward, "layer_weights", noted)
-    assert pruned(workspace, "--activations", place) == 0
+    assert_finishes(workspace, whole, *options)
     assert read == expected
-    assert contents(workspace / "out") == whole
-
-
-@pytest.mark.parametrize(("left", "note"), [(100, None), (None, b"9"), (None, b"\xff")])
-def test_hidden_states_that_were_lost_are_computed_again(workspace, monkeypatch, whole, left, note):
-    assert pruned_until(9, workspace, *ON_DISK) == 130
-    folder = workspace / "out.unfinished" / "activations" / "0"
-    if left is not None:
-        os.truncate(folder / "pruned-1", left)
-    if note is not None:
-        (folder / "layer").write_bytes(note)
-    # It begins anew, and does not come far.
-    with monkeypatch.context() as patch:
-        patch.setattr(forward, "run_into", raising(KeyboardInterrupt))
-        assert pruned(workspace, *ON_DISK) == 130
-    assert pruned(workspace, *ON_DISK) == 0
-    assert contents(workspace / "out") == whole
 
 
 CHANGES = {"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"}
@@ -222,8 +234,7 @@ def test_a_run_that_is_stopped_loses_nothing(workspace, capsys, whole, stop, cod
     assert printed.count("\n") == 1
     assert not (workspace / "out").exists()
     assert recorded(workspace) == 8
-    assert pruned(workspace) == 0
-    assert contents(workspace / "out") == whole
+    assert_finishes(workspace, whole)
 
 
 def edited(file, change):
@@ -265,33 +276,26 @@ def damage_tensor(workspace):
 
 DAMAGED = "is damaged; delete {work} to start anew"
 OLDER = "{work} was begun by prox24 0.1.0; finish it with that version, or delete it to start anew"
-SOURCE = "model/model.safetensors"
+SOURCE, JOURNAL = "model/model.safetensors", "out.unfinished/journal.jsonl"
 OTHER_RUNS = [
-    (edited("text.txt", "Another ".__add__), [], 'calibration.sha256 was "'),
-    (lambda folder: os.utime(folder / SOURCE, (0, 0)), [], "source.model.safetensors was ["),
-    (lambda folder: None, ["--damping", "0.5"], "recipe.damping was 0.01, is 0.5"),
-    (
-        lambda folder: None,
-        ["--method", "magnitude"],
-        'recipe.solver.name was "Wanda", is "Magnitude"',
-    ),
-    (of_job(lambda job: job["versions"].update(jax="0.1")), [], 'versions.jax was "0.1", is'),
-    (of_job(old_job), [], OLDER),
-    (of_job(lambda job: job["devices"].append(7)), [], "devices was"),
-    (of_job(lambda job: job.update(processes=3)), [], "processes was 3, is 1"),
-    (damage_tensor, [], f"{Q_PROJ} is damaged; delete {{work}}"),
-    (
-        edited("out.unfinished/journal.jsonl", without_end(2)),
-        [],
-        f"{{work}}/journal.jsonl {DAMAGED}",
-    ),
-    (edited(JOB, without_end(-1)), [], f"{{work}}/job.json {DAMAGED}"),
-    (lambda folder: (folder / JOB).unlink(), [], f"{{work}}/job.json {DAMAGED}"),
+    (edited("text.txt", "Another ".__add__), 'calibration.sha256 was "'),
+    (lambda folder: os.utime(folder / SOURCE, (0, 0)), "source.model.safetensors was ["),
+    (lambda at: None, "recipe.damping was 0.01, is 0.5", "--damping", "0.5"),
+    (lambda at: None, 'recipe.solver.name was "Wanda", is "Magnitude"', "--method", "magnitude"),
+    (of_job(lambda job: job["versions"].update(jax="0.1")), 'versions.jax was "0.1", is'),
+    (of_job(old_job), OLDER),
+    (of_job(lambda job: job["devices"].append(7)), "devices was"),
+    (of_job(lambda job: job.update(processes=3)), "processes was 3, is 1"),
+    (damage_tensor, f"{Q_PROJ} is damaged; delete {{work}}"),
+    (edited(JOURNAL, without_end(2)), f"{{work}}/journal.jsonl {DAMAGED}"),
+    (edited(JOB, without_end(-1)), f"{{work}}/job.json {DAMAGED}"),
+    (lambda folder: (folder / JOB).unlink(), f"{{work}}/job.json {DAMAGED}"),
 ]
 
 
-@pytest.mark.parametrize(("change", "options", "said"), OTHER_RUNS)
-def test_another_run_is_refused_and_the_work_stays(begun, capsys, change, options, said):
+@pytest.mark.parametrize("case", OTHER_RUNS, ids=[case[1] for case in OTHER_RUNS])
+def test_another_run_is_refused_and_the_work_stays(begun, capsys, case):
+    change, said, *options = case
     change(begun)
     before = contents(begun / "out.unfinished" / "model")
     printed = error_line(capsys, *command(begun, *options))
@@ -347,8 +351,7 @@ def test_a_file_that_the_system_does_not_let_grow_loses_nothing(workspace, capsy
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "model.safetensors: File too large" in said
     assert not (workspace / "out").exists()
-    assert pruned(workspace) == 0
-    assert contents(workspace / "out") == whole
+    assert_finishes(workspace, whole)
 
 
 def test_what_is_done_outlives_a_journal_that_cannot_be_read(begun, monkeypatch):
@@ -390,11 +393,7 @@ def after_filling(monkeypatch, act):
 
 
 def test_what_came_to_stand_at_the_destination_is_kept(workspace, monkeypatch, capsys, whole):
-    def meanwhile():
-        (workspace / "out").mkdir()
-        (workspace / "out" / "precious").write_text("x")
-
-    after_filling(monkeypatch, meanwhile)
+    after_filling(monkeypatch, lambda: precious(workspace / "out"))
     said = f"{workspace}/out came to exist meanwhile; the result is {workspace}/out.new"
     assert said in error_line(capsys, *command(workspace))
     assert contents(workspace / "out") == {"precious": b"x"}
@@ -410,27 +409,23 @@ def test_what_is_done_outlives_a_destination_that_exists(begun, whole):
     ):
         pytest.fail("it was opened")
     assert recorded(begun) == BEGUN
-    assert pruned(begun, "--overwrite") == 0
-    assert contents(begun / "out") == whole
+    assert_finishes(begun, whole, "--overwrite")
 
 
 @pytest.mark.parametrize("left", ["replaced", "old"])
 def test_an_old_folder_that_was_not_deleted_whole_is_no_hindrance(done, whole, left):
-    (done / "out.unfinished" / left).mkdir(parents=True)
-    (done / "out.unfinished" / left / "half").write_text("x")
-    assert pruned(done, "--overwrite") == 0
+    precious(done / "out.unfinished" / left)
+    assert_finishes(done, whole, "--overwrite")
     assert files(done) == ["model", "out", "text.txt"]
-    assert contents(done / "out") == whole
 
 
 def test_an_old_folder_is_kept_beside_what_took_its_place(workspace, capsys):
-    for folder in ("model", "replaced"):
-        (workspace / "out.unfinished" / folder).mkdir(parents=True)
-    (workspace / "out.unfinished" / "replaced" / "precious").write_text("x")
+    (workspace / "out.unfinished" / "model").mkdir(parents=True)
+    old = precious(workspace / "out.unfinished" / "replaced")
     (workspace / "out").mkdir()
     said = error_line(capsys, *command(workspace, "--overwrite"))
     assert "out.unfinished/replaced stood at" in said
-    assert contents(workspace / "out.unfinished" / "replaced") == {"precious": b"x"}
+    assert contents(workspace / "out.unfinished" / "replaced") == old
 
 
 def test_a_tensor_that_pruning_does_not_read_is_looked_at_before(workspace, monkeypatch, capsys):
@@ -539,15 +534,12 @@ def test_a_run_that_goes_on_takes_the_other_files_that_are_there_now(workspace, 
     for name in ("notes.txt", "optimizer.pt"):
         (workspace / "model" / name).unlink()
     (workspace / "model" / "licence.txt").write_text("y")
-    assert pruned(workspace) == 0
-    assert contents(workspace / "out") == whole | {"licence.txt": b"y"}
+    assert_finishes(workspace, whole | {"licence.txt": b"y"})
 
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_the_old_folder_is_put_back_when_the_last_step_fails(tmp_path, monkeypatch, count):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("x")
-    rename = Path.rename
+    old, rename = precious(tmp_path / "out"), Path.rename
 
     def fail(path, target):
         if path.name == "model":
@@ -560,20 +552,18 @@ def test_the_old_folder_is_put_back_when_the_last_step_fails(tmp_path, monkeypat
             for i in range(count):
                 work.record(unfinished.Written(str(i), work.folder / "new", ""), {})
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
-        with pytest.raises(DiskError, match="Input/output error"):
-            write()
-    assert contents(tmp_path / "out") == {"precious": b"x"}
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(DiskError, match="Input/output error"):
+        write()
+    assert contents(tmp_path / "out") == old
     assert (tmp_path / "out.unfinished").exists() == (count > 0)
 
 
 def test_a_kill_between_the_two_renamings_loses_no_folder(tmp_path):
-    (tmp_path / "out.unfinished" / "replaced").mkdir(parents=True)
-    (tmp_path / "out.unfinished" / "replaced" / "precious").write_text("x")
+    old = precious(tmp_path / "out.unfinished" / "replaced")
     with pytest.raises(ZeroDivisionError), unfinished_folder(tmp_path / "out", overwrite=True):
         raise ZeroDivisionError
-    assert contents(tmp_path / "out") == {"precious": b"x"}
+    assert contents(tmp_path / "out") == old
 
 
 def test_verify_compares_with_the_manifest_and_the_source(done, capsys):

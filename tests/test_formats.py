@@ -10,12 +10,12 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
+from commands import files
 from safetensors.numpy import save_file
 from tiny import (
     Q_PROJ,
     assert_same,
     config_dict,
-    files,
     load_folder,
     random_weights,
     write_folder,

@@ -8,19 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import (
-    VARIANTS,
-    calibrated,
-    config_dict,
-    error_line,
-    model_weights,
-    printed_json,
-    random_weights,
-    run,
-    tokens,
-    write_tiny,
-    write_workspace,
-)
+from commands import calibrated, error_line, printed_json, run, write_workspace
+from tiny import VARIANTS, config_dict, model_weights, random_weights, tokens, write_tiny
 
 from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24._jobs.forward import all_weights, load_model

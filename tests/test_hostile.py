@@ -17,15 +17,6 @@ from prox24._checkpoints.hf_folder import read_json
 from prox24._models.families import config_from_hf
 from prox24.errors import CheckpointError, UnsupportedModelError
 
-
-def any_folder(folder, name, content, **config):
-    """A folder of a model that is not computed, whose weights are read as they are."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "any"} | config))
-    (folder / name).write_bytes(content)
-    return folder
-
-
 # Random changes of files of every format
 
 
@@ -52,8 +43,11 @@ FILES = {
 @pytest.fixture(params=FILES)
 def valid(request, tmp_path):
     path = tmp_path / "model" / Path(request.param).name
-    if path.name != "config.json":
-        any_folder(path.parent, path.name, b"")
+    if (
+        path.name != "config.json"
+    ):  # a model that is not computed, whose weights are read as they are
+        path.parent.mkdir()
+        (path.parent / "config.json").write_text('{"model_type": "any"}')
     FILES[request.param](path)
     return path
 

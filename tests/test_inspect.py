@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from commands import printed_json, run
 from safetensors.numpy import save_file
-from tiny import config_dict, printed_json, random_weights, run, write_folder, write_tiny
+from tiny import config_dict, random_weights, write_folder, write_tiny
 
 from prox24._core.pattern import Pattern, Unstructured
 from prox24._jobs.inspect import inspect_model, sparse_bytes

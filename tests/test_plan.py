@@ -8,7 +8,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny import TEXT, config_dict, printed_json, random_weights, run, write_folder, write_tiny
+from commands import TEXT, printed_json, run
+from tiny import config_dict, random_weights, write_folder, write_tiny
 
 import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint

@@ -11,14 +11,12 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from prox24._cli.main import main
 from prox24._models import decoder, spec
 from prox24._models.families import config_from_hf
 from prox24._models.generate import ModelWeights
 from prox24._pruning import loop
 from prox24._pruning.report import LinearReport
 
-TEXT = "Calibration text for a model that reads bytes. " * 60
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 VOCABULARY = 260
 LLAMA3_ROPE = {
@@ -226,49 +224,6 @@ def write_folder(folder: Path, config: dict, weights: dict, shards: int = 1):
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return weights
-
-
-def write_workspace(folder: Path, variant: str = "llama1", **options) -> Path:
-    """A model, and a text to calibrate it with."""
-    write_tiny(folder / "model", variant, **options)
-    (folder / "text.txt").write_text(TEXT)
-    return folder
-
-
-def calibrated(workspace: Path, samples: int = 8) -> list:
-    """Options of the command line."""
-    length = ["--sequence-length", 32, "--samples", samples]
-    return ["--calibration", workspace / "text.txt", *length]
-
-
-def run(*arguments) -> int:
-    """The exit code of the command line."""
-    return main([*map(str, arguments)])
-
-
-def printed_json(capsys, *arguments):
-    capsys.readouterr()
-    assert run(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def error_line(capsys, *arguments) -> str:
-    """The one line that a command prints before it exits with code 2."""
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("prox24: error: ")
-    assert err.count("\n") == 1
-    return err
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def load_folder(folder: Path) -> dict[str, np.ndarray]:
