@@ -11,7 +11,6 @@ import msgpack
 import numpy as np
 import pytest
 from commands import files
-from safetensors.numpy import save_file
 from tiny import (
     Q_PROJ,
     assert_same,
@@ -422,6 +421,7 @@ def quantised(dtype=E4M3):
 
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [20, 12]}
+UNFIT = [([20, 12], (2, 2)), (5, (2, 3)), ([True, 12], (32, 3)), ([0, 12], (2, 3))]
 
 
 @pytest.mark.parametrize("dtype", [E4M3, np.dtype(ml_dtypes.float8_e5m2)], ids=str)
@@ -454,13 +454,8 @@ def test_float8_with_one_scale_is_dequantised(tmp_path, shape):
     [
         (BLOCKS, None, f"{Q_PROJ} is float8_e4m3fn without .* dequantise"),
         *(
-            (BLOCKS | {"weight_block_size": block}, shape, f"{Q_PROJ}_scale_inv has shape")
-            for block, shape in (
-                ([20, 12], (2, 2)),
-                (5, (2, 3)),
-                ([True, 12], (32, 3)),
-                ([0, 12], (2, 3)),
-            )
+            (BLOCKS | {"weight_block_size": b}, x, f"{Q_PROJ}_scale_inv has shape")
+            for b, x in UNFIT
         ),
         ({"quant_method": "gptq"}, (), r"quantised \(gptq\).*dequantise"),
         (5, (), "is no JSON object"),
@@ -545,11 +540,3 @@ def test_only_the_preferred_weights_are_downloaded(tmp_path, monkeypatch):
         ("owner/name", "v1", "model*.safetensors"),
         ("owner/name", "v1", "pytorch_model*.bin"),
     ]
-
-
-def test_extra_files_named_like_weights_do_not_count(tmp_path):
-    write_tiny(tmp_path / "source")
-    (tmp_path / "source" / "model.safetensors").unlink()
-    save_file({"x": np.zeros(1)}, tmp_path / "source" / "adapter.safetensors")
-    with pytest.raises(CheckpointError, match=r"no weights: none of model\.safetensors"):
-        open_checkpoint(tmp_path / "source")

@@ -145,13 +145,11 @@ PIECES |= {"aba": -6.0, "\u2581ab": -1.0, "bab": -5.0, "\u2581ba": -2.0}
 def pieces_by_greedy_merging(text: str) -> list[str]:
     """SentencePiece's BPE: the neighbours whose union has the highest score, until none is left."""
     parts = list(text.replace(" ", "\u2581"))
-    while True:
-        unions = [a + b for a, b in itertools.pairwise(parts)]
-        scores = [PIECES.get(union, -np.inf) for union in unions]
-        if not scores or max(scores) == -np.inf:
-            return parts
-        best = int(np.argmax(scores))
-        parts[best : best + 2] = [unions[best]]
+    while unions := [a + b for a, b in itertools.pairwise(parts) if a + b in PIECES]:
+        best = max(unions, key=PIECES.get)
+        place = [a + b for a, b in itertools.pairwise(parts)].index(best)
+        parts[place : place + 2] = [best]
+    return parts
 
 
 SENTENCE_PIECE = {
@@ -300,16 +298,16 @@ def test_wrong_metadata_are_named(tmp_path, small_model, name, value, named):
         open_checkpoint(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tokenizer.ggml.token_type": None},
-        {"tokenizer.ggml.tokens": ["a" * 10**6]},
-        {"tokenizer.ggml.bos_token_id": 10**6},
-        {"tokenizer.ggml.model": ["llama"]},
-        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"},
-    ],
-)
+NO_TOKENIZERS = [
+    {"tokenizer.ggml.token_type": None},
+    {"tokenizer.ggml.tokens": ["a" * 10**6]},
+    {"tokenizer.ggml.bos_token_id": 10**6},
+    {"tokenizer.ggml.model": ["llama"]},
+    {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"},
+]
+
+
+@pytest.mark.parametrize("changes", NO_TOKENIZERS)
 def test_a_tokenizer_that_the_metadata_do_not_describe_is_refused(changes):
     changed = SENTENCE_PIECE | changes
     metadata = {name: value for name, value in changed.items() if value is not None}
