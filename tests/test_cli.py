@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import json
 import os
@@ -11,13 +12,31 @@ from unittest.mock import ANY
 import jax
 import numpy as np
 import pytest
-from commands import TEXT, calibrated, contents, error_line, printed_json, run, write_workspace
-from tiny import Q_PROJ, config_dict, random_weights, write_folder, write_tiny
+from commands import (
+    TEXT,
+    calibrated,
+    contents,
+    error_line,
+    files,
+    printed_json,
+    run,
+    write_workspace,
+)
+from tiny import (
+    Q_PROJ,
+    assert_same,
+    config_dict,
+    load_folder,
+    random_weights,
+    write_folder,
+    write_tiny,
+)
 
 import prox24
 from prox24._cli import eval as eval_command
 from prox24._cli.main import parser
 from prox24._cli.options import recipe_of
+from prox24._cli.options import size as parse_size
 from prox24._jobs.output import print_table
 
 
@@ -97,6 +116,8 @@ def test_python_options_and_recipe_files_write_the_same_bytes(workspace, capsys)
     card = (workspace / "out" / "README.md").read_text()
     (written,) = card.split("```json\n")[1:]
     assert prox24.Recipe.from_json(written.split("```")[0]) == recipe
+    assert "were pruned by prox24 0." in card
+    assert "Calibration: 8 windows of 32 tokens from text.txt.\n" in card
 
 
 DEFAULT, WANDA = prox24.Recipe(), prox24.Recipe.wanda()
@@ -135,7 +156,7 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
 @pytest.mark.parametrize(
     ("choices", "pattern", "linears"),
     [
-        (["--pattern", "4:8", "--method", "wanda"], "4:8", 14),
+        (["--pattern", "4:8", "--method", "wanda", "--shard-size", "20KB"], "4:8", 14),
         (["--method", "wanda", "--skip", r"layers\.0\.", "--keep-dense", "1"], "2:4", 6),
         (["--method", "sparsegpt", "--pattern", "50%"], "50%", 14),
     ],
@@ -196,6 +217,50 @@ def test_every_command_prints_for_people_or_is_quiet(workspace, capfd):
         assert all(row in printed for row in said)
         assert command("--quiet") == 0
         assert capfd.readouterr() == ("", "")
+
+
+def test_to_flax_and_back_and_what_was_left_out(tmp_path, capsys):
+    weights = random_weights(config_dict())
+    write_folder(tmp_path / "source", config_dict(), weights | {"model.position_ids": np.arange(4)})
+    convert = ["convert", tmp_path / "source", tmp_path / "flax", "--format", "flax"]
+    assert printed_json(capsys, *convert) == {
+        "source": str(tmp_path / "source"),
+        "destination": str(tmp_path / "flax"),
+        "format": "flax",
+        "tensors": len(weights),
+        "left_out": ["model.position_ids"],
+        "remark": "zeros are stored like other weights: no runtime skips them by itself",
+    }
+    assert run(*convert, "--overwrite") == 0
+    printed = capsys.readouterr().out
+    for said in ("flax", "buffers left out", "no runtime skips them"):
+        assert said in printed
+    assert run("convert", tmp_path / "flax", tmp_path / "back", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    assert files(tmp_path / "back") == files(tmp_path / "source")
+    assert_same(load_folder(tmp_path / "back"), weights)
+
+
+def test_dtype_and_shard_size(tmp_path):
+    weights = write_tiny(tmp_path / "source")
+    options = ["--dtype", "bfloat16", "--shard-size", "20KB", "--quiet"]
+    assert run("convert", tmp_path / "source", tmp_path / "out", *options) == 0
+    read = load_folder(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert read.keys() == weights.keys()
+    for name, values in weights.items():
+        np.testing.assert_array_equal(read[name], values.astype(read[name].dtype))
+        assert read[name].dtype.name == "bfloat16"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    assert "dtype" not in config
+
+
+def test_sizes():
+    assert (parse_size("500 MB"), parse_size("1.5MiB")) == (5 * 10**8, 3 * 2**19)
+    for text in ("5", "0GB", "-1GB", "5TB"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+            parse_size(text)
 
 
 @pytest.fixture(scope="module")
