@@ -267,38 +267,39 @@ def test_sizes():
 def refused(tmp_path_factory):
     """A model and a text, and what commands refuse."""
     folder = write_workspace(tmp_path_factory.mktemp("refused"), dtype="bfloat16")
-    for name in ("existing", "unnamed.unfinished", "in.unfinished", "all", "mamba"):
-        (folder / name).mkdir()
-    (folder / "existing" / "precious").write_text("x")
-    (folder / "unnamed.unfinished" / "precious").write_text("x")
-    (folder / "filed.unfinished").write_text("x")
-    (folder / "dangling").symlink_to("nowhere")
-    (folder / "all" / "text.txt").write_text(TEXT)
-    (folder / "linked.txt").symlink_to("all/text.txt")
+    for name, text in {
+        "existing/precious": "x",
+        "unnamed.unfinished/precious": "x",
+        "filed.unfinished": "x",
+        "all/text.txt": TEXT,
+        "recipe.json": '{"dampen": 1}',
+        "recipe.yaml": "a: [",
+        "mamba/config.json": '{"model_type": "mamba"}',
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
     (folder / "binary").write_bytes(b"\xff\xfe\x00")
-    (folder / "recipe.json").write_text('{"dampen": 1}')
-    (folder / "recipe.yaml").write_text("a: [")
-    weights = random_weights(config_dict())
-    write_folder(folder / "all" / "model", config_dict(), weights)
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "linked.txt").symlink_to("all/text.txt")
     (folder / "linked").symlink_to("all/model")
+    (folder / "in.unfinished").mkdir()
+    for name in ("all/model", "at.unfinished", "in.unfinished/model", "cut", "pickled", "mute"):
+        write_tiny(folder / name)
+    write_tiny(folder / "qwen", "qwen2")
+    weights = random_weights(config_dict())
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     write_folder(folder / "nan", config_dict(), weights)
-    write_tiny(folder / "qwen", "qwen2")
-    write_tiny(folder / "cut.unfinished")
-    shard = folder / "cut.unfinished" / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-4])
-    write_tiny(folder / "in.unfinished" / "model")
-    write_tiny(folder / "pickled")
+    shard = folder / "cut" / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size - 4)
     (folder / "pickled" / "model.safetensors").unlink()
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    write_tiny(folder / "mute")
     for file in (folder / "mute").glob("tokenizer*"):
         file.unlink()
-    (folder / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
     return folder
 
 
-PRUNE = "prune model out --calibration text.txt --sequence-length 32 --samples 8"
+DATA = "--calibration text.txt --sequence-length 32 --samples 8"
+PRUNE = f"prune model out {DATA}"
 WHOLE_GRAM = "needs the whole Gram on every device"
 REFUSED = [
     ("prune nowhere out", "nowhere"),
@@ -309,7 +310,7 @@ REFUSED = [
     (f"{PRUNE} --pattern 2:5 --method wanda", "q_proj.weight"),
     (f"{PRUNE} --pattern 2:5 --method wanda --memory 1GB", "q_proj.weight"),
     ("plan model --pattern 2:5 --method wanda", f"{Q_PROJ} has input width 32, not divisible by 5"),
-    (PRUNE.replace("model", "nan"), "model.layers.1.mlp.up_proj.weight"),
+    (f"prune nan out {DATA}", "model.layers.1.mlp.up_proj.weight"),
     (f"{PRUNE} --method wanda --pull 2", "--pull is for --targets dense"),
     (f"{PRUNE} --refine-rate 0.1", "--refine-rate is for --refine block"),
     ("prune model out --process-id 0", "--process-id are for --distributed"),
@@ -319,7 +320,7 @@ REFUSED = [
     ("eval model --text none.txt", "none.txt"),
     ("eval model --text binary", "not UTF-8"),
     ("eval mute", "tokenizer"),
-    ("verify cut.unfinished", "model.safetensors"),
+    ("verify cut", "model.safetensors"),
     ("generate model --prompt ''", "the prompt is empty"),
     (
         f"generate model --prompt '{'word ' * 30}'",
@@ -338,16 +339,16 @@ REFUSED = [
     ("convert model text.txt --overwrite", "text.txt is a file; choose a folder"),
     ("convert model / --overwrite", "/ has no name of its own"),
     ("convert model .. --overwrite", ".. has no name of its own"),
-    (f"{PRUNE.replace('out', '/proc/out')}", "cannot write /proc/out"),
-    (f"{PRUNE.replace('out', 'dangling')}", "dangling is a link to what does not exist"),
-    (f"{PRUNE.replace('out', 'filed')}", "filed.unfinished, where filed would be made, is a file"),
-    (f"{PRUNE.replace('out', 'unnamed')}", "unnamed would be made, holds precious"),
+    (f"prune model /proc/out {DATA}", "cannot write /proc/out"),
+    (f"prune model dangling {DATA}", "dangling is a link to what does not exist"),
+    (f"prune model filed {DATA}", "filed would be made, is a file"),
+    (f"prune model unnamed {DATA}", "unnamed would be made, holds precious"),
     ("convert all/model all --overwrite", "all is or holds all/model; choose another"),
     ("convert all/model all/model --overwrite", "is or holds all/model; choose another"),
-    ("prune linked all --overwrite", "all is or holds linked"),
-    ("prune model all --overwrite --calibration linked.txt", "all is or holds linked.txt"),
-    ("prune cut.unfinished cut", "cut is made, is or holds cut.unfinished; choose another"),
-    ("prune in.unfinished/model in", "in is made, is or holds in.unfinished/model; choose another"),
+    (f"prune linked all --overwrite {DATA}", "all is or holds linked"),
+    (f"prune model all --overwrite {DATA} --calibration linked.txt", "all is or holds linked.txt"),
+    (f"prune at.unfinished at {DATA}", "at is made, is or holds at.unfinished; choose another"),
+    (f"prune in.unfinished/model in {DATA}", "in is made, is or holds in.unfinished/model; choose"),
     # Formats
     ("convert qwen out --format flax", "no Flax class"),
     ("convert owner/name out", "owner/name is no folder or .gguf file"),
