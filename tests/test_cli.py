@@ -190,7 +190,8 @@ def test_a_name_that_is_no_unicode_is_one_line(workspace):
         Path(os.fsdecode(name)).write_text(TEXT)
     except OSError:
         pytest.skip("the file system has no such names")
-    ended = run_process("prune", workspace / "model", workspace / "out", "--calibration", name)
+    options = ["--calibration", name, "--sequence-length", "32", "--samples", "4"]
+    ended = run_process("prune", workspace / "model", workspace / "out", *options)
     assert ended.returncode == 2
     (line,) = ended.stderr.decode(errors="replace").splitlines()
     assert line.startswith("prox24: error: text that is no Unicode: ")

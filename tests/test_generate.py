@@ -1,4 +1,4 @@
-"""Decoding with a cache against full passes, golden files and PyTorch; the drawing of tokens."""
+"""Decoding with a cache against full passes and golden files; the drawing of tokens."""
 
 import functools
 import json
