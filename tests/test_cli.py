@@ -91,25 +91,22 @@ def test_prune_verify_and_eval(workspace, capsys):
 
 def test_python_options_and_recipe_files_write_the_same_bytes(workspace, capsys):
     recipe = dataclasses.replace(prox24.Recipe.wanda(), pattern=(4, 8), only="self_attn")
-    report = prox24.prune(
-        workspace / "model",
-        workspace / "python",
-        recipe,
-        calibration=prox24.Text(workspace / "text.txt", samples=8, sequence_length=32),
-    )
+    text = prox24.Text(workspace / "text.txt", samples=8, sequence_length=32)
+    report = prox24.prune(workspace / "model", workspace / "python", recipe, calibration=text)
     expected = contents(workspace / "python")
     given = ["--method", "wanda", "--pattern", "4:8", "--only", "self_attn", "--json"]
     assert prune(workspace, *given) == 0
     printed = json.loads(capsys.readouterr().out)
     assert contents(workspace / "out") == expected
-    assert {linear["name"] for linear in printed["linears"]} == {
-        linear.name for linear in report.linears
-    }
+    names = {linear["name"] for linear in printed["linears"]}
+    assert names == {linear.name for linear in report.linears}
     assert printed.keys() == report.to_dict().keys()
     recipe.save(workspace / "recipe.json")
     # As people write it: for YAML 1.1, 4:8 would be a number and 1e-2 would be text.
-    text = "recipe: 1\nsolver: {name: Wanda}\nrefit:\npattern: 4:8\ndamping: 1e-2\ntargets: null\n"
-    (workspace / "recipe.yaml").write_text(text)
+    written = (
+        "recipe: 1\nsolver: {name: Wanda}\nrefit:\npattern: 4:8\ndamping: 1e-2\ntargets: null\n"
+    )
+    (workspace / "recipe.yaml").write_text(written)
     for file, more in (("recipe.json", []), ("recipe.yaml", ["--only", "self_attn"])):
         assert prune(workspace, "--recipe", workspace / file, *more, destination=file + "-out") == 0
         assert contents(workspace / f"{file}-out") == expected
@@ -167,6 +164,8 @@ def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pat
     verified = printed_json(capsys, *verify, "--source", workspace / "model")
     assert (verified["pattern"], verified["linears"]) == (pattern, linears)
     assert verified["sparsity"] == pytest.approx(0.5, abs=0.01)
+    sharded = (workspace / "out" / "model.safetensors.index.json").exists()
+    assert sharded == ("--shard-size" in choices)
     # One that is given holds for every linear.
     assert run(*verify, "--pattern", "2:4", "--quiet") == 1
 
