@@ -122,8 +122,8 @@ def test_a_tensor_of_a_dtype_that_is_not_read_is_named(tmp_path):
 
 
 def test_a_file_that_goes_along_and_cannot_be_read_is_named(tmp_path, monkeypatch, source):
-    (tmp_path / "source" / "notes.txt").write_text("x")
-    opened = Path.open
+    (source.path / "notes.txt").write_text("x")
+    source, opened = open_checkpoint(source.path), Path.open
 
     def forbidden(path, *arguments, **keywords):
         if path.name == "notes.txt":
@@ -168,7 +168,7 @@ def removed(name):
     ("damage", "named"),
     [
         (removed(FIRST), f"{FIRST} is missing"),
-        (shutil.rmtree, "source is no folder or .gguf file"),
+        (shutil.rmtree, "source is neither a folder, nor a .gguf file, nor an id"),
         (removed(INDEX), r"no weights: none of model\.safetensors"),  # but files of such names
         (removed("config.json"), "config.json: there is no such file"),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": {}}'), "no weight_map"),
@@ -300,7 +300,8 @@ def test_transformers_reads_shards_as_one_model(tmp_path):
 @pytest.mark.parametrize("card", [None, b"# A model\n\nof \xff somebody\n"])
 def test_a_note_is_appended_to_the_model_card(tmp_path, source, card):
     if card is not None:
-        (tmp_path / "source" / "README.md").write_bytes(card)
+        (source.path / "README.md").write_bytes(card)
+    source = open_checkpoint(source.path)
     write_checkpoint(source, tmp_path / "out", note="## Pruning\n\n2:4\n")
     expected = b"## Pruning\n\n2:4\n" if card is None else card + b"\n## Pruning\n\n2:4\n"
     assert (tmp_path / "out" / "README.md").read_bytes() == expected
