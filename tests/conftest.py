@@ -51,3 +51,10 @@ def little_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak - before < 2**20
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX's own modes: Flax, Equinox and the optimizers of optax mix dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

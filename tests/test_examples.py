@@ -46,12 +46,16 @@ def test_pruning_one_layer():
     assert sorted(losses, key=losses.get)[:2] == ["ADMM", "ProximalGradient"]
 
 
-@pytest.mark.parametrize("page", ["packed", "solvers"])  # tests/test_readme.py has the README
-def test_the_python_of_a_page_runs(page):
+@pytest.mark.parametrize("page", ["packed", "solvers", "refine", "optax", "generate"])
+def test_the_python_of_a_page_runs(page, tmp_path):  # tests/test_readme.py has the README
+    write_tiny(tmp_path / "DIR")
     text = (ROOT / f"docs/{page}.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
-    run(["-c", "\n".join(blocks)])
+    checks = {"refine": "import prox24; assert prox24.is_sparse(merged['first'], axis=0)"}
+    printed = run(["-c", "\n".join([*blocks, checks.get(page, "")])], tmp_path)
+    if page == "optax":
+        assert printed == "".join(re.findall(r"```text\n(.*?)```", text, re.DOTALL))
 
 
 # The path of the prox
@@ -208,14 +212,6 @@ def test_digits_are_pruned_to_the_pattern_and_retraining_recovers_accuracy(tmp_p
     assert pattern == {"dense": "no", "one-shot": "yes", "fine-tuned": "yes", "prox": "yes"}
     assert min(zeros["one-shot"], zeros["fine-tuned"], zeros["prox"]) >= 50
     assert min(accuracy["fine-tuned"], accuracy["prox"]) >= accuracy["one-shot"]
-
-
-@pytest.mark.slow
-def test_the_python_of_the_page_on_generation_runs(tmp_path):
-    write_tiny(tmp_path / "DIR")
-    text = (ROOT / "docs/generate.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    run(["-c", code], tmp_path)
 
 
 # Fine-tuning what was pruned

@@ -2,7 +2,6 @@
 
 import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_optax_leaves import PRUNED, every_model
 
-import prox24
 from prox24 import lora, refine
 from prox24._trees.lora import Adapter
 from prox24.optax import by_path, describe
@@ -276,20 +274,6 @@ def test_only_thin_arrays_are_kept_for_the_gradient():
     kept = [leaf for leaf in jax.tree.leaves(gradient) if leaf.size >= weight.size]
     for leaf in kept:
         np.testing.assert_array_equal(leaf, weight)
-
-
-def test_the_python_of_the_page_runs():
-    text = (Path(__file__).parents[1] / "docs/refine.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert any("lora.merge" in block for block in blocks)
-    names = {}
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        exec("\n".join(blocks), names)
-    assert prox24.is_sparse(names["merged"]["first"], axis=0)
 
 
 @pytest.mark.parametrize("kept", [None, True])

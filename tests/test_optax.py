@@ -1,9 +1,6 @@
 """The optax transforms: exact N:M through every optimizer and wrapper, and where they land."""
 
-import contextlib
 import functools
-import re
-from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -16,7 +13,7 @@ from hypothesis import strategies as st
 from optax import contrib
 from reference import largest
 
-from prox24 import is_sparse, prox
+from prox24 import prox
 from prox24.optax import (
     by_path,
     check,
@@ -35,28 +32,12 @@ FAST_COMPILE = {
 fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 
 
-@pytest.fixture
-def standard_promotion():
-    """The optimizers of optax mix dtypes and ranks."""
-    with promotion():
-        yield
-
-
-@contextlib.contextmanager
-def promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 OPTIMIZERS = {
-    "sgd": lambda: optax.sgd(0.1),
-    "momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "adam": lambda: optax.adam(0.05),
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adamw": lambda: optax.adamw(0.05, weight_decay=0.1),
     "lion": lambda: optax.lion(0.01, weight_decay=0.1),
     "adafactor": lambda: optax.adafactor(0.05, min_dim_size_to_factor=4, weight_decay_rate=0.1),
     "muon": lambda: contrib.muon(0.05, weight_decay=0.1),
-    "schedule_free_sgd": lambda: contrib.schedule_free_sgd(0.1, weight_decay=0.1),
     "schedule_free_adamw": lambda: contrib.schedule_free_adamw(0.05, weight_decay=0.1),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -143,7 +124,7 @@ def test_a_growing_penalty_ends_in_exact_sparsity(optimizer, wrapper, standard_p
     assert np.all(np.asarray(params["dense"]["bias"]) != 0)
 
 
-@pytest.mark.parametrize("pattern", [(1, 4), (2, 4)])
+@pytest.mark.parametrize("pattern", [(1, 4), [2, 4]])
 def test_the_pattern_and_the_axis_are_those_asked_for(pattern):
     params = {"w": normal((4, 8))}
     transform = proximal(1e30, pattern, axis=-1)
@@ -155,38 +136,25 @@ def test_the_pattern_and_the_axis_are_those_asked_for(pattern):
 NUMBERS = {
     "numbers": lambda lam, rate: (lam, rate),
     "schedules": lambda lam, rate: (lambda count: lam, lambda count: rate),
-    "arrays": lambda lam, rate: (jnp.float32(lam), jnp.asarray(rate)),
+    "traced": lambda lam, rate: (jnp.float32(lam), jnp.asarray(rate)),
 }
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("lam", [0.0, 0.5, 100.0])
 def test_sgd_with_proximal_is_proximal_gradient_descent(kind, lam):
-    lam_given, rate = NUMBERS[kind](lam, 0.25)
     params = parameters()
-    transform = optax.chain(optax.sgd(0.25), proximal(lam_given, learning_rate=rate))
-    stepped, _ = train(transform, params, steps=1)
-    kernel, gradient = params["dense"]["kernel"], gradients(params)["dense"]["kernel"]
-    expected = jitted_prox(kernel - 0.25 * gradient, 0.25 * lam, axis=0)
-    assert np.allclose(stepped["dense"]["kernel"], expected, rtol=1e-6, atol=1e-6)
-    bias = -0.25 * gradients(params)["dense"]["bias"]
-    assert np.array_equal(stepped["dense"]["bias"], bias)
 
-
-def test_lam_and_learning_rate_may_be_traced():
-    params = parameters()
-    steps = gradients(params)
-
-    @fast_jit
     def step(lam, rate):
-        transform = proximal(lam, learning_rate=rate)
-        updates, _ = transform.update(steps, transform.init(params), params)
-        return optax.apply_updates(params, updates)["dense"]["kernel"]
+        transform = optax.chain(optax.sgd(0.25), proximal(lam, learning_rate=rate))
+        return train(transform, params, steps=1)[0]["dense"]
 
-    for lam in (0.3, 3.0):
-        target = params["dense"]["kernel"] + steps["dense"]["kernel"]
-        expected = jitted_prox(target, 0.5 * lam, axis=0)
-        assert np.allclose(step(lam, 0.5), expected, rtol=1e-5, atol=1e-6)
+    step = fast_jit(step) if kind == "traced" else step
+    stepped = step(*NUMBERS[kind](lam, 0.25))
+    kernel, gradient = params["dense"]["kernel"], gradients(params)["dense"]
+    expected = jitted_prox(kernel - 0.25 * gradient["kernel"], 0.25 * lam, axis=0)
+    assert np.allclose(stepped["kernel"], expected, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(stepped["bias"], -0.25 * gradient["bias"])
 
 
 def test_schedules_see_the_number_of_earlier_updates():
@@ -214,52 +182,33 @@ def test_penalty_replaces_lam_and_learning_rate_for_one_step():
     assert np.all(nonzeros(optax.apply_updates(params, none)["dense"]["kernel"]) == 4)
 
 
-def test_a_pattern_without_a_prox_is_refused_at_once():
+def test_patterns_without_a_prox_and_missing_parameters_are_refused():
     with pytest.raises(ValueError, match="supports 1:M and 2:M, not 3:4"):
         proximal(1.0, (3, 4))
-
-
-def test_a_pattern_may_be_a_list():
-    params = {"kernel": normal((8, 4))}
-    transform = proximal(1e30, [2, 4])
-    none = jax.tree.map(jnp.zeros_like, params)
-    steps, _ = transform.update(none, transform.init(params), params)
-    assert is_sparse(optax.apply_updates(params, steps)["kernel"], axis=0)
-
-
-def test_missing_parameters_are_asked_for():
     transform = proximal(1.0)
-    with pytest.raises(ValueError, match="params"):
+    with pytest.raises(ValueError, match="proximal needs the parameters"):
         transform.update(parameters(), transform.init(parameters()))
 
 
-def test_none_and_masked_leaves_pass_through():
+def test_none_masked_and_unselected_leaves_pass_through():
     params = {"a": normal((4, 8)), "b": None, "c": optax.MaskedNode(), "d": normal((4, 8), 1)}
     updates = {"a": normal((4, 8), 2), "b": None, "c": optax.MaskedNode(), "d": None}
     transform = proximal(1e30)
     stepped, _ = transform.update(updates, transform.init(params), params)
-    assert stepped["b"] is None
-    assert stepped["c"] == optax.MaskedNode()
-    assert stepped["d"] is None
+    assert (stepped["b"], stepped["c"], stepped["d"]) == (None, optax.MaskedNode(), None)
     assert np.all(nonzeros(params["a"] + stepped["a"], axis=1) == 2)
-
-
-def test_leaves_that_are_not_selected_pass_through_untouched():
-    params, updates = parameters(), gradients(parameters())
     transform = proximal(1e30, mask=False)
     stepped, _ = transform.update(updates, transform.init(params), params)
-    assert stepped["dense"]["kernel"] is updates["dense"]["kernel"]
+    assert stepped["a"] is updates["a"]
 
 
 HALF = [jnp.bfloat16, jnp.float16]
 DTYPES = [
-    (jnp.float32, jnp.float32),
     (jnp.float64, jnp.float64),
-    *((dtype, dtype) for dtype in HALF),
-    *((dtype, jnp.float32) for dtype in HALF),
-    *((jnp.float32, dtype) for dtype in HALF),
-    (jnp.bfloat16, jnp.float16),
     (jnp.float64, jnp.float32),
+    *((dtype, other) for dtype in HALF for other in (dtype, jnp.float32)),
+    *((jnp.float32, dtype) for dtype in (jnp.float32, *HALF)),
+    (jnp.bfloat16, jnp.float16),
 ]
 
 
@@ -307,55 +256,44 @@ def landing_update(params, updates, penalty):
     return transform.update(updates, transform.init(params), params, penalty=penalty)[0]
 
 
-def landed(params, updates, penalty):
-    params, updates = jnp.asarray(params), jnp.asarray(updates)
-    landing = landing_update(params, updates, penalty)
-    return np.asarray(optax.apply_updates(params, landing))
-
-
 @pytest.mark.optimized
 @given(wild_arrays, wild_arrays, wild_penalties)
 def test_updates_land_on_the_proximal_operator_to_rounding(params, updates, penalty):
-    w = np.asarray(jitted_prox(params + updates, penalty, axis=1))
-    result = landed(params, updates, penalty)
-    eps = np.finfo(np.float32).eps
+    start, steps = jnp.asarray(params), jnp.asarray(updates)
+
+    def landed(penalty):
+        return np.asarray(optax.apply_updates(start, landing_update(start, steps, penalty)))
+
+    w, result = np.asarray(jitted_prox(params + updates, penalty, axis=1)), landed(penalty)
     assert np.all(result[w == 0] == 0)
     error = np.abs(result.astype(np.float64) - w)
+    eps = np.finfo(np.float32).eps
     assert np.all(error <= eps * (np.abs(params.astype(np.float64)) + np.abs(w)))
-
-
-@given(wild_arrays, wild_arrays)
-def test_a_large_penalty_leaves_two_of_four_at_the_step_and_zeroes_the_rest(params, updates):
+    # A large penalty leaves two of four at the step, and none leaves the updates bit for bit.
     target = params + updates
     top = largest(np.abs(target), 2, 4)
-    assert np.array_equal(landed(params, updates, 1e30), np.where(top, target, 0))
-
-
-@given(wild_arrays, wild_arrays)
-def test_a_zero_penalty_leaves_the_updates_bit_for_bit(params, updates):
-    landing = landing_update(jnp.asarray(params), jnp.asarray(updates), 0.0)
-    assert np.asarray(landing).tobytes() == updates.tobytes()
-
-
-def steps_by_scan(transform, params, steps):
-    def step(carry, _):
-        params, state = carry
-        updates, state = transform.update(gradients(params), state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(step, (params, transform.init(params)), length=steps)[0]
+    assert np.array_equal(landed(1e30), np.where(top, target, 0))
+    assert np.asarray(landing_update(start, steps, 0.0)).tobytes() == updates.tobytes()
 
 
 def test_scan_over_steps_and_vmap_over_seeds_end_as_single_steps_do(standard_promotion):
     transform = optax.chain(optax.adam(0.05), proximal(LAM))
     starts = [parameters(seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = transform.update(gradients(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(params):
+        return jax.lax.scan(step, (params, transform.init(params)), length=10)[0][0]
+
     # The transform sees leaves of one seed, so that axes are counted without that of the seeds.
-    together, _ = fast_jit(jax.vmap(lambda start: steps_by_scan(transform, start, 10)))(stacked)
-    for seed, start in enumerate(starts):
+    together = fast_jit(jax.vmap(run))(stacked)["dense"]["kernel"]
+    assert np.all(nonzeros(together, axis=1) == 2)
+    for kernel, start in zip(together, starts, strict=True):
         alone, _ = train(transform, start, steps=10)
-        kernel = together["dense"]["kernel"][seed]
-        assert np.all(nonzeros(kernel) == 2)
         assert np.allclose(kernel, alone["dense"]["kernel"], rtol=1e-4, atol=1e-5)
 
 
@@ -417,62 +355,45 @@ def test_keep_pattern_keeps_zeros_and_trains_the_rest(optimizer, standard_promot
             assert np.all(np.asarray(accumulator)[zero] == 0)
 
 
-def test_keep_pattern_masks_noise_and_passes_extra_arguments(standard_promotion):
+def test_keep_pattern_masks_gradients_and_noise_and_passes_extra_arguments(standard_promotion):
     start = pruned_parameters()
-    seen = []
+    steps, seen = gradients(start), []
 
     def update(updates, state, params=None, *, value, **extra_args):
-        seen.append(value)
+        seen.append((updates["dense"], value))
         return jax.tree.map(lambda u: jnp.full_like(u, jnp.nan), updates), state
 
     noisy = optax.GradientTransformationExtraArgs(lambda params: (), update)
     transform = keep_pattern(noisy)
-    updates, _ = transform.update(gradients(start), transform.init(start), start, value=2.0)
+    updates, _ = transform.update(steps, transform.init(start), start, value=2.0)
     zero = np.asarray(start["dense"]["kernel"]) == 0
-    assert seen == [2.0]
-    assert np.array_equal(np.isnan(updates["dense"]["kernel"]), ~zero)
-    assert np.all(np.asarray(updates["dense"]["kernel"])[zero] == 0)
-
-
-def test_keep_pattern_hides_the_gradients_of_pruned_entries():
-    start = pruned_parameters()
-    seen = []
-    spy = optax.stateless(lambda updates, params: seen.append(updates) or updates)
-    transform = keep_pattern(spy)
-    steps = gradients(start)
-    transform.update(steps, transform.init(start), start)
-    zero = np.asarray(start["dense"]["kernel"]) == 0
-    expected = np.where(zero, 0, steps["dense"]["kernel"])
-    assert np.array_equal(seen[0]["dense"]["kernel"], expected)
-    assert np.array_equal(seen[0]["dense"]["bias"], steps["dense"]["bias"])
-
-
-def frozen(transform, params):
-    """Where a step of ones does not move the parameters."""
-    ones = jax.tree.map(jnp.ones_like, params)
-    updates, _ = transform.update(ones, transform.init(params), params)
-    return jax.tree.map(lambda u: np.asarray(u) == 0, updates)["dense"]
+    ((given, value),) = seen
+    assert value == 2.0
+    assert np.array_equal(given["kernel"], np.where(zero, 0, steps["dense"]["kernel"]))
+    assert np.array_equal(given["bias"], steps["dense"]["bias"])
+    expected = np.where(zero, 0, np.nan)
+    assert np.array_equal(updates["dense"]["kernel"], expected, equal_nan=True)
 
 
 def test_kept_may_be_a_tree_a_prefix_or_a_function():
+    def still(kept, params):
+        """Where a step of ones does not move the parameters."""
+        transform, ones = keep_pattern(optax.sgd(0.1), kept), jax.tree.map(jnp.ones_like, params)
+        updates, _ = transform.update(ones, transform.init(params), params)
+        return jax.tree.map(lambda u: np.asarray(u) == 0, updates)["dense"]
+
     params = parameters()
-    tree = {"dense": {"kernel": params["dense"]["kernel"] > 0, "bias": False}}
-    still = frozen(keep_pattern(optax.sgd(0.1), tree), params)
-    assert np.array_equal(still["kernel"], np.asarray(params["dense"]["kernel"]) <= 0)
-    assert np.all(still["bias"])
-    still = frozen(keep_pattern(optax.sgd(0.1), {"dense": False}), params)
-    assert np.all(still["kernel"])
-    pruned = pruned_parameters()
-    everything = functools.partial(kept_entries, mask=by_path(lambda path: "bias" in path), axis=-1)
-    still = frozen(keep_pattern(optax.sgd(0.1), everything), pruned)
-    assert not np.any(still["kernel"])
-    assert np.all(still["bias"])
-
-
-def test_kept_of_another_shape_names_the_leaf():
-    tree = {"dense": {"kernel": np.ones((4, 8), bool), "bias": True}}
+    kernel = params["dense"]["kernel"]
+    found = still({"dense": {"kernel": kernel > 0, "bias": False}}, params)
+    assert np.array_equal(found["kernel"], np.asarray(kernel) <= 0)
+    assert np.all(found["bias"])
+    assert np.all(still({"dense": False}, params)["kernel"])
+    biases = functools.partial(kept_entries, mask=by_path(lambda path: "bias" in path), axis=-1)
+    found = still(biases, pruned_parameters())
+    assert not np.any(found["kernel"])
+    assert np.all(found["bias"])
     with pytest.raises(ValueError, match=r"dense/kernel .*\(4, 8\).*\(8, 8\)"):
-        keep_pattern(optax.sgd(0.1), tree).init(parameters())
+        still({"dense": {"kernel": np.ones((4, 8), bool), "bias": True}}, params)
 
 
 @pytest.mark.parametrize("kept", ["none", "tree", "function"])
@@ -506,10 +427,8 @@ def behind(*transforms):
 BREAKING = {
     "scale": lambda: behind(optax.scale(0.5)),
     "weight_decay": lambda: behind(optax.add_decayed_weights(0.01)),
-    "clip_by_global_norm": lambda: behind(optax.clip_by_global_norm(1.0)),
     "clip": lambda: behind(optax.clip(1.0)),
     "noise": lambda: behind(optax.add_noise(0.01, 0.55, 0)),
-    "momentum": lambda: behind(optax.trace(0.9)),
     "average": lambda: behind(optax.ema(0.9)),
     "schedule_free": lambda: contrib.schedule_free(behind(), 0.1),
     "inside_masked": lambda: optax.masked(behind(optax.scale(0.5)), KERNELS),
@@ -523,20 +442,6 @@ def test_check_names_the_leaf_that_something_behind_proximal_breaks(breaking, st
         check(BREAKING[breaking](), SHAPES)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        optax.adam(0.1),
-        optax.chain(optax.sgd(0.1), proximal(1.0, mask=False)),
-        optax.chain(optax.MultiSteps(behind(), 1).gradient_transformation()),
-    ],
-    ids=["absent", "other_leaves", "arguments_dropped"],
-)
-def test_check_tells_a_missing_proximal_from_a_broken_one(optimizer, standard_promotion):
-    with pytest.raises(ValueError, match=r"^dense/kernel is not 2:4 .* no proximal"):
-        check(optimizer, SHAPES)
-
-
 def test_an_optimizer_that_is_kept_to_a_pattern_gets_extra_arguments(standard_promotion):
     # Which optax's own wrapper drops, since MultiSteps is of another class.
     optimizer = optax.MultiSteps(behind(), 2)
@@ -545,36 +450,37 @@ def test_an_optimizer_that_is_kept_to_a_pattern_gets_extra_arguments(standard_pr
     check(optax.chain(optax.clip(1.0), wrapped), SHAPES)
 
 
-def test_check_names_an_optimizer_that_takes_no_extra_arguments():
-    with pytest.raises(ValueError, match="extra arguments"):
-        check(optax.scale(0.1), SHAPES)
+MISSING = r"^dense/kernel is not 2:4 .* no proximal"
 
 
-def test_check_names_an_optimizer_that_moves_nothing():
-    with pytest.raises(ValueError, match="did not move"):
-        check(optax.chain(proximal(1.0), optax.set_to_zero()), SHAPES)
-
-
-def test_check_says_when_nothing_is_pruned():
-    with pytest.raises(ValueError, match="no leaf"):
-        check(behind(), SHAPES, mask=False)
-
-
-def test_check_is_not_fooled_by_parameters_that_are_sparse_already(standard_promotion):
-    with pytest.raises(ValueError, match="dense/kernel"):
-        check(keep_pattern(optax.sgd(0.1)), pruned_parameters())
+@pytest.mark.parametrize(
+    ("optimizer", "params", "more", "said"),
+    [
+        (optax.adam(0.1), SHAPES, {}, MISSING),
+        (optax.chain(optax.sgd(0.1), proximal(1.0, mask=False)), SHAPES, {}, MISSING),
+        # The wrapper drops the extra arguments.
+        (optax.chain(optax.MultiSteps(behind(), 1).gradient_transformation()), SHAPES, {}, MISSING),
+        # Parameters that are sparse already do not mislead it.
+        (keep_pattern(optax.sgd(0.1)), pruned_parameters(), {}, MISSING),
+        (optax.scale(0.1), SHAPES, {}, "the optimizer takes no extra arguments"),
+        (optax.chain(proximal(1.0), optax.set_to_zero()), SHAPES, {}, "did not move"),
+        (behind(), SHAPES, {"mask": False}, "no leaf is pruned"),
+        (
+            behind(optax.masked(optax.scale(0.5), {"a": False, "b": True})),
+            {"a": SHAPES, "b": SHAPES},
+            {},
+            r"^b/dense/kernel",
+        ),
+    ],
+)
+def test_check_says_what_else_is_wrong(optimizer, params, more, said, standard_promotion):
+    with pytest.raises(ValueError, match=said):
+        check(optimizer, params, **more)
 
 
 def test_check_passes_on_what_else_the_optimizer_takes(standard_promotion):
     plateau = contrib.reduce_on_plateau()
     check(optax.chain(optax.sgd(0.1), plateau, proximal(1.0)), SHAPES, value=1.0)
-
-
-def test_check_of_many_leaves_names_the_first_that_is_broken(standard_promotion):
-    shapes = {"a": SHAPES, "b": SHAPES}
-    breaking = behind(optax.masked(optax.scale(0.5), {"a": False, "b": True}))
-    with pytest.raises(ValueError, match=r"^b/dense/kernel"):
-        check(breaking, shapes)
 
 
 def test_proximal_itself_takes_injected_hyperparameters(standard_promotion):
@@ -585,15 +491,3 @@ def test_proximal_itself_takes_injected_hyperparameters(standard_promotion):
     state.hyperparams["lam"] = jnp.float32(1e30)
     updates, _ = transform.update(gradients(params), state, params)
     assert np.all(nonzeros(optax.apply_updates(params, updates)["dense"]["kernel"], axis=1) == 2)
-
-
-def test_the_python_of_the_how_to_prints_what_it_says(capsys):
-    text = (Path(__file__).parents[1] / "docs" / "optax.md").read_text()
-    blocks = re.findall(r"```(python|text)\n(.*?)```", text, re.DOTALL)
-    with jax.enable_x64(False), promotion():
-        names = {}
-        for language, block in blocks:
-            if language == "python":
-                exec(block, names)
-    printed = "".join(block for language, block in blocks if language == "text")
-    assert capsys.readouterr().out == printed
