@@ -46,7 +46,10 @@ def test_pruning_one_layer():
     assert sorted(losses, key=losses.get)[:2] == ["ADMM", "ProximalGradient"]
 
 
-@pytest.mark.parametrize("page", ["packed", "solvers", "refine", "optax", "generate"])
+@pytest.mark.parametrize(
+    "page",
+    ["packed", "solvers", "refine", "optax", pytest.param("generate", marks=pytest.mark.slow)],
+)
 def test_the_python_of_a_page_runs(page, tmp_path):  # tests/test_readme.py has the README
     write_tiny(tmp_path / "DIR")
     text = (ROOT / f"docs/{page}.md").read_text()

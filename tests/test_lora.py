@@ -10,6 +10,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_optax import normal
 from test_optax_leaves import PRUNED, every_model
 
 from prox24 import lora, refine
@@ -17,10 +18,6 @@ from prox24._trees.lora import Adapter
 from prox24.optax import by_path, describe
 
 jitted_merge = jax.jit(lora.merge)
-
-
-def normal(shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def pruned(shape, axis, seed=0, dtype=jnp.float32):
@@ -78,27 +75,21 @@ def test_a_new_adapter_changes_nothing_in_the_containers_of_every_library(make):
     axes = [leaf.axis for leaf in describe(params) if leaf.path in PRUNED[make]]
     assert [adapter.axis for adapter in found] == axes
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(adapters))
+    # Shapes suffice to start.
+    of_shapes = lora.init(jax.random.key(0), jax.eval_shape(lambda: params), 2)
+    jax.tree.map(np.testing.assert_array_equal, of_shapes, adapters)
 
 
 def test_adapters_differ_and_are_of_the_size_of_their_inputs():
     adapters = lora.init(jax.random.key(0), pruned_network(), 8)
     first, second = adapters["first"]["kernel"], adapters["second"]["weight"]
-    assert first.a.shape == (8, 16)
-    assert first.b.shape == (8, 32)
-    assert second.a.shape == (8, 32)
-    assert second.b.shape == (8, 8)
+    assert (first.a.shape, first.b.shape) == ((8, 16), (8, 32))
+    assert (second.a.shape, second.b.shape) == ((8, 32), (8, 8))
     assert adapters["first"]["bias"] is None
     np.testing.assert_allclose(jnp.std(first.a), 1 / 4, rtol=0.2)
     np.testing.assert_allclose(jnp.std(second.a), 32**-0.5, rtol=0.2)
     assert not jnp.any(first.a[:, :8] == second.a[:, :8])
     assert not jnp.any(first.b)
-
-
-def test_shapes_suffice_to_start():
-    shapes = jax.eval_shape(pruned_network)
-    adapters = lora.init(jax.random.key(0), shapes, 2)
-    expected = lora.init(jax.random.key(0), pruned_network(), 2)
-    jax.tree.map(np.testing.assert_array_equal, adapters, expected)
 
 
 @settings(max_examples=20)
@@ -124,33 +115,16 @@ def test_merging_is_what_numpy_computes_and_keeps_the_pattern(place, blocks, ran
     np.testing.assert_array_equal(merged == 0, np.asarray(weight) == 0)
 
 
-def test_an_attention_is_adapted_along_the_axes_that_describe_gives():
-    attention = {
-        "query": {"kernel": pruned((8, 2, 4), 0)},
-        "out": {"kernel": pruned((2, 4, 8), 1)},
-    }
-    adapters = lora.init(jax.random.key(0), attention, 3)
-    assert adapters["query"]["kernel"].b.shape == (3, 2, 4)
-    assert adapters["out"]["kernel"].a.shape == (3, 4)
-    assert adapters["out"]["kernel"].b.shape == (2, 3, 8)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_sum_is_rounded_once_to_the_dtype_of_the_weight(dtype):
     weight, trained = pruned((16, 8), 0, dtype=dtype), adapter((16, 8), 0, 2)
     merged = lora.merge({"w": weight}, {"w": trained}, 0.25)["w"]
+    whole = lora.merge(weight.astype(jnp.float32), trained, 0.25)
     assert merged.dtype == dtype
-    whole = lora.merge({"w": weight.astype(jnp.float32)}, {"w": trained}, 0.25)["w"]
     np.testing.assert_array_equal(merged, whole.astype(dtype))
-    np.testing.assert_array_equal(merged == 0, weight == 0)
-
-
-def test_pruned_entries_stay_zero_beside_an_update_that_is_not_finite():
-    weight = pruned((8, 4), 0)
-    trained = adapter((8, 4), 0, 1)
+    # Zeros stay zero beside an update that is not finite.
     trained = Adapter(trained.a.at[:, 0].set(jnp.inf), trained.b, 0)
-    merged = lora.merge(weight, trained, 1.0)
-    np.testing.assert_array_equal(merged == 0, weight == 0)
+    np.testing.assert_array_equal(lora.merge(weight, trained, 1.0) == 0, weight == 0)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((8, 6), 0), ((6, 8), 1), ((2, 8, 3), 1)])
@@ -175,29 +149,33 @@ def test_gradients_are_those_of_the_masked_product(shape, axis):
 def test_at_the_start_b_moves_first():
     params, x = pruned_network(), normal((64, 16), 4)
     adapters = lora.init(jax.random.key(0), params, 2)
-    gradient = jax.grad(lambda a: jnp.sum(jnp.square(network(lora.merge(params, a, 1.0), x))))(
-        adapters
-    )
-    for found in (gradient["first"]["kernel"], gradient["second"]["weight"]):
-        assert not jnp.any(found.a)
-        assert jnp.all(found.b)
+
+    @jax.grad
+    def gradient(adapters):
+        return jnp.sum(jnp.square(network(lora.merge(params, adapters, 1.0), x)))
+
+    found = gradient(adapters)
+    for each in (found["first"]["kernel"], found["second"]["weight"]):
+        assert not jnp.any(each.a)
+        assert jnp.all(each.b)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_was_trained_is_what_is_merged(dtype):
     params, x = pruned_network(dtype), normal((256, 16), 4)
     target = x @ normal((16, 8), 5) / 8
     adapters = lora.init(jax.random.key(0), params, 4)
-    optimizer = optax.adam(3e-2)
-    traces = []
+    optimizer, traces = optax.adam(3e-2), []
 
-    def apply(params, x):
-        return network(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), x)
+    def error(params):
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return jnp.mean(jnp.square(network(wide, x) - target))
 
     @jax.jit
     def loss(adapters, scale):
         traces.append(1)
-        return jnp.mean(jnp.square(apply(lora.merge(params, adapters, scale), x) - target))
+        return error(lora.merge(params, adapters, scale))
 
     @jax.jit
     def step(adapters, state):
@@ -205,19 +183,16 @@ def test_what_was_trained_is_what_is_merged(dtype):
         return optax.apply_updates(adapters, updates), state
 
     state, before = optimizer.init(adapters), loss(adapters, 2.0)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for _ in range(60):
-            adapters, state = step(adapters, state)
+    for _ in range(60):
+        adapters, state = step(adapters, state)
     assert loss(adapters, 2.0) < 0.5 * before
     assert loss(adapters, 0.0) == before
     assert len(traces) == 2  # by itself and with its gradient, for every scale
 
     merged = jitted_merge(params, adapters, 2.0)
-    error = jnp.mean(jnp.square(apply(merged, x) - target))
-    np.testing.assert_allclose(error, loss(adapters, 2.0), rtol=1e-6)
-    for name, axis in (("first", 0), ("second", 1)):
-        (weight,) = (leaf for leaf in jax.tree.leaves(params[name]) if leaf.ndim == 2)
-        (new,) = (leaf for leaf in jax.tree.leaves(merged[name]) if leaf.ndim == 2)
+    np.testing.assert_allclose(error(merged), loss(adapters, 2.0), rtol=1e-6)
+    for name, leaf, axis in (("first", "kernel", 0), ("second", "weight", 1)):
+        weight, new = params[name][leaf], merged[name][leaf]
         assert new.dtype == dtype
         assert is_sparse(new, axis)
         np.testing.assert_array_equal(new == 0, weight == 0)
@@ -225,38 +200,30 @@ def test_what_was_trained_is_what_is_merged(dtype):
     np.testing.assert_array_equal(merged["first"]["bias"], params["first"]["bias"])
 
 
-def test_a_part_is_merged_with_its_own_adapters():
-    params = pruned_network()
-    adapters = lora.init(jax.random.key(0), params, 2)
-    adapters["first"]["kernel"] = adapter((16, 32), 0, 2)
-    whole = lora.merge(params, adapters, 1.0)
-    part = lora.merge(params["first"], adapters["first"], 1.0)
-    jax.tree.map(np.testing.assert_array_equal, whole["first"], part)
-
-
 def test_leaves_and_axes_are_chosen_as_in_the_transforms():
-    params = pruned_network()
     chosen = by_path(lambda path: path.startswith("first/kernel"))
-    adapters = lora.init(jax.random.key(0), params, 2, (1, 8), axis=1, mask=chosen)
+    adapters = lora.init(jax.random.key(0), pruned_network(), 2, (1, 8), axis=1, mask=chosen)
     assert adapters["second"]["weight"] is None
     assert adapters["first"]["kernel"].axis == 1
     assert adapters["first"]["kernel"].a.shape == (2, 32)
 
 
-@pytest.mark.parametrize("rank", [0, 9])
-def test_a_rank_that_a_matrix_cannot_have_is_refused_by_its_name(rank):
-    said = re.escape(
-        f"second/weight of shape (8, 32) has adapters of rank 1 to 8 along axis 1, not {rank}"
-    )
+RANKS = "second/weight of shape (8, 32) has adapters of rank 1 to 8 along axis 1, not "
+
+
+@pytest.mark.parametrize(
+    ("leaf", "rank", "more", "said"),
+    [
+        ("weight", 0, {}, re.escape(f"{RANKS}0")),
+        ("weight", 9, {}, re.escape(f"{RANKS}9")),
+        ("bias", 1, {}, "no leaf is pruned"),
+        ("bias", 1, {"axis": 1, "mask": True}, r"second/bias of shape .* cannot be pruned"),
+    ],
+)
+def test_leaves_and_ranks_without_an_adapter_are_refused_by_name(leaf, rank, more, said):
+    leaves = pruned_network()["second"] | {"bias": jnp.zeros(8, jnp.float32)}
     with pytest.raises(ValueError, match=said):
-        lora.init(jax.random.key(0), {"second": pruned_network()["second"]}, rank)
-
-
-def test_nothing_to_adapt_is_refused():
-    with pytest.raises(ValueError, match="no leaf is pruned"):
-        lora.init(jax.random.key(0), {"bias": jnp.zeros(8, jnp.float32)}, 1)
-    with pytest.raises(ValueError, match=r"bias of shape .* cannot be pruned"):
-        lora.init(jax.random.key(0), {"bias": jnp.zeros(6, jnp.float32)}, 1, axis=0, mask=True)
+        lora.init(jax.random.key(0), {"second": {leaf: leaves[leaf]}}, rank, **more)
 
 
 @pytest.mark.parametrize("other", [adapter((16, 8), 0, 2), adapter((32, 16), 1, 2)])
@@ -276,20 +243,17 @@ def test_only_thin_arrays_are_kept_for_the_gradient():
         np.testing.assert_array_equal(leaf, weight)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("kept", [None, True])
 def test_adapters_are_the_parameters_of_a_block_if_all_are_kept(kept):
-    params = pruned_network()
+    params, inputs = pruned_network(), list(normal((4, 64, 16)))
     adapters = lora.init(jax.random.key(0), params, rank=4)
-    inputs = list(normal((4, 64, 16)))
     targets = [1.3 * network(params, x) for x in inputs]
 
     def apply(adapters, x):
         return network(lora.merge(params, adapters, scale=1.0), x)
 
-    optimizer = optax.adam(1e-2)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        refined = refine.train_block(
-            apply, adapters, inputs, targets, optimizer, passes=20, kept=kept
-        )
+    given = apply, adapters, inputs, targets, optax.adam(1e-2)
+    refined = refine.train_block(*given, passes=20, kept=kept)
     # By default a leaf that is wholly zero stays so.
     assert (refined.outcome is refine.Outcome.IMPROVED) == (kept is True)
