@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
+from tiny import config_dict, pruned_by, random_weights, tokens, write_folder, write_tiny
 
 import prox24
 from prox24 import Recipe, Wanda, refine
@@ -28,11 +28,7 @@ BATCHES = 6
 TEXT = "Calibration text for a model that reads bytes. " * 60
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's optimizers mix dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def two_layers(params, x):
@@ -55,6 +51,16 @@ def pruned():
     return jax.tree.map(sparse, dense), inputs, [two_layers(dense, x) for x in inputs]
 
 
+def trained(block, optimizer, apply=two_layers, **more):
+    return refine.train_block(apply, *block, optimizer, **more)
+
+
+def error_of(params, block):
+    """On the batch that is held out."""
+    _, inputs, targets = block
+    return float(refine.relative_error(two_layers(params, inputs[-1]), targets[-1]))
+
+
 def assert_same_zeros(params, given):
     for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(given), strict=True):
         assert new.dtype == old.dtype
@@ -62,28 +68,21 @@ def assert_same_zeros(params, given):
 
 
 def test_the_error_falls_and_the_zeros_stay(pruned):
-    params, inputs, targets = pruned
-    refined = refine.train_block(two_layers, params, inputs, targets, optax.adam(3e-3), passes=20)
+    refined = trained(pruned, optax.adam(3e-3), passes=20)
     assert refined.outcome is Outcome.IMPROVED
     assert refined.steps == 20 * (BATCHES - 1)
     assert len(refined.losses) == 21
     assert min(refined.losses) < 0.6 * refined.losses[0]
-    assert_same_zeros(refined.params, params)
-    held_out = refine.relative_error(two_layers(refined.params, inputs[-1]), targets[-1])
-    assert float(held_out) == pytest.approx(min(refined.losses), rel=1e-5)
+    assert_same_zeros(refined.params, pruned[0])
+    assert error_of(refined.params, pruned) == pytest.approx(min(refined.losses), rel=1e-5)
 
 
 def test_micro_batches_make_one_step(pruned):
-    params, inputs, targets = pruned
+    params, *batches = pruned
+    halves = [params, *([half for x in each for half in jnp.split(x, 2)] for each in batches)]
     optimizer = optax.sgd(0.1)  # whose step a sum in place of a mean would double
-
-    def trained(inputs, targets, **more):
-        return refine.train_block(two_layers, params, inputs, targets, optimizer, passes=3, **more)
-
-    whole = trained(inputs, targets)
-    halves = [half for x in inputs for half in jnp.split(x, 2)]
-    other = [half for x in targets for half in jnp.split(x, 2)]
-    parts = trained(halves, other, held_out=2, micro_batches=2)
+    whole = trained(pruned, optimizer, passes=3)
+    parts = trained(halves, optimizer, passes=3, held_out=2, micro_batches=2)
     assert parts.steps == whole.steps
     assert whole.losses[-1] < whole.losses[0]
     # The relative error is a mean over tokens: that of a batch is the mean of its halves'.
@@ -91,7 +90,7 @@ def test_micro_batches_make_one_step(pruned):
     for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     with pytest.raises(ValueError, match="11 batches are no whole number of steps of 2"):
-        trained(halves, other, micro_batches=2)
+        trained(halves, optimizer, micro_batches=2)
 
 
 def test_a_linear_block_reaches_least_squares():
@@ -120,68 +119,60 @@ def test_a_linear_block_reaches_least_squares():
 
 @pytest.mark.parametrize("rate", [0.0, -0.1])
 def test_without_an_improvement_the_weights_are_those_that_were_given(pruned, rate):
-    params, inputs, targets = pruned
-    refined = refine.train_block(two_layers, params, inputs, targets, optax.sgd(rate), passes=2)
+    refined = trained(pruned, optax.sgd(rate), passes=2)
     assert refined.outcome is Outcome.UNCHANGED
-    jax.tree.map(np.testing.assert_array_equal, refined.params, params)
+    jax.tree.map(np.testing.assert_array_equal, refined.params, pruned[0])
 
 
 def test_divergence_rolls_back_to_the_best(pruned):
-    params, inputs, targets = pruned
     rate = optax.piecewise_constant_schedule(3e-3, {3 * (BATCHES - 1): 1e30})
-    refined = refine.train_block(two_layers, params, inputs, targets, optax.sgd(rate), passes=9)
+    refined = trained(pruned, optax.sgd(rate), passes=9)
     assert refined.outcome is Outcome.DIVERGED
     assert not np.isfinite(refined.losses[-1])
-    error = refine.relative_error(two_layers(refined.params, inputs[-1]), targets[-1])
-    assert float(error) == pytest.approx(np.nanmin(refined.losses), rel=1e-5)
+    assert error_of(refined.params, pruned) == pytest.approx(np.nanmin(refined.losses), rel=1e-5)
 
 
 def test_weights_that_a_loss_hides_do_not_count_as_better():
     params = {"kernel": jnp.full((4, 2), 0.1), "bias": jnp.zeros(2)}
     inputs = [jnp.full((3, 4), size) for size in (1.0, 2.0, 3.0)]
-    refined = refine.train_block(
-        lambda params, x: jax.nn.relu(x @ params["kernel"] + params["bias"][None]),
-        params,
-        inputs,
-        [jnp.zeros((3, 2))] * 3,
-        optax.sgd(3e38),
-        kept=True,
-        loss=lambda output, target: 10 * jnp.mean(jnp.square(output - target)),
-    )
+
+    def apply(params, x):
+        return jax.nn.relu(x @ params["kernel"] + params["bias"][None])
+
+    def loss(output, target):
+        return 10 * jnp.mean(jnp.square(output - target))
+
+    block = params, inputs, [jnp.zeros((3, 2))] * 3
+    refined = trained(block, optax.sgd(3e38), apply, kept=True, loss=loss)
     assert refined.outcome is Outcome.DIVERGED
     np.testing.assert_array_equal(refined.params["kernel"], params["kernel"])
 
 
 def test_16_bit_parameters_are_trained_in_float32(pruned):
-    params, inputs, targets = pruned
+    params, *batches = pruned
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
 
     def apply(params, x):
         return two_layers(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), x)
 
     # Steps too small for bfloat16 to take one by one.
-    refined = refine.train_block(apply, half, inputs, targets, optax.sgd(1e-3), passes=60)
+    refined = trained((half, *batches), optax.sgd(1e-3), apply, passes=60)
     assert refined.outcome is Outcome.IMPROVED
     assert_same_zeros(refined.params, half)
 
 
 def test_what_is_kept_may_be_given(pruned):
-    params, inputs, targets = pruned
-    kept = {
-        "first": {"kernel": jnp.zeros((16, 32), bool)},
-        "second": {"kernel": params["second"]["kernel"] != 0},
-    }
-    refined = refine.train_block(
-        two_layers, params, inputs, targets, optax.adam(3e-3), passes=3, kept=kept
-    )
-    np.testing.assert_array_equal(refined.params["first"]["kernel"], params["first"]["kernel"])
-    assert np.any(refined.params["second"]["kernel"] != params["second"]["kernel"])
+    first, second = (pruned[0][name]["kernel"] for name in ("first", "second"))
+    kept = {"first": {"kernel": jnp.zeros((16, 32), bool)}, "second": {"kernel": second != 0}}
+    refined = trained(pruned, optax.adam(3e-3), passes=3, kept=kept).params
+    np.testing.assert_array_equal(refined["first"]["kernel"], first)
+    assert np.any(refined["second"]["kernel"] != second)
 
 
 def test_the_error_is_computed_in_float32():
     target = jnp.full((1, 4096), 4, jnp.float16)  # whose squares sum to more than float16 holds
     with jax.numpy_dtype_promotion("strict"):
-        error = refine.relative_error(jnp.full((1, 4096), 2, jnp.float16), target)
+        error = refine.relative_error(target / jnp.float16(2), target)
         gap = refine.divergence(target, target)
     assert (float(error), float(gap[0])) == (0.25, 0)
     assert error.dtype == gap.dtype == jnp.float32
@@ -196,9 +187,12 @@ def test_a_target_of_zero_counts_by_the_size_of_the_others():
 
 def test_optimizers_that_keep_the_first_parameters(pruned):
     optimizer = optax.contrib.mechanize(optax.contrib.prodigy(1e-2))  # twice
-    refined = refine.train_block(two_layers, *pruned, optimizer, passes=3)
+    refined = trained(pruned, optimizer, passes=3)
     assert refined.outcome is not Outcome.DIVERGED
     assert refined.steps == 3 * (BATCHES - 1)
+
+
+OTHER_SHAPES = {name: {"kernel": jnp.ones((3, 3))} for name in ("first", "second")}
 
 
 @pytest.mark.parametrize(
@@ -207,18 +201,14 @@ def test_optimizers_that_keep_the_first_parameters(pruned):
         (6, {"held_out": 0}, "6 batches: 0 held out"),
         (6, {"held_out": 6}, "6 batches: 6 held out"),
         (5, {}, "6 batches of inputs, but 5 of targets"),
-        (
-            6,
-            {"kept": {name: {"kernel": jnp.ones((3, 3))} for name in ("first", "second")}},
-            "shape",
-        ),
+        (6, {"kept": OTHER_SHAPES}, "shape"),
         (6, {"passes": 0}, "passes 0 is not positive"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(pruned, targets, given, said):
     params, inputs, outputs = pruned
     with pytest.raises(ValueError, match=said):
-        refine.train_block(two_layers, params, inputs, outputs[:targets], optax.sgd(0.1), **given)
+        trained((params, inputs, outputs[:targets]), optax.sgd(0.1), **given)
 
 
 def test_no_divergence_where_both_exclude_a_token():
@@ -231,15 +221,14 @@ def test_no_divergence_where_both_exclude_a_token():
 
 
 def test_equal_blocks_share_one_program(pruned):
-    traces = []
+    traces, optimizer = [], optax.adam(1e-3)
 
     def apply(params, x):
         traces.append(1)
         return two_layers(params, x)
 
-    optimizer = optax.adam(1e-3)
     for _ in range(3):
-        refine.train_block(apply, *pruned, optimizer, passes=1)
+        trained(pruned, optimizer, apply, passes=1)
     assert len(traces) == 2  # to train and to measure
 
 
@@ -247,35 +236,38 @@ def recipe_with(refinement=None, **changes):
     return Recipe(Wanda(), None, targets=None, refine=refinement, **changes)
 
 
-def run(checkpoint, windows, recipe, **options):
+def run(folder, windows, recipe, **options):
     """The tensors by name, and the reports."""
-    tensors = list(prune_stages(native_runner(checkpoint, windows, recipe, **options), recipe))
-    return (
-        {tensor.name: tensor.values for tensor in tensors},
-        [report for tensor in tensors for report in tensor.reports],
-    )
+    return pruned_by(native_runner(open_checkpoint(folder), windows, recipe, **options), recipe)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a tiny model, beside a text."""
+    write_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
 
 
 @pytest.mark.parametrize(("variant", "linears_only"), [("qwen2", False), ("gpt2", True)])
 def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears_only):
     write_tiny(tmp_path / "model", variant)
-    checkpoint, windows = open_checkpoint(tmp_path / "model"), tokens(batch=64, length=64)
-    config = load_model(checkpoint).config
-    linears = [linear.tensor for linear in all_linears(config)]
+    model, windows = load_model(open_checkpoint(tmp_path / "model")), tokens(batch=64, length=64)
+    linears = [linear.tensor for linear in all_linears(model.config)]
     recipe = recipe_with(BlockRefinement(passes=6, linears_only=linears_only))
-    tensors, reports = run(checkpoint, windows, recipe, micro_batch=4)
+    tensors, reports = run(tmp_path / "model", windows, recipe, micro_batch=4)
     assert [report.name for report in reports] == linears
     for report in reports:
         assert report.block.outcome is Outcome.IMPROVED
         assert report.block.error < 0.95 * report.block.error_before
         assert report.block.steps == 6 * 7  # of two micro-batches
-    in_layers = {name for name in tensor_shapes(config) if re.search(r"\.\d+\.", name)}
+    in_layers = {name for name in tensor_shapes(model.config) if re.search(r"\.\d+\.", name)}
     assert tensors.keys() == (set(linears) if linears_only else in_layers)
-    plain, _ = run(checkpoint, windows, recipe_with(), micro_batch=4)
+    plain, _ = run(tmp_path / "model", windows, recipe_with(), micro_batch=4)
     np.testing.assert_array_equal(tensors[linears[0]] == 0, plain[linears[0]] == 0)
-    axis = 0 if config.names.transposed else 1
+    axis = 0 if model.config.names.transposed else 1
     for name, values in tensors.items():
-        assert np.any(values != checkpoint.read(name)), name
+        assert np.any(values != model.checkpoint.read(name)), name
         assert name not in linears or prox24.is_sparse(values, axis=axis), name
 
 
@@ -285,47 +277,39 @@ def test_a_linear_that_stays_dense_is_trained_with_all_of_its_entries(tmp_path, 
     dense = "model.layers.1.self_attn.q_proj.weight"
     weights[dense][0, 0] = 0  # also this one
     write_folder(tmp_path / "model", config_dict(), weights)
-    checkpoint, windows = open_checkpoint(tmp_path / "model"), tokens(batch=16, length=16)
-    refinement = BlockRefinement(passes=2, linears_only=linears_only)
-    tensors, reports = run(checkpoint, windows, recipe_with(refinement, skip="q_proj"))
+    recipe = recipe_with(BlockRefinement(passes=2, linears_only=linears_only), skip="q_proj")
+    tensors, reports = run(tmp_path / "model", tokens(batch=16, length=16), recipe)
     assert not any("q_proj" in report.name for report in reports)
     assert np.all(tensors[dense] != weights[dense])
     assert all(prox24.is_sparse(tensors[report.name]) for report in reports)
     assert ("model.layers.1.input_layernorm.weight" in tensors) == (not linears_only)
 
 
-def test_the_best_recipe_passes_over_as_many_tokens_for_any_text(tmp_path):
+def test_the_best_recipe_passes_over_as_many_tokens_for_any_text(folder):
     passes = [Recipe.best(tokens).refine.passes for tokens in (8192, 32_768, 10**6)]
     assert passes == [20, 5, 1]
     assert Recipe.best() == Recipe(refine=BlockRefinement())
-    write_tiny(tmp_path / "model")
-    report = prox24.prune(
-        tmp_path / "model",
-        tmp_path / "out",
-        Recipe.best(),
-        calibration=tokens(batch=16, length=16),
-    )
+    model, out = folder / "model", folder / "out"
+    report = prox24.prune(model, out, Recipe.best(), calibration=tokens(batch=16, length=16))
     assert all(linear.block is not None for linear in report.linears)
-    assert prox24.verify(tmp_path / "out", tmp_path / "model").problems == {}
+    assert prox24.verify(out, model).problems == {}
 
 
-def test_a_step_is_the_same_in_parts(tmp_path):
-    write_tiny(tmp_path / "model")
-    checkpoint, windows = open_checkpoint(tmp_path / "model"), tokens(batch=32, length=16)
-    recipe = recipe_with(BlockRefinement(rate=3e-3, passes=1))
-    whole, parts = (run(checkpoint, windows, recipe, micro_batch=size)[1] for size in (32, 2))
+def test_a_step_is_the_same_in_parts(folder):
+    recipe, windows = recipe_with(BlockRefinement(rate=3e-3, passes=1)), tokens(32, 16)
+    whole, parts = (
+        run(folder / "model", windows, recipe, micro_batch=size).reports for size in (32, 2)
+    )
     for one, other in zip(whole, parts, strict=True):
         assert (one.block.steps, one.block.outcome) == (other.block.steps, other.block.outcome)
         assert one.block.error == pytest.approx(other.block.error, rel=1e-3)
 
 
-def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(tmp_path):
-    write_tiny(tmp_path / "model")
-    checkpoint, windows = open_checkpoint(tmp_path / "model"), tokens(batch=32, length=16)
+def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(folder):
     errors, weights = [], []
     for dtype in COMPUTE_DTYPES:
-        refinement = BlockRefinement(rate=3e-3, passes=2, compute_dtype=dtype)
-        tensors, reports = run(checkpoint, windows, recipe_with(refinement))
+        recipe = recipe_with(BlockRefinement(rate=3e-3, passes=2, compute_dtype=dtype))
+        tensors, reports = run(folder / "model", tokens(batch=32, length=16), recipe)
         assert {report.block.outcome for report in reports} == {Outcome.IMPROVED}
         errors.append([report.block.error for report in reports])
         weights.append(tensors[reports[0].name])
@@ -335,8 +319,6 @@ def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(tmp_path):
 
 def refining(folder, name, *more):
     """The exit code of the command."""
-    if not (folder / "text.txt").exists():
-        (folder / "text.txt").write_text(TEXT)
     options = ["--method", "wanda", "--refine", "block", "--quiet", "--sequence-length", "32"]
     options += ["--calibration", str(folder / "text.txt")]
     return main(["prune", str(folder / "model"), str(folder / name), *options, *more])
@@ -367,6 +349,7 @@ def test_a_refined_run_goes_on_with_the_same_bytes(
     tmp_path, monkeypatch, capsys, dtype, more, counts
 ):
     write_tiny(tmp_path / "model", dtype=dtype)
+    (tmp_path / "text.txt").write_text(TEXT)
     more = f"{more} --samples 8 --memory 1MB --refine-passes 2 --refine-rate 0.01".split()
 
     def contents(name):
@@ -386,16 +369,14 @@ def test_a_refined_run_goes_on_with_the_same_bytes(
     assert main(["verify", str(tmp_path / "whole"), "--source", source, "--quiet"]) == 0
 
 
-def test_the_tokens_and_the_held_out_share_of_a_step_are_chosen(tmp_path, capsys):
-    write_tiny(tmp_path / "model")
+def test_the_tokens_and_the_held_out_share_of_a_step_are_chosen(folder, capsys):
     more = ["--refine-step-tokens", "32", "--refine-held-out", "0.25", "--refine-passes", "1"]
-    assert refining(tmp_path, "out", *more, "--samples", "16", "--json") == 0
+    assert refining(folder, "out", *more, "--samples", "16", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert {linear["block"]["steps"] for linear in report["linears"]} == {12}
 
 
-def test_windows_are_held_out_from_all_of_the_text(tmp_path, monkeypatch):
-    write_tiny(tmp_path / "model")
+def test_windows_are_held_out_from_all_of_the_text(folder, monkeypatch):
     seen = []
 
     def caught(checkpoint, windows, *arguments, **keywords):
@@ -403,8 +384,8 @@ def test_windows_are_held_out_from_all_of_the_text(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("prox24._jobs.prune.native_runner", caught)
-    for name, refined in (("out", "none"), ("refined", "block")):
-        assert refining(tmp_path, name, "--refine", refined) == 130
+    for refined in ("none", "block"):
+        assert refining(folder, refined, "--refine", refined) == 130
     plain, refined = seen
     np.testing.assert_array_equal(refined, shuffled(plain))
     assert not np.array_equal(refined, plain)
@@ -417,15 +398,16 @@ def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path, 
     recipe = recipe_with(BlockRefinement(passes=1), dtype="float16")
     monkeypatch.setattr("prox24._pruning.loop.train_block", None)
     with pytest.raises(CheckpointError, match=r"0\.self_attn\.v_proj\.weight overflows float16"):
-        run(open_checkpoint(tmp_path / "source"), tokens(batch=8, length=32), recipe)
+        run(tmp_path / "source", tokens(batch=8, length=32), recipe)
 
 
-def test_a_share_that_holds_all_windows_out_is_refused_before_any_work(tmp_path):
-    write_tiny(tmp_path / "model")
-    checkpoint = open_checkpoint(tmp_path / "model")
+def test_windows_that_are_too_few_are_refused_before_any_work(folder, capsys):
     recipe = recipe_with(BlockRefinement(held_out=1.0))
     with pytest.raises(CalibrationError, match="all 8 windows are held out"):
-        native_runner(checkpoint, tokens(batch=8, length=16), recipe)
+        native_runner(open_checkpoint(folder / "model"), tokens(batch=8, length=16), recipe)
+    assert refining(folder, "out", "--samples", "1") == 2
+    assert "refining takes 2 calibration windows or more" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "text.txt"]
 
 
 def test_a_rate_is_relative_to_the_weights():
@@ -453,15 +435,7 @@ def test_devices_divide_a_step(devices):
         BlockRefinement().step_windows(devices, 512, devices)
 
 
-def test_a_single_window_is_refused(tmp_path, capsys):
-    write_tiny(tmp_path / "model")
-    assert refining(tmp_path, "out", "--samples", "1") == 2
-    assert "refining takes 2 calibration windows or more" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
-
-
 @pytest.mark.parametrize("option", [["--refine-linears-only"], ["--refine-rate", "0.0002"]])
-def test_options_without_a_refinement_are_refused(tmp_path, capsys, option):
-    command = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), *option]
-    assert main(command) == 2
+def test_options_without_a_refinement_are_refused(folder, capsys, option):
+    assert refining(folder, "out", "--refine", "none", *option) == 2
     assert f"{option[0]} is for --refine block" in capsys.readouterr().err
