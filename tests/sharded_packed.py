@@ -96,44 +96,31 @@ def mapped(x, w, product, slopes):
     def sum_of_columns(x, w):
         return jnp.sum(jnp.sin(summed(x, w)))
 
-    def shard(function, of_x, of_w, out, results):
-        specs = (of_x, *[of_w] * results)
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
+    shard = functools.partial(jax.shard_map, mesh=mesh)
 
-    def place(array, spec):
-        return jax.device_put(array, NamedSharding(mesh, spec))
+    def place(tree, spec):
+        return jax.device_put(tree, NamedSharding(mesh, spec))
 
     for label, of_x, of_w, out, function, total in (
         ("rows", P(), rows, columns, matmul, sum_of_rows),
         ("columns", columns, columns, P(), summed, sum_of_columns),
     ):
-        packed = jax.tree.map(lambda array, of_w=of_w: place(array, of_w), w)
-        there = place(x, of_x)
-        yield report(
-            f"matmul, shard_map, {label}",
-            shard(function, of_x, of_w, out, 1),
-            [there, packed],
-            product,
-        )
+        packed, there = place(w, of_w), place(x, of_x)
+        multiply = shard(function, in_specs=(of_x, of_w), out_specs=out)
+        yield report(f"matmul, shard_map, {label}", multiply, [there, packed], product)
         yield report(
             f"gradients, shard_map, {label}",
-            shard(functools.partial(gradients, loss=total), of_x, of_w, (of_x, of_w), 2),
+            shard(
+                functools.partial(gradients, loss=total),
+                in_specs=(of_x, of_w, of_w),
+                out_specs=(of_x, of_w),
+            ),
             [there, packed.values, packed.codes],
             slopes,
         )
-    yield report(
-        "unpack, shard_map, columns",
-        jax.shard_map(unpack, mesh=mesh, in_specs=columns, out_specs=columns),
-        [jax.tree.map(lambda array: place(array, columns), w)],
-        unpack(w),
-        columns,
-    )
-
-
-def main():
-    """Prints the list of reports."""
-    print(json.dumps(list(reports())))
+    unpacked = shard(unpack, in_specs=columns, out_specs=columns)
+    yield report("unpack, shard_map, columns", unpacked, [place(w, columns)], unpack(w), columns)
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(list(reports())))

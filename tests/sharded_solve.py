@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import config_dict, random_weights, tokens, write_folder, write_tiny
+from tiny import config_dict, pruned_by, random_weights, tokens, write_folder, write_tiny
 
 from prox24 import is_sparse
 from prox24._checkpoints.checkpoint import open_checkpoint
@@ -93,30 +93,19 @@ def collectives(text):
                 yield from (name.strip(" %") for name in branches.split(","))
 
     loops = re.findall(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", text)
-    bodies = {name for pair in loops for name in pair}
-    found = {}
+    loop_of = {name: body for condition, body in loops for name in (condition, body)}
+    found, inner = {body: [] for _, body in loops}, []
 
-    def visit(loop, names):
-        for name in names:
-            lines = computations.get(name, [])
-            found.setdefault(loop, []).extend(
-                m.groups() for m in map(COLLECTIVE.search, lines) if m
-            )
-            visit(loop, [other for other in called(lines) if other not in bodies])
+    def visit(name, loop, depth):
+        lines = computations.get(name, [])
+        own = [match.groups() for match in map(COLLECTIVE.search, lines) if match]
+        found.setdefault(loop, []).extend(own)
+        inner.extend(own if depth > 1 else [])
+        for other in called(lines):
+            visit(other, loop_of.get(other, loop), depth + (other in loop_of))
 
-    visit("", re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE))
-    for condition, body in loops:
-        visit(body, [condition, body])
-    inner = []
-
-    def descend(name, depth):
-        if depth > 1:
-            inner.extend(m.groups() for m in map(COLLECTIVE.search, computations[name]) if m)
-        for other in called(computations.get(name, [])):
-            descend(other, depth + (other in bodies))
-
-    for name in re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE):
-        descend(name, 0)
+    (entry,) = re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    visit(entry, "", 0)
     return found, inner
 
 
@@ -137,35 +126,43 @@ def relative_difference(values, expected):
     return float(np.abs(values - expected)[same].max() / np.abs(expected).max())
 
 
+def compiled(problem, methods):
+    return solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4)).compile()
+
+
+def compared(program, problem, methods, sharding, expected):
+    """What a program finds, against one device."""
+    pruned, mask, _, figures, _ = program(problem, *methods, jnp.float32(0.01))
+    return {
+        "kept": pruned.sharding == mask.sharding == sharding,
+        "sparse": bool(is_sparse(np.asarray(pruned))),
+        "same_blocks": same_blocks(mask, expected.mask),
+        "weights": relative_difference(pruned, expected.weight),
+        "loss": float(figures.relative_loss) / expected.statistics.relative_loss - 1,
+    }
+
+
 def solver_reports():
     """One report for each kind of axis and each solver."""
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
     inputs = rng.normal(size=(128, WIDTH)) @ (np.eye(WIDTH) + 0.3 * rng.normal(size=(WIDTH, WIDTH)))
     gram = (inputs.T @ inputs).astype(np.float32)
-    rest = (jnp.float32(0.01), Pattern(2, 4))
     for name, methods in SOLVERS.items():
         expected = solve(jnp.asarray(weight), jnp.asarray(gram), *methods)
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((8,), ("rows",), axis_types=(kind,))
-            rows = NamedSharding(mesh, P("rows", None))
-            problem = LayerProblem(
-                jax.device_put(weight, rows), jax.device_put(gram, NamedSharding(mesh, P()))
-            )
-            program = solve_program.lower(problem, *methods, *rest).compile()
-            pruned, mask, _, figures, _ = program(problem, *methods, rest[0])
+            rows, everywhere = (NamedSharding(mesh, P(*axes)) for axes in (("rows", None), ()))
+            placed = jax.device_put(weight, rows), jax.device_put(gram, everywhere)
+            problem = LayerProblem(*placed)
+            program = compiled(problem, methods)
             found, inner = collectives(program.as_text())
-            yield {
+            yield compared(program, problem, methods, rows, expected) | {
                 "solver": name,
                 "axes": kind.name,
-                "kept": pruned.sharding == mask.sharding == rows,
                 "outside": found.pop("", []),
                 "loops": list(found.values()),
                 "inner": inner,
-                "sparse": bool(is_sparse(pruned)),
-                "same_blocks": same_blocks(mask, expected.mask),
-                "weights": relative_difference(pruned, expected.weight),
-                "loss": float(figures.relative_loss) / expected.statistics.relative_loss - 1,
             }
 
 
@@ -186,17 +183,11 @@ def column_reports():
         mesh = jax.make_mesh((8,), ("columns",), axis_types=(kind,))
         columns = NamedSharding(mesh, P(None, "columns"))
         problem = jax.device_put(dense, columns)
-        program = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4)).compile()
-        pruned, mask, _, figures, _ = program(problem, *methods, jnp.float32(0.01))
-        yield {
+        program = compiled(problem, methods)
+        yield compared(program, problem, methods, columns, expected) | {
             "columns": kind.name,
-            "kept": pruned.sharding == mask.sharding == columns,
             "width": width,
             "sent": sent(program),
-            "sparse": bool(is_sparse(np.asarray(pruned))),
-            "same_blocks": same_blocks(mask, expected.mask),
-            "weights": relative_difference(pruned, expected.weight),
-            "loss": float(figures.relative_loss) / expected.statistics.relative_loss - 1,
         }
 
     width = 1024
@@ -204,12 +195,9 @@ def column_reports():
     mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,))
     x = jax.device_put(inputs.reshape(8, -1, 16, width), NamedSharding(mesh, P(AXIS)))
     y = jax.device_put(2 * x, NamedSharding(mesh, P(AXIS)))
-    program = (
-        jax.jit(add_in_turn, static_argnames="devices")
-        .lower(empty_columns(width, mesh), x, y, devices=8)
-        .compile()
-    )
-    gram = program(empty_columns(width, mesh), x, y)
+    empty = empty_columns(width, mesh)
+    program = jax.jit(functools.partial(add_in_turn, devices=8)).lower(empty, x, y).compile()
+    gram = program(empty, x, y)
     exact = 2 * inputs.T.astype(np.float64) @ inputs
     yield {
         "summed": float(np.linalg.norm(gram.total - exact) / np.linalg.norm(exact)),
@@ -234,12 +222,11 @@ def planned_reports(folder):
     weights = jax.device_put(layer_weights(model, 0), whole)
     hidden = jax.device_put(jnp.ones((16, 256, layer.hidden)), parts)
     grams = {linear.input: empty_columns(linear.shape[1], mesh) for linear in linears}
-    gathering = observe_layer.lower(
-        layer, weights, hidden, hidden, grams, grams, devices=8
-    ).compile()
+    given = layer, weights, hidden, hidden, grams, grams
+    gathering = observe_layer.lower(*given, devices=8).compile()
     down = next(linear for linear in linears if linear.tensor == memory.widest)
     problem = LayerProblem(jax.device_put(jnp.ones(down.shape), columns), grams[down.input].total)
-    solving = solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4)).compile()
+    solving = compiled(problem, methods)
     held = 2 * memory.weights + 2 * memory.grams - 4 * down.shape[1] ** 2 / 8
     yield {
         "planned": memory.widest,
@@ -282,9 +269,7 @@ def model_reports(folder):
     def pruned(mesh, targets=None, refine=None, **options):
         recipe = Recipe(targets=targets, refine=refine)
         runner = native_runner(checkpoint, windows, recipe, mesh=mesh, **options)
-        tensors = list(prune_stages(runner, recipe))
-        reports = [report for tensor in tensors for report in tensor.reports]
-        return {tensor.name: tensor.values for tensor in tensors}, reports
+        return pruned_by(runner, recipe)
 
     dense = DenseTargets(0.03)
     alone = {targets: pruned(None, targets) for targets in (None, dense)}
@@ -333,22 +318,14 @@ def model_reports(folder):
 
     model = load_model(checkpoint, mesh)
     (hidden,) = embed_windows(model, windows)
-    grams = {
-        linear.input: empty_gram(linear.shape[1], model.mesh)
-        for linear in layer_linears(model.config, 0)
-    }
-    arguments = (
-        model.config.layers[0],
-        layer_weights(model, 0),
-        placed(hidden, model.mesh),
-        None,
-        grams,
-        {},
-    )
-    text = observe_layer.lower(*arguments).compile().as_text()
+    inputs = {linear.input: linear.shape[1] for linear in layer_linears(model.config, 0)}
+    grams = {name: empty_gram(width, model.mesh) for name, width in inputs.items()}
+    layer, weights = model.config.layers[0], layer_weights(model, 0)
+    given = layer, weights, placed(hidden, model.mesh), None, grams, {}
+    text = observe_layer.lower(*given).compile().as_text()
     yield {"gathering": [kind for kinds in collectives(text)[0].values() for kind in kinds]}
-    run = jax.jit(forward.layer_function(model.config.layers[0], model.mesh))
-    (output,) = jax.tree.leaves(run.lower(arguments[1], hidden).compile().output_shardings)
+    run = jax.jit(forward.layer_function(layer, model.mesh))
+    (output,) = jax.tree.leaves(run.lower(weights, hidden).compile().output_shardings)
     yield {"own_windows": output.shard_shape(hidden.shape)[0] / len(hidden)}
     shapes = (8, 4), (44, 4)
     copies = [apart(jnp.ones(s), model.mesh).sharding.is_fully_replicated for s in shapes]

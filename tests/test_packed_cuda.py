@@ -46,7 +46,7 @@ def addresses(*arrays):
 @needs_compiler
 def test_what_lanes_hold_makes_the_product(tmp_path):
     library = compiled_for_tests(HERE / "emulate_mma.cc", tmp_path / "emulate.so")
-    x, w = operands(8, 48, 192)
+    x, w = operands(8, 48, 192, "float32")
     found = np.full((8, 48), np.nan)
     pointers = addresses(*map(np.asarray, (x, w.values, w.codes)), found)
     library.emulate(*pointers, ctypes.c_int64(48), ctypes.c_int64(192))
@@ -54,34 +54,21 @@ def test_what_lanes_hold_makes_the_product(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """The library, the number of architectures it is for, and what the compiler printed."""
-    if NVCC is None:
-        pytest.skip("there is no nvcc")
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+def test_it_compiles_for_sparse_tensor_cores_without_spilled_registers(tmp_path):
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True)
     targets = [n for n in ARCHITECTURES if f"sm_{n.replace('.', '')}" in known.stdout.split()]
-    library = tmp_path_factory.mktemp("cuda") / "kernel.so"
+    library = tmp_path / "kernel.so"
     command = cuda.LIBRARY._replace(flags=lambda: cuda.flags_for(targets)).command(NVCC, library)
     done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True, check=True)
-    return library, len(targets), done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_it_compiles_for_every_architecture_without_spilled_registers(compiled):
-    _, architectures, printed = compiled
-    kernels = re.findall(r"(\d+) bytes spill stores", printed)
-    assert len(kernels) == architectures * KERNELS
-    assert set(kernels) == {"0"}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(DISASSEMBLER is None, reason="there are no cuobjdump and nvdisasm")
-def test_its_machine_code_multiplies_sparse_matrices(compiled):
-    library, architectures, _ = compiled
+    spilled = re.findall(r"(\d+) bytes spill stores", done.stdout + done.stderr)
+    assert spilled == ["0"] * len(targets) * KERNELS
+    if DISASSEMBLER is None:
+        pytest.skip("there are no cuobjdump and nvdisasm")
     command = [DISASSEMBLER, "-sass", library]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert code.count("HMMA.SP") >= architectures * KERNELS * 2
+    assert code.count("HMMA.SP") >= len(targets) * KERNELS * 2
 
 
 @needs_gpu
@@ -127,16 +114,12 @@ def test_its_descriptors_make_the_product(stand_in, shape):
 
 @needs_compiler
 def test_a_case_has_one_plan_and_a_device_one_handle(stand_in):
-    def begun(batch, device):
-        x, w = operands(batch, 32, 64, "bfloat16")
-        status, _, used = stand_in(np.asarray(x), np.asarray(unpack(w)), device=device)
+    weight, begun = np.zeros((32, 64), jnp.bfloat16), []
+    for batch, device in ((128, 1), (128, 1), (8, 1), (128, 2)):
+        status, _, used = stand_in(np.ones((batch, 64), weight.dtype), weight, device=device)
         assert status == 0
-        return used
-
-    first = begun(128, 1)
-    assert (begun(128, 1) - first).tolist() == [0, 0]
-    assert (begun(8, 1) - first).tolist() == [0, 1]
-    assert (begun(128, 2) - first).tolist() == [1, 2]
+        begun.append(used - begun[0] if begun else used)
+    assert np.array_equal(begun[1:], [[0, 0], [0, 1], [1, 2]])
 
 
 @needs_compiler
@@ -146,19 +129,13 @@ def test_what_it_cannot_do_is_a_status_and_is_not_kept(stand_in):
     assert status == 0
     assert stand_in(x, np.ones_like(zeros))[0] == INVALID_VALUE  # four nonzeros in a block
     assert stand_in(x, zeros, without_memory=True)[0] == ALLOC_FAILED
-    for _ in range(2):
-        assert stand_in(x[:4], zeros)[0] == INVALID_VALUE
+    assert [stand_in(x[:4], zeros)[0] for _ in range(2)] == [INVALID_VALUE] * 2
     status, _, after = stand_in(x, zeros)
     assert (status, (after - before).tolist()) == (0, [0, 0])
-
-
-@needs_compiler
-def test_a_library_of_another_release_is_not_called(stand_in):
-    x, zeros = np.ones((8, 16), jnp.bfloat16), np.zeros((16, 16), jnp.bfloat16)
-    stand_in.library.load_release(8)
-    assert stand_in(x, zeros, device=7)[0] == NOT_SUPPORTED
-    stand_in.library.load_release(10)
-    assert stand_in(x, zeros, device=7)[0] == 0
+    # A library of another release is not called.
+    for release, expected in ((8, NOT_SUPPORTED), (10, 0)):
+        stand_in.library.load_release(release)
+        assert stand_in(x, zeros, device=7)[0] == expected
 
 
 @pytest.fixture
