@@ -47,8 +47,23 @@ def prune_folder(folder, recipe, windows=WINDOWS, **options):
     return pruned_by(runner_of(folder, recipe, windows), recipe, **options)
 
 
-def linears_of(folder):
-    return [linear.tensor for linear in all_linears(load_model(open_checkpoint(folder)).config)]
+@pytest.fixture
+def source(tmp_path):
+    write_tiny(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def weights(source):
+    return load_folder(source)
+
+
+def write_changed(folder, name, place, value, variant="llama1"):
+    """The folder of a model with other entries at a place of a weight."""
+    weights = random_weights(config_dict(variant))
+    weights[name][place] = value
+    write_folder(folder / "source", config_dict(variant), weights)
+    return folder / "source"
 
 
 def relative_losses(pruned):
@@ -78,33 +93,30 @@ def test_a_preset_prunes_every_linear_and_compiles_its_solver_once_for_each_shap
             assert written[name].tobytes() == values.tobytes()
 
 
-def test_the_default_has_the_lowest_losses_after_the_same_refit(tmp_path):
-    write_tiny(tmp_path / "source")
+def test_the_default_has_the_lowest_losses_after_the_same_refit(source):
     mean = {}
     for method, solver in SOLVERS.items():
-        pruned = prune_folder(tmp_path / "source", Recipe(solver(), targets=None))
-        mean[method] = np.mean(list(relative_losses(pruned).values()))
+        losses = relative_losses(prune_folder(source, Recipe(solver(), targets=None)))
+        mean[method] = np.mean(list(losses.values()))
     assert sorted(mean, key=mean.get)[:2] == ["admm", "prox"]
 
 
-def test_names_choose_the_tensors_and_their_patterns(tmp_path):
-    write_tiny(tmp_path / "source")
+def test_names_choose_the_tensors_and_their_patterns(source):
     pattern = (("down_proj", "dense"), ("mlp", (4, 8)), ("[qkv]_proj", (2, 4)))
     recipe = dataclasses.replace(MAGNITUDE, pattern=pattern, only=r"layers\.1", skip="v_proj")
-    pruned = prune_folder(tmp_path / "source", recipe)
+    pruned = prune_folder(source, recipe).tensors
     expected = {"self_attn.q": (2, 4), "self_attn.k": (2, 4), "mlp.gate": (4, 8), "mlp.up": (4, 8)}
-    assert pruned.tensors.keys() == {f"model.layers.1.{name}_proj.weight" for name in expected}
+    assert pruned.keys() == {f"model.layers.1.{name}_proj.weight" for name in expected}
     for name, values in expected.items():
-        weight = jnp.asarray(pruned.tensors[f"model.layers.1.{name}_proj.weight"])
+        weight = jnp.asarray(pruned[f"model.layers.1.{name}_proj.weight"])
         assert is_sparse(weight, values)
         assert np.mean(weight == 0) == 0.5
     with pytest.raises(RecipeError, match=r"none of the 14 linears \(only 'lm_head'.*as model\.la"):
-        prune_folder(tmp_path / "source", dataclasses.replace(MAGNITUDE, only="lm_head"))
+        prune_folder(source, dataclasses.replace(MAGNITUDE, only="lm_head"))
 
 
 @pytest.mark.parametrize("share", [3, 0.2])
-def test_those_that_lose_most_in_the_dense_model_stay_dense(tmp_path, share):
-    weights = write_tiny(tmp_path / "source")
+def test_those_that_lose_most_in_the_dense_model_stay_dense(source, weights, share):
     recipe = Recipe(skip="gate_proj", keep_dense=share, targets=None)
     losses = {}
     for index in range(2):
@@ -113,10 +125,9 @@ def test_those_that_lose_most_in_the_dense_model_stay_dense(tmp_path, share):
             losses[name] = prox24.solve(*problem, Wanda(), None).statistics.relative_loss
     chosen = [name for name in losses if "gate_proj" not in name]
     count = 3 if share == 3 else round(0.2 * len(chosen))
-    expected = sorted(chosen, key=losses.get)[-count:]
-    runner = runner_of(tmp_path / "source", recipe)
+    runner = runner_of(source, recipe)
     dense = loop.most_lossy(runner, recipe)
-    assert dense == set(expected)
+    assert dense == set(sorted(chosen, key=losses.get)[-count:])
     assert pruned_by(runner, recipe, dense=dense).tensors.keys() == set(chosen) - dense
 
 
@@ -141,10 +152,9 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path):
 
 
 def test_dead_input_features_are_reported(tmp_path):
-    weights = random_weights(config_dict())
-    weights["model.layers.0.input_layernorm.weight"][[1, 5, 6]] = 0
-    write_folder(tmp_path / "source", config_dict(), weights)
-    for report in prune_folder(tmp_path / "source", Recipe()).reports:
+    norm = "model.layers.0.input_layernorm.weight"
+    source = write_changed(tmp_path, norm, [1, 5, 6], 0)
+    for report in prune_folder(source, Recipe()).reports:
         reads_dead = "layers.0" in report.name and report.name.split(".")[-2][:-5] in "qkv"
         assert report.statistics.dead_features == (3 if reads_dead else 0)
 
@@ -175,68 +185,50 @@ def test_layers_see_the_weights_before_them_as_they_are_written(tmp_path, dtype)
         np.testing.assert_array_equal(runner.seen[name], values)
 
 
-def relative_losses_by_hand(weights, pruned, layer_index):
-    """The losses of one layer's linears, with every layer before it pruned and itself dense."""
-    before = {n: w for n, w in pruned.items() if int(n.split(".")[2]) < layer_index}
-    losses = {}
-    inputs = seen_by_linears(config_dict(), weights | before, WINDOWS, layer_index)
-    for name, x in inputs.items():
-        change = (pruned[name].astype(np.float64) - weights[name]) @ x.T
-        losses[name] = np.sum(change**2) / np.sum((weights[name] @ x.T) ** 2)
-    return losses
-
-
-def test_each_layer_is_calibrated_on_the_output_of_the_pruned_ones(tmp_path):
-    weights = write_tiny(tmp_path / "source")
-    pruned = prune_folder(tmp_path / "source", Recipe(Wanda(), targets=None))
-    reported = relative_losses(pruned)
+def test_each_layer_is_calibrated_on_the_output_of_the_pruned_ones(source, weights):
+    pruned = prune_folder(source, Recipe(Wanda(), targets=None))
+    reported, before = relative_losses(pruned), {}
     for index in range(2):
-        for name, loss in relative_losses_by_hand(weights, pruned.tensors, index).items():
+        # Every layer before it is pruned, and it is dense.
+        seen = seen_by_linears(config_dict(), weights | before, WINDOWS, index)
+        for name, x in seen.items():
+            before[name] = pruned.tensors[name]
+            change = (before[name].astype(np.float64) - weights[name]) @ x.T
+            loss = np.sum(change**2) / np.sum((weights[name] @ x.T) ** 2)
             assert reported[name] == pytest.approx(loss, rel=1e-3), name
 
 
-def test_an_infinite_pull_to_the_dense_weight_is_no_correction(tmp_path):
-    write_tiny(tmp_path / "source")
+def test_an_infinite_pull_to_the_dense_weight_is_no_correction(source):
     own, pulled = (
-        prune_folder(tmp_path / "source", Recipe(Wanda(), targets=targets))
+        prune_folder(source, Recipe(Wanda(), targets=targets)).tensors
         for targets in (None, DenseTargets(1e9))
     )
-    for name, values in own.tensors.items():
-        np.testing.assert_allclose(pulled.tensors[name], values, rtol=0, atol=1e-4)
+    for name, values in own.items():
+        np.testing.assert_allclose(pulled[name], values, rtol=0, atol=1e-4)
 
 
-def output_errors(weights, tensors, index):
-    """|W X' - W0 X|^2 of the linears that read the input of a layer, behind the pruned ones."""
-    dense, pruned = (
-        seen_by_linears(config_dict(), source, WINDOWS, index)
-        for source in (weights, weights | tensors)
-    )
-    names = [f"model.layers.{index}.self_attn.{part}_proj.weight" for part in "qkv"]
-    return [np.sum((pruned[n] @ tensors[n].T - dense[n] @ weights[n].T) ** 2) for n in names]
-
-
-def test_dense_targets_lower_the_error_against_the_dense_model(tmp_path):
-    weights = write_tiny(tmp_path / "source")
-    own, dense = (
-        prune_folder(
-            tmp_path / "source",
-            Recipe(Magnitude(), ConjugateGradients(100, 0.0), targets=targets),
-        ).tensors
-        for targets in (None, DenseTargets(0.003))
-    )
-    for name in (name for name in own if "layers.0." in name):
-        np.testing.assert_allclose(dense[name], own[name], rtol=0, atol=1e-4)
-    errors = (output_errors(weights, tensors, 1) for tensors in (dense, own))
-    assert all(corrected < 0.95 * plain for corrected, plain in zip(*errors, strict=True))
+def test_dense_targets_lower_the_error_against_the_dense_model(source, weights):
+    seen = seen_by_linears(config_dict(), weights, WINDOWS, 1)
+    names = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
+    found, errors = [], []
+    for targets in (None, DenseTargets(0.003)):
+        recipe = Recipe(Magnitude(), ConjugateGradients(100, 0.0), targets=targets)
+        tensors = prune_folder(source, recipe).tensors
+        behind = seen_by_linears(config_dict(), weights | tensors, WINDOWS, 1)
+        # |W X' - W0 X|^2 of the linears that read the input of a layer, behind the pruned one.
+        differences = [behind[n] @ tensors[n].T - seen[n] @ weights[n].T for n in names]
+        errors.append([np.sum(difference**2) for difference in differences])
+        found.append(tensors)
+    for name in (name for name in found[0] if "layers.0." in name):
+        np.testing.assert_allclose(found[1][name], found[0][name], rtol=0, atol=1e-4)
+    assert np.all(np.array(errors[1]) < 0.95 * np.array(errors[0]))
 
 
 # The run
 
 
-def test_a_linear_is_given_out_before_the_next_layer_is_read(tmp_path):
-    write_tiny(tmp_path / "source")
-    checkpoint = open_checkpoint(tmp_path / "source")
-    read = []
+def test_a_linear_is_given_out_before_the_next_layer_is_read(source):
+    checkpoint, read = open_checkpoint(source), []
 
     def recording(name, source):
         return source._replace(read=lambda: (read.append(name), source.read())[1])
@@ -266,41 +258,18 @@ def test_a_run_that_goes_on_gives_the_same_bytes(tmp_path, variant, targets):
         assert values.tobytes() == whole.tensors[name].tobytes()
 
 
-def test_micro_batches_divide_the_windows(tmp_path):
+def test_micro_batches_divide_the_windows(source):
     for windows in range(1, 40):
         for length in (2, 512, 4096):
             size = batch_size(windows, length)
             assert windows % size == 0
             assert size == 1 or size * length <= 2048
-    write_tiny(tmp_path / "source")
     for size in (3, 16):
         with pytest.raises(ValueError, match=f"micro-batches of {size} do not divide 8 windows"):
-            runner_of(tmp_path / "source", MAGNITUDE, micro_batch=size)
+            runner_of(source, MAGNITUDE, micro_batch=size)
 
 
 # Errors
-
-
-def test_a_pattern_that_does_not_fit_is_named(tmp_path):
-    write_tiny(tmp_path / "source")
-    odd = dataclasses.replace(MAGNITUDE, pattern=(2, 5))
-    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.weight.*32.*by 5"):
-        prune_folder(tmp_path / "source", odd)
-    with pytest.raises(RecipeError, match=r"supports 1:M and 2:M, not 4:8.*sparsegpt"):
-        prune_folder(tmp_path / "source", Recipe(pattern=(4, 8)))
-
-
-def test_one_window_that_is_not_finite_is_enough_to_be_named(tmp_path):
-    config = config_dict("gemma")  # which scales its embeddings
-    weights = random_weights(config)
-    (token,) = byte_tokenizer()("~")["input_ids"]
-    weights["model.embed_tokens.weight"][token] = 3e38
-    write_folder(tmp_path / "source", config, weights)
-    windows = np.where(token == WINDOWS, token - 1, WINDOWS)
-    windows[5, 3] = token
-    runner = runner_of(tmp_path / "source", MAGNITUDE, windows, micro_batch=2)
-    with pytest.raises(CalibrationError, match=r"NaN or Inf in .* attention_input of layer 0"):
-        pruned_by(runner, MAGNITUDE)
 
 
 @hyperparameters
@@ -312,19 +281,39 @@ class Broken:
         return Candidate.of(jnp.nan * problem.weight, mask, damping)
 
 
-def test_a_solution_that_is_not_finite_is_named(tmp_path):
-    write_tiny(tmp_path / "source")
-    with pytest.raises(SolverError, match=r"layers\.0\.self_attn\.q_proj.*use more damping"):
-        prune_folder(tmp_path / "source", Recipe(Broken(), None))
+@pytest.mark.parametrize(
+    ("recipe", "error", "said"),
+    [
+        (
+            dataclasses.replace(MAGNITUDE, pattern=(2, 5)),
+            CheckpointError,
+            r"layers\.0\.self_attn\.q_proj\.weight.*32.*by 5",
+        ),
+        (Recipe(pattern=(4, 8)), RecipeError, r"supports 1:M and 2:M, not 4:8.*sparsegpt"),
+        (Recipe(Broken(), None), SolverError, r"layers\.0\.self_attn\.q_proj.*use more damping"),
+    ],
+)
+def test_patterns_and_solutions_that_do_not_do_are_named(source, recipe, error, said):
+    with pytest.raises(error, match=said):
+        prune_folder(source, recipe)
+
+
+def test_one_window_that_is_not_finite_is_enough_to_be_named(tmp_path):
+    (token,) = byte_tokenizer()("~")["input_ids"]
+    # Gemma scales its embeddings.
+    source = write_changed(tmp_path, "model.embed_tokens.weight", token, 3e38, "gemma")
+    windows = np.where(token == WINDOWS, token - 1, WINDOWS)
+    windows[5, 3] = token
+    runner = runner_of(source, MAGNITUDE, windows, micro_batch=2)
+    with pytest.raises(CalibrationError, match=r"NaN or Inf in .* attention_input of layer 0"):
+        pruned_by(runner, MAGNITUDE)
 
 
 def test_a_weight_that_its_dtype_cannot_hold_is_named(tmp_path):
-    weights = random_weights(config_dict())
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
-    write_folder(tmp_path / "source", config_dict(), weights)
+    source = write_changed(tmp_path, "model.layers.1.mlp.up_proj.weight", (0, 0), 1e6)
     recipe = dataclasses.replace(MAGNITUDE, dtype="float16")
     with pytest.raises(CheckpointError, match=r"1\.mlp\.up_proj\.weight overflows float16; choose"):
-        prune_folder(tmp_path / "source", recipe)
+        prune_folder(source, recipe)
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, 1e5])
