@@ -34,12 +34,7 @@ from prox24._jobs.perplexity import native_perplexity
 from prox24._jobs.torch_runner import torch_runner
 from prox24._jobs.verify import native_axes
 from prox24._pruning import loop
-from prox24.errors import (
-    CalibrationError,
-    CheckpointError,
-    Prox24Error,
-    UnsupportedModelError,
-)
+from prox24.errors import CalibrationError, CheckpointError, Prox24Error, UnsupportedModelError
 
 WINDOWS = tokens(batch=8, length=32)
 WANDA = Recipe.wanda()
@@ -121,14 +116,15 @@ def foreign_model(family):
 
 def write_foreign(folder, family):
     model = foreign_model(family)
-    model.to(dtype=sys.modules["torch"].bfloat16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    model.to(dtype=sys.modules["torch"].bfloat16).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    return folder / "model"
 
 
-def torch_logits(model, ids):
+def torch_output(model):
     torch = sys.modules["torch"]
     with torch.no_grad():
-        return model(torch.as_tensor(ids, dtype=torch.long)).logits.numpy()
+        return model(torch.as_tensor(WINDOWS, dtype=torch.long))
 
 
 def linears(model):
@@ -154,27 +150,22 @@ def test_logits_are_those_of_pytorch_and_every_linear_is_found(family):
     model = foreign_model(family)
     apply, params = torchax.from_torch(model)
     assert params.keys() == dict(model.named_parameters()).keys()
-    ids = jnp.asarray(WINDOWS)
-    np.testing.assert_allclose(
-        jax.jit(apply)(params, ids), torch_logits(model, WINDOWS), rtol=0, atol=1e-5
-    )
-    found = prox24.calibrate(apply, params, [ids]).grams
+    ids, expected = jnp.asarray(WINDOWS), torch_output(model).logits.numpy()
+    np.testing.assert_allclose(jax.jit(apply)(params, ids), expected, rtol=0, atol=1e-5)
     # A tied head is the embedding, which is no product.
+    found = prox24.calibrate(apply, params, [ids]).grams
     assert found.keys() == linears(model) & params.keys()
 
 
 @needs_torchax
 def test_hidden_states_of_an_encoder_are_those_of_pytorch():
-    import torch
     from transformers import BertConfig, BertModel
 
     model = BertModel(BertConfig(**SIZES), add_pooling_layer=False).eval()
     apply, params = torchax.from_torch(model)
-    with torch.no_grad():
-        expected = model(torch.as_tensor(WINDOWS, dtype=torch.long)).last_hidden_state
-    result = apply(params, jnp.asarray(WINDOWS))
-    np.testing.assert_allclose(result, expected.numpy(), rtol=0, atol=1e-5)
-    assert prox24.calibrate(apply, params, [jnp.asarray(WINDOWS)]).grams.keys() == linears(model)
+    ids, expected = jnp.asarray(WINDOWS), torch_output(model).last_hidden_state.numpy()
+    np.testing.assert_allclose(apply(params, ids), expected, rtol=0, atol=1e-5)
+    assert prox24.calibrate(apply, params, [ids]).grams.keys() == linears(model)
 
 
 @needs_torchax
@@ -190,7 +181,7 @@ def test_a_pruned_tree_goes_back_to_pytorch():
     values = {name: torch.as_tensor(np.array(leaf)) for name, leaf in pruned.params.items()}
     model.load_state_dict(values, strict=False)
     result = apply(pruned.params, batches[0])
-    np.testing.assert_allclose(result, torch_logits(model, WINDOWS), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result, torch_output(model).logits.numpy(), rtol=0, atol=1e-5)
 
 
 @needs_torchax
@@ -202,7 +193,7 @@ def test_an_operation_that_torchax_lacks_is_named():
 
 @needs_torchax
 def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
-    write_foreign(tmp_path / "model", "stablelm")
+    write_foreign(tmp_path, "stablelm")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs/own-model.md").read_text()
     (block,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
@@ -261,36 +252,34 @@ def test_finished_tensors_and_those_of_the_recipe_are_left_out(tmp_path):
 def test_what_is_written_is_sparse_and_loads_in_transformers(tmp_path, family):
     from transformers import AutoModelForCausalLM
 
-    write_foreign(tmp_path / "model", family)
-    pruned = pruned_folder(tmp_path / "model")
-    write_checkpoint(opened(tmp_path / "model"), tmp_path / "out", pruned.tensors.items())
-    before = load_file(tmp_path / "model/model.safetensors")
-    after = load_file(tmp_path / "out/model.safetensors")
+    path = write_foreign(tmp_path, family)
+    pruned = pruned_folder(path).tensors
+    write_checkpoint(opened(path), tmp_path / "out", pruned.items())
+    before, after = (load_file(p / "model.safetensors") for p in (path, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, values in after.items():
         assert values.dtype == before[name].dtype
-        if name in pruned.tensors:
+        if name in pruned:
             assert prox24.is_sparse(jnp.asarray(values))
             assert np.count_nonzero(values) <= values.size // 2
         else:
             assert values.tobytes() == before[name].tobytes()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert pruned.tensors.keys() == {name for name in linears(model) if "lm_head" not in name}
+    assert pruned.keys() == {name for name in linears(model) if "lm_head" not in name}
 
 
 @needs_torchax
 def test_a_width_that_is_not_divisible_is_named(tmp_path):
-    write_foreign(tmp_path / "model", "gptj")
     with pytest.raises(CheckpointError, match=r"\w_proj\.weight has input width 32, not divisible"):
-        pruned_folder(tmp_path / "model", dataclasses.replace(WANDA, pattern=(2, 5)))
+        pruned_folder(write_foreign(tmp_path, "gptj"), dataclasses.replace(WANDA, pattern=(2, 5)))
 
 
 @needs_torchax
 def test_a_linear_that_is_not_a_plain_product_is_named(tmp_path):
-    write_foreign(tmp_path / "model", "mamba")
+    path = write_foreign(tmp_path, "mamba")
     with pytest.raises(CalibrationError, match=r"dt_proj\.weight has no products: used by"):
-        pruned_folder(tmp_path / "model")
-    pruned = pruned_folder(tmp_path / "model", dataclasses.replace(WANDA, skip="dt_proj"))
+        pruned_folder(path)
+    pruned = pruned_folder(path, dataclasses.replace(WANDA, skip="dt_proj"))
     assert {name.rpartition(".mixer.")[2] for name in pruned.tensors} >= {"in_proj.weight"}
 
 
@@ -304,35 +293,29 @@ def test_layers_that_depend_on_more_than_hidden_states_are_refused(tmp_path, mon
     model.model.register_forward_pre_hook(rotate_by_token, with_kwargs=True)
     monkeypatch.setattr(torchax, "_load", lambda path: model)
     monkeypatch.setattr("prox24._jobs.forward.BATCH_TOKENS", 64)
-    write_foreign(tmp_path / "model", "stablelm")
+    path = write_foreign(tmp_path, "stablelm")
     with pytest.raises(UnsupportedModelError, match="depend on more than their hidden states"):
-        pruned_folder(tmp_path / "model")
+        pruned_folder(path)
 
 
 @needs_torchax
 def test_a_tensor_that_is_missing_is_named(tmp_path):
-    write_foreign(tmp_path / "model", "stablelm")
-    path = tmp_path / "model/model.safetensors"
-    tensors = load_file(path)
+    folder = write_foreign(tmp_path, "stablelm")
+    tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
-    save_file(tensors, path, metadata={"format": "pt"})
-    checkpoint = opened(tmp_path / "model")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight is missing"):
-        torchax.torch_perplexity(checkpoint, WINDOWS)
+        torchax.torch_perplexity(opened(folder), WINDOWS)
 
 
 @needs_torchax
-def test_windows_that_are_too_long_end_in_one_line(tmp_path):
-    write_foreign(tmp_path / "model", "gpt_neo")
+def test_long_windows_and_folders_that_transformers_does_not_know_are_refused(tmp_path):
+    path = write_foreign(tmp_path, "gpt_neo")
     with pytest.raises(UnsupportedModelError, match="does not run"):
-        pruned_folder(tmp_path / "model", windows=tokens(1, 4096))
-
-
-@needs_torchax
-def test_a_folder_that_transformers_does_not_know_is_refused(tmp_path):
-    write_folder(tmp_path / "model", {"model_type": "unheard_of"}, {"x": np.zeros(4, np.float32)})
+        pruned_folder(path, windows=tokens(1, 4096))
+    write_folder(tmp_path / "other", {"model_type": "unheard_of"}, {"x": np.zeros(4, np.float32)})
     with pytest.raises(UnsupportedModelError, match="transformers cannot load it"):
-        pruned_folder(tmp_path / "model")
+        pruned_folder(tmp_path / "other")
 
 
 # The command line
@@ -346,29 +329,27 @@ def options(folder):
 
 @needs_torchax
 def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsys):
-    write_foreign(tmp_path / "model", "gptj")
-    model, out = str(tmp_path / "model"), str(tmp_path / "out")
-    arguments = ["prune", model, out, *options(tmp_path), "--json"]
-    assert main(arguments) == 0
-    report = json.loads(capsys.readouterr().out)
+    model, out = str(write_foreign(tmp_path, "gptj")), str(tmp_path / "out")
+
+    def reported(*arguments, status=0):
+        assert main([*arguments, "--json"]) == status
+        return json.loads(capsys.readouterr().out)
+
+    arguments = ["prune", model, out, *options(tmp_path)]
+    report = reported(*arguments)
     assert len(report["linears"]) == 12
     assert report["recipe"]["targets"] == {"name": "DenseTargets", "pull": 1.0}
     written = load_file(tmp_path / "out/model.safetensors")
-    for linear in report["linears"]:
-        assert prox24.is_sparse(jnp.asarray(written[linear["name"]]))
+    assert all(prox24.is_sparse(jnp.asarray(written[it["name"]])) for it in report["linears"])
 
-    assert main(["verify", out, "--json"]) == 0
-    counts = json.loads(capsys.readouterr().out)
+    counts = reported("verify", out)
     assert (counts["linears"], counts["sparsity"], counts["violations"]) == (12, 0.5, {})
-    assert main(["verify", model, "--json"]) == 1
-    assert len(json.loads(capsys.readouterr().out)["violations"]) == 12
+    assert len(reported("verify", model, status=1)["violations"]) == 12
+    text = ["--text", str(tmp_path / "text.txt"), "--sequence-length", "48"]
+    assert 1 < reported("eval", out, *text)["perplexity"] < 1e6
+
     assert main(["verify", out, "--pattern", "2:5"]) == 2
     assert "not divisible by 5" in capsys.readouterr().err
-
-    text = ["--text", str(tmp_path / "text.txt"), "--sequence-length", "48", "--json"]
-    assert main(["eval", out, *text]) == 0
-    assert 1 < json.loads(capsys.readouterr().out)["perplexity"] < 1e6
-
     for option, value in (("--memory", "1GB"), ("--activations", "disk"), ("--refine", "block")):
         assert main([*arguments, "--overwrite", option, value]) == 2
         named = option.removeprefix("--")
