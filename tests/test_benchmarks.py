@@ -32,6 +32,7 @@ def benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     common = importlib.import_module("common")
     monkeypatch.setattr(common, "fetch_model", lambda cache: tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
 
     def load(name, **settings):
         if name in ("parity", "prox", "rivals", "sparsegpt"):
@@ -43,14 +44,26 @@ def benchmark(tmp_path, monkeypatch, capsys):
 
     def main(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
         # Users have these modes, and Optax's optimizers need them.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             module.main()
         return capsys.readouterr().out
 
     load.main = main
+    load.given = [
+        "--calibration",
+        "calibration.txt",
+        "--texts",
+        "text.txt",
+        "--evaluation-windows",
+        2,
+    ]
     return load
+
+
+def table(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(params=["alternating_minimisation", "tuned_alternating_minimisation", "descent"])
@@ -81,9 +94,8 @@ def test_rivals_choose_each_support_size_where_it_is_the_minimum(rival):
 
 def test_sparsegpt_in_pytorch_equals_the_columnwise_reference(benchmark):
     rivals, torch = benchmark("rivals"), importlib.import_module("torch")
-    rng = np.random.default_rng(0)
-    width, dead = 200, 5
-    weight, tokens = rng.normal(size=(16, width)), rng.normal(size=(300, width)).cumsum(axis=1)
+    rng, dead = np.random.default_rng(0), 5
+    weight, tokens = rng.normal(size=(16, 200)), rng.normal(size=(300, 200)).cumsum(axis=1)
     tokens[:, dead] = 0
     gram = tokens.T @ tokens
     found, mask = rivals.sparsegpt(torch.from_numpy(weight), torch.from_numpy(gram), 0.01)
@@ -107,11 +119,7 @@ def test_no_block_of_prox_is_worse_than_that_of_the_best_rival(benchmark):
 
 @pytest.mark.parametrize(
     ("name", "option", "value"),
-    [
-        ("prox", "--blocks", 100),
-        ("prox", "--repetitions", 0),
-        ("sparsegpt", "--shapes", "64"),
-    ],
+    [("prox", "--blocks", "100"), ("prox", "--repetitions", "0"), ("sparsegpt", "--shapes", "64")],
 )
 def test_a_size_that_cannot_be_measured_is_one_line_with_its_name(
     name, option, value, benchmark, capsys
@@ -120,7 +128,7 @@ def test_a_size_that_cannot_be_measured_is_one_line_with_its_name(
         benchmark.main(benchmark(name), option, value)
     last = capsys.readouterr().err.splitlines()[-1]
     assert option in last
-    assert str(value) in last
+    assert value in last
 
 
 def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(benchmark):
@@ -149,12 +157,10 @@ def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(ben
     matmul = benchmark("matmul", SHAPES=shapes, NEGATED_BYTES=1 << 12, PEAK_WIDTH=16)
     printed = benchmark.main(matmul, "--batches", "1,3", "--repetitions", 1, "--seconds", 1e-9)
     assert "scaled by 0.5" in printed
-    with (tmp_path / "matmul.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "matmul.csv")
     assert {row["contender"] for row in rows} >= {"dense x W^T", "unpack"}
-    assert {(row["linear"], row["batch"]) for row in rows} == {
-        (linear, batch) for linear in shapes for batch in ("1", "3")
-    }
+    cases = {(linear, batch) for linear in shapes for batch in ("1", "3")}
+    assert {(row["linear"], row["batch"]) for row in rows} == cases
     assert max(float(row["error"]) for row in rows) < 1e-5
     assert (tmp_path / "matmul.png").stat().st_size > 0
 
@@ -209,21 +215,20 @@ def test_lines_of_a_table_keep_to_its_columns(benchmark, tmp_path):
         common.read_rows(path, ["run", "second"])
 
 
-@pytest.mark.parametrize("table", ["main", "growth"])
-def test_the_model_benchmark_measures_pruned_models_and_goes_on(benchmark, tmp_path, table):
+@pytest.mark.parametrize("name", ["main", "growth"])
+def test_the_model_benchmark_measures_pruned_models_and_goes_on(benchmark, tmp_path, name):
     model = benchmark("model", EVALUATION_LENGTH=32)
     for runs in (make() for make in model.TABLES.values()):
         assert len({(run.method, *run.varied.items()) for run in runs}) == len(runs)
     wanda = model.Run("wanda", prox24.Recipe.wanda(), {"growth": 1.1})
     runs = [wanda._replace(method="dense", recipe=None), wanda, model.growth_table()[0]]
-    model = benchmark("model", TABLES={table: lambda: runs})
-    options = table, "--calibration", "calibration.txt", "--texts", "text.txt", "--windows", 4
-    options = *options, "--length", 32, "--evaluation-windows", 2
-    printed = benchmark.main(model, *options, "--seeds", 0, 1)
+    model = benchmark("model", TABLES={name: lambda: runs})
+    options = name, *benchmark.given, "--windows", 4, "--length", 32, "--seeds", 0, 1
+    printed = benchmark.main(model, *options)
     assert printed.count("±") == 3 * 3 - 1  # dense has no loss
-    path = tmp_path / f"model-{table}.csv"
+    path = tmp_path / f"model-{name}.csv"
     before = path.read_text()
-    assert benchmark.main(model, *options, "--seeds", 0, 1) == printed
+    assert benchmark.main(model, *options) == printed
     assert path.read_text() == before
     assert path.with_suffix(".png").stat().st_size > 5000
 
@@ -232,9 +237,7 @@ def test_layers_are_solved_by_every_contender_that_is_asked_for(benchmark, tmp_p
     layers, baselines = benchmark("layers"), ["admm, Boza", "admm, ALPS"]
     options = "--layers", 0, "--calibration", "calibration.txt", "--samples", 2
     assert "sparsegpt" in benchmark.main(layers, *options, "--only", ";".join(baselines))
-    with (tmp_path / "layers.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    names = [layers.REFERENCE, *baselines, layers.DEFAULT]
+    rows, names = table(tmp_path / "layers.csv"), [layers.REFERENCE, *baselines, layers.DEFAULT]
     assert [row["contender"] for row in rows] == names * 7
     assert {row["status"] for row in rows} == {"sparse"}
     assert {name for curve in layers.CURVES.values() for name in curve} < set(layers.contenders())
@@ -249,14 +252,9 @@ def test_refined_models_are_made_once_and_evaluated_again(benchmark, tmp_path, m
     assert len({(run.name, run.distinct_tokens) for run in every}) == len(every)
     assert {run.base for run in every} == {"dense", *refine.BASES}
     blocks = "sparsegpt + refit + block, bfloat16, passes: 5"
-    runs = [
-        *every[:2],
-        refine.Run(blocks, blocks),
-        refine.Run("sparsegpt + model", "sparsegpt", 8, refine.ModelRefinement()),
-    ]
-    monkeypatch.setattr(refine, "runs", lambda: runs)
-    options = "--calibration", "calibration.txt", "--texts", "text.txt", "--windows", 8
-    options = *options, "--evaluation-windows", 2, "--cache", tmp_path
+    model = refine.Run("sparsegpt + model", "sparsegpt", 8, refine.ModelRefinement())
+    monkeypatch.setattr(refine, "runs", lambda: [*every[:2], refine.Run(blocks, blocks), model])
+    options = *benchmark.given, "--windows", 8, "--cache", tmp_path
     printed = benchmark.main(refine, *options)
     assert "0.00)" in printed  # of dense
     assert "(1.00)" in printed  # of SparseGPT
@@ -265,20 +263,16 @@ def test_refined_models_are_made_once_and_evaluated_again(benchmark, tmp_path, m
         monkeypatch.setattr(prox24, function, None)
     assert benchmark.main(refine, *options) == printed
     assert benchmark.main(refine, *options, "--evaluation-windows", 1) != printed
-    with (tmp_path / "refine.csv").open() as file:
-        tokens = [int(row["tokens"]) for row in csv.DictReader(file)]
+    tokens = [int(row["tokens"]) for row in table(tmp_path / "refine.csv")]
     assert tokens == 2 * [0, 0, 5 * 7 * 64, 7 * 64]  # of 8 windows one is held out
 
 
 def test_windows_that_are_in_the_calibration_are_left_out(benchmark, tmp_path):
-    refine = benchmark("refine", LENGTH=64)
-    seen, other = "so many words that " * 10, "and others that it has not, " * 10
-    length = 60 * (min(len(seen), len(other)) // 60)
-    text = seen[:length] + other[:length]
-    assert refine.share_seen(text, f"before {seen}".replace(" ", "\n")) == 0.5
+    refine, dense = benchmark("refine", LENGTH=64), tmp_path / "model"
+    seen, other = ("so many words that " * 10)[:180], ("and others that it has not, " * 10)[:180]
+    assert refine.share_seen(seen + other, f"before {seen}".replace(" ", "\n")) == 0.5
     calibration, path = tmp_path / "calibration.txt", tmp_path / "both.txt"
     path.write_text(calibration.read_text()[:64] + "And what it never read, is this text. " * 5)
-    dense = tmp_path / "model"
     every, unseen = (
         refine.evaluated_windows(dense, path, 2, calibration, unseen) for unseen in (False, True)
     )
@@ -322,8 +316,7 @@ def test_devices_and_parity_in_processes_of_their_own(name, options, printed, tm
 
 def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(benchmark, tmp_path):
     choice = benchmark("multiple_choice", BATCH=4)
-    model = prox24.load(tmp_path / "model")
-    rng = np.random.default_rng(0)
+    model, rng = prox24.load(tmp_path / "model"), np.random.default_rng(0)
     texts = [rng.integers(1, 260, length).tolist() for length in (3, 17, 9, 2, 20)]
     for text, loss in zip(texts, choice.text_losses(model, texts), strict=True):
         alone = prox24.perplexity(tmp_path / "model", np.array([text])).perplexity

@@ -15,7 +15,6 @@ from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._cli.main import main
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
 
 
 def run(code_or_path, folder=ROOT):
@@ -25,9 +24,9 @@ def run(code_or_path, folder=ROOT):
     return outcome.stdout
 
 
-def run_with_figure(name, figure):
+def run_with_figure(name, figure, *arguments):
     """What the example prints, after a check of the figure it writes."""
-    output = run([f"examples/{name}", "--output", figure])
+    output = run([f"examples/{name}", *arguments, "--output", figure])
     assert figure.read_text().startswith("<?xml")
     assert figure.stat().st_size < 100_000
     return output
@@ -37,12 +36,14 @@ def rows(table):
     return [re.split(r" {2,}", line.strip()) for line in table.splitlines()]
 
 
+def example(name):
+    return runpy.run_path(str(ROOT / f"examples/{name}.py"))
+
+
 @pytest.mark.slow
 def test_pruning_one_layer():
-    losses = {
-        line.split()[0]: float(line.split()[-1])
-        for line in run(["examples/prune_a_layer.py"]).splitlines()
-    }
+    lines = [line.split() for line in run(["examples/prune_a_layer.py"]).splitlines()]
+    losses = {line[0]: float(line[-1]) for line in lines}
     assert sorted(losses, key=losses.get)[:2] == ["ADMM", "ProximalGradient"]
 
 
@@ -68,20 +69,16 @@ def test_path_of_the_prox_switches_where_known_and_jumps_only_near_ties(tmp_path
     output = run_with_figure("prox_path.py", tmp_path / "path.svg")
     assert output in (ROOT / "docs/examples.md").read_text()
     switches = {
-        (name, nonzeros): (float(lam), float(jump))
-        for name, lam, nonzeros, jump in rows(output)[1:]
+        (name, kept): (float(lam), float(jump)) for name, lam, kept, jump in rows(output)[1:]
     }
     assert len(switches) == 6
     # Three nonzeros end continuously at lam y1 y2 = y3 if y1 y2 is large enough against y3.
     assert switches["distinct", "3 to 2"][0] == pytest.approx(0.75, abs=1e-4)
     assert switches["equal", "3 to 2"][0] == pytest.approx((1 + 2**0.5) / 2, abs=1e-4)
     for name in ("distinct", "nearly equal", "equal"):
-        (first, _), (second, _) = switches[name, "4 to 3"], switches[name, "3 to 2"]
+        (first, jump), (second, other) = (switches[name, kept] for kept in ("4 to 3", "3 to 2"))
         assert 0 < first < second
-    jumps = {key: jump for key, (_, jump) in switches.items()}
-    assert max(jumps["distinct", "4 to 3"], jumps["distinct", "3 to 2"]) <= 1e-3
-    assert min(jumps["nearly equal", "4 to 3"], jumps["equal", "4 to 3"]) >= 0.1
-    assert min(jumps["nearly equal", "3 to 2"], jumps["equal", "3 to 2"]) >= 0.1
+        assert max(jump, other) <= 1e-3 if name == "distinct" else min(jump, other) >= 0.1
 
 
 @pytest.mark.parametrize("lam", [0.1, 0.3, 0.4, 0.7, 0.8, 1.2])
@@ -92,9 +89,9 @@ def test_path_goes_through_the_known_minimisers(lam):
         0.4: (0.904, 0.671, 0.357, 0),
         0.7: (0.932, 0.712, 0.136, 0),
     }
-    example = runpy.run_path(str(EXAMPLES / "prox_path.py"))
-    path = example["path_of"](example["BLOCKS"]["distinct"])
-    at = np.searchsorted(example["PENALTIES"], lam - 1e-9)
+    names = example("prox_path")
+    path = names["path_of"](names["BLOCKS"]["distinct"])
+    at = np.searchsorted(names["PENALTIES"], lam - 1e-9)
     np.testing.assert_allclose(path[at], known.get(lam, (1, 0.8, 0, 0)), rtol=0, atol=1e-3)
 
 
@@ -119,22 +116,22 @@ def test_regret_on_correlated_features_is_least_for_prox(tmp_path):
     assert header == ["features", "rho", "wanda", "SparseGPT", "prox", "prox, slower", "ADMM"]
     assert {row[0] for row in table} == {"equicorrelated", "Toeplitz"}
     for _, rho, *regrets in table:
-        wanda, sparsegpt, prox, slower, admm = map(float, regrets)
-        assert min(wanda, sparsegpt, prox, slower, admm) >= 0
+        wanda, sparsegpt, *ours = regrets = [float(regret) for regret in regrets]
+        assert min(regrets) >= 0
         if float(rho) == 0:
-            assert max(wanda, sparsegpt, prox, slower) == 0
-            assert admm <= 0.1
+            assert max(regrets[:-1]) == 0
+            assert ours[-1] <= 0.1
         else:
-            assert max(prox, slower, admm) < min(wanda, sparsegpt)
+            assert max(ours) < min(wanda, sparsegpt)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.99])
 def test_best_losses_of_the_example_are_those_of_a_direct_enumeration(rho):
-    example = runpy.run_path(str(EXAMPLES / "correlated_regression.py"))
-    weight = np.random.default_rng(1).normal(size=(5, example["WIDTH"]))
-    for gram in example["GRAMS"].values():
+    names = example("correlated_regression")
+    weight = np.random.default_rng(1).normal(size=(5, names["WIDTH"]))
+    for gram in names["GRAMS"].values():
         expected = [best_mask_by_enumeration(row, gram(rho))[1] for row in weight]
-        np.testing.assert_allclose(example["best_losses"](weight, gram(rho)), expected, rtol=1e-9)
+        np.testing.assert_allclose(names["best_losses"](weight, gram(rho)), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -154,26 +151,25 @@ def test_prox_finds_the_best_mask_of_uncorrelated_features(seed):
 
 
 def test_quantities_of_known_grams():
-    diagnose = runpy.run_path(str(EXAMPLES / "gram_diagnostics.py"))["diagnose"]
+    diagnose = example("gram_diagnostics")["diagnose"]
     rho, width = 0.5, 4
     gram = np.pad((1 - rho) * np.eye(width) + rho, (0, 2))
     spectrum = np.array([1 + (width - 1) * rho] + [1 - rho] * (width - 1)) / width
-    assert diagnose(gram) == pytest.approx(
-        {
-            "condition": (1 + (width - 1) * rho) / (1 - rho),
-            "effective rank": np.exp(-np.sum(spectrum * np.log(spectrum))),
-            "off diagonal": (width - 1) * rho**2 / (1 + (width - 1) * rho**2),
-            "coherence": rho,
-            "dead": 2,
-        }
-    )
+    expected = {
+        "condition": (1 + (width - 1) * rho) / (1 - rho),
+        "effective rank": np.exp(-np.sum(spectrum * np.log(spectrum))),
+        "off diagonal": (width - 1) * rho**2 / (1 + (width - 1) * rho**2),
+        "coherence": rho,
+        "dead": 2,
+    }
+    assert diagnose(gram) == pytest.approx(expected)
     assert diagnose(np.ones((3, 3), np.float32))["condition"] == np.inf
     assert diagnose(np.zeros((3, 3)))["dead"] == 3
 
 
 @pytest.mark.parametrize("correlated", [False, True])
 def test_wanda_is_within_the_condition_number_of_the_best_mask(correlated):
-    diagnose = runpy.run_path(str(EXAMPLES / "gram_diagnostics.py"))["diagnose"]
+    diagnose = example("gram_diagnostics")["diagnose"]
     rng = np.random.default_rng(0)
     features = rng.normal(size=(40, 8)) * rng.lognormal(size=8)
     gram = features.T @ features
@@ -190,15 +186,13 @@ def test_wanda_is_within_the_condition_number_of_the_best_mask(correlated):
 
 def test_grams_of_a_model_are_printed_and_drawn(tmp_path):
     write_tiny(tmp_path / "model")
-    figure = tmp_path / "grams.svg"
-    sizes = ["--samples", "4", "--sequence-length", "32"]
-    command = ["examples/gram_diagnostics.py", tmp_path / "model", *sizes, "--output", figure]
-    header, *table, summary = rows(run(command))
+    model = [tmp_path / "model", "--samples", "4", "--sequence-length", "32"]
+    output = run_with_figure("gram_diagnostics.py", tmp_path / "grams.svg", *model)
+    header, *table, summary = rows(output)
     assert header[:3] == ["layer", "input", "condition"]
     inputs = {"attention_input", "attention_output", "mlp_input", "mlp_activation"}
     assert {(row[0], row[1]) for row in table} == {(i, name) for i in "01" for name in inputs}
     assert "off the diagonal on average" in summary[0]
-    assert figure.read_text().startswith("<?xml")
 
 
 # Digits
@@ -226,9 +220,8 @@ def pruned_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     write_tiny(folder / "model", "llama1", "bfloat16")
     (folder / "text.txt").write_text("One sentence that is to be learned by heart. " * 60)
-    options = ["--method", "magnitude", "--refit", "none", "--samples", "2", "--quiet"]
-    options += ["--sequence-length", "32", "--calibration", str(folder / "text.txt")]
-    assert main(["prune", str(folder / "model"), str(folder / "pruned"), *options]) == 0
+    text = prox24.Text(folder / "text.txt", samples=2, sequence_length=32)
+    prox24.prune(folder / "model", folder / "pruned", prox24.Recipe.magnitude(), calibration=text)
     return folder
 
 
