@@ -76,16 +76,14 @@ def rival(request, benchmark):
     return lambda y, lam: function(torch.from_numpy(y), lam).numpy()
 
 
-def test_rivals_reach_the_minimum_where_the_objective_is_strongly_convex(rival):
+def test_rivals_reach_the_minimum_where_it_is_known(rival):
     y = np.random.default_rng(0).normal(size=(512, 4)).astype(np.float32)
-    # The rows of the Hessian's off-diagonal part sum to at most 6 max(y) lam, here 1/2.
+    # The rows of the Hessian's off-diagonal part sum to at most 6 max(y) lam, here 1/2: the
+    # objective is strongly convex.
     y *= 0.5 / (6 * 0.3 * np.abs(y).max(axis=-1, keepdims=True))
-    best = brute_force_prox(y, 0.3)
-    value = prox_objective(rival(y, 0.3), y, 0.3)
+    best, value = brute_force_prox(y, 0.3), prox_objective(rival(y, 0.3), y, 0.3)
     assert np.all(value <= best + 1e-6 * np.maximum(best, 1e-6 * np.sum(y**2, axis=-1)))
-
-
-def test_rivals_choose_each_support_size_where_it_is_the_minimum(rival):
+    # Each size of the support is the minimum somewhere.
     y = np.array([[-1.0, 0.4, 0.8, -0.6]], np.float32)
     known = {0: y[0], 0.3: (-0.911, 0.021, 0.681, -0.404), 0.4: (-0.904, 0, 0.671, -0.357)}
     for lam, w in (known | {1.0: (-1, 0, 0.8, 0), 1e3: (-1, 0, 0.8, 0)}).items():

@@ -149,77 +149,57 @@ class Transformer(nn.Module):
 def transformer(block=Block):
     model, tokens = Transformer(block), np.arange(24).reshape(2, 12) % 12
     params = initial(model, tokens)
-    return lambda params, x: model.apply({"params": params}, x), params, tokens
-
-
-BLOCK = [*(f"attention/{name}/kernel" for name in ("query", "key", "value", "out")), "up/kernel",
-         "down/kernel"]  # fmt: skip
+    return lambda params, x: model.apply({"params": params}, x), params, [tokens]
 
 
 @flax_promotes
-def test_weights_come_in_the_order_of_the_calls_and_others_say_why_they_have_no_gram():
-    found = calibrate(*transformer()[:2], [transformer()[2]])
-    assert list(found.grams) == [f"block_{index}/{name}" for index in range(2) for name in BLOCK]
+def test_weights_come_in_the_order_of_the_calls_also_in_lifted_layers():
+    found = calibrate(*transformer())
+    attention = [f"attention/{name}" for name in ("query", "key", "value", "out")]
+    names = [f"block_{i}/{name}/kernel" for i in range(2) for name in (*attention, "up", "down")]
+    assert list(found.grams) == names
     assert found.left_out["embed/embedding"] == "used by gather"
     assert "used by" in found.left_out["block_0/LayerNorm_0/scale"]
+    for wrap in (nn.remat, nn.jit):
+        lifted = calibrate(transformer(wrap(Block))[0], *transformer()[1:]).grams
+        assert list(lifted) == names
+        for path, own in found.grams.items():
+            np.testing.assert_allclose(lifted[path].gram, own.gram, rtol=1e-5, atol=1e-5)
 
 
-@flax_promotes
-@pytest.mark.parametrize("wrap", [nn.remat, nn.jit])
-def test_lifted_layers_are_looked_into(wrap):
-    apply, params, tokens = transformer()
-    plain = calibrate(apply, params, [tokens]).grams
-    lifted = calibrate(transformer(wrap(Block))[0], params, [tokens]).grams
-    assert list(lifted) == list(plain)
-    for path in plain:
-        np.testing.assert_allclose(lifted[path].gram, plain[path].gram, rtol=1e-5, atol=1e-5)
+def test_layers_that_a_scan_runs_over_have_grams_of_their_own():
+    params, x = {"query": normal(3, 8, 2, 4) / 4, "out": normal(3, 2, 4, 8) / 4}, normal(20, 8)
+
+    def apply(params, x):
+        """The output, and the inputs of the weights."""
+
+        def layer(x, w):
+            heads = jnp.einsum("td,dhk->thk", x, w["query"])
+            y = jnp.tanh(jnp.einsum("thk,hkd->td", heads, w["out"]))
+            return y, {"query": x, "out": heads.reshape(20, 8)}
+
+        return jax.lax.scan(layer, x, params)
+
+    found = calibrate(apply, params, [x]).grams
+    assert list(found) == ["query", "out"]
+    for name, seen in apply(params, x)[1].items():
+        gram, rows, layout, _ = found[name]
+        assert rows == (20, 20, 20)
+        kernels = params[name].reshape(3, 8, 8)
+        assert np.array_equal(to_matrices(params[name], layout), kernels.transpose(0, 2, 1))
+        for own, inputs in zip(gram, seen, strict=True):
+            assert relative_error(own, squares(inputs)) < 1e-5
 
 
-class Scanned(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        def body(block, x, _):
-            return block(x), None
-
-        over = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        return over(Block(name="layers"), x, None)[0]
-
-
-@flax_promotes
-def test_layers_that_a_scan_runs_over_are_calibrated_like_separate_ones():
-    model, block, x = Scanned(), Block(), normal(2, 5, 8)
-    params = initial(model, x)
-    found = calibrate(lambda params, x: model.apply({"params": params}, x), params, [x]).grams
-    assert list(found) == [f"layers/{name}" for name in BLOCK]
-
-    def separate(params, x):
-        for layer in params:
-            x = block.apply({"params": layer}, x)
-        return x
-
-    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(3)]
-    expected = calibrate(separate, layers, [x]).grams
-    for name in BLOCK:
-        gram, rows, layout, _ = found[f"layers/{name}"]
-        assert gram.shape[0] == 3
-        kernel = functools.reduce(lambda tree, key: tree[key], name.split("/"), params["layers"])
-        matrices = to_matrices(kernel, layout)
-        for index in range(3):
-            one = expected[f"{index}/{name}"]
-            assert rows[index] == one.rows[0]
-            np.testing.assert_allclose(gram[index], one.gram[0], rtol=1e-4, atol=1e-4)
-            assert np.array_equal(matrices[index], to_matrices(kernel[index], one.layout)[0])
-
-
-@flax_promotes
 def test_a_weight_that_every_step_of_a_scan_uses_has_the_rows_of_all():
-    model, x = nn.RNN(nn.SimpleCell(8, activation_fn=jnp.tanh)), normal(3, 6, 4)
-    params = initial(model, x)
-    found = calibrate(lambda params, x: model.apply({"params": params}, x), params, [x]).grams
-    assert found["cell/i/kernel"].rows == (3 * 6,)
-    hidden = np.asarray(model.apply({"params": params}, x), np.float64)[:, :-1].reshape(-1, 8)
-    assert relative_error(found["cell/i/kernel"].gram[0], squares(x)) < 1e-6
-    assert relative_error(found["cell/h/kernel"].gram[0], squares(hidden)) < 1e-5
+    def apply(weight, x):
+        """The output, and the inputs of the weight."""
+        return jax.lax.scan(lambda h, row: (jnp.tanh(h @ weight + row), h), x[0], x)
+
+    weight, x = normal(8, 8), normal(6, 8)
+    gram, rows, *_ = calibrate(apply, weight, [x]).grams[""]
+    assert rows == (6,)
+    assert relative_error(gram[0], squares(apply(weight, x)[1])) < 1e-5
 
 
 @flax_promotes

@@ -81,31 +81,6 @@ def test_path_of_the_prox_switches_where_known_and_jumps_only_near_ties(tmp_path
         assert max(jump, other) <= 1e-3 if name == "distinct" else min(jump, other) >= 0.1
 
 
-@pytest.mark.parametrize("lam", [0.1, 0.3, 0.4, 0.7, 0.8, 1.2])
-def test_path_goes_through_the_known_minimisers(lam):
-    known = {
-        0.1: (0.934, 0.718, 0.491, 0.252),
-        0.3: (0.911, 0.681, 0.404, 0.021),
-        0.4: (0.904, 0.671, 0.357, 0),
-        0.7: (0.932, 0.712, 0.136, 0),
-    }
-    names = example("prox_path")
-    path = names["path_of"](names["BLOCKS"]["distinct"])
-    at = np.searchsorted(names["PENALTIES"], lam - 1e-9)
-    np.testing.assert_allclose(path[at], known.get(lam, (1, 0.8, 0, 0)), rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("c", [1e-3, 0.3, 1.0, 40.0])
-def test_three_equal_entries_become_two_at_their_known_penalty(c):
-    block = jnp.array([c, c, c, 0.0])
-    switch = (1 + 2**0.5) / (2 * c)
-    before = np.asarray(prox24.prox(block, switch * (1 - 1e-6)))
-    after = np.asarray(prox24.prox(block, switch * (1 + 1e-6)))
-    # lam w = sqrt(2) / 2 solves u + u^2 = lam c.
-    np.testing.assert_allclose(before, np.array([1, 1, 1, 0]) * 2**-0.5 / switch, rtol=1e-5)
-    assert np.array_equal(after, [c, c, 0, 0])
-
-
 # Correlated features
 
 
@@ -132,19 +107,6 @@ def test_best_losses_of_the_example_are_those_of_a_direct_enumeration(rho):
     for gram in names["GRAMS"].values():
         expected = [best_mask_by_enumeration(row, gram(rho))[1] for row in weight]
         np.testing.assert_allclose(names["best_losses"](weight, gram(rho)), expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_prox_finds_the_best_mask_of_uncorrelated_features(seed):
-    rng = np.random.default_rng(seed)
-    weight = rng.normal(size=(64, 8))
-    gram = np.diag(rng.lognormal(size=8)) if seed % 2 else np.eye(8)
-    problem = jnp.asarray(weight), jnp.asarray(gram)
-    wanda = prox24.solve(*problem, prox24.Wanda(), damping=0.0)
-    prox = prox24.solve(*problem, prox24.ProximalGradient(), damping=0.0)
-    best = [best_mask_by_enumeration(row, gram)[0] for row in weight]
-    assert np.array_equal(wanda.mask, best)
-    assert np.array_equal(prox.mask, best)
 
 
 # Correlations in a model
@@ -200,15 +162,14 @@ def test_grams_of_a_model_are_printed_and_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_digits_are_pruned_to_the_pattern_and_retraining_recovers_accuracy(tmp_path):
-    output = run_with_figure("digits.py", tmp_path / "digits.svg")
-    header, *table, _ = rows(output)
+    header, *table, _ = rows(run_with_figure("digits.py", tmp_path / "digits.svg"))
     assert header == ["method", "accuracy", "spread", "zeros", "2:4"]
-    accuracy = {row[0]: float(row[1].rstrip("%")) for row in table}
-    zeros = {row[0]: float(row[3].rstrip("%")) for row in table}
     pattern = {row[0]: row[4] for row in table}
     assert pattern == {"dense": "no", "one-shot": "yes", "fine-tuned": "yes", "prox": "yes"}
-    assert min(zeros["one-shot"], zeros["fine-tuned"], zeros["prox"]) >= 50
-    assert min(accuracy["fine-tuned"], accuracy["prox"]) >= accuracy["one-shot"]
+    pruned = [row for row in table if row[0] != "dense"]
+    accuracy, zeros = ({row[0]: float(row[i].rstrip("%")) for row in pruned} for i in (1, 3))
+    assert min(zeros.values()) >= 50
+    assert min(accuracy.values()) == accuracy["one-shot"]
 
 
 # Fine-tuning what was pruned

@@ -146,20 +146,6 @@ def test_gradients_are_those_of_the_masked_product(shape, axis):
     np.testing.assert_allclose(rows(found["adapter"].b, axis), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_at_the_start_b_moves_first():
-    params, x = pruned_network(), normal((64, 16), 4)
-    adapters = lora.init(jax.random.key(0), params, 2)
-
-    @jax.grad
-    def gradient(adapters):
-        return jnp.sum(jnp.square(network(lora.merge(params, adapters, 1.0), x)))
-
-    found = gradient(adapters)
-    for each in (found["first"]["kernel"], found["second"]["weight"]):
-        assert not jnp.any(each.a)
-        assert jnp.all(each.b)
-
-
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_was_trained_is_what_is_merged(dtype):

@@ -243,8 +243,7 @@ def test_finished_tensors_and_those_of_the_recipe_are_left_out(tmp_path):
     done = {name: types.SimpleNamespace(read=lambda v=v: v) for name, v in list(whole.items())[:3]}
     rest = pruned_by(runner, recipe, dense=dense, finished=done).tensors
     assert rest.keys() == whole.keys() - done.keys()
-    for name, values in rest.items():
-        assert values.tobytes() == whole[name].tobytes()
+    assert all(values.tobytes() == whole[name].tobytes() for name, values in rest.items())
 
 
 @needs_torchax
@@ -374,18 +373,11 @@ def test_perplexity_and_linears_are_those_of_the_native_forward_pass(tmp_path, v
 # Where torchax is not to be had
 
 
-@pytest.fixture
-def missing(monkeypatch):
+def test_packages_that_are_missing_or_do_not_go_together_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__="2.13.0"))
     monkeypatch.setitem(sys.modules, "torchax", None)
-
-
-def test_a_missing_package_is_named_with_the_extra(missing):
     with pytest.raises(Prox24Error, match=r"torchax is not installed: .*'prox24\[torchax\]'"):
         torchax.require()
-
-
-def test_releases_that_do_not_go_together_are_named(missing, monkeypatch, tmp_path):
     (tmp_path / "torchax.py").write_text("raise AttributeError('no overload name')\n")
     monkeypatch.delitem(sys.modules, "torchax")
     monkeypatch.syspath_prepend(tmp_path)
