@@ -73,13 +73,15 @@ class NnxModel(nnx.Module):
     def __init__(self, rngs):
         self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=rngs)
         self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)])
+        self.norm = nnx.BatchNorm(6, use_running_average=True, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, deterministic=True, rngs=rngs)
         self.head = nnx.Linear(6, 8, rngs=rngs)
 
     def __call__(self, x):
         x = self.attention(x)
         for layer in self.layers:
             x = nnx.relu(layer(x))
-        return self.head(x)
+        return self.head(self.dropout(self.norm(x)))
 
 
 def nnx_module():
@@ -87,8 +89,8 @@ def nnx_module():
 
 
 def nnx_state():
-    graph, params = nnx.split(NnxModel(nnx.Rngs(0)))
-    return lambda params, x: nnx.merge(graph, params)(x), params, normal(4, 5, 8)
+    graph, params, rest = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param, ...)
+    return lambda params, x: nnx.merge(graph, params, rest)(x), params, normal(4, 5, 8)
 
 
 def equinox_model():
@@ -181,17 +183,10 @@ def test_other_patterns(pattern):
 
 
 def test_what_is_not_pruned_says_why():
-    params = {
-        "embed": normal(12, 8),
-        "narrow": normal(6, 8),
-        "norm": {"scale": normal(8)},
-        "masked": normal(8, 8),
-        "mlp": normal(8, 6),
-        "skipped": normal(8, 8),
-        "spare": normal(8, 8),
-        "head": normal(8, 12),
-        "count": jnp.arange(4).reshape(2, 2),
-    }
+    shapes = {"embed": (12, 8), "narrow": (6, 8), "mlp": (8, 6), "head": (8, 12)}
+    shapes |= dict.fromkeys(("masked", "skipped", "spare"), (8, 8))
+    params = {name: normal(*shape) for name, shape in shapes.items()}
+    params |= {"norm": {"scale": normal(8)}, "count": jnp.arange(4).reshape(2, 2)}
 
     def apply(params, tokens):
         x = params["embed"][tokens] * params["norm"]["scale"][None, :]
