@@ -42,8 +42,8 @@ def runner_of(folder, recipe, windows=WINDOWS, **options):
     return native_runner(open_checkpoint(folder), windows, recipe, **options)
 
 
-def prune_folder(folder, recipe, windows=WINDOWS, **options):
-    return pruned_by(runner_of(folder, recipe, windows), recipe, **options)
+def prune_folder(folder, recipe):
+    return pruned_by(runner_of(folder, recipe), recipe)
 
 
 @pytest.fixture
