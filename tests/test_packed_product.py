@@ -312,6 +312,14 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
 
 @needs_compiler
 def test_a_kernel_that_cannot_be_built_or_loaded_is_one_line(monkeypatch, caplog, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as patch:
+        patch.delenv("PROX24_CACHE")
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        patch.setattr("pathlib.Path.home", no_home)
+        assert "there is no home folder; set PROX24_CACHE" in problem(caplog)
     monkeypatch.setenv("PROX24_CACHE", str(tmp_path))
     broken = cpu.LIBRARY._replace(flags=lambda: ["-include", "there_is_none.h"])
     assert "failed: " in problem(caplog, broken)
@@ -320,17 +328,6 @@ def test_a_kernel_that_cannot_be_built_or_loaded_is_one_line(monkeypatch, caplog
     path = cpu.LIBRARY.path(native._output([compiler, "--version"]))
     path.write_text("no library")
     assert f"delete {path}, which cannot be loaded" in problem(caplog)
-
-
-@needs_compiler
-def test_without_a_home_folder_one_line_says_so(monkeypatch, caplog):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("PROX24_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("pathlib.Path.home", no_home)
-    assert "there is no home folder; set PROX24_CACHE" in problem(caplog)
 
 
 def test_threads_that_ask_first_together_load_one_kernel(monkeypatch):
