@@ -31,7 +31,8 @@ def scatter(values, pairs):
 def decode(w):
     """The dense array, from the bytes of a packed one."""
     codes, values = np.asarray(w.codes).view(np.uint8), np.asarray(w.values)
-    code = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    code = np.stack([codes & 15, codes >> 4], axis=-1)
+    code = code.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
     code = code[..., : values.shape[-1] // 2]
     dense = np.zeros((*code.shape, 4), values.dtype)
     places = np.stack([code & 3, code >> 2], axis=-1).astype(int)
