@@ -1,7 +1,7 @@
 """Running a checkpoint's layers one after the other over windows of tokens."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
-from prox24._core.pattern import PatternLike, Unstructured, as_pattern
 from prox24._core.placement import everywhere, in_parts, one_axis, own_windows, placed, taken
 from prox24._models import decoder, spec
 from prox24._models.families import config_from_hf
@@ -81,24 +80,6 @@ def layer_linears(config: Config, index: int) -> list[Linear]:
 def all_linears(config: Config) -> list[Linear]:
     """The linears of every layer, in the order of pruning."""
     return [linear for i in range(len(config.layers)) for linear in layer_linears(config, i)]
-
-
-def input_widths(linears: Iterable[Linear]) -> dict[str, int]:
-    """Of linears, by tensor."""
-    return {linear.tensor: linear.shape[1] for linear in linears}
-
-
-def check_widths(widths: Mapping[str, int], pattern: PatternLike | Unstructured) -> None:
-    """Raises CheckpointError where M does not divide an input width, given by tensor."""
-    if isinstance(pattern, Unstructured):
-        return
-    pattern = as_pattern(pattern)
-    for name, width in widths.items():
-        if width % pattern.group:
-            raise CheckpointError(
-                f"tensor {name} has input width {width}, not divisible by {pattern.group}: "
-                f"the pattern {pattern} does not fit"
-            )
 
 
 def oriented(config: Config, weight: AnyArray) -> AnyArray:
