@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prox24._checkpoints import safetensors_file
 from prox24._checkpoints.hf_folder import MANIFEST, read_json
 from prox24._checkpoints.tensors import writing
 from prox24.errors import CheckpointError
@@ -16,41 +15,35 @@ FIGURES = ("relative_loss", "sparsity", "status", "tokens", "steps")
 def write_manifest(
     folder: Path,
     job: Mapping[str, Any],
-    digests: Mapping[str, str],
+    tensors: Mapping[str, Mapping[str, str]],
     pruned: Iterable[Mapping[str, Any]],
     refined: Collection[str] = (),
 ) -> None:
     """Writes the manifest, which depends on nothing but the result.
 
     Args:
-      folder: of the model, whose tensors are written.
+      folder: of the model.
       job: what decided the result; times of change of "source" and "dense" files are left out.
-      digests: SHA-256 of every tensor, by name.
+      tensors: dtype and SHA-256 of each, by name, from `fill_folder`.
       pruned: figures of each pruned linear, with its name.
       refined: tensors that were trained without being pruned, as norms are.
     """
     figures = {
         linear["name"]: {key: linear[key] for key in FIGURES if key in linear} for linear in pruned
     }
-    written = {
-        name: tensor
-        for path in folder.glob("*.safetensors")
-        for name, tensor in safetensors_file.open_file(path).items()
+    entries = {
+        name: {
+            **entry,
+            **({"pruned": figures[name]} if name in figures else {}),
+            **({"refined": True} if name in refined else {}),
+        }
+        for name, entry in tensors.items()
     }
-    manifest = {
-        **job,
-        **{
-            role: {name: size for name, (size, _) in job[role].items()}
-            for role in ("source", "dense")
-            if role in job
-        },
-        "tensors": {
-            name: {"dtype": written[name].dtype.name, "sha256": digest}
-            | ({"pruned": figures[name]} if name in figures else {})
-            | ({"refined": True} if name in refined else {})
-            for name, digest in digests.items()
-        },
+    sizes = {
+        role: {name: size for name, (size, _) in job[role].items()}
+        for role in job.keys() & {"source", "dense"}
     }
+    manifest = {**job, **sizes, "tensors": entries}
     path = folder / MANIFEST
     with writing(path):
         path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -104,7 +104,7 @@ def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
     def put(name: str, values: NDArray[Any]) -> None:
         with path.open("r+b") as file:
             file.seek(start + header[name]["data_offsets"][0])
-            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+            file.write(values.ravel().view(np.uint8).data)
 
     yield put
 

@@ -205,7 +205,7 @@ def _size_and_time(file: Path) -> list[int]:
 
 def sha256(values: NDArray[Any]) -> str:
     """Of the entries in memory order."""
-    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+    return hashlib.sha256(values.ravel().view(np.uint8).data).hexdigest()
 
 
 def work_folder(destination: Path) -> Path:

@@ -156,7 +156,7 @@ def write_checkpoint(
     check_destination(destination, [source.path], overwrite)
     files = source_files(source.path)
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
-        digests = fill_folder(
+        written = fill_folder(
             source,
             unfinished,
             replaced,
@@ -166,7 +166,7 @@ def write_checkpoint(
             note=note,
         )
         check_unchanged(source.path, files)
-    return list(digests)
+    return list(written)
 
 
 def fill_folder(
@@ -179,7 +179,7 @@ def fill_folder(
     file_format: str = "safetensors",
     note: str | None = None,
     on_replaced: Callable[[Written, Replacement], None] = lambda written, replacement: None,
-) -> dict[str, str]:
+) -> dict[str, dict[str, str]]:
     """Writes the files of an HF folder.
 
     Args:
@@ -196,8 +196,8 @@ def fill_folder(
       on_replaced: called when a replaced tensor is written, with the tuple that it came in.
 
     Returns:
-      The SHA-256 of every tensor that the files hold, by name, in their order: of all, but for the
-      buffers that Flax files lack.
+      "dtype" and "sha256" of every tensor that the files hold, by name, in their order: of all, but
+      for the buffers that Flax files lack.
 
     Raises:
       CheckpointError: the source cannot be read, the disk is full or fails, or `replaced` holds a
@@ -236,7 +236,7 @@ def fill_folder(
 
         def write(name: str, values: NDArray[Any]) -> Written:
             file, put = places.pop(name)
-            converted = np.ascontiguousarray(_converted(source, name, values, specs[name].dtype))
+            converted = _converted(source, name, values, specs[name].dtype)
             with writing(file):
                 put(name, converted)
             digests[name] = sha256(converted)
@@ -251,7 +251,11 @@ def fill_folder(
             on_replaced(write(name, values), replacement)
         for name in list(places):
             write(name, source.read(name))
-    return {name: digests[name] for names in shards for name in names}
+    return {
+        name: {"dtype": specs[name].dtype.name, "sha256": digests[name]}
+        for names in shards
+        for name in names
+    }
 
 
 def _write_companions(

@@ -172,10 +172,10 @@ def distill(
                 on_measured=on_measured,
             )
         note = _model_card(windows, refinement)
-        digests = fill_folder(student, unfinished, watched(found.tensors), note=note)
+        written = fill_folder(student, unfinished, watched(found.tensors), note=note)
         for role, model in models.items():
             check_unchanged(model.path, files[role])
-        write_manifest(unfinished.folder, job, digests, figures, trained - linears)
+        write_manifest(unfinished.folder, job, written, figures, trained - linears)
     refined = found.refined
     return DistillReport(
         dense=str(dense),

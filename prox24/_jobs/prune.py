@@ -174,7 +174,7 @@ def prune(
         meet("nothing has changed")  # for any of them
         if is_first():
             refined = result.written - {figure["name"] for figure in result.figures}
-            write_manifest(unfinished.folder, job, result.digests, result.figures, refined)
+            write_manifest(unfinished.folder, job, result.tensors, result.figures, refined)
     return PruneReport(
         source=str(source),
         destination=str(destination),
@@ -191,9 +191,9 @@ def prune(
 
 
 class _Result(NamedTuple):
-    """Hashes and figures by tensor, and the tensors that were pruned or trained."""
+    """What `fill_folder` returns, figures, and the tensors that were pruned or trained."""
 
-    digests: dict[str, str]
+    tensors: dict[str, dict[str, str]]
     figures: list[dict[str, Any]]
     written: set[str]
 
@@ -222,7 +222,7 @@ def _write(
         for tensor in tensors:
             figures.extend(report.figures() for report in tensor.reports)
         return _Result({}, figures, written)
-    digests = fill_folder(
+    files = fill_folder(
         checkpoint,
         unfinished,
         tensors,
@@ -231,7 +231,7 @@ def _write(
         note=note,
         on_replaced=record,
     )
-    return _Result(digests, figures, written)
+    return _Result(files, figures, written)
 
 
 def _watched(tensors: Iterator[PrunedTensor], advance: Advance) -> Iterator[PrunedTensor]:
