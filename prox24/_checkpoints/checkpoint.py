@@ -189,16 +189,10 @@ def _without_copies(
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    contents = gguf_file.open_gguf(path)
-    model = config_from_hf(contents.config, contents.tensors)
+    config, tensors, load_tokenizer = gguf_file.open_gguf(path)
+    model = config_from_hf(config, tensors)
     checkpoint = Checkpoint(
-        path=path,
-        config=contents.config,
-        tensors=contents.tensors,
-        shards=[list(contents.tensors)],
-        load_tokenizer=contents.load_tokenizer,
-        carried=[],
-        decoder=model,
+        path, config, tensors, [list(tensors)], load_tokenizer, carried=[], decoder=model
     )
     _check_tensors(checkpoint, tensor_shapes(model))
     return checkpoint

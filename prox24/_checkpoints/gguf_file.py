@@ -71,10 +71,7 @@ ARCHITECTURES = {
         "llama", "LlamaForCausalLM", SILU, biases=ATTENTION_BIASES | MLP_BIASES, pairs=True
     ),
     "qwen2": Architecture(
-        "qwen2",
-        "Qwen2ForCausalLM",
-        SILU,
-        biases=dict.fromkeys(("attn_q", "attn_k", "attn_v")),
+        "qwen2", "Qwen2ForCausalLM", SILU, biases=dict.fromkeys(("attn_q", "attn_k", "attn_v"))
     ),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", SILU, LAYER_TENSORS | HEAD_NORMS),
     "gemma3": Architecture(
@@ -88,23 +85,14 @@ ARCHITECTURES = {
 """By general.architecture."""
 
 
-class GGUFContents(NamedTuple):
-    """A GGUF file in HF's terms.
-
-    Attributes:
-      config: what HF's config.json would say.
-      tensors: by HF's names, in HF's layout, dequantised to float32 when read (float16 tensors
-        as they are).
-      load_tokenizer: builds the tokenizer from the metadata.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, TensorSource]
-    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
-
-
-def open_gguf(path: Path) -> GGUFContents:
+def open_gguf(
+    path: Path,
+) -> tuple[dict[str, Any], dict[str, TensorSource], Callable[[], PreTrainedTokenizerBase]]:
     """Opens a GGUF file.
+
+    Returns:
+      What HF's config.json would say; the tensors by HF's names, in HF's layout, dequantised to
+      float32 when read (float16 tensors as they are); and what builds the tokenizer.
 
     Raises:
       CheckpointError: the file is damaged or lacks metadata.
@@ -127,43 +115,27 @@ def open_gguf(path: Path) -> GGUFContents:
         for name, tensor in stored.items()
     }
     length = config["max_position_embeddings"]
-    return GGUFContents(config, tensors, lambda: build_tokenizer(metadata, length, path))
-
-
-class _Fields:
-    """The metadata of a file, of the types that they must have."""
-
-    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        self.path = path
-        self.metadata = metadata
-        self.prefix = f"{metadata['general.architecture']}."
-
-    def of_type(self, kind: type, name: str, default: Any = None) -> Any:
-        value = self.metadata.get(name, default)
-        if value is None:
-            raise CheckpointError(f"{self.path} lacks the metadata field {name!r}")
-        if type(value) is not kind:
-            raise CheckpointError(f"{self.path}: the metadata field {name!r} is no {kind.__name__}")
-        return value
-
-    def number(self, name: str, default: int | None = None) -> int:
-        """An integer from 1 on, of the architecture."""
-        value: int = self.of_type(int, self.prefix + name, default)
-        if value < 1:
-            raise CheckpointError(
-                f"{self.path}: the metadata field {self.prefix + name} is {value}"
-            )
-        return value
-
-    def real(self, name: str, default: float | None = None) -> float:
-        """A number that may have digits behind the point, of the architecture."""
-        value: float = self.of_type(float, self.prefix + name, default)
-        return value
+    return config, tensors, lambda: build_tokenizer(metadata, length, path)
 
 
 def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     kind = metadata["general.architecture"]
-    architecture, fields = ARCHITECTURES[kind], _Fields(path, metadata)
+    architecture = ARCHITECTURES[kind]
+
+    def field(name: str, of_type: type, default: Any = None) -> Any:
+        value = metadata.get(name, default)
+        if value is None:
+            raise CheckpointError(f"{path} lacks the metadata field {name!r}")
+        if type(value) is not of_type:
+            raise CheckpointError(f"{path}: the metadata field {name!r} is no {of_type.__name__}")
+        return value
+
+    def number(name: str, default: int | None = None) -> int:
+        value: int = field(f"{kind}.{name}", int, default)
+        if value < 1:
+            raise CheckpointError(f"{path}: the metadata field {kind}.{name} is {value}")
+        return value
+
     # Older files have the factor alone, and mean it to be linear; 0 is none.
     factors = [
         metadata.get(f"{kind}.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")
@@ -175,12 +147,10 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
             "a GGUF with scaled rope frequencies does not say how they were scaled; "
             "prune the model's HF folder instead"
         )
-    heads, hidden = fields.number("attention.head_count"), fields.number("embedding_length")
-    layers = fields.number("block_count")
-    head_dim = fields.number(
-        "attention.key_length", fields.number("rope.dimension_count", hidden // heads)
-    )
-    rotated = fields.number("rope.dimension_count", head_dim)
+    heads, hidden = number("attention.head_count"), number("embedding_length")
+    layers = number("block_count")
+    head_dim = number("attention.key_length", number("rope.dimension_count", hidden // heads))
+    rotated = number("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise UnsupportedModelError(
             f"rope.dimension_count of the GGUF is {rotated}, a head has {head_dim} entries, of "
@@ -190,15 +160,15 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
         "architectures": [architecture.hf_class],
         "model_type": architecture.model_type,
         "hidden_size": hidden,
-        "intermediate_size": fields.number("feed_forward_length"),
+        "intermediate_size": number("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.number("attention.head_count_kv", heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": fields.number("context_length"),
-        "rms_norm_eps": fields.real("attention.layer_norm_rms_epsilon"),
-        "rope_theta": fields.real("rope.freq_base", 10000.0),
-        "vocab_size": len(fields.of_type(list, "tokenizer.ggml.tokens")),
+        "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": field(f"{kind}.attention.layer_norm_rms_epsilon", float),
+        "rope_theta": field(f"{kind}.rope.freq_base", float, 10000.0),
+        "vocab_size": len(field("tokenizer.ggml.tokens", list)),
         "tie_word_embeddings": "output.weight" not in names,
         "torch_dtype": "float32",
         **architecture.settings,
@@ -209,15 +179,14 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
         if part == "bias" and setting is not None:
             config[setting] = True
     if kind == "gemma3":
-        config["sliding_window"] = fields.number("attention.sliding_window")
+        config["sliding_window"] = number("attention.sliding_window")
         # The model of 62 layers is the one that does not scale by the width of its heads.
         is_27b = layers == 62
         config["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
-    for field in ("bos", "eos", "pad"):
-        name = "padding" if field == "pad" else field
-        token = f"tokenizer.ggml.{name}_token_id"
+    for theirs, own in {"bos": "bos", "eos": "eos", "padding": "pad"}.items():
+        token = f"tokenizer.ggml.{theirs}_token_id"
         if token in metadata:
-            config[f"{field}_token_id"] = fields.of_type(int, token)
+            config[f"{own}_token_id"] = field(token, int)
     return config
 
 
@@ -235,11 +204,7 @@ def _hf_name(name: str, architecture: Architecture, path: Path) -> str:
 
 
 def _source(
-    path: Path,
-    name: str,
-    tensor: StoredTensor,
-    architecture: Architecture,
-    config: dict[str, Any],
+    path: Path, name: str, tensor: StoredTensor, architecture: Architecture, config: dict[str, Any]
 ) -> TensorSource:
     module = name.rpartition(".")[0].rpartition(".")[2]
     rotated = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -257,16 +222,12 @@ def _source(
         except NotImplementedError as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         if heads is not None:
-            values = _undo_rope_permutation(values, heads)
+            # llama.cpp rotates neighbouring pairs, HF halves of a head: the rows have two orders.
+            pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+            values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
         if module.endswith("norm"):
             with np.errstate(all="ignore"):
                 values = values - np.float32(architecture.norm_offset)
         return values.astype(np.float16) if is_float16 else values
 
     return TensorSource(tensor.shape, np.dtype(np.float16 if is_float16 else np.float32), read)
-
-
-def _undo_rope_permutation(values: NDArray[Any], heads: int) -> NDArray[Any]:
-    """llama.cpp rotates neighbouring pairs, HF halves of a head: each has its own order of rows."""
-    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -23,19 +23,10 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
-    "smollm": [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ],
-    "qwen2": [
-        pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
-    "llama-bpe": [
-        pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
+PRE_TOKENIZERS: dict[str, pre_tokenizers.PreTokenizer] = {
+    "smollm": pre_tokenizers.Digits(individual_digits=True),
+    "qwen2": pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+    "llama-bpe": pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
 }
 
 MAX_TOKEN = 1024
@@ -121,7 +112,9 @@ def _byte_level(metadata: dict[str, Any], split: str) -> Tokenizer:
         vocab=_vocabulary(metadata), merges=merges, ignore_merges=split == "llama-bpe"
     )
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[split])
+    # The digits' splits leave the rest to the regular expression of GPT-2.
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split == "smollm")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([PRE_TOKENIZERS[split], bytewise])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -138,23 +131,13 @@ def _sentence_piece(metadata: dict[str, Any]) -> Tokenizer:
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
     merges = [(piece[:cut], piece[cut:]) for *_, piece, cut in sorted(ranked)]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=merges,
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    starts = (
-        [normalizers.Prepend(SPACE)]
-        if metadata.get("tokenizer.ggml.add_space_prefix", True)
-        else []
-    )
-    tokenizer.normalizer = normalizers.Sequence([*starts, normalizers.Replace(" ", SPACE)])
-    ends = [decoders.Strip(" ", 1, 0)] if starts else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
-    )
+    model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    normal = [normalizers.Replace(" ", SPACE)]
+    decoded = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        normal.insert(0, normalizers.Prepend(SPACE))
+        decoded.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(normal)
+    tokenizer.decoder = decoders.Sequence(decoded)
     return tokenizer

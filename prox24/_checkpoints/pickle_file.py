@@ -83,10 +83,6 @@ INSTRUCTIONS = (
 """Those of a state dict that pickle executes; SETITEM, SETITEMS and BUILD have versions here."""
 
 
-def _ordered_dict() -> dict[Any, Any]:
-    return {}
-
-
 # The numbers of arguments are fixed: a long tuple, passed again and again, would take forever.
 def _rebuild_tensor(
     storage: Any,
@@ -108,14 +104,10 @@ def _rebuild_tensor(
     return _View(storage, offset, shape, strides)
 
 
-def _rebuild_parameter(data: Any, _requires_grad: Any, _hooks: Any) -> Any:
-    return data
-
-
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _ordered_dict,
+    "collections.OrderedDict": lambda: {},
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda data, _requires_grad, _hooks: data,
 }
 
 
