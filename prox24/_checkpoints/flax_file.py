@@ -19,13 +19,7 @@ from numpy.typing import NDArray
 
 from prox24._checkpoints.hf_folder import WeightFiles
 from prox24._checkpoints.safetensors_file import DTYPES
-from prox24._checkpoints.tensors import (
-    MAX_DIMENSIONS,
-    Put,
-    TensorSource,
-    is_possible,
-    writing,
-)
+from prox24._checkpoints.tensors import MAX_DIMENSIONS, Put, TensorSource, is_possible, writing
 from prox24.errors import CheckpointError, UnsupportedModelError, first_line
 
 NORM_LEAVES: dict[str, str] = {
@@ -38,13 +32,7 @@ NORM_LEAVES: dict[str, str] = {
 }
 """What the Flax class of a model_type called the weight of a norm."""
 
-EMBEDDINGS = (
-    "embed_positions",
-    "embed_tokens",
-    "word_embeddings",
-    "wpe",
-    "wte",
-)
+EMBEDDINGS = ("embed_positions", "embed_tokens", "word_embeddings", "wpe", "wte")
 """Modules whose matrix is an embedding; that of any other is a linear."""
 
 
@@ -82,12 +70,7 @@ def norm_leaf(model_type: str) -> str:
 
 
 def leaf_path(name: str, dimensions: int, norm: str) -> str:
-    """Path of a tensor in the tree; the inverse of `tensor_name`.
-
-    Args:
-      name: PyTorch's.
-      dimensions: of the tensor.
-      norm: from `norm_leaf`.
+    """Path of a tensor in the tree; the inverse of `tensor_name`; `norm` is from `norm_leaf`.
 
     Example:
       >>> leaf_path("model.layers.0.mlp.up_proj.weight", 2, "weight")
@@ -161,12 +144,7 @@ def _source(path: Path, leaf: str, values: Any) -> TensorSource:
 def create_file(path: Path, norm: str) -> Iterator[Put]:
     """A file as the Flax classes wrote it, which is written when all its tensors are there.
 
-    Args:
-      path: of the file.
-      norm: from `norm_leaf`.
-
-    Yields:
-      What takes a tensor, by PyTorch's name and in its layout.
+    Yields what takes a tensor, by PyTorch's name and in its layout; `norm` is from `norm_leaf`.
     """
     leaves: dict[str, NDArray[Any]] = {}
 

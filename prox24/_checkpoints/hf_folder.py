@@ -12,20 +12,8 @@ MANIFEST = "prox24.json"
 """What `prox24 prune` leaves in a folder, see `prox24._checkpoints.manifest`."""
 
 # Weights in other formats would contradict the pruned ones.
-NOT_CARRIED = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".msgpack",
-    ".h5",
-    ".ot",
-    ".gguf",
-    ".onnx",
-    ".tflite",
-    ".index.json",
-)
-
+NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".ot", ".gguf", ".onnx")
+NOT_CARRIED += (".tflite", ".index.json")
 
 MAX_DEPTH = 100
 """Levels of a JSON file; what is much deeper can be neither compared nor printed nor written."""
@@ -121,7 +109,18 @@ def open_shards(folder: Path, formats: Sequence[WeightFiles]) -> list[dict[str, 
         raise CheckpointError(f"{folder} has no weights: none of {names}, nor an index of shards")
     if (folder / files.single_file).is_file():
         return [_open_file(folder / files.single_file, files)]
-    return _open_index(folder, files)
+    index = folder / files.index_file
+    places = {files.tensor_name(name): shard for name, shard in _read_index(index).items()}
+    shards = {name: _open_file(folder / name, files) for name in sorted(set(places.values()))}
+    for name, shard in places.items():
+        if name not in shards[shard]:
+            raise CheckpointError(
+                f"{index} places tensor {name} in {shard}, which does not hold it"
+            )
+    return [
+        {name: source for name, source in tensors.items() if places.get(name) == shard}
+        for shard, tensors in shards.items()
+    ]
 
 
 def weight_files(folder: Path, formats: Sequence[WeightFiles]) -> list[str]:
@@ -145,22 +144,6 @@ def _read_index(index: Path) -> dict[str, str]:
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
             raise CheckpointError(f"{index} places tensor {name} outside the folder: {shard!r}")
     return weight_map
-
-
-def _open_index(folder: Path, files: WeightFiles) -> list[dict[str, TensorSource]]:
-    index = folder / files.index_file
-    weight_map = _read_index(index)
-    places = {files.tensor_name(name): shard for name, shard in weight_map.items()}
-    shards = {name: _open_file(folder / name, files) for name in sorted(set(places.values()))}
-    for name, shard in places.items():
-        if name not in shards[shard]:
-            raise CheckpointError(
-                f"{index} places tensor {name} in {shard}, which does not hold it"
-            )
-    return [
-        {name: source for name, source in tensors.items() if places.get(name) == shard}
-        for shard, tensors in shards.items()
-    ]
 
 
 def _open_file(path: Path, files: WeightFiles) -> dict[str, TensorSource]:

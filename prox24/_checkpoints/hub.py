@@ -12,16 +12,7 @@ from prox24.errors import CheckpointError, first_line
 ID = re.compile(r"(?P<model>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?")
 
 # What stands beside the weights: configs, tokenizers, licences, the model card. No code.
-OTHER_FILES = (
-    "*.json",
-    "*.jinja",
-    "*.md",
-    "*.model",
-    "*.tiktoken",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-)
+OTHER_FILES = ("*.json", "*.jinja", "*.md", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
 
 
 def is_id(text: str) -> bool:

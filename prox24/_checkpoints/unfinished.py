@@ -37,13 +37,7 @@ OF_A_RUN |= {"activations", "model", "replaced", "old"}
 
 
 class Written(NamedTuple):
-    """A tensor that was written.
-
-    Attributes:
-      name: by HF's names.
-      file: that holds it.
-      sha256: of its bytes.
-    """
+    """A tensor that was written: HF's name, the file that holds it, and the hash of its bytes."""
 
     name: str
     file: Path
@@ -123,7 +117,11 @@ def unfinished_folder(
                     shutil.rmtree(work / part, ignore_errors=True)
                 (work / "model").mkdir()
                 _write_whole(work / "job.json", json.dumps(job, indent=2) + "\n")
-        finished = _finished(work / "model", done)
+        finished = _tensors(work / "model", done)
+        # Each is read once, to see whether it is what was written.
+        for name, entry in done.items():
+            if name not in finished or sha256(finished[name].read()) != entry["sha256"]:
+                raise CheckpointError(f"{work}/model: tensor {name} is damaged; delete {work}")
         with (work / "journal.jsonl").open("a", encoding="utf-8") as journal:
 
             def record(written: Written, also: Mapping[str, Any]) -> None:
@@ -166,8 +164,7 @@ def opened_by_another(destination: Path) -> Unfinished:
     for name in entries:
         if name not in tensors:
             raise CheckpointError(f"{work}: tensor {name} is not there")
-    finished = {name: tensors[name] for name in entries}
-    return Unfinished(work / "model", entries, finished, lambda written, also: None)
+    return Unfinished(work / "model", entries, tensors, lambda written, also: None)
 
 
 def check_replaceable(destination: Path, overwrite: bool) -> None:
@@ -231,8 +228,7 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
     with _intact(journal):
         for line in whole.splitlines():
             entry = json.loads(line)
-            name = entry.pop("tensor")
-            found[name] = {"sha256": entry["sha256"], **entry}
+            found[entry.pop("tensor")] = {"sha256": entry["sha256"], **entry}
     return found
 
 
@@ -274,20 +270,11 @@ def difference(before: Any, now: Any, name: str = "") -> str | None:
 
 
 def _tensors(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
-    """What the files hold, if there is anything in the journal."""
+    """Those of the journal that the files hold."""
     tensors: dict[str, TensorSource] = {}
     for path in sorted(folder.glob("*.safetensors")) if entries else []:
         tensors |= safetensors_file.open_file(path)
-    return tensors
-
-
-def _finished(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
-    """The tensors of the journal, which are read once to see whether they are what was written."""
-    tensors = _tensors(folder, entries)
-    for name, entry in entries.items():
-        if name not in tensors or sha256(tensors[name].read()) != entry["sha256"]:
-            raise CheckpointError(f"{folder}: tensor {name} is damaged; delete {folder.parent}")
-    return {name: tensors[name] for name in entries}
+    return {name: tensors[name] for name in entries if name in tensors}
 
 
 def _move_into_place(work: Path, destination: Path, overwrite: bool) -> None:

@@ -26,8 +26,6 @@ from prox24._checkpoints.unfinished import (
 from prox24._models.spec import tensor_shapes
 from prox24.errors import CheckpointError, DiskError, first_line
 
-MODEL_CARD = "README.md"
-
 Replacement = TypeVar("Replacement", bound=tuple[Any, ...])
 
 
@@ -125,11 +123,8 @@ def write_checkpoint(
     destination: Path,
     replaced: Iterable[tuple[str, NDArray[Any]]] = (),
     *,
-    dtype: str | None = None,
     overwrite: bool = False,
-    max_shard_bytes: int | None = None,
-    file_format: str = "safetensors",
-    note: str | None = None,
+    **options: Any,
 ) -> list[str]:
     """Writes `source` with some tensors replaced, as an HF folder with the same names.
 
@@ -139,12 +134,9 @@ def write_checkpoint(
     Args:
       source: gives the names, the order, the config, the tokenizer and every other file.
       destination: a folder that does not exist yet, unless `overwrite`.
-      replaced: see `fill_folder`.
-      dtype: see `fill_folder`.
+      replaced: names and values, see `fill_folder`.
       overwrite: replaces an existing folder, which stays until the new one is complete.
-      max_shard_bytes: see `fill_folder`.
-      file_format: see `fill_folder`.
-      note: see `fill_folder`.
+      options: of `fill_folder`: dtype, max_shard_bytes, file_format and note.
 
     Returns:
       The names of the tensors that were written: all, but for the buffers that Flax files lack.
@@ -156,15 +148,7 @@ def write_checkpoint(
     check_destination(destination, [source.path], overwrite)
     files = source_files(source.path)
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
-        written = fill_folder(
-            source,
-            unfinished,
-            replaced,
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-            file_format=file_format,
-            note=note,
-        )
+        written = fill_folder(source, unfinished, replaced, **options)
         check_unchanged(source.path, files)
     return list(written)
 
@@ -280,7 +264,7 @@ def _write_companions(
                 raise
             raise DiskError(f"cannot write {folder}: {first_line(error)}") from error
     if note is not None:
-        with (folder / MODEL_CARD).open("ab") as card:
+        with (folder / "README.md").open("ab") as card:
             card.write(f"\n{note}".encode() if card.tell() else note.encode())
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if dtype is not None:
