@@ -92,7 +92,7 @@ def print_row(name, folder, windows):
     weights = [oriented(config, jnp.asarray(tensor)) for tensor in tensors]
     zeros = 1 - sum(map(jnp.count_nonzero, weights)) / sum(weight.size for weight in weights)
     sparse = all(prox24.is_sparse(weight, axis=1) for weight in weights)
-    measured = native_perplexity(checkpoint, windows).perplexity
+    measured = native_perplexity(checkpoint, windows)
     print(f"{name:6}  {measured:10.2f}  {zeros:6.2%}  {'yes' if sparse else 'no'}", flush=True)
 
 

@@ -94,7 +94,7 @@ def test_logits_of_the_dense_model_agree_with_the_golden_file(checkpoint):
 def test_the_dense_model_predicts_english(checkpoint):
     # A wrong order of rows would agree with PyTorch on its own export, but would not do this.
     ids = tokenize(checkpoint.load_tokenizer(), packaged_text("austen.txt")[:20000], 49152)
-    assert native_perplexity(checkpoint, first_windows(ids, 4, 256)).perplexity < 60
+    assert native_perplexity(checkpoint, first_windows(ids, 4, 256)) < 60
 
 
 def test_logits_of_the_exported_model_agree_with_pytorch(pruned_folder, torch_model):
@@ -149,8 +149,7 @@ def test_perplexity_agrees_with_pytorch(pruned_folder, torch_model):
         logits = torch_model(batch).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     result = native_perplexity(checkpoint, windows)
-    assert result.predicted_tokens == 6 * 127
-    assert result.perplexity == pytest.approx(float(loss.exp()), rel=1e-3)
+    assert result == pytest.approx(float(loss.exp()), rel=1e-3)
 
 
 def test_tokenizer_gives_the_ids_of_transformers_own(gguf_path, checkpoint):

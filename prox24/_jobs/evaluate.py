@@ -5,9 +5,8 @@ from pathlib import Path
 
 from prox24._jobs import torchax
 from prox24._jobs.forward import load_model
-from prox24._jobs.output import progress_bar, table
+from prox24._jobs.output import Report, progress_bar, table
 from prox24._jobs.perplexity import native_perplexity
-from prox24._jobs.reports import Report
 from prox24._jobs.text import NOVEL, Text, Windows, evaluation_windows
 
 
@@ -76,4 +75,5 @@ def perplexity(
         else:
             found = torchax.torch_perplexity(checkpoint, windows, on_window=on_step)
     name = text.called(NOVEL) if isinstance(text, Text) else "tokens"
-    return PerplexityReport(str(model), name, *found)
+    predicted = windows.size - len(windows)
+    return PerplexityReport(str(model), name, found, windows.shape[1], len(windows), predicted)

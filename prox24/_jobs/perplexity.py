@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,28 +28,12 @@ from prox24.errors import CalibrationError
 LARGEST_LOSS = math.log(sys.float_info.max)
 
 
-class Perplexity(NamedTuple):
-    """exp of the mean negative log-likelihood, and what it was measured on.
-
-    Attributes:
-      perplexity: per predicted token.
-      context_length: tokens of a window; the first of each is given, the others are predicted.
-      windows: their number.
-      predicted_tokens: windows (context_length - 1).
-    """
-
-    perplexity: float
-    context_length: int
-    windows: int
-    predicted_tokens: int
-
-
 def native_perplexity(
     checkpoint: Checkpoint,
     windows: NDArray[np.int32],
     *,
     on_layer: Callable[[int], None] = lambda index: None,
-) -> Perplexity:
+) -> float:
     """exp(-mean log p(token t | tokens 0..t-1 of its window)).
 
     In float32; the sums of windows are added in float64.
@@ -76,19 +60,16 @@ def native_perplexity(
     return from_losses(checkpoint.path, windows, np.concatenate(losses))
 
 
-def from_losses(
-    path: Path, windows: NDArray[np.int32], losses: NDArray[np.floating[Any]]
-) -> Perplexity:
+def from_losses(path: Path, windows: NDArray[np.int32], losses: NDArray[np.floating[Any]]) -> float:
     """The perplexity of windows (count, length) with these negative log-likelihoods, (count,).
 
     Raises:
       CalibrationError: the loss is not finite; names the path of the model.
     """
-    predicted = windows.size - len(windows)
-    mean = losses.astype(np.float64).sum() / predicted
+    mean = losses.astype(np.float64).sum() / (windows.size - len(windows))
     if not mean < LARGEST_LOSS:
         raise CalibrationError(f"{path}: the loss on the text is {mean}")
-    return Perplexity(math.exp(mean), windows.shape[1], len(windows), predicted)
+    return math.exp(mean)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -16,14 +16,9 @@ from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint, open_checkpoint
 from prox24._jobs.forward import batch_size
-from prox24._jobs.perplexity import Perplexity, from_losses, sequence_loss
+from prox24._jobs.perplexity import from_losses, sequence_loss
 from prox24._trees.products import Apply
-from prox24.errors import (
-    CheckpointError,
-    Prox24Error,
-    UnsupportedModelError,
-    first_line,
-)
+from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +136,15 @@ class TorchLayer(NamedTuple):
 
     def axes(self) -> dict[str, int]:
         """The weights of its linears, with the axis that each sums over."""
-        return _linear_axes(self.module, self.prefix)
+        torch, _ = require()
+        from transformers.pytorch_utils import Conv1D
+
+        return {
+            f"{self.prefix}{name}.weight": axis
+            for name, module in self.module.named_modules()
+            for kind, axis in {torch.nn.Linear: 1, Conv1D: 0}.items()
+            if isinstance(module, kind)
+        }
 
     def function(self) -> TorchModel:
         """The layer as a function."""
@@ -162,17 +165,11 @@ def layers_and_inputs(
       UnsupportedModelError: transformers or torchax cannot run the model, or it is no such decoder.
       Prox24Error: see `require`.
     """
-    model = _load(checkpoint.path)
-    prefix, layers = _decoder_layers(model)
+    model, layers = _decoder_layers(checkpoint)
     size = batch_size(*windows.shape)
     batches = [windows[i : i + size] for i in range(0, len(windows), size)]
-    hidden, calls = _layer_calls(model, layers, batches)
-    own = [
-        TorchLayer(layer, f"{prefix}.{index}.", call)
-        for index, (layer, call) in enumerate(zip(layers, calls, strict=True))
-    ]
-    for tensor in (tensor for layer in own for tensor in layer.axes()):
-        _check_stored(checkpoint, tensor)
+    hidden, calls = _layer_calls(model, [layer.module for layer in layers], batches)
+    own = [layer._replace(call=call) for layer, call in zip(layers, calls, strict=True)]
     return own, hidden
 
 
@@ -184,20 +181,11 @@ def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
       UnsupportedModelError: transformers cannot load the model, or it is no such decoder.
       Prox24Error: see `require`.
     """
-    prefix, layers = _decoder_layers(_load(checkpoint.path))
-    axes: dict[str, int] = {}
-    for index, layer in enumerate(layers):
-        axes |= _linear_axes(layer, f"{prefix}.{index}.")
-    for name in axes:
-        _check_stored(checkpoint, name)
+    _, layers = _decoder_layers(checkpoint)
+    axes = {name: axis for layer in layers for name, axis in layer.axes().items()}
     if not axes:
         raise UnsupportedModelError(f"{checkpoint.path}: the decoder layers have no linears")
     return axes
-
-
-def _check_stored(checkpoint: Checkpoint, name: str) -> None:
-    if name not in checkpoint.tensors:
-        raise CheckpointError(f"{checkpoint.path}: tensor {name} is not in the files")
 
 
 def torch_perplexity(
@@ -205,7 +193,7 @@ def torch_perplexity(
     windows: NDArray[np.int32],
     *,
     on_window: Callable[[int], None] = lambda index: None,
-) -> Perplexity:
+) -> float:
     """The perplexity of any HF decoder, all of which is in memory.
 
     Args:
@@ -264,27 +252,23 @@ def _raise_if_of_memory(error: Exception) -> None:
         raise MemoryError(first_line(error)) from error
 
 
-def _decoder_layers(model: Any) -> tuple[str, list[Any]]:
-    """The name of the list of decoder layers, and the layers."""
+def _decoder_layers(checkpoint: Checkpoint) -> tuple[Any, list[TorchLayer]]:
+    """The model, and its layers without their calls, all of whose linears the files have."""
     torch, _ = require()
+    model: Any = _load(checkpoint.path)
     count = getattr(model.config, "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return name, list(module)
-    raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} layers")
-
-
-def _linear_axes(layer: Any, prefix: str) -> dict[str, int]:
-    torch, _ = require()
-    from transformers.pytorch_utils import Conv1D
-
-    summed = {torch.nn.Linear: 1, Conv1D: 0}
-    return {
-        f"{prefix}{name}.weight": axis
-        for name, module in layer.named_modules()
-        for kind, axis in summed.items()
-        if isinstance(module, kind)
-    }
+    lists = (
+        [TorchLayer(layer, f"{name}.{index}.", Call((), {})) for index, layer in enumerate(module)]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    )
+    layers = next(lists, None)
+    if layers is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} layers")
+    for tensor in (tensor for layer in layers for tensor in layer.axes()):
+        if tensor not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: tensor {tensor} is not in the files")
+    return model, layers
 
 
 def _layer_calls(
