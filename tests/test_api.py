@@ -11,7 +11,7 @@ import pytest
 from tiny import write_tiny
 
 import prox24
-from prox24._jobs.reports import Report
+from prox24._jobs.output import Report
 
 ROOT = Path(__file__).parents[1]
 NAMES = [

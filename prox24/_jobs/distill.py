@@ -25,9 +25,8 @@ from prox24._checkpoints.writer import OUTPUTS, check_destination, check_outside
 from prox24._core.masks import mean_sparsity
 from prox24._core.placement import common_mesh
 from prox24._jobs.forward import all_linears, load_model
-from prox24._jobs.output import peak_memory_bytes, progress_bar, table, versions
+from prox24._jobs.output import Report, gigabytes, peak_memory_bytes, progress_bar, table, versions
 from prox24._jobs.prune import described
-from prox24._jobs.reports import Report, gigabytes
 from prox24._jobs.text import SPEECHES, Text, Windows, calibration_windows, shuffled
 from prox24._jobs.training import train_checkpoint
 from prox24.refine._model import ModelRefinement

@@ -10,8 +10,7 @@ from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.tensors import byte_count
 from prox24._core.pattern import AnyPattern, Unstructured
 from prox24._jobs.forward import all_linears, load_model
-from prox24._jobs.output import table
-from prox24._jobs.reports import Report
+from prox24._jobs.output import Report, table
 from prox24._models import spec
 from prox24._models.spec import Config
 from prox24._pruning.recipe import Recipe

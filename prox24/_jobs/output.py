@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -11,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prox24 import __version__
 from prox24._checkpoints.tensors import writing
@@ -26,25 +27,14 @@ Advance = Callable[[str, float | None], None]
 @contextlib.contextmanager
 def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[Advance]:
     """A bar on standard error with what was done last, its relative loss, and the time left."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     # A log file has no use for the frames of a bar.
     console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[latest]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    figures = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
+    columns = "{task.description}", *figures, "{task.fields[latest]}"
+    with rich.Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total, completed=done, latest="")
 
         def advance(name: str, loss: float | None) -> None:
@@ -54,14 +44,20 @@ def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> I
         yield advance
 
 
-class Shown(Protocol):
-    """A report: a table as text, and JSON."""
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a job returns: it prints as a table and has a JSON form."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
-def show(report: Shown, arguments: argparse.Namespace) -> None:
+def show(report: Report, arguments: argparse.Namespace) -> None:
     """Prints a report as --json and --quiet say, and writes it where --report says."""
     with reporting(getattr(arguments, "report", None), report.to_dict()):
         if arguments.json:
@@ -140,6 +136,16 @@ def table(columns: list[str], rows: list[list[str]], width: int | None = None) -
     with console.capture() as captured:
         console.print(drawn)
     return captured.get().rstrip("\n")
+
+
+def gigabytes(count: int | None) -> str:
+    """A number of bytes for people.
+
+    Example:
+      >>> gigabytes(1_500_000_000), gigabytes(None)
+      ('1.50 GB', 'unknown')
+    """
+    return "unknown" if count is None else f"{count / 1e9:.2f} GB"
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:

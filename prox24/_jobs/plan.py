@@ -16,9 +16,8 @@ from prox24._jobs.memory import (
     operations,
     streams,
 )
-from prox24._jobs.output import table
+from prox24._jobs.output import Report, gigabytes, table
 from prox24._jobs.prune import check_shared
-from prox24._jobs.reports import Report, gigabytes
 from prox24._pruning.recipe import Recipe
 from prox24.errors import Prox24Error
 

@@ -1,31 +1,15 @@
-"""What jobs return: reports that print as tables and have a JSON form."""
+"""The report of pruning a model."""
 
 import dataclasses
-import json
 from typing import Any
 
 import numpy as np
 
-from prox24._jobs.output import table
+from prox24._jobs.output import Report, gigabytes, table
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
 from prox24._solvers.problem import Status
 from prox24.refine._training import Outcome
-
-
-class Report:
-    """A dataclass that prints as a table."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-        }
-
-    def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +99,3 @@ class PruneReport(Report):
         if diverged := sum(block.outcome is Outcome.DIVERGED for block in blocks):
             rows.append(["diverged while refined", f"{diverged} layers"])
         return rows
-
-
-def gigabytes(count: int | None) -> str:
-    """A number of bytes for people.
-
-    Example:
-      >>> gigabytes(1_500_000_000), gigabytes(None)
-      ('1.50 GB', 'unknown')
-    """
-    return "unknown" if count is None else f"{count / 1e9:.2f} GB"

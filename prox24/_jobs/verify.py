@@ -16,8 +16,7 @@ from prox24._core.masks import count_violations, mean_sparsity
 from prox24._core.pattern import PatternLike, Unstructured
 from prox24._jobs import torchax
 from prox24._jobs.forward import all_linears, load_model
-from prox24._jobs.output import progress_bar, table, versions
-from prox24._jobs.reports import Report
+from prox24._jobs.output import Report, progress_bar, table, versions
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import Linear, check_widths
 
