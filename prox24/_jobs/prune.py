@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -151,7 +151,9 @@ def prune(
                 "distributed": jax.process_count() > 1,
                 "refine": recipe.refine is not None,
             }
-            _check_not_given(options, "models with a forward pass of prox24's own")
+            for option, given in options.items():
+                if given:
+                    raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
             runner = torch_runner(checkpoint, windows, recipe)
         chosen, quiet = loop.check(runner, recipe), quiet or not is_first()
         if not unfinished.entries:  # else the run before has looked
@@ -160,27 +162,40 @@ def prune(
             unfinished = _whole_layers(unfinished, runner, recipe.refine)
         dense = loop.most_lossy(runner.in_memory(), recipe)
         done = len(chosen & unfinished.finished.keys())
+        entries, written = unfinished.entries, set(unfinished.entries)
+        figures = [entry["figures"] for entry in entries.values() if "figures" in entry]
+
+        def record(file: Written, tensor: PrunedTensor) -> None:
+            own = [report.figures() for report in tensor.reports]
+            unfinished.record(file, {"figures": own[0]} if own else {})
+
         with progress_bar("prune", len(chosen - dense), quiet, done) as advance:
             tensors = loop.prune_stages(runner, recipe, finished=unfinished.finished, dense=dense)
-            result = _write(
-                checkpoint,
-                unfinished,
-                _watched(tensors, advance),
-                dtype=recipe.dtype,
-                shard_size=shard_size,
-                note=_model_card(recipe, calibration, windows),
-            )
+            tensors = _watched(tensors, written, figures, advance)
+            if is_first():
+                stored = fill_folder(
+                    checkpoint,
+                    unfinished,
+                    tensors,
+                    dtype=recipe.dtype,
+                    max_shard_bytes=shard_size,
+                    note=_model_card(recipe, calibration, windows),
+                    on_replaced=record,
+                )
+            else:
+                for _ in tensors:
+                    pass
         check_unchanged(checkpoint.path, files)
         meet("nothing has changed")  # for any of them
         if is_first():
-            refined = result.written - {figure["name"] for figure in result.figures}
-            write_manifest(unfinished.folder, job, result.tensors, result.figures, refined)
+            refined = written - {figure["name"] for figure in figures}
+            write_manifest(unfinished.folder, job, stored, figures, refined)
     return PruneReport(
         source=str(source),
         destination=str(destination),
         recipe=recipe,
         calibration=described(calibration, windows, SPEECHES),
-        linears=[LinearReport.of_figures(figure) for figure in result.figures],
+        linears=[LinearReport.of_figures(figure) for figure in figures],
         kept_dense=sorted(dense),
         resumed_linears=done,
         seconds=time.perf_counter() - began,
@@ -190,63 +205,19 @@ def prune(
     )
 
 
-class _Result(NamedTuple):
-    """What `fill_folder` returns, figures, and the tensors that were pruned or trained."""
-
-    tensors: dict[str, dict[str, str]]
-    figures: list[dict[str, Any]]
-    written: set[str]
-
-
-def _write(
-    checkpoint: Checkpoint,
-    unfinished: Unfinished,
+def _watched(
     tensors: Iterator[PrunedTensor],
-    *,
-    dtype: str | None,
-    shard_size: int | None,
-    note: str,
-) -> _Result:
-    """Writes each tensor when it comes, and notes it in the journal; the first process alone."""
-    entries = unfinished.entries
-    figures = [entry["figures"] for entry in entries.values() if "figures" in entry]
-    written = set(entries)
-
-    def record(file: Written, tensor: PrunedTensor) -> None:
-        own = [report.figures() for report in tensor.reports]
-        figures.extend(own)
-        written.add(tensor.name)
-        unfinished.record(file, {"figures": own[0]} if own else {})
-
-    if not is_first():
-        for tensor in tensors:
-            figures.extend(report.figures() for report in tensor.reports)
-        return _Result({}, figures, written)
-    files = fill_folder(
-        checkpoint,
-        unfinished,
-        tensors,
-        dtype=dtype,
-        max_shard_bytes=shard_size,
-        note=note,
-        on_replaced=record,
-    )
-    return _Result(files, figures, written)
-
-
-def _watched(tensors: Iterator[PrunedTensor], advance: Advance) -> Iterator[PrunedTensor]:
-    """The tensors, and the bar that moves when one has been written."""
+    written: set[str],
+    figures: list[dict[str, Any]],
+    advance: Advance,
+) -> Iterator[PrunedTensor]:
+    """The tensors; when one has been written, its name and figures are noted and the bar moves."""
     for tensor in tensors:
         yield tensor
+        written.add(tensor.name)
         for report in tensor.reports:
+            figures.append(report.figures())
             advance(tensor.name, report.statistics.relative_loss)
-
-
-def _check_not_given(options: Mapping[str, bool], purpose: str) -> None:
-    """Raises Prox24Error that names the first option that was given, and what it is for."""
-    for option, given in options.items():
-        if given:
-            raise Prox24Error(f"{option} is for {purpose}")
 
 
 def _check_tensors(checkpoint: Checkpoint, dtype: str | None, quiet: bool) -> None:
@@ -261,21 +232,16 @@ def _check_tensors(checkpoint: Checkpoint, dtype: str | None, quiet: bool) -> No
 def _common_folder(
     destination: Path, job: Mapping[str, Any], overwrite: bool
 ) -> Iterator[Unfinished]:
-    """`unfinished_folder` of the first process, in which the others see what is finished.
-
-    Raises:
-      CheckpointError: see `unfinished_folder`, or the others do not see it.
-    """
-    # Not an error of the input, which would end the job.
-    differ = DiskError(f"the processes do not find the same files beside {destination}")
-    if is_first():
-        with unfinished_folder(destination, job, overwrite=overwrite) as unfinished:
-            meet("opened")
-            agree(list(unfinished.entries), differ)
-            yield unfinished
-    else:
+    """`unfinished_folder` of the first process, in which the others see what is finished."""
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            folder = unfinished_folder(destination, job, overwrite=overwrite)
+            unfinished = stack.enter_context(folder)
         meet("opened")
-        unfinished = opened_by_another(destination)
+        if not is_first():
+            unfinished = opened_by_another(destination)
+        # Not an error of the input, which would end the job.
+        differ = DiskError(f"the processes do not find the same files beside {destination}")
         agree(list(unfinished.entries), differ)
         yield unfinished
     meet("in place")
