@@ -1,5 +1,6 @@
 """What a checkpoint holds, and what a recipe prunes of it."""
 
+import collections
 import dataclasses
 import math
 import re
@@ -139,13 +140,9 @@ def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
             decisions[spec.layer_tensor(config.names, index, name)] = DENSE + _role(name)
     for linear in all_linears(config):
         width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
-        if pattern is None:
-            decision = DENSE + "by the recipe"
-        elif width % getattr(pattern, "group", 1):
-            decision = f"{DENSE}width {width} does not fit {pattern}"
-        else:
-            decision = PRUNED
-        decisions[linear.tensor] = decision
+        fits = width % getattr(pattern, "group", 1) == 0
+        refused = "by the recipe" if pattern is None else f"width {width} does not fit {pattern}"
+        decisions[linear.tensor] = PRUNED if pattern is not None and fits else DENSE + refused
     return decisions
 
 
@@ -158,12 +155,9 @@ def _role(name: str) -> str:
 
 def _grouped(entries: list[Entry]) -> list[list[str]]:
     """One row for tensors that differ in a number of their names only."""
-    groups: dict[tuple[Any, ...], int] = {}
-    for entry in entries:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name)
-        key = (name, entry.shape, entry.dtype, entry.decision)
-        groups[key] = groups.get(key, 0) + 1
-    return [
-        [name, " x ".join(map(str, shape)), dtype, str(number), decision]
-        for (name, shape, dtype, decision), number in groups.items()
-    ]
+    names = (re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name) for entry in entries)
+    groups = collections.Counter(
+        (name, " x ".join(map(str, entry.shape)), entry.dtype, entry.decision)
+        for name, entry in zip(names, entries, strict=True)
+    )
+    return [[*key[:3], str(number), key[3]] for key, number in groups.items()]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prox24._jobs import torchax
-from prox24._jobs.forward import load_model
+from prox24._jobs.forward import load_model, oriented
 from prox24._models import decoder, spec
 from prox24._models.spec import Config
 from prox24._trees.products import Apply
@@ -62,10 +62,8 @@ def _logits(config: Config, params: dict[str, Array], tokens: Array) -> Array:
     hidden = decoder.embed(config, outer, tokens)
     for index, layer in enumerate(config.layers):
         own = {
-            name: params[spec.layer_tensor(config.names, index, name)]
+            name: oriented(config, params[spec.layer_tensor(config.names, index, name)])
             for name in spec.layer_shapes(layer)
         }
-        if config.names.transposed:
-            own = {name: weight.T for name, weight in own.items()}
         hidden = decoder.layer(layer, own, hidden, decoder.no_tap)
     return decoder.logits(config, outer, hidden)

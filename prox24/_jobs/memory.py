@@ -50,19 +50,6 @@ class Memory(NamedTuple):
     widest: str
 
 
-class Operations(NamedTuple):
-    """Multiplications and additions of the whole model, without those of the solver.
-
-    Attributes:
-      forward: passes of the calibration tokens through every layer: two, or three with dense
-        targets.
-      grams: their Grams, and the cross-Grams.
-    """
-
-    forward: float
-    grams: float
-
-
 class Setup(NamedTuple):
     """What decides the memory of a layer, besides the layer.
 
@@ -165,13 +152,17 @@ def distinct_layers(model: Model) -> list[int]:
     return sorted({layer: index for index, layer in reversed(list(enumerate(layers)))}.values())
 
 
-def operations(model: Model, tokens: int, recipe: Recipe) -> Operations:
-    """Counts, with 2 for a multiplication and an addition; attention and norms are left out.
+def operations(model: Model, tokens: int, recipe: Recipe) -> dict[str, float]:
+    """Multiplications and additions; attention, norms and the solver are left out.
 
     Args:
       model: the model, of which nothing is read.
       tokens: of calibration.
       recipe: says whether the dense model runs alongside.
+
+    Returns:
+      "forward", the passes through every layer: two, or three with the dense model alongside; and
+      "grams", of Grams and cross-Grams.
     """
     forward = grams = 0.0
     for index in range(len(model.config.layers)):
@@ -179,7 +170,10 @@ def operations(model: Model, tokens: int, recipe: Recipe) -> Operations:
         forward += sum(2.0 * math.prod(linear.shape) for linear in linears)
         grams += sum(2.0 * width**2 for width in _widths(linears).values())
     alongside = recipe.targets is not None or recipe.refine is not None
-    return Operations((2 + alongside) * tokens * forward, streams(recipe) * tokens * grams)
+    return {
+        "forward": (2 + alongside) * tokens * forward,
+        "grams": streams(recipe) * tokens * grams,
+    }
 
 
 def streams(recipe: Recipe) -> int:

@@ -128,7 +128,10 @@ class NativeRunner:
             both = [None if x is None else placed(x, self.mesh) for x in (batch, dense)]
             grams, crosses, output = observe_layer(layer, own, *both, grams, crosses, devices)
             if outputs is not None and output is not None:
-                _put(outputs, i, taken(output, self.mesh), state.files is not None)
+                if state.files is None:
+                    outputs[i] = taken(output, self.mesh)
+                else:
+                    outputs[i][...] = taken(output, self.mesh)
         if columns is None:
             for sums in (grams, crosses):
                 for name in list(sums):
@@ -138,14 +141,9 @@ class NativeRunner:
             if not jnp.isfinite(jnp.trace(gram.total)):
                 raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")
         # Without what compensates for rounding, which is as large.
+        totals = {name: cross.total for name, cross in crosses.items()}
         inputs = {
-            name: [
-                Inputs(
-                    gram.total,
-                    int(gram.tokens),
-                    crosses[name].total if name in crosses else None,
-                )
-            ]
+            name: [Inputs(gram.total, int(gram.tokens), totals.get(name))]
             for name, gram in grams.items()
         }
         return inputs, state._replace(dense=outputs)
@@ -201,20 +199,8 @@ class NativeRunner:
         assert state.dense is not None
         assert self.recipe.refine is not None
         layer, refine = self.model.config.layers[index], self.recipe.refine
-        return Block(
-            forward.layer_function(layer, self.mesh, refine.compute_dtype),
-            self._names(index),
-            state.pruned,
-            state.dense,
-            self.step_batches,
-        )
-
-
-def _put(batches: list[HiddenStates], index: int, output: HiddenStates, on_disk: bool) -> None:
-    if on_disk:
-        batches[index][...] = output
-    else:
-        batches[index] = output
+        apply = forward.layer_function(layer, self.mesh, refine.compute_dtype)
+        return Block(apply, self._names(index), state.pruned, state.dense, self.step_batches)
 
 
 def native_runner(

@@ -151,5 +151,5 @@ def plan(
         memory_bytes=memory,
         fits=None if memory is None else fitting is not None,
         fitting_micro_batch_windows=None if fitting is None else fitting // used,
-        operations=operations(model, samples * sequence_length, recipe)._asdict(),
+        operations=operations(model, samples * sequence_length, recipe),
     )

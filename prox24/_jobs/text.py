@@ -45,11 +45,7 @@ class Text:
             raise CalibrationError(f"sequence_length is {self.sequence_length}; 2 is the least")
 
     def read(self, packaged: str) -> str:
-        """The text, or the package's text of that name.
-
-        Raises:
-          CalibrationError: the file is missing or is not UTF-8.
-        """
+        """The text, or the package's text of that name; see `read_text` for what is raised."""
         return packaged_text(packaged) if self.file is None else read_text(Path(self.file))
 
     def called(self, packaged: str) -> str:

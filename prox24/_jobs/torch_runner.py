@@ -65,8 +65,7 @@ class TorchRunner:
     def function(self, index: int) -> TorchModel:
         """A layer as a function, which is made once; only one layer's is kept."""
         if self._latest is None or self._latest[0] != index:
-            layer = self.layers[index]
-            self._latest = (index, layer.function())
+            self._latest = (index, self.layers[index].function())
         return self._latest[1]
 
     def weights(self, index: int) -> dict[str, Array]:
@@ -107,16 +106,12 @@ class TorchRunner:
 
     def matrices(self, linear: Linear, weight: Array) -> list[Array]:
         """The weight as (out, in)."""
-        return [weight if self._axis(linear.tensor) else weight.T]
+        layer = next(layer for layer in self.layers if linear.tensor.startswith(layer.prefix))
+        return [weight if layer.axes()[linear.tensor] else weight.T]
 
     def joined(self, linear: Linear, matrices: list[Array]) -> Array:
         """The matrix in the module's layout."""
-        (weight,) = matrices
-        return weight if self._axis(linear.tensor) else weight.T
-
-    def _axis(self, tensor: str) -> int:
-        layer = next(layer for layer in self.layers if tensor.startswith(layer.prefix))
-        return layer.axes()[tensor]
+        return self.matrices(linear, *matrices)[0]
 
     def loaded(self, tensor: str, stored: NDArray[Any]) -> Array:
         """In the module's layout, as the file has it."""
@@ -138,15 +133,7 @@ class TorchRunner:
 def torch_runner(checkpoint: Checkpoint, windows: NDArray[np.int32], recipe: Recipe) -> TorchRunner:
     """Any HF decoder, as the loop prunes it.
 
-    Args:
-      checkpoint: the model, as `open_checkpoint(path, any_family=True)` opens it.
-      windows: calibration tokens, shape (windows, length).
-      recipe: how it will be pruned.
-
-    Raises:
-      CheckpointError: the files call a tensor by another name than transformers does.
-      UnsupportedModelError: transformers or torchax cannot run the model, or it is no such decoder.
-      Prox24Error: see `prox24._jobs.torchax.require`.
+    See `prox24._jobs.torchax.layers_and_inputs` for the arguments and what is raised.
     """
     return TorchRunner(checkpoint, recipe, *layers_and_inputs(checkpoint, windows))
 

@@ -180,20 +180,17 @@ def _missing(
 ) -> dict[str, str]:
     """What is wrong without reading a tensor: names and shapes."""
     problems: dict[str, str] = {}
+    own = checkpoint.tensors
     if manifest is not None:
-        problems |= {name: "is missing" for name in manifest.keys() - checkpoint.tensors.keys()}
-        problems |= {
-            name: "is not in the manifest" for name in checkpoint.tensors.keys() - manifest.keys()
-        }
+        problems |= dict.fromkeys(manifest.keys() - own.keys(), "is missing")
+        problems |= dict.fromkeys(own.keys() - manifest.keys(), "is not in the manifest")
     if source is not None:
         for name, tensor in source.tensors.items():
-            if name not in checkpoint.tensors:
+            if name not in own:
                 problems[name] = "is missing"
-            elif checkpoint.tensors[name].shape != tensor.shape:
-                problems[name] = (
-                    f"has shape {checkpoint.tensors[name].shape}, the source has {tensor.shape}"
-                )
-        for name in checkpoint.tensors.keys() - source.tensors.keys():
+            elif own[name].shape != tensor.shape:
+                problems[name] = f"has shape {own[name].shape}, the source has {tensor.shape}"
+        for name in own.keys() - source.tensors.keys():
             problems.setdefault(name, "is not in the source")
     return problems
 
