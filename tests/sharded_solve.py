@@ -358,10 +358,10 @@ def distillation_reports(folder):
         settings = ModelRefinement(rate=1e-3, step_windows=8, **options)
         # Optax's optimizers mix dtypes and ranks.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            result = train_checkpoint(
+            refined, tensors = train_checkpoint(
                 checkpoint, pruned, windows, settings, mesh=mesh, on_measured=look, resume=resume
             )
-        return result.refined, dict(result.tensors)
+        return refined, dict(tensors)
 
     alone, expected = trained(None)
     for tensor, more in ((1, {}), (4, {"micro_batches": 2})):

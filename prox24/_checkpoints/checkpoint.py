@@ -128,7 +128,9 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     model = None if model is None else with_names_of(model, tensors)
     shapes = tensor_shapes(model) if model else {}
     tensors = _without_copies(tensors, shapes)
-    tensors = float8.dequantise(path, config, tensors, _own_dtype(config))
+    dtype = str(config.get("dtype") or config.get("torch_dtype"))
+    own = DTYPES.get(dtype, DTYPES["bfloat16"])
+    tensors = float8.dequantise(path, config, tensors, own)
     buffers: frozenset[str] = frozenset()
     if model:
         # A tied head that is also stored is a copy of the embedding, and has to stay one.
@@ -171,11 +173,6 @@ def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: the weights are quantised ({quantization.get('quant_method')}), "
             "which is read for fp8 only; dequantise the model first"
         )
-
-
-def _own_dtype(config: Mapping[str, Any]) -> np.dtype[Any]:
-    name = config.get("dtype") or config.get("torch_dtype")
-    return DTYPES.get(str(name), DTYPES["bfloat16"])
 
 
 def _without_copies(

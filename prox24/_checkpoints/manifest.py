@@ -17,7 +17,7 @@ def write_manifest(
     job: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, str]],
     pruned: Iterable[Mapping[str, Any]],
-    refined: Collection[str] = (),
+    refined: Collection[str],
 ) -> None:
     """Writes the manifest, which depends on nothing but the result.
 

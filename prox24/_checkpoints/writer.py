@@ -79,9 +79,7 @@ OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {
 """The formats to write in: safetensors, and the msgpack files of transformers' Flax classes."""
 
 
-def check_destination(
-    destination: Path, inputs: Iterable[Path | None], overwrite: bool = False
-) -> None:
+def check_destination(destination: Path, inputs: Iterable[Path | None], overwrite: bool) -> None:
     """Raises CheckpointError where writing to `destination` would fail or lose something.
 
     Args:

@@ -161,7 +161,7 @@ def distill(
     # Opened before hours are spent.
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
         with _training(state, job, refinement, len(windows), quiet) as (resume, on_measured):
-            found = train_checkpoint(
+            refined, tensors = train_checkpoint(
                 teacher,
                 student,
                 windows,
@@ -171,11 +171,10 @@ def distill(
                 on_measured=on_measured,
             )
         note = _model_card(windows, refinement)
-        written = fill_folder(student, unfinished, watched(found.tensors), note=note)
+        written = fill_folder(student, unfinished, watched(tensors), note=note)
         for role, model in models.items():
             check_unchanged(model.path, files[role])
         write_manifest(unfinished.folder, job, written, figures, trained - linears)
-    refined = found.refined
     return DistillReport(
         dense=str(dense),
         pruned=str(pruned),
@@ -186,7 +185,7 @@ def distill(
         losses=[loss if math.isfinite(loss) else None for loss in refined.losses],
         steps=refined.steps,
         resumed_steps=refined.resumed_steps,
-        tokens=found.tokens,
+        tokens=refined.steps * refinement.step_windows * windows.shape[1],
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
         versions=versions(),

@@ -59,11 +59,16 @@ class Report:
 
 def show(report: Report, arguments: argparse.Namespace) -> None:
     """Prints a report as --json and --quiet say, and writes it where --report says."""
-    with reporting(getattr(arguments, "report", None), report.to_dict()):
+    path: Path | None = getattr(arguments, "report", None)
+    try:  # prints first: what was measured is not lost where the disk is full
         if arguments.json:
             print_json(report.to_dict())
         elif not arguments.quiet:
             print(report)
+    finally:  # even by a closed pipe
+        if path is not None:
+            with writing(path):
+                path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -83,7 +88,12 @@ def check_report(
     """
     if path is None:
         return
-    check_writable(path, "report")
+    if path.is_dir():
+        raise CheckpointError(f"the report {path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise CheckpointError(f"the folder of {path} does not exist")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise CheckpointError(f"the report {path} cannot be written: permission denied")
     for given in (Path(place) for place in inputs if place is not None):
         held = given.iterdir() if given.is_dir() else [given]
         if path.exists() and any(file.exists() and path.samefile(file) for file in held):
@@ -92,34 +102,12 @@ def check_report(
         check_outside(destination, path)
 
 
-def check_writable(path: Path, what: str) -> None:
-    """Raises CheckpointError where a file, which is called so, could not be written."""
-    if path.is_dir():
-        raise CheckpointError(f"the {what} {path} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise CheckpointError(f"the folder of {path} does not exist")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise CheckpointError(f"the {what} {path} cannot be written: permission denied")
-
-
-@contextlib.contextmanager
-def reporting(path: Path | None, report: dict[str, Any]) -> Iterator[None]:
-    """Writes a JSON report, if one is asked for, when the block ends, even by a closed pipe."""
-    try:
-        yield  # prints first: what was measured is not lost where the disk is full
-    finally:
-        if path is not None:
-            with writing(path):
-                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def table(columns: list[str], rows: list[list[str]], width: int | None = None) -> str:
-    """A table as text: the first column to the left, figures to the right.
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table as text, as wide as the terminal: the first column to the left, figures to the right.
 
     Args:
       columns: their titles.
       rows: cells.
-      width: characters of a line; None for those of the terminal, or 120 where there is none.
     """
     from rich.console import Console
     from rich.table import Table
@@ -129,8 +117,7 @@ def table(columns: list[str], rows: list[list[str]], width: int | None = None) -
         drawn.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    if width is None:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     # A path is no markup.
     console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as captured:

@@ -40,20 +40,6 @@ from prox24.refine._model import ModelRefinement
 from prox24.refine._training import Resume
 
 
-class TrainedModel(NamedTuple):
-    """A pruned model after its training.
-
-    Attributes:
-      tensors: names and values, in the checkpoint's layout, of every tensor of every layer.
-      refined: how it went.
-      tokens: of all windows that were trained on, counted once for each pass.
-    """
-
-    tensors: Iterator[tuple[str, NDArray[Any]]]
-    refined: Refined
-    tokens: int
-
-
 def train_checkpoint(
     dense: Checkpoint,
     pruned: Checkpoint,
@@ -63,7 +49,7 @@ def train_checkpoint(
     mesh: Mesh | None = None,
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
-) -> TrainedModel:
+) -> tuple[Refined, Iterator[tuple[str, NDArray[Any]]]]:
     """Trains the nonzeros of every linear, norms and biases; embeddings and head stay.
 
     The dense model runs once, layer by layer, and the hidden states that it ends with are kept on
@@ -84,7 +70,7 @@ def train_checkpoint(
       on_measured: see `prox24.refine.train_model`.
 
     Returns:
-      A `TrainedModel`.
+      How it went; and names and values of every tensor of every layer, in the checkpoint's layout.
 
     Raises:
       CheckpointError: the models differ in more than their weights, or the pruned one has no linear
@@ -147,8 +133,7 @@ def train_checkpoint(
     )
     if not math.isfinite(trained.losses[0]):
         raise CalibrationError(f"{pruned.path}: the loss on the text is {trained.losses[0]}")
-    tokens = trained.steps * size * windows.shape[1]
-    return TrainedModel(_named(config, trained.params), trained, tokens)
+    return trained, _named(config, trained.params)
 
 
 def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
