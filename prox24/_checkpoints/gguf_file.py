@@ -15,11 +15,7 @@ from prox24._checkpoints.gguf_tokenizer import build_tokenizer
 from prox24._checkpoints.tensors import TensorSource, read_entries
 from prox24.errors import CheckpointError, UnsupportedModelError
 
-TOP_TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

@@ -72,10 +72,7 @@ def _flax(source: Checkpoint) -> Output:
     )
 
 
-OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {
-    "safetensors": _safetensors,
-    "flax": _flax,
-}
+OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {"safetensors": _safetensors, "flax": _flax}
 """The formats to write in: safetensors, and the msgpack files of transformers' Flax classes."""
 
 

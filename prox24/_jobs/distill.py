@@ -15,12 +15,7 @@ from numpy.typing import NDArray
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.manifest import write_manifest
 from prox24._checkpoints.training_state import states
-from prox24._checkpoints.unfinished import (
-    check_unchanged,
-    sha256,
-    source_files,
-    unfinished_folder,
-)
+from prox24._checkpoints.unfinished import check_unchanged, sha256, source_files, unfinished_folder
 from prox24._checkpoints.writer import OUTPUTS, check_destination, check_outside, fill_folder
 from prox24._core.masks import mean_sparsity
 from prox24._core.placement import common_mesh

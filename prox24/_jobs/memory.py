@@ -258,14 +258,9 @@ def _solving(linear: Linear, setup: Setup) -> int:
 def refining_memory(
     model: Model, index: int, micro_batch: tuple[int, int], recipe: Recipe, micro_batches: int
 ) -> int:
-    """Bytes of all that is there while a layer is trained; 0 if it is not.
+    """Bytes of all that is there while a layer is trained, by steps of micro-batches; or 0.
 
-    Args:
-      model: see `layer_memory`, and all that follow.
-      index: of the layer.
-      micro_batch: windows on one device and their length.
-      recipe: what is done to the layer.
-      micro_batches: of a step.
+    See `layer_memory` for the other arguments.
     """
     if recipe.refine is None:
         return 0

@@ -222,15 +222,11 @@ def native_runner(
       micro_batch: windows that go through a layer together, a divisor of their number; None for
         about `forward.BATCH_TOKENS` tokens. With a refinement the most of them: a step's windows
         are a multiple.
-      activations: a folder for the hidden states, which are memory-mapped there, of each process
-        another; None keeps them in memory. Layers that a run before has finished are then not run
-        again.
-      mesh: devices that share the windows and the rows of every weight; their number divides the
-        windows. Its axes, of either kind, count as one. Where they are those of several processes,
-        process after process, each calls this with the same arguments. None for one device.
-      shard_grams: the devices share the columns of Grams and weights, not the rows of weights with
-        a copy of each Gram. This takes less memory and divides ADMM's inverses too, but devices
-        communicate in every step. Devices that do not divide a width share its rows.
+      activations: a folder for memory-mapped hidden states, of each process another; None keeps
+        them in memory.
+      mesh: devices that share the windows and the rows of every weight, process after process; its
+        axes count as one. None for one device.
+      shard_grams: see `prox24.prune`. Where devices do not divide a width, they share its rows.
 
     Raises:
       CalibrationError: a refinement has too few windows.

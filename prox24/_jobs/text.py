@@ -73,12 +73,7 @@ def calibration_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int
 
 
 def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
-    """The first windows of a text; those that are given as tokens, as they are.
-
-    Raises:
-      CalibrationError: see `calibration_windows`.
-      UnsupportedModelError: see `calibration_windows`.
-    """
+    """The first windows of a text; see `calibration_windows` for tokens and for what is raised."""
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
     ids, start = _tokens(checkpoint, text.read(NOVEL))

@@ -176,10 +176,7 @@ def layers_and_inputs(
 def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
     """The weights of the linears that are pruned, with the axis that each sums over.
 
-    Raises:
-      CheckpointError: the files call a tensor by another name than transformers does.
-      UnsupportedModelError: transformers cannot load the model, or it is no such decoder.
-      Prox24Error: see `require`.
+    See `layers_and_inputs` for what is raised.
     """
     _, layers = _decoder_layers(checkpoint)
     axes = {name: axis for layer in layers for name, axis in layer.axes().items()}
@@ -194,12 +191,7 @@ def torch_perplexity(
     *,
     on_window: Callable[[int], None] = lambda index: None,
 ) -> float:
-    """The perplexity of any HF decoder, all of which is in memory.
-
-    Args:
-      checkpoint: the model.
-      windows: token ids of shape (windows, context length).
-      on_window: called after each window, for progress.
+    """`native_perplexity` of any HF decoder, all of which is in memory, window by window.
 
     Raises:
       CalibrationError: the loss is not finite.

@@ -75,10 +75,8 @@ def train_checkpoint(
     Raises:
       CheckpointError: the models differ in more than their weights, or the pruned one has no linear
         with a quarter of zeros, or with more of them than the dense one's.
-      CalibrationError: there are fewer than two steps' windows, all are held out, or the loss is
-        not finite before the first step.
-      Prox24Error: the devices of the first axis do not divide the windows of a micro-batch, those
-        of the second the heads or the width of a layer.
+      CalibrationError: see `prox24.distill`.
+      Prox24Error: see `partition.check_divides`.
     """
     mesh = None if mesh is None else partition.training_mesh(mesh)
     # Devices of the second axis would compute the same.
