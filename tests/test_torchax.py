@@ -363,7 +363,7 @@ def test_perplexity_and_linears_are_those_of_the_native_forward_pass(tmp_path, v
     checkpoint = opened(tmp_path / "model")
     assert torchax.linear_axes(checkpoint) == native_axes(checkpoint)
     seen = []
-    result = torchax.torch_perplexity(checkpoint, WINDOWS, on_window=seen.append)
+    result = torchax.torch_perplexity(checkpoint, WINDOWS, on_step=seen.append)
     expected = native_perplexity(open_checkpoint(tmp_path / "model"), WINDOWS)
     assert result == pytest.approx(expected, rel=1e-5)
     assert seen == list(range(len(WINDOWS)))

@@ -65,15 +65,11 @@ def perplexity(
     checkpoint, native = torchax.open_any(model)
     windows = evaluation_windows(checkpoint, text)
     steps = len(load_model(checkpoint).config.layers) if native else len(windows)
+    step, measure = "window", torchax.torch_perplexity
+    if native:
+        step, measure = "layer", native_perplexity
     with progress_bar("eval", steps, quiet) as advance:
-
-        def on_step(index: int) -> None:
-            advance(f"{'layer' if native else 'window'} {index}", None)
-
-        if native:
-            found = native_perplexity(checkpoint, windows, on_layer=on_step)
-        else:
-            found = torchax.torch_perplexity(checkpoint, windows, on_window=on_step)
+        found = measure(checkpoint, windows, lambda index: advance(f"{step} {index}", None))
     name = text.called(NOVEL) if isinstance(text, Text) else "tokens"
     predicted = windows.size - len(windows)
     return PerplexityReport(str(model), name, found, windows.shape[1], len(windows), predicted)

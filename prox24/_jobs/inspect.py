@@ -49,6 +49,9 @@ class Inspection(Report):
       layers: their number.
       pattern: of the recipe, as text.
       tensors: an `Entry` for each.
+      parameters: the number of entries of all tensors.
+      bytes: of all tensors.
+      sparse_bytes: of all tensors, without the zeros.
     """
 
     model: str
@@ -56,27 +59,13 @@ class Inspection(Report):
     layers: int
     pattern: str
     tensors: list[Entry]
-
-    @property
-    def parameters(self) -> int:
-        """The number of entries of all tensors."""
-        return sum(math.prod(entry.shape) for entry in self.tensors)
-
-    @property
-    def bytes(self) -> int:
-        """Of all tensors."""
-        return sum(entry.size for entry in self.tensors)
-
-    @property
-    def sparse_bytes(self) -> int:
-        """Of all tensors, without the zeros."""
-        return sum(entry.sparse_size for entry in self.tensors)
+    parameters: int
+    bytes: int
+    sparse_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""
-        totals = {name: getattr(self, name) for name in ("parameters", "bytes", "sparse_bytes")}
-        tensors = [entry._asdict() for entry in self.tensors]
-        return super().to_dict() | totals | {"tensors": tensors}
+        return super().to_dict() | {"tensors": [entry._asdict() for entry in self.tensors]}
 
     def __str__(self) -> str:
         rows = [
@@ -108,9 +97,16 @@ def inspect_model(source: str | Path, recipe: Recipe = Recipe()) -> Inspection:
         if decision == PRUNED and pattern is not None:
             sparse = sparse_bytes(size, tensor.dtype.itemsize, pattern)
         entries.append(Entry(name, tensor.shape, str(tensor.dtype), decision, size, sparse))
-    model_type = str(checkpoint.config["model_type"])
-    patterns = ", ".join(dict.fromkeys(map(str, recipe.patterns)))
-    return Inspection(str(source), model_type, len(config.layers), patterns, entries)
+    return Inspection(
+        model=str(source),
+        model_type=str(checkpoint.config["model_type"]),
+        layers=len(config.layers),
+        pattern=", ".join(dict.fromkeys(map(str, recipe.patterns))),
+        tensors=entries,
+        parameters=sum(math.prod(entry.shape) for entry in entries),
+        bytes=sum(entry.size for entry in entries),
+        sparse_bytes=sum(entry.sparse_size for entry in entries),
+    )
 
 
 def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:

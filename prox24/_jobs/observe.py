@@ -12,16 +12,7 @@ from prox24._pruning.grams import Sums, add_in_turn, add_tokens, is_sent
 
 
 def layer_inputs(layer: Layer, weights: dict[str, Array], hidden: Array) -> dict[str, Array]:
-    """What the linears of a layer see, by the names that `tap` gives to inputs.
-
-    Args:
-      layer: which the weights are of.
-      weights: the layer's tensors.
-      hidden: shape (batch, length, hidden).
-
-    Returns:
-      Arrays (batch, length, in) for each input.
-    """
+    """What the linears of a layer see, shape (batch, length, in), by the names of `tap`."""
     seen: dict[str, Array] = {}
     decoder.layer(layer, weights, hidden, seen.__setitem__)
     return seen

@@ -31,8 +31,7 @@ LARGEST_LOSS = math.log(sys.float_info.max)
 def native_perplexity(
     checkpoint: Checkpoint,
     windows: NDArray[np.int32],
-    *,
-    on_layer: Callable[[int], None] = lambda index: None,
+    on_step: Callable[[int], None] = lambda index: None,
 ) -> float:
     """exp(-mean log p(token t | tokens 0..t-1 of its window)).
 
@@ -41,7 +40,7 @@ def native_perplexity(
     Args:
       checkpoint: the model; one layer's weights are in memory at a time.
       windows: token ids of shape (windows, context length).
-      on_layer: called after each layer, for progress.
+      on_step: called after each layer, for progress.
 
     Raises:
       CalibrationError: the loss is not finite.
@@ -50,7 +49,7 @@ def native_perplexity(
     hidden = list(embed_windows(model, windows))
     for index in range(len(model.config.layers)):
         run_in_place(model, index, layer_weights(model, index), hidden)
-        on_layer(index)
+        on_step(index)
     weights = head_weights(model)
     batches = windows.reshape(len(hidden), -1, windows.shape[1])
     losses = [

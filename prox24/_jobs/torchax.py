@@ -188,8 +188,7 @@ def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
 def torch_perplexity(
     checkpoint: Checkpoint,
     windows: NDArray[np.int32],
-    *,
-    on_window: Callable[[int], None] = lambda index: None,
+    on_step: Callable[[int], None] = lambda index: None,
 ) -> float:
     """`native_perplexity` of any HF decoder, all of which is in memory, window by window.
 
@@ -207,7 +206,7 @@ def torch_perplexity(
     losses: list[float] = []
     for index, window in enumerate(windows):
         losses.append(float(loss(params, jnp.asarray(window))))
-        on_window(index)
+        on_step(index)
     return from_losses(checkpoint.path, windows, np.array(losses))
 
 
