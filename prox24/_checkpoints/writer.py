@@ -86,8 +86,8 @@ def check_destination(destination: Path, inputs: Iterable[Path | None], overwrit
     """
     if destination.name in ("", ".."):
         raise CheckpointError(f"{destination} has no name of its own; choose another destination")
-    for path in inputs:
-        if path is not None and path.exists():
+    for path in (Path(given) for given in inputs if given is not None):
+        if path.exists():
             check_outside(destination, path)
     if destination.is_symlink() and not destination.exists():
         raise CheckpointError(f"{destination} is a link to what does not exist; remove it")

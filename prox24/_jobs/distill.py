@@ -122,8 +122,7 @@ def distill(
     began = time.perf_counter()
     destination = Path(destination)
     file = text.file if isinstance(text, Text) else None
-    inputs = [Path(dense), Path(pruned), None if file is None else Path(file)]
-    check_destination(destination, inputs, overwrite)
+    check_destination(destination, [dense, pruned, file], overwrite)
     if state is not None:
         check_outside(destination, Path(state))
     teacher, student = open_checkpoint(dense), open_checkpoint(pruned)

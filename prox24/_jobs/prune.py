@@ -96,7 +96,7 @@ def prune(
     began = time.perf_counter()
     source, destination = Path(source), Path(destination)
     file = calibration.file if isinstance(calibration, Text) else None
-    check_destination(destination, [source, None if file is None else Path(file)], overwrite)
+    check_destination(destination, [source, file], overwrite)
     recipe.check_supported()
     recipe.to_dict()  # A manifest holds it.
     checkpoint, native = torchax.open_any(source)
