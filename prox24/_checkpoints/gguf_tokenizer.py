@@ -112,7 +112,7 @@ def _byte_level(metadata: dict[str, Any], split: str) -> Tokenizer:
         vocab=_vocabulary(metadata), merges=merges, ignore_merges=split == "llama-bpe"
     )
     tokenizer = Tokenizer(model)
-    # The digits' splits leave the rest to the regular expression of GPT-2.
+    # Where digits alone are cut, the expression of GPT-2 cuts the rest.
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split == "smollm")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([PRE_TOKENIZERS[split], bytewise])
     tokenizer.decoder = decoders.ByteLevel()

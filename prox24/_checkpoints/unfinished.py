@@ -228,7 +228,8 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
     with _intact(journal):
         for line in whole.splitlines():
             entry = json.loads(line)
-            found[entry.pop("tensor")] = {"sha256": entry["sha256"], **entry}
+            name = entry.pop("tensor")
+            found[name] = {"sha256": entry["sha256"], **entry}
     return found
 
 

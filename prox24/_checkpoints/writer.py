@@ -76,7 +76,9 @@ OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {"safetensors": _safetensor
 """The formats to write in: safetensors, and the msgpack files of transformers' Flax classes."""
 
 
-def check_destination(destination: Path, inputs: Iterable[Path | None], overwrite: bool) -> None:
+def check_destination(
+    destination: Path, inputs: Iterable[str | Path | None], overwrite: bool
+) -> None:
     """Raises CheckpointError where writing to `destination` would fail or lose something.
 
     Args:
