@@ -9,14 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from prox24._checkpoints.checkpoint import DTYPES
-from prox24._jobs.forward import (
-    Linear,
-    Model,
-    all_linears,
-    layer_function,
-    layer_linears,
-    micro_batches_of,
-)
+from prox24._jobs import forward
+from prox24._jobs.forward import Linear, Model
 from prox24._jobs.observe import layer_inputs, observe_layer
 from prox24._models import spec
 from prox24._pruning.grams import Sums, empty_gram
@@ -135,14 +129,14 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
                 raise Prox24Error(
                     f"memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
                 )
-        sizes = micro_batches_of(whole, most)
+        sizes = forward.micro_batches_of(whole, most)
         most = next(size for size in sizes if needed(index, size) <= budget)
     return most * devices
 
 
 def check_patterns(model: Model, recipe: Recipe) -> None:
     """Raises CheckpointError that names a linear whose input width is not divisible by M."""
-    linears = all_linears(model.config)
+    linears = forward.all_linears(model.config)
     check_widths([Width(each.tensor, each.input, each.shape[1]) for each in linears], recipe)
 
 
@@ -164,14 +158,14 @@ def operations(model: Model, tokens: int, recipe: Recipe) -> dict[str, float]:
       "forward", the passes through every layer: two, or three with the dense model alongside; and
       "grams", of Grams and cross-Grams.
     """
-    forward = grams = 0.0
+    passes = grams = 0.0
     for index in range(len(model.config.layers)):
-        linears = layer_linears(model.config, index)
-        forward += sum(2.0 * math.prod(linear.shape) for linear in linears)
+        linears = forward.layer_linears(model.config, index)
+        passes += sum(2.0 * math.prod(linear.shape) for linear in linears)
         grams += sum(2.0 * width**2 for width in _widths(linears).values())
     alongside = recipe.targets is not None or recipe.refine is not None
     return {
-        "forward": (2 + alongside) * tokens * forward,
+        "forward": (2 + alongside) * tokens * passes,
         "grams": streams(recipe) * tokens * grams,
     }
 
@@ -190,14 +184,14 @@ def _weights(model: Model, index: int) -> dict[str, Spec]:
 
 
 def _pruned_linears(model: Model, index: int, recipe: Recipe) -> list[Linear]:
-    linears = layer_linears(model.config, index)
+    linears = forward.layer_linears(model.config, index)
     return [linear for linear in linears if recipe.pattern_of(linear.tensor) is not None]
 
 
 def _pruned_weights(model: Model, index: int, recipe: Recipe) -> dict[str, Spec]:
     weights = _weights(model, index)
     if recipe.dtype is not None:
-        for linear in layer_linears(model.config, index):
+        for linear in forward.layer_linears(model.config, index):
             weights[linear.weight] = Spec(linear.shape, DTYPES[recipe.dtype])
     return weights
 
@@ -266,7 +260,7 @@ def refining_memory(
         return 0
     weights, layer = _pruned_weights(model, index, recipe), model.config.layers[index]
     hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
-    apply = layer_function(layer, None, recipe.refine.compute_dtype)
+    apply = forward.layer_function(layer, None, recipe.refine.compute_dtype)
     step = block_step(apply, weights, hidden, hidden, recipe.refine, micro_batches)
     # The weights to begin with and the best ones are kept besides.
     return 2 * _held(weights) + _needed(step)

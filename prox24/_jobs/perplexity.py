@@ -14,13 +14,7 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
-from prox24._jobs.forward import (
-    embed_windows,
-    head_weights,
-    layer_weights,
-    load_model,
-    run_in_place,
-)
+from prox24._jobs import forward
 from prox24._models import decoder
 from prox24._models.spec import Config
 from prox24.errors import CalibrationError
@@ -45,12 +39,12 @@ def native_perplexity(
     Raises:
       CalibrationError: the loss is not finite.
     """
-    model = load_model(checkpoint)
-    hidden = list(embed_windows(model, windows))
+    model = forward.load_model(checkpoint)
+    hidden = list(forward.embed_windows(model, windows))
     for index in range(len(model.config.layers)):
-        run_in_place(model, index, layer_weights(model, index), hidden)
+        forward.run_in_place(model, index, forward.layer_weights(model, index), hidden)
         on_step(index)
-    weights = head_weights(model)
+    weights = forward.head_weights(model)
     batches = windows.reshape(len(hidden), -1, windows.shape[1])
     losses = [
         window_losses(model.config, weights, states, jnp.asarray(tokens))

@@ -16,20 +16,7 @@ from numpy.typing import NDArray
 from prox24 import refine
 from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._core.placement import AXIS, in_parts
-from prox24._jobs import partition
-from prox24._jobs.forward import (
-    Model,
-    all_linears,
-    embed_windows,
-    embedding_weights,
-    head_weights,
-    layer_linears,
-    layer_tensor,
-    layer_weights,
-    load_model,
-    oriented,
-    run_in_place,
-)
+from prox24._jobs import forward, partition
 from prox24._models import decoder, spec, whole
 from prox24._models.decoder import Weights
 from prox24._models.spec import Config
@@ -80,8 +67,8 @@ def train_checkpoint(
     """
     mesh = None if mesh is None else partition.training_mesh(mesh)
     # Devices of the second axis would compute the same.
-    teacher = load_model(dense, None if mesh is None else Mesh(mesh.devices[:, 0], (AXIS,)))
-    student = load_model(pruned)
+    teacher = forward.load_model(dense, None if mesh is None else Mesh(mesh.devices[:, 0], (AXIS,)))
+    student = forward.load_model(pruned)
     config = student.config
     if config != teacher.config:
         raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
@@ -109,7 +96,9 @@ def train_checkpoint(
     batches = list(windows.reshape(len(windows) // micro_batch, micro_batch, -1))
     if taught:
         targets = _targets(teacher, windows, micro_batch, dtype)
-        of_teacher = _shared(_head(config, dtype, _placed(head_weights(teacher), mesh)), outer.head)
+        of_teacher = _shared(
+            _head(config, dtype, _placed(forward.head_weights(teacher), mesh)), outer.head
+        )
     else:  # Not looked at.
         targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), outer.head
     trained = refine.train_model(
@@ -134,7 +123,7 @@ def train_checkpoint(
     return trained, _named(config, trained.params)
 
 
-def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
+def _params(model: forward.Model, mesh: Mesh | None) -> whole.Stacked:
     """The tensors of all layers; on the host are those of one name at a time."""
 
     def stack(name: str, tensors: list[NDArray[Any]]) -> Array:
@@ -143,7 +132,7 @@ def _params(model: Model, mesh: Mesh | None) -> whole.Stacked:
             values, None if mesh is None else partition.stored(mesh, name, values.shape)
         )
 
-    return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
+    return whole.stacked(model.config, functools.partial(forward.layer_tensor, model), stack)
 
 
 class _Outer(NamedTuple):
@@ -153,8 +142,8 @@ class _Outer(NamedTuple):
     head: Weights
 
 
-def _outer(model: Model, mesh: Mesh | None, compute_dtype: str) -> _Outer:
-    weights = _placed(embedding_weights(model) | head_weights(model), mesh)
+def _outer(model: forward.Model, mesh: Mesh | None, compute_dtype: str) -> _Outer:
+    weights = _placed(forward.embedding_weights(model) | forward.head_weights(model), mesh)
     embedding = {name: weights[name] for name in spec.embedding_shapes(model.config)}
     return _Outer(embedding, _head(model.config, compute_dtype, weights))
 
@@ -182,13 +171,15 @@ def _shared(weights: Weights, others: Weights) -> Weights:
 
 
 def _targets(
-    model: Model, windows: NDArray[np.int32], size: int, compute_dtype: str
+    model: forward.Model, windows: NDArray[np.int32], size: int, compute_dtype: str
 ) -> list[NDArray[np.float32]]:
     """What the last layer puts out, by batch: shape (size, length, hidden)."""
-    config, hidden = model.config, list(embed_windows(model, windows, size))
+    config, hidden = model.config, list(forward.embed_windows(model, windows, size))
     for index in range(len(config.layers)):
-        weights = decoder.computed_in(compute_dtype, layer_weights(model, index), _linears(config))
-        run_in_place(model, index, weights, hidden)
+        weights = decoder.computed_in(
+            compute_dtype, forward.layer_weights(model, index), _linears(config)
+        )
+        forward.run_in_place(model, index, weights, hidden)
     return hidden
 
 
@@ -222,7 +213,7 @@ def _optimizer(refinement: ModelRefinement, steps: int) -> optax.GradientTransfo
 def _linears(config: Config) -> frozenset[str]:
     """The names of linears among the tensors of layers."""
     indices = range(len(config.layers))
-    return frozenset(linear.weight for i in indices for linear in layer_linears(config, i))
+    return frozenset(linear.weight for i in indices for linear in forward.layer_linears(config, i))
 
 
 def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bool:
@@ -231,7 +222,7 @@ def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bo
     def zeros(checkpoint: Checkpoint, tensor: str) -> int:
         return int(np.count_nonzero(checkpoint.read(tensor) == 0))
 
-    names = (linear.tensor for linear in all_linears(config))
+    names = (linear.tensor for linear in forward.all_linears(config))
     return any(zeros(pruned, name) > zeros(dense, name) for name in names)
 
 
@@ -259,4 +250,4 @@ def _named(config: Config, params: whole.Stacked) -> Iterator[tuple[str, NDArray
     for index, weights in enumerate(whole.unstacked(config, params)):
         for name, values in weights.items():
             tensor = spec.layer_tensor(config.names, index, name)
-            yield tensor, np.asarray(oriented(config, values.astype(jnp.float32)))
+            yield tensor, np.asarray(forward.oriented(config, values.astype(jnp.float32)))
