@@ -81,11 +81,6 @@ def window_losses(config: Config, weights: dict[str, Array], hidden: Array, toke
 
 def sequence_loss(logits: Array, tokens: Array) -> Array:
     """Summed negative log-likelihood of tokens (length,), of logits (length, vocabulary)."""
-    return jnp.sum(token_losses(logits, tokens))
-
-
-def token_losses(logits: Array, tokens: Array) -> Array:
-    """Of each token after the first, shape (length - 1,), of logits (length, vocabulary)."""
     scores = logits[:-1]
     chosen = jnp.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(scores, axis=-1) - chosen
+    return jnp.sum(jax.nn.logsumexp(scores, axis=-1) - chosen)

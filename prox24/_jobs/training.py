@@ -128,9 +128,8 @@ def _params(model: forward.Model, mesh: Mesh | None) -> whole.Stacked:
 
     def stack(name: str, tensors: list[NDArray[Any]]) -> Array:
         values = np.stack(tensors)
-        return jax.device_put(
-            values, None if mesh is None else partition.stored(mesh, name, values.shape)
-        )
+        place = None if mesh is None else partition.stored(mesh, name, values.shape)
+        return jax.device_put(values, place)
 
     return whole.stacked(model.config, functools.partial(forward.layer_tensor, model), stack)
 
@@ -218,12 +217,8 @@ def _linears(config: Config) -> frozenset[str]:
 
 def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bool:
     """Whether a linear has more than the same one of the dense model, which may have a few."""
-
-    def zeros(checkpoint: Checkpoint, tensor: str) -> int:
-        return int(np.count_nonzero(checkpoint.read(tensor) == 0))
-
     names = (linear.tensor for linear in forward.all_linears(config))
-    return any(zeros(pruned, name) > zeros(dense, name) for name in names)
+    return any(np.sum(pruned.read(name) == 0) > np.sum(dense.read(name) == 0) for name in names)
 
 
 def _is_pruned(config: Config, params: whole.Stacked) -> bool:
