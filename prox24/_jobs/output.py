@@ -33,8 +33,8 @@ def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> I
     # A log file has no use for the frames of a bar.
     console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
     figures = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
-    columns = "{task.description}", *figures, "{task.fields[latest]}"
-    with rich.Progress(*columns, console=console, transient=True) as progress:
+    title_of, last = map(rich.TextColumn, ("{task.description}", "{task.fields[latest]}"))
+    with rich.Progress(title_of, *figures, last, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total, completed=done, latest="")
 
         def advance(name: str, loss: float | None) -> None:
