@@ -35,7 +35,6 @@ NORM_LEAVES: dict[str, str] = {
 EMBEDDINGS = ("embed_positions", "embed_tokens", "word_embeddings", "wpe", "wte")
 """Modules whose matrix is an embedding; that of any other is a linear."""
 
-
 DTYPE_NAMES = {dtype.name: dtype for dtype in DTYPES.values()}
 ARRAY = 1
 """Flax's code for an extension of msgpack that holds shape, dtype and bytes of an array."""

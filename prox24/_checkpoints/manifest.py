@@ -28,17 +28,11 @@ def write_manifest(
       pruned: figures of each pruned linear, with its name.
       refined: tensors that were trained without being pruned, as norms are.
     """
-    figures = {
-        linear["name"]: {key: linear[key] for key in FIGURES if key in linear} for linear in pruned
-    }
-    entries = {
-        name: {
-            **entry,
-            **({"pruned": figures[name]} if name in figures else {}),
-            **({"refined": True} if name in refined else {}),
-        }
-        for name, entry in tensors.items()
-    }
+    marks: dict[str, dict[str, Any]] = {name: {"refined": True} for name in refined}
+    for linear in pruned:
+        figures = {key: linear[key] for key in FIGURES if key in linear}
+        marks[linear["name"]] = {"pruned": figures}
+    entries = {name: {**entry, **marks.get(name, {})} for name, entry in tensors.items()}
     sizes = {
         role: {name: size for name, (size, _) in job[role].items()}
         for role in job.keys() & {"source", "dense"}

@@ -23,7 +23,6 @@ from prox24.packed import Packed24
 BATCH_TOKENS = 2048
 """Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
 
-
 AnyArray = TypeVar("AnyArray", Array, NDArray[Any])
 
 HiddenStates = NDArray[np.float32]
