@@ -30,14 +30,7 @@ NUMBERS = {
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies.
-
-    Attributes:
-      kind: how its entries are encoded.
-      shape: as numpy has it, the contiguous axis last.
-      start: its first byte in the file.
-      size: in bytes.
-    """
+    """The encoding and the shape of a tensor, contiguous axis last, and where its bytes lie."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]

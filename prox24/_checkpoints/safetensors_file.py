@@ -77,14 +77,7 @@ def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
     """A file of tensors whose values are written one by one, in any order.
 
     Values that were written to such a file before stay. It is open only while a tensor is written:
-    a model may have more files than may be open.
-
-    Args:
-      path: of the file.
-      specs: of every tensor, by name; the dtypes are those of `DTYPES`.
-
-    Yields:
-      What writes a tensor.
+    a model may have more files than may be open. Yields what writes a tensor.
     """
     stored = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -28,13 +28,7 @@ class Spec(NamedTuple):
 
 
 class TensorSource(NamedTuple):
-    """Where a tensor's values come from.
-
-    Attributes:
-      shape: of the values.
-      dtype: of the values.
-      read: loads them.
-    """
+    """Shape and dtype of a tensor, and what reads its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -63,13 +57,7 @@ def is_possible(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
 
 
 def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Reads consecutive entries of a file.
-
-    Args:
-      path: of the file.
-      start: byte of the first entry.
-      count: of the entries.
-      dtype: of the entries.
+    """Reads consecutive entries of a file, the first of which begins at byte `start`.
 
     Raises:
       CheckpointError: the file cannot be read, or ends before.

@@ -18,13 +18,7 @@ from prox24.refine import Training
 
 
 class States(NamedTuple):
-    """A folder of states.
-
-    Attributes:
-      manager: orbax's.
-      job: what decides the result of the training.
-      losses: measured so far; empty if nothing was saved.
-    """
+    """A folder of states: orbax's manager, what decides the result, and the losses so far."""
 
     manager: ocp.CheckpointManager
     job: Mapping[str, Any]

@@ -203,10 +203,7 @@ def layer_function(
 ) -> Callable[[dict[str, Array], Array], Array]:
     """One function for equal layers, which is compiled once; devices share the windows.
 
-    Args:
-      layer: of the decoder.
-      mesh: of the devices.
-      compute_dtype: see `prox24.refine.BlockRefinement`.
+    See `prox24.refine.BlockRefinement` for `compute_dtype`.
     """
     linears = {f"{name}.weight" for name in spec.linear_inputs(layer)}
 

@@ -103,12 +103,7 @@ def check_report(
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A table as text, as wide as the terminal: the first column to the left, figures to the right.
-
-    Args:
-      columns: their titles.
-      rows: cells.
-    """
+    """A table as text, as wide as the terminal: names to the left, figures to the right."""
     from rich.console import Console
     from rich.table import Table
 

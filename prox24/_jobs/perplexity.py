@@ -29,12 +29,8 @@ def native_perplexity(
 ) -> float:
     """exp(-mean log p(token t | tokens 0..t-1 of its window)).
 
-    In float32; the sums of windows are added in float64.
-
-    Args:
-      checkpoint: the model; one layer's weights are in memory at a time.
-      windows: token ids of shape (windows, context length).
-      on_step: called after each layer, for progress.
+    In float32, with one layer's weights in memory; the sums of windows are added in float64.
+    Windows have shape (windows, context length). `on_step` is called after each layer.
 
     Raises:
       CalibrationError: the loss is not finite.
