@@ -133,7 +133,7 @@ def _sentence_piece(metadata: dict[str, Any]) -> Tokenizer:
     merges = [(piece[:cut], piece[cut:]) for *_, piece, cut in sorted(ranked)]
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    normal = [normalizers.Replace(" ", SPACE)]
+    normal: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
     decoded = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         normal.insert(0, normalizers.Prepend(SPACE))

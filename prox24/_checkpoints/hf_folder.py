@@ -12,8 +12,8 @@ MANIFEST = "prox24.json"
 """What `prox24 prune` leaves in a folder, see `prox24._checkpoints.manifest`."""
 
 # Weights in other formats would contradict the pruned ones.
-NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".ot", ".gguf", ".onnx")
-NOT_CARRIED += (".tflite", ".index.json")
+NOT_CARRIED: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".ot")
+NOT_CARRIED += (".gguf", ".onnx", ".tflite", ".index.json")
 
 MAX_DEPTH = 100
 """Levels of a JSON file; what is much deeper can be neither compared nor printed nor written."""
