@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from prox24._jobs.plan import plan
     from prox24._jobs.prune import prune
     from prox24._jobs.text import Text
+    from prox24._jobs.torchax import from_torch
     from prox24._jobs.verify import verify
     from prox24._pruning.recipe import DenseTargets, Recipe
     from prox24._solvers.admm import ADMM
@@ -61,6 +62,7 @@ _PLACES = {
     "_jobs.plan": ("plan",),
     "_jobs.prune": ("prune",),
     "_jobs.text": ("Text",),
+    "_jobs.torchax": ("from_torch",),
     "_jobs.verify": ("verify",),
     "_pruning.recipe": ("DenseTargets", "Recipe"),
     "refine._blocks": ("BlockRefinement",),
@@ -131,6 +133,7 @@ __all__ = [
     "correct_inputs",
     "count_violations",
     "distill",
+    "from_torch",
     "hyperparameters",
     "is_sparse",
     "load",

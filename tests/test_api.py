@@ -47,6 +47,7 @@ NAMES = [
     "correct_inputs",
     "count_violations",
     "distill",
+    "from_torch",
     "hyperparameters",
     "is_sparse",
     "load",
