@@ -18,7 +18,7 @@ from prox24 import ADMM, ConjugateGradients, Text
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs.native import native_runner
 from prox24._jobs.text import calibration_windows
-from prox24._pruning.loop import PrunedTensor, prune
+from prox24._pruning.loop import PrunedTensor, prune_stages
 
 CASES = [(2, 14), (8, 4)]
 """The numbers of devices and of linears."""
@@ -47,7 +47,7 @@ def main() -> None:
         if devices > 1:
             mesh = jax.make_mesh((devices,), ("devices",), devices=jax.devices()[:devices])
         runner = native_runner(model, windows, recipe, mesh=mesh, shard_grams=shard_grams)
-        return list(itertools.islice(prune(runner, recipe), count))
+        return list(itertools.islice(prune_stages(runner, recipe), count))
 
     alone, rows = first_linears(1, 14, False), []
     for shard_grams, (devices, count) in itertools.product((False, True), CASES):
