@@ -1,6 +1,6 @@
 """Two published ways to prune a layer by ADMM with a projection, to compare `prox24.ADMM` with."""
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -27,9 +27,9 @@ class ALPS:
       arXiv 2406.07831.
     """
 
-    patterns: ClassVar[Patterns] = Patterns.GROUPED
-    needs_definite: ClassVar[bool] = True
-    shares_columns: ClassVar[bool] = False
+    patterns = Patterns.GROUPED
+    needs_definite = True
+    shares_columns = False
 
     steps: int = 300
     tolerance: float = 3e-4
@@ -73,9 +73,9 @@ class Boza:
       "Fast and Effective Weight Update for Pruned Large Language Models", arXiv 2401.02938.
     """
 
-    patterns: ClassVar[Patterns] = Patterns.GROUPED
-    needs_definite: ClassVar[bool] = True
-    shares_columns: ClassVar[bool] = False
+    patterns = Patterns.GROUPED
+    needs_definite = True
+    shares_columns = False
 
     steps: int = 20
     gradual: float = 15.0

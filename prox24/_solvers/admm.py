@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -50,8 +50,8 @@ class ADMM:
       24
     """
 
-    needs_definite: ClassVar[bool] = True
-    shares_columns: ClassVar[bool] = True
+    needs_definite = True
+    shares_columns = True
 
     steps: int = 24
     rho: Exponential = Exponential.between(0.5, 1.2, 6)

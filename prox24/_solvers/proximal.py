@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +47,9 @@ class ProximalGradient:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, algorithm 1.
     """
 
-    patterns: ClassVar[Patterns] = Patterns.ONE_OR_TWO
-    needs_definite: ClassVar[bool] = False
-    shares_columns: ClassVar[bool] = False
+    patterns = Patterns.ONE_OR_TWO
+    needs_definite = False
+    shares_columns = False
 
     penalty: Exponential = Exponential(0.01, 1.05)
     momentum: float = 1.0

@@ -1,7 +1,7 @@
 """Masked updates: the least squares over the kept weights, by gradients or conjugate gradients."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,9 @@ class ConjugateGradients:
         single steps do not fall steadily: a short one may come before long ones.
     """
 
-    patterns: ClassVar[Patterns] = Patterns.ANY
-    needs_definite: ClassVar[bool] = False
-    shares_columns: ClassVar[bool] = True
+    patterns = Patterns.ANY
+    needs_definite = False
+    shares_columns = True
 
     steps: int = 20
     tolerance: float = 1e-4
@@ -126,9 +126,9 @@ class GradientSteps:
       100
     """
 
-    patterns: ClassVar[Patterns] = Patterns.ANY
-    needs_definite: ClassVar[bool] = False
-    shares_columns: ClassVar[bool] = False
+    patterns = Patterns.ANY
+    needs_definite = False
+    shares_columns = False
 
     transform: optax.GradientTransformation | None = dataclasses.field(
         default=None, metadata={"static": True}
@@ -164,9 +164,9 @@ class LeastSquares:
     It takes in^3 / 3 operations a row, against 2 in^2 of a conjugate gradient step: a reference.
     """
 
-    patterns: ClassVar[Patterns] = Patterns.ANY
-    needs_definite: ClassVar[bool] = True
-    shares_columns: ClassVar[bool] = False
+    patterns = Patterns.ANY
+    needs_definite = True
+    shares_columns = False
 
     def __call__(
         self, problem: Normalized, weight: Array, mask: Array, pattern: AnyPattern

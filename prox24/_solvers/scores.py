@@ -1,7 +1,5 @@
 """Masks by a score for each weight, without a change of the kept weights: magnitude and Wanda."""
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from jax import Array
 
@@ -16,9 +14,9 @@ from prox24._solvers.protocol import Patterns
 class Magnitude:
     """Keeps the largest |W| of each block, or of the whole matrix. Does not look at the Gram."""
 
-    patterns: ClassVar[Patterns] = Patterns.ANY
-    needs_definite: ClassVar[bool] = False
-    shares_columns: ClassVar[bool] = True
+    patterns = Patterns.ANY
+    needs_definite = False
+    shares_columns = True
 
     def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
@@ -39,9 +37,9 @@ class Wanda:
       equation 1.
     """
 
-    patterns: ClassVar[Patterns] = Patterns.ANY
-    needs_definite: ClassVar[bool] = False
-    shares_columns: ClassVar[bool] = True
+    patterns = Patterns.ANY
+    needs_definite = False
+    shares_columns = True
 
     def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""

@@ -1,7 +1,7 @@
 """SparseGPT: one sweep over the columns that prunes, and spreads each error over later columns."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -34,9 +34,9 @@ class SparseGPT:
       algorithm 1.
     """
 
-    patterns: ClassVar[Patterns] = Patterns.ANY
-    needs_definite: ClassVar[bool] = True
-    shares_columns: ClassVar[bool] = False
+    patterns = Patterns.ANY
+    needs_definite = True
+    shares_columns = False
 
     block_size: int = dataclasses.field(default=128, metadata={"static": True})
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,9 @@ class Swaps:
       ValueError: the pattern has more than 1,000 masks.
     """
 
-    patterns: ClassVar[Patterns] = Patterns.GROUPED
-    needs_definite: ClassVar[bool] = True
-    shares_columns: ClassVar[bool] = False
+    patterns = Patterns.GROUPED
+    needs_definite = True
+    shares_columns = False
 
     sweeps: int = 2
     refit: ConjugateGradients = ConjugateGradients()
