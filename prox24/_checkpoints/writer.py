@@ -121,7 +121,10 @@ def write_checkpoint(
     replaced: Iterable[tuple[str, NDArray[Any]]] = (),
     *,
     overwrite: bool = False,
-    **options: Any,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    file_format: str = "safetensors",
+    note: str | None = None,
 ) -> list[str]:
     """Writes `source` with some tensors replaced, as an HF folder with the same names.
 
@@ -133,7 +136,10 @@ def write_checkpoint(
       destination: a folder that does not exist yet, unless `overwrite`.
       replaced: names and values, see `fill_folder`.
       overwrite: replaces an existing folder, which stays until the new one is complete.
-      options: of `fill_folder`: dtype, max_shard_bytes, file_format and note.
+      dtype: see `fill_folder`.
+      max_shard_bytes: see `fill_folder`.
+      file_format: see `fill_folder`.
+      note: see `fill_folder`.
 
     Returns:
       The names of the tensors that were written: all, but for the buffers that Flax files lack.
@@ -145,7 +151,15 @@ def write_checkpoint(
     check_destination(destination, [source.path], overwrite)
     files = source_files(source.path)
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
-        written = fill_folder(source, unfinished, replaced, **options)
+        written = fill_folder(
+            source,
+            unfinished,
+            replaced,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            file_format=file_format,
+            note=note,
+        )
         check_unchanged(source.path, files)
     return list(written)
 
