@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             overwrite=True,
             quiet=arguments.quiet,
         )
-        # What is measured is what was written, read back.
+        # The written model is read back and measured.
         result = perplexity(destination, evaluation, quiet=arguments.quiet)
         rows.append(
             {

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
       0, or 1 where `verify` finds a tensor that is not as it should be; or, with one line on
       standard error, 2 on an error, or 128 and the number of the signal that ended it, SIGINT or
-      SIGTERM. Where the reader of what is printed has ended it is that of SIGPIPE, without a line.
+      SIGTERM. After a closed pipe it is 128 and the number of SIGPIPE, without a line.
     """
     given = sys.argv[1:] if arguments is None else arguments
     parsed = parser(given).parse_args(given)

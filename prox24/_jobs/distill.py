@@ -195,7 +195,7 @@ def _training(
     windows: int,
     quiet: bool,
 ) -> Iterator[tuple[Resume, Callable[[Training], None]]]:
-    """Where the training begins, and what is done at each measurement: progress, and the state."""
+    """The first state of the training, and the action at each measurement: progress and saving."""
     steps = refinement.steps(windows // refinement.step_windows)
     measurements = math.ceil(steps / refinement.measured_every(steps))
     with contextlib.ExitStack() as stack:

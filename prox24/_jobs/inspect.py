@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what a recipe prunes of it."""
+"""The tensors of a checkpoint, and the decision of a recipe on each."""
 
 import collections
 import dataclasses
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inspection(Report):
-    """What a checkpoint holds and what a recipe prunes of it; printed, two tables.
+    """The tensors of a checkpoint, and the decision of a recipe on each; it prints as two tables.
 
     Attributes:
       model: that was looked at.

@@ -45,7 +45,7 @@ class Memory(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What decides the memory of a layer, besides the layer.
+    """The recipe and the devices, which decide the memory that a layer takes.
 
     Attributes:
       recipe: what is done to it.

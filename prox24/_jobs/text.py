@@ -58,7 +58,7 @@ Windows = Text | NDArray[np.integer]
 
 
 def calibration_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
-    """Windows spread evenly over a text; those that are given as tokens, as they are.
+    """Windows spread evenly over a text; tokens that are given stay as they are.
 
     Raises:
       CalibrationError: the file cannot be read or is too short; or the tokens are no windows of

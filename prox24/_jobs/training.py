@@ -160,7 +160,7 @@ def _head(config: Config, compute_dtype: str, weights: Weights) -> Weights:
 
 
 def _shared(weights: Weights, others: Weights) -> Weights:
-    """The weights, of which those that equal the others' are not in memory twice."""
+    """The weights; one that equals the other model's is in memory once."""
 
     def shared(weight: Array, other: Array) -> Array:
         equal = weight.dtype == other.dtype and bool(jnp.all(weight == other))
@@ -172,7 +172,7 @@ def _shared(weights: Weights, others: Weights) -> Weights:
 def _targets(
     model: forward.Model, windows: NDArray[np.int32], size: int, compute_dtype: str
 ) -> list[NDArray[np.float32]]:
-    """What the last layer puts out, by batch: shape (size, length, hidden)."""
+    """The output of the last layer, by batch: shape (size, length, hidden)."""
     config, hidden = model.config, list(forward.embed_windows(model, windows, size))
     for index in range(len(config.layers)):
         weights = decoder.computed_in(

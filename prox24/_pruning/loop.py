@@ -62,11 +62,11 @@ def prune_stages(
       runner: the model.
       recipe: how it is pruned. Its `keep_dense` is not looked at, see `most_lossy`.
       finished: tensors that were pruned and written before, by name. They are run, not yielded.
-      dense: tensors that stay dense besides those of the recipe.
+      dense: more tensors that stay dense.
 
     Yields:
       Each linear, when it is solved; with a refinement every trained tensor of a stage, afterwards.
-      What was yielded is not kept.
+      Yielded tensors are not kept.
 
     Raises:
       CheckpointError: a linear's input width is not divisible by M, or a tensor overflows its

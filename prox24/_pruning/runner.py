@@ -1,4 +1,4 @@
-"""What a model is to pruning: stages, each with weights, linears and inputs that are observed."""
+"""The protocol that a model follows to be pruned: stages with weights, linears and inputs."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
