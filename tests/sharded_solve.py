@@ -39,7 +39,7 @@ from prox24._jobs.memory import Setup, layer_memory
 from prox24._jobs.native import native_runner
 from prox24._jobs.observe import observe_layer
 from prox24._jobs.training import train_checkpoint
-from prox24._models import whole
+from prox24._models import stacks
 from prox24._pruning.grams import add_in_turn, empty_columns, empty_gram
 from prox24._pruning.loop import prune_stages
 from prox24._pruning.recipe import DenseTargets, Recipe
@@ -408,11 +408,11 @@ def gathering_reports(folder, variant, shared):
     outer = embedding_weights(model)
 
     def params(stack):
-        return whole.stacked(model.config, functools.partial(layer_tensor, model), stack)
+        return stacks.stacked(model.config, functools.partial(layer_tensor, model), stack)
 
     def loss(weights, ids, mesh):
         enter = functools.partial(partition.gathered, mesh)
-        return jnp.mean(whole.features(model.config, weights, outer, ids, enter) ** 2)
+        return jnp.mean(stacks.features(model.config, weights, outer, ids, enter) ** 2)
 
     expected = jax.grad(loss)(params(lambda name, tensors: jnp.stack(tensors)), ids, None)
     linears = {linear.shape for linear in layer_linears(model.config, 0)}

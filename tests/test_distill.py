@@ -18,7 +18,7 @@ from prox24._core.precision import COMPUTE_DTYPES
 from prox24._jobs.forward import embedding_weights, head_weights, layer_weights, load_model
 from prox24._jobs.text import shuffled
 from prox24._jobs.training import _functions, _outer, _targets, train_checkpoint
-from prox24._models import decoder, spec, whole
+from prox24._models import decoder, spec, stacks
 from prox24.refine import BlockRefinement, ModelRefinement
 
 VOCABULARY, WIDTH, LENGTH = 24, 16, 150
@@ -153,7 +153,7 @@ def stacked(model):
     def tensor(index, name):
         return layer_weights(model, index)[name]
 
-    return whole.stacked(model.config, tensor, lambda name, tensors: jnp.stack(tensors))
+    return stacks.stacked(model.config, tensor, lambda name, tensors: jnp.stack(tensors))
 
 
 @pytest.mark.parametrize("variant", ["llama1", "gpt2"])
@@ -161,9 +161,9 @@ def test_the_whole_model_is_its_layers(tmp_path, variant):
     write_tiny(tmp_path / "model", variant)
     model, ids = load_model(open_checkpoint(tmp_path / "model")), jnp.asarray(tokens(2, 24))
     params, outer = stacked(model), embedding_weights(model) | head_weights(model)
-    found = whole.features(model.config, params, outer, ids)
+    found = stacks.features(model.config, params, outer, ids)
     np.testing.assert_allclose(found, exact_hidden(model, ids), rtol=1e-5, atol=1e-5)
-    for index, back in enumerate(whole.unstacked(model.config, params)):
+    for index, back in enumerate(stacks.unstacked(model.config, params)):
         jax.tree.map(np.testing.assert_array_equal, layer_weights(model, index), back)
 
 

@@ -132,7 +132,7 @@ def is_on_one_device(context: Any) -> bool:
     return alone or (len(manual) > 0 and set(manual) == set(placed.mesh.axis_names))
 
 
-def whole(array: Array) -> Array:
+def replicated(array: Array) -> Array:
     """The array on every device of its mesh, inside a program whose placement XLA chooses.
 
     Without a mesh, or where the caller places arrays by hand, nothing is done.

@@ -18,7 +18,7 @@ from prox24._core.precision import working_dtype
 
 __all__ = ["join", "prox", "split"]
 
-KEPT = {1: keep_one, 2: keep_two}
+OPERATORS = {1: keep_one, 2: keep_two}
 
 
 def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array, ...]:
@@ -56,7 +56,7 @@ def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array,
 
 def check_kept(kept: int, group: int) -> None:
     """Raises ValueError, saying what serves instead, unless there is a prox for the pattern."""
-    if kept not in KEPT:
+    if kept not in OPERATORS:
         raise ValueError(
             f"the proximal operator supports 1:M and 2:M, not {kept}:{group}; "
             "magnitude, wanda, sparsegpt and ADMM with a projection support any N:M"
@@ -82,7 +82,7 @@ def _prox(y: tuple[Array, ...], lam: Array, kept: int) -> tuple[Array, ...]:
     magnitudes = [jnp.abs(entry) for entry in y]
     tiny, largest = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).max
     # An infinite penalty on a zero would be NaN.
-    shrunk = KEPT[kept].shrink(magnitudes, jnp.minimum(lam, largest))
+    shrunk = OPERATORS[kept].shrink(magnitudes, jnp.minimum(lam, largest))
 
     def signed(entry: Array, magnitude: Array, w: Array) -> Array:
         moved = jnp.where(w < tiny, 0, jnp.where(entry < 0, -w, w))
@@ -112,11 +112,11 @@ def _prox_jvp(
     largest = jnp.finfo(lam.dtype).max
     slopes = [
         jnp.where(entry != 0, jnp.minimum(slope, largest), 0)
-        for entry, slope in zip(w, KEPT[kept].gradient(magnitudes), strict=True)
+        for entry, slope in zip(w, OPERATORS[kept].gradient(magnitudes), strict=True)
     ]
     r = [
         jnp.where(here, sign * d - dlam * slope, 0)
         for here, sign, d, slope in zip(support, signs, dy, slopes, strict=True)
     ]
-    dw = KEPT[kept].solve(magnitudes, support, lam, r)
+    dw = OPERATORS[kept].solve(magnitudes, support, lam, r)
     return w, tuple(sign * d for sign, d in zip(signs, dw, strict=True))

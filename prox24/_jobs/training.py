@@ -17,7 +17,7 @@ from prox24 import refine
 from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._core.placement import AXIS, in_parts
 from prox24._jobs import forward, partition
-from prox24._models import decoder, spec, whole
+from prox24._models import decoder, spec, stacks
 from prox24._models.decoder import Weights
 from prox24._models.spec import Config
 from prox24.errors import CalibrationError, CheckpointError
@@ -123,7 +123,7 @@ def train_checkpoint(
     return trained, _named(config, trained.params)
 
 
-def _params(model: forward.Model, mesh: Mesh | None) -> whole.Stacked:
+def _params(model: forward.Model, mesh: Mesh | None) -> stacks.Stacked:
     """The tensors of all layers; on the host are those of one name at a time."""
 
     def stack(name: str, tensors: list[NDArray[Any]]) -> Array:
@@ -131,7 +131,7 @@ def _params(model: forward.Model, mesh: Mesh | None) -> whole.Stacked:
         place = None if mesh is None else partition.stored(mesh, name, values.shape)
         return jax.device_put(values, place)
 
-    return whole.stacked(model.config, functools.partial(forward.layer_tensor, model), stack)
+    return stacks.stacked(model.config, functools.partial(forward.layer_tensor, model), stack)
 
 
 class _Outer(NamedTuple):
@@ -193,8 +193,8 @@ def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[F
             mesh, decoder.computed_in(compute_dtype, weights, linears), hidden
         )
 
-    def features(params: whole.Stacked, outer: _Outer, tokens: Array) -> Array:
-        return whole.features(config, params, outer.embedding, in_parts(tokens, mesh), enter)
+    def features(params: stacks.Stacked, outer: _Outer, tokens: Array) -> Array:
+        return stacks.features(config, params, outer.embedding, in_parts(tokens, mesh), enter)
 
     def logits(outer: _Outer, hidden: Array) -> Array:
         return decoder.logits(config, outer.head, hidden)
@@ -221,7 +221,7 @@ def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bo
     return any(np.sum(pruned.read(name) == 0) > np.sum(dense.read(name) == 0) for name in names)
 
 
-def _is_pruned(config: Config, params: whole.Stacked) -> bool:
+def _is_pruned(config: Config, params: stacks.Stacked) -> bool:
     """Whether a linear has so many zeros as no dense or quantised one has: a quarter."""
     linears = _linears(config)
     return any(
@@ -232,7 +232,7 @@ def _is_pruned(config: Config, params: whole.Stacked) -> bool:
     )
 
 
-def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
+def _kept(config: Config, params: stacks.Stacked) -> stacks.Stacked:
     """The nonzeros of linears, and every entry of the other tensors."""
     linears = _linears(config)
     return [
@@ -241,8 +241,8 @@ def _kept(config: Config, params: whole.Stacked) -> whole.Stacked:
     ]
 
 
-def _named(config: Config, params: whole.Stacked) -> Iterator[tuple[str, NDArray[Any]]]:
-    for index, weights in enumerate(whole.unstacked(config, params)):
+def _named(config: Config, params: stacks.Stacked) -> Iterator[tuple[str, NDArray[Any]]]:
+    for index, weights in enumerate(stacks.unstacked(config, params)):
         for name, values in weights.items():
             tensor = spec.layer_tensor(config.names, index, name)
             yield tensor, np.asarray(forward.oriented(config, values.astype(jnp.float32)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from prox24._core.placement import apart, everywhere, parts, parts_or_copies, whole
+from prox24._core.placement import apart, everywhere, parts, parts_or_copies, replicated
 from prox24._core.precision import PRECISION
 
 
@@ -111,7 +111,9 @@ def add_in_turn(gram: GramSum, x: Array, y: Array, devices: int) -> GramSum:
 
     def add_part(place: Array, gram: GramSum) -> GramSum:
         # The sum of one part and zeros: so the device that has the part sends it to the others.
-        sent = (whole(jnp.sum(jnp.where(places == place, tokens, 0), axis=0)) for tokens in (x, y))
+        sent = (
+            replicated(jnp.sum(jnp.where(places == place, tokens, 0), axis=0)) for tokens in (x, y)
+        )
         return add_tokens(gram, *sent)
 
     return lax.fori_loop(0, devices, add_part, gram)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from prox24._core.placement import whole
+from prox24._core.placement import replicated
 from prox24._core.precision import PRECISION
 
 
@@ -179,13 +179,15 @@ def _swept(negated: Array, blocks: Sequence[int]) -> Array:
         start = index * block
         # Without the barrier XLA may gather a matrix that is in parts, and then slice it.
         rows = lax.optimization_barrier(lax.dynamic_slice(matrix, (start, 0), (block, width)))
-        rows = whole(rows)
+        rows = replicated(rows)
         pivot = lax.dynamic_slice(rows, (0, start), (block, block))
         inverted = _swept(pivot, inner) if inner else _reciprocal(-pivot)
         # With I in the block's own place one product serves all four parts.
-        rows = whole(lax.dynamic_update_slice(rows, jnp.eye(block, dtype=rows.dtype), (0, start)))
+        rows = replicated(
+            lax.dynamic_update_slice(rows, jnp.eye(block, dtype=rows.dtype), (0, start))
+        )
         scaled = jnp.matmul(inverted, rows, precision=PRECISION)
-        swept = whole(block_of == index)
+        swept = replicated(block_of == index)
         rest = jnp.where(swept[:, None] | swept[None, :], 0, matrix)
         return rest + jnp.matmul(rows.T, scaled, precision=PRECISION)
 
