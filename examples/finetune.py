@@ -32,7 +32,7 @@ from prox24._jobs.forward import (
 )
 from prox24._jobs.perplexity import native_perplexity, window_losses
 from prox24._jobs.text import evaluation_windows
-from prox24._models import spec, whole
+from prox24._models import spec, stacks
 from prox24.errors import Prox24Error
 from prox24.optax import keep_pattern
 
@@ -43,10 +43,10 @@ LORA_SCALE = 2.0
 
 def loss(config, outer, layers, windows):
     """Mean negative log-likelihood of the tokens of windows (count, length) after the first."""
-    stacked = whole.stacked(
+    stacked = stacks.stacked(
         config, lambda index, name: layers[index][name], lambda name, tensors: jnp.stack(tensors)
     )
-    hidden = whole.features(config, stacked, outer, windows)
+    hidden = stacks.features(config, stacked, outer, windows)
     losses = window_losses(config, outer, hidden, windows)
     return jnp.sum(losses) / (windows.size - len(windows))
 
