@@ -157,7 +157,7 @@ def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[P
         losses = [loss for loss in report["losses"] if loss is not None]
         figures = report["tokens"], report["seconds"], report["peak_memory_bytes"], min(losses)
         return trained, [*figures]
-    tokens, block = 0, report["linears"][0]["block"]
+    tokens, block = 0, report["linears"][0]["refinement"]
     if recipe.refine is not None:
         tokens = block["steps"] * recipe.refine.step_windows(WINDOWS, LENGTH) * LENGTH
     return pruned, [tokens, report["seconds"], report["peak_memory_bytes"], math.nan]

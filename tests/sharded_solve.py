@@ -309,7 +309,7 @@ def model_reports(folder):
     forward.layer_function = run_layer
     yield {
         "shared_by": meshes,
-        "refined": [reports[-1].block.outcome.value for _, reports in (one, two)],
+        "refined": [reports[-1].refinement.outcome.value for _, reports in (one, two)],
         "weights": max(largest_difference(values, one[0][name]) for name, values in two[0].items()),
     }
     again, _ = pruned(mesh)

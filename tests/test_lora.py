@@ -240,6 +240,6 @@ def test_adapters_are_the_parameters_of_a_block_if_all_are_kept(kept):
         return network(lora.merge(params, adapters, scale=1.0), x)
 
     given = apply, adapters, inputs, targets, optax.adam(1e-2)
-    refined = refine.train_block(*given, passes=20, kept=kept)
+    refined = refine.train_block(*given, passes=20, trainable=kept)
     # By default a leaf that is wholly zero stays so.
     assert (refined.outcome is refine.Outcome.IMPROVED) == (kept is True)

@@ -302,7 +302,7 @@ def test_donating_the_state_leaves_the_given_entries_alone():
     params = pruned_parameters()
     tree = jax.tree.map(lambda w: w != 0, params)
     transform = keep_pattern(optax.sgd(0.1), tree)
-    donate = jax.jit(lambda state: jax.tree.map(jnp.logical_not, state.kept), donate_argnums=0)
+    donate = jax.jit(lambda state: jax.tree.map(jnp.logical_not, state.trainable), donate_argnums=0)
     donate(transform.init(params))
     assert np.array_equal(tree["dense"]["kernel"], params["dense"]["kernel"] != 0)
 
@@ -387,7 +387,7 @@ def test_states_can_be_mapped_like_parameters(kept):
     transform = keep_pattern(optax.chain(optax.adam(0.1), proximal(1.0)), given)
     state = transform.init(params)
     mapped = optax.tree_utils.tree_map_params(transform, lambda leaf: "param", state)
-    assert mapped.kept == jax.tree.map(lambda _: "param", params)
+    assert mapped.trainable == jax.tree.map(lambda _: "param", params)
     assert jax.tree.leaves(mapped.inner).count("param") == 4
 
 
@@ -425,7 +425,7 @@ def test_check_names_the_leaf_that_something_behind_proximal_breaks(breaking, st
 def test_an_optimizer_that_is_kept_to_a_pattern_gets_extra_arguments(standard_promotion):
     # Which optax's own wrapper drops, since MultiSteps is of another class.
     optimizer = optax.MultiSteps(behind(), 2)
-    check(keep_pattern(optimizer, kept=True), SHAPES)
+    check(keep_pattern(optimizer, trainable=True), SHAPES)
     wrapped = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     check(optax.chain(optax.clip(1.0), wrapped), SHAPES)
 

@@ -243,7 +243,7 @@ def test_a_training_keeps_the_zeros_whatever_chose_them(pattern):
         return jnp.tanh(x @ params["first"]) @ params["head"] + params["bias"][None]
 
     pruned = prune(apply, params, [normal(64, 16, seed=2)], recipe, mask=everything)
-    optimizer = keep_pattern(optax.sgd(0.1), pruned.kept)
+    optimizer = keep_pattern(optax.sgd(0.1), pruned.trainable)
     steps = jax.tree.map(jnp.ones_like, params)
     steps, _ = optimizer.update(steps, optimizer.init(pruned.params), pruned.params)
     assert np.mean(pruned.params["first"] == 0) == np.mean(pruned.params["head"] == 0) == 0.5

@@ -140,7 +140,7 @@ def test_weights_that_a_loss_hides_do_not_count_as_better():
         return 10 * jnp.mean(jnp.square(output - target))
 
     block = params, inputs, [jnp.zeros((3, 2))] * 3
-    refined = trained(block, optax.sgd(3e38), apply, kept=True, loss=loss)
+    refined = trained(block, optax.sgd(3e38), apply, trainable=True, loss=loss)
     assert refined.outcome is Outcome.DIVERGED
     np.testing.assert_array_equal(refined.params["kernel"], params["kernel"])
 
@@ -161,7 +161,7 @@ def test_16_bit_parameters_are_trained_in_float32(pruned):
 def test_what_is_kept_may_be_given(pruned):
     first, second = (pruned[0][name]["kernel"] for name in ("first", "second"))
     kept = {"first": {"kernel": jnp.zeros((16, 32), bool)}, "second": {"kernel": second != 0}}
-    refined = trained(pruned, optax.adam(3e-3), passes=3, kept=kept).params
+    refined = trained(pruned, optax.adam(3e-3), passes=3, trainable=kept).params
     np.testing.assert_array_equal(refined["first"]["kernel"], first)
     assert np.any(refined["second"]["kernel"] != second)
 
@@ -198,7 +198,7 @@ OTHER_SHAPES = {name: {"kernel": jnp.ones((3, 3))} for name in ("first", "second
         (6, {"held_out": 0}, "6 batches: 0 held out"),
         (6, {"held_out": 6}, "6 batches: 6 held out"),
         (5, {}, "6 batches of inputs, but 5 of targets"),
-        (6, {"kept": OTHER_SHAPES}, "shape"),
+        (6, {"trainable": OTHER_SHAPES}, "shape"),
         (6, {"passes": 0}, "passes 0 is not positive"),
     ],
 )
@@ -255,9 +255,9 @@ def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears
     tensors, reports = run(tmp_path / "model", windows, recipe, micro_batch=4)
     assert [report.name for report in reports] == linears
     for report in reports:
-        assert report.block.outcome is Outcome.IMPROVED
-        assert report.block.error < 0.95 * report.block.error_before
-        assert report.block.steps == 6 * 7  # of two micro-batches
+        assert report.refinement.outcome is Outcome.IMPROVED
+        assert report.refinement.error < 0.95 * report.refinement.error_before
+        assert report.refinement.steps == 6 * 7  # of two micro-batches
     in_layers = {name for name in tensor_shapes(model.config) if re.search(r"\.\d+\.", name)}
     assert tensors.keys() == (set(linears) if linears_only else in_layers)
     plain, _ = run(tmp_path / "model", windows, recipe_with(), micro_batch=4)
@@ -288,7 +288,7 @@ def test_the_best_recipe_passes_over_as_many_tokens_for_any_text(folder):
     assert Recipe.best() == Recipe(refine=BlockRefinement())
     model, out = folder / "model", folder / "out"
     report = prox24.prune(model, out, Recipe.best(), calibration=tokens(batch=16, length=16))
-    assert all(linear.block is not None for linear in report.linears)
+    assert all(linear.refinement is not None for linear in report.linears)
     assert prox24.verify(out, model).problems == {}
 
 
@@ -298,8 +298,11 @@ def test_a_step_is_the_same_in_parts(folder):
         run(folder / "model", windows, recipe, micro_batch=size).reports for size in (32, 2)
     )
     for one, other in zip(whole, parts, strict=True):
-        assert (one.block.steps, one.block.outcome) == (other.block.steps, other.block.outcome)
-        assert one.block.error == pytest.approx(other.block.error, rel=1e-3)
+        assert (one.refinement.steps, one.refinement.outcome) == (
+            other.refinement.steps,
+            other.refinement.outcome,
+        )
+        assert one.refinement.error == pytest.approx(other.refinement.error, rel=1e-3)
 
 
 def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(folder):
@@ -307,8 +310,8 @@ def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(folder):
     for dtype in COMPUTE_DTYPES:
         recipe = recipe_with(BlockRefinement(rate=3e-3, passes=2, compute_dtype=dtype))
         tensors, reports = run(folder / "model", tokens(batch=32, length=16), recipe)
-        assert {report.block.outcome for report in reports} == {Outcome.IMPROVED}
-        errors.append([report.block.error for report in reports])
+        assert {report.refinement.outcome for report in reports} == {Outcome.IMPROVED}
+        errors.append([report.refinement.error for report in reports])
         weights.append(tensors[reports[0].name])
     np.testing.assert_allclose(*errors, rtol=0.02)
     assert not np.array_equal(*weights)
@@ -354,7 +357,10 @@ def test_a_refined_run_goes_on_with_the_same_bytes(
 
     assert refining(tmp_path, "whole", *more, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert {linear["block"]["outcome"] for linear in report["linears"]} <= {"improved", "unchanged"}
+    assert {linear["refinement"]["outcome"] for linear in report["linears"]} <= {
+        "improved",
+        "unchanged",
+    }
     for count in counts:  # in the middle of the first layer, and of the second
         with monkeypatch.context() as patch:
             patch.setattr("prox24._pruning.loop.prune_stages", interrupted_after(count))
@@ -370,7 +376,7 @@ def test_the_tokens_and_the_held_out_share_of_a_step_are_chosen(folder, capsys):
     more = ["--refine-step-tokens", "32", "--refine-held-out", "0.25", "--refine-passes", "1"]
     assert refining(folder, "out", *more, "--samples", "16", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert {linear["block"]["steps"] for linear in report["linears"]} == {12}
+    assert {linear["refinement"]["steps"] for linear in report["linears"]} == {12}
 
 
 def test_windows_are_held_out_from_all_of_the_text(folder, monkeypatch):

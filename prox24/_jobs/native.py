@@ -21,7 +21,7 @@ from prox24._jobs.observe import observe_layer
 from prox24._models import spec
 from prox24._pruning.grams import Sums, empty_columns, empty_gram, over_devices
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import Block, Inputs, Linear, Streams
+from prox24._pruning.runner import Inputs, Linear, Streams, TrainableStage
 from prox24._solvers.solve import check_shares_columns
 from prox24.errors import CalibrationError
 
@@ -194,13 +194,15 @@ class NativeRunner:
         """Hidden states stay in memory."""
         return dataclasses.replace(self, activations=None)
 
-    def block(self, index: int, state: Hidden) -> Block:
+    def trainable_stage(self, index: int, state: Hidden) -> TrainableStage:
         """The layer, its inputs and the dense layer's outputs."""
         assert state.dense is not None
         assert self.recipe.refine is not None
         layer, refine = self.model.config.layers[index], self.recipe.refine
         apply = forward.layer_function(layer, self.mesh, refine.compute_dtype)
-        return Block(apply, self._names(index), state.pruned, state.dense, self.step_batches)
+        return TrainableStage(
+            apply, self._names(index), state.pruned, state.dense, self.step_batches
+        )
 
 
 def native_runner(

@@ -89,7 +89,7 @@ class PruneReport(Report):
 
     def _block_rows(self) -> list[list[str]]:
         # Linears of a layer share one report.
-        blocks = list(dict.fromkeys(each.block for each in self.linears if each.block))
+        blocks = list(dict.fromkeys(each.refinement for each in self.linears if each.refinement))
         if not blocks:
             return []
         before, after = (

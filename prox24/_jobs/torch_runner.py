@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prox24._checkpoints.checkpoint import DTYPES, Checkpoint
 from prox24._jobs.torchax import TorchLayer, TorchModel, layers_and_inputs
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import Block, Inputs, Linear, Streams
+from prox24._pruning.runner import Inputs, Linear, Streams, TrainableStage
 from prox24._trees.calibrate import Stream, gather
 from prox24._trees.products import Apply
 from prox24.errors import RecipeError
@@ -125,7 +125,7 @@ class TorchRunner:
         """Everything is in memory."""
         return self
 
-    def block(self, index: int, state: Hidden) -> Block:
+    def trainable_stage(self, index: int, state: Hidden) -> TrainableStage:
         """Raises RecipeError: a module of PyTorch is not trained."""
         raise RecipeError("refine is for models with a forward pass of prox24's own")
 

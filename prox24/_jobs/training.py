@@ -113,7 +113,7 @@ def train_checkpoint(
         passes=refinement.passes,
         held_out=held_out * refinement.micro_batches,
         micro_batches=refinement.micro_batches,
-        kept=functools.partial(_kept, config),
+        trainable=functools.partial(_trainable, config),
         measured_every=refinement.measured_every(steps),
         resume=resume,
         on_measured=on_measured,
@@ -232,7 +232,7 @@ def _is_pruned(config: Config, params: stacks.Stacked) -> bool:
     )
 
 
-def _kept(config: Config, params: stacks.Stacked) -> stacks.Stacked:
+def _trainable(config: Config, params: stacks.Stacked) -> stacks.Stacked:
     """The nonzeros of linears, and every entry of the other tensors."""
     linears = _linears(config)
     return [

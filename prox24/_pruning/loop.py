@@ -108,7 +108,7 @@ def prune_stages(
         if refine is not None and trained and not written:
             outcome = _refine(runner, index, weights, state, refine, trained, chosen)
             for name in (name for name in weights if name in trained):
-                own = tuple(report._replace(block=outcome) for report in reports.get(name, ()))
+                own = tuple(report._replace(refinement=outcome) for report in reports.get(name, ()))
                 yield PrunedTensor(name, runner.stored(name, weights[name]), own)
         state = runner.advance(index, weights, state)
         del weights, written
@@ -251,23 +251,23 @@ def _refine(
     """Trains the weights of a stage, in place, as they will be written."""
     began = time.perf_counter()
     weights |= {name: _rounded(runner, name, weights[name]) for name in trained}
-    block = runner.block(index, state)
-    groups = len(block.inputs) // block.micro_batches
+    stage = runner.trainable_stage(index, state)
+    groups = len(stage.inputs) // stage.micro_batches
     refined = train_block(
-        block.apply,
-        {key: weights[name] for key, name in block.names.items()},
-        block.inputs,
-        block.targets,
+        stage.apply,
+        {key: weights[name] for key, name in stage.names.items()},
+        stage.inputs,
+        stage.targets,
         refine.optimizer(groups),
         passes=refine.passes,
-        held_out=refine.held_out_of(groups) * block.micro_batches,
-        micro_batches=block.micro_batches,
-        kept={
+        held_out=refine.held_out_of(groups) * stage.micro_batches,
+        micro_batches=stage.micro_batches,
+        trainable={
             key: weights[name] != 0 if name in pruned else name in trained
-            for key, name in block.names.items()
+            for key, name in stage.names.items()
         },
     )
-    weights |= {block.names[key]: values for key, values in refined.params.items()}
+    weights |= {stage.names[key]: values for key, values in refined.params.items()}
     seconds = time.perf_counter() - began
     if not math.isfinite(refined.losses[0]):
         raise CalibrationError(f"NaN or Inf in the outputs of the pruned layer {index}")

@@ -38,7 +38,7 @@ class LinearReport(NamedTuple):
       tokens: calibration tokens that the matrix saw; an expert sees those that are routed to it.
       seconds: wall-clock time of the solver and the refit, compilation included.
       statistics: the losses and other figures of `prox24.solve`.
-      block: how the layer was refined afterwards, or None.
+      refinement: how the layer was refined afterwards, or None.
     """
 
     name: str
@@ -48,7 +48,7 @@ class LinearReport(NamedTuple):
     tokens: int
     seconds: float
     statistics: Statistics
-    block: BlockReport | None = None
+    refinement: BlockReport | None = None
 
     def __str__(self) -> str:
         few = ", too few" if self.tokens < self.inputs else ""
@@ -60,16 +60,15 @@ class LinearReport(NamedTuple):
     def figures(self) -> dict[str, Any]:
         """The report as JSON holds it; a number that is not finite is None."""
         own = {key: value for key, value in self._asdict().items() if key != "statistics"}
-        block = self.block and self.block._asdict() | {"outcome": self.block.outcome.value}
-        flat = (
-            own | {"status": self.status.name.lower(), "block": block} | self.statistics._asdict()
-        )
+        trained = self.refinement
+        own["refinement"] = trained and trained._asdict() | {"outcome": trained.outcome.value}
+        flat = own | {"status": self.status.name.lower()} | self.statistics._asdict()
         return {key: None if _is_infinite(value) else value for key, value in flat.items()}
 
     @classmethod
     def of_figures(cls, figures: Mapping[str, Any]) -> Self:
         """The report that `figures` made them of."""
-        block = figures["block"]
+        trained = figures["refinement"]
         numbers = {name: figures[name] for name in Statistics._fields}
         losses = {key: math.inf for key, value in numbers.items() if value is None}
         return cls(
@@ -80,7 +79,8 @@ class LinearReport(NamedTuple):
             tokens=figures["tokens"],
             seconds=figures["seconds"],
             statistics=Statistics(**numbers | losses),
-            block=block and BlockReport(**block | {"outcome": Outcome(block["outcome"])}),
+            refinement=trained
+            and BlockReport(**trained | {"outcome": Outcome(trained["outcome"])}),
         )
 
 

@@ -121,7 +121,7 @@ class Runner(Protocol[State]):
     def in_memory(self) -> Self:
         """The same runner, which leaves nothing on disk."""
 
-    def block(self, index: int, state: State) -> "Block":
+    def trainable_stage(self, index: int, state: State) -> "TrainableStage":
         """The stage as a function, its inputs and its targets, for a refinement.
 
         Raises:
@@ -129,7 +129,7 @@ class Runner(Protocol[State]):
         """
 
 
-class Block(NamedTuple):
+class TrainableStage(NamedTuple):
     """A stage that is trained.
 
     Attributes:

@@ -12,7 +12,7 @@ from jax import Array
 from prox24._pruning import loop
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
-from prox24._pruning.runner import Block, Inputs, Linear, Streams
+from prox24._pruning.runner import Inputs, Linear, Streams, TrainableStage
 from prox24._trees.calibrate import (
     Calibration,
     Stream,
@@ -43,7 +43,7 @@ class PrunedParams(NamedTuple):
     reports: list[LinearReport]
 
     @property
-    def kept(self) -> PyTree:
+    def trainable(self) -> PyTree:
         """For `prox24.optax.keep_pattern`: the nonzeros of what was pruned, and all else."""
         return nonzeros(self.params, self.leaves)
 
@@ -274,7 +274,7 @@ class FunctionRunner:
         """It is."""
         return self
 
-    def block(self, index: int, state: tuple[PyTree, Streams]) -> Block:
+    def trainable_stage(self, index: int, state: tuple[PyTree, Streams]) -> TrainableStage:
         """Raises RecipeError: a group of weights is no layer."""
         raise RecipeError("refine is for decoders")
 

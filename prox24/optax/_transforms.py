@@ -33,12 +33,12 @@ class KeepPatternState(NamedTuple):
     """State of `keep_pattern`.
 
     Attributes:
-      kept: bool pytree like the parameters, True where they are trained; an entry is an array of
-        the leaf's shape, or a scalar for the whole leaf.
+      trainable: bool pytree like the parameters, True where they are trained; an entry is an array
+        of the leaf's shape, or a scalar for the whole leaf.
       inner: state of the wrapped optimizer.
     """
 
-    kept: PyTree
+    trainable: PyTree
     inner: optax.OptState
 
 
@@ -141,7 +141,7 @@ def proximal(
 
 
 def keep_pattern(
-    inner: optax.GradientTransformation, kept: Mask | None = None
+    inner: optax.GradientTransformation, trainable: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it trains the kept entries and leaves the others as they are.
 
@@ -150,18 +150,18 @@ def keep_pattern(
 
     Args:
       inner: a whole optimizer.
-      kept: bool pytree like the parameters or a prefix of it, True for entries to train, or a
+      trainable: bool pytree like the parameters or a prefix of it, True for entries to train, or a
         function of the parameters that returns one, called by `init`; None for `kept_entries`, the
         nonzeros of the leaves that `proximal` prunes by default. For those of other leaves it is
         `kept_entries` with their mask, not the mask itself, which would train them whole; what
-        `prox24.prune_params` pruned has `kept` of its own.
+        `prox24.prune_params` pruned has `trainable` of its own.
 
     Returns:
       A transform whose state holds the kept entries and that of `inner`; extra arguments of
       `update` go to `inner`.
 
     Raises:
-      ValueError: in `init`, if the shape of an entry of `kept` is neither that of its leaf nor ().
+      ValueError: in `init`, if an entry of `trainable` has neither the shape of its leaf nor ().
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]])}
@@ -176,7 +176,7 @@ def keep_pattern(
 
     def init(params: PyTree) -> KeepPatternState:
         # What optax maps states with is a placeholder without leaves, which no tree fits.
-        chosen = kept if kept is not None and jax.tree.leaves(params) else kept_entries
+        chosen = trainable if trainable is not None and jax.tree.leaves(params) else kept_entries
         entries = spread(chosen, params)
         checked = [
             _checked_entries(path, entry, leaf)
@@ -190,8 +190,10 @@ def keep_pattern(
     def update(
         updates: PyTree, state: KeepPatternState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, KeepPatternState]:
-        steps, memory = inner.update(_where(state.kept, updates), state.inner, params, **extra_args)
-        return _where(state.kept, steps), KeepPatternState(state.kept, memory)
+        steps, memory = inner.update(
+            _where(state.trainable, updates), state.inner, params, **extra_args
+        )
+        return _where(state.trainable, steps), KeepPatternState(state.trainable, memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -263,13 +265,13 @@ def _checked_entries(path: str, entries: ArrayLike, leaf: Array) -> Array:
     entries = jnp.array(entries, bool)
     if entries.shape not in ((), leaf.shape):
         raise ValueError(
-            f"kept of {path} has shape {entries.shape}, the parameter {leaf.shape}: "
+            f"trainable of {path} has shape {entries.shape}, the parameter {leaf.shape}: "
             "give one bool for each entry, or one for the leaf"
         )
     return entries
 
 
-def _where(kept: PyTree, updates: PyTree) -> PyTree:
+def _where(trainable: PyTree, updates: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda u, k: None if u is None else jnp.where(k, u, 0), updates, kept, is_leaf=_is_none
+        lambda u, k: None if u is None else jnp.where(k, u, 0), updates, trainable, is_leaf=_is_none
     )

@@ -130,7 +130,7 @@ def train_block(
     passes: int = 5,
     held_out: int = 1,
     micro_batches: int = 1,
-    kept: PyTree | Callable[[PyTree], PyTree] | None = None,
+    trainable: PyTree | Callable[[PyTree], PyTree] | None = None,
     loss: OutputLoss = relative_error,
 ) -> Refined:
     """Trains the kept parameters of a block so that it reproduces targets.
@@ -150,8 +150,8 @@ def train_block(
       held_out: batches, from the end.
       micro_batches: so many batches, in memory one after the other, make one step, by the mean of
         their gradients.
-      kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
-        leaves that `prox24.optax.proximal` prunes, and all other leaves.
+      trainable: which entries are trained, see `prox24.optax.keep_pattern`; None for nonzeros of
+        the leaves that `prox24.optax.proximal` prunes, and all other leaves.
       loss: of an output and its target, a scalar.
 
     Returns:
@@ -183,7 +183,7 @@ def train_block(
         passes=passes,
         held_out=held_out,
         micro_batches=micro_batches,
-        kept=kept,
+        trainable=trainable,
     )
 
 

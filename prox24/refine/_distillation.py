@@ -58,7 +58,7 @@ def train_model(
     passes: int = 1,
     held_out: int = 1,
     micro_batches: int = 1,
-    kept: PyTree | Callable[[PyTree], PyTree] | None = None,
+    trainable: PyTree | Callable[[PyTree], PyTree] | None = None,
     measured_every: int | None = None,
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
@@ -88,7 +88,7 @@ def train_model(
       passes: as `prox24.refine._training.refine` has it, and all that follow.
       held_out: batches, from the end.
       micro_batches: batches that make one step, by the mean of their gradients.
-      kept: which entries are trained.
+      trainable: which entries are trained.
       measured_every: steps between measurements; None for every pass.
       resume: the state to begin with, given the one before the first step.
       on_measured: called after each measurement.
@@ -129,7 +129,7 @@ def train_model(
         passes=passes,
         held_out=held_out,
         micro_batches=micro_batches,
-        kept=kept,
+        trainable=trainable,
         measured_every=measured_every,
         resume=resume,
         on_measured=on_measured,

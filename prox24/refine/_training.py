@@ -135,7 +135,7 @@ def refine(
     passes: int,
     held_out: int,
     micro_batches: int = 1,
-    kept: PyTree | Callable[[PyTree], PyTree] | None = None,
+    trainable: PyTree | Callable[[PyTree], PyTree] | None = None,
     measured_every: int | None = None,
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
@@ -156,8 +156,8 @@ def refine(
       held_out: batches, from the end.
       micro_batches: so many batches, in memory one after the other, make one step of the optimizer,
         by the mean of their gradients.
-      kept: which entries are trained, see `prox24.optax.keep_pattern`; None for the nonzeros of the
-        leaves that `prox24.optax.proximal` prunes, and all other leaves.
+      trainable: which entries are trained, see `prox24.optax.keep_pattern`; None for nonzeros of
+        the leaves that `prox24.optax.proximal` prunes, and all other leaves.
       measured_every: this many steps, and after the last; None for every pass.
       resume: the state to begin with, given the one before the first step; one that `on_measured`
         got, to go on with it.
@@ -166,7 +166,7 @@ def refine(
 
     Raises:
       ValueError: no batch is left to train on, or none held out; those left are no whole number of
-        steps; a number is not positive; or the shape of an entry of `kept` does not fit.
+        steps; a number is not positive; or the shape of an entry of `trainable` does not fit.
     """
     counts = {"passes": passes, "micro_batches": micro_batches, "measured_every": measured_every}
     for name, count in counts.items():
@@ -195,7 +195,7 @@ def refine(
     # A copy also of what is float32 already: steps overwrite the master.
     master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
-    memory = _each_its_own(keep_pattern(optimizer, kept).init(jax.tree.map(jnp.copy, master)))
+    memory = _each_its_own(keep_pattern(optimizer, trainable).init(jax.tree.map(jnp.copy, master)))
     memory = _placed_like(master, memory)
     begun = Training(master, memory, params, [measure(params)], 0)
     del master, memory  # Where a state goes on, these are not needed any more.
