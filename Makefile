@@ -33,7 +33,7 @@ test-newest: .venv-newest/test.stamp
 
 # The models that torchax runs. Its releases that work are previews, which `make test` does without.
 test-torchax: .venv-torchax/test.stamp
-	REQUIRE_TORCHAX=1 .venv-torchax/bin/python -m pytest tests/test_torchax.py
+	REQUIRE_TORCHAX=1 .venv-torchax/bin/python -m pytest tests/jobs/test_torchax.py
 
 .venv/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv

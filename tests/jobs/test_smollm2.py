@@ -26,7 +26,7 @@ from prox24._models.generate import generate
 
 pytestmark = pytest.mark.optimized
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"
 
 
@@ -82,7 +82,7 @@ def forward(checkpoint, ids):
 
 
 def test_logits_of_the_dense_model_agree_with_the_golden_file(checkpoint):
-    golden = np.load(Path(__file__).parent / "golden" / "smollm2.npz")
+    golden = np.load(Path(__file__).parents[1] / "golden" / "smollm2.npz")
     ids = np.asarray([checkpoint.load_tokenizer()(TEXT)["input_ids"]], np.int32)
     np.testing.assert_array_equal(ids, golden["ids"])
     logits = forward(checkpoint, ids)[0, :, ::96]

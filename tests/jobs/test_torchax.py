@@ -195,7 +195,7 @@ def test_an_operation_that_torchax_lacks_is_named():
 def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     write_foreign(tmp_path, "stablelm")
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs/own-model.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/own-model.md").read_text()
     (block,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
     exec(block, {"jax": jax, "prox24": prox24})
     weights = load_file(tmp_path / "pruned/model.safetensors")

@@ -107,12 +107,12 @@ def test_vmap_equals_separate_calls(axes):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
 def test_compiled_for_tpus_it_moves_the_least_and_keeps_shardings():
-    program = Path(__file__).with_name("compiled_tpu.py")
+    program = Path(__file__).parents[1] / "compiled_tpu.py"
     outcome = subprocess.run(
         [sys.executable, program],
         capture_output=True,
         text=True,
-        cwd=program.parents[1],
+        cwd=program.parents[2],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert outcome.returncode == 0, outcome.stderr

@@ -10,14 +10,17 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_optax import normal
-from test_optax_leaves import PRUNED, every_model
+from modules import PRUNED, every_model
 
 from prox24 import lora, refine
 from prox24._trees.lora import Adapter
 from prox24.optax import by_path, describe
 
 jitted_merge = jax.jit(lora.merge)
+
+
+def normal(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def pruned(shape, axis, seed=0, dtype=jnp.float32):

@@ -18,7 +18,7 @@ from prox24._models.generate import advance, choose, empty_cache, generate
 from prox24._models.spec import at_length, head_weight
 from prox24.errors import CheckpointError, PromptError, Prox24Error
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT, LENGTH = 44, 48  # programs are shared by the tests of these lengths
 COUNT = LENGTH - PROMPT + 1
 # One of each family, and linear biases behind rotary ones; the prompts of some.
