@@ -3,6 +3,16 @@
 PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
 
+# An environment of one Python, or one line that says why there is none.
+define make-venv
+	@command -v $(1) > /dev/null || { echo "there is no $(1): name a Python by make PYTHON=..."; exit 1; }
+	@$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "prox24 needs Python 3.11 or newer: name one by make PYTHON=..."; exit 1; }
+	@$(1) -c 'import ensurepip, venv' 2> /dev/null \
+	  || { echo "$(1) has no pip or no venv: install them, or name a Python by make PYTHON=..."; exit 1; }
+	$(1) -m venv $(2)
+endef
+
 # Most of the time of the tests is XLA's. Programs are optimized, as users have them, where the
 # subject is rounding or a real model, and compiled in half of the time elsewhere.
 define run-tests
@@ -10,15 +20,28 @@ define run-tests
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(1)/bin/python -m pytest -m "not optimized and $(2)"
 endef
 
-.PHONY: demo test test-slow lint test-newest test-torchax clean
+# What depends on rounding, under an instruction set. The flag only caps: a processor uses what it has.
+define run-isa
+	XLA_FLAGS=--xla_cpu_max_isa=$(1) JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
+	  .venv/bin/python -m pytest -m "optimized and not slow"
+
+endef
+
+.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-isas test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
 
+# Twice the windows, and Wanda too.
+demo-full: .venv/demo.stamp
+	.venv/bin/prox24 demo --full --output pruned
+
+# What a change must pass. It needs no network once the environment is made.
 test: lint
 	$(call run-tests,.venv,not slow)
 
-test-slow: .venv/test.stamp
+# The rest: a real model, parity with PyTorch for every family, processes, kills, examples.
+test-all: .venv/test.stamp
 	$(call run-tests,.venv,slow)
 
 lint: .venv/test.stamp
@@ -27,17 +50,45 @@ lint: .venv/test.stamp
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
+# The Python of the pages, and the examples of docstrings.
+docs: .venv/test.stamp
+	.venv/bin/python -m pytest -m "" tests/test_doctests.py tests/test_readme.py tests/contracts \
+	  tests/test_examples.py -k "page or docstring or readme or example"
+
 # The newest JAX, without PyTorch: parity is held against the golden files.
 test-newest: .venv-newest/test.stamp
 	$(call run-tests,.venv-newest,not slow)
+
+# The lowest versions that pyproject.toml allows.
+test-oldest: .venv-oldest/test.stamp
+	$(call run-tests,.venv-oldest,not slow)
 
 # The models that torchax runs. Its releases that work are previews, which `make test` does without.
 test-torchax: .venv-torchax/test.stamp
 	REQUIRE_TORCHAX=1 .venv-torchax/bin/python -m pytest tests/jobs/test_torchax.py
 
+test-isas: .venv/test.stamp
+	$(foreach isa,SSE4_2 AVX2 AVX512,$(call run-isa,$(isa)))
+
+# The wheel with its three packages, and the tests that the sdist carries.
+test-package: .venv/test.stamp
+	rm -rf build dist .venv-bare
+	$(call make-venv,$(PYTHON),.venv-bare)
+	.venv-bare/bin/python -m pip install --quiet build twine
+	.venv-bare/bin/python -m build --outdir dist
+	.venv-bare/bin/python -m twine check --strict dist/*
+	rm -rf .venv-bare
+	$(call make-venv,$(PYTHON),.venv-bare)
+	.venv-bare/bin/python -m pip install --quiet dist/*.whl
+	.venv-bare/bin/python -I tests/bare.py
+	mkdir -p build/sdist
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1
+	cd build/sdist && JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(CURDIR)/.venv/bin/python -m pytest \
+	  -m "not slow and not optimized"
+
 .venv/demo.stamp: pyproject.toml
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable .
+	$(call make-venv,$(PYTHON),.venv)
+	.venv/bin/python -m pip install --quiet --editable '.[llm]'
 	touch $@
 
 .venv/test.stamp: .venv/demo.stamp
@@ -45,14 +96,21 @@ test-torchax: .venv-torchax/test.stamp
 	touch $@
 
 .venv-newest/test.stamp: pyproject.toml
-	$(NEWEST_PYTHON) -m venv .venv-newest
+	$(call make-venv,$(NEWEST_PYTHON),.venv-newest)
 	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[test-newest]'
 	touch $@
 
 .venv-torchax/test.stamp: pyproject.toml
-	$(PYTHON) -m venv .venv-torchax
+	$(call make-venv,$(PYTHON),.venv-torchax)
 	.venv-torchax/bin/python -m pip install --quiet --editable '.[test-newest,torchax]'
 	touch $@
 
+.venv-oldest/test.stamp: pyproject.toml
+	$(call make-venv,$(PYTHON),.venv-oldest)
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python \
+	  --resolution lowest-direct --editable '.[test-newest]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-newest .venv-torchax
+	rm -rf .venv .venv-* build dist

@@ -155,7 +155,15 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         found = importlib.import_module(f"prox24.{_SUBMODULES[name]}")
     elif name in _PLACE_OF:
-        found = getattr(importlib.import_module(f"prox24.{_PLACE_OF[name]}"), name)
+        try:
+            found = getattr(importlib.import_module(f"prox24.{_PLACE_OF[name]}"), name)
+        except ModuleNotFoundError as error:
+            from prox24.errors import missing_package
+
+            missing = missing_package(f"prox24.{name}", error)
+            if missing is None:
+                raise
+            raise missing from error
     else:
         raise AttributeError(f"module 'prox24' has no attribute {name!r}")
     globals()[name] = found

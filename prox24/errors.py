@@ -33,6 +33,18 @@ class SolverError(Prox24Error):
     """A layer for which no solution was found."""
 
 
+class MissingPackageError(Prox24Error, ImportError):
+    """A package of the extra `llm` is not installed."""
+
+
+def missing_package(user: str, error: ModuleNotFoundError) -> MissingPackageError | None:
+    """The sentence for a module that the extra `llm` brings; None for one of prox24 itself."""
+    package = (error.name or "prox24").partition(".")[0]
+    if package == "prox24":
+        return None
+    return MissingPackageError(f"{user} needs the package {package}: pip install 'prox24[llm]'")
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says, in one line."""
     return (str(error).strip() or repr(error)).splitlines()[0]

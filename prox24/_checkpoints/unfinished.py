@@ -313,15 +313,20 @@ def _write_whole(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(text, encoding="utf-8")
     synchronise(new)
-    new.rename(path)
+    new.replace(path)
 
 
 def synchronise(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on disk.
 
-    Some file systems cannot wait for names.
+    Some file systems cannot wait for names, and Windows does not open folders.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -295,7 +295,8 @@ def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
 
 def _allocated(folder: Path) -> int:
     """Bytes on disk that the files of a folder have already."""
-    return sum(512 * file.stat().st_blocks for file in folder.iterdir())
+    # Windows does not count blocks.
+    return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in folder.iterdir())
 
 
 def _shards(source: Checkpoint, sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """`prox24 demo`: a real model of 135M parameters, pruned by the baselines and the default."""
 
 import argparse
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ METHODS = {
     "admm": "admm + refit, dense targets",
 }
 """Presets, with what the table calls them."""
-SAMPLES = 16
+LEFT_OUT = ("wanda",)
+"""By the demo in its short form, on half of the windows."""
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
 
 
@@ -28,15 +30,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output", type=Path, default=Path("."), help="folder for the models (replaces its four)"
     )
-    options.add_windows(command, "calibration", "UTF-8 text (default: speeches)", SAMPLES)
+    command.add_argument(
+        "--full", action="store_true", help="twice the windows, and Wanda too: takes twice the time"
+    )
+    options.add_windows(
+        command, "calibration", "UTF-8 text (default: speeches)", "8, or 16 with --full"
+    )
     command.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on (default: a novel)"
     )
     command.add_argument(
         "--evaluation-samples",
         type=options.positive,
-        default=16,
-        help="evaluation windows (default: 16)",
+        help="evaluation windows (default: 8, or 16 with --full)",
     )
     options.add_output(command, quiet="no progress bar")
 
@@ -44,9 +50,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Carries the command out; the exit code."""
     from prox24._checkpoints.checkpoint import open_checkpoint
+    from prox24._checkpoints.tensors import writing
     from prox24._cli.demo_model import fetch_model
+    from prox24._jobs import page
     from prox24._jobs.evaluate import perplexity
-    from prox24._jobs.output import peak_memory_bytes, print_json, print_table
+    from prox24._jobs.output import peak_memory_bytes, print_json, print_table, whole_bar
     from prox24._jobs.prune import prune
     from prox24._jobs.text import Text, calibration_windows, evaluation_windows
 
@@ -55,53 +63,71 @@ def run(arguments: argparse.Namespace) -> int:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
+    quiet, silent = arguments.quiet, arguments.quiet or arguments.json
+    say = (lambda text: None) if silent else functools.partial(print, flush=True)
+    say(f"SmolLM2-135M-Instruct, 2:4. The model is downloaded into {arguments.cache} once.")
     model, length = fetch_model(arguments.cache), arguments.sequence_length
+    windows = 16 if arguments.full else 8
     checkpoint = open_checkpoint(model)
     evaluation = evaluation_windows(
-        checkpoint, Text(arguments.text, arguments.evaluation_samples, length)
+        checkpoint, Text(arguments.text, arguments.evaluation_samples or windows, length)
     )
     calibration = calibration_windows(
-        checkpoint, Text(arguments.calibration, arguments.samples or SAMPLES, length)
+        checkpoint, Text(arguments.calibration, arguments.samples or windows, length)
     )
-    if not (arguments.quiet or arguments.json):
-        print(
-            f"SmolLM2-135M-Instruct, 2:4. Calibration: {calibration.size} tokens. "
-            f"Perplexity: {evaluation.size} tokens in windows of {evaluation.shape[1]}."
-        )
-
-    began = time.perf_counter()
-    dense = perplexity(model, evaluation, quiet=arguments.quiet)
-    seconds = time.perf_counter() - began
-    rows: list[dict[str, Any]] = [{"method": "dense", **dense.to_dict(), "seconds": seconds}]
-    for method, name in METHODS.items():
-        began = time.perf_counter()
-        destination = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
-        report = prune(
-            model,
-            destination,
-            PRESETS[method](),
-            calibration=calibration,
-            overwrite=True,
-            quiet=arguments.quiet,
-        )
-        # The written model is read back and measured.
-        result = perplexity(destination, evaluation, quiet=arguments.quiet)
-        rows.append(
-            {
-                "method": name,
-                **result.to_dict(),
-                "mean_relative_loss": report.mean_relative_loss,
-                "solver_seconds": sum(linear.seconds for linear in report.linears),
-                "seconds": time.perf_counter() - began,
-                "folder": str(destination),
-            }
-        )
+    say(
+        f"Calibration: {calibration.size} tokens. "
+        f"Perplexity: {evaluation.size} tokens in windows of {length}."
+    )
+    methods = {
+        name: shown for name, shown in METHODS.items() if arguments.full or name not in LEFT_OUT
+    }
+    rows: list[dict[str, Any]] = []
+    # A job of pruning has a bar for its check and one for its layers; then the model is measured.
+    with whole_bar("demo", 1 + 3 * len(methods), quiet):
+        for method, shown in [(None, "dense"), *methods.items()]:
+            began = time.perf_counter()
+            folder, figures = model, {}
+            if method is not None:
+                folder = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
+                report = prune(
+                    model,
+                    folder,
+                    PRESETS[method](),
+                    calibration=calibration,
+                    overwrite=True,
+                    quiet=quiet,
+                )
+                figures = {
+                    "mean_relative_loss": report.mean_relative_loss,
+                    "solver_seconds": sum(linear.seconds for linear in report.linears),
+                    "folder": str(folder),
+                }
+            # What was written is read back and measured.
+            measured = perplexity(folder, evaluation, quiet=quiet).to_dict()
+            seconds = time.perf_counter() - began
+            rows.append({"method": shown, **measured, **figures, "seconds": seconds})
+    dense, last = rows[0], rows[-1]
+    meaning = (
+        f"Half of the weights are zero. Perplexity was {dense['perplexity']:.1f}, "
+        f"and is {last['perplexity']:.1f} with the default; 1 would be a perfect prediction."
+    )
+    perplexities = {row["method"]: row["perplexity"] for row in rows}
+    sections = [
+        page.section("Perplexity", page.bars(perplexities), page.paragraph(meaning)),
+        page.section("Figures", page.table(map(_cells, rows), COLUMNS)),
+    ]
+    place = arguments.output / "report.html"
+    with writing(place):
+        text = page.page("prox24 demo: SmolLM2-135M, 2:4", *sections, *report.html_sections())
+        place.write_text(text, encoding="utf-8")
     if arguments.json:
         print_json({"rows": rows, "peak_memory_bytes": peak_memory_bytes()})
         return 0
     print_table(COLUMNS, [_cells(row) for row in rows])
-    print("Load the model of the last row with transformers (and torch):")
-    print(f'  AutoModelForCausalLM.from_pretrained("{rows[-1]["folder"]}")')
+    print(meaning)
+    print(f"{place} shows losses and a mask. Load the last row with transformers (and torch):")
+    print(f'  AutoModelForCausalLM.from_pretrained("{last["folder"]}")')
     return 0
 
 

@@ -78,5 +78,5 @@ def _extract(archive: zipfile.ZipFile, member: str, cache: Path) -> Path:
     if not path.is_file() or zlib.crc32(path.read_bytes()) != archive.getinfo(member).CRC:
         partial = path.with_suffix(".partial")
         partial.write_bytes(archive.read(member))
-        partial.rename(path)
+        partial.replace(path)
     return path

@@ -29,7 +29,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where the state of the training is kept; the same command goes on from there",
     )
-    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a report, .json or .html"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace the destination")
     options.add_output(command)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from prox24 import __version__
-from prox24.errors import Prox24Error, first_line
+from prox24.errors import Prox24Error, first_line, missing_package
 
 COMMANDS = {
     "prune": "prune a checkpoint, and write one that transformers loads",
@@ -85,6 +85,9 @@ def _said(error: Exception) -> str | None:
     """The line of an error that a user can mend; None for an error of the program."""
     if isinstance(error, Prox24Error | OSError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        missing = missing_package("this command", error)
+        return None if missing is None else str(missing)
     if isinstance(error, MemoryError):
         return f"out of memory: {error}"
     if isinstance(error, UnicodeError):  # of a name or an argument that is not UTF-8

@@ -33,7 +33,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="devices share the columns of Grams and weights, not the rows of weights",
     )
-    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a report, .json or .html"
+    )
     options.add_writing(command)
     options.add_output(command)
     group = command.add_argument_group(

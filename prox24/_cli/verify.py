@@ -10,7 +10,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options."""
     command.add_argument("model", help=options.MODEL)
     command.add_argument("--source", help="the model that it was pruned from")
-    command.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a report, .json or .html"
+    )
     command.add_argument(
         "--pattern",
         type=options.pattern,

@@ -89,7 +89,7 @@ class ActivationFiles:
                 synchronise(path)
             # When one process has noted the layer, all have written it.
             meet(f"layer {layer} is complete")
-            new.rename(self._folder / "layer")
+            new.replace(self._folder / "layer")
             synchronise(self._folder)
 
 

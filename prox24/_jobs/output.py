@@ -11,22 +11,50 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from prox24 import __version__
 from prox24._checkpoints.tensors import writing
 from prox24._checkpoints.writer import check_outside
+from prox24._jobs import page
 from prox24.errors import CheckpointError
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "transformers", "safetensors", "gguf")
 
 Advance = Callable[[str, float | None], None]
+_Step = Callable[[str, float | None, float], None]
+_WHOLE: ContextVar[_Step | None] = ContextVar("whole", default=None)
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[Advance]:
-    """A bar on standard error with what was done last, its relative loss, and the time left."""
+    """A bar on standard error with what was done last, its relative loss, and the time left.
+
+    Inside `whole_bar` it moves that bar instead.
+    """
+    whole = _WHOLE.get()
+    if whole is not None:
+        yield lambda name, loss: whole(f"{title} {name}", loss, 1 / (total or 1))
+        return
+    with _bar(title, total, quiet, done) as step:
+        yield lambda name, loss: step(name, loss, 1)
+
+
+@contextlib.contextmanager
+def whole_bar(title: str, parts: int, quiet: bool) -> Iterator[None]:
+    """One bar for several jobs: each bar inside is one of its parts."""
+    with _bar(title, parts, quiet) as step:
+        token = _WHOLE.set(step)
+        try:
+            yield
+        finally:
+            _WHOLE.reset(token)
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[_Step]:
     from rich import progress as rich
     from rich.console import Console
 
@@ -37,11 +65,11 @@ def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> I
     with rich.Progress(title_of, *figures, last, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total, completed=done, latest="")
 
-        def advance(name: str, loss: float | None) -> None:
+        def step(name: str, loss: float | None, share: float) -> None:
             latest = name if loss is None else f"{name} loss {loss:.4f}"
-            progress.update(task, advance=1, latest=latest)
+            progress.update(task, advance=share, latest=latest)
 
-        yield advance
+        yield step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +84,10 @@ class Report:
         """JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
+    def to_html(self) -> str:
+        """One self-contained HTML page."""
+        return page.page("prox24", page.code(str(self)))
+
 
 def show(report: Report, arguments: argparse.Namespace) -> None:
     """Prints a report as --json and --quiet say, and writes it where --report says."""
@@ -67,8 +99,9 @@ def show(report: Report, arguments: argparse.Namespace) -> None:
             print(report)
     finally:  # even by a closed pipe
         if path is not None:
+            text = report.to_html() if path.suffix == ".html" else report.to_json() + "\n"
             with writing(path):
-                path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
 
 
 def print_json(value: dict[str, Any]) -> None:

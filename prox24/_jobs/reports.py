@@ -5,11 +5,19 @@ from typing import Any
 
 import numpy as np
 
+from prox24._jobs import page, torchax
 from prox24._jobs.output import Report, gigabytes, table
+from prox24._jobs.verify import native_axes
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
 from prox24._solvers.problem import Status
 from prox24.refine._training import Outcome
+
+NEXT = """prox24 eval {folder}
+prox24 generate {folder} --prompt "Once upon a time"
+prox24 verify {folder}
+python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,9 @@ class PruneReport(Report):
         return super().to_dict() | {"recipe": self.recipe.to_dict(), "linears": linears}
 
     def __str__(self) -> str:
+        return f"{table(['', ''], self._rows())}\n{self.remark}"
+
+    def _rows(self) -> list[list[str]]:
         losses = {linear.name: linear.statistics.relative_loss for linear in self.linears}
         rows = [["written", self.destination], ["linears pruned", str(len(losses))]]
         if losses:
@@ -85,7 +96,39 @@ class PruneReport(Report):
         dead = sum(linear.statistics.dead_features for linear in self.linears)
         if dead:
             rows.append(["input features never active", str(dead)])
-        return f"{table(['', ''], rows)}\n{self.remark}"
+        return rows
+
+    def to_html(self) -> str:
+        """One self-contained HTML page: figures, losses by layer, a mask, and what to do next."""
+        return page.page(f"{self.source}, pruned", *self.html_sections())
+
+    def html_sections(self) -> list[str]:
+        """The parts of the page, in the order in which they are read."""
+        losses = {linear.name: linear.statistics.relative_loss for linear in self.linears}
+        return [
+            page.section("Result", page.table(self._rows()), page.paragraph(self.remark)),
+            page.section(
+                "Relative loss of each linear",
+                page.paragraph("The squared error of the output over its square; dark is large."),
+                page.heat_map(losses),
+            ),
+            *self._mask_section(),
+            page.section("Recipe", page.code(self.recipe.to_json())),
+            page.section("Next", page.code(NEXT.format(folder=self.destination))),
+        ]
+
+    def _mask_section(self) -> list[str]:
+        """A corner of the first linear's mask, as it was written."""
+        if not self.linears:
+            return []
+        checkpoint, native = torchax.open_any(self.destination)
+        axes = native_axes(checkpoint) if native else torchax.linear_axes(checkpoint)
+        name = self.linears[0].name.partition("[")[0]
+        weight = np.moveaxis(np.asarray(checkpoint.read(name)), axes[name], -1)
+        corner = weight.reshape(-1, weight.shape[-1])[:24, :64] != 0
+        group = getattr(self.recipe.pattern_of(name), "group", None)
+        said = f"The first rows and columns of {name}; a square is a nonzero weight."
+        return [page.section("A mask", page.paragraph(said), page.picture(corner, group))]
 
     def _block_rows(self) -> list[list[str]]:
         # Linears of a layer share one report.

@@ -173,7 +173,7 @@ def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pat
 def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypatch, capsys):
     monkeypatch.setattr("prox24._cli.demo_model.fetch_model", lambda cache: workspace / "model")
     command = ["demo", "--cache", workspace / "cache", "--output", workspace / "models"]
-    command += ["--text", workspace / "text.txt", *calibrated(workspace, 4)]
+    command += ["--full", "--text", workspace / "text.txt", *calibrated(workspace, 4)]
     dense, *rows = printed_json(capsys, *command, "--evaluation-samples", "4")["rows"]
     assert dense["method"] == "dense"
     methods = ["magnitude", "wanda", "sparsegpt", "admm + refit, dense targets"]
@@ -181,6 +181,8 @@ def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypa
     for row in rows:
         assert 0 < row["mean_relative_loss"] < 1
         assert run("verify", row["folder"], "--quiet") == 0
+    shown = (workspace / "models" / "report.html").read_text()
+    assert all(f"{row['perplexity']:.2f}" in shown for row in rows)
 
 
 def test_a_name_that_is_no_unicode_is_one_line(workspace):
