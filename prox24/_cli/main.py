@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from prox24 import __version__
+from prox24._cli.compiled import keep_programs
 from prox24.errors import Prox24Error, first_line, missing_package
 
 COMMANDS = {
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     _give_back_memory()
     try:
         with _ended_by(signal.SIGTERM):
+            keep_programs()
             code = int(parsed.run(parsed))
             sys.stdout.flush()
             return code

@@ -19,6 +19,8 @@ import jax
 import jaxlib.version
 from jax import Array
 
+from prox24._core.cache import cache_folder
+
 logger = logging.getLogger("prox24.packed")
 """Says, once and in one line, why a kernel is not used; silenced by its level."""
 FOLDER = Path(__file__).parent
@@ -62,22 +64,10 @@ class Library(NamedTuple):
         made_for = [(FOLDER / source).read_text() for source in self.sources]
         made_for += [*self.flags(), version, platform.machine(), jaxlib.version.__version__]
         digest = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
-        return cache_folder() / f"{self.target}-{digest}.so"
-
-
-def cache_folder() -> Path:
-    """PROX24_CACHE, or prox24 in XDG_CACHE_HOME, or ~/.cache/prox24; need not exist.
-
-    Raises:
-      NoKernelError: the user has no home folder, and the environment names none.
-    """
-    named, base = os.environ.get("PROX24_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if named:
-        return Path(named).absolute()  # dlopen looks elsewhere for a name without a folder.
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "prox24"
-    except RuntimeError as error:
-        raise NoKernelError("there is no home folder; set PROX24_CACHE") from error
+        try:
+            return cache_folder() / f"{self.target}-{digest}.so"
+        except RuntimeError as error:
+            raise NoKernelError("there is no home folder; set PROX24_CACHE") from error
 
 
 _loading = threading.Lock()

@@ -1,0 +1,70 @@
+"""Programs that XLA compiled, kept for the next command."""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+from prox24._core.cache import cache_folder
+
+OFF = "PROX24_NO_COMPILATION_CACHE"
+MOST_BYTES = 2**29
+"""Of the programs for one processor and one release of JAX."""
+MOST_FOLDERS = 4
+
+
+def keep_programs() -> None:
+    """Has JAX keep what it compiles in a folder of the cache, and read it from there.
+
+    Each processor and each release has a folder of its own, so that a home folder that machines
+    share never gives one a program of another. The folders that were used last stay. Without a
+    folder that can be written, and where the environment or JAX's configuration decides, nothing
+    is done.
+    """
+    import jax
+
+    if os.environ.get(OFF) or jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    try:
+        cache = cache_folder()
+        folder = cache / f"compiled-{_key()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError):
+        return
+    _keep_latest(cache)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # A full disk or a damaged entry costs a compilation, and is no news.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+
+def _keep_latest(cache: Path) -> None:
+    folders = sorted(cache.glob("compiled-*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in folders[:-MOST_FOLDERS]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key() -> str:
+    """Of what a program depends on and JAX's own key lacks: the processor, and the releases."""
+    releases = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
+    said = repr([_processor(), platform.machine(), platform.system(), releases])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _processor() -> str:
+    """Its model and its instruction sets."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Feat")))
+    return platform.processor()
