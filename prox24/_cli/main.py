@@ -5,7 +5,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import os
 import signal
@@ -16,6 +15,7 @@ from types import FrameType
 
 from prox24 import __version__
 from prox24._cli.compiled import keep_programs
+from prox24._cli.malloc import give_back_memory, start_with_huge_pages
 from prox24.errors import Prox24Error, first_line, missing_package
 
 COMMANDS = {
@@ -31,9 +31,6 @@ COMMANDS = {
 }
 """Each one is a module of this package with `add_arguments` and `run`."""
 
-M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs one command.
@@ -44,8 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
       SIGTERM. After a closed pipe it is 128 and the number of SIGPIPE, without a line.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None and set(given) & set(COMMANDS) and not set(given) & {"-h", "--help"}:
+        start_with_huge_pages()
     parsed = parser(given).parse_args(given)
-    _give_back_memory()
+    give_back_memory()
     try:
         with _ended_by(signal.SIGTERM):
             keep_programs()
@@ -101,19 +100,6 @@ def _said(error: Exception) -> str | None:
     if isinstance(error, jax.errors.JaxRuntimeError):
         return f"a device fails: {first_line(error)}"
     return first_line(error) if is_missing_device(error) else None
-
-
-def _give_back_memory() -> None:
-    """Has glibc, where it is, give back what is freed of 1 MiB or more.
-
-    By itself it comes to keep pieces of up to 32 MB that often do not fit the next array, and the
-    peak of memory then depends on the sizes that went before.
-    """
-    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 class Terminated(KeyboardInterrupt):
