@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,14 @@ from numpy.typing import NDArray
 from prox24._checkpoints.tensors import writing
 from prox24._checkpoints.unfinished import synchronise
 from prox24._jobs.processes import latest, meet
+
+
+class Mapped(list[NDArray[np.float32]]):
+    """Micro-batches that are views into a file; what is assigned to one is written there."""
+
+    def __setitem__(self, index: Any, values: Any) -> None:
+        """Writes one."""
+        self[index][...] = values
 
 
 class ActivationFiles:
@@ -34,15 +43,7 @@ class ActivationFiles:
         streams: Iterable[str],
         layers: int,
     ):
-        """Opens a folder, or makes it.
-
-        Args:
-          folder: of the files.
-          shape: (windows, length, hidden) of a stream, in float32.
-          micro_batch: windows that go through a layer together.
-          streams: names of all streams.
-          layers: of the model.
-        """
+        """Opens a folder, or makes it; a stream has the shape (windows, length, hidden)."""
         self._folder, self._shape, self._micro_batch = folder, shape, micro_batch
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,14 +72,14 @@ class ActivationFiles:
     def _path(self, stream: str, layer: int) -> Path:
         return self._folder / f"{stream}-{layer % 2}"
 
-    def micro_batches(self, stream: str, layer: int) -> list[NDArray[np.float32]]:
-        """What enters a layer, to be read or written, as views into a file."""
+    def micro_batches(self, stream: str, layer: int) -> Mapped:
+        """What enters a layer, to be read or written."""
         path, size = self._path(stream, layer), self._micro_batch
         with writing(path):
             path.touch()
             _allocate(path, self._size)
             whole = np.memmap(path, np.float32, "r+", shape=self._shape)
-        return [whole[i : i + size] for i in range(0, len(whole), size)]
+        return Mapped(whole[i : i + size] for i in range(0, len(whole), size))
 
     def complete(self, layer: int, streams: Iterable[str]) -> None:
         """Notes that what enters the layer is written; when it returns, it is on disk."""

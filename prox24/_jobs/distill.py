@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from prox24._core.masks import mean_sparsity
 from prox24._core.placement import common_mesh
 from prox24._jobs.forward import all_linears, load_model
 from prox24._jobs.output import Report, gigabytes, peak_memory_bytes, progress_bar, table, versions
-from prox24._jobs.prune import described
-from prox24._jobs.text import SPEECHES, Text, Windows, calibration_windows, shuffled
+from prox24._jobs.text import Text, Windows, calibration_windows, described, shuffled
 from prox24._jobs.training import train_checkpoint
 from prox24.refine._model import ModelRefinement
-from prox24.refine._training import Resume, Training
+from prox24.refine._training import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +129,13 @@ def distill(
     windows = calibration_windows(teacher, text)
     if isinstance(text, Text):
         windows = shuffled(windows)
-    models = {"dense": teacher, "pruned": student}
-    files = {role: source_files(model.path) for role, model in models.items()}
+    of_teacher, of_student = source_files(teacher.path), source_files(student.path)
     job = {
         "command": "distill",
         "refinement": dataclasses.asdict(refinement),
         "text": {"tokens": windows.size, "sha256": sha256(windows)},
-        "dense": files["dense"],
-        "source": files["pruned"],
+        "dense": of_teacher,
+        "source": of_student,
         "versions": versions(),
         "devices": [jax.devices()[0].device_kind, *([1] if mesh is None else mesh.devices.shape)],
     }
@@ -152,9 +150,24 @@ def distill(
                 figures.append({"name": name, "sparsity": float(mean_sparsity(values))})
             yield name, values
 
+    steps = refinement.steps(len(windows) // refinement.step_windows)
+    measurements = math.ceil(steps / refinement.measured_every(steps))
+    keeping = contextlib.nullcontext() if state is None else states(Path(state), job)
     # Opened before hours are spent.
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
-        with _training(state, job, refinement, len(windows), quiet) as (resume, on_measured):
+        with progress_bar("distill", measurements, quiet) as advance, keeping as kept:
+
+            def resume(begun: Training) -> Training:
+                training = begun if kept is None else kept.resume(begun)
+                for loss in training.losses[1:]:
+                    advance(f"step {training.steps} of {steps}", loss)
+                return training
+
+            def on_measured(training: Training) -> None:
+                advance(f"step {training.steps} of {steps}", training.losses[-1])
+                if kept is not None:
+                    kept.save(training)
+
             refined, tensors = train_checkpoint(
                 teacher,
                 student,
@@ -166,15 +179,15 @@ def distill(
             )
         note = _model_card(windows, refinement)
         written = fill_folder(student, unfinished, watched(tensors), note=note)
-        for role, model in models.items():
-            check_unchanged(model.path, files[role])
+        check_unchanged(teacher.path, of_teacher)
+        check_unchanged(student.path, of_student)
         write_manifest(unfinished.folder, job, written, figures, trained - linears)
     return DistillReport(
         dense=str(dense),
         pruned=str(pruned),
         destination=str(destination),
         refinement=dataclasses.asdict(refinement),
-        text=described(text, windows, SPEECHES),
+        text=described(text, windows),
         outcome=refined.outcome.value,
         losses=[loss if math.isfinite(loss) else None for loss in refined.losses],
         steps=refined.steps,
@@ -185,35 +198,6 @@ def distill(
         versions=versions(),
         remark=OUTPUTS["safetensors"](student).remark,
     )
-
-
-@contextlib.contextmanager
-def _training(
-    state: str | Path | None,
-    job: Mapping[str, Any],
-    refinement: ModelRefinement,
-    windows: int,
-    quiet: bool,
-) -> Iterator[tuple[Resume, Callable[[Training], None]]]:
-    """The first state of the training, and the action at each measurement: progress and saving."""
-    steps = refinement.steps(windows // refinement.step_windows)
-    measurements = math.ceil(steps / refinement.measured_every(steps))
-    with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(progress_bar("distill", measurements, quiet))
-        saved = None if state is None else stack.enter_context(states(Path(state), job))
-
-        def on_measured(state: Training) -> None:
-            advance(f"step {state.steps} of {steps}", state.losses[-1])
-            if saved is not None:
-                saved.save(state)
-
-        def resume(begun: Training) -> Training:
-            state = begun if saved is None else saved.resume(begun)
-            for loss in state.losses[1:]:
-                advance(f"step {state.steps} of {steps}", loss)
-            return state
-
-        yield resume, on_measured
 
 
 def _model_card(windows: NDArray[np.int32], refinement: ModelRefinement) -> str:

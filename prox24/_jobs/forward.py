@@ -54,26 +54,30 @@ class Linear(NamedTuple):
 
 
 def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Model:
-    """Finds the decoder of a checkpoint; it runs on the devices of a mesh, or on one.
-
-    Raises:
-      UnsupportedModelError: the architecture, or a setting of it, has no forward pass here.
-    """
+    """Finds the decoder of a checkpoint; it runs on the devices of a mesh, or on one."""
     # Parsed when the checkpoint was opened; where there is none, this raises the reason.
     config = checkpoint.decoder or config_from_hf(checkpoint.config, checkpoint.tensors)
     return Model(checkpoint, config, one_axis(mesh))
 
 
+def layer_names(config: Config, index: int) -> dict[str, str]:
+    """The checkpoint's names of a layer's tensors, by the decoder's."""
+    shapes = spec.layer_shapes(config.layers[index])
+    return {name: spec.layer_tensor(config.names, index, name) for name in shapes}
+
+
+def outer_names(config: Config) -> dict[str, str]:
+    """The checkpoint's names of the tensors outside the layers, by the decoder's."""
+    shapes = spec.embedding_shapes(config) | spec.head_shapes(config)
+    return {name: spec.outer_tensor(config.names, name) for name in shapes}
+
+
 def layer_linears(config: Config, index: int) -> list[Linear]:
     """The linears of a layer, in the order of pruning."""
-    layer = config.layers[index]
+    layer, tensors = config.layers[index], layer_names(config, index)
+    inputs = {f"{name}.weight": source for name, source in spec.linear_inputs(layer).items()}
     shapes = spec.layer_shapes(layer)
-    return [
-        Linear(spec.layer_tensor(config.names, index, weight), weight, shapes[weight], source)
-        for weight, source in (
-            (f"{name}.weight", source) for name, source in spec.linear_inputs(layer).items()
-        )
-    ]
+    return [Linear(tensors[name], name, shapes[name], source) for name, source in inputs.items()]
 
 
 def all_linears(config: Config) -> list[Linear]:
@@ -112,8 +116,8 @@ def head_weights(model: Model) -> dict[str, Array]:
 
 
 def _outer_weights(model: Model, names: Iterable[str]) -> dict[str, Array]:
-    tensors = {name: spec.outer_tensor(model.config.names, name) for name in names}
-    return {name: jnp.asarray(model.checkpoint.read(tensor)) for name, tensor in tensors.items()}
+    tensors = outer_names(model.config)
+    return {name: jnp.asarray(model.checkpoint.read(tensors[name])) for name in names}
 
 
 def all_weights(
@@ -122,23 +126,15 @@ def all_weights(
     *,
     pack_linear: Callable[[Array], Array | Packed24] | None = None,
 ) -> ModelWeights:
-    """Reads every tensor that the model computes with.
+    """Reads every tensor that the model computes with, in one dtype or the checkpoint's.
 
-    Args:
-      model: the model.
-      dtype: of all; None for the checkpoint's.
-      pack_linear: what packs the weight of a pruned linear when it is read, as
-        `prox24.packed.pack`; None keeps it as it is.
-
-    Raises:
-      CheckpointError: a linear that is to be packed is not 2:4; names the tensor.
+    `pack_linear`, as `prox24.packed.pack`, packs the weight of each pruned linear when it is read.
     """
 
     def cast(weights: dict[str, Array]) -> dict[str, Array]:
         return weights if dtype is None else jax.tree.map(lambda w: w.astype(dtype), weights)
 
     config = model.config
-    names = spec.embedding_shapes(config) | spec.head_shapes(config)
     layers: list[dict[str, Any]] = []
     for index in range(len(config.layers)):
         layers.append(dict(cast(layer_weights(model, index))))
@@ -149,18 +145,12 @@ def all_weights(
                 layers[index][linear.weight] = pack_linear(layers[index][linear.weight])
             except ValueError as error:
                 raise CheckpointError(f"tensor {linear.tensor}: {error}") from error
-    return ModelWeights(cast(_outer_weights(model, names)), layers)
+    return ModelWeights(cast(_outer_weights(model, outer_names(config))), layers)
 
 
 def batch_size(windows: int, length: int, mesh: Mesh | None = None) -> int:
-    """Windows per micro-batch: a divisor of their number, so that one shape is compiled.
-
-    Raises:
-      ValueError: the devices of the mesh do not divide the windows.
-    """
+    """Windows per micro-batch: a divisor of their number, so that one shape is compiled."""
     devices = 1 if mesh is None else mesh.size
-    if windows % devices:
-        raise ValueError(f"{windows} windows are not divisible by {devices} devices")
     return devices * micro_batches_of(windows // devices, max(1, BATCH_TOKENS // length))[0]
 
 
@@ -178,7 +168,7 @@ def embed_windows(
     micro-batch.
     """
     config, tokens = model.config, "embed_tokens.weight"
-    table = model.checkpoint.read(spec.outer_tensor(config.names, tokens))
+    table = model.checkpoint.read(outer_names(config)[tokens])
     others = _outer_weights(
         model, [name for name in spec.embedding_shapes(config) if name != tokens]
     )
@@ -214,23 +204,17 @@ def layer_function(
     return run
 
 
-def run_in_place(
-    model: Model, index: int, weights: dict[str, Array], hidden: list[HiddenStates]
-) -> None:
-    """Replaces every micro-batch by what a layer makes of it, so that few are there twice."""
-    layer = model.config.layers[index]
-    for i, batch in enumerate(hidden):
-        hidden[i] = taken(run_layer(layer, weights, placed(batch, model.mesh)), model.mesh)
-
-
 def run_into(
     model: Model,
     index: int,
     weights: dict[str, Array],
-    hidden: Iterable[HiddenStates],
-    results: Iterable[HiddenStates],
+    hidden: list[HiddenStates],
+    results: list[HiddenStates],
 ) -> None:
-    """Writes what a layer makes of every micro-batch to arrays of the same shapes."""
+    """Assigns the outputs of a layer to `results`, one micro-batch after the other.
+
+    In place, where `results` is `hidden`, few micro-batches are there twice.
+    """
     layer = model.config.layers[index]
-    for batch, result in zip(hidden, results, strict=True):
-        result[...] = taken(run_layer(layer, weights, placed(batch, model.mesh)), model.mesh)
+    for i, batch in enumerate(hidden):
+        results[i] = taken(run_layer(layer, weights, placed(batch, model.mesh)), model.mesh)

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.tensors import byte_count
 from prox24._core.pattern import AnyPattern, Unstructured
-from prox24._jobs.forward import all_linears, load_model
+from prox24._jobs.forward import all_linears, layer_names, load_model, outer_names
 from prox24._jobs.output import Report, table
-from prox24._models import spec
 from prox24._models.spec import Config
 from prox24._pruning.recipe import Recipe
 
@@ -80,12 +79,7 @@ class Inspection(Report):
 
 
 def inspect_model(source: str | Path, recipe: Recipe = Recipe()) -> Inspection:
-    """Lists the tensors of a model, and what a recipe would do with them.
-
-    Raises:
-      CheckpointError: the model cannot be read.
-      UnsupportedModelError: it has no forward pass here.
-    """
+    """Lists the tensors of a model, and what a recipe would do with them."""
     checkpoint = open_checkpoint(source)
     config = load_model(checkpoint).config
     decisions = _decisions(config, recipe)
@@ -127,13 +121,11 @@ def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
 
 
 def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
-    decisions = {
-        spec.outer_tensor(config.names, name): DENSE + _role(name)
-        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
-    }
-    for index, layer in enumerate(config.layers):
-        for name in spec.layer_shapes(layer):
-            decisions[spec.layer_tensor(config.names, index, name)] = DENSE + _role(name)
+    names = outer_names(config).items()
+    decisions = {tensor: DENSE + _role(name) for name, tensor in names}
+    for index in range(len(config.layers)):
+        for name, tensor in layer_names(config, index).items():
+            decisions[tensor] = DENSE + _role(name)
     for linear in all_linears(config):
         width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
         fits = width % getattr(pattern, "group", 1) == 0

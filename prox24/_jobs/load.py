@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prox24._jobs import torchax
-from prox24._jobs.forward import load_model, oriented
+from prox24._jobs.forward import layer_names, load_model, oriented, outer_names
 from prox24._models import decoder, spec
 from prox24._models.spec import Config
 from prox24._trees.products import Apply
@@ -55,15 +55,10 @@ def load(model: str | Path) -> Loaded:
 
 
 def _logits(config: Config, params: dict[str, Array], tokens: Array) -> Array:
-    outer = {
-        name: params[spec.outer_tensor(config.names, name)]
-        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
-    }
+    outer = {name: params[tensor] for name, tensor in outer_names(config).items()}
     hidden = decoder.embed(config, outer, tokens)
     for index, layer in enumerate(config.layers):
-        own = {
-            name: oriented(config, params[spec.layer_tensor(config.names, index, name)])
-            for name in spec.layer_shapes(layer)
-        }
+        names = layer_names(config, index).items()
+        own = {name: oriented(config, params[tensor]) for name, tensor in names}
         hidden = decoder.layer(layer, own, hidden, decoder.no_tap)
     return decoder.logits(config, outer, hidden)

@@ -15,12 +15,11 @@ from prox24._jobs.observe import layer_inputs, observe_layer
 from prox24._models import spec
 from prox24._pruning.grams import Sums, empty_gram
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import Linear as Width
 from prox24._pruning.runner import check_widths
 from prox24._solvers.damping import WIDEST_BLOCK
 from prox24._solvers.problem import LayerProblem, corrected_weight
-from prox24._solvers.solve import lower
-from prox24.errors import Prox24Error
+from prox24._solvers.solve import check_shares_columns, lower
+from prox24.errors import Prox24Error, RecipeError
 from prox24.refine._blocks import block_step
 
 Spec = jax.ShapeDtypeStruct
@@ -45,13 +44,7 @@ class Memory(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """The recipe and the devices, which decide the memory that a layer takes.
-
-    Attributes:
-      recipe: what is done to it.
-      devices: that share the rows of a weight, or the columns of Grams and weights.
-      shard_grams: whether they share columns, see `prox24.prune`.
-    """
+    """The recipe and the devices, which share rows of weights, or columns as in `prox24.prune`."""
 
     recipe: Recipe
     devices: int = 1
@@ -62,17 +55,25 @@ class Setup(NamedTuple):
         return self.devices if self.shard_grams and width % self.devices == 0 else 1
 
 
+def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool) -> Setup:
+    """An error where a pattern does not fit the model, or Grams cannot be shared."""
+    widths = {linear.tensor: linear.shape[1] for linear in forward.all_linears(model.config)}
+    check_widths(widths, recipe)
+    if shard_grams:
+        try:
+            check_shares_columns(recipe.solver, recipe.refit)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        if devices == 1:
+            raise Prox24Error("shard_grams is for several devices, and there is one to be used")
+    return Setup(recipe, devices, shard_grams)
+
+
 def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: Setup) -> Memory:
     """Bytes that XLA's compiler reserves for the programs of one layer, which are not run.
 
-    It is asked about one device. Where devices share columns, the bytes of each are estimated from
-    its answer.
-
-    Args:
-      model: the model, of which nothing is read.
-      index: of the layer.
-      micro_batch: windows on one device and their length.
-      setup: what is done, and by how many devices.
+    It is asked about one device, on which a micro-batch has the shape (windows, length). Where
+    devices share columns, the bytes of each are estimated from its answer.
     """
     linears = _pruned_linears(model, index, setup.recipe)
     held = _held(_weights(model, index))
@@ -95,18 +96,8 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
 def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, budget: int) -> int:
     """The most windows that may go through a layer together within a budget of bytes a device.
 
-    Args:
-      model: the model, of which nothing is read, without a mesh.
-      windows: their number and length.
-      setup: what is done; its devices divide the windows.
-      budget: bytes on each device.
-
-    Returns:
-      A divisor of the number of windows.
-
-    Raises:
-      Prox24Error: one window, or the solver, needs more.
-      CalibrationError: there are too few windows for a refinement.
+    The windows have the shape (count, length), and the devices divide them. The result is a divisor
+    of their number; one window, or the solver, that needs more than the budget is an error.
     """
     (count, length), devices, refine = windows, setup.devices, setup.recipe.refine
     whole = count // devices
@@ -134,12 +125,6 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
     return most * devices
 
 
-def check_patterns(model: Model, recipe: Recipe) -> None:
-    """Raises CheckpointError that names a linear whose input width is not divisible by M."""
-    linears = forward.all_linears(model.config)
-    check_widths([Width(each.tensor, each.input, each.shape[1]) for each in linears], recipe)
-
-
 def distinct_layers(model: Model) -> list[int]:
     """The first layer of each kind; equal ones have equal programs."""
     layers = model.config.layers
@@ -149,14 +134,8 @@ def distinct_layers(model: Model) -> list[int]:
 def operations(model: Model, tokens: int, recipe: Recipe) -> dict[str, float]:
     """Multiplications and additions; attention, norms and the solver are left out.
 
-    Args:
-      model: the model, of which nothing is read.
-      tokens: of calibration.
-      recipe: says whether the dense model runs alongside.
-
-    Returns:
-      "forward", the passes through every layer: two, or three with the dense model alongside; and
-      "grams", of Grams and cross-Grams.
+    "forward" has the passes through every layer: two, or three with the dense model alongside.
+    "grams" has Grams and cross-Grams.
     """
     passes = grams = 0.0
     for index in range(len(model.config.layers)):
@@ -176,11 +155,9 @@ def streams(recipe: Recipe) -> int:
 
 
 def _weights(model: Model, index: int) -> dict[str, Spec]:
-    tensors, names = model.checkpoint.tensors, model.config.names
-    return {
-        name: Spec(shape, tensors[spec.layer_tensor(names, index, name)].dtype)
-        for name, shape in spec.layer_shapes(model.config.layers[index]).items()
-    }
+    tensors, names = model.checkpoint.tensors, forward.layer_names(model.config, index)
+    shapes = spec.layer_shapes(model.config.layers[index])
+    return {name: Spec(shape, tensors[names[name]].dtype) for name, shape in shapes.items()}
 
 
 def _pruned_linears(model: Model, index: int, recipe: Recipe) -> list[Linear]:
@@ -252,10 +229,7 @@ def _solving(linear: Linear, setup: Setup) -> int:
 def refining_memory(
     model: Model, index: int, micro_batch: tuple[int, int], recipe: Recipe, micro_batches: int
 ) -> int:
-    """Bytes of all that is there while a layer is trained, by steps of micro-batches; or 0.
-
-    See `layer_memory` for the other arguments.
-    """
+    """Bytes of all that is there while a layer is trained, by steps of micro-batches; or 0."""
     if recipe.refine is None:
         return 0
     weights, layer = _pruned_weights(model, index, recipe), model.config.layers[index]

@@ -12,17 +12,15 @@ from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from prox24._checkpoints.checkpoint import DTYPES, Checkpoint
+from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._core.placement import everywhere, own_windows, placed, taken
 from prox24._jobs import forward
 from prox24._jobs.activations import ActivationFiles
 from prox24._jobs.forward import HiddenStates, Model
 from prox24._jobs.observe import observe_layer
-from prox24._models import spec
 from prox24._pruning.grams import Sums, empty_columns, empty_gram, over_devices
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import Inputs, Linear, Streams, TrainableStage
-from prox24._solvers.solve import check_shares_columns
+from prox24._pruning.runner import Inputs, Linear, Runner, Streams, TrainableStage
 from prox24.errors import CalibrationError
 
 
@@ -43,8 +41,8 @@ class Hidden(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class NativeRunner:
-    """A decoder as a `prox24._pruning.runner.Runner`: a stage is a layer; see `native_runner`."""
+class NativeRunner(Runner[Hidden]):
+    """A decoder, whose stages are its layers; see `native_runner`."""
 
     model: Model
     windows: NDArray[np.int32]
@@ -56,23 +54,19 @@ class NativeRunner:
 
     @property
     def stages(self) -> int:
-        """Layers."""
         return len(self.model.config.layers)
 
     @property
     def mesh(self) -> Mesh | None:
-        """The devices that share windows and rows, or columns."""
         return self.model.mesh
 
     def linears(self, index: int) -> list[Linear]:
-        """The linears of a layer."""
         return [
             Linear(linear.tensor, linear.input, linear.shape[1])
             for linear in forward.layer_linears(self.model.config, index)
         ]
 
     def tensors(self, index: int) -> list[str]:
-        """The names of a layer's tensors."""
         return list(self._names(index).values())
 
     def weights(self, index: int) -> dict[str, Array]:
@@ -81,35 +75,29 @@ class NativeRunner:
         return {names[key]: w for key, w in forward.layer_weights(self.model, index).items()}
 
     def _names(self, index: int) -> dict[str, str]:
-        """The checkpoint's names of a layer's tensors, by the decoder's."""
-        config = self.model.config
-        return {
-            key: spec.layer_tensor(config.names, index, key)
-            for key in spec.layer_shapes(config.layers[index])
-        }
+        return forward.layer_names(self.model.config, index)
 
     def _own(self, index: int, weights: Mapping[str, Array]) -> dict[str, Array]:
         return {key: weights[name] for key, name in self._names(index).items()}
 
     def enter(self, streams: Streams) -> tuple[int, Hidden]:
         """Embeds the windows, or opens what a run before has left on disk."""
+        embedded = forward.embed_windows(self.model, self.windows, self.micro_batch)
+        if self.activations is None:
+            hidden = list(embedded)
+            return 0, Hidden(hidden, list(hidden) if streams.dense else None, streams.crosses, None)
+        own = len(own_windows(self.micro_batch, self.mesh))
+        count, length = self.windows.shape
+        shape = (count // self.micro_batch * own, length, self.model.config.hidden)
         names = ["pruned", "dense"] if streams.dense else ["pruned"]
-        files = None
-        if self.activations is not None:
-            own = len(own_windows(self.micro_batch, self.mesh))
-            count, length = self.windows.shape
-            shape = (count // self.micro_batch * own, length, self.model.config.hidden)
-            files = ActivationFiles(self.activations, shape, own, names, self.stages)
-            first = files.layer or 0
-            entering = {name: files.micro_batches(name, first) for name in names}
-            if files.layer is None:
-                embedded = forward.embed_windows(self.model, self.windows, self.micro_batch)
-                for states, *places in zip(embedded, *entering.values(), strict=True):
-                    for place in places:
-                        place[...] = states
-            return first, Hidden(entering["pruned"], entering.get("dense"), streams.crosses, files)
-        hidden = list(forward.embed_windows(self.model, self.windows, self.micro_batch))
-        return 0, Hidden(hidden, list(hidden) if streams.dense else None, streams.crosses, None)
+        files = ActivationFiles(self.activations, shape, own, names, self.stages)
+        first = files.layer or 0
+        entering = {name: files.micro_batches(name, first) for name in names}
+        if files.layer is None:
+            for i, states in enumerate(embedded):
+                for batches in entering.values():
+                    batches[i] = states
+        return first, Hidden(entering["pruned"], entering.get("dense"), streams.crosses, files)
 
     def observe(
         self, index: int, weights: Mapping[str, Array], state: Hidden, wanted: Collection[str]
@@ -120,7 +108,7 @@ class NativeRunner:
         devices = None if columns is None else columns.size
         grams = self._empty(index, wanted)
         crosses = self._empty(index, wanted) if state.crosses else {}
-        outputs: list[HiddenStates] | None = state.dense
+        outputs = state.dense
         if state.files is not None and state.dense is not None:
             outputs = state.files.micro_batches("dense", index + 1)
         alongside = state.dense or itertools.repeat(None)
@@ -128,10 +116,7 @@ class NativeRunner:
             both = [None if x is None else placed(x, self.mesh) for x in (batch, dense)]
             grams, crosses, output = observe_layer(layer, own, *both, grams, crosses, devices)
             if outputs is not None and output is not None:
-                if state.files is None:
-                    outputs[i] = taken(output, self.mesh)
-                else:
-                    outputs[i][...] = taken(output, self.mesh)
+                outputs[i] = taken(output, self.mesh)
         if columns is None:
             for sums in (grams, crosses):
                 for name in list(sums):
@@ -149,8 +134,8 @@ class NativeRunner:
         return inputs, state._replace(dense=outputs)
 
     def _empty(self, index: int, wanted: Collection[str]) -> Sums:
-        linears = forward.layer_linears(self.model.config, index)
-        widths = {linear.input: linear.shape[1] for linear in linears if linear.input in wanted}
+        linears = self.linears(index)
+        widths = {linear.input: linear.width for linear in linears if linear.input in wanted}
         if self.shard_grams and self.mesh is not None:
             return {name: empty_columns(width, self.mesh) for name, width in widths.items()}
         return {name: empty_gram(width, self.mesh) for name, width in widths.items()}
@@ -158,28 +143,14 @@ class NativeRunner:
     def advance(self, index: int, weights: Mapping[str, Array], state: Hidden) -> Hidden:
         """Runs the pruned layer, and notes on disk that both streams have passed it."""
         own, files = self._own(index, weights), state.files
-        if files is None:
-            forward.run_in_place(self.model, index, own, state.pruned)
-            return state
-        results = files.micro_batches("pruned", index + 1)
+        results = state.pruned if files is None else files.micro_batches("pruned", index + 1)
         forward.run_into(self.model, index, own, state.pruned, results)
-        files.complete(index + 1, ["pruned"] if state.dense is None else ["pruned", "dense"])
+        if files is not None:
+            files.complete(index + 1, ["pruned"] if state.dense is None else ["pruned", "dense"])
         return state._replace(pruned=results)
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
-        """The recipe's, or the checkpoint's own."""
-        if self.recipe.dtype is not None:
-            return DTYPES[self.recipe.dtype]
         return self.model.checkpoint.tensors[tensor].dtype
-
-    def matrices(self, linear: Linear, weight: Array) -> list[Array]:
-        """The weight, which is one matrix."""
-        return [weight]
-
-    def joined(self, linear: Linear, matrices: list[Array]) -> Array:
-        """The matrix."""
-        (weight,) = matrices
-        return weight
 
     def loaded(self, tensor: str, stored: NDArray[Any]) -> Array:
         """On every device, (out, in)."""
@@ -191,11 +162,9 @@ class NativeRunner:
         return np.asarray(forward.oriented(self.model.config, weight))
 
     def in_memory(self) -> Self:
-        """Hidden states stay in memory."""
         return dataclasses.replace(self, activations=None)
 
     def trainable_stage(self, index: int, state: Hidden) -> TrainableStage:
-        """The layer, its inputs and the dense layer's outputs."""
         assert state.dense is not None
         assert self.recipe.refine is not None
         layer, refine = self.model.config.layers[index], self.recipe.refine
@@ -215,36 +184,19 @@ def native_runner(
     mesh: Mesh | None = None,
     shard_grams: bool = False,
 ) -> NativeRunner:
-    """A checkpoint as the loop prunes it.
+    """A checkpoint as the loop prunes it, calibrated on tokens of shape (windows, length).
 
-    Args:
-      checkpoint: the model.
-      windows: calibration tokens, shape (windows, length).
-      recipe: how it will be pruned.
-      micro_batch: windows that go through a layer together, a divisor of their number; None for
-        about `forward.BATCH_TOKENS` tokens. With a refinement the most of them: a step's windows
-        are a multiple.
-      activations: a folder for memory-mapped hidden states, of each process another; None keeps
-        them in memory.
-      mesh: devices that share the windows and the rows of every weight, process after process; its
-        axes count as one. None for one device.
-      shard_grams: see `prox24.prune`. Where devices do not divide a width, they share its rows.
-
-    Raises:
-      CalibrationError: a refinement has too few windows.
-      ValueError: the solver needs whole Grams where devices share their columns; or the mesh or the
-        micro-batches do not divide the windows.
+    A micro-batch is a divisor of their number; None takes about `forward.BATCH_TOKENS` tokens. With
+    a refinement it is the most, and a step's windows are a multiple. In the folder `activations`
+    are memory-mapped hidden states, of each process another. The devices of the mesh share the
+    windows and the rows of every weight, process after process; its axes count as one. They divide
+    the windows, and the micro-batches that are given. Where they share columns instead, but do not
+    divide a width, they share its rows.
     """
-    if shard_grams:
-        check_shares_columns(recipe.solver, recipe.refit)
     model, refine = forward.load_model(checkpoint, mesh), recipe.refine
     count, length = windows.shape
     size = micro_batch or forward.batch_size(count, length, model.mesh)
     devices, step_batches = 1 if model.mesh is None else model.mesh.size, 1
-    if refine is None and (count % size or size % devices):
-        raise ValueError(
-            f"micro-batches of {size} do not divide {count} windows among {devices} devices"
-        )
     if refine is not None:
         step = refine.step_windows(count, length, devices)
         size = devices * forward.micro_batches_of(step // devices, max(1, size // devices))[0]

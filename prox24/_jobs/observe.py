@@ -32,17 +32,10 @@ def observe_layer(
 ) -> tuple[Sums, Sums, Array | None]:
     """Runs one dense layer on a micro-batch and adds the inputs of its linears to their Grams.
 
-    Args:
-      layer: static.
-      weights: the layer's tensors.
-      hidden: shape (batch, length, hidden), of the pruned model.
-      dense_hidden: the same tokens in the dense model, or None.
-      grams: sums of x' x'^T, by the names that `tap` gives to inputs; donated. Those that are
-        there are added to.
-      crosses: sums of x x'^T, x' in the pruned and x in the dense model; donated. Where x is zero,
-        as it is for a token that the dense model sends to other experts, x' takes its place.
-      devices: the number that share the columns of every sum; static. None where each has its own
-        sum.
+    Inputs have the names of `tap`; those that `grams` and `crosses` have are added to. The Grams
+    are sums of x' x'^T, the cross-Grams of x x'^T, for x' in the pruned and x in the dense model.
+    Where x is zero, as it is for a token that the dense model sends to other experts, x' takes its
+    place. If devices share the columns of every sum, `devices` is their number.
 
     Returns:
       The updated Grams and cross-Grams, and the layer's output for `dense_hidden`, or None.

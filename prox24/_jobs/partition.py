@@ -56,12 +56,9 @@ def outer(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weights, Array]:
-    """What a layer computes with, inside a program: its weights, and every device's own windows.
+    """Inside a program, from parts as `stored` has them, what a layer computes with.
 
-    Args:
-      mesh: None for one device.
-      weights: of one layer, parts as `stored` has them.
-      hidden: shape (windows, length, hidden).
+    Those are its weights, and every device's own windows of the hidden states.
     """
     if mesh is None:
         return weights, hidden

@@ -27,18 +27,11 @@ def native_perplexity(
     windows: NDArray[np.int32],
     on_step: Callable[[int], None] = lambda index: None,
 ) -> float:
-    """exp(-mean log p(token t | tokens 0..t-1 of its window)).
-
-    In float32, with one layer's weights in memory; the sums of windows are added in float64.
-    Windows have shape (windows, context length). `on_step` is called after each layer.
-
-    Raises:
-      CalibrationError: the loss is not finite.
-    """
+    """`prox24.perplexity`; `on_step` is called after each layer."""
     model = forward.load_model(checkpoint)
     hidden = list(forward.embed_windows(model, windows))
     for index in range(len(model.config.layers)):
-        forward.run_in_place(model, index, forward.layer_weights(model, index), hidden)
+        forward.run_into(model, index, forward.layer_weights(model, index), hidden, hidden)
         on_step(index)
     weights = forward.head_weights(model)
     batches = windows.reshape(len(hidden), -1, windows.shape[1])
@@ -50,11 +43,7 @@ def native_perplexity(
 
 
 def from_losses(path: Path, windows: NDArray[np.int32], losses: NDArray[np.floating[Any]]) -> float:
-    """The perplexity of windows (count, length) with these negative log-likelihoods, (count,).
-
-    Raises:
-      CalibrationError: the loss is not finite; names the path of the model.
-    """
+    """The perplexity of windows (count, length) with these negative log-likelihoods, (count,)."""
     mean = losses.astype(np.float64).sum() / (windows.size - len(windows))
     if not mean < LARGEST_LOSS:
         raise CalibrationError(f"{path}: the loss on the text is {mean}")

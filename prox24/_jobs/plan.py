@@ -8,8 +8,7 @@ from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.tensors import byte_count
 from prox24._jobs.forward import batch_size, load_model
 from prox24._jobs.memory import (
-    Setup,
-    check_patterns,
+    checked_setup,
     distinct_layers,
     fitting_micro_batch,
     layer_memory,
@@ -17,7 +16,6 @@ from prox24._jobs.memory import (
     streams,
 )
 from prox24._jobs.output import Report, gigabytes, table
-from prox24._jobs.prune import check_shared
 from prox24._pruning.recipe import Recipe
 from prox24.errors import Prox24Error
 
@@ -117,12 +115,10 @@ def plan(
     recipe.check_supported()
     checkpoint = open_checkpoint(source)
     model = load_model(checkpoint)
-    check_patterns(model, recipe)
     # As many as divide the windows, as `prune` uses.
     used = max(n for n in range(1, min(devices, samples) + 1) if samples % n == 0)
-    if shard_grams:
-        check_shared(recipe, used)
-    setup, size = Setup(recipe, used, shard_grams), batch_size(samples // used, sequence_length)
+    setup = checked_setup(model, recipe, used, shard_grams)
+    size = batch_size(samples // used, sequence_length)
     memories = [
         layer_memory(model, index, (size, sequence_length), setup)
         for index in distinct_layers(model)

@@ -30,16 +30,8 @@ def connected(
 ) -> Iterator[None]:
     """Joins the processes of a run, before JAX has touched a device.
 
-    What is not given, JAX finds in its environment: that of Slurm, Open MPI, GKE or TPU VMs.
-
-    Args:
-      coordinator: HOST:PORT, where the process 0 is and listens.
-      count: of the processes.
-      index: of this one, from 0.
-
-    Raises:
-      Prox24Error: the environment does not say enough, the others do not come, or one of them
-        ends before its time.
+    The coordinator, HOST:PORT, is where process 0 listens. What is not given, JAX finds in its
+    environment: that of Slurm, Open MPI, GKE or TPU VMs.
     """
     # Its handler would take SIGTERM from the command line's.
     jax.config.update("jax_enable_preemption_service", False)

@@ -25,19 +25,18 @@ from prox24._checkpoints.writer import OUTPUTS, check_destination, check_tensor,
 from prox24._core.placement import common_mesh
 from prox24._jobs import torchax
 from prox24._jobs.forward import load_model
-from prox24._jobs.memory import Setup, check_patterns, fitting_micro_batch
+from prox24._jobs.memory import checked_setup, fitting_micro_batch
 from prox24._jobs.native import native_runner
-from prox24._jobs.output import Advance, peak_memory_bytes, progress_bar, versions
+from prox24._jobs.output import peak_memory_bytes, progress_bar, versions
 from prox24._jobs.processes import agree, is_first, meet
 from prox24._jobs.reports import PruneReport
-from prox24._jobs.text import SPEECHES, Text, Windows, calibration_windows, shuffled
-from prox24._jobs.torch_runner import torch_runner
+from prox24._jobs.text import Text, Windows, calibration_windows, described, shuffled
+from prox24._jobs.torch_runner import TorchRunner
 from prox24._pruning import loop
 from prox24._pruning.loop import PrunedTensor
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
 from prox24._pruning.runner import Runner
-from prox24._solvers.solve import check_shares_columns
 from prox24.errors import DiskError, Prox24Error, RecipeError
 from prox24.refine._blocks import BlockRefinement
 
@@ -108,14 +107,12 @@ def prune(
         windows = shuffled(windows) if isinstance(calibration, Text) else windows
     mesh = common_mesh(len(windows)) if native else None
     devices = 1 if mesh is None else mesh.size
-    if shard_grams:
-        check_shared(recipe, devices)
     micro_batch = None
-    if memory is not None and native:
+    if native:
         model = load_model(checkpoint)
-        check_patterns(model, recipe)
-        setup = Setup(recipe, devices, shard_grams)
-        micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
+        setup = checked_setup(model, recipe, devices, shard_grams)
+        if memory is not None:
+            micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
     job = {
         "recipe": recipe.to_dict(),
         "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
@@ -154,24 +151,29 @@ def prune(
             for option, given in options.items():
                 if given:
                     raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
-            runner = torch_runner(checkpoint, windows, recipe)
+            runner = TorchRunner(checkpoint, windows)
         chosen, quiet = loop.check(runner, recipe), quiet or not is_first()
         if not unfinished.entries:  # else the run before has looked
             _check_tensors(checkpoint, recipe.dtype, quiet)
         if recipe.refine is not None:
             unfinished = _whole_layers(unfinished, runner, recipe.refine)
         dense = loop.most_lossy(runner.in_memory(), recipe)
-        done = len(chosen & unfinished.finished.keys())
+        done = len(chosen.keys() & unfinished.finished.keys())
         entries, written = unfinished.entries, set(unfinished.entries)
         figures = [entry["figures"] for entry in entries.values() if "figures" in entry]
 
-        def record(file: Written, tensor: PrunedTensor) -> None:
-            own = [report.figures() for report in tensor.reports]
-            unfinished.record(file, {"figures": own[0]} if own else {})
+        with progress_bar("prune", len(chosen.keys() - dense), quiet, done) as advance:
 
-        with progress_bar("prune", len(chosen - dense), quiet, done) as advance:
+            def note(file: Written | None, tensor: PrunedTensor) -> None:
+                own = [report.figures() for report in tensor.reports]
+                if file is not None:
+                    unfinished.record(file, {"figures": own[0]} if own else {})
+                written.add(tensor.name)
+                figures.extend(own)
+                for report in tensor.reports:
+                    advance(tensor.name, report.statistics.relative_loss)
+
             tensors = loop.prune_stages(runner, recipe, finished=unfinished.finished, dense=dense)
-            tensors = _watched(tensors, written, figures, advance)
             if is_first():
                 stored = fill_folder(
                     checkpoint,
@@ -180,11 +182,11 @@ def prune(
                     dtype=recipe.dtype,
                     max_shard_bytes=shard_size,
                     note=_model_card(recipe, calibration, windows),
-                    on_replaced=record,
+                    on_replaced=note,
                 )
             else:
-                for _ in tensors:
-                    pass
+                for tensor in tensors:
+                    note(None, tensor)
         check_unchanged(checkpoint.path, files)
         meet("nothing has changed")  # for any of them
         if is_first():
@@ -194,7 +196,7 @@ def prune(
         source=str(source),
         destination=str(destination),
         recipe=recipe,
-        calibration=described(calibration, windows, SPEECHES),
+        calibration=described(calibration, windows),
         linears=[LinearReport.of_figures(figure) for figure in figures],
         kept_dense=sorted(dense),
         resumed_linears=done,
@@ -203,21 +205,6 @@ def prune(
         versions=versions(),
         remark=OUTPUTS["safetensors"](checkpoint).remark,
     )
-
-
-def _watched(
-    tensors: Iterator[PrunedTensor],
-    written: set[str],
-    figures: list[dict[str, Any]],
-    advance: Advance,
-) -> Iterator[PrunedTensor]:
-    """The tensors; when one has been written, its name and figures are noted and the bar moves."""
-    for tensor in tensors:
-        yield tensor
-        written.add(tensor.name)
-        for report in tensor.reports:
-            figures.append(report.figures())
-            advance(tensor.name, report.statistics.relative_loss)
 
 
 def _check_tensors(checkpoint: Checkpoint, dtype: str | None, quiet: bool) -> None:
@@ -247,16 +234,6 @@ def _common_folder(
     meet("in place")
 
 
-def check_shared(recipe: Recipe, devices: int) -> None:
-    """Raises RecipeError where Grams cannot be shared: by one device, or with this solver."""
-    try:
-        check_shares_columns(recipe.solver, recipe.refit)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    if devices == 1:
-        raise Prox24Error("shard_grams is for several devices, and there is one to be used")
-
-
 def _whole_layers(
     unfinished: Unfinished, runner: Runner[Any], refine: BlockRefinement
 ) -> Unfinished:
@@ -269,16 +246,9 @@ def _whole_layers(
     )
 
 
-def described(text: Windows, windows: NDArray[np.int32], packaged: str) -> dict[str, Any]:
-    """The text of a report: its name, windows and tokens."""
-    name = text.called(packaged) if isinstance(text, Text) else "tokens"
-    count, length = windows.shape
-    return {"text": name, "windows": count, "sequence_length": length, "tokens": windows.size}
-
-
 def _model_card(recipe: Recipe, calibration: Windows, windows: NDArray[np.int32]) -> str:
     """Markdown that tells a model's users how it was pruned."""
-    text = described(calibration, windows, SPEECHES)
+    text = described(calibration, windows)
     name = Path(text["text"]).name
     return f"""## Pruning
 

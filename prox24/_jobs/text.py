@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,7 +45,7 @@ class Text:
             raise CalibrationError(f"sequence_length is {self.sequence_length}; 2 is the least")
 
     def read(self, packaged: str) -> str:
-        """The text, or the package's text of that name; see `read_text` for what is raised."""
+        """The text, or the package's text of that name."""
         return packaged_text(packaged) if self.file is None else read_text(Path(self.file))
 
     def called(self, packaged: str) -> str:
@@ -58,13 +58,7 @@ Windows = Text | NDArray[np.integer]
 
 
 def calibration_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
-    """Windows spread evenly over a text; tokens that are given stay as they are.
-
-    Raises:
-      CalibrationError: the file cannot be read or is too short; or the tokens are no windows of
-        this model.
-      UnsupportedModelError: config.json does not say how many tokens the model knows.
-    """
+    """Windows spread evenly over a text; tokens that are given stay as they are."""
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
     ids, start = _tokens(checkpoint, text.read(SPEECHES))
@@ -73,12 +67,19 @@ def calibration_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int
 
 
 def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
-    """The first windows of a text; see `calibration_windows` for tokens and for what is raised."""
+    """The first windows of a text; tokens that are given stay as they are."""
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
     ids, start = _tokens(checkpoint, text.read(NOVEL))
     _check_length(checkpoint, text.sequence_length)
     return first_windows(ids, text.samples, text.sequence_length, start)
+
+
+def described(text: Windows, windows: NDArray[np.int32]) -> dict[str, Any]:
+    """The text of a report on windows to calibrate or train on: its name, and their numbers."""
+    name = text.called(SPEECHES) if isinstance(text, Text) else "tokens"
+    count, length = windows.shape
+    return {"text": name, "windows": count, "sequence_length": length, "tokens": windows.size}
 
 
 def shuffled(windows: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -91,13 +92,7 @@ def shuffled(windows: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def prompt_tokens(checkpoint: Checkpoint, text: str) -> NDArray[np.int32]:
-    """A prompt behind the tokens that the tokenizer puts before a text, shape (1, length).
-
-    Raises:
-      CalibrationError: the tokenizer gives ids that the model has no embedding for.
-      PromptError: the text has no tokens.
-      UnsupportedModelError: config.json does not say how many tokens the model knows.
-    """
+    """A prompt behind the tokens that the tokenizer puts before a text, shape (1, length)."""
     ids, start = _tokens(checkpoint, text)
     if not ids.size:
         raise PromptError("the prompt is empty")
@@ -149,11 +144,7 @@ SPEECHES, NOVEL = "speeches.txt", "austen.txt"
 
 
 def read_text(path: Path) -> str:
-    """Reads a UTF-8 file, naming it in the error where that fails.
-
-    Raises:
-      CalibrationError: the file is missing or is not UTF-8.
-    """
+    """Reads a UTF-8 file, and names it in the error where that fails."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -168,25 +159,14 @@ def packaged_text(name: str) -> str:
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, vocab_size: int) -> NDArray[np.int32]:
-    """Token ids of a text, without special tokens.
-
-    Raises:
-      CalibrationError: the tokenizer gives ids that the model has no embedding for.
-    """
-    ids = np.asarray(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
-    )
+    """Token ids of a text, without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     _check_ids(ids, vocab_size)
-    return ids
+    return np.asarray(ids, np.int32)
 
 
 def start_tokens(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[int]:
-    """The ids that the tokenizer puts before a text, as `<bos>` of Llama and Gemma; often none.
-
-    Raises:
-      CalibrationError: the tokenizer gives ids that the model has no embedding for, or encodes a
-        letter differently behind what it puts before.
-    """
+    """The ids that the tokenizer puts before a text, as `<bos>` of Llama and Gemma; often none."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for i in range(len(whole)):
@@ -210,9 +190,6 @@ def first_windows(
     """The first windows that do not overlap, shape (windows, length); all that are whole if None.
 
     Each begins with the `start` tokens, which count towards its length.
-
-    Raises:
-      CalibrationError: there are too few tokens; says how many are needed.
     """
     own = length - len(start)
     needed = own * (windows or 1)
@@ -233,9 +210,6 @@ def spread_windows(
     """Windows that do not overlap, spread evenly over the text, shape (windows, length).
 
     No randomness: the same text, number and length give the same windows.
-
-    Raises:
-      CalibrationError: there are too few tokens; says how many are needed.
     """
     enough = ids.size >= windows * (length - len(start))
     # Raises for so many windows where the text is too short.

@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
 
 class TorchModel(NamedTuple):
-    """A PyTorch module as a function.
+    """A PyTorch module as a function of its parameters, by name, and a batch.
 
-    Attributes:
-      apply: from parameters and a batch to what the module puts out first.
-      params: its parameters by their names, a tied one once.
+    A tied parameter is there once. The result is the module's first output.
     """
 
     apply: Apply
@@ -44,11 +42,7 @@ class Call(NamedTuple):
 
 
 def require() -> tuple[Any, Any]:
-    """The modules torch and torchax.
-
-    Raises:
-      Prox24Error: one is missing, or the releases do not go together.
-    """
+    """The modules torch and torchax, or an error where one is missing or does not fit the other."""
     try:
         import torch
         import torchax
@@ -65,12 +59,7 @@ def require() -> tuple[Any, Any]:
 
 
 def open_any(path: str | Path) -> tuple[Checkpoint, bool]:
-    """Opens a model, and says whether it has a forward pass here; if not, torchax must run it.
-
-    Raises:
-      CheckpointError: see `open_checkpoint`.
-      UnsupportedModelError: it has none, and torchax is missing.
-    """
+    """Opens a model, and says whether it has a forward pass here; if not, torchax must run it."""
     try:
         return open_checkpoint(path), True
     except UnsupportedModelError as error:
@@ -95,7 +84,8 @@ def from_torch(model: "torch.nn.Module") -> TorchModel:
       highest precision. `params` are copies of the parameters in their dtypes.
 
     Raises:
-      Prox24Error: see `require`. `apply` raises `UnsupportedModelError` if torchax cannot run it.
+      Prox24Error: torch or torchax is missing, or their releases do not go together. `apply` raises
+        `UnsupportedModelError` if torchax cannot run the model.
     """
     return _as_function(model, "", Call((), {}))
 
@@ -154,17 +144,7 @@ class TorchLayer(NamedTuple):
 def layers_and_inputs(
     checkpoint: Checkpoint, windows: NDArray[np.int32]
 ) -> tuple[list[TorchLayer], list[Array]]:
-    """The layers of a decoder, and what enters the first one, batch by batch.
-
-    Args:
-      checkpoint: the model, as `open_checkpoint(path, any_family=True)` opens it.
-      windows: tokens, shape (windows, length).
-
-    Raises:
-      CheckpointError: the files call a tensor by another name than transformers does.
-      UnsupportedModelError: transformers or torchax cannot run the model, or it is no such decoder.
-      Prox24Error: see `require`.
-    """
+    """The layers of a decoder, and what enters the first one, batch by batch."""
     model, layers = _decoder_layers(checkpoint)
     size = batch_size(*windows.shape)
     batches = [windows[i : i + size] for i in range(0, len(windows), size)]
@@ -174,10 +154,7 @@ def layers_and_inputs(
 
 
 def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
-    """The weights of the linears that are pruned, with the axis that each sums over.
-
-    See `layers_and_inputs` for what is raised.
-    """
+    """The weights of the linears that are pruned, with the axis that each sums over."""
     _, layers = _decoder_layers(checkpoint)
     axes = {name: axis for layer in layers for name, axis in layer.axes().items()}
     if not axes:
@@ -190,13 +167,7 @@ def torch_perplexity(
     windows: NDArray[np.int32],
     on_step: Callable[[int], None] = lambda index: None,
 ) -> float:
-    """`native_perplexity` of any HF decoder, all of which is in memory, window by window.
-
-    Raises:
-      CalibrationError: the loss is not finite.
-      UnsupportedModelError: transformers or torchax cannot run the model.
-      Prox24Error: see `require`.
-    """
+    """`native_perplexity` of any HF decoder, all of which is in memory, window by window."""
     apply, params = loaded(checkpoint)
 
     @jax.jit
@@ -211,7 +182,7 @@ def torch_perplexity(
 
 
 def loaded(checkpoint: Checkpoint) -> TorchModel:
-    """A whole model as a function of JAX; see `from_torch` for what is raised."""
+    """A whole model as a function of JAX."""
     return from_torch(_load(checkpoint.path))
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import NDArray
@@ -43,27 +42,13 @@ def train_checkpoint(
     the host: hidden width * 4 bytes for a token. With cross-entropy alone it does not run. The
     pruned model is in memory as a whole: its weights as they were given and the best ones, in
     float32 the trained ones, two moments of Adam and a gradient, and a byte for each entry, whether
-    it is trained; embeddings and head besides.
+    it is trained; embeddings and head besides, of both models where they differ.
 
-    Args:
-      dense: the teacher.
-      pruned: with the same config; its zeros stay zeros. Where its embeddings or head differ from
-        the dense model's, each has its own.
-      windows: tokens, shape (windows, length).
-      refinement: see there.
-      mesh: devices of one process, of which the first axis shares the windows of a micro-batch and
-        the parts of every weight. A second axis, if there is one, shares heads and widths.
-      resume: the state to begin with, given the one before the first step.
-      on_measured: see `prox24.refine.train_model`.
+    The first axis of the mesh shares the windows of a micro-batch and the parts of every weight. A
+    second axis, if there is one, shares heads and widths.
 
     Returns:
       How it went; and names and values of every tensor of every layer, in the checkpoint's layout.
-
-    Raises:
-      CheckpointError: the models differ in more than their weights, or the pruned one has no linear
-        with a quarter of zeros, or with more of them than the dense one's.
-      CalibrationError: see `prox24.distill`.
-      Prox24Error: see `partition.check_divides`.
     """
     mesh = None if mesh is None else partition.training_mesh(mesh)
     # Devices of the second axis would compute the same.
@@ -178,7 +163,7 @@ def _targets(
         weights = decoder.computed_in(
             compute_dtype, forward.layer_weights(model, index), _linears(config)
         )
-        forward.run_in_place(model, index, weights, hidden)
+        forward.run_into(model, index, weights, hidden, hidden)
     return hidden
 
 
@@ -202,17 +187,14 @@ def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[F
     return features, logits
 
 
-@functools.lru_cache(maxsize=4)
-def _optimizer(refinement: ModelRefinement, steps: int) -> optax.GradientTransformation:
-    """The same object for the same numbers, so that it is compiled once."""
-    return refinement.optimizer(steps)
+_optimizer = functools.lru_cache(maxsize=4)(ModelRefinement.optimizer)
+"""The same object for the same numbers, so that it is compiled once."""
 
 
 @functools.lru_cache(maxsize=4)
 def _linears(config: Config) -> frozenset[str]:
     """The names of linears among the tensors of layers."""
-    indices = range(len(config.layers))
-    return frozenset(linear.weight for i in indices for linear in forward.layer_linears(config, i))
+    return frozenset(linear.weight for linear in forward.all_linears(config))
 
 
 def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bool:
@@ -243,6 +225,6 @@ def _trainable(config: Config, params: stacks.Stacked) -> stacks.Stacked:
 
 def _named(config: Config, params: stacks.Stacked) -> Iterator[tuple[str, NDArray[Any]]]:
     for index, weights in enumerate(stacks.unstacked(config, params)):
-        for name, values in weights.items():
-            tensor = spec.layer_tensor(config.names, index, name)
-            yield tensor, np.asarray(forward.oriented(config, values.astype(jnp.float32)))
+        for name, tensor in forward.layer_names(config, index).items():
+            values = weights[name].astype(jnp.float32)
+            yield tensor, np.asarray(forward.oriented(config, values))

@@ -18,7 +18,7 @@ from prox24._jobs import torchax
 from prox24._jobs.forward import all_linears, load_model
 from prox24._jobs.output import Report, progress_bar, table, versions
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import Linear, check_widths
+from prox24._pruning.runner import check_widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ def verify(
         names = [name for name in ("pattern", "only", "skip") if name in made]
         recipe = Recipe.from_dict({name: made[name] for name in names})
         axes = {name: axis for name, axis in axes.items() if "pruned" in entries.get(name, {})}
-    shapes = {name: checkpoint.tensors[name].shape for name in axes}
-    check_widths([Linear(name, name, shapes[name][axis]) for name, axis in axes.items()], recipe)
+    widths = {name: checkpoint.tensors[name].shape[axis] for name, axis in axes.items()}
+    check_widths(widths, recipe)
     given = None if source is None else torchax.open_any(source)[0]
     problems = _missing(checkpoint, given, None if manifest is None else entries)
     refined = {name for name, entry in entries.items() if entry.get("refined")}

@@ -17,15 +17,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def encode(value: Any, place: str) -> Any:
-    """A value as JSON holds it.
-
-    Args:
-      value: a plain value, a pattern, a tuple of such values, or a registered class of them.
-      place: its name, for errors.
-
-    Raises:
-      RecipeError: JSON cannot hold it; names the place.
-    """
+    """As JSON holds it: a plain value, a pattern, a tuple of such values, or a registered class."""
     if isinstance(value, Pattern):
         return str(value)
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
@@ -47,12 +39,7 @@ def encode(value: Any, place: str) -> Any:
 
 
 def decode(value: Any, expected: Any, place: str) -> Any:
-    """The value of a field of that type, from JSON.
-
-    Raises:
-      RecipeError: it is of another type, of an unknown class, or has unknown fields; names the
-        place.
-    """
+    """The value of a field of that type, from JSON."""
     options = _options(expected)
     if value is None and type(None) in options:
         return None
@@ -86,11 +73,7 @@ def _decode_object(value: Mapping[str, Any], options: tuple[Any, ...], place: st
 
 
 def build(cls: type[Any], given: Mapping[str, Any], place: str) -> Any:
-    """An object of a dataclass, whose fields that are not given have their defaults.
-
-    Raises:
-      RecipeError: a field is unknown or missing, or does not fit; names the place.
-    """
+    """An object of a dataclass, whose fields that are not given have their defaults."""
     hints = typing.get_type_hints(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
     for key in given:

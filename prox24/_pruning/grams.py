@@ -46,17 +46,9 @@ def empty_gram(width: int, mesh: Mesh | None = None) -> GramSum:
 
 
 def identity_if_unseen(gram: Array, tokens: int) -> Array:
-    """The Gram, or the identity where it has seen no tokens, as that of an expert may.
+    """The Gram (in, in), or the identity where an expert has seen no tokens.
 
     Without it Wanda would prune by place: all that is kept would be worth nothing.
-
-    Args:
-      gram: shape (in, in).
-      tokens: that it has seen.
-
-    Example:
-      >>> identity_if_unseen(jnp.zeros((2, 2)), 0).tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
     """
     return gram if tokens else jnp.fill_diagonal(gram, 1, inplace=False)
 
@@ -69,7 +61,7 @@ def empty_columns(width: int, mesh: Mesh) -> GramSum:
 
 
 def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
-    """Adds the tokens x and y of shape (..., in); they are the same for a Gram.
+    """Adds x y^T of the tokens x and y of shape (..., in); they are the same for a Gram.
 
     Where there is a Gram for each device, its tokens are an equal share of the leading axes.
 
@@ -86,25 +78,14 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
 
 
 def is_sent(x: Array) -> Array:
-    """Whether a token comes to a linear: one that goes to other experts is zero.
-
-    Args:
-      x: tokens, shape (..., in).
-
-    Returns:
-      Bools, shape (...).
-    """
+    """Whether tokens (..., in) come to a linear: one that goes to other experts is zero."""
     return jnp.any(x != 0, axis=-1)
 
 
 def add_in_turn(gram: GramSum, x: Array, y: Array, devices: int) -> GramSum:
-    """Sends the tokens of one device after the other to all; each adds them to its columns.
+    """`add_tokens` where devices share the columns of one sum, and the leading axis of the tokens.
 
-    Args:
-      gram: one sum, whose columns the devices share.
-      x: tokens, shape (..., in), of whose leading axis each device has an equal part.
-      y: the same tokens, as in `add_tokens`.
-      devices: how many there are.
+    The tokens of one device after the other are sent to all; each adds them to its columns.
     """
     x, y = (tokens.reshape(devices, -1, tokens.shape[-1]) for tokens in (x, y))
     places = jnp.arange(devices)[:, None, None]

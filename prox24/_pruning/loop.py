@@ -52,30 +52,17 @@ def prune_stages(
     finished: Mapping[str, Readable] = MappingProxyType({}),
     dense: Collection[str] = (),
 ) -> Iterator[PrunedTensor]:
-    """Prunes every linear of every stage by a recipe.
+    """Prunes every linear of every stage, but for those that are in `dense`.
 
     For each stage the Grams of its linears are gathered while it is dense, from the outputs of the
     pruned stages before it. Each linear is solved, and the stage runs again, pruned, to feed the
     next. A linear that saw no token, as an expert may, is pruned as if its Gram were the identity.
 
-    Args:
-      runner: the model.
-      recipe: how it is pruned. Its `keep_dense` is not looked at, see `most_lossy`.
-      finished: tensors that were pruned and written before, by name. They are run, not yielded.
-      dense: more tensors that stay dense.
-
-    Yields:
-      Each linear, when it is solved; with a refinement every trained tensor of a stage, afterwards.
-      Yielded tensors are not kept.
-
-    Raises:
-      CheckpointError: a linear's input width is not divisible by M, or a tensor overflows its
-        dtype.
-      CalibrationError: inputs are not finite; names the linear.
-      RecipeError: the solver does not support the pattern, or the recipe prunes no tensor.
-      SolverError: a solution is not finite; names the tensor.
+    Tensors in `finished` were pruned and written before: they are run, not yielded. Each other
+    linear is yielded when it is solved; with a refinement every trained tensor of a stage is
+    yielded afterwards. Yielded tensors are not kept. `keep_dense` is for `most_lossy`.
     """
-    chosen = check(runner, recipe).difference(dense)
+    chosen = {tensor: own for tensor, own in check(runner, recipe).items() if tensor not in dense}
     crosses, refine = recipe.targets is not None, recipe.refine
     streams = Streams(crosses or refine is not None, crosses)
     first, state = runner.enter(streams)
@@ -99,13 +86,14 @@ def prune_stages(
         for linear in remaining:
             name, weight = linear.tensor, weights[linear.tensor]
             weights[name], reports[name] = _pruned(
-                runner, recipe, linear, weight, inputs[linear.input]
+                runner, recipe, chosen[name], linear, weight, inputs[linear.input]
             )
             del weight
             if refine is None:
                 yield PrunedTensor(name, runner.stored(name, weights[name]), reports[name])
         del inputs
         if refine is not None and trained and not written:
+            weights |= {name: _rounded(runner, recipe, name, weights[name]) for name in trained}
             outcome = _refine(runner, index, weights, state, refine, trained, chosen)
             for name in (name for name in weights if name in trained):
                 own = tuple(report._replace(refinement=outcome) for report in reports.get(name, ()))
@@ -114,35 +102,26 @@ def prune_stages(
         del weights, written
 
 
-def check(runner: Runner[State], recipe: Recipe) -> set[str]:
-    """The tensors that a recipe prunes; computes nothing.
-
-    Raises:
-      CheckpointError: a linear's input width is not divisible by M.
-      RecipeError: the solver does not support a pattern, or no tensor is pruned.
-    """
+def check(runner: Runner[State], recipe: Recipe) -> dict[str, AnyPattern]:
+    """The patterns of the tensors that a recipe prunes; an error where it does not fit them."""
     recipe.check_supported()
     linears = [linear for index in range(runner.stages) for linear in runner.linears(index)]
-    chosen = [linear for linear in linears if recipe.pattern_of(linear.tensor) is not None]
+    patterns = {linear.tensor: recipe.pattern_of(linear.tensor) for linear in linears}
+    chosen = {tensor: pattern for tensor, pattern in patterns.items() if pattern is not None}
     if not chosen:
         names = ", ".join(linear.tensor for linear in linears[:3])
         raise RecipeError(
             f"the recipe prunes none of the {len(linears)} linears (only {recipe.only!r}, skip "
             f"{recipe.skip!r}, pattern {recipe.pattern}); their names are as {names}"
         )
-    check_widths(chosen, recipe)
-    return {linear.tensor for linear in chosen}
+    check_widths({linear.tensor: linear.width for linear in linears}, recipe)
+    return chosen
 
 
 def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
     """The tensors that `keep_dense` of a recipe leaves dense: those that lose most.
 
     One pass of the dense model ranks them by the relative loss of Wanda's mask.
-
-    Raises:
-      CalibrationError: inputs are not finite; names the linear.
-      CheckpointError: see `check`.
-      RecipeError: see `check`.
     """
     if not recipe.keep_dense:
         return frozenset()
@@ -154,24 +133,18 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
         wanted = {linear.input for linear in linears}
         inputs, state = runner.observe(index, weights, state, wanted)
         for linear in linears:
-            matrices = runner.matrices(linear, weights[linear.tensor])
-            pattern = _pattern(recipe, linear)
-            losses[linear.tensor] = max(
-                solve(
-                    *_problem(runner, matrix, own), Wanda(), None, pattern=pattern, throw=False
-                ).statistics.relative_loss
-                for matrix, own in zip(matrices, inputs[linear.input], strict=True)
+            name, pattern = linear.tensor, chosen[linear.tensor]
+            matrices = runner.matrices(linear, weights[name])
+            pairs = zip(matrices, inputs[linear.input], strict=True)
+            problems = (_problem(runner, matrix, own) for matrix, own in pairs)
+            losses[name] = max(
+                solve(*each, Wanda(), None, pattern=pattern, throw=False).statistics.relative_loss
+                for each in problems
             )
         state = runner.advance(index, weights, state)
     share = recipe.keep_dense
     count = share if isinstance(share, int) else round(share * len(losses))
     return frozenset(sorted(losses, key=losses.__getitem__, reverse=True)[:count])
-
-
-def _pattern(recipe: Recipe, linear: Linear) -> AnyPattern:
-    pattern = recipe.pattern_of(linear.tensor)
-    assert pattern is not None, f"{linear.tensor} is not pruned"
-    return pattern
 
 
 def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProblem:
@@ -182,10 +155,14 @@ def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProbl
 
 
 def _pruned(
-    runner: Runner[State], recipe: Recipe, linear: Linear, weight: Array, inputs: list[Inputs]
+    runner: Runner[State],
+    recipe: Recipe,
+    pattern: AnyPattern,
+    linear: Linear,
+    weight: Array,
+    inputs: list[Inputs],
 ) -> tuple[Array, tuple[LinearReport, ...]]:
     """A weight as it will be written, and a report on each of its matrices."""
-    pattern = _pattern(recipe, linear)
     given = runner.matrices(linear, weight)
     pruned, reports = [], []
     for number, (matrix, own) in enumerate(zip(given, inputs, strict=True)):
@@ -218,12 +195,12 @@ def _pruned(
             )
         )
         del problem, solution  # before the next matrix needs their place
-    rounded = _rounded(runner, linear.tensor, runner.joined(linear, pruned))
+    rounded = _rounded(runner, recipe, linear.tensor, runner.joined(linear, pruned))
     return rounded, tuple(reports)
 
 
-def _rounded(runner: Runner[State], tensor: str, values: Array) -> Array:
-    dtype = runner.dtype(tensor)
+def _rounded(runner: Runner[State], recipe: Recipe, tensor: str, values: Array) -> Array:
+    dtype = runner.dtype(tensor) if recipe.dtype is None else jnp.dtype(recipe.dtype)
     rounded = values.astype(dtype)
     if not jnp.isfinite(rounded).all():
         raise CheckpointError(f"tensor {tensor} overflows {dtype}; choose another dtype")
@@ -248,9 +225,8 @@ def _refine(
     trained: Collection[str],
     pruned: Collection[str],
 ) -> BlockReport:
-    """Trains the weights of a stage, in place, as they will be written."""
+    """Trains the weights of a stage, in place."""
     began = time.perf_counter()
-    weights |= {name: _rounded(runner, name, weights[name]) for name in trained}
     stage = runner.trainable_stage(index, state)
     groups = len(stage.inputs) // stage.micro_batches
     refined = train_block(

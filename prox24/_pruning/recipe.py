@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from prox24._core.pattern import AnyPattern, Pattern, PatternLike, Unstructured, as_any_pattern
 from prox24._pruning._fields import build, decode, encode
@@ -156,21 +156,19 @@ class Recipe:
             return None
         if self.skip is not None and re.search(self.skip, tensor):
             return None
-        for expression, pattern in self._pairs:
-            if re.search(expression, tensor):
-                return None if pattern == DENSE else cast(AnyPattern, pattern)
-        return None
+        found = (pattern for expression, pattern in self._pairs if re.search(expression, tensor))
+        return next(found, None)
 
     @property
     def patterns(self) -> list[AnyPattern]:
         """Every pattern that a tensor may have."""
-        return [cast(AnyPattern, pattern) for _, pattern in self._pairs if pattern != DENSE]
+        return [pattern for _, pattern in self._pairs if pattern is not None]
 
     @property
-    def _pairs(self) -> PatternsByTensor:
-        if isinstance(self.pattern, Pattern | Unstructured):
-            return (("", self.pattern),)
-        return cast(PatternsByTensor, self.pattern)  # after __post_init__
+    def _pairs(self) -> list[tuple[str, AnyPattern | None]]:
+        given: Any = self.pattern
+        pairs = [("", given)] if isinstance(given, Pattern | Unstructured) else given
+        return [(expression, None if own == DENSE else own) for expression, own in pairs]
 
     def check_supported(self) -> None:
         """Raises RecipeError where the solver or the refit cannot make a pattern."""
@@ -261,11 +259,9 @@ class Recipe:
         Raises:
           RecipeError: see `to_dict`; or PyYAML is not installed and the name ends in .yaml.
         """
-        path, given = Path(path), self.to_dict()
+        path, text = Path(path), self.to_json() + "\n"
         if path.suffix in (".yaml", ".yml"):
-            text = _yaml().safe_dump(given, sort_keys=False)
-        else:
-            text = json.dumps(given, indent=2) + "\n"
+            text = _yaml().safe_dump(self.to_dict(), sort_keys=False)
         path.write_text(text, encoding="utf-8")
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
 from prox24._pruning.recipe import Recipe
-from prox24.errors import CheckpointError
+from prox24.errors import CheckpointError, RecipeError
 
 State = TypeVar("State")
 
@@ -62,7 +63,7 @@ class Runner(Protocol[State]):
 
     A stage is a layer of a decoder, or the weights of a function that share an input. `State` is
     what a runner takes from one stage to the next, such as hidden states. Only the runner looks
-    into it.
+    into it. What has a body here serves a runner whose weights are matrices (out, in).
     """
 
     @property
@@ -71,7 +72,8 @@ class Runner(Protocol[State]):
 
     @property
     def mesh(self) -> Mesh | None:
-        """The devices that share the work."""
+        """The devices that share the work; None for a single one."""
+        return None
 
     def linears(self, index: int) -> Sequence[Linear]:
         """The linears of a stage, in the order of pruning."""
@@ -90,43 +92,40 @@ class Runner(Protocol[State]):
     ) -> tuple[Mapping[str, list[Inputs]], State]:
         """The inputs of a stage's linears; the dense model, if it runs, moves on to the next stage.
 
-        Args:
-          index: of the stage.
-          weights: the dense ones.
-          state: before the stage.
-          wanted: names of the inputs.
-
-        Returns:
-          One `Inputs` for each matrix, by the name of the input; and the new state.
+        The weights are the dense ones. For each name that is wanted there is one `Inputs` for each
+        matrix.
         """
 
     def advance(self, index: int, weights: Mapping[str, Array], state: State) -> State:
         """The state after a stage that has these weights; the dense model has moved on before."""
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
-        """The dtype that a tensor of a stage is written in."""
+        """The dtype of a tensor of a stage where the recipe has none."""
 
     def matrices(self, linear: Linear, weight: Array) -> list[Array]:
         """The matrices (out, in) that a weight consists of."""
+        return [weight]
 
     def joined(self, linear: Linear, matrices: list[Array]) -> Array:
         """The weight that consists of these matrices."""
+        (weight,) = matrices
+        return weight
 
     def loaded(self, tensor: str, stored: Any) -> Array:
         """A weight from the array that `stored` made of it."""
+        return jnp.asarray(stored)
 
     def stored(self, tensor: str, weight: Array) -> Any:
         """A weight as it is handed out, in its own layout."""
+        return np.asarray(weight)
 
     def in_memory(self) -> Self:
         """The same runner, which leaves nothing on disk."""
+        return self
 
     def trainable_stage(self, index: int, state: State) -> "TrainableStage":
-        """The stage as a function, its inputs and its targets, for a refinement.
-
-        Raises:
-          RecipeError: the runner has no such function.
-        """
+        """The stage as a function, its inputs and its targets, for a refinement."""
+        raise RecipeError("refine is for models with a forward pass of prox24's own")
 
 
 class TrainableStage(NamedTuple):
@@ -147,13 +146,13 @@ class TrainableStage(NamedTuple):
     micro_batches: int
 
 
-def check_widths(linears: Sequence[Linear], recipe: Recipe) -> None:
-    """Raises CheckpointError where M does not divide the width of a linear that is pruned."""
-    for linear in linears:
-        pattern = recipe.pattern_of(linear.tensor)
+def check_widths(widths: Mapping[str, int], recipe: Recipe) -> None:
+    """Raises CheckpointError where M does not divide the input width of a tensor that is pruned."""
+    for tensor, width in widths.items():
+        pattern = recipe.pattern_of(tensor)
         group = getattr(pattern, "group", 1)
-        if linear.width % group:
+        if width % group:
             raise CheckpointError(
-                f"tensor {linear.tensor} has input width {linear.width}, not divisible by {group}: "
+                f"tensor {tensor} has input width {width}, not divisible by {group}: "
                 f"the pattern {pattern} does not fit"
             )

@@ -31,7 +31,7 @@ from prox24._cli.main import main
 from prox24._jobs import torchax
 from prox24._jobs.native import native_runner
 from prox24._jobs.perplexity import native_perplexity
-from prox24._jobs.torch_runner import torch_runner
+from prox24._jobs.torch_runner import TorchRunner
 from prox24._jobs.verify import native_axes
 from prox24._pruning import loop
 from prox24.errors import CalibrationError, CheckpointError, Prox24Error, UnsupportedModelError
@@ -138,7 +138,7 @@ def opened(path):
 
 
 def pruned_folder(path, recipe=WANDA, windows=WINDOWS):
-    return pruned_by(torch_runner(opened(path), windows, recipe), recipe)
+    return pruned_by(TorchRunner(opened(path), windows), recipe)
 
 
 # A whole model
@@ -236,7 +236,7 @@ def test_layers_are_pruned_as_by_the_native_forward_pass(
 def test_finished_tensors_and_those_of_the_recipe_are_left_out(tmp_path):
     write_tiny(tmp_path / "model", "gpt2", "bfloat16")
     recipe = Recipe(prox24.Wanda(), None, skip="c_fc", keep_dense=1)
-    runner = torch_runner(opened(tmp_path / "model"), WINDOWS, recipe)
+    runner = TorchRunner(opened(tmp_path / "model"), WINDOWS)
     dense = loop.most_lossy(runner, recipe)
     whole = pruned_by(runner, recipe, dense=dense).tensors
     assert len(whole) == 8 - 2 - 1

@@ -231,15 +231,12 @@ def test_a_linear_is_given_out_before_the_next_layer_is_read(source):
     assert not any("lm_head" in name for name in read)
 
 
-def test_micro_batches_divide_the_windows(source):
+def test_micro_batches_divide_the_windows():
     for windows in range(1, 40):
         for length in (2, 512, 4096):
             size = batch_size(windows, length)
             assert windows % size == 0
             assert size == 1 or size * length <= 2048
-    for size in (3, 16):
-        with pytest.raises(ValueError, match=f"micro-batches of {size} do not divide 8 windows"):
-            runner_of(source, MAGNITUDE, micro_batch=size)
 
 
 # Errors
