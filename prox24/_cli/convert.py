@@ -7,7 +7,6 @@ from prox24._cli import options
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the options."""
     command.add_argument("source", help=options.MODEL)
     command.add_argument("destination", type=Path, help="HF folder to write")
     command.add_argument("--format", choices=("safetensors", "flax"), default="safetensors")
@@ -19,7 +18,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; the exit code."""
     from prox24._checkpoints.checkpoint import open_checkpoint
     from prox24._checkpoints.writer import OUTPUTS, check_destination, write_checkpoint
     from prox24._jobs.output import print_json, print_table

@@ -9,7 +9,6 @@ from prox24.refine._model import ModelRefinement
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the options."""
     command.add_argument("dense", help=f"the model that was pruned: {options.MODEL}")
     command.add_argument("pruned", help="HF folder of the pruned model")
     command.add_argument("destination", type=Path, help="HF folder to write")
@@ -37,7 +36,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; the exit code."""
     from prox24._jobs.distill import distill
     from prox24._jobs.output import check_report, show
     from prox24._jobs.text import Text

@@ -6,14 +6,12 @@ from prox24._cli import options
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the options."""
     command.add_argument("model", help=options.MODEL)
     options.add_windows(command, "text", "UTF-8 text (default: a novel of the package)", "all")
     options.add_output(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; the exit code."""
     from prox24._jobs.evaluate import perplexity
     from prox24._jobs.output import show
     from prox24._jobs.text import Text

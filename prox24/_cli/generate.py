@@ -7,7 +7,6 @@ from prox24._cli import options
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the options."""
     command.add_argument("model", help=options.MODEL)
     command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     command.add_argument(
@@ -39,7 +38,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; the exit code."""
     from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
     from prox24._jobs.forward import all_weights, load_model
     from prox24._jobs.output import peak_memory_bytes, print_json, progress_bar
@@ -100,10 +98,6 @@ def decoding_rate(times: list[float]) -> float | None:
 
     The prompt makes the first token, and the second one's programs are compiled; what remains
     counts. None if nothing does.
-
-    Example:
-      >>> decoding_rate([0.0, 3.0, 5.0, 5.5, 6.0])
-      2.0
     """
     decoded = times[2:]
     return (len(decoded) - 1) / (decoded[-1] - decoded[0]) if len(decoded) > 1 else None

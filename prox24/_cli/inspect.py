@@ -6,14 +6,12 @@ from prox24._cli import options
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the options."""
     command.add_argument("source", help=options.MODEL)
     options.add_recipe(command)
     options.add_output(command, quiet="nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; the exit code."""
     recipe = options.recipe_of(arguments)
     from prox24._jobs.inspect import inspect_model
     from prox24._jobs.output import show

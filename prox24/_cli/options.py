@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import inspect
+import math
 import re
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prox24._core.pattern import AnyPattern, as_any_pattern
 from prox24._pruning.recipe import PRESETS, DenseTargets, Recipe
@@ -20,6 +20,34 @@ DTYPES = ("float32", "float16", "bfloat16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 OF_RECIPE = ("pattern", "damping", "only", "skip", "keep_dense", "dtype")
 """Fields of a recipe that are options by themselves."""
+
+
+class Part(NamedTuple):
+    """A part of a recipe that is on or off, and whose fields are options with a prefix."""
+
+    off: str
+    on: str
+    cls: type
+    prefix: str
+    help: str
+
+
+PARTS = {
+    "targets": Part(
+        off="pruned",
+        on="dense",
+        cls=DenseTargets,
+        prefix="",
+        help="each linear reproduces its own output in the pruned model, or the dense model's",
+    ),
+    "refine": Part(
+        off="none",
+        on="block",
+        cls=BlockRefinement,
+        prefix="refine_",
+        help="train what is kept of each layer, or do not",
+    ),
+}
 
 
 def add_recipe(command: argparse.ArgumentParser) -> None:
@@ -35,25 +63,14 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     )
     for name in OF_RECIPE:
         add_field(group, Recipe, name)
-    group.add_argument(
-        "--targets",
-        choices=("pruned", "dense"),
-        help="each linear reproduces its own output in the pruned model, or the dense model's",
-    )
-    add_field(group, DenseTargets, "pull")
-    group.add_argument(
-        "--refine", choices=("none", "block"), help="train what is kept of each layer, or do not"
-    )
-    for field in dataclasses.fields(BlockRefinement):
-        add_field(group, BlockRefinement, field.name, "refine_")
+    for name, part in PARTS.items():
+        group.add_argument(option(name), choices=(part.off, part.on), help=part.help)
+        for field in dataclasses.fields(part.cls):
+            add_field(group, part.cls, field.name, part.prefix)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a method or a file, with the options that were given.
-
-    Raises:
-      RecipeError: the file cannot be read, or an option does not fit the others.
-    """
+    """The recipe of a method or a file, with the options that were given."""
     if arguments.recipe is not None:
         recipe = Recipe.load(arguments.recipe)
     else:
@@ -62,77 +79,43 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     changes: dict[str, Any] = {name: given[name] for name in OF_RECIPE if name in given}
     if "refit" in given:
         changes["refit"] = None if given["refit"] == "none" else REFITS[given["refit"]]()
-    changes["targets"] = _part(given, "targets", {"pruned": None, "dense": DenseTargets}, recipe)
-    changes["refine"] = _part(
-        given, "refine", {"none": None, "block": BlockRefinement}, recipe, "refine_"
-    )
+    for name, part in PARTS.items():
+        value = getattr(recipe, name)
+        if given.get(name) == part.off:
+            value = None
+        elif given.get(name) == part.on and value is None:
+            value = part.cls()
+        own = {field.name: part.prefix + field.name for field in dataclasses.fields(part.cls)}
+        fields = {field: given[key] for field, key in own.items() if key in given}
+        if fields and value is None:
+            raise RecipeError(f"{option(own[next(iter(fields))])} is for --{name} {part.on}")
+        changes[name] = dataclasses.replace(value, **fields) if fields else value
     return dataclasses.replace(recipe, **changes)
 
 
-def _part(
-    given: Mapping[str, Any],
-    name: str,
-    choices: Mapping[str, Any],
-    recipe: Recipe,
-    prefix: str = "",
-) -> Any:
-    """The part of a recipe that is on or off, with the fields that were given."""
-    (off, _), (on, cls) = choices.items()
-    part = getattr(recipe, name)
-    if given.get(name) == off:
-        part = None
-    elif given.get(name) == on and part is None:
-        part = cls()
-    fields = {
-        field.name: given[prefix + field.name]
-        for field in dataclasses.fields(cls)
-        if prefix + field.name in given
-    }
-    if fields and part is None:
-        raise RecipeError(f"{option(prefix + next(iter(fields)))} is for --{name} {on}")
-    return part if part is None or not fields else dataclasses.replace(part, **fields)
-
-
 def option(name: str) -> str:
-    """The option of a field.
-
-    Example:
-      >>> option("refine_rate")
-      '--refine-rate'
-    """
+    """The option of a field."""
     return "--" + name.replace("_", "-")
 
 
 def add_field(group: Any, cls: type, name: str, prefix: str = "") -> None:
     """Adds an option for a field of a dataclass, with the help of the class's docstring."""
-    field = next(field for field in dataclasses.fields(cls) if field.name == name)
-    kind, help_text = _kind(cls, name), attribute_help(cls)[name]
-    if kind is bool:
+    default, help_text = getattr(cls, name), attribute_help(cls)[name]
+    if isinstance(default, bool):
         group.add_argument(option(prefix + name), action="store_const", const=True, help=help_text)
         return
-    shown = "" if field.default is None else f" (default: {field.default})"
+    shown = "" if default is None else f" (default: {default})"
     group.add_argument(
         option(prefix + name),
-        type=KINDS.get(name, KINDS.get(kind, str)),
+        type=KINDS.get(name, KINDS.get(type(default), str)),
         choices=CHOICES.get(name),
         metavar=METAVARS.get(name),
         help=(help_text + shown).replace("%", "%%"),
     )
 
 
-def _kind(cls: type, name: str) -> Any:
-    hint = typing.get_type_hints(cls)[name]
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
-    return kinds[0]
-
-
 def attribute_help(cls: type) -> dict[str, str]:
-    """The texts of the attributes of a docstring, by name.
-
-    Example:
-      >>> attribute_help(DenseTargets)["pull"].startswith("strength of the pull")
-      True
-    """
+    """The texts of the attributes of a docstring, by name."""
     (section,) = re.findall(r"Attributes:\n((?: {2,}.*\n|\n)*)", inspect.getdoc(cls) or "")
     found: dict[str, str] = {}
     for line in section.splitlines():
@@ -157,6 +140,11 @@ def add_windows(
 ) -> None:
     """Adds a text file, --samples and --sequence-length."""
     command.add_argument(option(name), type=Path, metavar="FILE", help=what)
+    add_sizes(command, samples)
+
+
+def add_sizes(command: argparse.ArgumentParser, samples: int | str = 64) -> None:
+    """Adds --samples and --sequence-length."""
     command.add_argument("--samples", type=positive, help=f"windows (default: {samples})")
     command.add_argument(
         "--sequence-length", type=length, default=512, help="tokens of a window (default: 512)"
@@ -176,16 +164,14 @@ def add_writing(command: argparse.ArgumentParser) -> None:
 
 def pattern(text: str) -> AnyPattern:
     """Reads "N:M", or "P%"."""
-    return _or_error(as_any_pattern, text)
+    try:
+        return as_any_pattern(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def size(text: str) -> int:
-    """Reads a number of bytes with its unit.
-
-    Example:
-      >>> size("5GB"), size("1.5KiB")
-      (5000000000, 1536)
-    """
+    """Reads a number of bytes with its unit."""
     found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
     count = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if not count:
@@ -193,78 +179,40 @@ def size(text: str) -> int:
     return count
 
 
-def positive(text: str) -> int:
-    """Reads an integer from 1."""
-    return at_least(text, 1)
+def _integer(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {most}")
+        return int(text)
+
+    return read
 
 
-def index(text: str) -> int:
-    """Reads an integer from 0."""
-    return at_least(text, 0)
+index, positive, length = map(_integer, (0, 1, 2))
 
 
-def length(text: str) -> int:
-    """Reads an integer from 2."""
-    return at_least(text, 2)
+def _number(said: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {said}")
+        return value
+
+    return read
 
 
-def at_least(text: str, least: int, end: int = 2**63) -> int:
-    """Reads an integer from `least`, below `end`."""
-    if not text.isdecimal() or not least <= int(text) < end:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {end - 1}")
-    return int(text)
-
-
-def nonnegative(text: str) -> float:
-    """Reads a finite number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a nonnegative number")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """Reads a finite number above 0."""
-    value = nonnegative(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
-def share(text: str) -> float:
-    """Reads a number from 0 to 1."""
-    value = nonnegative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def probability(text: str) -> float:
-    """Reads a number above 0, to 1."""
-    value = positive_number(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is above 1")
-    return value
+nonnegative = _number("nonnegative number", lambda value: 0 <= value < math.inf)
+positive_number = _number("positive number", lambda value: 0 < value < math.inf)
+share = _number("number from 0 to 1", lambda value: 0 <= value <= 1)
+probability = _number("number above 0, to 1", lambda value: 0 < value <= 1)
 
 
 def count_or_share(text: str) -> int | float:
-    """Reads a count, or a share below 1.
-
-    Example:
-      >>> count_or_share("12"), count_or_share("0.05")
-      (12, 0.05)
-    """
+    """Reads a count, or a share below 1."""
     return int(text) if text.isdecimal() else nonnegative(text)
-
-
-def _or_error(read: Callable[[str], Any], text: str) -> Any:
-    try:
-        return read(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 KINDS: dict[Any, Callable[[str], Any]] = {

@@ -6,15 +6,10 @@ from prox24._cli import options
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the options."""
     command.add_argument("source", help=options.MODEL)
     options.add_recipe(command)
-    command.add_argument(
-        "--samples", type=options.positive, default=64, help="windows of text (default: 64)"
-    )
-    command.add_argument(
-        "--sequence-length", type=options.length, default=512, help="their tokens (default: 512)"
-    )
+    options.add_sizes(command)
+    command.set_defaults(samples=64)
     command.add_argument(
         "--devices", type=options.positive, default=1, help="devices that share the work"
     )
@@ -31,7 +26,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; the exit code."""
     recipe = options.recipe_of(arguments)
     from prox24._jobs.output import show
     from prox24._jobs.plan import plan

@@ -9,7 +9,6 @@ from prox24.errors import Prox24Error
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the options."""
     command.epilog = "Example: prox24 prune MODEL OUT --calibration text.txt --report report.json"
     command.add_argument("source", help=options.MODEL)
     command.add_argument("destination", type=Path, help="HF folder to write")
@@ -56,7 +55,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out, with other processes or alone; the exit code."""
     place = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed and place != (None, None, None):
         raise Prox24Error("--coordinator, --num-processes and --process-id are for --distributed")

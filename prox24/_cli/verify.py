@@ -7,7 +7,6 @@ from prox24._cli import options
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds the options."""
     command.add_argument("model", help=options.MODEL)
     command.add_argument("--source", help="the model that it was pruned from")
     command.add_argument(
@@ -23,7 +22,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; 0 if every tensor is as it should be, else 1."""
     from prox24._jobs.output import check_report, show
     from prox24._jobs.verify import verify
 

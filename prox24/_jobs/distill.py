@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,13 @@ from numpy.typing import NDArray
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.manifest import write_manifest
 from prox24._checkpoints.training_state import states
-from prox24._checkpoints.unfinished import check_unchanged, sha256, source_files, unfinished_folder
+from prox24._checkpoints.unfinished import (
+    Written,
+    check_unchanged,
+    sha256,
+    source_files,
+    unfinished_folder,
+)
 from prox24._checkpoints.writer import OUTPUTS, check_destination, check_outside, fill_folder
 from prox24._core.masks import mean_sparsity
 from prox24._core.placement import common_mesh
@@ -143,12 +148,11 @@ def distill(
     figures: list[dict[str, Any]] = []
     trained: set[str] = set()
 
-    def watched(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str, NDArray[Any]]]:
-        for name, values in tensors:
-            trained.add(name)
-            if name in linears:
-                figures.append({"name": name, "sparsity": float(mean_sparsity(values))})
-            yield name, values
+    def note(file: Written, tensor: tuple[str, NDArray[Any]]) -> None:
+        name, values = tensor
+        trained.add(name)
+        if name in linears:
+            figures.append({"name": name, "sparsity": float(mean_sparsity(values))})
 
     steps = refinement.steps(len(windows) // refinement.step_windows)
     measurements = math.ceil(steps / refinement.measured_every(steps))
@@ -177,8 +181,8 @@ def distill(
                 resume=resume,
                 on_measured=on_measured,
             )
-        note = _model_card(windows, refinement)
-        written = fill_folder(student, unfinished, watched(tensors), note=note)
+        card = _model_card(windows, refinement)
+        written = fill_folder(student, unfinished, tensors, note=card, on_replaced=note)
         check_unchanged(teacher.path, of_teacher)
         check_unchanged(student.path, of_student)
         write_manifest(unfinished.folder, job, written, figures, trained - linears)

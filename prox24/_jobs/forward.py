@@ -38,14 +38,7 @@ class Model(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear that is pruned.
-
-    Attributes:
-      tensor: the checkpoint's name of the weight.
-      weight: its name among the weights of its layer.
-      shape: (out, in).
-      input: what `tap` calls its input.
-    """
+    """A linear (out, in): the checkpoint's name, the decoder's, and that of its input in `tap`."""
 
     tensor: str
     weight: str

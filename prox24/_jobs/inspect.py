@@ -107,11 +107,6 @@ def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
     """Bytes of the kept values and of their places: for N:M, N numbers below M in each block.
 
     Without a pattern, a place is one bit for each weight, kept or not.
-
-    Example:
-      >>> import prox24
-      >>> sparse_bytes(32, 2, prox24.Pattern(2, 4))
-      18
     """
     weights = size // width
     if isinstance(pattern, Unstructured):
@@ -121,11 +116,8 @@ def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
 
 
 def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
-    names = outer_names(config).items()
-    decisions = {tensor: DENSE + _role(name) for name, tensor in names}
-    for index in range(len(config.layers)):
-        for name, tensor in layer_names(config, index).items():
-            decisions[tensor] = DENSE + _role(name)
+    names = [outer_names(config), *(layer_names(config, i) for i in range(len(config.layers)))]
+    decisions = {tensor: DENSE + _role(name) for own in names for name, tensor in own.items()}
     for linear in all_linears(config):
         width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
         fits = width % getattr(pattern, "group", 1) == 0

@@ -26,14 +26,11 @@ Spec = jax.ShapeDtypeStruct
 
 
 class Memory(NamedTuple):
-    """Bytes on a device while one layer is pruned.
+    """Bytes on a device while one layer is pruned: of its weights and of its Grams, once each.
 
-    Attributes:
-      weights: of the layer, once.
-      grams: of its inputs, once.
-      gather: the most while its Grams are gathered: weights, Grams and a micro-batch.
-      solve: the most while a linear is solved: weights twice, Grams, and what the solver needs.
-      widest: the linear that needs most.
+    `gather` is the most while Grams are gathered: weights, Grams and a micro-batch. `solve` is the
+    most while a linear is solved, which is most for `widest`: weights twice, Grams, and what the
+    solver needs.
     """
 
     weights: int
@@ -77,7 +74,7 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
     """
     linears = _pruned_linears(model, index, setup.recipe)
     held = _held(_weights(model, index))
-    pruned = _held(_pruned_weights(model, index, setup.recipe))
+    pruned = _held(_weights(model, index, setup.recipe.dtype))
     grams = sum(4 * width**2 // setup.sharing(width) for width in _widths(linears).values())
     by_shape = {
         (linear.shape, setup.recipe.pattern_of(linear.tensor)): linear for linear in linears
@@ -154,23 +151,20 @@ def streams(recipe: Recipe) -> int:
     return 1 if recipe.targets is None else 2
 
 
-def _weights(model: Model, index: int) -> dict[str, Spec]:
+def _weights(model: Model, index: int, dtype: str | None = None) -> dict[str, Spec]:
+    """The tensors of a layer, in their own dtypes; linears in another one if it is given."""
     tensors, names = model.checkpoint.tensors, forward.layer_names(model.config, index)
     shapes = spec.layer_shapes(model.config.layers[index])
-    return {name: Spec(shape, tensors[names[name]].dtype) for name, shape in shapes.items()}
+    weights = {name: Spec(shape, tensors[names[name]].dtype) for name, shape in shapes.items()}
+    if dtype is not None:
+        for linear in forward.layer_linears(model.config, index):
+            weights[linear.weight] = Spec(linear.shape, DTYPES[dtype])
+    return weights
 
 
 def _pruned_linears(model: Model, index: int, recipe: Recipe) -> list[Linear]:
     linears = forward.layer_linears(model.config, index)
     return [linear for linear in linears if recipe.pattern_of(linear.tensor) is not None]
-
-
-def _pruned_weights(model: Model, index: int, recipe: Recipe) -> dict[str, Spec]:
-    weights = _weights(model, index)
-    if recipe.dtype is not None:
-        for linear in forward.layer_linears(model.config, index):
-            weights[linear.weight] = Spec(linear.shape, DTYPES[recipe.dtype])
-    return weights
 
 
 def _widths(linears: Iterable[Linear]) -> dict[str, int]:
@@ -232,7 +226,7 @@ def refining_memory(
     """Bytes of all that is there while a layer is trained, by steps of micro-batches; or 0."""
     if recipe.refine is None:
         return 0
-    weights, layer = _pruned_weights(model, index, recipe), model.config.layers[index]
+    weights, layer = _weights(model, index, recipe.dtype), model.config.layers[index]
     hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
     apply = forward.layer_function(layer, None, recipe.refine.compute_dtype)
     step = block_step(apply, weights, hidden, hidden, recipe.refine, micro_batches)

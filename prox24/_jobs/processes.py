@@ -81,12 +81,7 @@ def is_broken_off(error: Exception) -> bool:
 
 
 def is_missing_device(error: Exception) -> bool:
-    """Whether JAX could not start on the devices that it was told of, or found.
-
-    Example:
-      >>> is_missing_device(RuntimeError("Unable to initialize backend 'cuda': no driver"))
-      True
-    """
+    """Whether JAX could not start on the devices that it was told of, or found."""
     return isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend")
 
 

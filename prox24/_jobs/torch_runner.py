@@ -42,16 +42,11 @@ class TorchRunner(Runner[Hidden]):
 
     def linears(self, index: int) -> list[Linear]:
         """The linears of a layer; each has a Gram of its own."""
-        layer = self._layers[index]
-        shapes = {
-            layer.prefix + name: tuple(values.shape)
-            for name, values in layer.module.named_parameters()
-        }
+        layer, shapes = self._layers[index], self._layers[index].shapes()
         return [Linear(name, name, shapes[name][axis]) for name, axis in layer.axes().items()]
 
     def tensors(self, index: int) -> list[str]:
-        layer = self._layers[index]
-        return [layer.prefix + name for name, _ in layer.module.named_parameters()]
+        return list(self._layers[index].shapes())
 
     def function(self, index: int) -> TorchModel:
         """A layer as a function, which is made once; only one layer's is kept."""

@@ -4,7 +4,8 @@ torch and torchax are imported when a function of this module is called; the res
 without them.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,11 +108,8 @@ def _as_function(module: "torch.nn.Module", prefix: str, call: Call) -> TorchMod
         with environment, jax.default_matmul_precision("highest"):
             state, first, others = environment.j2t_iso((own | buffers, batch, rest))
             arguments = (first, *others.arguments)
-            try:
+            with _unsupported(f"torchax cannot run {type(module).__name__}"):
                 output = torch.func.functional_call(module, state, arguments, others.keywords)
-            except Exception as error:  # torchax and JAX raise a different type for each cause
-                kind, reason = type(module).__name__, first_line(error)
-                raise UnsupportedModelError(f"torchax cannot run {kind}: {reason}") from error
             return environment.t2j_iso(output if isinstance(output, torch.Tensor) else output[0])
 
     return TorchModel(apply, params)
@@ -136,21 +134,14 @@ class TorchLayer(NamedTuple):
             if isinstance(module, kind)
         }
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its parameters."""
+        named = self.module.named_parameters()
+        return {self.prefix + name: tuple(values.shape) for name, values in named}
+
     def function(self) -> TorchModel:
         """The layer as a function."""
         return _as_function(self.module, self.prefix, self.call)
-
-
-def layers_and_inputs(
-    checkpoint: Checkpoint, windows: NDArray[np.int32]
-) -> tuple[list[TorchLayer], list[Array]]:
-    """The layers of a decoder, and what enters the first one, batch by batch."""
-    model, layers = _decoder_layers(checkpoint)
-    size = batch_size(*windows.shape)
-    batches = [windows[i : i + size] for i in range(0, len(windows), size)]
-    hidden, calls = _layer_calls(model, [layer.module for layer in layers], batches)
-    own = [layer._replace(call=call) for layer, call in zip(layers, calls, strict=True)]
-    return own, hidden
 
 
 def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -190,7 +181,7 @@ def _load(path: Path) -> "torch.nn.Module":
     torch, _ = require()
     from transformers import AutoModelForCausalLM
 
-    try:
+    with _unsupported(f"{path}: transformers cannot load it"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=torch.float32,
@@ -198,20 +189,23 @@ def _load(path: Path) -> "torch.nn.Module":
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:  # transformers raises a different type for each cause
-        _raise_if_of_memory(error)
-        raise UnsupportedModelError(
-            f"{path}: transformers cannot load it: {first_line(error)}"
-        ) from error
     if loading["missing_keys"]:  # which transformers would leave at random
         raise CheckpointError(f"{path}: tensor {min(loading['missing_keys'])} is missing")
     return model.eval()
 
 
-def _raise_if_of_memory(error: Exception) -> None:
-    """Raises MemoryError for what is no fault of the model, and may not come again."""
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's RuntimeError
-        raise MemoryError(first_line(error)) from error
+@contextlib.contextmanager
+def _unsupported(said: str) -> Iterator[None]:
+    """Makes one error of the many types that other packages raise for a model.
+
+    An error of memory is no fault of the model, and may not come again.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as torch says
+            raise MemoryError(first_line(error)) from error
+        raise UnsupportedModelError(f"{said}: {first_line(error)}") from error
 
 
 def _decoder_layers(checkpoint: Checkpoint) -> tuple[Any, list[TorchLayer]]:
@@ -233,14 +227,17 @@ def _decoder_layers(checkpoint: Checkpoint) -> tuple[Any, list[TorchLayer]]:
     return model, layers
 
 
-def _layer_calls(
-    model: Any, layers: list[Any], batches: list[NDArray[np.int32]]
-) -> tuple[list[Array], list[Call]]:
-    """What enters the first layer, batch by batch, and what each is called with besides."""
+def layers_and_inputs(
+    checkpoint: Checkpoint, windows: NDArray[np.int32]
+) -> tuple[list[TorchLayer], list[Array]]:
+    """The layers of a decoder with their calls, and what enters the first one, batch by batch."""
     torch, torchax = require()
+    model, layers = _decoder_layers(checkpoint)
+    kind, size = type(model).__name__, batch_size(*windows.shape)
     first_inputs: list[Array] = []
     calls: list[Call] = []
-    for batch in batches:
+    for start in range(0, len(windows), size):
+        tokens = torch.as_tensor(windows[start : start + size], dtype=torch.long)
         seen: list[tuple[Any, Call]] = []
 
         def note(module: Any, arguments: Any, keywords: Any, seen: Any = seen) -> None:
@@ -248,29 +245,25 @@ def _layer_calls(
             first, *rest = arguments or (keywords.pop("hidden_states"),)
             seen.append((first, Call(tuple(rest), keywords)))
 
-        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-        try:
-            with torch.no_grad():
-                model(torch.as_tensor(batch, dtype=torch.long), use_cache=False)
-        except Exception as error:  # of the model's own code
-            _raise_if_of_memory(error)
-            kind, reason = type(model).__name__, first_line(error)
-            raise UnsupportedModelError(f"{kind} does not run: {reason}") from error
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with contextlib.ExitStack() as hooks:
+            for layer in layers:
+                hook = layer.module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(hook.remove)
+            with _unsupported(f"{kind} does not run"), torch.no_grad():
+                model(tokens, use_cache=False)
         if len(seen) != len(layers):
             raise UnsupportedModelError(
-                f"{type(model).__name__} does not call each of its {len(layers)} layers once"
+                f"{kind} does not call each of its {len(layers)} layers once"
             )
         first_inputs.append(torchax.default_env().t2j_copy(seen[0][0]))
         found = [call for _, call in seen]
         if calls and not _equal(calls, found):
             raise UnsupportedModelError(
-                f"the layers of {type(model).__name__} depend on more than their hidden states"
+                f"the layers of {kind} depend on more than their hidden states"
             )
         calls = calls or found
-    return first_inputs, calls
+    own = [layer._replace(call=call) for layer, call in zip(layers, calls, strict=True)]
+    return own, first_inputs
 
 
 def _equal(a: list[Call], b: list[Call]) -> bool:

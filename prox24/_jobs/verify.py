@@ -121,13 +121,11 @@ def verify(
     problems = _missing(checkpoint, given, None if manifest is None else entries)
     refined = {name for name, entry in entries.items() if entry.get("refined")}
     copies = {} if given is None else given.tensors
-    others = {name: tensor for name, tensor in copies.items() if name not in refined}
     violations: dict[str, int] = {}
     zeros = weights = blocks = 0.0
     with progress_bar("verify", len(checkpoint.tensors), quiet) as advance:
-        for name in checkpoint.tensors:
-            values = checkpoint.tensors[name].read()
-            own = entries.get(name, {})
+        for name, tensor in checkpoint.tensors.items():
+            values, own = tensor.read(), entries.get(name, {})
             promised = own.get("dtype", values.dtype.name)
             if values.dtype.name != promised:
                 problems[name] = f"is {values.dtype}, the manifest says {promised}"
@@ -145,7 +143,7 @@ def verify(
                     unit = "weights" if group == 1 else f"blocks of {group}"
                     violations[name] = broken
                     problems[name] = f"{broken} {unit} break the pattern {sought}"
-            elif name in others and _differ(values, others[name]):
+            elif name in copies and name not in refined and _differ(values, copies[name]):
                 problems[name] = "is not what the source has"
             if name not in checkpoint.buffers and not is_finite(values):
                 before = [problems[name]] if name in problems else []

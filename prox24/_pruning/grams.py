@@ -45,14 +45,6 @@ def empty_gram(width: int, mesh: Mesh | None = None) -> GramSum:
     return GramSum(zeros(width, width), zeros(width, width), zeros(dtype=jnp.int32))
 
 
-def identity_if_unseen(gram: Array, tokens: int) -> Array:
-    """The Gram (in, in), or the identity where an expert has seen no tokens.
-
-    Without it Wanda would prune by place: all that is kept would be worth nothing.
-    """
-    return gram if tokens else jnp.fill_diagonal(gram, 1, inplace=False)
-
-
 def empty_columns(width: int, mesh: Mesh) -> GramSum:
     """The Gram of no tokens, its columns cut among the devices; copies if they do not divide."""
     matrix = parts_or_copies(width, mesh, axis=1)

@@ -13,7 +13,6 @@ from prox24._core.masks import mean_sparsity
 from prox24._core.pattern import AnyPattern
 from prox24._core.placement import apart, everywhere
 from prox24._core.precision import working_dtype
-from prox24._pruning.grams import identity_if_unseen
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import BlockReport, LinearReport
 from prox24._pruning.runner import Inputs, Linear, Runner, State, Streams, check_widths
@@ -32,12 +31,9 @@ class Readable(Protocol):
 
 
 class PrunedTensor(NamedTuple):
-    """The new values of a tensor.
+    """The new values of a tensor, as they are to be written, in the layout of the runner.
 
-    Attributes:
-      name: of the tensor.
-      values: as they are to be written: in the dtype and the layout of the runner.
-      reports: one for each matrix of a linear; none for a norm or a bias that was refined.
+    There is a report for each matrix of a linear, and none for a norm or a bias that was refined.
     """
 
     name: str
@@ -150,7 +146,9 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
 def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProblem:
     # Columns of the weight are where those of the Gram are, if these are not everywhere.
     axis = 0 if inputs.gram.sharding.is_fully_replicated else 1
-    gram = identity_if_unseen(inputs.gram, inputs.tokens)
+    gram = inputs.gram
+    if not inputs.tokens:  # Of zeros Wanda would keep the first ones: all would be worth nothing.
+        gram = jnp.fill_diagonal(gram, 1, inplace=False)
     return LayerProblem(apart(matrix.astype(working_dtype(gram.dtype)), runner.mesh, axis), gram)
 
 

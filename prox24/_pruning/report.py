@@ -63,26 +63,16 @@ class LinearReport(NamedTuple):
         trained = self.refinement
         own["refinement"] = trained and trained._asdict() | {"outcome": trained.outcome.value}
         flat = own | {"status": self.status.name.lower()} | self.statistics._asdict()
-        return {key: None if _is_infinite(value) else value for key, value in flat.items()}
+        infinite = [k for k, v in flat.items() if isinstance(v, float) and not math.isfinite(v)]
+        return flat | dict.fromkeys(infinite)
 
     @classmethod
     def of_figures(cls, figures: Mapping[str, Any]) -> Self:
         """The report that `figures` made them of."""
-        trained = figures["refinement"]
         numbers = {name: figures[name] for name in Statistics._fields}
         losses = {key: math.inf for key, value in numbers.items() if value is None}
-        return cls(
-            name=figures["name"],
-            status=Status[figures["status"].upper()],
-            sparsity=figures["sparsity"],
-            inputs=figures["inputs"],
-            tokens=figures["tokens"],
-            seconds=figures["seconds"],
-            statistics=Statistics(**numbers | losses),
-            refinement=trained
-            and BlockReport(**trained | {"outcome": Outcome(trained["outcome"])}),
-        )
-
-
-def _is_infinite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+        own = {name: figures[name] for name in cls._fields if name != "statistics"}
+        own["status"] = Status[own["status"].upper()]
+        if trained := own["refinement"]:
+            own["refinement"] = BlockReport(**trained | {"outcome": Outcome(trained["outcome"])})
+        return cls(**own, statistics=Statistics(**numbers | losses))

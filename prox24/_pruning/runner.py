@@ -18,12 +18,9 @@ Apply = Callable[[dict[str, Array], Array], Array]
 
 
 class Linear(NamedTuple):
-    """A weight that can be pruned.
+    """A weight that can be pruned: its name, its input's, and the width that M has to divide.
 
-    Attributes:
-      tensor: its name.
-      input: the name of its input; linears that share an input share its Gram.
-      width: of the input, in the direction of the blocks: what M has to divide.
+    Linears that share an input share its Gram.
     """
 
     tensor: str
@@ -47,12 +44,7 @@ class Inputs(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """What runs through the model.
-
-    Attributes:
-      dense: whether the dense model runs alongside the pruned one.
-      crosses: whether its inputs are compared with the pruned model's.
-    """
+    """Whether the dense model runs alongside the pruned one, and whether it makes cross-Grams."""
 
     dense: bool
     crosses: bool
