@@ -19,7 +19,6 @@ class Mapped(list[NDArray[np.float32]]):
     """Micro-batches that are views into a file; what is assigned to one is written there."""
 
     def __setitem__(self, index: Any, values: Any) -> None:
-        """Writes one."""
         self[index][...] = values
 
 

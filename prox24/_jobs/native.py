@@ -25,13 +25,9 @@ from prox24.errors import CalibrationError
 
 
 class Hidden(NamedTuple):
-    """What enters a layer: micro-batches of hidden states of the pruned and of the dense model.
+    """What enters a layer: micro-batches of hidden states, in memory or in files.
 
-    Attributes:
-      pruned: replaced, one after the other, when a layer has run.
-      dense: the same of the dense model; None where it does not run.
-      crosses: see `Streams`.
-      files: where they are on disk; None for memory.
+    They are replaced, one after the other, when a layer has run.
     """
 
     pruned: list[HiddenStates]

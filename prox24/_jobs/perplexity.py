@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array, lax
 from numpy.typing import NDArray
 
@@ -66,6 +67,4 @@ def window_losses(config: Config, weights: dict[str, Array], hidden: Array, toke
 
 def sequence_loss(logits: Array, tokens: Array) -> Array:
     """Summed negative log-likelihood of tokens (length,), of logits (length, vocabulary)."""
-    scores = logits[:-1]
-    chosen = jnp.take_along_axis(scores, tokens[1:, None], axis=-1)[:, 0]
-    return jnp.sum(jax.nn.logsumexp(scores, axis=-1) - chosen)
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits[:-1], tokens[1:]))

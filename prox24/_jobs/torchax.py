@@ -88,10 +88,12 @@ def from_torch(model: "torch.nn.Module") -> TorchModel:
       Prox24Error: torch or torchax is missing, or their releases do not go together. `apply` raises
         `UnsupportedModelError` if torchax cannot run the model.
     """
-    return _as_function(model, "", Call((), {}))
+    return _as_function(model)
 
 
-def _as_function(module: "torch.nn.Module", prefix: str, call: Call) -> TorchModel:
+def _as_function(
+    module: "torch.nn.Module", prefix: str = "", call: Call = Call((), {})
+) -> TorchModel:
     """The module as a function of its parameters, named with a prefix, and its first argument."""
     torch, torchax = require()
     environment = torchax.default_env()
@@ -120,7 +122,7 @@ class TorchLayer(NamedTuple):
 
     module: Any
     prefix: str
-    call: Call
+    call: Call = Call((), {})
 
     def axes(self) -> dict[str, int]:
         """The weights of its linears, with the axis that each sums over."""
@@ -214,7 +216,7 @@ def _decoder_layers(checkpoint: Checkpoint) -> tuple[Any, list[TorchLayer]]:
     model: Any = _load(checkpoint.path)
     count = getattr(model.config, "num_hidden_layers", None)
     lists = (
-        [TorchLayer(layer, f"{name}.{index}.", Call((), {})) for index, layer in enumerate(module)]
+        [TorchLayer(layer, f"{name}.{index}.") for index, layer in enumerate(module)]
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == count
     )

@@ -29,13 +29,10 @@ class Linear(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What one matrix was multiplied with.
+    """What one matrix was multiplied with: the Gram, sum of x x^T, of so many tokens.
 
-    Attributes:
-      gram: sum of x x^T over tokens, shape (in, in).
-      tokens: their number.
-      cross: sum of x' x^T, with x' the same tokens' inputs in the dense model; None where they are
-        the same.
+    The cross-Gram is the sum of x' x^T, with x' the same tokens' inputs in the dense model; None
+    where they are the same.
     """
 
     gram: Array
