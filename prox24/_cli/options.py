@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from prox24._core.pattern import AnyPattern, as_any_pattern
 from prox24._pruning.recipe import PRESETS, DenseTargets, Recipe
@@ -22,31 +22,15 @@ OF_RECIPE = ("pattern", "damping", "only", "skip", "keep_dense", "dtype")
 """Fields of a recipe that are options by themselves."""
 
 
-class Part(NamedTuple):
-    """A part of a recipe that is on or off, and whose fields are options with a prefix."""
+PARTS: dict[str, tuple[str, str, type, str]] = {
+    "targets": ("pruned", "dense", DenseTargets, ""),
+    "refine": ("none", "block", BlockRefinement, "refine_"),
+}
+"""Parts of a recipe that are off or on, with their classes and the prefixes of their options."""
 
-    off: str
-    on: str
-    cls: type
-    prefix: str
-    help: str
-
-
-PARTS = {
-    "targets": Part(
-        off="pruned",
-        on="dense",
-        cls=DenseTargets,
-        prefix="",
-        help="each linear reproduces its own output in the pruned model, or the dense model's",
-    ),
-    "refine": Part(
-        off="none",
-        on="block",
-        cls=BlockRefinement,
-        prefix="refine_",
-        help="train what is kept of each layer, or do not",
-    ),
+PARTS_HELP = {
+    "targets": "each linear reproduces its own output in the pruned model, or the dense model's",
+    "refine": "train what is kept of each layer, or do not",
 }
 
 
@@ -63,10 +47,10 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     )
     for name in OF_RECIPE:
         add_field(group, Recipe, name)
-    for name, part in PARTS.items():
-        group.add_argument(option(name), choices=(part.off, part.on), help=part.help)
-        for field in dataclasses.fields(part.cls):
-            add_field(group, part.cls, field.name, part.prefix)
+    for name, (off, on, cls, prefix) in PARTS.items():
+        group.add_argument(option(name), choices=(off, on), help=PARTS_HELP[name])
+        for field in dataclasses.fields(cls):
+            add_field(group, cls, field.name, prefix)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -79,16 +63,16 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     changes: dict[str, Any] = {name: given[name] for name in OF_RECIPE if name in given}
     if "refit" in given:
         changes["refit"] = None if given["refit"] == "none" else REFITS[given["refit"]]()
-    for name, part in PARTS.items():
+    for name, (off, on, cls, prefix) in PARTS.items():
         value = getattr(recipe, name)
-        if given.get(name) == part.off:
+        if given.get(name) == off:
             value = None
-        elif given.get(name) == part.on and value is None:
-            value = part.cls()
-        own = {field.name: part.prefix + field.name for field in dataclasses.fields(part.cls)}
+        elif given.get(name) == on and value is None:
+            value = cls()
+        own = {field.name: prefix + field.name for field in dataclasses.fields(cls)}
         fields = {field: given[key] for field, key in own.items() if key in given}
         if fields and value is None:
-            raise RecipeError(f"{option(own[next(iter(fields))])} is for --{name} {part.on}")
+            raise RecipeError(f"{option(own[next(iter(fields))])} is for --{name} {on}")
         changes[name] = dataclasses.replace(value, **fields) if fields else value
     return dataclasses.replace(recipe, **changes)
 
