@@ -11,7 +11,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
-from prox24._jobs.torchax import TorchModel, layers_and_inputs
+from prox24._jobs.torchax import layers_and_inputs
 from prox24._pruning.runner import Inputs, Linear, Runner, Streams
 from prox24._trees.calibrate import Stream, gather
 from prox24._trees.products import Apply
@@ -33,8 +33,10 @@ class TorchRunner(Runner[Hidden]):
 
     def __init__(self, checkpoint: Checkpoint, windows: NDArray[np.int32]):
         self._checkpoint = checkpoint
-        self._layers, self._first_inputs = layers_and_inputs(checkpoint, windows)
-        self._latest: tuple[int, TorchModel] | None = None
+        layers, self._first_inputs = layers_and_inputs(checkpoint, windows)
+        self._layers = layers
+        # A layer's is made once, and only one layer's is kept.
+        self._function = functools.lru_cache(maxsize=1)(lambda index: layers[index].function())
 
     @property
     def stages(self) -> int:
@@ -48,15 +50,9 @@ class TorchRunner(Runner[Hidden]):
     def tensors(self, index: int) -> list[str]:
         return list(self._layers[index].shapes())
 
-    def function(self, index: int) -> TorchModel:
-        """A layer as a function, which is made once; only one layer's is kept."""
-        if self._latest is None or self._latest[0] != index:
-            self._latest = (index, self._layers[index].function())
-        return self._latest[1]
-
     def weights(self, index: int) -> dict[str, Array]:
         """The parameters of a layer, float32."""
-        return dict(self.function(index).params)
+        return dict(self._function(index).params)
 
     def enter(self, streams: Streams) -> tuple[int, Hidden]:
         hidden = self._first_inputs
@@ -66,7 +62,7 @@ class TorchRunner(Runner[Hidden]):
         self, index: int, weights: Mapping[str, Array], state: Hidden, wanted: Collection[str]
     ) -> tuple[dict[str, list[Inputs]], Hidden]:
         """Runs the dense layer on each stream; without a refinement both make cross-Grams."""
-        apply = self.function(index).apply
+        apply = self._function(index).apply
         inputs: dict[str, list[Inputs]] = {}
         if wanted:
             dense = None if state.dense is None else Stream(weights, state.dense)
@@ -77,7 +73,7 @@ class TorchRunner(Runner[Hidden]):
         return inputs, state
 
     def advance(self, index: int, weights: Mapping[str, Array], state: Hidden) -> Hidden:
-        apply = self.function(index).apply
+        apply = self._function(index).apply
         own = {name: weight.astype(jnp.float32) for name, weight in weights.items()}
         return state._replace(pruned=_run(apply, own, state.pruned))
 

@@ -13,8 +13,6 @@ from prox24._solvers.hyperparameters import REGISTERED
 from prox24._solvers.protocol import Refit, Solver, implements
 from prox24.errors import RecipeError
 
-PLAIN = (bool, int, float, str, type(None))
-
 
 def encode(value: Any, place: str) -> Any:
     """As JSON holds it: a plain value, a pattern, a tuple of such values, or a registered class."""
@@ -22,7 +20,7 @@ def encode(value: Any, place: str) -> Any:
         return str(value)
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         return [encode(item, f"{place}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, PLAIN):
+    if value is None or isinstance(value, int | float | str):
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{place} is {value}, which JSON cannot hold")
         return value
