@@ -114,10 +114,8 @@ def check_report(
 ) -> None:
     """Raises CheckpointError where a report could not be written, before hours are spent.
 
-    Args:
-      path: of the report.
-      inputs: files, and folders of models, which it must not replace or change.
-      destination: a folder to write, in which it would be lost.
+    It must replace no input, neither a file nor what is in a folder, and would be lost in the
+    destination.
     """
     if path is None:
         return
@@ -154,12 +152,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def gigabytes(count: int | None) -> str:
-    """A number of bytes for people.
-
-    Example:
-      >>> gigabytes(1_500_000_000), gigabytes(None)
-      ('1.50 GB', 'unknown')
-    """
+    """A number of bytes for people."""
     return "unknown" if count is None else f"{count / 1e9:.2f} GB"
 
 

@@ -25,9 +25,7 @@ PATIENCE = 60
 
 
 @contextlib.contextmanager
-def connected(
-    coordinator: str | None = None, count: int | None = None, index: int | None = None
-) -> Iterator[None]:
+def connected(coordinator: str | None, count: int | None, index: int | None) -> Iterator[None]:
     """Joins the processes of a run, before JAX has touched a device.
 
     The coordinator, HOST:PORT, is where process 0 listens. What is not given, JAX finds in its
