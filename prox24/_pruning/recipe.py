@@ -211,7 +211,7 @@ class Recipe:
         if type(version) is not int or version != VERSION:
             raise RecipeError(f"version {version!r} of recipes is unknown; this is {VERSION}")
         fields = {key: value for key, value in given.items() if key != "recipe"}
-        pattern = _pattern_of_json(fields.pop("pattern", str(cls.pattern)))
+        pattern = fields.pop("pattern", cls.pattern)
         return dataclasses.replace(build(cls, fields, "recipe"), pattern=pattern)
 
     @classmethod
@@ -295,16 +295,9 @@ def _checked_pattern(pattern: Any) -> Any:
     return tuple(pairs)
 
 
-def _pattern_of_json(value: Any) -> Any:
-    """The field of a recipe: only a share of zeros is an object in JSON."""
-    if isinstance(value, Mapping):
-        return decode(value, Unstructured, "recipe.pattern")
-    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        return [[expression, _pattern_of_json(own)] for expression, own in value]
-    return value
-
-
 def _one_pattern(place: str, pattern: Any) -> AnyPattern:
+    if isinstance(pattern, Mapping):  # a share of zeros, as JSON holds it
+        return decode(pattern, Unstructured, "recipe.pattern")
     try:
         return as_any_pattern(pattern)
     except ValueError as error:
