@@ -21,7 +21,6 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB
 OF_RECIPE = ("pattern", "damping", "only", "skip", "keep_dense", "dtype")
 """Fields of a recipe that are options by themselves."""
 
-
 PARTS: dict[str, tuple[str, str, type, str]] = {
     "targets": ("pruned", "dense", DenseTargets, ""),
     "refine": ("none", "block", BlockRefinement, "refine_"),
@@ -100,15 +99,9 @@ def add_field(group: Any, cls: type, name: str, prefix: str = "") -> None:
 
 def attribute_help(cls: type) -> dict[str, str]:
     """The texts of the attributes of a docstring, by name."""
-    (section,) = re.findall(r"Attributes:\n((?: {2,}.*\n|\n)*)", inspect.getdoc(cls) or "")
-    found: dict[str, str] = {}
-    for line in section.splitlines():
-        if match := re.fullmatch(r"  (\w+): (.*)", line):
-            name = match[1]
-            found[name] = match[2]
-        elif line.strip() and found:
-            found[name] += " " + line.strip()
-    return {name: text.rstrip(".") for name, text in found.items()}
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^  (\w+): ((?:.|\n {4})*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()).rstrip(".") for name, text in found}
 
 
 def add_output(
