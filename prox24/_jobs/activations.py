@@ -25,8 +25,8 @@ class Mapped(list[NDArray[np.float32]]):
 class ActivationFiles:
     """Streams of hidden states in memory-mapped files of a folder.
 
-    A stream has two files: what enters a layer is read from one while what leaves it is written to
-    the other. A third names the layer that all streams are complete for. Each of several processes
+    A stream has two files: the input of a layer is read from one while its output is written to the
+    other. A third names the layer that all streams are complete for. Each of several processes
     has a folder of its own.
 
     Attributes:
@@ -72,7 +72,7 @@ class ActivationFiles:
         return self._folder / f"{stream}-{layer % 2}"
 
     def micro_batches(self, stream: str, layer: int) -> Mapped:
-        """What enters a layer, to be read or written."""
+        """The input of a layer, to be read or written."""
         path, size = self._path(stream, layer), self._micro_batch
         with writing(path):
             path.touch()
@@ -81,7 +81,7 @@ class ActivationFiles:
         return Mapped(whole[i : i + size] for i in range(0, len(whole), size))
 
     def complete(self, layer: int, streams: Iterable[str]) -> None:
-        """Notes that what enters the layer is written; when it returns, it is on disk."""
+        """Notes that the input of a layer is written; when it returns, it is on disk."""
         new = self._folder / "layer.new"
         with writing(self._folder):
             new.write_text(str(layer))

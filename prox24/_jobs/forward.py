@@ -99,12 +99,12 @@ def layer_weights(model: Model, index: int) -> dict[str, Array]:
 
 
 def embedding_weights(model: Model) -> dict[str, Array]:
-    """Reads what comes before the layers."""
+    """Reads the tensors before the layers."""
     return _outer_weights(model, spec.embedding_shapes(model.config))
 
 
 def head_weights(model: Model) -> dict[str, Array]:
-    """Reads what comes after the layers: the final norm and the head."""
+    """Reads the tensors behind the layers: the final norm and the head."""
     return _outer_weights(model, spec.head_shapes(model.config))
 
 

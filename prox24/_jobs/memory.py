@@ -53,7 +53,7 @@ class Setup(NamedTuple):
 
 
 def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool) -> Setup:
-    """An error where a pattern does not fit the model, or Grams cannot be shared."""
+    """The setup; raises an error where a pattern does not fit, or Grams cannot be shared."""
     widths = {linear.tensor: linear.shape[1] for linear in forward.all_linears(model.config)}
     check_widths(widths, recipe)
     if shard_grams:

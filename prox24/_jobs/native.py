@@ -25,7 +25,7 @@ from prox24.errors import CalibrationError
 
 
 class Hidden(NamedTuple):
-    """What enters a layer: micro-batches of hidden states, in memory or in files.
+    """The input of a layer: micro-batches of hidden states, in memory or in files.
 
     They are replaced, one after the other, when a layer has run.
     """
@@ -182,12 +182,12 @@ def native_runner(
 ) -> NativeRunner:
     """A checkpoint as the loop prunes it, calibrated on tokens of shape (windows, length).
 
-    A micro-batch is a divisor of their number; None takes about `forward.BATCH_TOKENS` tokens. With
-    a refinement it is the most, and a step's windows are a multiple. In the folder `activations`
-    are memory-mapped hidden states, of each process another. The devices of the mesh share the
-    windows and the rows of every weight, process after process; its axes count as one. They divide
-    the windows, and the micro-batches that are given. Where they share columns instead, but do not
-    divide a width, they share its rows.
+    The size of a micro-batch divides the number of windows; None takes about `forward.BATCH_TOKENS`
+    tokens. With a refinement it is the largest size, and a step has several. Each process has its
+    own folder of `activations`; None keeps hidden states in memory. The devices of the mesh share
+    the windows and the rows of every weight, process after process; its axes count as one. Their
+    number divides windows and micro-batches. With `shard_grams` they share columns; they share rows
+    where they do not divide a width.
     """
     model, refine = forward.load_model(checkpoint, mesh), recipe.refine
     count, length = windows.shape

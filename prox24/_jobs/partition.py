@@ -56,9 +56,9 @@ def outer(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weights, Array]:
-    """Inside a program, from parts as `stored` has them, what a layer computes with.
+    """The weights of a layer, of parts as `stored` has them, and each device's own windows.
 
-    Those are its weights, and every device's own windows of the hidden states.
+    For the inside of a program.
     """
     if mesh is None:
         return weights, hidden

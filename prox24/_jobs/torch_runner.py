@@ -18,7 +18,7 @@ from prox24._trees.products import Apply
 
 
 class Hidden(NamedTuple):
-    """What enters a layer, batch by batch, in the pruned and in the dense model."""
+    """The input of a layer, batch by batch, in the pruned and in the dense model."""
 
     pruned: list[Array]
     dense: list[Array] | None

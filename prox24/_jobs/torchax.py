@@ -232,7 +232,7 @@ def _decoder_layers(checkpoint: Checkpoint) -> tuple[Any, list[TorchLayer]]:
 def layers_and_inputs(
     checkpoint: Checkpoint, windows: NDArray[np.int32]
 ) -> tuple[list[TorchLayer], list[Array]]:
-    """The layers of a decoder with their calls, and what enters the first one, batch by batch."""
+    """The layers of a decoder with their calls, and the input of the first one, batch by batch."""
     torch, torchax = require()
     model, layers = _decoder_layers(checkpoint)
     kind, size = type(model).__name__, batch_size(*windows.shape)

@@ -147,7 +147,7 @@ def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProbl
     # Columns of the weight are where those of the Gram are, if these are not everywhere.
     axis = 0 if inputs.gram.sharding.is_fully_replicated else 1
     gram = inputs.gram
-    if not inputs.tokens:  # Of zeros Wanda would keep the first ones: all would be worth nothing.
+    if not inputs.tokens:  # With a Gram of zeros all scores of Wanda are equal.
         gram = jnp.fill_diagonal(gram, 1, inplace=False)
     return LayerProblem(apart(matrix.astype(working_dtype(gram.dtype)), runner.mesh, axis), gram)
 

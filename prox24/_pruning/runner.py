@@ -52,7 +52,7 @@ class Runner(Protocol[State]):
 
     A stage is a layer of a decoder, or the weights of a function that share an input. `State` is
     what a runner takes from one stage to the next, such as hidden states. Only the runner looks
-    into it. What has a body here serves a runner whose weights are matrices (out, in).
+    into it. Methods with a body serve a runner whose weights are matrices (out, in).
     """
 
     @property
