@@ -51,6 +51,12 @@ class Setup(NamedTuple):
         """The number of devices that share the columns of a Gram."""
         return self.devices if self.shard_grams and width % self.devices == 0 else 1
 
+    def rows(self, shape: tuple[int, ...]) -> int:
+        """The number of rows that a device solves: what the devices do not divide is for each."""
+        outputs, width = shape
+        shared = self.sharing(width) == 1 and outputs % self.devices == 0
+        return outputs // self.devices if shared else outputs
+
 
 def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool) -> Setup:
     """The setup; raises an error where a pattern does not fit, or Grams cannot be shared."""
@@ -76,10 +82,7 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
     held = _held(_weights(model, index))
     pruned = _held(_weights(model, index, setup.recipe.dtype))
     grams = sum(4 * width**2 // setup.sharing(width) for width in _widths(linears).values())
-    by_shape = {
-        (linear.shape, setup.recipe.pattern_of(linear.tensor)): linear for linear in linears
-    }
-    solving = {linear.tensor: _solving(linear, setup) for linear in by_shape.values()}
+    solving = {linear.tensor: _solving(linear, setup) for linear in _largest(linears, setup)}
     widest = max(solving, key=solving.__getitem__, default="")
     return Memory(
         weights=held,
@@ -195,12 +198,28 @@ def _gathering(model: Model, index: int, micro_batch: tuple[int, int], setup: Se
     return alone + int(max(0, needed - alone) * part) + sent
 
 
+def _largest(linears: Iterable[Linear], setup: Setup) -> list[Linear]:
+    """The linears whose solver may need most: it needs more for more entries and wider Grams."""
+    asked: dict[Any, Linear] = {}
+    for linear in linears:
+        kind = setup.recipe.pattern_of(linear.tensor), setup.sharing(linear.shape[1])
+        asked[*kind, setup.rows(linear.shape), linear.shape[1]] = linear
+
+    def is_larger(other: Any, key: Any) -> bool:
+        (*kind, rows, width), (*other_kind, more, wider) = key, other
+        return kind == other_kind and more * wider >= rows * width and wider >= width
+
+    return [
+        linear
+        for key, linear in asked.items()
+        if not any(is_larger(other, key) for other in asked if other != key)
+    ]
+
+
 def _solving(linear: Linear, setup: Setup) -> int:
     """Beside the Gram, and the cross-Gram."""
     (outputs, width), recipe = linear.shape, setup.recipe
-    sharing = setup.sharing(width)
-    # What the devices do not divide is solved by each.
-    rows = outputs if sharing > 1 or outputs % setup.devices else outputs // setup.devices
+    sharing, rows = setup.sharing(width), setup.rows(linear.shape)
     gram = Spec((width, width), jnp.float32)
     problem = LayerProblem(Spec((rows, width), jnp.float32), gram)  # type: ignore[arg-type]
     pattern = recipe.pattern_of(linear.tensor)
@@ -239,7 +258,10 @@ def _held(weights: Mapping[str, Spec]) -> int:
 
 
 def _needed(lowered: Any) -> int:
-    memory = lowered.compile().memory_analysis()
+    # Buffers are assigned before LLVM optimises, which takes half of the time on a CPU.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    on_cpu = jax.default_backend() == "cpu"
+    memory = lowered.compile(options if on_cpu else None).memory_analysis()
     return int(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
