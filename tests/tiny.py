@@ -151,6 +151,9 @@ VARIANTS: dict[str, dict] = {
     },
     "olmoe": {"model_type": "olmoe", "clip_qkv": 0.5, "num_key_value_heads": 2, **EXPERTS},
 }
+FIRST_OF_FAMILY = {
+    changes.get("model_type", "llama"): variant for variant, changes in reversed(VARIANTS.items())
+}
 SETTINGS = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
@@ -197,9 +200,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def write_tiny(folder: Path, variant: str = "llama1", dtype: str = "float32", shards: int = 1):
-    """Writes an HF folder; returns its weights by name."""
-    config = config_dict(variant) | {"torch_dtype": dtype}
+def write_tiny(
+    folder: Path, variant: str = "llama1", dtype: str = "float32", shards: int = 1, **changes
+):
+    """Writes an HF folder of a config with changes; returns its weights by name."""
+    config = config_dict(variant, **changes) | {"torch_dtype": dtype}
     numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     weights = random_weights(config, numpy_dtype)
     return write_folder(folder, config, weights, shards)
@@ -255,29 +260,58 @@ def pruned_by(runner, recipe, **options) -> Pruned:
     return Pruned({tensor.name: tensor.values for tensor in found}, reports)
 
 
-def jax_logits(config_json: dict, weights: dict, token_ids: np.ndarray) -> np.ndarray:
-    config = config_from_hf(config_json, weights)
-    outer, hidden = _embed(config, weights, token_ids)
-    for index, layer in enumerate(config.layers):
-        own = _layer_weights(config, weights, index)
-        hidden = decoder.layer(layer, own, hidden, decoder.no_tap)
+def rounding(values: np.ndarray, layers: int = 2, width: int = 64) -> float:
+    """How far two results in float32 of a model's forward pass may lie apart.
+
+    A sum of K products rounds by at most about sqrt(K) u of its size, u = 2^-24, however a
+    processor orders it (Higham and Mary, 2019). A layer has four products in sequence, the head is
+    one more, and the two results round independently: their squares add. Three standard deviations.
+    """
+    products = 2 * (4 * layers + 1)
+    return 3 * np.sqrt(products * width) * 2.0**-24 * float(np.abs(values).max())
+
+
+def assert_close(found, expected, **sizes) -> None:
+    """Up to the rounding of a forward pass in float32."""
+    atol = rounding(expected, **sizes)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+def jax_logits(
+    config_json: dict, weights: dict, token_ids: np.ndarray, tap=decoder.no_tap
+) -> np.ndarray:
+    config, (outer, layers) = model_weights(config_json, weights)
+    hidden = decoder.embed(config, outer, jnp.asarray(token_ids))
+    for layer, own in zip(config.layers, layers, strict=True):
+        hidden = decoder.layer(layer, own, hidden, tap)
     return np.asarray(decoder.logits(config, outer, hidden))
 
 
 def model_weights(config_json: dict, weights: dict) -> tuple[spec.Config, ModelWeights]:
     """The decoder, and its weights as `prox24._models.generate` takes them."""
     config = config_from_hf(config_json, weights)
-    layers = [_layer_weights(config, weights, index) for index in range(len(config.layers))]
-    return config, ModelWeights(_outer_weights(config, weights), layers)
+
+    def layer_tensor(index: int, name: str):
+        values = jnp.asarray(weights[spec.layer_tensor(config.names, index, name)])
+        return values.T if config.names.transposed else values
+
+    outer = {
+        name: jnp.asarray(weights[spec.outer_tensor(config.names, name)])
+        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
+    }
+    layers = [
+        {name: layer_tensor(index, name) for name in spec.layer_shapes(layer)}
+        for index, layer in enumerate(config.layers)
+    ]
+    return config, ModelWeights(outer, layers)
 
 
 def seen_by_linears(config_json: dict, weights: dict, token_ids: np.ndarray, index: int) -> dict:
     """What the linears of a layer see, (tokens, in) in float64, by the checkpoint's names."""
-    config = config_from_hf(config_json, weights)
+    config, (outer, layers) = model_weights(config_json, weights)
     seen: dict[str, jnp.ndarray] = {}
-    _, hidden = _embed(config, weights, token_ids)
-    for number, layer in enumerate(config.layers[: index + 1]):
-        own = _layer_weights(config, weights, number)
+    hidden = decoder.embed(config, outer, jnp.asarray(token_ids))
+    for layer, own in list(zip(config.layers, layers, strict=True))[: index + 1]:
         hidden = decoder.layer(layer, own, hidden, seen.__setitem__)
     return {
         spec.layer_tensor(config.names, index, f"{linear}.weight"): np.asarray(
@@ -285,23 +319,3 @@ def seen_by_linears(config_json: dict, weights: dict, token_ids: np.ndarray, ind
         ).reshape(-1, seen[name].shape[-1])
         for linear, name in spec.linear_inputs(config.layers[index]).items()
     }
-
-
-def _embed(config: spec.Config, weights: dict, token_ids: np.ndarray):
-    outer = _outer_weights(config, weights)
-    return outer, decoder.embed(config, outer, jnp.asarray(token_ids))
-
-
-def _outer_weights(config: spec.Config, weights: dict) -> dict:
-    return {
-        name: jnp.asarray(weights[spec.outer_tensor(config.names, name)])
-        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
-    }
-
-
-def _layer_weights(config: spec.Config, weights: dict, index: int) -> dict:
-    found = {
-        name: jnp.asarray(weights[spec.layer_tensor(config.names, index, name)])
-        for name in spec.layer_shapes(config.layers[index])
-    }
-    return {name: w.T for name, w in found.items()} if config.names.transposed else found

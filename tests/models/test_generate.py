@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import calibrated, error_line, printed_json, run, write_workspace
-from tiny import VARIANTS, config_dict, model_weights, random_weights, tokens, write_tiny
+from tiny import (
+    FIRST_OF_FAMILY,
+    assert_close,
+    config_dict,
+    model_weights,
+    random_weights,
+    rounding,
+    tokens,
+    write_tiny,
+)
 
 from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
 from prox24._jobs.forward import all_weights, load_model
@@ -21,12 +30,6 @@ from prox24.errors import CheckpointError, PromptError, Prox24Error
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT, LENGTH = 44, 48  # programs are shared by the tests of these lengths
 COUNT = LENGTH - PROMPT + 1
-# One of each family, and linear biases behind rotary ones; the prompts of some.
-CACHED = [
-    *{config_dict(variant)["model_type"]: variant for variant in reversed(VARIANTS)}.values(),
-    "falcon_alibi",
-]
-PROMPTED = ["grouped_heads", "gemma3", "gpt2", "bloom"]
 
 
 def tiny_model(variant="llama1", **changes):
@@ -46,7 +49,7 @@ def full_pass(config, weights, text):
     return decoder.logits(config, weights.outer, hidden)
 
 
-@pytest.mark.parametrize("variant", CACHED)
+@pytest.mark.parametrize("variant", [*FIRST_OF_FAMILY.values(), "falcon_alibi"])
 def test_logits_token_by_token_are_those_of_full_passes_in_pytorch(variant):
     config, weights = tiny_model(variant)
     expected = np.load(GOLDEN / f"{variant}.npy")
@@ -56,11 +59,10 @@ def test_logits_token_by_token_are_those_of_full_passes_in_pytorch(variant):
         found, cache = advance(config, weights, cache, last[:, None], np.int32(position))
         logits.append(found)
     logits = np.stack(logits[-4:], axis=1)
-    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
-    np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+    assert_close(logits, expected)
 
 
-@pytest.mark.parametrize("variant", PROMPTED)
+@pytest.mark.parametrize("variant", ["grouped_heads", "gemma3", "gpt2", "bloom"])
 def test_greedy_tokens_are_those_of_full_passes(variant):
     model, prompts = tiny_model(variant), tokens()[:, :PROMPT]
     generated = continued(model, prompts)
@@ -77,7 +79,7 @@ def test_a_text_that_outgrows_the_short_frequencies_is_read_anew():
     # Full passes up to the switch have other frequencies than those beyond it.
     short, long = (np.asarray(full_pass(*model, text[:, :end])) for end in (32, 34))
     expected = np.concatenate([short[:, 30:], long[:, 32:]], axis=1)
-    assert np.abs(long[:, 31] - short[:, 31]).max() > 1e-3
+    assert np.abs(long[:, 31] - short[:, 31]).max() > 100 * rounding(short)
     np.testing.assert_array_equal(generated, expected.argmax(-1))
 
 
@@ -104,7 +106,7 @@ def test_a_token_can_be_one_program_and_the_cache_is_donated():
         for run, cache in zip((one_program, advance), caches, strict=True)
     )
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6, rtol=0)
+        assert_close(one, other, layers=1)
     assert all(part.is_deleted() for part in jax.tree.leaves(caches))
 
 
@@ -151,7 +153,7 @@ def drawn_shares(temperature, top_p, count=20_000):
     return np.bincount(drawn, minlength=5) / count
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(temperature):
     expected = PROBABILITIES ** (1 / temperature)
     expected /= expected.sum()
@@ -162,13 +164,15 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(temperature):
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(1e-50, [1]), (0.3, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]), (0.96, [0, 1, 2, 3, 4])],
+    [(1e-50, [1]), (0.3, [1]), (0.7, [1, 3, 4]), (0.96, [0, 1, 2, 3, 4])],
 )
 def test_the_nucleus_has_the_fewest_tokens_that_reach_top_p(top_p, kept):
     expected = np.where(np.isin(np.arange(5), kept), PROBABILITIES, 0)
     shares = drawn_shares(1.0, top_p)
     assert np.flatnonzero(shares).tolist() == kept
-    np.testing.assert_allclose(shares, expected / expected.sum(), atol=0.02)
+    # The standard deviation of a share is at most 1/2 over the root of the draws; five of them.
+    atol = 5 * 0.5 / np.sqrt(20_000)
+    np.testing.assert_allclose(shares, expected / expected.sum(), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-30])
@@ -227,7 +231,7 @@ def command(folder, *options, prompt=TEXT, count=COUNT):
     return ["generate", folder, "--prompt", prompt, "--tokens", count, *options]
 
 
-def test_the_command_agrees_with_the_function(folder, capsys):
+def test_the_command_agrees_with_the_function_and_prints_the_prompt_before(folder, capsys):
     printed = printed_json(capsys, *command(folder))
     tokenizer = open_checkpoint(folder).load_tokenizer()
     ids = tokenizer(TEXT)["input_ids"]
@@ -236,13 +240,11 @@ def test_the_command_agrees_with_the_function(folder, capsys):
     assert printed["prompt_tokens"] == PROMPT
     assert printed["seconds"] > 0
     assert printed["tokens_per_second"] > 0
-
-
-def test_the_command_prints_the_prompt_and_what_follows(folder, capsys):
-    options = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "4"]
-    text = printed_json(capsys, *command(folder, *options))["text"]
-    assert run(*command(folder, *options)) == 0
-    assert capsys.readouterr().out == f"{TEXT}{text}\n"
+    options = {"temperature": 0.8, "top_p": 0.9, "seed": 4}
+    given = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "4"]
+    (drawn,) = continued(tiny_model(), [ids], **options)
+    assert run(*command(folder, *given)) == 0
+    assert capsys.readouterr().out == f"{tokenizer.decode([*ids, *drawn.tolist()])}\n"
 
 
 def test_the_weights_have_the_dtype_that_is_asked_for(folder):
