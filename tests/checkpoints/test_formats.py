@@ -240,7 +240,6 @@ PICKLES = [
     ("takes 0 positional", entries({"x": call("collections.OrderedDict", text("x"))})),
     ("not callable", entries({"x": call("torch.FloatStorage", number(10**9))})),
     ("attributes of something else", tensor() + entries({"shape": numbers(9)}) + b"b"),
-    ("attributes of something else", reference(REBUILD) + entries({"__code__": NO}) + b"b"),
     ("neither text nor a number", b"}" + BOMB + tensor() + b"s"),
     ("neither text nor a number", b"](" + text("x") + tensor() + b"u"),
     ("'x' is not a tensor", entries({"x": BOMB})),
@@ -253,26 +252,24 @@ PICKLES = [
     ("65 dimensions", entries({"x": tensor((1,) * 65, (1,) * 65)})),
     ("not all numbers from 0 on", entries({"x": tensor((2, 3), (-3, 1), 3)})),
     ("not all numbers from 0 on", entries({"x": call(REBUILD, *TRUE_SIZES)})),
-    ("(1 is missing|stores something else)", entries({"x": tensor(stored=storage(key="1"))})),
+    ("storage 1 is missing", entries({"x": tensor(stored=storage(key="1"))})),
     ("storage 0 is truncated", entries({"x": tensor(stored=storage(7))})),
     ("no array has the shape", entries({"x": tensor((0,) + (2**31 - 1,) * 3, (1,) * 4)})),
     ("reaches beyond", entries({"x": tensor(offset=1)})),
     ("reaches beyond", entries({"x": tensor((2**30, 2**30), (0, 0))})),
     ("", b"X" + struct.pack("<I", 2**32 - 1) + b"x"),
     ("", b"\x95" + struct.pack("<Q", 2**62)),
-    ("", b"h\x07"),
     ("", b"}" + text("x") + tensor() + b"(u"),
     ("", b"R"),
     ("holds no dict", b"](" * 2000 + b"e" * 2000),
 ]
 
 
-@pytest.mark.parametrize("write", [write_zip, write_legacy])
 @pytest.mark.parametrize(("named", "body"), PICKLES, ids=[named for named, _ in PICKLES])
-def test_other_pickles_are_refused(tmp_path, monkeypatch, write, named, body, little_memory):
+def test_other_pickles_are_refused(tmp_path, monkeypatch, named, body, little_memory):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=rf"x\.bin cannot be read as a state dict: .*{named}"):
-        pickle_file.open_file(write(tmp_path / "x.bin", body))
+        pickle_file.open_file(write_zip(tmp_path / "x.bin", body))
     assert files(tmp_path) == ["x.bin"]  # no command ran
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny import config_dict, jax_logits, random_weights, tokens
+from tiny import config_dict, random_weights
 
 from prox24._checkpoints import gguf_header
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.gguf_tokenizer import build_tokenizer
 from prox24._jobs.text import start_tokens
+from prox24._models.families import config_from_hf
 from prox24.errors import CheckpointError, UnsupportedModelError
 
 # By llama.cpp's conventions; written here independently of what reads them.
@@ -41,7 +42,7 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
 }
 GEMMA3 = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
-GEMMA3 |= {"rope_parameters": GEMMA3_ROPE, "rms_norm_eps": 1e-6}
+GEMMA3 |= {"rope_parameters": GEMMA3_ROPE}
 CASES = {
     "llama": ("grouped_heads", {}),
     "llama with biases": ("grouped_heads", {"attention_bias": True, "mlp_bias": True}),
@@ -106,36 +107,37 @@ def test_a_bias_that_the_model_has_not_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_logits_of_a_gguf_are_those_of_the_model_it_was_made_of(tmp_path, kind):
+def test_a_gguf_is_the_model_it_was_made_of(tmp_path, kind):
     variant, changes = CASES[kind]
     kind = kind.partition(" ")[0]
-    config = config_dict(variant, **changes)
+    config = config_dict(variant, rms_norm_eps=2.0**-20, **changes)  # which float32 has
     weights = random_weights(config)
     write_gguf(tmp_path / "model.gguf", kind, config, weights)
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
-    assert set(checkpoint.tensors) == set(weights)
-    read = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    expected = jax_logits(config, weights, tokens())
-    found = jax_logits(checkpoint.config, read, tokens())
-    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    assert config_from_hf(checkpoint.config, checkpoint.tensors) == config_from_hf(config, weights)
+    assert checkpoint.tensors.keys() == weights.keys()
+    for name, values in weights.items():
+        # The norms of Gemma are stored plus one, which rounds by 2^-24 below 2.
+        atol = 2.0**-24 if kind == "gemma3" and "norm" in name else 0
+        np.testing.assert_allclose(checkpoint.read(name), values, rtol=0, atol=atol)
 
 
 SCALED = "scaled rope frequencies"
 ROPES = [
     ("dimension_count", {8: None, 4: "is 4, a head has"}),
-    ("scale_linear", {0.0: None, 1.0: None, 4.0: SCALED, (1.0, 4.0): SCALED}),
-    ("scaling.factor", {0.0: None, 1.0: None, 4.0: SCALED, (1.0, 4.0): SCALED}),
+    ("scale_linear", {0.0: None, 4.0: SCALED}),
+    ("scaling.factor", {1.0: None, (1.0, 4.0): SCALED}),
 ]
 
 
 @pytest.mark.parametrize(("field", "values"), ROPES, ids=[field for field, _ in ROPES])
 def test_heads_that_rotate_otherwise_are_refused(tmp_path, field, values):
     config = config_dict("grouped_heads", head_dim=8)
+    path, weights = tmp_path / "model.gguf", random_weights(config)
     for value, named in values.items():
-        write_gguf(tmp_path / "model.gguf", "llama", config, random_weights(config), {field: value})
-        refused = pytest.raises(UnsupportedModelError, match=named) if named else nullcontext()
-        with refused:
-            open_checkpoint(tmp_path / "model.gguf")
+        write_gguf(path, "llama", config, weights, {field: value})
+        with pytest.raises(UnsupportedModelError, match=named) if named else nullcontext():
+            open_checkpoint(path)
 
 
 PIECES = {"\u2581": -9.0, "a": -8.0, "b": -7.0, "ab": -3.0, "ba": -2.5, "\u2581a": -4.0}
@@ -162,10 +164,10 @@ SENTENCE_PIECE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("said", "start"), [({}, [len(PIECES) + 1]), ({"tokenizer.ggml.add_bos_token": False}, [])]
-)
-def test_a_text_begins_with_the_start_token_unless_the_file_says_otherwise(said, start):
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_text_begins_with_the_start_token_unless_the_file_says_otherwise(starts):
+    said = {} if starts else {"tokenizer.ggml.add_bos_token": False}
+    start = [len(PIECES) + 1] if starts else []
     tokenizer = build_tokenizer(SENTENCE_PIECE | said, 64, Path("model.gguf"))
     plain = tokenizer("ab ab", add_special_tokens=False)["input_ids"]
     assert tokenizer("ab ab")["input_ids"] == start + plain
@@ -254,7 +256,6 @@ HEADERS = [
     ("in blocks of 32", header(tensors=tensor(shape=(16, 2), kind=8), count=1)),
     ("not a valid GGMLQ", header(tensors=tensor(kind=9999), count=1)),
     ("not within the file", header(tensors=tensor(shape=(2**32, 2**32)), count=1)),
-    ("not within the file", header(tensors=tensor(start=2**63), count=1)),
     ("not within the file", header(tensors=tensor(shape=(0, 2**62)), count=1)),
     ("something twice", header(tensors=tensor() * 2, count=2)),
     ("something twice", header((text("a") + struct.pack("<IB", 0, 1)) * 2, field_count=2)),
