@@ -1,7 +1,6 @@
 """Training the kept weights of a block on its output."""
 
 import itertools
-import json
 import re
 
 import jax
@@ -9,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import TEXT, contents, error_line, files, printed_json
+from commands import run as run_command
 from reference import masked_least_squares
 from tiny import config_dict, pruned_by, random_weights, tokens, write_folder, write_tiny
 
 import prox24
 from prox24 import Recipe, Wanda, refine
 from prox24._checkpoints.checkpoint import open_checkpoint
-from prox24._cli.main import main
 from prox24._core.precision import COMPUTE_DTYPES
 from prox24._jobs.forward import all_linears, load_model
 from prox24._jobs.native import native_runner
@@ -26,7 +26,8 @@ from prox24.errors import CalibrationError, CheckpointError
 from prox24.refine import BlockRefinement, Outcome
 
 BATCHES = 6
-TEXT = "Calibration text for a model that reads bytes. " * 60
+UNIT = 2.0**-24
+"""What float32 rounds by, relative to a number."""
 
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -62,6 +63,15 @@ def error_of(params, block):
     return float(refine.relative_error(two_layers(params, inputs[-1]), targets[-1]))
 
 
+def rounding(loss):
+    """Relative, of an error by the products of `two_layers`, whose 32 terms round by sqrt(32) UNIT.
+
+    The root of the error is the size of a difference, which rounds as its two parts of size 1 do,
+    and is squared. Three standard deviations.
+    """
+    return 3 * 2 * np.sqrt(2 * 32 / loss) * UNIT
+
+
 def assert_same_zeros(params, given):
     for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(given), strict=True):
         assert new.dtype == old.dtype
@@ -75,7 +85,8 @@ def test_the_error_falls_and_the_zeros_stay(pruned):
     assert len(refined.losses) == 21
     assert min(refined.losses) < 0.6 * refined.losses[0]
     assert_same_zeros(refined.params, pruned[0])
-    assert error_of(refined.params, pruned) == pytest.approx(min(refined.losses), rel=1e-5)
+    best = min(refined.losses)
+    assert error_of(refined.params, pruned) == pytest.approx(best, rel=rounding(best))
 
 
 def test_micro_batches_make_one_step(pruned):
@@ -86,10 +97,13 @@ def test_micro_batches_make_one_step(pruned):
     parts = trained(halves, optimizer, passes=3, held_out=2, micro_batches=2)
     assert parts.steps == whole.steps
     assert whole.losses[-1] < whole.losses[0]
-    # The relative error is a mean over tokens: that of a batch is the mean of its halves'.
-    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-4)
+    # The relative error is a mean over tokens: that of a batch is the mean of its halves'. Each
+    # step rounds sums over 64 tokens, in both runs.
+    moved = 2 * whole.steps * np.sqrt(64) * UNIT
+    rtol = rounding(whole.losses[-1]) + 2 * moved / np.sqrt(whole.losses[-1])
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=rtol)
     for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=moved * np.abs(b).max())
     with pytest.raises(ValueError, match="11 batches are no whole number of steps of 2"):
         trained(halves, optimizer, micro_batches=2)
 
@@ -102,16 +116,19 @@ def test_a_linear_block_reaches_least_squares():
     x = jax.random.normal(keys[1], (256, 8), jnp.float32) * scale[None]
     # The held-out batch is the one of the training: the best is the least squares.
     block = {"kernel": jnp.where(mask, weight, 0)}, [x] * 2, [x @ weight] * 2
+    rate = optax.exponential_decay(0.05, 1, 0.98)
     refined = trained(
         block,
-        optax.adam(optax.exponential_decay(0.05, 1, 0.98)),
+        optax.adam(rate),
         lambda params, x: x @ params["kernel"],
         passes=300,
         loss=lambda output, target: jnp.mean(jnp.square(output - target)),
     )
     gram = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
     exact = masked_least_squares(weight.T, gram, mask.T)
-    np.testing.assert_allclose(refined.params["kernel"].T, exact, atol=2e-3)
+    # Adam's steps are about as long as the rate, and end as near as some of the last ones.
+    atol = 20 * rate(300)
+    np.testing.assert_allclose(refined.params["kernel"].T, exact, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1])
@@ -126,7 +143,8 @@ def test_divergence_rolls_back_to_the_best(pruned):
     refined = trained(pruned, optax.sgd(rate), passes=9)
     assert refined.outcome is Outcome.DIVERGED
     assert not np.isfinite(refined.losses[-1])
-    assert error_of(refined.params, pruned) == pytest.approx(np.nanmin(refined.losses), rel=1e-5)
+    best = np.nanmin(refined.losses)
+    assert error_of(refined.params, pruned) == pytest.approx(best, rel=rounding(best))
 
 
 def test_weights_that_a_loss_hides_do_not_count_as_better():
@@ -179,7 +197,8 @@ def test_a_target_of_zero_counts_by_the_size_of_the_others():
     target = jnp.array([[2.0, 0.0], [0.0, 0.0], [0.0, 4.0]])  # sizes 4, 0, 16: mean 20 / 3
     output = target + jnp.array([[1.0, 1.0]])
     expected = (2 / 4 + 2 / (20 / 3) + 2 / 16) / 3
-    assert float(refine.relative_error(output, target)) == pytest.approx(expected)
+    # A dozen operations.
+    assert float(refine.relative_error(output, target)) == pytest.approx(expected, rel=12 * UNIT)
 
 
 def test_optimizers_that_keep_the_first_parameters(pruned):
@@ -212,8 +231,9 @@ def test_no_divergence_where_both_exclude_a_token():
     target, logits = jnp.array([0.0, 1.0, -jnp.inf]), jnp.array([1.0, 0.0, -jnp.inf])
     found, gradient = jax.value_and_grad(refine.divergence)(logits, target)
     expected, of_two = jax.value_and_grad(refine.divergence)(logits[:2], target[:2])
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_allclose(gradient, [*of_two, 0], rtol=1e-6)
+    # Each is of a dozen operations.
+    np.testing.assert_allclose(found, expected, rtol=2 * 12 * UNIT)
+    np.testing.assert_allclose(gradient, [*of_two, 0], rtol=2 * 12 * UNIT)
     assert refine.divergence(jnp.array([0.0, -jnp.inf]), jnp.array([0.0, 0.0])) == jnp.inf
 
 
@@ -268,24 +288,20 @@ def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears
         assert name not in linears or prox24.is_sparse(values, axis=axis), name
 
 
-@pytest.mark.parametrize("linears_only", [False, True])
-def test_a_linear_that_stays_dense_is_trained_with_all_of_its_entries(tmp_path, linears_only):
+def test_a_linear_that_stays_dense_is_trained_with_all_of_its_entries(tmp_path):
     weights = random_weights(config_dict())
     dense = "model.layers.1.self_attn.q_proj.weight"
     weights[dense][0, 0] = 0  # also this one
     write_folder(tmp_path / "model", config_dict(), weights)
-    recipe = recipe_with(BlockRefinement(passes=2, linears_only=linears_only), skip="q_proj")
+    recipe = recipe_with(BlockRefinement(passes=2, linears_only=True), skip="q_proj")
     tensors, reports = run(tmp_path / "model", tokens(batch=16, length=16), recipe)
     assert not any("q_proj" in report.name for report in reports)
     assert np.all(tensors[dense] != weights[dense])
     assert all(prox24.is_sparse(tensors[report.name]) for report in reports)
-    assert ("model.layers.1.input_layernorm.weight" in tensors) == (not linears_only)
 
 
-def test_the_best_recipe_passes_over_as_many_tokens_for_any_text(folder):
-    passes = [Recipe.best(tokens).refine.passes for tokens in (8192, 32_768, 10**6)]
-    assert passes == [20, 5, 1]
-    assert Recipe.best() == Recipe(refine=BlockRefinement())
+def test_the_best_recipe_refines_every_layer(folder):
+    assert Recipe.best(32_768).refine.passes == 5
     model, out = folder / "model", folder / "out"
     report = prox24.prune(model, out, Recipe.best(), calibration=tokens(batch=16, length=16))
     assert all(linear.refinement is not None for linear in report.linears)
@@ -302,7 +318,9 @@ def test_a_step_is_the_same_in_parts(folder):
             other.refinement.steps,
             other.refinement.outcome,
         )
-        assert one.refinement.error == pytest.approx(other.refinement.error, rel=1e-3)
+        # Adam makes steps of gradients that are mere rounding: a hundredth of what is gained.
+        gained = one.refinement.error_before - one.refinement.error
+        assert abs(one.refinement.error - other.refinement.error) < 0.01 * gained
 
 
 def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(folder):
@@ -313,15 +331,16 @@ def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(folder):
         assert {report.refinement.outcome for report in reports} == {Outcome.IMPROVED}
         errors.append([report.refinement.error for report in reports])
         weights.append(tensors[reports[0].name])
-    np.testing.assert_allclose(*errors, rtol=0.02)
+    # Eight products in sequence round both operands by 2^-9; three standard deviations.
+    np.testing.assert_allclose(*errors, rtol=3 * np.sqrt(2 * 8) * 2.0**-9)
     assert not np.array_equal(*weights)
 
 
 def refining(folder, name, *more):
-    """The exit code of the command."""
+    """A command."""
     options = ["--method", "wanda", "--refine", "block", "--quiet", "--sequence-length", "32"]
-    options += ["--calibration", str(folder / "text.txt")]
-    return main(["prune", str(folder / "model"), str(folder / name), *options, *more])
+    options += ["--calibration", folder / "text.txt"]
+    return ["prune", folder / "model", folder / name, *options, *more]
 
 
 def interrupted_after(count):
@@ -335,47 +354,33 @@ def interrupted_after(count):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "more", "counts"),
+    ("dtype", "more", "count"),  # in the middle of the first layer, and of the second
     [
-        ("bfloat16", "--refine-compute-dtype bfloat16", (3, 12)),
-        (
-            "float32",
-            "--refine-linears-only --dtype bfloat16 --skip v_proj --activations disk",
-            (3, 10),
-        ),
+        ("bfloat16", "--refine-compute-dtype bfloat16", 3),
+        ("float32", "--refine-linears-only --dtype bfloat16 --skip v_proj --activations disk", 10),
     ],
 )
 def test_a_refined_run_goes_on_with_the_same_bytes(
-    tmp_path, monkeypatch, capsys, dtype, more, counts
+    tmp_path, monkeypatch, capsys, dtype, more, count
 ):
     write_tiny(tmp_path / "model", dtype=dtype)
     (tmp_path / "text.txt").write_text(TEXT)
     more = f"{more} --samples 8 --memory 1MB --refine-passes 2 --refine-rate 0.01".split()
-
-    def contents(name):
-        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-
-    assert refining(tmp_path, "whole", *more, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert {linear["refinement"]["outcome"] for linear in report["linears"]} <= {
-        "improved",
-        "unchanged",
-    }
-    for count in counts:  # in the middle of the first layer, and of the second
-        with monkeypatch.context() as patch:
-            patch.setattr("prox24._pruning.loop.prune_stages", interrupted_after(count))
-            assert refining(tmp_path, "out", *more) == 130
-        assert refining(tmp_path, "out", *more) == 0
-        assert contents("out") == contents("whole")
-        (tmp_path / "out").rename(tmp_path / f"out-{count}")
-    source = str(tmp_path / "model")
-    assert main(["verify", str(tmp_path / "whole"), "--source", source, "--quiet"]) == 0
+    report = printed_json(capsys, *refining(tmp_path, "whole", *more))
+    outcomes = {linear["refinement"]["outcome"] for linear in report["linears"]}
+    assert outcomes <= {"improved", "unchanged"}
+    with monkeypatch.context() as patch:
+        patch.setattr("prox24._pruning.loop.prune_stages", interrupted_after(count))
+        assert run_command(*refining(tmp_path, "out", *more)) == 130
+    assert run_command(*refining(tmp_path, "out", *more)) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    verify = ["verify", tmp_path / "whole", "--source", tmp_path / "model", "--quiet"]
+    assert run_command(*verify) == 0
 
 
 def test_the_tokens_and_the_held_out_share_of_a_step_are_chosen(folder, capsys):
     more = ["--refine-step-tokens", "32", "--refine-held-out", "0.25", "--refine-passes", "1"]
-    assert refining(folder, "out", *more, "--samples", "16", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    report = printed_json(capsys, *refining(folder, "out", *more, "--samples", "16"))
     assert {linear["refinement"]["steps"] for linear in report["linears"]} == {12}
 
 
@@ -388,7 +393,7 @@ def test_windows_are_held_out_from_all_of_the_text(folder, monkeypatch):
 
     monkeypatch.setattr("prox24._jobs.prune.native_runner", caught)
     for refined in ("none", "block"):
-        assert refining(folder, refined, "--refine", refined) == 130
+        assert run_command(*refining(folder, refined, "--refine", refined)) == 130
     plain, refined = seen
     np.testing.assert_array_equal(refined, shuffled(plain))
     assert not np.array_equal(refined, plain)
@@ -408,9 +413,9 @@ def test_windows_that_are_too_few_are_refused_before_any_work(folder, capsys):
     recipe = recipe_with(BlockRefinement(held_out=1.0))
     with pytest.raises(CalibrationError, match="all 8 windows are held out"):
         native_runner(open_checkpoint(folder / "model"), tokens(batch=8, length=16), recipe)
-    assert refining(folder, "out", "--samples", "1") == 2
-    assert "refining takes 2 calibration windows or more" in capsys.readouterr().err
-    assert sorted(path.name for path in folder.iterdir()) == ["model", "text.txt"]
+    said = error_line(capsys, *refining(folder, "out", "--samples", "1"))
+    assert "refining takes 2 calibration windows or more" in said
+    assert files(folder) == ["model", "text.txt"]
 
 
 def test_a_rate_is_relative_to_the_weights():
@@ -420,8 +425,10 @@ def test_a_rate_is_relative_to_the_weights():
     optimizer = BlockRefinement(rate=0.1).optimizer(8)
     first, _ = optimizer.update(gradient, optimizer.init(params), params)
     rms = np.sqrt(np.mean(np.square(weight)))
-    np.testing.assert_allclose(first["weight"], np.full((4, 8), -0.1 * rms), rtol=1e-4)
-    np.testing.assert_allclose(first["bias"], np.full(4, -0.1 * 0.001), rtol=1e-4)
+    # Adam's 1 - 0.999 in float32 is off by as much.
+    rtol = UNIT / 0.001
+    np.testing.assert_allclose(first["weight"], np.full((4, 8), -0.1 * rms), rtol=rtol)
+    np.testing.assert_allclose(first["bias"], np.full(4, -0.1 * 0.001), rtol=rtol)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -436,9 +443,3 @@ def test_devices_divide_a_step(devices):
     assert BlockRefinement(step_tokens=11).step_windows(88, 1, 8) == 8
     with pytest.raises(CalibrationError, match=f"takes {2 * devices} calibration windows"):
         BlockRefinement().step_windows(devices, 512, devices)
-
-
-@pytest.mark.parametrize("option", [["--refine-linears-only"], ["--refine-rate", "0.0002"]])
-def test_options_without_a_refinement_are_refused(folder, capsys, option):
-    assert refining(folder, "out", "--refine", "none", *option) == 2
-    assert f"{option[0]} is for --refine block" in capsys.readouterr().err
