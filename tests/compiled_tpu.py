@@ -20,25 +20,28 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from programs import collectives_of
 
 import prox24
 from prox24.packed._kernels import tpu as packed_tpu
 
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 SHAPE = (512, 1024)
 PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 2))
+
+
+def kernels_of(compiled):
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
 
 def report(function, sharding, expected, dtype=jnp.float32):
     """How many kernels and which collectives a program has, and whether it keeps the sharding."""
     y = jax.ShapeDtypeStruct(SHAPE, dtype, sharding=sharding)
     compiled = jax.jit(function).lower(y).compile()
-    text = compiled.as_text()
     return {
         "sharding": str(sharding),
         "expected": expected,
-        "kernels": text.count('custom_call_target="tpu_custom_call"'),
-        "collectives": [name for name in COLLECTIVES if name in text],
+        "kernels": kernels_of(compiled),
+        "collectives": collectives_of(compiled),
         "kept": compiled.output_shardings.is_equivalent_to(sharding, len(SHAPE)),
     }
 
@@ -87,11 +90,7 @@ def products(devices):
                 )
                 .compile()
             )
-            text = compiled.as_text()
-            yield {
-                "kernels": text.count('custom_call_target="tpu_custom_call"'),
-                "collectives": [name for name in COLLECTIVES if name in text],
-            }
+            yield {"kernels": kernels_of(compiled), "collectives": collectives_of(compiled)}
 
 
 def main():

@@ -6,6 +6,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def use_eight_devices():
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def largest_difference(found, expected):
+    """Over the largest of what is expected."""
+    found, expected = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def collectives_of(compiled):
+    text = compiled.as_text()
+    return [name for name in COLLECTIVES if name in text]
+
 
 def output_of(name, *arguments, **environment):
     """What a program prints.

@@ -5,39 +5,33 @@ A program of its own, since the number of devices is fixed when JAX starts.
 
 import functools
 import json
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from programs import collectives_of, largest_difference, use_eight_devices
 
 import prox24
 from prox24.packed import Packed24, matmul, pack, unpack
 from prox24.packed._kernels import cpu
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+use_eight_devices()
 
 OUTPUTS, INPUTS, BATCH = 16, 512, 2
 ROWS, BOTH = P("rows", None), P("rows", "columns")
-COLLECTIVES = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
 
 
 def report(name, function, placed, expected, spec=None):
-    """The largest error, the collectives, and whether the result is sharded as it should be."""
+    """The largest error, relative to an array, the collectives, and whether shardings are kept."""
     compiled = jax.jit(function).lower(*placed).compile()
     found = compiled(*placed)
-    errors = jax.tree.map(
-        lambda a, b: np.max(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32))),
-        *(found, expected),
-    )
+    errors = jax.tree.map(largest_difference, found, expected)
     return {
         "name": name,
         "error": float(np.max(jax.tree.leaves(errors))),
-        "collectives": sorted(set(COLLECTIVES.findall(compiled.as_text()))),
+        "collectives": collectives_of(compiled),
         "kernel": cpu.LIBRARY.target in compiled.as_text(),
         "kept": spec is None
         or all(

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from programs import collectives_of, largest_difference, use_eight_devices
 
 import prox24
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+use_eight_devices()
 
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 ROWS, WIDTH = 16, 64
 BOTH = P("rows", "columns")
 SHARDINGS = (P("rows", None), P(None, "columns"), BOTH, P("columns", "rows"))
@@ -38,13 +36,12 @@ def report(function, axes, arguments, expected):
     """What became of the sharding of the first argument, which the result is to have too."""
     program = jax.jit(function).lower(*arguments).compile()
     result, sharding = program(*arguments), arguments[0].sharding
-    text = program.as_text()
     return {
         "axes": axes,
         "spec": str(sharding.spec),
         "kept": result.sharding.is_equivalent_to(sharding, 2),
-        "collectives": [name for name in COLLECTIVES if name in text],
-        "error": difference(result, expected),
+        "collectives": collectives_of(program),
+        "error": largest_difference(result, expected),
     }
 
 
@@ -71,12 +68,6 @@ def reports(y, lam):
         "function": "prox in shard_map",
         **report(mapped, "Manual", placed, expected["prox, lam per row"]),
     }
-
-
-def difference(result, expected):
-    """Largest difference of two arrays, relative to the largest entry."""
-    result, expected = np.asarray(result, np.float32), np.asarray(expected, np.float32)
-    return float(np.abs(result - expected).max() / np.abs(expected).max())
 
 
 def main():
