@@ -19,6 +19,13 @@ from prox24.errors import CalibrationError
 IDS = np.arange(103, dtype=np.int32)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "model"
+    write_tiny(folder)
+    return open_checkpoint(folder)
+
+
 def test_ids_without_an_embedding_are_refused():
     assert tokenize(byte_tokenizer(), "abc", 260).max() < 260
     with pytest.raises(CalibrationError, match=r"gives id \d+ but the model has 50 embeddings"):
@@ -53,9 +60,7 @@ def test_a_tokenizer_whose_start_cannot_be_told_apart_is_refused():
         start_tokens(tokenizer, 16)
 
 
-def test_a_model_takes_a_text_or_its_tokens(tmp_path):
-    write_tiny(tmp_path / "model")
-    checkpoint = open_checkpoint(tmp_path / "model")
+def test_a_model_takes_a_text_or_its_tokens(checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text("0123456789" * 3)
     text = Text(tmp_path / "text.txt", samples=2, sequence_length=10)
     digits = tokenize(byte_tokenizer(), "0123456789", 260)
@@ -81,10 +86,9 @@ def test_a_model_takes_a_text_or_its_tokens(tmp_path):
         (Text("/no/such/file"), "cannot read /no/such/file: No such file"),
     ],
 )
-def test_what_makes_no_windows_is_refused(tmp_path, given, said):
-    write_tiny(tmp_path / "model")
+def test_what_makes_no_windows_is_refused(checkpoint, given, said):
     with pytest.raises(CalibrationError, match=said):
-        calibration_windows(open_checkpoint(tmp_path / "model"), given)
+        calibration_windows(checkpoint, given)
 
 
 @pytest.mark.parametrize("sizes", [{"samples": 0}, {"sequence_length": 1}])

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import TEXT, calibrated, error_line, printed_json, run
 from safetensors.numpy import load_file, save_file
 from tiny import (
     VOCABULARY,
+    assert_close,
     byte_tokenizer,
     config_dict,
     pruned_by,
+    rounding,
     tokens,
     write_folder,
     write_tiny,
@@ -27,7 +30,6 @@ import prox24
 from prox24 import DenseTargets, Recipe
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.writer import write_checkpoint
-from prox24._cli.main import main
 from prox24._jobs import torchax
 from prox24._jobs.native import native_runner
 from prox24._jobs.perplexity import native_perplexity
@@ -150,8 +152,8 @@ def test_logits_are_those_of_pytorch_and_every_linear_is_found(family):
     model = foreign_model(family)
     apply, params = torchax.from_torch(model)
     assert params.keys() == dict(model.named_parameters()).keys()
-    ids, expected = jnp.asarray(WINDOWS), torch_output(model).logits.numpy()
-    np.testing.assert_allclose(jax.jit(apply)(params, ids), expected, rtol=0, atol=1e-5)
+    ids = jnp.asarray(WINDOWS)
+    assert_close(jax.jit(apply)(params, ids), torch_output(model).logits.numpy())
     # A tied head is the embedding, which is no product.
     found = prox24.calibrate(apply, params, [ids]).grams
     assert found.keys() == linears(model) & params.keys()
@@ -163,8 +165,8 @@ def test_hidden_states_of_an_encoder_are_those_of_pytorch():
 
     model = BertModel(BertConfig(**SIZES), add_pooling_layer=False).eval()
     apply, params = torchax.from_torch(model)
-    ids, expected = jnp.asarray(WINDOWS), torch_output(model).last_hidden_state.numpy()
-    np.testing.assert_allclose(apply(params, ids), expected, rtol=0, atol=1e-5)
+    ids = jnp.asarray(WINDOWS)
+    assert_close(apply(params, ids), torch_output(model).last_hidden_state.numpy())
     assert prox24.calibrate(apply, params, [ids]).grams.keys() == linears(model)
 
 
@@ -180,8 +182,7 @@ def test_a_pruned_tree_goes_back_to_pytorch():
     torch = sys.modules["torch"]
     values = {name: torch.as_tensor(np.array(leaf)) for name, leaf in pruned.params.items()}
     model.load_state_dict(values, strict=False)
-    result = apply(pruned.params, batches[0])
-    np.testing.assert_allclose(result, torch_output(model).logits.numpy(), rtol=0, atol=1e-5)
+    assert_close(apply(pruned.params, batches[0]), torch_output(model).logits.numpy())
 
 
 @needs_torchax
@@ -206,10 +207,13 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
 
 
 @needs_torchax
-@pytest.mark.parametrize("targets", [None, DenseTargets()], ids=["own", "dense"])
 @pytest.mark.parametrize(
-    ("variant", "dtype"),
-    [("grouped_heads", "float32"), ("gpt2", "bfloat16"), ("gemma2", "float32")],
+    ("variant", "dtype", "targets"),
+    [
+        ("grouped_heads", "float32", None),
+        ("gpt2", "bfloat16", DenseTargets()),
+        ("gemma2", "float32", DenseTargets()),
+    ],
 )
 def test_layers_are_pruned_as_by_the_native_forward_pass(
     tmp_path, monkeypatch, variant, dtype, targets
@@ -221,14 +225,18 @@ def test_layers_are_pruned_as_by_the_native_forward_pass(
     runner = native_runner(open_checkpoint(tmp_path / "model"), WINDOWS, recipe)
     native, pruned = pruned_by(runner, recipe), pruned_folder(tmp_path / "model", recipe)
     assert pruned.tensors.keys() == native.tensors.keys()
+    # SparseGPT inverts a damped Gram of 64 columns at most, whose condition number is at most the
+    # trace over what damping adds; a product with it rounds by the root of 64, relative to 2^-24.
+    near = 64 / 0.01 * np.sqrt(64) * 2.0**-24
     for name, values in native.tensors.items():
-        np.testing.assert_allclose(pruned.tensors[name], values, rtol=0, atol=1e-4)
+        atol = near * np.abs(values).max()
+        np.testing.assert_allclose(pruned.tensors[name], values, rtol=0, atol=atol)
     other = {report.name: report for report in native.reports}
     for report in pruned.reports:
         expected = other[report.name]
         assert report[1:5] == expected[1:5]
         assert report.statistics.relative_loss == pytest.approx(
-            expected.statistics.relative_loss, rel=1e-3
+            expected.statistics.relative_loss, rel=near
         )
 
 
@@ -320,40 +328,34 @@ def test_long_windows_and_folders_that_transformers_does_not_know_are_refused(tm
 # The command line
 
 
-def options(folder):
-    (folder / "text.txt").write_text("Calibration text for a model that reads bytes. " * 60)
-    length = ["--sequence-length", "32", "--samples", "8"]
-    return ["--calibration", str(folder / "text.txt"), *length]
+def pruning(folder):
+    """A command."""
+    (folder / "text.txt").write_text(TEXT)
+    return ["prune", folder / "model", folder / "out", *calibrated(folder)]
 
 
 @needs_torchax
 def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsys):
-    model, out = str(write_foreign(tmp_path, "gptj")), str(tmp_path / "out")
-
-    def reported(*arguments, status=0):
-        assert main([*arguments, "--json"]) == status
-        return json.loads(capsys.readouterr().out)
-
-    arguments = ["prune", model, out, *options(tmp_path)]
-    report = reported(*arguments)
+    model, out = write_foreign(tmp_path, "gptj"), tmp_path / "out"
+    report = printed_json(capsys, *pruning(tmp_path))
     assert len(report["linears"]) == 12
     assert report["recipe"]["targets"] == {"name": "DenseTargets", "pull": 1.0}
     written = load_file(tmp_path / "out/model.safetensors")
     assert all(prox24.is_sparse(jnp.asarray(written[it["name"]])) for it in report["linears"])
 
-    counts = reported("verify", out)
+    counts = printed_json(capsys, "verify", out)
     assert (counts["linears"], counts["sparsity"], counts["violations"]) == (12, 0.5, {})
-    assert len(reported("verify", model, status=1)["violations"]) == 12
-    text = ["--text", str(tmp_path / "text.txt"), "--sequence-length", "48"]
-    assert 1 < reported("eval", out, *text)["perplexity"] < 1e6
+    assert run("verify", model, "--json") == 1
+    assert len(json.loads(capsys.readouterr().out)["violations"]) == 12
+    text = ["--text", tmp_path / "text.txt", "--sequence-length", "48"]
+    assert 1 < printed_json(capsys, "eval", out, *text)["perplexity"] < 1e6
 
-    assert main(["verify", out, "--pattern", "2:5"]) == 2
+    assert run("verify", out, "--pattern", "2:5") == 2
     assert "not divisible by 5" in capsys.readouterr().err
-    for option, value in (("--memory", "1GB"), ("--activations", "disk"), ("--refine", "block")):
-        assert main([*arguments, "--overwrite", option, value]) == 2
-        named = option.removeprefix("--")
-        said = f"prox24: error: {named} is for models with a forward pass of prox24's own\n"
-        assert capsys.readouterr().err == said
+    for option, value in (("memory", "1GB"), ("activations", "disk"), ("refine", "block")):
+        said = error_line(capsys, *pruning(tmp_path), "--overwrite", f"--{option}", value)
+        own = "is for models with a forward pass of prox24's own"
+        assert said == f"prox24: error: {option} {own}\n"
 
 
 @needs_torchax
@@ -365,7 +367,8 @@ def test_perplexity_and_linears_are_those_of_the_native_forward_pass(tmp_path, v
     seen = []
     result = torchax.torch_perplexity(checkpoint, WINDOWS, on_step=seen.append)
     expected = native_perplexity(open_checkpoint(tmp_path / "model"), WINDOWS)
-    assert result == pytest.approx(expected, rel=1e-5)
+    # A log-probability is off by at most twice what the logits, below 8, are.
+    assert result == pytest.approx(expected, rel=2 * rounding(8.0))
     assert seen == list(range(len(WINDOWS)))
 
 
@@ -388,9 +391,7 @@ def test_the_command_line_says_what_would_run_an_unknown_family(monkeypatch, tmp
     monkeypatch.setitem(sys.modules, "torchax", None)
     config = config_dict() | {"model_type": "stablelm"}
     write_folder(tmp_path / "model", config, {"x": np.zeros(4, np.float32)})
-    arguments = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), *options(tmp_path)]
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
+    error = error_line(capsys, *pruning(tmp_path))
     assert "'stablelm' is not supported" in error
     assert "pip install 'prox24[torchax]'" in error
     assert not (tmp_path / "out").exists()
