@@ -269,7 +269,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(("variant", "linears_only"), [("qwen2", False), ("gpt2", True)])
 def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears_only):
     write_tiny(tmp_path / "model", variant)
-    model, windows = load_model(open_checkpoint(tmp_path / "model")), tokens(batch=64, length=64)
+    model, windows = load_model(open_checkpoint(tmp_path / "model")), tokens(batch=32, length=32)
     linears = [linear.tensor for linear in all_linears(model.config)]
     recipe = recipe_with(BlockRefinement(passes=6, linears_only=linears_only))
     tensors, reports = run(tmp_path / "model", windows, recipe, micro_batch=4)
