@@ -40,33 +40,21 @@ FORMATS = (safetensors_file.FILES, pickle_file.FILES, flax_file.FILES)
 class Checkpoint:
     """A model on disk.
 
-    Attributes:
-      path: the folder or file that was opened.
-      config: HF's config.json as a dict.
-      tensors: by HF's names; nothing is read until `read` is called, but for Flax files.
-      shards: names of tensors in the order of writing, one list for each file.
-      load_tokenizer: builds the tokenizer.
-      carried: files of the source that are copied to an output as they are.
-      buffers: names of tensors that nothing is computed with, where that is known: what they hold
-        is not looked at, such as the -inf that -1e9 is in float16.
-      decoder: what the config says, for models with a forward pass here.
+    Nothing is computed with `buffers`, where they are known: what they hold is not looked at, such
+    as the -inf that -1e9 is in float16.
     """
 
-    path: Path
-    config: dict[str, Any]
-    tensors: Mapping[str, TensorSource]
-    shards: list[list[str]]
+    path: Path  # the folder or file that was opened
+    config: dict[str, Any]  # HF's config.json
+    tensors: Mapping[str, TensorSource]  # by HF's names
+    shards: list[list[str]]  # names of tensors in the order of writing, file by file
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
-    carried: list[Path]
+    carried: list[Path]  # files of the source that are copied to an output as they are
     buffers: frozenset[str] = frozenset()
-    decoder: Config | None = None
+    decoder: Config | None = None  # for models with a forward pass here
 
     def read(self, name: str) -> NDArray[Any]:
-        """The values of a tensor, in the dtype of the file.
-
-        Raises:
-          CheckpointError: the tensor cannot be read, or holds NaN or Inf and is no buffer.
-        """
+        """The values of a tensor, in the dtype of the file; finite unless it is a buffer."""
         values = self.tensors[name].read()
         if name not in self.buffers and not is_finite(values):
             raise CheckpointError(f"{self.path}: tensor {name} holds NaN or Inf")
@@ -76,15 +64,10 @@ class Checkpoint:
 def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint:
     """Opens a model and checks names, shapes and dtypes.
 
-    Args:
-      path: a folder with config.json and weights as safetensors, PyTorch's .bin or Flax's msgpack,
-        in one file or with an index of shards; a file that ends in .gguf; or an id of the hub,
-        "owner/name" or "owner/name@revision".
-      any_family: opens folders of models without a forward pass here too, for torchax.
-
-    Returns:
-      A `Checkpoint` whose tensors are those the model's family computes with, and no fewer; all
-      that the files hold, of any shape, if `any_family`.
+    The path is a folder with config.json and weights as safetensors, PyTorch's .bin or Flax's
+    msgpack, in one file or with an index of shards; a file that ends in .gguf; or an id of the hub,
+    "owner/name" or "owner/name@revision". With `any_family`, a folder may hold a model without a
+    forward pass here, whose tensors are not checked.
 
     Raises:
       CheckpointError: something is missing, truncated, of a wrong shape or of an unsupported
@@ -102,11 +85,7 @@ def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:
-    """The ids that end a text: of generation_config.json, or else of config.json; often one.
-
-    Raises:
-      CheckpointError: generation_config.json cannot be read, or what is given are no ids.
-    """
+    """The ids that end a text: of generation_config.json, or else of config.json; often one."""
     path = checkpoint.path / "generation_config.json"
     found = hf_folder.read_json(path).get("eos_token_id") if path.exists() else None
     given = checkpoint.config.get("eos_token_id") if found is None else found
@@ -127,7 +106,9 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
     tensors = {name: source for shard in shards for name, source in shard.items()}
     model = None if model is None else with_names_of(model, tensors)
     shapes = tensor_shapes(model) if model else {}
-    tensors = _without_copies(tensors, shapes)
+    # The other names of a tensor that the model computes with are left out: those of a tied head.
+    used = {id(source) for name, source in tensors.items() if name in shapes}
+    tensors = {name: x for name, x in tensors.items() if name in shapes or id(x) not in used}
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     own = DTYPES.get(dtype, DTYPES["bfloat16"])
     tensors = float8.dequantise(path, config, tensors, own)
@@ -173,16 +154,6 @@ def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: the weights are quantised ({quantization.get('quant_method')}), "
             "which is read for fp8 only; dequantise the model first"
         )
-
-
-def _without_copies(
-    tensors: Mapping[str, TensorSource], shapes: Mapping[str, Any]
-) -> dict[str, TensorSource]:
-    """Leaves out the other names of a tensor that the model computes with: a tied head's."""
-    used = {id(source) for name, source in tensors.items() if name in shapes}
-    return {
-        name: source for name, source in tensors.items() if name in shapes or id(source) not in used
-    }
 
 
 def _open_gguf(path: Path) -> Checkpoint:

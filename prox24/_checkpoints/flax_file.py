@@ -22,7 +22,7 @@ from prox24._checkpoints.safetensors_file import DTYPES
 from prox24._checkpoints.tensors import MAX_DIMENSIONS, Put, TensorSource, is_possible, writing
 from prox24.errors import CheckpointError, UnsupportedModelError, first_line
 
-NORM_LEAVES: dict[str, str] = {
+NORM_LEAVES = {
     "bloom": "scale",
     "gemma": "weight",
     "gpt2": "scale",
@@ -54,12 +54,7 @@ def tensor_name(path: str) -> str:
 
 
 def norm_leaf(model_type: str) -> str:
-    """What the Flax class of a model calls the weight of a norm.
-
-    Raises:
-      UnsupportedModelError: the model has no Flax class in transformers 4, or none that is known
-        here.
-    """
+    """The name that the Flax class of a model has for the weight of a norm."""
     if model_type not in NORM_LEAVES:
         raise UnsupportedModelError(
             f"there is no Flax class to write model_type {model_type!r} for; "
@@ -69,7 +64,7 @@ def norm_leaf(model_type: str) -> str:
 
 
 def leaf_path(name: str, dimensions: int, norm: str) -> str:
-    """Path of a tensor in the tree; the inverse of `tensor_name`; `norm` is from `norm_leaf`.
+    """Path of a tensor in the tree, the inverse of `tensor_name`; `norm` is from `norm_leaf`.
 
     Example:
       >>> leaf_path("model.layers.0.mlp.up_proj.weight", 2, "weight")
@@ -84,11 +79,7 @@ def leaf_path(name: str, dimensions: int, norm: str) -> str:
 
 
 def open_file(path: Path) -> dict[str, TensorSource]:
-    """The tensors of a file by PyTorch's names and in its layout; the file is read at once.
-
-    Raises:
-      CheckpointError: the file is damaged or holds something else than arrays.
-    """
+    """The tensors of a file by PyTorch's names and in its layout; the file is read at once."""
     try:
         # Not by Flax, which believes what a list says of its length, and knows more than arrays.
         tree = msgpack.unpackb(
@@ -113,10 +104,8 @@ def _joined(tree: dict[str, Any]) -> Any:
     """An array that Flax cut into chunks, or the dict as it is."""
     if CHUNKED not in tree:
         return tree
-    shape, chunks = (
-        tuple(tree[name][str(index)] for index in range(len(tree[name])))
-        for name in ("shape", "chunks")
-    )
+    parts = (tree["shape"], tree["chunks"])
+    shape, chunks = (tuple(part[str(index)] for index in range(len(part))) for part in parts)
     if len({chunk.dtype for chunk in chunks}) != 1:
         raise ValueError("the chunks of an array differ in dtype")
     return _reshaped(np.concatenate(chunks), shape)
@@ -143,7 +132,7 @@ def _source(path: Path, leaf: str, values: Any) -> TensorSource:
 def create_file(path: Path, norm: str) -> Iterator[Put]:
     """A file as the Flax classes wrote it, which is written when all its tensors are there.
 
-    Yields what takes a tensor, by PyTorch's name and in its layout; `norm` is from `norm_leaf`.
+    Yields a function that takes a tensor by PyTorch's name and in its layout.
     """
     leaves: dict[str, NDArray[Any]] = {}
 

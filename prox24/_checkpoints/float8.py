@@ -23,16 +23,8 @@ def dequantise(
     """Replaces each float8 weight by its product with its scale; scales are left out.
 
     A scale is one number, or one for each block of `weight_block_size` of the
-    `quantization_config`, with incomplete blocks at the end, as in DeepSeek-V3.
-
-    Args:
-      path: for messages.
-      config: HF's config.json.
-      tensors: of the model, by name.
-      dtype: of the products.
-
-    Raises:
-      CheckpointError: a float8 tensor has no scale, or one of another shape.
+    `quantization_config`, with incomplete blocks at the end, as in DeepSeek-V3. The products have
+    the dtype that is given.
     """
     weights = {name for name, source in tensors.items() if source.dtype in FLOAT8}
     # The scales of activations, which a static scheme stores, describe float8 arithmetic.

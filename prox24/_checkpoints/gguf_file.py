@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import MODEL_ARCH, GGMLQuantizationType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
+from gguf.tensor_mapping import get_tensor_name_map
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -16,65 +17,42 @@ from prox24._checkpoints.tensors import TensorSource, read_entries
 from prox24.errors import CheckpointError, UnsupportedModelError
 
 TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-SANDWICH_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
+LAYER_MODULES = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+"""HF's names in a layer, of all families."""
+
 # The setting of HF's config that a bias needs, None where there always is one.
-ATTENTION_BIASES = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), "attention_bias")
+QKV_BIASES: dict[str, str | None] = dict.fromkeys(("attn_q", "attn_k", "attn_v"))
+ATTENTION_BIASES = dict.fromkeys((*QKV_BIASES, "attn_output"), "attention_bias")
 MLP_BIASES = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias")
-ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp stores a family.
+    """How llama.cpp stores a family."""
 
-    Attributes:
-      model_type: HF's.
-      hf_class: HF's name of the model.
-      settings: of HF's config that follow from the architecture.
-      layer: HF's names of a layer's tensors.
-      biases: of which of them there may be biases, and by which setting.
-      pairs: the rows of q and k are in the order in which neighbours rotate together.
-      norm_offset: what was added to the weights of norms.
-    """
-
-    model_type: str
+    model_type: str  # HF's
     hf_class: str
-    settings: dict[str, Any]
-    layer: dict[str, str] = LAYER_TENSORS
-    biases: Mapping[str, str | None] = ATTENTION_BIASES
-    pairs: bool = False
-    norm_offset: float = 0.0
+    settings: dict[str, Any]  # of HF's config that follow from the architecture
+    biases: Mapping[str, str | None] = ATTENTION_BIASES  # that there may be, and their settings
+    pairs: bool = False  # the rows of q and k are in the order in which neighbours rotate together
+    norm_offset: float = 0.0  # what was added to the weights of norms
 
 
 SILU = {"hidden_act": "silu"}
 ARCHITECTURES = {
     "llama": Architecture(
-        "llama", "LlamaForCausalLM", SILU, biases=ATTENTION_BIASES | MLP_BIASES, pairs=True
+        "llama", "LlamaForCausalLM", SILU, ATTENTION_BIASES | MLP_BIASES, pairs=True
     ),
-    "qwen2": Architecture(
-        "qwen2", "Qwen2ForCausalLM", SILU, biases=dict.fromkeys(("attn_q", "attn_k", "attn_v"))
-    ),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", SILU, LAYER_TENSORS | HEAD_NORMS),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", SILU, QKV_BIASES),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", SILU),
     "gemma3": Architecture(
         "gemma3_text",
         "Gemma3ForCausalLM",
         {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
-        LAYER_TENSORS | HEAD_NORMS | SANDWICH_NORMS,
         norm_offset=1.0,
     ),
 }
@@ -84,15 +62,10 @@ ARCHITECTURES = {
 def open_gguf(
     path: Path,
 ) -> tuple[dict[str, Any], dict[str, TensorSource], Callable[[], PreTrainedTokenizerBase]]:
-    """Opens a GGUF file.
+    """The config.json that HF would have, the tensors, and a function that builds the tokenizer.
 
-    Returns:
-      What HF's config.json would say; the tensors by HF's names, in HF's layout, dequantised to
-      float32 when read (float16 tensors as they are); and what builds the tokenizer.
-
-    Raises:
-      CheckpointError: the file is damaged or lacks metadata.
-      UnsupportedModelError: an architecture that is not in `ARCHITECTURES`.
+    The tensors have HF's names and layout. They are dequantised to float32 when they are read, but
+    for those in float16.
     """
     try:
         metadata, stored = read_header(path)
@@ -104,18 +77,25 @@ def open_gguf(
         raise UnsupportedModelError(
             f"GGUF architecture {kind!r} is not supported; supported: {supported}"
         )
-    architecture = ARCHITECTURES[kind]
-    config = _config(path, metadata, stored)
+    config, layer = _config(path, kind, metadata, stored), _layer_modules(kind)
     tensors = {
-        _hf_name(name, architecture, path): _source(path, name, tensor, architecture, config)
+        _hf_name(path, name, kind, layer): _source(path, name, tensor, ARCHITECTURES[kind], config)
         for name, tensor in stored.items()
     }
     length = config["max_position_embeddings"]
     return config, tensors, lambda: build_tokenizer(metadata, length, path)
 
 
-def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    kind = metadata["general.architecture"]
+def _layer_modules(kind: str) -> dict[str, str]:
+    """HF's names in a layer by llama.cpp's."""
+    known = get_tensor_name_map(MODEL_ARCH[kind.upper()], 1)
+    names = {module: known.get_name(f"model.layers.0.{module}") for module in LAYER_MODULES}
+    return {name.removeprefix("blk.0."): module for module, name in names.items() if name}
+
+
+def _config(
+    path: Path, kind: str, metadata: dict[str, Any], names: Collection[str]
+) -> dict[str, Any]:
     architecture = ARCHITECTURES[kind]
 
     def field(name: str, of_type: type, default: Any = None) -> Any:
@@ -133,18 +113,15 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
         return value
 
     # Older files have the factor alone, and mean it to be linear; 0 is none.
-    factors = [
-        metadata.get(f"{kind}.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")
-    ]
+    factors = (metadata.get(f"{kind}.rope.{n}", 1) for n in ("scaling.factor", "scale_linear"))
     unsaid = "none" if all(factor in (0, 1) for factor in factors) else "linear"
     scaling = metadata.get(f"{kind}.rope.scaling.type", unsaid)
-    if ROPE_FREQUENCIES in names or scaling != "none":
+    if "rope_freqs.weight" in names or scaling != "none":
         raise UnsupportedModelError(
             "a GGUF with scaled rope frequencies does not say how they were scaled; "
             "prune the model's HF folder instead"
         )
     heads, hidden = number("attention.head_count"), number("embedding_length")
-    layers = number("block_count")
     head_dim = number("attention.key_length", number("rope.dimension_count", hidden // heads))
     rotated = number("rope.dimension_count", head_dim)
     if rotated != head_dim:
@@ -157,7 +134,7 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
         "model_type": architecture.model_type,
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length"),
-        "num_hidden_layers": layers,
+        "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -177,7 +154,7 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
     if kind == "gemma3":
         config["sliding_window"] = number("attention.sliding_window")
         # The model of 62 layers is the one that does not scale by the width of its heads.
-        is_27b = layers == 62
+        is_27b = config["num_hidden_layers"] == 62
         config["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
     for theirs, own in {"bos": "bos", "eos": "eos", "padding": "pad"}.items():
         token = f"tokenizer.ggml.{theirs}_token_id"
@@ -186,17 +163,17 @@ def _config(path: Path, metadata: dict[str, Any], names: Collection[str]) -> dic
     return config
 
 
-def _hf_name(name: str, architecture: Architecture, path: Path) -> str:
+def _hf_name(path: Path, name: str, kind: str, layer: Mapping[str, str]) -> str:
     module, _, part = name.rpartition(".")
-    parts = module.split(".")
+    parts, architecture = module.split("."), ARCHITECTURES[kind]
     if module in TOP_TENSORS and part == "weight":
-        return f"{TOP_TENSORS[module]}.{part}"
-    known = {"weight": architecture.layer, "bias": architecture.biases}.get(part, ())
+        return f"{TOP_TENSORS[module]}.weight"
+    known = {"weight": layer, "bias": architecture.biases}.get(part, ())
     if len(parts) != 3 or parts[0] != "blk" or parts[2] not in known:
         raise CheckpointError(
             f"{path}: tensor {name} has no counterpart in {architecture.hf_class}"
         )
-    return f"model.layers.{parts[1]}.{architecture.layer[parts[2]]}.{part}"
+    return f"model.layers.{parts[1]}.{layer[parts[2]]}.{part}"
 
 
 def _source(

@@ -19,8 +19,6 @@ from gguf.constants import (
     GGUFValueType,
 )
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4  # ggml's
 NUMBERS = {
     kind: np.dtype(kind.name.lower()).newbyteorder("<")
@@ -85,17 +83,12 @@ def _tensor(file: mmap.mmap) -> tuple[str, StoredTensor]:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The metadata and the tensors of a file, by name.
-
-    Raises:
-      OSError: the file cannot be read.
-      ValueError: it is no GGUF file, is damaged, or lacks bytes of a tensor.
-    """
+    """The metadata and the tensors of a file, by name; raises OSError or ValueError."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         magic, version, tensor_count, field_count = _unpack(content, "<4sIQQ")
-        if magic != MAGIC:
+        if magic != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        if version not in VERSIONS:
+        if version not in (2, 3):
             raise ValueError(f"it is of version {version} or big-endian; versions 2 and 3 are read")
         metadata = dict((_text(content), _value(content)) for _ in range(field_count))
         found = [_tensor(content) for _ in range(tensor_count)]

@@ -44,9 +44,6 @@ def build_tokenizer(
 
     A text begins with `<bos>` where the metadata say so, or, as in llama.cpp, say nothing and the
     vocabulary is SentencePiece or Llama 3.
-
-    Raises:
-      CheckpointError: another tokenizer, or one that its metadata do not describe.
     """
     try:
         return _build(metadata, context_length, path)
@@ -77,19 +74,15 @@ def _build(metadata: dict[str, Any], context_length: int, path: Path) -> PreTrai
     ]
     tokenizer.add_special_tokens([token for token in whole if token.special])
     tokenizer.add_tokens([token for token in whole if not token.special])
-    if "tokenizer.ggml.bos_token_id" in metadata and metadata.get(
-        "tokenizer.ggml.add_bos_token", kind == "llama" or split == "llama-bpe"
-    ):
-        start = metadata["tokenizer.ggml.bos_token_id"]
+    start = metadata.get("tokenizer.ggml.bos_token_id")
+    is_added = kind == "llama" or split == "llama-bpe"
+    if start is not None and metadata.get("tokenizer.ggml.add_bos_token", is_added):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[start]} $A", special_tokens=[(tokens[start], start)]
         )
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    special = {
-        name: tokens[metadata[f"tokenizer.ggml.{field}_token_id"]]
-        for name, field in named.items()
-        if f"tokenizer.ggml.{field}_token_id" in metadata
-    }
+    ids = {name: metadata.get(f"tokenizer.ggml.{field}_token_id") for name, field in named.items()}
+    special = {name: tokens[place] for name, place in ids.items() if place is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -100,9 +93,10 @@ def _build(metadata: dict[str, Any], context_length: int, path: Path) -> PreTrai
 
 
 def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
-    if max(map(len, metadata["tokenizer.ggml.tokens"])) > MAX_TOKEN:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    if max(map(len, tokens)) > MAX_TOKEN:
         raise ValueError(f"a token has more than {MAX_TOKEN} characters")
-    return {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    return {token: index for index, token in enumerate(tokens)}
 
 
 def _byte_level(metadata: dict[str, Any], split: str) -> Tokenizer:

@@ -12,27 +12,22 @@ MANIFEST = "prox24.json"
 """What `prox24 prune` leaves in a folder, see `prox24._checkpoints.manifest`."""
 
 # Weights in other formats would contradict the pruned ones.
-NOT_CARRIED: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".ot")
-NOT_CARRIED += (".gguf", ".onnx", ".tflite", ".index.json")
+NOT_CARRIED = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".ot"),
+    *(".gguf", ".onnx", ".tflite", ".index.json"),
+)
 
 MAX_DEPTH = 100
 """Levels of a JSON file; what is much deeper can be neither compared nor printed nor written."""
 
 
 class WeightFiles(NamedTuple):
-    """How a format names its files, and what reads one of them.
+    """How a format names its files, and what reads one of them."""
 
-    Attributes:
-      stem: of a file's name; the number of a shard follows.
-      suffix: of a file's name.
-      open_file: the tensors of a file by HF's names.
-      tensor_name: HF's name for a name in the index.
-    """
-
-    stem: str
+    stem: str  # of a file's name; the number of a shard follows
     suffix: str
-    open_file: Callable[[Path], dict[str, TensorSource]]
-    tensor_name: Callable[[str], str] = str
+    open_file: Callable[[Path], dict[str, TensorSource]]  # the tensors by HF's names
+    tensor_name: Callable[[str], str] = str  # HF's name for a name in the index
 
     @property
     def single_file(self) -> str:
@@ -62,12 +57,7 @@ class WeightFiles(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Decodes a JSON object.
-
-    Raises:
-      CheckpointError: the file is missing, is a link to outside its folder, is not JSON, is nested
-        too deeply, or holds something else than an object.
-    """
+    """Decodes a JSON object of a file that is no link to outside its folder."""
     if not path.is_file():
         raise CheckpointError(f"cannot read {path}: there is no such file")
     check_inside(path)
@@ -97,12 +87,7 @@ def _depth(value: Any) -> int:
 
 
 def open_shards(folder: Path, formats: Sequence[WeightFiles]) -> list[dict[str, TensorSource]]:
-    """The tensors of a folder, file by file, in the first of the formats that it has.
-
-    Raises:
-      CheckpointError: no weights, a shard that is missing or damaged, or an index that disagrees
-        with the shards or points outside the folder.
-    """
+    """The tensors of a folder, file by file, in the first of the formats that it has."""
     files = next((files for files in formats if files.are_in(folder)), None)
     if files is None:
         names = ", ".join(files.single_file for files in formats)
@@ -124,11 +109,7 @@ def open_shards(folder: Path, formats: Sequence[WeightFiles]) -> list[dict[str, 
 
 
 def weight_files(folder: Path, formats: Sequence[WeightFiles]) -> list[str]:
-    """Names of the files that `open_shards` reads of a folder that it has opened.
-
-    Raises:
-      CheckpointError: an index is damaged, or points outside the folder.
-    """
+    """Names of the files that `open_shards` reads of a folder that it has opened."""
     files = next(files for files in formats if files.are_in(folder))
     if (folder / files.single_file).is_file():
         return [files.single_file]
@@ -161,9 +142,6 @@ def check_inside(path: Path) -> None:
     """Refuses a link to outside a file's folder, but for those of a hub cache.
 
     There snapshots/REVISION/FILE is a link to blobs/HASH.
-
-    Raises:
-      CheckpointError: the file is such a link.
     """
     if not path.is_symlink():
         return
@@ -177,9 +155,7 @@ def carried_files(folder: Path) -> list[Path]:
     """The files that go with a model whatever its weights: tokenizer, generation config, licence.
 
     config.json is written anew, the manifest tells of this model alone: they are not among them.
-
-    Raises:
-      CheckpointError: one is a link to outside the folder, from where it would be copied.
+    Links to outside the folder are refused: their targets would be copied.
     """
     carried = sorted(
         path

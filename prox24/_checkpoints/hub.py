@@ -28,15 +28,8 @@ def is_id(text: str) -> bool:
 def download(text: str, formats: Iterable[WeightFiles]) -> Path:
     """The folder of a model in the local cache of the hub, downloaded where it is not there.
 
-    Environment variables of `huggingface_hub` hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and others.
-
-    Args:
-      text: "owner/name" or "owner/name@revision", for which `is_id` holds.
-      formats: of weights, of which the first that the model has is downloaded.
-
-    Raises:
-      CheckpointError: there is no such model or revision, it is not accessible, it has no weights
-        in these formats, or the network is down and the cache does not have it.
+    It has weights in the first of the formats that the model has. The environment variables of
+    `huggingface_hub` hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and others.
     """
     parts = ID.fullmatch(text)
     assert parts is not None

@@ -21,12 +21,9 @@ def write_manifest(
 ) -> None:
     """Writes the manifest, which depends on nothing but the result.
 
-    Args:
-      folder: of the model.
-      job: what decided the result; times of change of "source" and "dense" files are left out.
-      tensors: dtype and SHA-256 of each, by name, from `fill_folder`.
-      pruned: figures of each pruned linear, with its name.
-      refined: tensors that were trained without being pruned, as norms are.
+    It has the job, without the times of change of its "source" and "dense" files; the tensors as
+    `fill_folder` returns them; the figures of each pruned linear; and marks of the tensors that
+    were trained but not pruned, as norms are.
     """
     marks: dict[str, dict[str, Any]] = {name: {"refined": True} for name in refined}
     for linear in pruned:
@@ -44,11 +41,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, whose "tensors" have an entry each, or None without one.
-
-    Raises:
-      CheckpointError: it is damaged.
-    """
+    """The manifest of a folder, if it has one, whose "tensors" have an entry each."""
     path = folder / MANIFEST
     if not path.exists():
         return None

@@ -8,7 +8,6 @@ of the tensors lie outside the pickle and are read when they are asked for.
 import io
 import math
 import mmap
-import os
 import pickle
 import pickletools
 import struct
@@ -53,19 +52,12 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor: entries of a storage, offset and strides counted in entries."""
+    """A tensor: entries of a storage; the offset and the strides are numbers of entries."""
 
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-
-class _Range(NamedTuple):
-    """Bytes of the file."""
-
-    start: int
-    size: int
 
 
 INSTRUCTIONS = (
@@ -138,7 +130,7 @@ def _build(unpickler: Any) -> None:
 
 class _Instructions(dict[int, Callable[[Any], None]]):
     def __missing__(self, code: int) -> NoReturn:
-        name = {known.code: known.name for known in pickletools.opcodes}.get(chr(code), code)
+        name = next((known.name for known in pickletools.opcodes if ord(known.code) == code), code)
         raise ValueError(f"it has the instruction {name}, which no state dict needs")
 
 
@@ -179,10 +171,6 @@ def open_file(path: Path) -> dict[str, TensorSource]:
     """The tensors of a state dict that torch.save wrote, by name.
 
     Names of one and the same tensor share one `TensorSource`.
-
-    Raises:
-      CheckpointError: the file is damaged, holds something else than a dict of tensors, or names
-        a function or class that a state dict does not need.
     """
     try:
         with (
@@ -198,14 +186,14 @@ def open_file(path: Path) -> dict[str, TensorSource]:
     return {name: sources[view] for name, view in views.items()}
 
 
-def _open_zip(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, _Range]]:
+def _open_zip(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, slice]]:
     """The format since torch 1.6: an archive of a pickle, data.pkl, and a file for each storage."""
     with zipfile.ZipFile(cast(BinaryIO, file)) as archive:
         records = {info.filename: _record(file, info) for info in archive.infolist()}
     [root] = {name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")}
-    if _read(file, records.get(f"{root}byteorder", _Range(0, 0))) not in (b"", b"little"):
+    if file[records.get(f"{root}byteorder", slice(0))] not in (b"", b"little"):
         raise ValueError("it was written on a big-endian machine")
-    state = _load(io.BytesIO(_read(file, records[f"{root}data.pkl"])))
+    state = _load(io.BytesIO(file[records[f"{root}data.pkl"]]))
     folder = f"{root}data/"
     return _views(state), {
         name.removeprefix(folder): record
@@ -214,20 +202,17 @@ def _open_zip(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, _Range]]:
     }
 
 
-def _record(file: mmap.mmap, info: zipfile.ZipInfo) -> _Range:
+def _record(file: mmap.mmap, info: zipfile.ZipInfo) -> slice:
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"the record {info.filename} is compressed")
-    start, name, extra = struct.unpack_from("<4s22x2H", file, info.header_offset)
-    if start != ZIP_START:
+    magic, name, extra = struct.unpack_from("<4s22x2H", file, info.header_offset)
+    if magic != ZIP_START:
         raise ValueError(f"the record {info.filename} has no header")
-    return _Range(info.header_offset + 30 + name + extra, info.file_size)
+    start = info.header_offset + 30 + name + extra
+    return slice(start, start + info.file_size)
 
 
-def _read(file: mmap.mmap, record: _Range) -> bytes:
-    return file[record.start : record.start + record.size]
-
-
-def _open_legacy(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, _Range]]:
+def _open_legacy(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, slice]]:
     """The format before torch 1.6: five pickles, then each storage behind its length."""
     pickles = cast(BinaryIO, file)
     if _load(pickles) != LEGACY_MAGIC or _load(pickles) != LEGACY_PROTOCOL:
@@ -241,8 +226,8 @@ def _open_legacy(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, _Range]]:
         if type(key) is not str or key not in widths:
             raise ValueError("it stores something else than the storages of its tensors")
         [length] = struct.unpack("<Q", file.read(8))
-        ranges[key] = _Range(file.tell(), length * widths[key])
-        file.seek(ranges[key].size, os.SEEK_CUR)
+        ranges[key] = slice(file.tell(), file.tell() + length * widths[key])
+        file.seek(ranges[key].stop)
     return views, ranges
 
 
@@ -255,13 +240,13 @@ def _views(state: Any) -> dict[str, _View]:
     return dict(state)
 
 
-def _source(path: Path, view: _View, ranges: Mapping[str, _Range], file_size: int) -> TensorSource:
+def _source(path: Path, view: _View, ranges: Mapping[str, slice], file_size: int) -> TensorSource:
     """Checks that a tensor lies within its storage, and that within the file."""
     storage, entries = view.storage, math.prod(view.shape)
     if storage.key not in ranges:
         raise ValueError(f"the storage {storage.key} is missing")
     record, width = ranges[storage.key], storage.dtype.itemsize
-    if storage.length * width > record.size or record.start + record.size > file_size:
+    if storage.length * width > record.stop - record.start or record.stop > file_size:
         raise ValueError(f"the storage {storage.key} is truncated")
     if not is_possible(view.shape, storage.dtype):
         raise ValueError(f"no array has the shape {view.shape}")

@@ -37,11 +37,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def open_file(path: Path) -> dict[str, TensorSource]:
-    """The tensors of a file by name; a dtype that is not in `DTYPES` becomes void.
-
-    Raises:
-      CheckpointError: the file is damaged.
-    """
+    """The tensors of a file by name; a dtype that is not in `DTYPES` becomes void."""
     try:
         with safe_open(path, "numpy"):  # which checks that the header describes the file
             pass
@@ -77,7 +73,7 @@ def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
     """A file of tensors whose values are written one by one, in any order.
 
     Values that were written to such a file before stay. It is open only while a tensor is written:
-    a model may have more files than may be open. Yields what writes a tensor.
+    a model may have more files than may be open.
     """
     stored = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -21,14 +21,14 @@ FINITE_CHECK = 2**22
 
 
 class Spec(NamedTuple):
-    """Shape and dtype of a tensor."""
+    """A tensor to write."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
 
 class TensorSource(NamedTuple):
-    """Shape and dtype of a tensor, and what reads its values."""
+    """A tensor to read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -36,7 +36,7 @@ class TensorSource(NamedTuple):
 
 
 def byte_count(tensor: Spec | TensorSource) -> int:
-    """Of the values.
+    """Bytes of the values.
 
     Example:
       >>> byte_count(Spec((3, 4), np.dtype(np.float16)))
@@ -46,7 +46,7 @@ def byte_count(tensor: Spec | TensorSource) -> int:
 
 
 def is_possible(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether numpy has arrays of a shape, which it has not of all that are empty.
+    """Whether numpy has arrays of a shape; it has none of some that are empty.
 
     Example:
       >>> is_possible((0, 2**40), np.dtype(np.int8)), is_possible((0, 2**63), np.dtype(np.int8))
@@ -57,11 +57,7 @@ def is_possible(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
 
 
 def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Reads consecutive entries of a file, the first of which begins at byte `start`.
-
-    Raises:
-      CheckpointError: the file cannot be read, or ends before.
-    """
+    """Reads consecutive entries of a file, the first of which begins at byte `start`."""
     size = count * dtype.itemsize
     try:
         content = np.fromfile(path, np.uint8, count=size, offset=start)
@@ -77,11 +73,7 @@ def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> ND
 
 @contextlib.contextmanager
 def writing(destination: Path) -> Iterator[None]:
-    """Names the destination where the disk fails.
-
-    Raises:
-      DiskError: an OSError came.
-    """
+    """Makes a DiskError that names the destination of an OSError."""
     try:
         yield
     except OSError as error:

@@ -18,18 +18,14 @@ from prox24.refine import Training
 
 
 class States(NamedTuple):
-    """A folder of states: orbax's manager, what decides the result, and the losses so far."""
+    """A folder of states."""
 
     manager: ocp.CheckpointManager
-    job: Mapping[str, Any]
-    losses: list[float]
+    job: Mapping[str, Any]  # what decides the result
+    losses: list[float]  # so far
 
     def save(self, state: Training) -> None:
-        """Writes a state; when it returns, the arrays may be overwritten.
-
-        Raises:
-          DiskError: it cannot be written.
-        """
+        """Writes a state; when it returns, the arrays may be overwritten."""
         arrays = (state.master, state.optimizer, state.best)
         about = {"job": self.job, "losses": state.losses}
         both = ocp.args.Composite(
@@ -44,11 +40,7 @@ class States(NamedTuple):
             ) from error
 
     def resume(self, begun: Training) -> Training:
-        """The state that was saved last, with the shapes and the places of this one; or this one.
-
-        Raises:
-          CheckpointError: it cannot be read.
-        """
+        """The state that was saved last, in the shapes and places of this one; or this one."""
         step = self.manager.latest_step()
         if step is None:
             return begun
@@ -63,13 +55,7 @@ class States(NamedTuple):
 
 @contextlib.contextmanager
 def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
-    """Opens a folder of states, or makes it.
-
-    Raises:
-      DiskError: nothing can be written there.
-      CheckpointError: what was saved there last cannot be read, or is of another job; names the
-        difference.
-    """
+    """Opens a folder of states, or makes it; refuses states of another job."""
     with writing(folder):  # Found out before there is a state to be lost.
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -37,7 +37,7 @@ OF_A_RUN |= {"activations", "model", "replaced", "old"}
 
 
 class Written(NamedTuple):
-    """A tensor that was written: HF's name, the file that holds it, and the hash of its bytes."""
+    """A tensor that was written."""
 
     name: str
     file: Path
@@ -47,16 +47,12 @@ class Written(NamedTuple):
 class Unfinished(NamedTuple):
     """A folder that is being written.
 
-    Attributes:
-      folder: where its files go.
-      entries: what `record` noted before, by tensor, in that order.
-      finished: the tensors that were noted, as they were written.
-      record: notes that a tensor is done, with what else is to be known of it.
+    `record` notes that a tensor is done, with what else is to be known of it.
     """
 
-    folder: Path
-    entries: dict[str, dict[str, Any]]
-    finished: dict[str, TensorSource]
+    folder: Path  # where its files go
+    entries: dict[str, dict[str, Any]]  # what `record` noted before, by tensor, in that order
+    finished: dict[str, TensorSource]  # the tensors that were noted, as they were written
     record: Callable[[Written, Mapping[str, Any]], None]
 
 
@@ -66,20 +62,9 @@ def unfinished_folder(
 ) -> Iterator[Unfinished]:
     """Makes a folder that becomes the destination when the block ends without an error.
 
-    Args:
-      destination: a folder.
-      job: what decides the result, as JSON has it. What `record` noted outlives the end of the
-        process, and the same job goes on where it ended. An error that is the input's would come
-        again: it ends the job, and nothing is kept.
-      overwrite: replaces what stands at the destination in the end.
-
-    Yields:
-      An `Unfinished`.
-
-    Raises:
-      CheckpointError: another process writes to the destination, another job is unfinished there,
-        what it wrote is damaged, what is there is not of such a job, the disk fails, or something
-        came to stand at the destination.
+    The job is what decides the result, as JSON has it. What `record` noted outlives the end of the
+    process, and the same job goes on where it ended. An error that is the input's would come again:
+    it ends the job, and nothing is kept.
     """
     work = work_folder(destination)
     if work.exists() and not work.is_dir():
@@ -153,11 +138,7 @@ def unfinished_folder(
 
 
 def opened_by_another(destination: Path) -> Unfinished:
-    """The folder that another process of the same run has open, for what is finished in it.
-
-    Raises:
-      CheckpointError: the files that its journal tells of are not there.
-    """
+    """The folder that another process of the same run has open, for what is finished in it."""
     work = work_folder(destination)
     entries = _entries(work)
     tensors = _tensors(work / "model", entries)
@@ -211,11 +192,7 @@ def work_folder(destination: Path) -> Path:
 
 
 def _entries(work: Path) -> dict[str, dict[str, Any]]:
-    """Of a journal, whose last line may be cut off, if the files that it tells of are there.
-
-    Raises:
-      CheckpointError: another line is damaged.
-    """
+    """Of a journal, whose last line may be cut off, if the files that it tells of are there."""
     journal = work / "journal.jsonl"
     if not journal.exists() or not (work / "model").is_dir():
         journal.unlink(missing_ok=True)

@@ -30,21 +30,13 @@ Replacement = TypeVar("Replacement", bound=tuple[Any, ...])
 
 
 class Output(NamedTuple):
-    """A format to write.
-
-    Attributes:
-      files: how they are called.
-      names: of the tensors that it holds, by HF's names.
-      stored_name: of a tensor in the index, by HF's name and the number of its axes.
-      create: a file for tensors of those names, and what writes one of them to it.
-      remark: what runs faster for it.
-    """
+    """A format to write."""
 
     files: WeightFiles
-    names: Collection[str]
-    stored_name: Callable[[str, int], str]
+    names: Collection[str]  # HF's, of the tensors that it holds
+    stored_name: Callable[[str, int], str]  # in the index, by HF's name and the number of axes
     create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
-    remark: str
+    remark: str  # what runs faster for it
 
 
 ZEROS_ARE_STORED = "zeros are stored like other weights: no runtime skips them by itself"
@@ -79,13 +71,7 @@ OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {"safetensors": _safetensor
 def check_destination(
     destination: Path, inputs: Iterable[str | Path | None], overwrite: bool
 ) -> None:
-    """Raises CheckpointError where writing to `destination` would fail or lose something.
-
-    Args:
-      destination: a folder to write.
-      inputs: what is read, or kept for another run; None is passed over.
-      overwrite: whether the destination may stand there, to be replaced.
-    """
+    """Raises CheckpointError where writing a folder would fail or lose one of the inputs."""
     if destination.name in ("", ".."):
         raise CheckpointError(f"{destination} has no name of its own; choose another destination")
     for path in (Path(given) for given in inputs if given is not None):
@@ -121,45 +107,17 @@ def write_checkpoint(
     replaced: Iterable[tuple[str, NDArray[Any]]] = (),
     *,
     overwrite: bool = False,
-    dtype: str | None = None,
-    max_shard_bytes: int | None = None,
-    file_format: str = "safetensors",
-    note: str | None = None,
+    **options: Any,
 ) -> list[str]:
-    """Writes `source` with some tensors replaced, as an HF folder with the same names.
+    """Writes an HF folder as `fill_folder` does, with its options, and returns the tensors' names.
 
     The folder is written beside the destination, synchronised to disk and renamed, so that the
     destination is complete or absent, whatever happens.
-
-    Args:
-      source: gives the names, the order, the config, the tokenizer and every other file.
-      destination: a folder that does not exist yet, unless `overwrite`.
-      replaced: names and values, see `fill_folder`.
-      overwrite: replaces an existing folder, which stays until the new one is complete.
-      dtype: see `fill_folder`.
-      max_shard_bytes: see `fill_folder`.
-      file_format: see `fill_folder`.
-      note: see `fill_folder`.
-
-    Returns:
-      The names of the tensors that were written: all, but for the buffers that Flax files lack.
-
-    Raises:
-      CheckpointError: the destination exists, or see `fill_folder`.
-      UnsupportedModelError: there is no Flax class for the model.
     """
     check_destination(destination, [source.path], overwrite)
     files = source_files(source.path)
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
-        written = fill_folder(
-            source,
-            unfinished,
-            replaced,
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-            file_format=file_format,
-            note=note,
-        )
+        written = fill_folder(source, unfinished, replaced, **options)
         check_unchanged(source.path, files)
     return list(written)
 
@@ -175,29 +133,23 @@ def fill_folder(
     note: str | None = None,
     on_replaced: Callable[[Written, Replacement], None] = lambda written, replacement: None,
 ) -> dict[str, dict[str, str]]:
-    """Writes the files of an HF folder.
+    """Writes the files of an HF folder; what is finished there is left as it is.
 
     Args:
       source: gives the names, the order, the config, the tokenizer and every other file.
-      unfinished: the folder; what is finished there is left as it is.
+      unfinished: the folder.
       replaced: tuples of the name of a tensor, its new values, and more that is not looked at. Each
         is written before the next is asked for. Other tensors are copied bit for bit.
-      dtype: "float32", "float16" or "bfloat16" for all but buffers and integers; None keeps each
-        tensor's own.
+      dtype: a key of `DTYPES`, for all but buffers and integers; None keeps each tensor's own.
       max_shard_bytes: of the tensors in one file, unless a single one is larger; None keeps
         together what is in one file of the source.
-      file_format: one of `OUTPUTS`.
+      file_format: a key of `OUTPUTS`.
       note: Markdown that is appended to the model card, README.md.
       on_replaced: called when a replaced tensor is written, with the tuple that it came in.
 
     Returns:
       "dtype" and "sha256" of every tensor that the files hold, by name, in their order: of all, but
       for the buffers that Flax files lack.
-
-    Raises:
-      CheckpointError: the source cannot be read, the disk is full or fails, or `replaced` holds a
-        name twice, or one or a shape that the source has not.
-      UnsupportedModelError: there is no Flax class for the model.
     """
     folder = unfinished.folder
     output = OUTPUTS[file_format](source)

@@ -42,30 +42,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Past(NamedTuple):
-    """What comes before the tokens of a pass.
+    """The text before the tokens of a pass.
 
-    Attributes:
-      length: tokens before them, the position of the first of them; an int32 scalar if traced.
-      join: from their keys and values, each (batch, key heads, length, head_dim), to those of all
-        positions from 0. What is behind theirs is not seen.
+    `join` gets their keys and values, each (batch, key heads, length, head_dim), and returns those
+    of all positions from 0. Positions behind the tokens are not seen.
     """
 
-    length: Array | int
+    length: Array | int  # tokens before them; an int32 scalar if traced
     join: Callable[[Array, Array], tuple[Array, Array]]
 
 
 NO_PAST = Past(0, lambda keys, values: (keys, values))
-"""Of the tokens of whole texts."""
+"""For whole texts."""
 
 
 def embed(config: Config, weights: Weights, tokens: Array, start: Array | int = 0) -> Array:
-    """Token ids (batch, length) to hidden states (batch, length, hidden), float32.
-
-    Args:
-      config: static.
-      weights: as `embedding_shapes` lists them.
-      tokens: integers.
-      start: the position of the first token.
+    """Token ids (batch, length), the first at `start`, to hidden states (batch, length, hidden).
 
     Raises:
       UnsupportedModelError: there are more tokens than rows in the table of positions.
@@ -73,10 +65,10 @@ def embed(config: Config, weights: Weights, tokens: Array, start: Array | int = 
     length, embedding = tokens.shape[1], config.embedding
     hidden = weights["embed_tokens.weight"][tokens].astype(jnp.float32) * embedding.scale
     if embedding.positions:
-        if length > embedding.positions - embedding.offset:
+        positions = embedding.positions - embedding.offset
+        if length > positions:
             raise UnsupportedModelError(
-                f"windows of {length} tokens are longer than the model's "
-                f"{embedding.positions - embedding.offset} positions"
+                f"windows of {length} tokens are longer than the model's {positions} positions"
             )
         table = weights["embed_positions.weight"]
         rows = jax.lax.dynamic_slice_in_dim(table, embedding.offset + start, length)
@@ -85,19 +77,10 @@ def embed(config: Config, weights: Weights, tokens: Array, start: Array | int = 
 
 
 def layer(spec: Layer, weights: Weights, hidden: Array, tap: Tap, past: Past = NO_PAST) -> Array:
-    """One decoder layer.
+    """One decoder layer: hidden states (batch, length, hidden), float32, to the same shape.
 
-    Args:
-      spec: static.
-      weights: the layer's tensors.
-      hidden: shape (batch, length, hidden), float32.
-      tap: called with the name and the value (batch, length, in) of every input of a linear, as
-        `linear_inputs` names them; tokens that an expert does not get are zero in its inputs. Pass
-        `no_tap` to observe nothing.
-      past: what comes before; nothing if `hidden` is of whole texts.
-
-    Returns:
-      Hidden states of the same shape.
+    `tap` is called with the name and the value (batch, length, in) of every input of a linear, as
+    `linear_inputs` names them; tokens that an expert does not get are zero in its inputs.
     """
     residual = spec.residual
 
@@ -132,25 +115,13 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
 
 
 class InBfloat16(NamedTuple):
-    """A weight of a linear that is multiplied in bfloat16, forwards and backwards.
+    """A weight of a linear that is multiplied in bfloat16, forwards and backwards."""
 
-    Attributes:
-      weight: shape (out, in), bfloat16.
-    """
-
-    weight: Array
+    weight: Array  # shape (out, in), bfloat16
 
 
 def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) -> dict[str, Any]:
-    """Weights whose linears are multiplied in one of `prox24._core.precision.COMPUTE_DTYPES`.
-
-    Args:
-      compute_dtype: "float32" leaves the weights as they are, to be multiplied in float32.
-      weights: of a layer, or around the layers, by name.
-      linears: the names of those that are multiplied so.
-
-    Returns:
-      The weights, of which with "bfloat16" these are `InBfloat16`.
+    """Weights of which, with "bfloat16", those of the named linears are `InBfloat16`.
 
     Example:
       >>> weights = {"up.weight": jnp.ones((2, 4)), "norm.weight": jnp.ones(4)}

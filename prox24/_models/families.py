@@ -49,7 +49,7 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Config]] = {
     "gpt_neox": gpt.gpt_neox,
     "granite": llama.granite,
     "llama": llama.llama,
-    "mistral": llama.mistral,
+    "mistral": llama.llama,
     "mixtral": llama.mixtral,
     "olmo2": llama.olmo2,
     "olmoe": llama.olmoe,
@@ -65,11 +65,9 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Config]] = {
 
 
 def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Config:
-    """Reads HF's config.json.
+    """Reads HF's config.json, whose missing fields are as transformers has them.
 
-    Args:
-      config: the decoded JSON object. Fields that it lacks are as transformers has them.
-      tensors: the checkpoint's names, since some lack the prefix that transformers expects.
+    The names of the checkpoint's tensors may lack the prefix that transformers expects.
 
     Raises:
       UnsupportedModelError: the model_type, or a setting of it, has no forward pass here.

@@ -1,10 +1,9 @@
-"""Text that goes on: one token after the other, with the keys and values of all before in a cache.
+"""Text generation: one token after the other, with the keys and values of all before in a cache.
 
 A pass of `advance` runs a few compiled functions: the embedding, one for each kind of layer, the
 head. They are compiled for the prompt and for single tokens, and serve any number of tokens and of
-equal layers; a loop over tokens or layers within one program would take as many times longer to
-compile as there are layers, and XLA would convert the weights of all layers to float32 at once. The
-caller has every token as it comes, and ends where it likes.
+equal layers. A loop over tokens or layers within one program would take as many times longer to
+compile as there are layers, and XLA would convert the weights of all layers to float32 at once.
 """
 
 import functools
@@ -25,16 +24,10 @@ from prox24.errors import PromptError, Prox24Error
 
 
 class ModelWeights(NamedTuple):
-    """All weights of a decoder, in any floating dtypes.
+    """All weights of a decoder, in any floating dtypes; linears of layers may be packed."""
 
-    Attributes:
-      outer: of the embedding and the head, as `spec.embedding_shapes` and `spec.head_shapes`
-        list them.
-      layers: of each layer, as `spec.layer_shapes` lists them; those of linears may be packed.
-    """
-
-    outer: dict[str, Array]
-    layers: list[dict[str, Any]]
+    outer: dict[str, Array]  # see `spec.embedding_shapes` and `spec.head_shapes`
+    layers: list[dict[str, Any]]  # see `spec.layer_shapes`
 
 
 class KeysValues(NamedTuple):
@@ -62,20 +55,11 @@ def empty_cache(config: Config, batch: int, capacity: int) -> Cache:
 def advance(
     config: Config, weights: ModelWeights, cache: Cache, tokens: ArrayLike, start: ArrayLike
 ) -> tuple[Array, Cache]:
-    """Runs a decoder on the next tokens of texts.
+    """The logits (batch, vocabulary) after the next tokens (batch, length), and the longer cache.
 
-    It can be compiled as one program, with `jax.jit(advance, static_argnums=0, donate_argnums=2)`.
-
-    Args:
-      config: of texts of the cache's capacity, see `spec.at_length`.
-      weights: of the model.
-      cache: with the tokens before; it is donated, and must not be used again.
-      tokens: shape (batch, length), integers.
-      start: int32 scalar, the number of tokens before.
-
-    Returns:
-      The logits of what follows the last token, float32 of shape (batch, vocabulary), and the cache
-      with the tokens in it.
+    `start` tokens, an int32 scalar, are in the cache before; it is donated, and must not be used
+    again. The config is that of texts of its capacity, see `spec.at_length`. All can be compiled as
+    one program, with `jax.jit(advance, static_argnums=0, donate_argnums=2)`.
     """
     hidden = _embed(config, weights.outer, tokens, start)
     extended: Cache = []
@@ -114,12 +98,6 @@ def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array |
     The most probable token at temperature 0. Otherwise one that is drawn with the probabilities
     softmax(logits / temperature), from the nucleus: the fewest of the most probable tokens whose
     probabilities sum to `top_p`, and those as probable as the last of them.
-
-    Args:
-      logits: shape (batch, vocabulary).
-      key: of `jax.random`.
-      temperature: nonnegative.
-      top_p: in (0, 1].
 
     References:
       "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1.
@@ -168,25 +146,14 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
 ) -> Iterator[NDArray[np.int32]]:
-    """Goes on from prompts, token by token.
+    """Goes on from prompts (batch, length), and yields the next token of each, int32 (batch,).
 
-    Args:
-      config: of the model.
-      weights: of the model; products are computed in float32 whatever their dtypes, but for those
-        of packed linears, whose inputs and results are rounded to the weight's.
-      prompts: integers, token ids of shape (batch, length).
-      tokens: at most so many are generated.
-      temperature: 0 for the most probable tokens, see `choose`.
-      top_p: see `choose`.
-      seed: of the random draws.
-      stop: tokens that end a text.
-
-    Yields:
-      The next token of every text, int32 of shape (batch,). A text that has ended repeats its last
-      token until all have ended.
+    A `stop` token ends a text, which repeats it until all have ended. Products are computed in
+    float32 whatever the dtypes of the weights, but for those of packed linears, whose inputs and
+    results are rounded to the weight's.
 
     Raises:
-      PromptError: see `check_prompts`.
+      PromptError: the model cannot go on from the prompts, see `check_prompts`.
       Prox24Error: logits are NaN.
       ValueError: a number is out of its range, or the prompts are not of one length.
     """
@@ -223,13 +190,7 @@ def generate(
 
 
 def check_prompts(config: Config, prompts: NDArray[Any], tokens: int) -> None:
-    """Checks that a model can go on from prompts (batch, length) by so many tokens.
-
-    Raises:
-      PromptError: the prompts have another shape, are empty, hold what is no integer or ids that
-        the model has no embedding for, or are too long for its positions.
-      ValueError: no token is asked for.
-    """
+    """Raises PromptError unless a model can go on from prompts by so many tokens."""
     if tokens < 1:
         raise ValueError(f"{tokens} tokens to generate are fewer than one")
     if prompts.ndim != 2:

@@ -17,11 +17,27 @@ MEGATRON = (
     ("mlp.down_proj", "mlp.dense_4h_to_h"),
 )
 
+BLOOM = Names(
+    base="transformer.",
+    layers="h",
+    layer=(
+        ("self_attn.qkv_proj", "self_attention.query_key_value"),
+        ("self_attn.o_proj", "self_attention.dense"),
+        *MEGATRON,
+    ),
+    outer=(
+        ("embed_tokens", "word_embeddings"),
+        ("embed_norm", "word_embeddings_layernorm"),
+        ("norm", "ln_f"),
+    ),
+)
+"""BLOOM's and Falcon's, which has no norm of the embedding."""
+
 
 def gpt2(hf: PreTrainedConfig) -> Config:
     """GPT-2: learned positions, and linears stored as (in, out)."""
     settings.must_be(hf, add_cross_attention=False)
-    attention = settings.attention(hf, fused="rows", bias=True, output_bias=True, rope=None)
+    attention = settings.attention(hf, fused="rows", bias=True, rope=None)
 
     def scaled(index: int) -> Attention:
         found = attention(index)
@@ -65,7 +81,7 @@ def opt(hf: PreTrainedConfig) -> Config:
     bias = hf.enable_bias
     return settings.decoder(
         hf,
-        settings.attention(hf, bias=bias, output_bias=bias, rope=None),
+        settings.attention(hf, bias=bias, rope=None),
         settings.mlp(hf.ffn_dim, hf.activation_function, gated=False, bias=bias),
         Norm("layer", 1e-5),
         embedding=Embedding(positions=hf.max_position_embeddings + 2, offset=2),
@@ -85,10 +101,9 @@ def opt(hf: PreTrainedConfig) -> Config:
 
 def gpt_neox(hf: PreTrainedConfig) -> Config:
     """GPT-NeoX and Pythia: parallel branches, and a part of each head rotates."""
-    bias = hf.attention_bias
     return settings.decoder(
         hf,
-        settings.attention(hf, partly_rotated=True, fused="groups", bias=bias, output_bias=bias),
+        settings.attention(hf, partly_rotated=True, fused="groups"),
         settings.mlp(hf.intermediate_size, hf.hidden_act, gated=False, bias=True),
         Norm("layer", hf.layer_norm_eps),
         residual=PARALLEL if hf.use_parallel_residual else Residual(),
@@ -110,13 +125,16 @@ def gpt_neox(hf: PreTrainedConfig) -> Config:
 
 def falcon(hf: PreTrainedConfig) -> Config:
     """Falcon: one key head or groups of heads, rotary or linear biases, parallel or not."""
-    width = hf.hidden_size // hf.num_attention_heads
     if hf.new_decoder_architecture:
         key_heads = hf.num_kv_heads
     else:
         key_heads = 1 if hf.multi_query else hf.num_attention_heads
+    width = hf.hidden_size // hf.num_attention_heads
     alibi = Alibi(alibi_slopes(hf.num_attention_heads), width**-0.5, "bfloat16")
     positions: dict[str, Any] = {"alibi": alibi, "rope": None} if hf.alibi else {}
+    attention = settings.attention(
+        hf, key_value_heads=key_heads, fused="groups", bias=hf.bias, **positions
+    )
     two_norms = hf.num_ln_in_parallel_attn == 2 or (
         hf.num_ln_in_parallel_attn is None and hf.new_decoder_architecture
     )
@@ -128,60 +146,25 @@ def falcon(hf: PreTrainedConfig) -> Config:
         residual = PARALLEL_ONE_NORM
     return settings.decoder(
         hf,
-        settings.attention(
-            hf,
-            key_value_heads=key_heads,
-            fused="groups",
-            bias=hf.bias,
-            output_bias=hf.bias,
-            **positions,
-        ),
+        attention,
         settings.mlp(hf.ffn_hidden_size, hf.activation, gated=False, bias=hf.bias),
         Norm("layer", hf.layer_norm_epsilon),
         residual=residual,
-        names=Names(
-            base="transformer.",
-            layers="h",
-            layer=(
-                ("self_attn.qkv_proj", "self_attention.query_key_value"),
-                ("self_attn.o_proj", "self_attention.dense"),
-                *MEGATRON,
-            ),
-            outer=(("embed_tokens", "word_embeddings"), ("norm", "ln_f")),
-        ),
+        names=BLOOM,
     )
 
 
 def bloom(hf: PreTrainedConfig) -> Config:
     """BLOOM: linear biases, and a norm after the embedding."""
     settings.must_be(hf, apply_residual_connection_post_layernorm=False)
+    alibi = Alibi(alibi_slopes(hf.n_head))
     return settings.decoder(
         hf,
-        settings.attention(
-            hf,
-            fused="groups",
-            bias=True,
-            output_bias=True,
-            rope=None,
-            alibi=Alibi(alibi_slopes(hf.n_head)),
-        ),
+        settings.attention(hf, fused="groups", bias=True, rope=None, alibi=alibi),
         settings.mlp(4 * hf.hidden_size, "gelu_pytorch_tanh", gated=False, bias=True),
         Norm("layer", hf.layer_norm_epsilon),
         embedding=Embedding(norm=True),
-        names=Names(
-            base="transformer.",
-            layers="h",
-            layer=(
-                ("self_attn.qkv_proj", "self_attention.query_key_value"),
-                ("self_attn.o_proj", "self_attention.dense"),
-                *MEGATRON,
-            ),
-            outer=(
-                ("embed_tokens", "word_embeddings"),
-                ("embed_norm", "word_embeddings_layernorm"),
-                ("norm", "ln_f"),
-            ),
-        ),
+        names=BLOOM,
     )
 
 
@@ -190,7 +173,7 @@ def phi(hf: PreTrainedConfig) -> Config:
     settings.must_be(hf, qk_layernorm=False)
     return settings.decoder(
         hf,
-        settings.attention(hf, partly_rotated=True, bias=True, output_bias=True),
+        settings.attention(hf, partly_rotated=True, bias=True),
         settings.mlp(hf.intermediate_size, hf.hidden_act, gated=False, bias=True),
         Norm("layer", hf.layer_norm_eps),
         residual=PARALLEL_ONE_NORM,

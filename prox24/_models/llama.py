@@ -1,5 +1,7 @@
 """The families after Llama: RMS norms, gated MLPs, rotary positions; some are mixtures."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from prox24._models import settings
@@ -14,55 +16,40 @@ SANDWICH = Residual(
 
 AFTER = Residual(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
-EXPERTS = (("mlp.router", "mlp.gate"),)
+EXPERTS = Names(layer=(("mlp.router", "mlp.gate"),))
 
 
 def llama(hf: PreTrainedConfig) -> Config:
-    """Llama 1 to 3.3, SmolLM and SmolLM2, TinyLlama, OpenLlama."""
-    bias = hf.attention_bias
-    attention = settings.attention(hf, bias=bias, output_bias=bias)
-    return settings.decoder(hf, attention, settings.gated(hf, bias=hf.mlp_bias), settings.rms(hf))
-
-
-def mistral(hf: PreTrainedConfig) -> Config:
-    """Mistral, with its sliding window."""
-    return settings.decoder(hf, settings.attention(hf), settings.gated(hf), settings.rms(hf))
+    """Llama 1 to 3.3, SmolLM and SmolLM2, TinyLlama, OpenLlama; Mistral, with its window."""
+    return settings.decoder(hf)
 
 
 def qwen2(hf: PreTrainedConfig) -> Config:
     """Qwen2 and Qwen2.5: a bias on q, k and v."""
-    return settings.decoder(
-        hf, settings.attention(hf, bias=True), settings.gated(hf), settings.rms(hf)
-    )
+    return settings.decoder(hf, settings.attention(hf, bias=True, output_bias=False))
 
 
 def qwen3(hf: PreTrainedConfig) -> Config:
     """Qwen3: each head of q and k is normalised."""
-    bias = hf.attention_bias
-    attention = settings.attention(hf, bias=bias, output_bias=bias, norm="heads")
-    return settings.decoder(hf, attention, settings.gated(hf), settings.rms(hf))
+    return settings.decoder(hf, settings.attention(hf, norm="heads"))
 
 
 def smollm3(hf: PreTrainedConfig) -> Config:
     """SmolLM3: some layers have no positions."""
-    bias = hf.attention_bias
-    rotary = settings.attention(hf, bias=bias, output_bias=bias)
+    rotary = settings.attention(hf)
 
     def attention(index: int) -> Attention:
         found = rotary(index)
         return found if hf.no_rope_layers[index] else found._replace(rope=None)
 
-    return settings.decoder(hf, attention, settings.gated(hf, bias=hf.mlp_bias), settings.rms(hf))
+    return settings.decoder(hf, attention)
 
 
 def granite(hf: PreTrainedConfig) -> Config:
     """Granite: four multipliers."""
-    bias = hf.attention_bias
     return settings.decoder(
         hf,
-        settings.attention(hf, bias=bias, output_bias=bias, scale=hf.attention_multiplier),
-        settings.gated(hf, bias=hf.mlp_bias),
-        settings.rms(hf),
+        settings.attention(hf, scale=hf.attention_multiplier),
         residual=Residual(scale=hf.residual_multiplier),
         embedding=Embedding(scale=hf.embedding_multiplier),
         head=Head(hf.tie_word_embeddings, divisor=hf.logits_scaling),
@@ -71,43 +58,32 @@ def granite(hf: PreTrainedConfig) -> Config:
 
 def olmo2(hf: PreTrainedConfig) -> Config:
     """OLMo 2: norms after the branches, and over all heads of q and k."""
-    bias = hf.attention_bias
-    attention = settings.attention(hf, bias=bias, output_bias=bias, norm="rows")
-    return settings.decoder(hf, attention, settings.gated(hf), settings.rms(hf), residual=AFTER)
+    return settings.decoder(hf, settings.attention(hf, norm="rows"), residual=AFTER)
 
 
 def phi3(hf: PreTrainedConfig) -> Config:
     """Phi-3 and Phi-4: q, k and v are one linear, and so are gate and up."""
     attention = settings.attention(hf, partly_rotated=True, fused="rows")
-    return settings.decoder(hf, attention, settings.gated(hf, fused=True), settings.rms(hf))
+    return settings.decoder(hf, attention, settings.gated(hf, fused=True))
 
 
 def gemma(hf: PreTrainedConfig) -> Config:
     """Gemma: norms hold weight - 1, and the embedding is scaled."""
-    bias = hf.attention_bias
     settings.must_be(hf, use_bidirectional_attention=False)
     return settings.decoder(
         hf,
-        settings.attention(hf, bias=bias, output_bias=bias),
-        settings.gated(hf),
-        settings.rms(hf, offset=1.0),
+        norm=settings.rms(hf, offset=1.0),
         embedding=Embedding(scale=hf.hidden_size**0.5),
     )
 
 
-def gemma2(hf: PreTrainedConfig) -> Config:
+def gemma2(hf: PreTrainedConfig, **changes: Any) -> Config:
     """Gemma 2: Gemma with norms on both sides of a branch, soft caps and alternating windows."""
-    bias = hf.attention_bias
+    scale, softcap = hf.query_pre_attn_scalar**-0.5, hf.attn_logit_softcapping
     settings.must_be(hf, use_bidirectional_attention=False)
     return settings.decoder(
         hf,
-        settings.attention(
-            hf,
-            bias=bias,
-            output_bias=bias,
-            scale=hf.query_pre_attn_scalar**-0.5,
-            softcap=hf.attn_logit_softcapping,
-        ),
+        settings.attention(hf, scale=scale, softcap=softcap, **changes),
         settings.mlp(hf.intermediate_size, hf.hidden_activation),
         settings.rms(hf, offset=1.0),
         residual=SANDWICH,
@@ -118,24 +94,7 @@ def gemma2(hf: PreTrainedConfig) -> Config:
 
 def gemma3(hf: PreTrainedConfig) -> Config:
     """Gemma 3's text model: Gemma 2 with normalised heads and a rope for each layer type."""
-    settings.must_be(hf, use_bidirectional_attention=False)
-    bias = hf.attention_bias
-    return settings.decoder(
-        hf,
-        settings.attention(
-            hf,
-            bias=bias,
-            output_bias=bias,
-            norm="heads",
-            scale=hf.query_pre_attn_scalar**-0.5,
-            softcap=hf.attn_logit_softcapping,
-        ),
-        settings.mlp(hf.intermediate_size, hf.hidden_activation),
-        settings.rms(hf, offset=1.0),
-        residual=SANDWICH,
-        embedding=Embedding(scale=hf.hidden_size**0.5),
-        head=Head(hf.tie_word_embeddings, softcap=hf.final_logit_softcapping),
-    )
+    return gemma2(hf, norm="heads")
 
 
 def mixtral(hf: PreTrainedConfig) -> Config:
@@ -143,9 +102,7 @@ def mixtral(hf: PreTrainedConfig) -> Config:
     experts = settings.experts(hf.num_local_experts, hf.num_experts_per_tok, normalised=True)
     return settings.decoder(
         hf,
-        settings.attention(hf),
-        settings.gated(hf, experts=experts),
-        settings.rms(hf),
+        mlps=settings.gated(hf, experts=experts),
         names=Names(
             layer=(
                 ("mlp.router", "block_sparse_moe.gate"),
@@ -159,7 +116,6 @@ def mixtral(hf: PreTrainedConfig) -> Config:
 
 def qwen3_moe(hf: PreTrainedConfig) -> Config:
     """Qwen3's mixtures; some layers may be dense."""
-    bias = hf.attention_bias
     experts = settings.experts(hf.num_experts, hf.num_experts_per_tok, hf.norm_topk_prob)
     dense = settings.gated(hf)
     mixture = settings.mlp(hf.moe_intermediate_size, hf.hidden_act, experts=experts)
@@ -168,18 +124,11 @@ def qwen3_moe(hf: PreTrainedConfig) -> Config:
         mixes = index not in hf.mlp_only_layers and (index + 1) % hf.decoder_sparse_step == 0
         return mixture(index) if mixes else dense(index)
 
-    attention = settings.attention(hf, bias=bias, output_bias=bias, norm="heads")
-    return settings.decoder(hf, attention, mlp, settings.rms(hf), names=Names(layer=EXPERTS))
+    return settings.decoder(hf, settings.attention(hf, norm="heads"), mlp, names=EXPERTS)
 
 
 def olmoe(hf: PreTrainedConfig) -> Config:
     """OLMoE: norms over all heads of q and k, which may be clipped."""
-    bias = hf.attention_bias
     experts = settings.experts(hf.num_experts, hf.num_experts_per_tok, hf.norm_topk_prob)
-    return settings.decoder(
-        hf,
-        settings.attention(hf, bias=bias, output_bias=bias, norm="rows", clip=hf.clip_qkv),
-        settings.gated(hf, experts=experts),
-        settings.rms(hf),
-        names=Names(layer=EXPERTS),
-    )
+    attention = settings.attention(hf, norm="rows", clip=hf.clip_qkv)
+    return settings.decoder(hf, attention, settings.gated(hf, experts=experts), names=EXPERTS)

@@ -1,7 +1,7 @@
 """Rotary frequencies from HF's config: the variants that differ in data only."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,10 @@ def read_rope(
     *,
     partly_rotated: bool = False,
 ) -> Rope:
-    """The rotary positions that a config asks for.
+    """The rotary positions of a config, whose rope_parameters may be a set for each layer type.
 
-    Args:
-      hf: the config, whose rope_parameters are one set, or one for each layer type.
-      head_dim: entries of a head.
-      layer_type: which set.
-      partly_rotated: whether the family has a part of each head rotate with frequencies that are
-        not scaled; others have so only with scaled ones, and rotate whole heads.
-
-    Raises:
-      UnsupportedModelError: a rope type without implementation; names the supported ones.
+    A family that is `partly_rotated` has a part of each head rotate with frequencies that are not
+    scaled; the others rotate a part only with scaled ones.
     """
     given: Parameters = hf.rope_parameters
     given = given.get(layer_type) or given if layer_type else given
@@ -58,16 +51,6 @@ def read_rope(
 
 def _rope(frequencies: Frequencies, scale: float = 1.0) -> Rope:
     return Rope(tuple(frequencies.tolist()), scale)
-
-
-def _default(frequencies: Frequencies, given: Parameters, hf: PreTrainedConfig) -> Rope:
-    del given, hf
-    return _rope(frequencies)
-
-
-def _linear(frequencies: Frequencies, given: Parameters, hf: PreTrainedConfig) -> Rope:
-    del hf
-    return _rope(frequencies / np.float32(given["factor"]))
 
 
 def _llama3(frequencies: Frequencies, given: Parameters, hf: PreTrainedConfig) -> Rope:
@@ -130,9 +113,9 @@ def _blend(kept: Frequencies, frequencies: Frequencies, factor: float) -> Freque
     return kept * frequencies + (1 - kept) * frequencies / np.float32(factor)
 
 
-KINDS = {
-    "default": _default,
-    "linear": _linear,
+KINDS: dict[str, Callable[[Frequencies, Parameters, PreTrainedConfig], Rope]] = {
+    "default": lambda frequencies, given, hf: _rope(frequencies),
+    "linear": lambda frequencies, given, hf: _rope(frequencies / np.float32(given["factor"])),
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

@@ -27,18 +27,19 @@ from prox24.errors import UnsupportedModelError
 
 def decoder(
     hf: PreTrainedConfig,
-    attention: Callable[[int], Attention],
-    mlp: Callable[[int], MLP],
-    norm: Norm,
+    attentions: Callable[[int], Attention] | None = None,
+    mlps: Callable[[int], MLP] | None = None,
+    norm: Norm | None = None,
     *,
     residual: Residual = Residual(),
     embedding: Embedding = Embedding(),
     head: Head | None = None,
     names: Names = Names(),
 ) -> Config:
-    """A decoder whose layers have this attention and MLP, by their numbers."""
+    """A decoder with the attention and the MLP of each layer by its number; Llama's by default."""
+    attentions, mlps, norm = attentions or attention(hf), mlps or gated(hf), norm or rms(hf)
     layers = tuple(
-        Layer(hf.hidden_size, norm, attention(index), mlp(index), residual)
+        Layer(hf.hidden_size, norm, attentions(index), mlps(index), residual)
         for index in range(hf.num_hidden_layers)
     )
     head = head or Head(hf.tie_word_embeddings)
@@ -56,9 +57,13 @@ def rms(hf: PreTrainedConfig, offset: float = 0.0) -> Norm:
 def attention(
     hf: PreTrainedConfig, *, partly_rotated: bool = False, **changes: Any
 ) -> Callable[[int], Attention]:
-    """Grouped heads, rotary positions, and the windows that the config gives to each layer."""
+    """Grouped heads, biases, rotary positions and windows of the config, but for the changes.
+
+    The output projection has a bias where q, k and v have one, unless the changes say otherwise.
+    """
     heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    bias = changes.get("bias", _declared(hf, "attention_bias") or False)
 
     @functools.cache
     def rope(kind: str | None) -> Rope:
@@ -71,6 +76,8 @@ def attention(
             "key_value_heads": _declared(hf, "num_key_value_heads") or heads,
             "head_dim": head_dim,
             "scale": head_dim**-0.5,
+            "bias": bias,
+            "output_bias": bias,
             "window": _declared(hf, "sliding_window") if kind != "full_attention" else None,
         }
         if "rope" not in changes:
@@ -101,11 +108,7 @@ def _layer_type(hf: PreTrainedConfig, index: int) -> str | None:
 
 
 def mlp(width: int, activation: str, **settings: Any) -> Callable[[int], MLP]:
-    """An MLP for every layer.
-
-    Raises:
-      UnsupportedModelError: the decoder does not compute the activation.
-    """
+    """An MLP for every layer; refuses an activation that the decoder does not compute."""
     if activation not in ACTIVATIONS:
         supported = ", ".join(map(repr, ACTIVATIONS))
         raise UnsupportedModelError(
@@ -115,16 +118,13 @@ def mlp(width: int, activation: str, **settings: Any) -> Callable[[int], MLP]:
 
 
 def gated(hf: PreTrainedConfig, **settings: Any) -> Callable[[int], MLP]:
-    """An MLP with a gate, of the width and the activation of the config."""
-    return mlp(hf.intermediate_size, hf.hidden_act, **settings)
+    """An MLP with a gate, of the width, the activation and the biases of the config."""
+    bias = _declared(hf, "mlp_bias") or False
+    return mlp(hf.intermediate_size, hf.hidden_act, bias=bias, **settings)
 
 
 def experts(number: int, per_token: int, normalised: bool) -> Experts:
-    """The experts of a mixture.
-
-    Raises:
-      UnsupportedModelError: a token would go to none, or to more experts than there are.
-    """
+    """The experts of a mixture; refuses more experts for a token than there are, and none."""
     if not 1 <= per_token <= number:
         raise UnsupportedModelError(f"{per_token} of {number} experts for each token do not exist")
     return Experts(number, per_token, normalised)

@@ -9,32 +9,19 @@ from typing import NamedTuple
 
 
 class Norm(NamedTuple):
-    """x / rms(x) times (offset + weight), or the standardised x times weight plus bias.
+    """x / rms(x) times (offset + weight), or the standardised x times weight plus bias."""
 
-    Attributes:
-      kind: "rms" or "layer".
-      epsilon: added to the mean square or the variance.
-      offset: 1 where the checkpoint holds weight - 1, as Gemma's do.
-    """
-
-    kind: str
-    epsilon: float
-    offset: float = 0.0
+    kind: str  # "rms" or "layer"
+    epsilon: float  # added to the mean square or the variance
+    offset: float = 0.0  # 1 where the checkpoint holds weight - 1, as Gemma's do
 
 
 class Rope(NamedTuple):
-    """Rotary positions of the first 2 len(frequencies) entries of a head, in HF's halves.
+    """Rotary positions of the first 2 len(frequencies) entries of a head, in HF's halves."""
 
-    Attributes:
-      frequencies: radians per position.
-      scale: of the cosines and sines.
-      long: frequencies of sequences longer than `switch`, if they differ.
-      switch: in tokens.
-    """
-
-    frequencies: tuple[float, ...]
-    scale: float = 1.0
-    long: tuple[float, ...] | None = None
+    frequencies: tuple[float, ...]  # radians per position
+    scale: float = 1.0  # of the cosines and sines
+    long: tuple[float, ...] | None = None  # frequencies beyond `switch` tokens, if they differ
     switch: int = 0
 
     def at_length(self, length: int) -> "Rope":
@@ -45,107 +32,65 @@ class Rope(NamedTuple):
 
 
 class Alibi(NamedTuple):
-    """scale slope_h j is added to the score of a key at position j in head h.
+    """scale slope_h j is added to the score of a key at position j in head h."""
 
-    Attributes:
-      slopes: one for each head.
-      scale: applied after rounding.
-      dtype: in which slopes times positions are rounded.
-    """
-
-    slopes: tuple[float, ...]
-    scale: float = 1.0
-    dtype: str = "float32"
+    slopes: tuple[float, ...]  # one for each head
+    scale: float = 1.0  # applied after rounding
+    dtype: str = "float32"  # in which slopes times positions are rounded
 
 
 class Attention(NamedTuple):
     """Causal attention with grouped heads.
 
-    Attributes:
-      heads: of the queries.
-      key_value_heads: a divisor of `heads`.
-      head_dim: entries of a head.
-      scale: of the scores.
-      fused: None for separate q, k and v; "rows" for one linear of all queries, then all keys,
-        then all values; "groups" for one in which the queries of a key head are followed by its
-        key and its value.
-      bias: of q, k and v.
-      output_bias: of the output projection.
-      norm: "heads" to normalise each head of q and k, "rows" to normalise all heads together.
-      clip: bound on the magnitude of q and k, after their norm, and v.
-      rope: rotary positions.
-      alibi: linear biases.
-      window: keys that a query sees, itself included; all before it if None.
-      softcap: c tanh(score / c) takes the place of a score.
+    `fused` is None for separate q, k and v; "rows" for one linear of all queries, then all keys,
+    then all values; "groups" for one in which the queries of a key head are followed by its key and
+    its value. `norm` is "heads" to normalise each head of q and k, "rows" to normalise all heads
+    together.
     """
 
-    heads: int
-    key_value_heads: int
+    heads: int  # of the queries
+    key_value_heads: int  # a divisor of `heads`
     head_dim: int
-    scale: float
+    scale: float  # of the scores
     fused: str | None = None
-    bias: bool = False
+    bias: bool = False  # of q, k and v
     output_bias: bool = False
     norm: str | None = None
-    clip: float | None = None
+    clip: float | None = None  # bound on the magnitude of q and k, after their norm, and of v
     rope: Rope | None = None
     alibi: Alibi | None = None
-    window: int | None = None
-    softcap: float | None = None
+    window: int | None = None  # keys that a query sees, itself included; None for all before it
+    softcap: float | None = None  # c tanh(score / c) takes the place of a score
 
 
 class Experts(NamedTuple):
-    """A mixture: each token goes to the `per_token` experts of largest router probability.
-
-    Attributes:
-      number: of experts.
-      per_token: experts that a token goes to.
-      normalised: whether their probabilities are divided by their sum.
-    """
+    """A mixture: each token goes to the `per_token` experts of largest router probability."""
 
     number: int
     per_token: int
-    normalised: bool
+    normalised: bool  # whether their probabilities are divided by their sum
 
 
 class MLP(NamedTuple):
-    """down(act(gate(x)) up(x)), or down(act(up(x))) without a gate.
+    """down(act(gate(x)) up(x)), or down(act(up(x))) without a gate."""
 
-    Attributes:
-      width: between the linears.
-      activation: a key of `prox24._models.decoder.ACTIVATIONS`.
-      gated: whether there is a gate.
-      fused: one linear whose rows are the gate's, then up's.
-      bias: of every linear.
-      experts: the mixture of which this is one expert.
-    """
-
-    width: int
-    activation: str
+    width: int  # between the linears
+    activation: str  # a key of `prox24._models.decoder.ACTIVATIONS`
     gated: bool = True
-    fused: bool = False
-    bias: bool = False
-    experts: Experts | None = None
+    fused: bool = False  # one linear has the rows of the gate, then those of up
+    bias: bool = False  # of every linear
+    experts: Experts | None = None  # the mixture of which this is one expert
 
 
 class Residual(NamedTuple):
-    """Where the norms are, by name, and how the branches are added.
-
-    Attributes:
-      before_attention: norm of the attention's input.
-      after_attention: norm of its output.
-      before_mlp: norm of the MLP's input.
-      after_mlp: norm of its output.
-      parallel: both branches see the layer's input.
-      scale: of each branch.
-    """
+    """The names of the norms around the branches, and how the branches are added."""
 
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
-    parallel: bool = False
-    scale: float = 1.0
+    parallel: bool = False  # both branches see the layer's input
+    scale: float = 1.0  # of each branch
 
 
 class Layer(NamedTuple):
@@ -159,77 +104,48 @@ class Layer(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """Token embedding times scale, plus learned positions, then a norm.
-
-    Attributes:
-      scale: of the embedding.
-      positions: rows of the table of positions, 0 if there is none.
-      offset: its row for position 0.
-      norm: whether a norm follows.
-    """
+    """Token embedding times scale, plus learned positions, then a norm."""
 
     scale: float = 1.0
-    positions: int = 0
-    offset: int = 0
+    positions: int = 0  # rows of the table of positions, 0 if there is none
+    offset: int = 0  # the row of position 0
     norm: bool = False
 
 
 class Head(NamedTuple):
-    """Logits: a linear over scale, softly capped.
+    """Logits: a linear, divided, softly capped."""
 
-    Attributes:
-      tied: the embedding serves as the linear.
-      bias: of the linear.
-      divisor: of the logits.
-      softcap: c tanh(logit / c) takes the place of a logit.
-    """
-
-    tied: bool
+    tied: bool  # the embedding serves as the linear
     bias: bool = False
     divisor: float = 1.0
-    softcap: float | None = None
+    softcap: float | None = None  # c tanh(logit / c) takes the place of a logit
 
 
 class Names(NamedTuple):
-    """What a checkpoint calls the weights; what is not listed has the name it has here.
+    """The checkpoint's names of the weights; what is not listed has the name it has here.
 
-    Attributes:
-      base: prefix of all but the head; some checkpoints of a family lack it, or its first part.
-      layers: what comes before the number of a layer.
-      layer: pairs of a name here and the checkpoint's, within a layer. "{}" is an expert's number.
-      outer: the same outside the layers.
-      transposed: linears of layers are stored as (in, out).
+    `layer` has pairs of a name here and the checkpoint's, within a layer, with "{}" for the number
+    of an expert; `outer` has the same outside the layers.
     """
 
-    base: str = "model."
-    layers: str = "layers"
+    base: str = "model."  # prefix of all but the head; a checkpoint may lack it, or its first part
+    layers: str = "layers"  # before the number of a layer
     layer: tuple[tuple[str, str], ...] = ()
     outer: tuple[tuple[str, str], ...] = ()
-    transposed: bool = False
+    transposed: bool = False  # linears of layers are stored as (in, out)
 
 
 class Config(NamedTuple):
-    """A decoder; hashable.
+    """A decoder; hashable."""
 
-    Attributes:
-      vocabulary: rows of the embedding.
-      hidden: width of the hidden states.
-      norm: every norm of the model.
-      layers: in order.
-      embedding: what comes before them.
-      head: what comes after them.
-      names: what a checkpoint calls the weights.
-      positions: the most tokens of a text; None if the config does not say.
-    """
-
-    vocabulary: int
+    vocabulary: int  # rows of the embedding
     hidden: int
-    norm: Norm
+    norm: Norm  # every norm of the model
     layers: tuple[Layer, ...]
     embedding: Embedding
     head: Head
     names: Names
-    positions: int | None = None
+    positions: int | None = None  # the most tokens of a text; None if the config does not say
 
 
 def at_length(config: Config, length: int) -> Config:
@@ -253,10 +169,9 @@ def linear_inputs(layer: Layer) -> dict[str, str]:
     inputs["self_attn.o_proj"] = "attention_output"
     experts = layer.mlp.experts
     for prefix in ["mlp"] if experts is None else expert_names(experts):
-        source = "mlp_input" if experts is None else f"{prefix}.input"
-        activation = "mlp_activation" if experts is None else f"{prefix}.activation"
-        inputs |= {f"{prefix}.{part}": source for part in _entry_linears(layer.mlp)}
-        inputs[f"{prefix}.down_proj"] = activation
+        tapped = "mlp_" if experts is None else f"{prefix}."
+        inputs |= {f"{prefix}.{part}": f"{tapped}input" for part in _entry_linears(layer.mlp)}
+        inputs[f"{prefix}.down_proj"] = f"{tapped}activation"
     return inputs
 
 
@@ -276,33 +191,32 @@ def layer_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     attention, mlp, hidden = layer.attention, layer.mlp, layer.hidden
     queries = attention.heads * attention.head_dim
     keys = attention.key_value_heads * attention.head_dim
-    outputs = {
-        "qkv_proj": (queries + 2 * keys, hidden),
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_up_proj": (2 * mlp.width, hidden),
-        "gate_proj": (mlp.width, hidden),
-        "up_proj": (mlp.width, hidden),
-        "down_proj": (hidden, mlp.width),
+    linears = {  # outputs, inputs, and whether there is a bias
+        "qkv_proj": (queries + 2 * keys, hidden, attention.bias),
+        "q_proj": (queries, hidden, attention.bias),
+        "k_proj": (keys, hidden, attention.bias),
+        "v_proj": (keys, hidden, attention.bias),
+        "o_proj": (hidden, queries, attention.output_bias),
+        "gate_up_proj": (2 * mlp.width, hidden, mlp.bias),
+        "gate_proj": (mlp.width, hidden, mlp.bias),
+        "up_proj": (mlp.width, hidden, mlp.bias),
+        "down_proj": (hidden, mlp.width, mlp.bias),
     }
     shapes: dict[str, tuple[int, ...]] = {}
     for linear in linear_inputs(layer):
-        part = linear.rpartition(".")[2]
-        shapes[f"{linear}.weight"] = outputs[part]
-        output, within_attention = part == "o_proj", linear.startswith("self_attn")
-        if attention.output_bias if output else (attention.bias if within_attention else mlp.bias):
-            shapes[f"{linear}.bias"] = outputs[part][:1]
+        outputs, inputs, bias = linears[linear.rpartition(".")[2]]
+        shapes[f"{linear}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{linear}.bias"] = (outputs,)
     if mlp.experts is not None:
         shapes["mlp.router.weight"] = (mlp.experts.number, hidden)
-    for name in dict.fromkeys(layer.residual[:4]):
-        if name is not None:
-            shapes |= _norm_shapes(layer.norm, name, hidden)
+    norms = {name: hidden for name in layer.residual[:4] if name is not None}
     if attention.norm is not None:
-        widths = (attention.head_dim,) * 2 if attention.norm == "heads" else (queries, keys)
-        for name, width in zip(("self_attn.q_norm", "self_attn.k_norm"), widths, strict=True):
-            shapes |= _norm_shapes(layer.norm, name, width)
+        by_heads = attention.norm == "heads"
+        norms["self_attn.q_norm"] = attention.head_dim if by_heads else queries
+        norms["self_attn.k_norm"] = attention.head_dim if by_heads else keys
+    for name, width in norms.items():
+        shapes |= _norm_shapes(layer.norm, name, width)
     return shapes
 
 
@@ -319,8 +233,7 @@ def embedding_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def head_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that `logits` reads."""
     shapes = _norm_shapes(config.norm, "norm", config.hidden)
-    table = head_weight(config.head)
-    shapes[table] = (config.vocabulary, config.hidden)
+    shapes[head_weight(config.head)] = (config.vocabulary, config.hidden)
     if config.head.bias:
         shapes["lm_head.bias"] = (config.vocabulary,)
     return shapes

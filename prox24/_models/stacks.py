@@ -25,13 +25,7 @@ def stacked(
 ) -> Stacked:
     """Stacks the tensors of each run of equal layers, one name after the other.
 
-    Args:
-      config: of the model.
-      tensor: by the index of its layer and its name there.
-      stack: makes one array of those that have a name.
-
-    Returns:
-      Arrays of the runs, each by name, as `stack` makes them.
+    `tensor` gets the index of a layer and a name there; `stack` gets a name and its tensors.
     """
     return [
         {
@@ -56,19 +50,11 @@ def features(
     tokens: Array,
     enter: Callable[[Any, Array], tuple[Weights, Array]] = lambda *given: given,
 ) -> Array:
-    """What the last layer puts out, before the final norm.
+    """The last layer's output (batch, length, hidden), float32, for ids (batch, length).
 
-    For the gradient only what enters each layer is kept, and the layer runs again.
-
-    Args:
-      config: static.
-      layers: the weights of each run, or any pytrees that `enter` makes weights of, layer by layer.
-      outer: the tensors before the layers.
-      tokens: ids, shape (batch, length).
-      enter: what a layer computes with, of its part of these and its input.
-
-    Returns:
-      Hidden states (batch, length, hidden), float32.
+    For the gradient only the input of each layer is kept, and the layer runs again. `layers` are
+    the weights of each run, or other pytrees; `enter` makes the weights and the input of a layer
+    from its part of them and its input.
     """
     hidden = decoder.embed(config, outer, tokens)
     for run, stack in zip(_runs(config), layers, strict=True):
