@@ -157,12 +157,10 @@ def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    config, tensors, load_tokenizer = gguf_file.open_gguf(path)
-    model = config_from_hf(config, tensors)
-    checkpoint = Checkpoint(
-        path, config, tensors, [list(tensors)], load_tokenizer, carried=[], decoder=model
-    )
-    _check_tensors(checkpoint, tensor_shapes(model))
+    found = gguf_file.open_gguf(path)
+    shards = [list(found.tensors)]
+    checkpoint = Checkpoint(path, **found._asdict(), shards=shards, carried=[])
+    _check_tensors(checkpoint, tensor_shapes(found.decoder))
     return checkpoint
 
 

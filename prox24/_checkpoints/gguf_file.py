@@ -1,5 +1,6 @@
 """Reading GGUF files: HF's names, layout and config out of llama.cpp's."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,21 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from prox24._checkpoints.gguf_header import StoredTensor, read_header
 from prox24._checkpoints.gguf_tokenizer import build_tokenizer
 from prox24._checkpoints.tensors import TensorSource, read_entries
+from prox24._models.families import config_from_hf
+from prox24._models.spec import Config, tensor_shapes
 from prox24.errors import CheckpointError, UnsupportedModelError
 
-TOP_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_MODULES = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    *("input_layernorm", "post_attention_layernorm"),
-    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-)
-"""HF's names in a layer, of all families."""
-
-# The setting of HF's config that a bias needs, None where there always is one.
-QKV_BIASES: dict[str, str | None] = dict.fromkeys(("attn_q", "attn_k", "attn_v"))
-ATTENTION_BIASES = dict.fromkeys((*QKV_BIASES, "attn_output"), "attention_bias")
-MLP_BIASES = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias")
+ATTENTION_BIASES = {"attn": "attention_bias"}
 
 
 class Architecture(NamedTuple):
@@ -37,7 +28,7 @@ class Architecture(NamedTuple):
     model_type: str  # HF's
     hf_class: str
     settings: dict[str, Any]  # of HF's config that follow from the architecture
-    biases: Mapping[str, str | None] = ATTENTION_BIASES  # that there may be, and their settings
+    biases: Mapping[str, str] = ATTENTION_BIASES  # which setting goes with a bias of these linears
     pairs: bool = False  # the rows of q and k are in the order in which neighbours rotate together
     norm_offset: float = 0.0  # what was added to the weights of norms
 
@@ -45,9 +36,9 @@ class Architecture(NamedTuple):
 SILU = {"hidden_act": "silu"}
 ARCHITECTURES = {
     "llama": Architecture(
-        "llama", "LlamaForCausalLM", SILU, ATTENTION_BIASES | MLP_BIASES, pairs=True
+        "llama", "LlamaForCausalLM", SILU, ATTENTION_BIASES | {"ffn": "mlp_bias"}, pairs=True
     ),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", SILU, QKV_BIASES),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", SILU, biases={}),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", SILU),
     "gemma3": Architecture(
         "gemma3_text",
@@ -59,14 +50,17 @@ ARCHITECTURES = {
 """By general.architecture."""
 
 
-def open_gguf(
-    path: Path,
-) -> tuple[dict[str, Any], dict[str, TensorSource], Callable[[], PreTrainedTokenizerBase]]:
-    """The config.json that HF would have, the tensors, and a function that builds the tokenizer.
+class Opened(NamedTuple):
+    """A GGUF file in HF's terms."""
 
-    The tensors have HF's names and layout. They are dequantised to float32 when they are read, but
-    for those in float16.
-    """
+    config: dict[str, Any]  # as in config.json
+    decoder: Config
+    tensors: dict[str, TensorSource]  # in HF's layout, float32 but for those stored as float16
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+
+
+def open_gguf(path: Path) -> Opened:
+    """Opens a file of one of the `ARCHITECTURES`; tensors are dequantised when they are read."""
     try:
         metadata, stored = read_header(path)
     except (OSError, ValueError) as error:
@@ -77,20 +71,20 @@ def open_gguf(
         raise UnsupportedModelError(
             f"GGUF architecture {kind!r} is not supported; supported: {supported}"
         )
-    config, layer = _config(path, kind, metadata, stored), _layer_modules(kind)
-    tensors = {
-        _hf_name(path, name, kind, layer): _source(path, name, tensor, ARCHITECTURES[kind], config)
-        for name, tensor in stored.items()
-    }
+    architecture = ARCHITECTURES[kind]
+    config = _config(path, kind, metadata, stored)
+    sources = {name: _source(path, name, x, architecture, config) for name, x in stored.items()}
+    decoder = config_from_hf(config)
+    known = get_tensor_name_map(MODEL_ARCH[kind.upper()], len(decoder.layers))
+    names = {known.get_name(name, (".weight", ".bias")): name for name in tensor_shapes(decoder)}
+    for name in sources:
+        if name not in names:
+            raise CheckpointError(
+                f"{path}: tensor {name} has no counterpart in {architecture.hf_class}"
+            )
+    tensors = {names[name]: source for name, source in sources.items()}
     length = config["max_position_embeddings"]
-    return config, tensors, lambda: build_tokenizer(metadata, length, path)
-
-
-def _layer_modules(kind: str) -> dict[str, str]:
-    """HF's names in a layer by llama.cpp's."""
-    known = get_tensor_name_map(MODEL_ARCH[kind.upper()], 1)
-    names = {module: known.get_name(f"model.layers.0.{module}") for module in LAYER_MODULES}
-    return {name.removeprefix("blk.0."): module for module, name in names.items() if name}
+    return Opened(config, decoder, tensors, lambda: build_tokenizer(metadata, length, path))
 
 
 def _config(
@@ -146,10 +140,8 @@ def _config(
         "torch_dtype": "float32",
         **architecture.settings,
     }
-    for name in names:
-        module, _, part = name.rpartition(".")
-        setting = architecture.biases.get(module.rpartition(".")[2])
-        if part == "bias" and setting is not None:
+    for linears, setting in architecture.biases.items():
+        if any(re.fullmatch(rf"blk\.\d+\.{linears}_\w+\.bias", name) for name in names):
             config[setting] = True
     if kind == "gemma3":
         config["sliding_window"] = number("attention.sliding_window")
@@ -161,19 +153,6 @@ def _config(
         if token in metadata:
             config[f"{own}_token_id"] = field(token, int)
     return config
-
-
-def _hf_name(path: Path, name: str, kind: str, layer: Mapping[str, str]) -> str:
-    module, _, part = name.rpartition(".")
-    parts, architecture = module.split("."), ARCHITECTURES[kind]
-    if module in TOP_TENSORS and part == "weight":
-        return f"{TOP_TENSORS[module]}.weight"
-    known = {"weight": layer, "bias": architecture.biases}.get(part, ())
-    if len(parts) != 3 or parts[0] != "blk" or parts[2] not in known:
-        raise CheckpointError(
-            f"{path}: tensor {name} has no counterpart in {architecture.hf_class}"
-        )
-    return f"model.layers.{parts[1]}.{layer[parts[2]]}.{part}"
 
 
 def _source(

@@ -40,13 +40,7 @@ class WeightFiles(NamedTuple):
         return f"{self.single_file}.index.json"
 
     def names(self, count: int) -> list[str]:
-        """Names of that many files.
-
-        Example:
-          >>> files = WeightFiles("model", ".safetensors", lambda path: {})
-          >>> files.names(1), files.names(2)[0]
-          (['model.safetensors'], 'model-00001-of-00002.safetensors')
-        """
+        """Names of that many files."""
         if count == 1:
             return [self.single_file]
         return [f"{self.stem}-{i:05d}-of-{count:05d}{self.suffix}" for i in range(1, count + 1)]

@@ -36,12 +36,7 @@ class TensorSource(NamedTuple):
 
 
 def byte_count(tensor: Spec | TensorSource) -> int:
-    """Bytes of the values.
-
-    Example:
-      >>> byte_count(Spec((3, 4), np.dtype(np.float16)))
-      24
-    """
+    """Bytes of the values."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 

@@ -178,8 +178,7 @@ def fill_folder(
                 put = opened.enter_context(
                     output.create(file, {name: specs[name] for name in names})
                 )
-            places |= dict.fromkeys(names, (file, put))
-        places = {name: place for name, place in places.items() if name not in digests}
+            places |= {name: (file, put) for name in names if name not in digests}
 
         def write(name: str, values: NDArray[Any]) -> Written:
             file, put = places.pop(name)

@@ -121,14 +121,7 @@ class InBfloat16(NamedTuple):
 
 
 def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) -> dict[str, Any]:
-    """Weights of which, with "bfloat16", those of the named linears are `InBfloat16`.
-
-    Example:
-      >>> weights = {"up.weight": jnp.ones((2, 4)), "norm.weight": jnp.ones(4)}
-      >>> found = computed_in("bfloat16", weights, {"up.weight"})
-      >>> found["up.weight"].weight.dtype.name, found["norm.weight"].dtype.name
-      ('bfloat16', 'float32')
-    """
+    """Weights of which, with "bfloat16", those of the named linears are `InBfloat16`."""
     if compute_dtype == "float32":
         return dict(weights)
     return {
@@ -143,10 +136,6 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
     Nothing else multiplies with the weight of a linear. With a packed one `x` is rounded to its
     dtype, and so is the product: kernels read both in one dtype. With an `InBfloat16` operands are
     rounded to bfloat16, those of the gradients too, and sums are float32.
-
-    Example:
-      >>> linear(jnp.ones((1, 3, 4)), jnp.ones((2, 4), jnp.bfloat16)).shape
-      (1, 3, 2)
     """
     if isinstance(weight, Packed24):
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)

@@ -65,16 +65,9 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Config]] = {
 
 
 def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Config:
-    """Reads HF's config.json, whose missing fields are as transformers has them.
+    """The decoder of HF's config.json, whose missing fields are as transformers has them.
 
     The names of the checkpoint's tensors may lack the prefix that transformers expects.
-
-    Raises:
-      UnsupportedModelError: the model_type, or a setting of it, has no forward pass here.
-
-    Example:
-      >>> config_from_hf({"model_type": "llama", "num_hidden_layers": 2}).hidden
-      4096
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:

@@ -43,13 +43,9 @@ Cache = list[KeysValues]
 
 def empty_cache(config: Config, batch: int, capacity: int) -> Cache:
     """The cache before the first token of texts of at most `capacity` tokens."""
-
-    def empty(layer: Layer) -> KeysValues:
-        attention = layer.attention
-        shape = (batch, attention.key_value_heads, capacity, attention.head_dim)
-        return KeysValues(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
-
-    return list(map(empty, config.layers))
+    heads = [layer.attention for layer in config.layers]
+    shapes = [(batch, own.key_value_heads, capacity, own.head_dim) for own in heads]
+    return [KeysValues(*(jnp.zeros(shape, jnp.float32) for _ in range(2))) for shape in shapes]
 
 
 def advance(

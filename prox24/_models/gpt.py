@@ -8,8 +8,6 @@ from prox24._models import settings
 from prox24._models.settings import alibi_slopes
 from prox24._models.spec import Alibi, Attention, Config, Embedding, Head, Names, Norm, Residual
 
-PARALLEL = Residual(parallel=True)
-
 PARALLEL_ONE_NORM = Residual(before_mlp="input_layernorm", parallel=True)
 
 MEGATRON = (
@@ -106,7 +104,7 @@ def gpt_neox(hf: PreTrainedConfig) -> Config:
         settings.attention(hf, partly_rotated=True, fused="groups"),
         settings.mlp(hf.intermediate_size, hf.hidden_act, gated=False, bias=True),
         Norm("layer", hf.layer_norm_eps),
-        residual=PARALLEL if hf.use_parallel_residual else Residual(),
+        residual=Residual(parallel=hf.use_parallel_residual),
         names=Names(
             base="gpt_neox.",
             layer=(
