@@ -140,9 +140,10 @@ def _config(
         "torch_dtype": "float32",
         **architecture.settings,
     }
-    for linears, setting in architecture.biases.items():
-        if any(re.fullmatch(rf"blk\.\d+\.{linears}_\w+\.bias", name) for name in names):
-            config[setting] = True
+    for name in names:
+        bias = re.fullmatch(r"blk\.\d+\.([a-z]+)_\w+\.bias", name)
+        if bias is not None and bias[1] in architecture.biases:
+            config[architecture.biases[bias[1]]] = True
     if kind == "gemma3":
         config["sliding_window"] = number("attention.sliding_window")
         # The model of 62 layers is the one that does not scale by the width of its heads.
