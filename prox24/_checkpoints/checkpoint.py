@@ -1,4 +1,4 @@
-"""What every format is read into: a config, tensors that are read when asked for, a tokenizer."""
+"""A model of any format: its config, tensors that are read when asked for, its tokenizer."""
 
 import dataclasses
 import json

@@ -1,6 +1,7 @@
-"""The files of an HF folder: config.json, weights with or without an index, and what goes along."""
+"""The files of an HF folder: config.json, weights with or without an index, and the others."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from prox24._checkpoints.tensors import TensorSource
 from prox24.errors import CheckpointError
 
 MANIFEST = "prox24.json"
-"""What `prox24 prune` leaves in a folder, see `prox24._checkpoints.manifest`."""
+"""A file that `prox24 prune` writes, see `prox24._checkpoints.manifest`."""
 
 # Weights in other formats would contradict the pruned ones.
 NOT_CARRIED = (
@@ -18,7 +19,7 @@ NOT_CARRIED = (
 )
 
 MAX_DEPTH = 100
-"""Levels of a JSON file; what is much deeper can be neither compared nor printed nor written."""
+"""Levels of a JSON file; a much deeper one can be neither compared nor printed nor written."""
 
 
 class WeightFiles(NamedTuple):
@@ -122,11 +123,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _open_file(path: Path, files: WeightFiles) -> dict[str, TensorSource]:
-    try:
-        found = path.is_file()
-    except OSError:  # a name that is too long
-        found = False
-    if not found:
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise CheckpointError(f"shard {path} is missing")
     check_inside(path)
     return files.open_file(path)

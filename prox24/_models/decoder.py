@@ -236,14 +236,11 @@ def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array, pas
     queries, keys, values = _queries_keys_values(attention, weights, x)
 
     def normalised(x: Array, name: str) -> Array:
-        if attention.norm == "rows":
-            rows = x.reshape(batch, length, -1)
-            x = _norm(norm, weights, f"self_attn.{name}_norm", rows).reshape(x.shape)
-        elif attention.norm == "heads":
-            x = _norm(norm, weights, f"self_attn.{name}_norm", x)
-        return x
+        rows = x.reshape(batch, length, -1) if attention.norm == "rows" else x
+        return _norm(norm, weights, name if attention.norm else None, rows).reshape(x.shape)
 
-    queries, keys = normalised(queries, "q"), normalised(keys, "k")
+    queries = normalised(queries, "self_attn.q_norm")
+    keys = normalised(keys, "self_attn.k_norm")
     if attention.clip is not None:
         queries, keys, values = (
             jnp.clip(part, -attention.clip, attention.clip) for part in (queries, keys, values)
