@@ -43,12 +43,7 @@ CHUNKED = "__msgpack_chunked_array__"
 
 
 def tensor_name(path: str) -> str:
-    """PyTorch's name for a path of the tree.
-
-    Example:
-      >>> tensor_name("transformer/h/0/attn/c_attn/kernel")
-      'transformer.h.0.attn.c_attn.weight'
-    """
+    """PyTorch's name for a path of the tree."""
     *modules, leaf = path.split("/")
     return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
@@ -64,12 +59,7 @@ def norm_leaf(model_type: str) -> str:
 
 
 def leaf_path(name: str, dimensions: int, norm: str) -> str:
-    """Path of a tensor in the tree, the inverse of `tensor_name`; `norm` is from `norm_leaf`.
-
-    Example:
-      >>> leaf_path("model.layers.0.mlp.up_proj.weight", 2, "weight")
-      'model/layers/0/mlp/up_proj/kernel'
-    """
+    """Path of a tensor in the tree, the inverse of `tensor_name`; `norm` is from `norm_leaf`."""
     *modules, leaf = name.split(".")
     if leaf == "weight" and dimensions == 1:
         leaf = norm

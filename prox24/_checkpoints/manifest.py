@@ -27,8 +27,7 @@ def write_manifest(
     """
     marks: dict[str, dict[str, Any]] = {name: {"refined": True} for name in refined}
     for linear in pruned:
-        figures = {key: linear[key] for key in FIGURES if key in linear}
-        marks[linear["name"]] = {"pruned": figures}
+        marks[linear["name"]] = {"pruned": {key: linear[key] for key in FIGURES if key in linear}}
     entries = {name: {**entry, **marks.get(name, {})} for name, entry in tensors.items()}
     sizes = {
         role: {name: size for name, (size, _) in job[role].items()}

@@ -32,8 +32,7 @@ from prox24._checkpoints.hf_folder import weight_files
 from prox24._checkpoints.tensors import TensorSource, writing
 from prox24.errors import CheckpointError, DiskError, Prox24Error
 
-OF_A_RUN = {"lock", "job.json", "job.json.new", "journal.jsonl"}
-OF_A_RUN |= {"activations", "model", "replaced", "old"}
+OF_A_RUN = {"lock", "job.json", "journal.jsonl", "activations", "model", "replaced", "old"}
 
 
 class Written(NamedTuple):
@@ -101,7 +100,9 @@ def unfinished_folder(
                 for part in ("model", "activations"):
                     shutil.rmtree(work / part, ignore_errors=True)
                 (work / "model").mkdir()
-                _write_whole(work / "job.json", json.dumps(job, indent=2) + "\n")
+                # It may be cut off: no run goes on with it before there is a line in the journal.
+                (work / "job.json").write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+                synchronise(work / "job.json")
         finished = _tensors(work / "model", done)
         # Each is read once, to see whether it is what was written.
         for name, entry in done.items():
@@ -283,14 +284,6 @@ def _put_back(work: Path, destination: Path) -> None:
         replaced.rename(destination)
     elif replaced.exists() and not (work / "model").exists():
         replaced.rename(work / "old")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """The file has the whole text, or is not there, whenever the process ends."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    synchronise(new)
-    new.replace(path)
 
 
 def synchronise(path: Path) -> None:

@@ -127,29 +127,17 @@ def fill_folder(
     unfinished: Unfinished,
     replaced: Iterable[Replacement] = (),
     *,
-    dtype: str | None = None,
-    max_shard_bytes: int | None = None,
-    file_format: str = "safetensors",
-    note: str | None = None,
+    dtype: str | None = None,  # of all but buffers and integers; None for each tensor's own
+    max_shard_bytes: int | None = None,  # unless one tensor is larger; None for the source's files
+    file_format: str = "safetensors",  # a key of `OUTPUTS`
+    note: str | None = None,  # Markdown that is appended to the model card, README.md
     on_replaced: Callable[[Written, Replacement], None] = lambda written, replacement: None,
 ) -> dict[str, dict[str, str]]:
-    """Writes the files of an HF folder; what is finished there is left as it is.
+    """Writes the files of an HF folder; returns "dtype" and "sha256" of their tensors by name.
 
-    Args:
-      source: gives the names, the order, the config, the tokenizer and every other file.
-      unfinished: the folder.
-      replaced: tuples of the name of a tensor, its new values, and more that is not looked at. Each
-        is written before the next is asked for. Other tensors are copied bit for bit.
-      dtype: a key of `DTYPES`, for all but buffers and integers; None keeps each tensor's own.
-      max_shard_bytes: of the tensors in one file, unless a single one is larger; None keeps
-        together what is in one file of the source.
-      file_format: a key of `OUTPUTS`.
-      note: Markdown that is appended to the model card, README.md.
-      on_replaced: called when a replaced tensor is written, with the tuple that it came in.
-
-    Returns:
-      "dtype" and "sha256" of every tensor that the files hold, by name, in their order: of all, but
-      for the buffers that Flax files lack.
+    A replacement is a tuple of the name of a tensor, its new values, and more that is not looked
+    at. It is written, and `on_replaced` is called with it, before the next one is asked for. Other
+    tensors are copied bit for bit; those that are finished there stay. Flax files lack buffers.
     """
     folder = unfinished.folder
     output = OUTPUTS[file_format](source)

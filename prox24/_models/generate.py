@@ -97,14 +97,6 @@ def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array |
 
     References:
       "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1.
-
-    Example:
-      >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
-      >>> choose(logits, jax.random.key(0), 0.0, 1.0).tolist()
-      [0]
-      >>> keys = jax.random.split(jax.random.key(0), 20)
-      >>> sorted({int(choose(logits, key, 1.0, 0.6)[0]) for key in keys})
-      [0, 1]
     """
 
     def most_probable() -> Array:

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from prox24._models import settings
-from prox24._models.spec import MLP, Attention, Config, Embedding, Head, Names, Residual
+from prox24._models.spec import MLP, Attention, Config, Embedding, Head, Names, Norm, Residual
 
 SANDWICH = Residual(
     "input_layernorm",
@@ -72,7 +72,7 @@ def gemma(hf: PreTrainedConfig) -> Config:
     settings.must_be(hf, use_bidirectional_attention=False)
     return settings.decoder(
         hf,
-        norm=settings.rms(hf, offset=1.0),
+        norm=Norm("rms", hf.rms_norm_eps, offset=1.0),
         embedding=Embedding(scale=hf.hidden_size**0.5),
     )
 
@@ -85,7 +85,7 @@ def gemma2(hf: PreTrainedConfig, **changes: Any) -> Config:
         hf,
         settings.attention(hf, scale=scale, softcap=softcap, **changes),
         settings.mlp(hf.intermediate_size, hf.hidden_activation),
-        settings.rms(hf, offset=1.0),
+        Norm("rms", hf.rms_norm_eps, offset=1.0),
         residual=SANDWICH,
         embedding=Embedding(scale=hf.hidden_size**0.5),
         head=Head(hf.tie_word_embeddings, softcap=hf.final_logit_softcapping),

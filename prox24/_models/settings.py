@@ -37,21 +37,16 @@ def decoder(
     names: Names = Names(),
 ) -> Config:
     """A decoder with the attention and the MLP of each layer by its number; Llama's by default."""
-    attentions, mlps, norm = attentions or attention(hf), mlps or gated(hf), norm or rms(hf)
+    attentions, mlps = attentions or attention(hf), mlps or gated(hf)
+    norm, head = norm or Norm("rms", hf.rms_norm_eps), head or Head(hf.tie_word_embeddings)
     layers = tuple(
         Layer(hf.hidden_size, norm, attentions(index), mlps(index), residual)
         for index in range(hf.num_hidden_layers)
     )
-    head = head or Head(hf.tie_word_embeddings)
     positions = getattr(hf, "max_position_embeddings", None)
     if positions is not None and (type(positions) is not int or positions < 1):
         raise UnsupportedModelError(f"max_position_embeddings {positions!r} is not a number")
     return Config(hf.vocab_size, hf.hidden_size, norm, layers, embedding, head, names, positions)
-
-
-def rms(hf: PreTrainedConfig, offset: float = 0.0) -> Norm:
-    """The RMS norm of the config."""
-    return Norm("rms", hf.rms_norm_eps, offset)
 
 
 def attention(

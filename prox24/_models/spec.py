@@ -167,10 +167,13 @@ def linear_inputs(layer: Layer) -> dict[str, str]:
     parts = ["qkv_proj"] if layer.attention.fused else ["q_proj", "k_proj", "v_proj"]
     inputs = {f"self_attn.{part}": "attention_input" for part in parts}
     inputs["self_attn.o_proj"] = "attention_output"
+    entry = ["gate_proj", "up_proj"] if layer.mlp.gated else ["up_proj"]
+    if layer.mlp.fused:
+        entry = ["gate_up_proj"]
     experts = layer.mlp.experts
     for prefix in ["mlp"] if experts is None else expert_names(experts):
         tapped = "mlp_" if experts is None else f"{prefix}."
-        inputs |= {f"{prefix}.{part}": f"{tapped}input" for part in _entry_linears(layer.mlp)}
+        inputs |= {f"{prefix}.{part}": f"{tapped}input" for part in entry}
         inputs[f"{prefix}.down_proj"] = f"{tapped}activation"
     return inputs
 
@@ -178,12 +181,6 @@ def linear_inputs(layer: Layer) -> dict[str, str]:
 def expert_names(experts: Experts) -> list[str]:
     """The names of a mixture's experts within a layer."""
     return [f"mlp.experts.{index}" for index in range(experts.number)]
-
-
-def _entry_linears(mlp: MLP) -> list[str]:
-    if mlp.fused:
-        return ["gate_up_proj"]
-    return ["gate_proj", "up_proj"] if mlp.gated else ["up_proj"]
 
 
 def layer_shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -240,7 +237,7 @@ def head_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def head_weight(head: Head) -> str:
-    """The name of what the last hidden states are multiplied with."""
+    """The name of the weight of the last linear."""
     return "embed_tokens.weight" if head.tied else "lm_head.weight"
 
 
@@ -263,13 +260,7 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def layer_tensor(names: Names, index: int, name: str) -> str:
-    """What the checkpoint calls a tensor of a layer.
-
-    Example:
-      >>> layer_tensor(Names(layer=(("self_attn.o_proj", "self_attn.dense"),)), 3,
-      ...              "self_attn.o_proj.weight")
-      'model.layers.3.self_attn.dense.weight'
-    """
+    """The checkpoint's name of a tensor of a layer."""
     module, _, part = name.rpartition(".")
     parts = module.split(".")
     number = next((part for part in parts if part.isdecimal()), "")
@@ -279,7 +270,7 @@ def layer_tensor(names: Names, index: int, name: str) -> str:
 
 
 def outer_tensor(names: Names, name: str) -> str:
-    """What the checkpoint calls a tensor outside the layers."""
+    """The checkpoint's name of a tensor outside the layers."""
     module, _, part = name.rpartition(".")
     base = "" if module == "lm_head" else names.base
     return f"{base}{dict(names.outer).get(module, module)}.{part}"
