@@ -30,7 +30,7 @@ NORM_LEAVES = {
     "mistral": "weight",
     "opt": "scale",
 }
-"""What the Flax class of a model_type called the weight of a norm."""
+"""The name of a norm's weight in the Flax class of a model_type."""
 
 EMBEDDINGS = ("embed_positions", "embed_tokens", "word_embeddings", "wpe", "wte")
 """Modules whose matrix is an embedding; that of any other is a linear."""

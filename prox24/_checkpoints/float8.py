@@ -14,7 +14,7 @@ from prox24.errors import CheckpointError
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 SCALE = "_scale_inv"
-"""What HF adds to a weight's name for its scale, which multiplies the weight despite the name."""
+"""HF's end for the name of a weight's scale, which despite this name multiplies the weight."""
 
 
 def dequantise(

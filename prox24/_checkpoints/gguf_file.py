@@ -28,7 +28,7 @@ class Architecture(NamedTuple):
     model_type: str  # HF's
     hf_class: str
     settings: dict[str, Any]  # of HF's config that follow from the architecture
-    biases: Mapping[str, str] = ATTENTION_BIASES  # which setting goes with a bias of these linears
+    biases: Mapping[str, str] = ATTENTION_BIASES  # the setting for a bias of these linears
     pairs: bool = False  # the rows of q and k are in the order in which neighbours rotate together
     norm_offset: float = 0.0  # what was added to the weights of norms
 

@@ -1,4 +1,4 @@
-"""What a GGUF file says before its tensors: metadata, and where each tensor lies.
+"""The head of a GGUF file: metadata, and the place of each tensor.
 
 The reader of the gguf package is not used. A file of 50 bytes makes it fill the memory, since it
 follows any count beyond the end of the file. It also makes two arrays of each entry of a list,

@@ -34,7 +34,7 @@ MAX_TOKEN = 1024
 CONTROL_TOKEN = 3
 USER_DEFINED_TOKEN = 4
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's character for a space."""
 
 
 def build_tokenizer(

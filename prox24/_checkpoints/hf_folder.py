@@ -23,7 +23,7 @@ MAX_DEPTH = 100
 
 
 class WeightFiles(NamedTuple):
-    """How a format names its files, and what reads one of them."""
+    """The names of a format's files, and the function that reads one."""
 
     stem: str  # of a file's name; the number of a shard follows
     suffix: str

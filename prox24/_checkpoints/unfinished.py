@@ -183,7 +183,7 @@ def _size_and_time(file: Path) -> list[int]:
 
 
 def sha256(values: NDArray[Any]) -> str:
-    """Of the entries in memory order."""
+    """The hash of the entries in memory order."""
     return hashlib.sha256(values.ravel().view(np.uint8).data).hexdigest()
 
 
@@ -193,7 +193,7 @@ def work_folder(destination: Path) -> Path:
 
 
 def _entries(work: Path) -> dict[str, dict[str, Any]]:
-    """Of a journal, whose last line may be cut off, if the files that it tells of are there."""
+    """The entries of a journal, whose last line may be cut off; none where its files are gone."""
     journal = work / "journal.jsonl"
     if not journal.exists() or not (work / "model").is_dir():
         journal.unlink(missing_ok=True)
@@ -249,7 +249,7 @@ def difference(before: Any, now: Any, name: str = "") -> str | None:
 
 
 def _tensors(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
-    """Those of the journal that the files hold."""
+    """The tensors of the journal that the files hold."""
     tensors: dict[str, TensorSource] = {}
     for path in sorted(folder.glob("*.safetensors")) if entries else []:
         tensors |= safetensors_file.open_file(path)

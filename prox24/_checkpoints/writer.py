@@ -223,7 +223,7 @@ def _write_companions(
 
 
 def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
-    """Of a tensor as it is written; buffers and integers stay as they are."""
+    """Shape and dtype of a tensor in the output; buffers and integers keep theirs."""
     own = source.tensors[name]
     if not own.dtype.itemsize:
         raise CheckpointError(f"{source.path}: tensor {name} has a dtype that is not supported")

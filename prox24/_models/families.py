@@ -34,10 +34,10 @@ WRONG_VALUE = (
     TypeError,
     ValueError,
 )
-"""What transformers, and a family, run into if a field has a value of another kind."""
+"""The errors of transformers, and of a family, where a field has a value of another kind."""
 
 UNUSED = ("dtype", "torch_dtype", "id2label", "label2id", "num_labels")
-"""What transformers reads torch for, or makes as many entries of as it is told."""
+"""Fields for which transformers imports torch, or makes as many entries as they say."""
 
 FAMILIES: dict[str, Callable[[PreTrainedConfig], Config]] = {
     "bloom": gpt.bloom,

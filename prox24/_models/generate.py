@@ -31,14 +31,14 @@ class ModelWeights(NamedTuple):
 
 
 class KeysValues(NamedTuple):
-    """Of one layer, float32 of shape (batch, key heads, capacity, head_dim), by position."""
+    """The cache of a layer: each float32, (batch, key heads, capacity, head_dim), by position."""
 
     keys: Array
     values: Array
 
 
 Cache = list[KeysValues]
-"""Of every layer."""
+"""The cache of every layer."""
 
 
 def empty_cache(config: Config, batch: int, capacity: int) -> Cache:

@@ -1,4 +1,4 @@
-"""What HF's config says to every family: norms, heads, positions, windows, MLPs."""
+"""The parts that every family takes from HF's config: heads, positions, windows, MLPs."""
 
 import functools
 import math

@@ -25,7 +25,7 @@ class Rope(NamedTuple):
     switch: int = 0
 
     def at_length(self, length: int) -> "Rope":
-        """What it is in a text of so many tokens, whatever the length of a pass."""
+        """The frequencies for a text of so many tokens, whatever the length of a pass."""
         if self.long is None or length <= self.switch:
             return Rope(self.frequencies, self.scale)
         return Rope(self.long, self.scale)
