@@ -103,8 +103,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _fill(target: Any, keys_and_values: list[Any]) -> None:
-    keys, values = keys_and_values[::2], keys_and_values[1::2]
+def _fill(unpickler: Any, keys_and_values: list[Any]) -> None:
+    target, keys, values = unpickler.stack[-1], keys_and_values[::2], keys_and_values[1::2]
     # No tuple: one of the same tuple twice, and so on, takes forever to hash or to print.
     if type(target) is not dict or not all(type(key) in (str, int) for key in keys):
         raise ValueError("it fills a dict by a key that is neither text nor a number")
@@ -112,13 +112,11 @@ def _fill(target: Any, keys_and_values: list[Any]) -> None:
 
 
 def _set_item(unpickler: Any) -> None:
-    value, key = unpickler.stack.pop(), unpickler.stack.pop()
-    _fill(unpickler.stack[-1], [key, value])
+    _fill(unpickler, [unpickler.stack.pop(-2), unpickler.stack.pop()])
 
 
 def _set_items(unpickler: Any) -> None:
-    keys_and_values = unpickler.pop_mark()
-    _fill(unpickler.stack[-1], keys_and_values)
+    _fill(unpickler, unpickler.pop_mark())
 
 
 def _build(unpickler: Any) -> None:
@@ -163,7 +161,7 @@ class _Unpickler(pickle._Unpickler):
         raise ValueError("a storage is described by something else than type, key and length")
 
 
-def _load(file: BinaryIO) -> Any:
+def _load(file: mmap.mmap | io.BytesIO) -> Any:
     return _Unpickler(file).load()  # each pickle has its own memo
 
 
@@ -214,15 +212,14 @@ def _record(file: mmap.mmap, info: zipfile.ZipInfo) -> slice:
 
 def _open_legacy(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, slice]]:
     """The format before torch 1.6: five pickles, then each storage behind its length."""
-    pickles = cast(BinaryIO, file)
-    if _load(pickles) != LEGACY_MAGIC or _load(pickles) != LEGACY_PROTOCOL:
+    if _load(file) != LEGACY_MAGIC or _load(file) != LEGACY_PROTOCOL:
         raise ValueError("it was not written by torch.save")
-    if not _load(pickles)["little_endian"]:
+    if not _load(file)["little_endian"]:
         raise ValueError("it was written on a big-endian machine")
-    views = _views(_load(pickles))
+    views = _views(_load(file))
     widths = {view.storage.key: view.storage.dtype.itemsize for view in views.values()}
     ranges = {}
-    for key in _load(pickles):
+    for key in _load(file):
         if type(key) is not str or key not in widths:
             raise ValueError("it stores something else than the storages of its tensors")
         [length] = struct.unpack("<Q", file.read(8))
