@@ -13,43 +13,52 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from prox24._core import planes as planes
-    from prox24._core.masks import count_violations, is_sparse, top_mask
-    from prox24._core.pattern import Pattern, Unstructured
-    from prox24._core.penalty import penalty
-    from prox24._core.prox import prox
-    from prox24._jobs.distill import distill
-    from prox24._jobs.evaluate import perplexity
-    from prox24._jobs.load import load
-    from prox24._jobs.plan import plan
-    from prox24._jobs.prune import prune
-    from prox24._jobs.text import Text
-    from prox24._jobs.torchax import from_torch
-    from prox24._jobs.verify import verify
-    from prox24._pruning.recipe import DenseTargets, Recipe
-    from prox24._solvers.admm import ADMM
-    from prox24._solvers.hyperparameters import hyperparameters
-    from prox24._solvers.problem import (
-        Candidate,
-        LayerProblem,
-        Normalized,
-        Refitted,
-        Solution,
-        Status,
-        correct_inputs,
-    )
-    from prox24._solvers.protocol import Patterns, Refit, Solver
-    from prox24._solvers.proximal import ProximalGradient
-    from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
-    from prox24._solvers.schedules import Exponential
-    from prox24._solvers.scores import Magnitude, Wanda
-    from prox24._solvers.solve import solve
-    from prox24._solvers.sparsegpt import SparseGPT
-    from prox24._solvers.swaps import Swaps
-    from prox24._trees.calibrate import Calibration, calibrate
-    from prox24._trees.params import PrunedParams, prune_params
-    from prox24._trees.tap import tap
-    from prox24.refine._blocks import BlockRefinement
-    from prox24.refine._model import ModelRefinement
+    from prox24._core.masks import count_violations as count_violations
+    from prox24._core.masks import is_sparse as is_sparse
+    from prox24._core.masks import top_mask as top_mask
+    from prox24._core.pattern import Pattern as Pattern
+    from prox24._core.pattern import Unstructured as Unstructured
+    from prox24._core.penalty import penalty as penalty
+    from prox24._core.prox import prox as prox
+    from prox24._jobs.distill import distill as distill
+    from prox24._jobs.evaluate import perplexity as perplexity
+    from prox24._jobs.load import load as load
+    from prox24._jobs.plan import plan as plan
+    from prox24._jobs.prune import prune as prune
+    from prox24._jobs.text import Text as Text
+    from prox24._jobs.torchax import from_torch as from_torch
+    from prox24._jobs.verify import verify as verify
+    from prox24._pruning.recipe import DenseTargets as DenseTargets
+    from prox24._pruning.recipe import Recipe as Recipe
+    from prox24._solvers.admm import ADMM as ADMM
+    from prox24._solvers.hyperparameters import hyperparameters as hyperparameters
+    from prox24._solvers.problem import Candidate as Candidate
+    from prox24._solvers.problem import LayerProblem as LayerProblem
+    from prox24._solvers.problem import Normalized as Normalized
+    from prox24._solvers.problem import Refitted as Refitted
+    from prox24._solvers.problem import Solution as Solution
+    from prox24._solvers.problem import Status as Status
+    from prox24._solvers.problem import correct_inputs as correct_inputs
+    from prox24._solvers.protocol import Patterns as Patterns
+    from prox24._solvers.protocol import Refit as Refit
+    from prox24._solvers.protocol import Solver as Solver
+    from prox24._solvers.proximal import ProximalGradient as ProximalGradient
+    from prox24._solvers.refit import ConjugateGradients as ConjugateGradients
+    from prox24._solvers.refit import GradientSteps as GradientSteps
+    from prox24._solvers.refit import LeastSquares as LeastSquares
+    from prox24._solvers.schedules import Exponential as Exponential
+    from prox24._solvers.scores import Magnitude as Magnitude
+    from prox24._solvers.scores import Wanda as Wanda
+    from prox24._solvers.solve import solve as solve
+    from prox24._solvers.sparsegpt import SparseGPT as SparseGPT
+    from prox24._solvers.swaps import Swaps as Swaps
+    from prox24._trees.calibrate import Calibration as Calibration
+    from prox24._trees.calibrate import calibrate as calibrate
+    from prox24._trees.params import PrunedParams as PrunedParams
+    from prox24._trees.params import prune_params as prune_params
+    from prox24._trees.tap import tap as tap
+    from prox24.refine._blocks import BlockRefinement as BlockRefinement
+    from prox24.refine._model import ModelRefinement as ModelRefinement
 
 _PLACES = {
     "_core.masks": ("count_violations", "is_sparse", "top_mask"),
@@ -100,55 +109,7 @@ _SUBMODULES = {
     "errors": "errors",
 }
 
-__all__ = [
-    "ADMM",
-    "BlockRefinement",
-    "Calibration",
-    "Candidate",
-    "ConjugateGradients",
-    "DenseTargets",
-    "Exponential",
-    "GradientSteps",
-    "LayerProblem",
-    "LeastSquares",
-    "Magnitude",
-    "ModelRefinement",
-    "Normalized",
-    "Pattern",
-    "Patterns",
-    "ProximalGradient",
-    "PrunedParams",
-    "Recipe",
-    "Refit",
-    "Refitted",
-    "Solution",
-    "Solver",
-    "SparseGPT",
-    "Status",
-    "Swaps",
-    "Text",
-    "Unstructured",
-    "Wanda",
-    "calibrate",
-    "correct_inputs",
-    "count_violations",
-    "distill",
-    "from_torch",
-    "hyperparameters",
-    "is_sparse",
-    "load",
-    "penalty",
-    "perplexity",
-    "plan",
-    "planes",
-    "prox",
-    "prune",
-    "prune_params",
-    "solve",
-    "tap",
-    "top_mask",
-    "verify",
-]
+__all__ = sorted([*_PLACE_OF, "planes"])
 
 
 def __getattr__(name: str) -> Any:
@@ -171,4 +132,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACE_OF, *_SUBMODULES])
+    return sorted({*globals(), *_PLACE_OF, *_SUBMODULES})
