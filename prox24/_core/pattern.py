@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 PatternLike = tuple[int, int]
 """What a function takes as a pattern; `Pattern` is one."""
@@ -33,6 +33,7 @@ class Unstructured:
     """
 
     sparsity: float
+    group: ClassVar[int] = 1  # There are no blocks, so any length fits.
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -48,18 +49,7 @@ class Unstructured:
 
 
 def as_pattern(pattern: PatternLike) -> Pattern:
-    """Checks a pair (N, M) and names its parts.
-
-    Args:
-      pattern: two integers with 1 <= N <= M.
-
-    Raises:
-      ValueError: the pair is not a pattern.
-
-    Example:
-      >>> as_pattern((2, 4)).kept
-      2
-    """
+    """Names the parts of a pair (N, M); raises ValueError unless 1 <= N <= M, both integers."""
     try:
         kept, group = map(operator.index, pattern)
     except (TypeError, ValueError):
@@ -73,14 +63,9 @@ AnyPattern = Pattern | Unstructured
 
 
 def as_any_pattern(pattern: "PatternLike | Unstructured | str") -> AnyPattern:
-    """Checks a pattern: a pair (N, M), `Unstructured`, or text, "N:M" or "P%".
+    """The pattern that a pair (N, M), `Unstructured` or a text, "N:M" or "P%", stands for.
 
-    Raises:
-      ValueError: it is none of them.
-
-    Example:
-      >>> as_any_pattern("2:4"), as_any_pattern("50%")
-      (Pattern(kept=2, group=4), Unstructured(sparsity=0.5))
+    Raises ValueError if it is none of them.
     """
     if isinstance(pattern, Unstructured):
         return pattern

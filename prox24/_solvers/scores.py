@@ -20,12 +20,7 @@ class Magnitude:
 
     def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
-        scores = jnp.abs(problem.weight)
-        if isinstance(pattern, Unstructured):
-            mask = largest_mask(scores, pattern.kept(scores.size))
-        else:
-            mask = top_mask(scores, pattern)
-        return Candidate.of(problem.weight, mask, damping)
+        return _keep_largest(problem, jnp.abs(problem.weight), pattern, damping)
 
 
 @hyperparameters
@@ -45,8 +40,20 @@ class Wanda:
         """Finds a candidate; traceable, with the pattern static."""
         deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(problem.gram), 0))
         scores = jnp.abs(problem.weight) * deviation[None, :]
-        if isinstance(pattern, Unstructured):
-            mask = largest_mask(scores, pattern.kept(scores.shape[1]), axis=1)
-        else:
-            mask = top_mask(scores, pattern)
-        return Candidate.of(problem.weight, mask, damping)
+        return _keep_largest(problem, scores, pattern, damping, axis=1)
+
+
+def _keep_largest(
+    problem: LayerProblem,
+    scores: Array,
+    pattern: AnyPattern,
+    damping: Array,
+    axis: int | None = None,
+) -> Candidate:
+    """Without a pattern scores compete along the axis, or all of them do."""
+    if isinstance(pattern, Unstructured):
+        competing = scores.size if axis is None else scores.shape[axis]
+        mask = largest_mask(scores, pattern.kept(competing), axis)
+    else:
+        mask = top_mask(scores, pattern)
+    return Candidate.of(problem.weight, mask, damping)

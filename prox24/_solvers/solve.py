@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from prox24._core.pattern import AnyPattern, PatternLike, Unstructured, as_any_pattern
 from prox24._core.precision import working_dtype
 from prox24._solvers.admm import ADMM
-from prox24._solvers.damping import damped_gram, damping_amount, inverse_factor
+from prox24._solvers.damping import damped_gram, inverse_factor
 from prox24._solvers.problem import (
     Candidate,
     LayerProblem,
@@ -113,7 +113,7 @@ def solve(
     check_arrays(weight, gram, axis)
     check_traits(solver, refit, pattern)
     width = weight.shape[axis]
-    if not isinstance(pattern, Unstructured) and width % pattern.group:
+    if width % pattern.group:
         raise ValueError(
             f"input width {width} is not divisible by {pattern.group}: take another pattern, or "
             "pad weight and Gram with zeros"
@@ -139,14 +139,7 @@ def solve(
 
 
 def explain(status: Status, problem: LayerProblem, damping: float, name: str = "the weight") -> str:
-    """Why there is no solution, in a sentence.
-
-    Args:
-      status: that `failed`.
-      problem: that was solved.
-      damping: that was asked for.
-      name: of the weight.
-    """
+    """Why `problem` has no solution with the damping that was asked for, in a sentence."""
     if status is Status.INDEFINITE:
         return f"the Gram of {name} is not positive semidefinite"
     if status is Status.ASYMMETRIC:
@@ -177,11 +170,7 @@ def lower(
 
 
 def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> None:
-    """Raises ValueError unless these are a solver and a refit that can make the pattern.
-
-    Example:
-      >>> check_traits(SparseGPT(), None, as_any_pattern("3:4"))
-    """
+    """Raises ValueError unless these are a solver and a refit that can make the pattern."""
     for protocol, usual, method, known in (
         (Solver, "ADMM", solver, SOLVERS),
         (Refit, "ConjugateGradients", refit, REFITS),
@@ -217,14 +206,10 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
 def check_supported(
     solver: Solver, refit: Refit | None, pattern: PatternLike | Unstructured
 ) -> None:
-    """Raises ValueError where `solve` would for the pattern, and computes nothing.
-
-    Example:
-      >>> check_supported(SparseGPT(), None, (3, 4))
-    """
+    """Raises ValueError where `solve` would for the pattern, and computes nothing."""
     pattern = as_any_pattern(pattern)
     check_traits(solver, refit, pattern)
-    width = 1 if isinstance(pattern, Unstructured) else pattern.group
+    width = pattern.group
     problem = jax.eval_shape(lambda: LayerProblem(jnp.zeros((1, width)), jnp.zeros((width, width))))
     program = functools.partial(_solve, pattern=pattern)
     jax.eval_shape(program, problem, solver, refit, jnp.zeros(()))
@@ -234,9 +219,6 @@ def check_shares_columns(solver: Solver, refit: Refit | None) -> None:
     """Raises ValueError unless devices that share the columns of a Gram never need all of it.
 
     Others factor it, or take its powers for the size of their steps.
-
-    Example:
-      >>> check_shares_columns(ADMM(), ConjugateGradients())
     """
     for method, known in ((solver, SOLVERS), (refit, REFITS)):
         if method is not None and not method.shares_columns:
@@ -311,7 +293,7 @@ def _solve(
         "refit_exhausted": jnp.any(refit_exhausted),
         "dense_blocks": candidate.dense_blocks,
         "dead_features": jnp.count_nonzero(jnp.diagonal(problem.gram) == 0),
-        "damping": damping_amount(problem.gram, used),
+        "damping": used * jnp.mean(jnp.diagonal(problem.gram)),
         "damping_raised": candidate.damping_raised | (used > damping),
     }
     finite = jnp.all(jnp.isfinite(weight)) & jnp.isfinite(total)

@@ -43,19 +43,15 @@ class SparseGPT:
     def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
         factor = inverse_factor(problem.gram, damping)
-        block = _block_width(problem.weight.shape[1], pattern, self.block_size)
+        block = columns_at_once(problem.weight.shape[1], pattern.group, self.block_size)
         swept = _sweep(problem.weight.T, factor.upper, pattern, block)
         return Candidate.of(swept.weight.T, swept.mask.T, factor.damping)
 
 
-def _block_width(width: int, pattern: AnyPattern, largest: int) -> int:
-    group = _group(pattern)
+def columns_at_once(width: int, group: int, largest: int) -> int:
+    """The largest divisor of the width in whole groups that is not above `largest`."""
     candidates = range(group, max(largest, group) + 1, group)
     return max(block for block in candidates if width % block == 0)
-
-
-def _group(pattern: AnyPattern) -> int:
-    return 1 if isinstance(pattern, Unstructured) else pattern.group
 
 
 class _Sweep(NamedTuple):
@@ -91,7 +87,7 @@ def _prune_columns(
 ) -> tuple[Array, Array, Array]:
     """Prunes the columns of one block: kept values, mask and errors, each (block, rows)."""
     block, rows = columns.shape
-    group = _group(pattern)
+    group = pattern.group
     diagonal = jnp.diagonal(factor)
 
     def choose(entries: Array, start: Array) -> Array:

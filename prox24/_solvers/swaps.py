@@ -15,6 +15,7 @@ from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import Normalized, Refitted
 from prox24._solvers.protocol import Patterns, n_of_m
 from prox24._solvers.refit import ConjugateGradients
+from prox24._solvers.sparsegpt import columns_at_once
 
 MOST_MASKS = 1000
 COLUMNS = 128
@@ -81,19 +82,12 @@ class _Swapping(NamedTuple):
 
 
 class _Choices(NamedTuple):
-    """For every block of the Gram, H, and every mask: what the unconstrained minimiser t leads to.
+    """What the unconstrained minimiser t leads to, for every block H of the Gram and every mask."""
 
-    Attributes:
-      inverse: H^-1, shape (blocks, M, M).
-      masks: bool, shape (masks, M).
-      losses: the loss is t^T B t, shape (blocks, masks, M, M).
-      minimisers: the weights are A t, shape (blocks, masks, M, M).
-    """
-
-    inverse: Array
-    masks: Array
-    losses: Array
-    minimisers: Array
+    inverse: Array  # H^-1, shape (blocks, M, M).
+    masks: Array  # Bool, shape (masks, M).
+    losses: Array  # B of the loss t^T B t, shape (blocks, masks, M, M).
+    minimisers: Array  # A of the weights A t, shape (blocks, masks, M, M).
 
 
 def _choices(gram: Array, pattern: Pattern) -> _Choices:
@@ -116,7 +110,7 @@ def _choices(gram: Array, pattern: Pattern) -> _Choices:
 def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pattern) -> Refitted:
     rows, width = state.weight.shape
     group = pattern.group
-    columns = max(c for c in range(group, max(COLUMNS, group) + 1, group) if width % c == 0)
+    columns = columns_at_once(width, group, COLUMNS)
 
     def improve_group(
         index: Array, local: tuple[Array, Array, Array, Array, Array]
@@ -158,7 +152,7 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
         gram_rows = lax.dynamic_slice(problem.gram, (start, 0), (columns, width))
         local_gram = lax.dynamic_slice(gram_rows, (0, start), (columns, columns))
         first = index * (columns // group)
-        local = (part[0], part[1], part[2], local_gram, first)
+        local = (*part, local_gram, first)
         better, better_mask, *_ = lax.fori_loop(0, columns // group, improve_group, local)
         moved = jnp.matmul(gram_rows.T, better - part[0], precision=PRECISION)
         return (
