@@ -345,13 +345,13 @@ def distillation_reports(folder):
     tensors = prune_stages(native_runner(checkpoint, windows[:8], recipe), recipe)
     write_checkpoint(checkpoint, pruned, ((name, values) for name, values, _ in tensors))
     pruned, shares, steps = open_checkpoint(pruned), [], []
-    step_of = training._advance
+    step_of = training.step_program
 
     def watched(*arguments):
         steps.append(step_of(*arguments))
         return steps[-1]
 
-    training._advance = watched
+    training.step_program = watched
 
     def trained(mesh, on_measured=None, resume=lambda state: state, **options):
         def look(state):

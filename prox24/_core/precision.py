@@ -9,26 +9,10 @@ PRECISION = "highest"
 """Full float32 products. Accelerators' default, one bfloat16 pass or TF32, has errors of 1e-3: too
 much for Grams, for quadratic losses, and for activations that are compared with others'."""
 
-
-def working_dtype(given: np.dtype[Any]) -> type[jnp.floating]:
-    """What is computed in: float64 if that is given, else float32.
-
-    Example:
-      >>> working_dtype(jnp.dtype(jnp.bfloat16)).dtype
-      dtype('float32')
-    """
-    return jnp.float64 if given == jnp.float64 else jnp.float32
-
-
 COMPUTE_DTYPES = ("float32", "bfloat16")
 """In which products with linears may be computed."""
 
 
-def check_compute_dtype(dtype: str) -> None:
-    """Raises ValueError unless it is one of `COMPUTE_DTYPES`.
-
-    Example:
-      >>> check_compute_dtype("bfloat16")
-    """
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")
+def working_dtype(given: np.dtype[Any]) -> type[jnp.floating]:
+    """What is computed in: float64 if that is given, else float32."""
+    return jnp.float64 if given == jnp.float64 else jnp.float32

@@ -1,4 +1,4 @@
-"""Training what is kept of a block of layers to reproduce what the dense block puts out."""
+"""Training what is kept of a block of layers to reproduce the output of the dense block."""
 
 import dataclasses
 import functools
@@ -11,18 +11,17 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from prox24._core.precision import check_compute_dtype
 from prox24.errors import CalibrationError
+from prox24.optax import keep_pattern
 from prox24.refine._training import (
     Loss,
     PyTree,
     Refined,
     at_least_float32,
-    check_positive,
-    check_shares,
-    lower_step,
+    check_settings,
     refine,
     share_of,
+    step_program,
 )
 
 Apply = Callable[[PyTree, Array], Array]
@@ -63,9 +62,7 @@ class BlockRefinement:
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_positive(self, "rate", "passes", "step_tokens")
-        check_shares(self, "held_out")
-        check_compute_dtype(self.compute_dtype)
+        check_settings(self, ("rate", "passes", "step_tokens"), ("held_out",))
 
     def step_windows(self, windows: int, length: int, devices: int = 1) -> int:
         """Windows of a step: of `step_tokens`, less where a pass would have fewer than eight steps.
@@ -197,8 +194,16 @@ def block_step(
 ) -> jax.stages.Lowered:
     """The program of the last batch of a step of `train_block`; arrays may be specs."""
     optimizer = refinement.optimizer(8)  # The program is the same for any number of steps.
-    loss = _block_loss(apply, relative_error)
-    return lower_step(loss, params, (inputs, targets), optimizer, micro_batches)
+
+    def begun(params: PyTree) -> tuple[PyTree, PyTree]:
+        master = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        kept = jax.tree.map(lambda leaf: leaf != 0, master)
+        return master, keep_pattern(optimizer, kept).init(master)
+
+    master, state = jax.eval_shape(begun, params)
+    total = None if micro_batches == 1 else master
+    step = step_program(_block_loss(apply, relative_error), optimizer, micro_batches)
+    return step.lower(master, state, total, None, (inputs, targets))
 
 
 @functools.lru_cache(maxsize=16)

@@ -69,10 +69,14 @@ def train_model(
 
         (1 - c) KL(softmax(logits(teacher, t)) || softmax(logits(outer, h))) - c log p(next token),
 
-    with h = features(params, outer, tokens), t the target and c the share of cross-entropy. What
-    the teacher puts out before its head is all that is kept of it: the hidden width of numbers for
-    a token, where its logits would be as many as the vocabulary. The logits of `CHUNK` tokens of
-    each window are in memory at a time, and computed again for the gradient.
+    with h = features(params, outer, tokens), t the target and c the share of cross-entropy. Only
+    the last hidden states of the teacher are kept: they are far fewer numbers than its logits. The
+    logits of `CHUNK` tokens of each window are in memory at a time, and computed again for the
+    gradient.
+
+    The last batches are held out: the loss is measured on them with the parameters as they would be
+    used, rounded to their dtypes, and the best are returned, which are those that were given if no
+    others are better.
 
     Args:
       features: hidden states (windows, length, hidden), of tokens (windows, length).
@@ -85,20 +89,25 @@ def train_model(
       teacher: what `outer` is in the dense model; None if it is the same.
       cross_entropy: the share c, from 0 to 1; with 1 the teacher is not asked, with 0 the next
         tokens are not looked at.
-      passes: as `prox24.refine._training.refine` has it, and all that follow.
+      passes: over the batches that are not held out.
       held_out: batches, from the end.
-      micro_batches: batches that make one step, by the mean of their gradients.
-      trainable: which entries are trained.
-      measured_every: steps between measurements; None for every pass.
-      resume: the state to begin with, given the one before the first step.
-      on_measured: called after each measurement.
+      micro_batches: so many batches, in memory one after the other, make one step, by the mean of
+        their gradients.
+      trainable: which entries are trained, see `prox24.optax.keep_pattern`; None for nonzeros of
+        the leaves that `prox24.optax.proximal` prunes, and all other leaves.
+      measured_every: this many steps, and after the last; None for every pass.
+      resume: the state to begin with, given the one before the first step; one that `on_measured`
+        got, to go on with it.
+      on_measured: called after each measurement. The master parameters and the optimizer's state
+        are overwritten by the next step: copy what is to be kept.
 
     Returns:
       A `Refined`.
 
     Raises:
-      ValueError: there are not as many targets as batches; the share is not from 0 to 1; or as
-        `refine` has it.
+      ValueError: there are not as many targets as batches; the share is not from 0 to 1; no batch
+        is left to train on, or none held out; those left are no whole number of steps; a number is
+        not positive; or the shape of an entry of `trainable` does not fit.
 
     Example:
       >>> keys = jax.random.split(jax.random.key(0), 3)

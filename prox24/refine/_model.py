@@ -5,9 +5,8 @@ import math
 
 import optax
 
-from prox24._core.precision import check_compute_dtype
 from prox24.errors import Prox24Error
-from prox24.refine._training import check_positive, check_shares, share_of
+from prox24.refine._training import check_settings, share_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +47,8 @@ class ModelRefinement:
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_positive(self, "rate", "passes", "measurements", "step_windows")
-        check_shares(self, "held_out", "cross_entropy", "warmup")
-        check_compute_dtype(self.compute_dtype)
+        positive = ("rate", "passes", "measurements", "step_windows")
+        check_settings(self, positive, ("held_out", "cross_entropy", "warmup"))
         if self.micro_batches < 1 or self.step_windows % self.micro_batches:
             raise Prox24Error(
                 f"{self.micro_batches} micro-batches do not divide {self.step_windows} windows of "
@@ -63,37 +61,21 @@ class ModelRefinement:
         return self.step_windows // self.micro_batches
 
     def schedule(self, steps: int) -> optax.Schedule:
-        """The rate by the number of steps before.
-
-        Args:
-          steps: of the optimizer, in all.
-        """
+        """The rate by the number of steps before, of so many in all."""
         rising = min(round(self.warmup * steps), steps - 1)
         first = self.rate / max(1, rising)
         return optax.warmup_cosine_decay_schedule(first, self.rate, rising, steps)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """The optimizer.
-
-        Args:
-          steps: that it takes.
-        """
+        """The optimizer, for so many steps."""
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.schedule(steps)))
 
     def held_out_of(self, groups: int) -> int:
-        """The number of held-out steps.
-
-        Args:
-          groups: of windows; each makes a step.
-        """
+        """Of the groups of windows that make a step each, those that are held out."""
         return share_of(self.held_out, groups)
 
     def steps(self, groups: int) -> int:
-        """Steps of the optimizer.
-
-        Args:
-          groups: of windows; each makes a step of a pass.
-        """
+        """Steps of the optimizer, where each group of windows makes a step of a pass."""
         return self.passes * (groups - self.held_out_of(groups))
 
     def measured_every(self, steps: int) -> int:

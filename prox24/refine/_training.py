@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prox24._core.precision import working_dtype
+from prox24._core.precision import COMPUTE_DTYPES, working_dtype
 from prox24.optax import keep_pattern
 
 PyTree = Any
@@ -20,26 +20,17 @@ Loss = Callable[[PyTree, PyTree, PyTree], Array]
 """Of parameters, of what is not trained, and of a batch: a scalar, to be minimised."""
 
 
-def check_positive(settings: Any, *names: str) -> None:
-    """Raises ValueError, naming the first, unless these numbers among the attributes are positive.
-
-    Example:
-      >>> check_positive(Training(None, None, None, [], 3), "steps")
-    """
-    for name in names:
+def check_settings(settings: Any, positive: Sequence[str], shares: Sequence[str]) -> None:
+    """Raises ValueError, naming the first field that is not positive, a share, or a dtype."""
+    for name in positive:
         if not getattr(settings, name) > 0:
             raise ValueError(f"{name} {getattr(settings, name)} is not positive")
-
-
-def check_shares(settings: Any, *names: str) -> None:
-    """Raises ValueError, naming the first, unless these numbers among the attributes are shares.
-
-    Example:
-      >>> check_shares(Training(None, None, None, [], 1), "steps")
-    """
-    for name in names:
+    for name in shares:
         if not 0 <= getattr(settings, name) <= 1:
             raise ValueError(f"{name} {getattr(settings, name)} is not from 0 to 1")
+    dtype = settings.compute_dtype
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")
 
 
 def at_least_float32(x: Array) -> Array:
@@ -48,12 +39,7 @@ def at_least_float32(x: Array) -> Array:
 
 
 def share_of(share: float, count: int) -> int:
-    """Of so many things those that a share holds out; one at the least.
-
-    Example:
-      >>> share_of(0.125, 16), share_of(0.125, 2)
-      (2, 1)
-    """
+    """Of so many things those that a share holds out; one at the least."""
     return max(1, round(share * count))
 
 
@@ -140,29 +126,10 @@ def refine(
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
 ) -> Refined:
-    """Minimises the mean of a loss over batches, in order, a step for each `micro_batches` of them.
+    """Minimises the mean of a loss over batches, by the arguments of `train_model`.
 
-    The last batches are held out: the loss is measured on them with the parameters as they would be
-    used, rounded to their dtypes, and the best are returned, which are those that were given if no
-    others are better.
-
-    Args:
-      loss: compiled once for each function object and optimizer object.
-      params: pytree of floating-point arrays; trained in float32.
-      constants: what the loss needs besides, which is not trained.
-      batches: all of one shape.
-      optimizer: compiled once for each object.
-      passes: over the batches that are not held out.
-      held_out: batches, from the end.
-      micro_batches: so many batches, in memory one after the other, make one step of the optimizer,
-        by the mean of their gradients.
-      trainable: which entries are trained, see `prox24.optax.keep_pattern`; None for nonzeros of
-        the leaves that `prox24.optax.proximal` prunes, and all other leaves.
-      measured_every: this many steps, and after the last; None for every pass.
-      resume: the state to begin with, given the one before the first step; one that `on_measured`
-        got, to go on with it.
-      on_measured: called after each measurement. The master parameters and the optimizer's state
-        are overwritten by the next step: copy what is to be kept.
+    Programs are compiled once for each function object of the loss and each optimizer object. The
+    constants are what the loss needs besides, which is not trained.
 
     Raises:
       ValueError: no batch is left to train on, or none held out; those left are no whole number of
@@ -181,7 +148,7 @@ def refine(
         raise ValueError(f"{len(training)} batches are no whole number of steps of {micro_batches}")
     steps_of_pass = len(training) // micro_batches
     steps = passes * steps_of_pass
-    advance = _advance(loss, optimizer, micro_batches)
+    advance = step_program(loss, optimizer, micro_batches)
 
     def candidate(master: PyTree) -> PyTree:
         return jax.tree.map(
@@ -250,28 +217,6 @@ def _each_its_own(tree: PyTree) -> PyTree:
     return jax.tree.map(own, tree)
 
 
-def lower_step(
-    loss: Loss,
-    params: PyTree,
-    batch: PyTree,
-    optimizer: optax.GradientTransformation,
-    micro_batches: int,
-) -> jax.stages.Lowered:
-    """The program of the last batch of a step, on what is kept; arrays may be specs."""
-
-    def kept(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf != 0, params)
-
-    def begun(params: PyTree) -> tuple[PyTree, PyTree]:
-        master = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        return master, keep_pattern(optimizer, kept).init(master)
-
-    master, state = jax.eval_shape(begun, params)
-    total = None if micro_batches == 1 else master
-    advance = _advance(loss, optimizer, micro_batches)
-    return advance.lower(master, state, total, None, batch)
-
-
 @jax.jit
 def _still_finite(before: PyTree, params: PyTree) -> Array:
     def of(given: Array, leaf: Array) -> Array:
@@ -290,9 +235,14 @@ def _add_gradient(loss: Loss) -> Callable[[PyTree, PyTree, PyTree, PyTree], PyTr
 
 
 @functools.lru_cache(maxsize=16)
-def _advance(
+def step_program(
     loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int
 ) -> jax.stages.Wrapped:
+    """A step of what is kept, given the gradients of all micro-batches but the last.
+
+    The arguments are the parameters and the state of `keep_pattern`, both of which it overwrites,
+    the sum of those gradients or None, the constants of the loss, and the last micro-batch.
+    """
     # The state holds what is kept, so that the transform's own choice is never asked for here.
     transform = keep_pattern(optimizer)
 
