@@ -53,19 +53,12 @@ class Calibration(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What the shapes of one batch say about a model.
-
-    Attributes:
-      layouts: of every weight with products, by path, in the order of its first call.
-      shapes: of their inputs, (problems, in).
-      groups: the paths in that order, those side by side that see nothing but one common input.
-      left_out: why weights have no products.
-    """
+    """What the shapes of one batch say about a model: of weights, in the order of first calls."""
 
     layouts: dict[str, Layout]
-    shapes: dict[str, tuple[int, int]]
-    groups: list[list[str]]
-    left_out: dict[str, str]
+    shapes: dict[str, tuple[int, int]]  # Of the inputs: problems, in.
+    groups: list[list[str]]  # Those side by side that see nothing but one common input.
+    left_out: dict[str, str]  # Why others have no products.
 
 
 def calibrate(
@@ -132,15 +125,8 @@ def gather(
 ) -> Calibration:
     """`calibrate`, with the cross-Grams of the inputs in the dense model, if one is given.
 
-    Args:
-      apply: see `calibrate`.
-      stream: the model.
-      dense: the dense model on the same data. Where an input of it is zero, as that of a token that
-        it sends to other experts, the pruned model's takes its place.
-      names: see `calibrate`.
-
-    Raises:
-      CalibrationError: see `calibrate`.
+    The dense model runs on the same data. Where an input of it is zero, as that of a token that it
+    sends to other experts, the pruned model's takes its place.
     """
     batches = iter(_no_array(stream.batches))
     first = next(batches, None)
@@ -158,6 +144,8 @@ def gather(
     arrays, join = split_arrays(stream.params)
     dense_arrays, join_dense = split_arrays(stream.params if dense is None else dense.params)
 
+    add_rows = jax.vmap(add_tokens)
+
     @functools.partial(jax.jit, donate_argnames=("grams", "crosses"))
     def add(
         arrays: list[Array],
@@ -171,14 +159,14 @@ def gather(
         grams, crosses = dict(grams), dict(crosses)
         for product in products:
             if product.path in grams:
-                grams[product.path] = _add(grams[product.path], product.rows, product.rows)
+                grams[product.path] = add_rows(grams[product.path], product.rows, product.rows)
         if not crosses:
             return grams, crosses
         of_dense = find_products(apply, join_dense(dense_arrays), dense_batch)[0]
         for product, given in zip(products, of_dense, strict=True):
             if product.path in crosses:
                 rows = jnp.where(is_sent(given.rows)[..., None], given.rows, product.rows)
-                crosses[product.path] = _add(crosses[product.path], rows, product.rows)
+                crosses[product.path] = add_rows(crosses[product.path], rows, product.rows)
         return grams, crosses
 
     alongside = itertools.repeat(None) if dense is None else dense.batches
@@ -186,14 +174,13 @@ def gather(
         grams, crosses = add(arrays, dense_arrays, batch, dense_batch, grams, crosses)
     found = {}
     # Compiled functions return dicts in the order of their keys.
-    for path, layout in survey.layouts.items():
-        if path in grams:
-            gram, cross = grams[path], crosses.get(path)
-            for each in (gram, cross):
-                if each is not None and not _is_finite(each):
-                    raise CalibrationError(f"NaN or Inf in the inputs of {path}")
-            total = None if cross is None else cross.total
-            found[path] = InputGram(gram.total, tuple(gram.tokens.tolist()), layout, total)
+    for path in chosen:
+        totals = [sums[path].total for sums in (grams, crosses) if sums]
+        if not all(jnp.isfinite(jnp.trace(total, axis1=1, axis2=2)).all() for total in totals):
+            raise CalibrationError(f"NaN or Inf in the inputs of {path}")
+        gram, *cross = totals
+        rows = tuple(grams[path].tokens.tolist())
+        found[path] = InputGram(gram, rows, survey.layouts[path], *cross)
     return Calibration(found, survey.left_out)
 
 
@@ -201,11 +188,7 @@ NO_BATCH = "there is no batch to calibrate on"
 
 
 def check_batches(batches: Iterable[PyTree]) -> list[PyTree]:
-    """The batches as a list.
-
-    Raises:
-      CalibrationError: there is none, or one array in their place.
-    """
+    """The batches as a list; raises CalibrationError for none, or one array in their place."""
     found = list(_no_array(batches))
     if not found:
         raise CalibrationError(NO_BATCH)
@@ -220,20 +203,8 @@ def _no_array(batches: Iterable[PyTree]) -> Iterable[PyTree]:
     return batches
 
 
-def _add(gram: GramSum, x: Array, y: Array) -> GramSum:
-    return jax.vmap(add_tokens)(gram, x, y)
-
-
-def _is_finite(gram: GramSum) -> bool:
-    return bool(jnp.all(jnp.isfinite(jnp.trace(gram.total, axis1=1, axis2=2))))
-
-
 def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:
-    """Traces `apply` on the shapes of one batch, and computes nothing.
-
-    Raises:
-      CalibrationError: a tap does not fit the parameters.
-    """
+    """Traces `apply` on the shapes of one batch, and computes nothing."""
     arrays, join = split_arrays(params)
     surveys: list[Survey] = []
 

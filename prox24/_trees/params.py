@@ -119,17 +119,11 @@ def prune_params(
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
         layouts = {path: own.layout for path, own in found.grams.items()}
-        leaves = _choose(params, layouts, found.left_out, recipe, mask)
-        runner = FunctionRunner(
-            apply, params, recipe, leaves, [list(layouts)], layouts, grams=found
-        )
+        groups, left_out, batches = [list(layouts)], found.left_out, []
     else:
-        batches = check_batches(batches)
-        survey = survey_products(apply, params, batches[0])
-        leaves = _choose(params, survey.layouts, survey.left_out, recipe, mask)
-        runner = FunctionRunner(
-            apply, params, recipe, leaves, survey.groups, survey.layouts, batches
-        )
+        found, batches = None, check_batches(batches)
+        layouts, _, groups, left_out = survey_products(apply, params, batches[0])
+    leaves = _choose(params, layouts, left_out, recipe, mask)
     if grams is not None:
         _check_paths(params, grams)
     if not any(leaf.pruned for leaf in leaves):
@@ -139,9 +133,15 @@ def prune_params(
                 f"{recipe.pattern}); it leaves dense {_some(left)}"
             )
         return PrunedParams(params, leaves, [])
+    runner = FunctionRunner(apply, params, recipe, leaves, groups, layouts, batches, found)
     dense = loop.most_lossy(runner, recipe)
     pruned = list(loop.prune_stages(runner, recipe, dense=dense))
-    leaves = tuple(_kept_dense(leaf) if leaf.path in dense else leaf for leaf in leaves)
+    leaves = tuple(
+        leaf._replace(pruned=False, reason="among those that lose most")
+        if leaf.path in dense
+        else leaf
+        for leaf in leaves
+    )
     values = {tensor.name: tensor.values for tensor in pruned}
     reports = [report for tensor in pruned for report in tensor.reports]
     return PrunedParams(_replaced(params, values), leaves, reports)
@@ -162,10 +162,6 @@ def _check_paths(params: PyTree, grams: Calibration) -> None:
 
 def _some(paths: Collection[str]) -> str:
     return ", ".join(list(paths)[:3]) + ", ..." * (len(paths) > 3)
-
-
-def _kept_dense(leaf: Leaf) -> Leaf:
-    return leaf._replace(pruned=False, reason="among those that lose most")
 
 
 def _replaced(params: PyTree, values: Mapping[str, Array]) -> PyTree:
@@ -190,8 +186,8 @@ class FunctionRunner:
     leaves: tuple[Leaf, ...]
     groups: list[list[str]]
     layouts: Mapping[str, Layout]
-    batches: list[PyTree] = dataclasses.field(default_factory=list)
-    grams: Calibration | None = None
+    batches: list[PyTree]
+    grams: Calibration | None
     mesh: None = None
 
     @property
@@ -301,8 +297,8 @@ def _choose(
             reason = BY_RECIPE
         elif layout is None:
             reason = f"no Gram: {left_out.get(leaf.path, 'unused')}"
-        elif leaf.shape[axis] % (group := getattr(pattern, "group", 1)):
-            reason = f"axis {axis} is not divisible by {group}"
+        elif leaf.shape[axis] % pattern.group:
+            reason = f"axis {axis} is not divisible by {pattern.group}"
         else:
             reason = "default" if wanted is None else "in mask"
             return leaf._replace(axis=axis, pruned=True, reason=reason)

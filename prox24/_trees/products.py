@@ -28,12 +28,9 @@ Apply = Callable[[Any, Any], Any]
 class Product(NamedTuple):
     """A weight's inputs in one of its uses.
 
-    Attributes:
-      path: of the weight.
-      layout: how the weight is made of matrices.
-      rows: what they are multiplied with, shape (problems, rows, in).
-      source: the array that the rows were made of; the same object for weights that share it.
-      tapped: whether `prox24.tap` said so.
+    The matrices of the weight's layout are multiplied with the rows, shape (problems, rows, in).
+    The rows were made of `source`, the same object for weights that share it, or `prox24.tap` gave
+    them.
     """
 
     path: str
@@ -44,12 +41,9 @@ class Product(NamedTuple):
 
 
 class View(NamedTuple):
-    """A value that is a weight, or what a scan slices off it.
+    """A value that is a weight, or a slice of one within a scan.
 
-    Attributes:
-      path: of the weight.
-      axes: of the weight, one for each axis of the value.
-      stacked: the weight's axes that scans run over.
+    For each axis of the value it has that of the weight; scans run over the stacked ones.
     """
 
     path: str
@@ -66,12 +60,9 @@ class Operand(NamedTuple):
 
 @dataclasses.dataclass
 class Found:
-    """What the evaluation has met so far.
+    """What the evaluation has met so far: products in the order of the calls, the rest by path.
 
-    Attributes:
-      shapes: of every weight, by path.
-      products: in the order of the calls.
-      other_uses: the first operation that uses a weight in another way, by path.
+    Of other uses it has the first operation that is no product.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -84,18 +75,10 @@ def find_products(
 ) -> tuple[list[Product], dict[str, str]]:
     """Evaluates `apply(params, batch)`, and returns the inputs of its weights instead of its value.
 
-    Args:
-      apply: the model.
-      params: pytree; its arrays are the weights.
-      batch: pytree of arrays.
-
-    Returns:
-      The products in the order of the calls, and why weights have none, by path. A weight that is
-      tapped has the products that its taps say. A weight that is used in any other way as well, or
-      summed over other axes in another call, has none: its Gram would not say what pruning costs.
-
-    Raises:
-      CalibrationError: a tap does not fit the parameters.
+    These are the products in the order of the calls, and why weights have none, by path. A weight
+    that is tapped has the products that its taps say. A weight that is used in any other way as
+    well, or summed over other axes in another call, has none: its Gram would not say what pruning
+    costs. Raises CalibrationError if a tap does not fit the parameters.
 
     Example:
       >>> def apply(params, x):
@@ -282,13 +265,13 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
     inner = getattr(body, "jaxpr", body)
     carried = len(equation.outvars) - _count_scanned(equation.outvars, inner.outvars)
     end = len(operands) - _count_scanned(equation.invars, inner.invars)
-    constants, carry, runs = (
-        operands[: end - carried],
-        operands[end - carried : end],
-        operands[end:],
-    )
+    constants, carry = operands[: end - carried], operands[end - carried : end]
+    runs = operands[end:]
     _note_other_uses(equation, carry, found)
-    views = [run.view and _sliced(run.view) for run in runs]
+    views = [
+        run.view and View(run.view.path, run.view.axes[1:], run.view.stacked + run.view.axes[:1])
+        for run in runs
+    ]
     bodies: list[Found] = []
 
     def step(carry: list[Array], slices: list[Array]) -> Any:
@@ -320,10 +303,6 @@ def _count_scanned(outside: list[Any], inside: list[Any]) -> int:
     return sum(len(out.aval.shape) != len(within.aval.shape) for out, within in pairs)
 
 
-def _sliced(view: View) -> View:
-    return View(view.path, view.axes[1:], view.stacked + view.axes[:1])
-
-
 def _merge(product: Product, stack: Array, run_over: int | None) -> Product:
     """The product with its rows of all steps, shape (steps, problems, rows, in).
 
@@ -338,11 +317,7 @@ def _merge(product: Product, stack: Array, run_over: int | None) -> Product:
 
 
 def _stacked(path: str, layout: Layout, axis: int) -> Layout:
-    """The layout of a tap, which knows no stacked axes, within a scan over an axis of the weight.
-
-    Raises:
-      CalibrationError: the tap sums over that axis.
-    """
+    """The layout of a tap, which knows no stacked axes, in a scan over an axis of the weight."""
     if axis in layout.summed:
         raise CalibrationError(
             f"tap of {path} sums over axis {axis}, which a scan runs over: count the axes of the "

@@ -104,21 +104,7 @@ def describe(
 
 
 def nonzeros(params: PyTree, leaves: Sequence[Leaf]) -> PyTree:
-    """Of leaves that are pruned the nonzeros, of the others a scalar True.
-
-    Args:
-      params: pytree of arrays.
-      leaves: of it, as `describe` lists them.
-
-    Returns:
-      Bool pytree like `params`.
-
-    Example:
-      >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((4, 1))}
-      >>> found = nonzeros(params, describe(params))
-      >>> found["bias"].shape, found["kernel"].shape
-      ((), (4, 1))
-    """
+    """Of leaves that are pruned the nonzeros, of the others a scalar True."""
     weights, structure = jax.tree.flatten(params)
     return jax.tree.unflatten(
         structure,
@@ -153,12 +139,7 @@ def by_path(predicate: Callable[[str], object]) -> Callable[[PyTree], PyTree]:
 
 
 def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
-    """The leaves, in the order of `jax.tree.leaves`, after their paths, components joined by "/".
-
-    Example:
-      >>> named_leaves({"dense": [1.0, 2.0]})
-      [('dense/0', 1.0), ('dense/1', 2.0)]
-    """
+    """The leaves in the order of `jax.tree.leaves`, each after its path, joined by "/"."""
     # With nodes that are empty, as optax leaves them where a leaf was that it masks.
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_empty)[0]
     within = collections.Counter(path[:n] for path, _ in leaves for n in range(len(path)))
