@@ -140,16 +140,6 @@ def ranks(planes: Sequence[Array]) -> list[Array]:
     """Rank of each entry within its block, 0 for the largest; ties go to the earlier entry.
 
     M(M-1)/2 comparisons of whole planes take the place of a sort per block.
-
-    Args:
-      planes: M arrays of one shape, the scores in planar form.
-
-    Returns:
-      M int32 arrays of that shape.
-
-    Example:
-      >>> [int(rank[0]) for rank in ranks(split(jnp.array([1.0, 3.0, 3.0, 2.0])))]
-      [3, 0, 1, 2]
     """
     rank = [jnp.zeros(plane.shape, jnp.int32) for plane in planes]
     for i, earlier in enumerate(planes):
@@ -163,15 +153,7 @@ def ranks(planes: Sequence[Array]) -> list[Array]:
 def descending(planes: Sequence[Array]) -> list[Array]:
     """Sorts each block, largest first, by a network of compare-exchanges of whole planes.
 
-    Args:
-      planes: M arrays of one shape.
-
-    Returns:
-      M arrays of that shape. A NaN makes its own block NaN and no other.
-
-    Example:
-      >>> [int(p[0]) for p in descending(split(jnp.array([1, 3, 3, 2])))]
-      [3, 3, 2, 1]
+    A NaN makes its own block NaN and no other.
     """
     v = list(planes)
     for end in range(len(v) - 1, 0, -1):

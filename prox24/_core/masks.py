@@ -82,12 +82,7 @@ def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Ar
 
 
 def mean_sparsity(w: ArrayLike) -> Array:
-    """Fraction of the entries that are exactly zero, a float32 scalar.
-
-    Example:
-      >>> float(mean_sparsity(jnp.array([0.0, 1.0])))
-      0.5
-    """
+    """Fraction of the entries that are exactly zero, a float32 scalar."""
     return jnp.mean(jnp.asarray(w) == 0, dtype=jnp.float32)
 
 
@@ -95,18 +90,6 @@ def largest_mask(scores: ArrayLike, kept: int, axis: int | None = None) -> Array
     """Marks the `kept` largest scores of the whole array, or of each line along `axis`.
 
     Ties go to the earlier entry, NaN counts as largest.
-
-    Args:
-      scores: array of any shape.
-      kept: how many are marked, at most the number of scores that compete.
-      axis: the axis along which scores compete, None for all of them.
-
-    Returns:
-      bool array of the shape of `scores`.
-
-    Example:
-      >>> largest_mask(jnp.array([[1.0, 3.0], [2.0, 3.0]]), 2).tolist()
-      [[False, True], [False, True]]
     """
     scores = jnp.asarray(scores)
     flat = scores.ravel() if axis is None else scores

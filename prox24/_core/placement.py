@@ -24,12 +24,8 @@ AXIS, TENSOR = "devices", "tensor"
 def common_mesh(windows: int, tensor: int = 1) -> Mesh | None:
     """As many devices of every process as divide the number of windows; None for a single one.
 
-    Args:
-      windows: in memory together.
-      tensor: so many devices have the same windows, along the second axis of the mesh.
-
-    Raises:
-      Prox24Error: the processes alone do not divide the windows, or have too few devices.
+    So many `windows` are in memory together, and so many devices, `tensor`, have the same windows
+    along the second axis of the mesh.
     """
     processes = jax.process_count()
     if windows % processes:
@@ -118,13 +114,10 @@ def _put(array: Array, sharding: NamedSharding) -> Array:
 
 
 def is_on_one_device(context: Any) -> bool:
-    """Whether the arrays of a lowering rule are whole on one device.
+    """Whether the arrays of a lowering rule, given its context, are whole on one device.
 
-    XLA does not partition a kernel, so that one is for programs of one device, and for the insides
-    of shard_map.
-
-    Args:
-      context: what `jax.interpreters.mlir` gives to the rule.
+    XLA does not partition a kernel: one is for programs of one device, and for the inside of
+    shard_map.
     """
     placed = context.module_context.axis_context
     manual: frozenset[Any] = getattr(placed, "manual_axes", frozenset())

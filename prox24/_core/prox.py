@@ -65,7 +65,7 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _prox_of_rows(y: Array, lam: Array, kept: int, group: int) -> Array:
-    return tpu.prox(y, lam, kept, group)
+    return tpu.prox_p.bind(y, lam, kept=kept, group=group)
 
 
 @_prox_of_rows.defjvp

@@ -40,25 +40,8 @@ def serves(y: Array, lam: Array, group: int, axis: int) -> bool:
     )
 
 
-def prox(y: Array, lam: Array, kept: int, group: int) -> Array:
-    """prox_{lam R}(y) along the last axis, where it is lowered for TPUs.
-
-    It may be mapped, not differentiated.
-
-    Args:
-      y: (..., columns), for which `serves` holds.
-      lam: scalar.
-      kept: N of the pattern N:M.
-      group: M.
-
-    Returns:
-      Array of the shape and dtype of `y`.
-    """
-    return prox_p.bind(y, lam, kept=kept, group=group)
-
-
 def planar(y: Array, lam: Array, kept: int, group: int, axis: int = -1) -> Array:
-    """`prox` by XLA, along any axis and for any lam."""
+    """prox_{lam R}(y) by XLA, along any axis and for any lam."""
     return planes.join(planes.prox(planes.split(y, (kept, group), axis), lam, kept), axis)
 
 
@@ -71,10 +54,11 @@ def _lower_for_tpu(context: Any, *operands: Any, kept: int, group: int) -> Any:
 def _map(operands: Any, axes: Any, kept: int, group: int) -> tuple[Array, int]:
     (y, lam), (of_y, of_lam) = operands, axes
     if of_lam is None:
-        return prox(jnp.moveaxis(y, of_y, 0), lam, kept, group), 0
+        return prox_p.bind(jnp.moveaxis(y, of_y, 0), lam, kept=kept, group=group), 0
     return jax.vmap(functools.partial(planar, kept=kept, group=group), axes)(y, lam), 0
 
 
+# Of y (..., columns), for which `serves` holds, and a scalar lam; not to be differentiated.
 prox_p = Primitive("prox")
 prox_p.def_abstract_eval(lambda y, lam, **pattern: y)
 prox_p.def_impl(planar)
@@ -84,17 +68,9 @@ batching.primitive_batchers[prox_p] = _map
 
 
 def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False) -> Array:
-    """`prox` on one device.
+    """`prox_p` on one device, for y (..., columns) and a scalar lam.
 
-    Args:
-      y: (..., columns).
-      lam: scalar.
-      kept: N of the pattern N:M.
-      group: M.
-      interpret: whether to run it as ordinary JAX, on any device.
-
-    Returns:
-      Array of the shape and dtype of `y`.
+    With `interpret` it runs as ordinary JAX, on any device.
     """
     # Here, since no other device needs them, and they take a while to import.
     from jax.experimental import pallas as pl

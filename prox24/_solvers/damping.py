@@ -10,12 +10,6 @@ from jax import Array, lax
 from prox24._core.placement import replicated
 from prox24._core.precision import PRECISION
 
-
-def damping_amount(gram: Array, damping: Array | float) -> Array:
-    """`damping` times the mean of the Gram's diagonal: a scalar in the Gram's units."""
-    return damping * jnp.mean(jnp.diagonal(gram))
-
-
 DEAD = 1e-6
 
 
@@ -26,13 +20,6 @@ def damped_gram(gram: Array, damping: Array | float) -> Array:
     how far weights may move where the calibration saw nothing. A zero diagonal, or one below it by
     rounding, is left only when the damping is zero: a dead feature, whose weights are then the
     first to be pruned. If no token was seen at all, the diagonal becomes 1.
-
-    Args:
-      gram: shape (in, in).
-      damping: nonnegative, relative to the mean of the diagonal.
-
-    Returns:
-      Array of the shape and dtype of `gram`.
     """
     mean = jnp.mean(jnp.diagonal(gram))
     diagonal = jnp.diagonal(gram) + damping * mean
@@ -44,12 +31,7 @@ FIRST_RAISED_DAMPING, LARGEST_DAMPING, RAISE = 1e-6, 1.0, 10.0
 
 
 class Factor(NamedTuple):
-    """A factorization of the inverse of a damped Gram.
-
-    Attributes:
-      upper: U upper triangular, with U^T U = (G + damping mean(diag G) I)^-1, shape (in, in).
-      damping: scalar, as asked for or raised.
-    """
+    """U upper triangular, U^T U the inverse of a damped Gram; the damping, as asked or raised."""
 
     upper: Array
     damping: Array
@@ -64,10 +46,6 @@ def inverse_factor(gram: Array, damping: Array) -> Factor:
 
     Factoring G from its last row to its first gives G = R R^T with R upper triangular, so U = R^-1
     comes from one Cholesky factorization and one triangular solve, and G is never inverted.
-
-    Args:
-      gram: shape (in, in), symmetric.
-      damping: nonnegative scalar of its dtype, relative to the mean of the diagonal.
     """
     factor, used = _with_enough_damping(
         lambda gram: jnp.linalg.cholesky(gram[::-1, ::-1]), gram, damping
@@ -78,26 +56,14 @@ def inverse_factor(gram: Array, damping: Array) -> Factor:
 
 
 class Inverse(NamedTuple):
-    """The inverse of a damped Gram.
-
-    Attributes:
-      matrix: (G + (damping mean(diag G) + shift) I)^-1, with the shift of `damped_inverse`, shape
-        (in, in).
-      damping: scalar, as asked for or raised.
-    """
+    """The inverse of a damped Gram, and the damping, as asked or raised."""
 
     matrix: Array
     damping: Array
 
 
 def damped_inverse(gram: Array, damping: Array, shift: Array | float = 0.0) -> Inverse:
-    """Inverts the damped Gram + shift I, with damping raised as by `inverse_factor` until it can.
-
-    Args:
-      gram: shape (in, in), symmetric.
-      damping: nonnegative scalar of its dtype, relative to the mean of the diagonal.
-      shift: nonnegative scalar of its dtype, in the Gram's units.
-    """
+    """Inverts G + (damping mean(diag G) + shift) I, damping raised as by `inverse_factor`."""
 
     def attempt(damped: Array) -> Array:
         return inverse(jnp.fill_diagonal(damped, jnp.diagonal(damped) + shift, inplace=False))
@@ -141,21 +107,10 @@ def inverse(matrix: Array) -> Array:
     (docs/theory.md, section 14). Of 2 n^3 operations nearly all are in products (n, b) x (b, n). A
     Cholesky factorization with two triangular solves takes 7/3 n^3. The memory is that of one more
     matrix besides the result. Devices that share the columns send one another the rows of a block.
-
-    Args:
-      matrix: shape (n, n), float32 or float64, symmetric; only the upper triangle is read.
-
-    Returns:
-      Array of its shape and dtype.
+    Only the upper triangle is read.
 
     References:
       Goodnight, "A Tutorial on the SWEEP Operator", The American Statistician 33 (1979).
-
-    Example:
-      >>> inverse(jnp.array([[2.0, 1.0], [1.0, 1.0]])).tolist()
-      [[1.0, -1.0], [-1.0, 2.0]]
-      >>> bool(jnp.isnan(inverse(jnp.array([[1.0, 2.0], [2.0, 1.0]]))).all())
-      True
     """
     width = len(matrix)
     # Blocks that divide the width: nothing is filled up.

@@ -56,15 +56,11 @@ def hyperparameters(cls: type[T]) -> type[T]:
         keyed = [(jax.tree_util.GetAttrKey(name), leaf(value, name)) for name in traced]
         return keyed, (cls, *(getattr(value, name) for name in static))
 
-    def flatten(value: T) -> tuple[Iterable[Any], Any]:
-        keyed, structure = flatten_with_keys(value)
-        return [child for _, child in keyed], structure
-
     def unflatten(structure: Any, children: Iterable[Any]) -> T:
         values = dict(zip(traced, children, strict=True))
         return cls(**values, **dict(zip(static, structure[1:], strict=True)))
 
     own = cls.__module__.startswith("prox24.")
     REGISTERED[cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"] = cls
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
     return cls

@@ -204,12 +204,8 @@ def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Nor
     """Scales a problem with D = curvature^(1/2) and to unit mean magnitude of the weight.
 
     The loss is unchanged by W -> W D, G -> D^-1 G D^-1, and a multiple of the loss is left by
-    dividing W by a scalar. The strength of a penalty then means the same in every layer.
-
-    Args:
-      weight: W0, shape (out, in).
-      gram: damped, shape (in, in).
-      curvature: shape (in,), positive; the diagonal of the Gram, which becomes 1, if None.
+    dividing W by a scalar. The strength of a penalty then means the same in every layer. Without
+    a curvature it is the diagonal of the Gram, which is damped before.
     """
     deviation = jnp.sqrt(jnp.diagonal(gram) if curvature is None else curvature)
     magnitudes = jnp.abs(weight * deviation[None, :])
@@ -245,13 +241,8 @@ def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> A
     """Whether a loss is nonnegative but for rounding; a bool scalar.
 
     Where every entry G_ij is off by at most c sqrt(G_ii G_jj), the loss of a row d is no less than
-    -c (sum_j |d_j| sqrt(G_jj))^2. Here c is 100 eps.
-
-    Args:
-      loss: `quadratic_loss` of the two that follow.
-      difference: shape (out, in).
-      gram: shape (in, in).
-      eps: of the dtype in which the Gram was summed.
+    -c (sum_j |d_j| sqrt(G_jj))^2. Here c is 100 eps, with eps of the dtype in which the Gram was
+    summed.
     """
     deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
     most = jnp.sum(jnp.square(jnp.sum(jnp.abs(difference) * deviation[None, :], axis=1)))
@@ -263,11 +254,7 @@ def is_symmetric(gram: Array, eps: float) -> Array:
 
     G v and G^T v are compared for one vector v of fixed signs, so that devices that share columns
     exchange vectors only. Where every entry is off by at most c sqrt(G_ii G_jj), an entry of their
-    difference is at most 2 c sqrt(G_ii) sum_j sqrt(G_jj). Here c is 100 eps.
-
-    Args:
-      gram: shape (in, in).
-      eps: of the dtype in which the Gram was summed.
+    difference is at most 2 c sqrt(G_ii) sum_j sqrt(G_jj), with c as in `is_nonnegative`.
     """
     # An additive sequence has no short period, by which a shifted Gram could hide.
     phases = jnp.arange(gram.shape[0], dtype=gram.dtype) * 0.6180339887
@@ -280,12 +267,7 @@ def is_symmetric(gram: Array, eps: float) -> Array:
 
 
 def has_negative_diagonal(gram: Array, eps: float) -> Array:
-    """Whether a finite entry of the diagonal is negative beyond rounding; a bool scalar.
-
-    Args:
-      gram: shape (in, in).
-      eps: of the dtype in which the Gram was summed.
-    """
+    """Whether a finite entry of the diagonal is negative beyond rounding; a bool scalar."""
     diagonal = jnp.diagonal(gram)
     return jnp.any(jnp.isfinite(diagonal) & (diagonal < -ROUNDINGS * eps * jnp.max(diagonal)))
 
@@ -335,17 +317,7 @@ def correct_inputs(
 
 @jax.jit
 def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | float) -> Array:
-    """The new dense weight of `correct_inputs`, compiled once for each shape.
-
-    Args:
-      weight: W0, shape (out, in).
-      gram: G, shape (in, in).
-      cross: C, shape (in, in).
-      pull: positive scalar, relative to the trace.
-
-    Returns:
-      Array (out, in), float32, or float64 if the Gram is.
-    """
+    """The new dense weight of `correct_inputs`, compiled once for each shape."""
     dtype = working_dtype(gram.dtype)
     weight, gram = weight.astype(dtype), gram.astype(dtype)
     # Damping is relative to the mean of the diagonal.

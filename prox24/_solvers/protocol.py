@@ -92,16 +92,9 @@ TRAITS = ("patterns", "needs_definite", "shares_columns")
 
 
 def implements(cls: type, role: type) -> bool:
-    """Whether the objects of a class are solvers, or refits, by their traits and their call.
+    """Whether the objects of a class have the role of `Solver` or `Refit`.
 
-    Args:
-      cls: any class.
-      role: `Solver` or `Refit`, which differ in the number of arguments of the call.
-
-    Example:
-      >>> from prox24 import ConjugateGradients
-      >>> implements(ConjugateGradients, Refit), implements(ConjugateGradients, Solver)
-      (True, False)
+    The traits and the call decide: the two calls differ in the number of their arguments.
     """
     if not all(hasattr(cls, trait) for trait in (*TRAITS, "__call__")):
         return False

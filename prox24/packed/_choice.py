@@ -15,14 +15,7 @@ AUTO = "auto"
 
 
 class Case(NamedTuple):
-    """A product x W^T, as far as an implementation depends on it.
-
-    Attributes:
-      platform: "cpu", "cuda", "tpu" or another one.
-      dtype: name of that of x and W.
-      outputs, inputs: shape of W.
-      batch: vectors in x.
-    """
+    """A product x W^T, as far as an implementation depends on it; W has (outputs, inputs)."""
 
     platform: str
     dtype: str
@@ -34,23 +27,17 @@ class Case(NamedTuple):
 class Implementation(NamedTuple):
     """A way to compute some products.
 
-    Attributes:
-      run: x (..., in), values (out, in / 2) of the same dtype and codes (out, words) to (..., out)
-        of that dtype; traceable. Sums are in float32.
-      platform, dtypes: of the products.
-      multiples: that outputs, inputs and batch must be.
-      largest_batch: that it computes.
-      row_bytes: of a dense row of W, at most.
-      library: that has to be built first.
+    `run` takes x (..., in), values (out, in / 2) of the same dtype and codes (out, words) to
+    (..., out) of that dtype; it is traceable, and its sums are in float32.
     """
 
     run: Callable[[Array, Array, Array], Array]
     platform: str
     dtypes: tuple[str, ...]
-    multiples: tuple[int, int, int]
+    multiples: tuple[int, int, int]  # That outputs, inputs and batch must be.
     largest_batch: float = 64
-    row_bytes: float = math.inf
-    library: native.Library | None = None
+    row_bytes: float = math.inf  # Of a dense row of W, at most.
+    library: native.Library | None = None  # It has to be built first.
 
     def problem(self, case: Case) -> str | None:
         """Why it cannot compute a product, or None; the first call builds its library."""
@@ -92,19 +79,9 @@ than `UNPACK` (docs/packed.md). No GPU and no TPU has run the other kernels."""
 
 
 def choose(implementation: str, case: Case) -> Callable[[Array, Array, Array], Array]:
-    """What computes a product.
+    """What computes a product: the one that is named; for `AUTO` that of `AUTOMATIC`, or `UNPACK`.
 
-    Args:
-      implementation: a name, or `AUTO` for what `AUTOMATIC` says if it can compute it, else for
-        `UNPACK`.
-      case: the product.
-
-    Raises:
-      ValueError: the one that is named cannot compute it.
-
-    Example:
-      >>> choose("auto", Case("cuda", "bfloat16", 4096, 4096, 1)) is xla.run
-      True
+    Raises ValueError if the one that is named cannot compute it.
     """
     if implementation == AUTO:
         name, largest_batch = AUTOMATIC.get((case.platform, case.dtype), (UNPACK, 0))

@@ -25,12 +25,7 @@ PAIRS = tuple(first | second << 2 for second in range(BLOCK) for first in range(
 
 
 def words_of(entries: int) -> int:
-    """The number of words for a number of entries.
-
-    Example:
-      >>> words_of(64), words_of(68)
-      (2, 3)
-    """
+    """The number of words for a number of entries."""
     return -(-entries // ENTRIES_PER_WORD)
 
 
@@ -40,14 +35,8 @@ def compress(w: Array) -> tuple[Array, Array, Array]:
 
     An entry is zero if its bits, but for the sign, are: a NaN is not, nor is a subnormal number,
     which arithmetic may take for zero. Where a block has fewer than two nonzeros, places are given
-    to the entries -0.0 first, which would lose their sign, and then to the earliest.
-
-    Args:
-      w: shape (..., in), floating, in a multiple of four.
-
-    Returns:
-      values (..., in / 2) of the dtype of `w`, NaN in blocks with more than two nonzeros; codes
-      (..., words) uint32; bool (..., in / 4).
+    to the entries -0.0 first, which would lose their sign, and then to the earliest. Values are NaN
+    in blocks with more than two nonzeros.
 
     Example:
       >>> values, codes, excess = compress(jnp.array([0.0, 2.0, 0.0, 3.0]))
@@ -80,19 +69,7 @@ def _compress_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, A
 
 @jax.custom_jvp
 def expand(values: Array, codes: Array) -> Array:
-    """Undoes `compress`: every value in its place, and zeros.
-
-    Args:
-      values: shape (..., in / 2).
-      codes: shape (..., words), uint32.
-
-    Returns:
-      Array (..., in) of the dtype of `values`.
-
-    Example:
-      >>> expand(jnp.array([2.0, 3.0]), jnp.array([0b1101], jnp.uint32)).tolist()
-      [0.0, 2.0, 0.0, 3.0]
-    """
+    """Undoes `compress`: every value in its place, and zeros."""
     return lax.bitcast_convert_type(place(_bits(values), codes), values.dtype)
 
 
@@ -119,19 +96,7 @@ def place(values: Array, codes: Array) -> Array:
 
 
 def gather(dense: Array, codes: Array) -> Array:
-    """The entries that the codes keep: the transpose of `expand`, which is linear in the values.
-
-    Args:
-      dense: shape (..., in).
-      codes: shape (..., words), uint32.
-
-    Returns:
-      Array (..., in / 2) of the dtype of `dense`.
-
-    Example:
-      >>> gather(jnp.arange(4.0), jnp.array([0b1101], jnp.uint32)).tolist()
-      [1.0, 3.0]
-    """
+    """The entries that the codes keep: the transpose of `expand`, which is linear in the values."""
     planes = split(dense)
     code = _split_words(codes).reshape(*codes.shape[:-1], codes.shape[-1] * CODES_PER_WORD)
     code = code[..., : planes[0].shape[-1]]

@@ -19,11 +19,7 @@ LIBRARY = native.Library(
 def run(x: Array, values: Array, codes: Array, instructions: str = INSTRUCTIONS[-1]) -> Array:
     """x W^T, see `prox24.packed._choice.Implementation`.
 
-    Args:
-      x: (..., in).
-      values: (out, in / 2).
-      codes: (out, in / 32).
-      instructions: one of `INSTRUCTIONS`, the widest that may be used if the CPU has them.
+    Of `INSTRUCTIONS` it takes the widest that the CPU has, up to those that are named.
     """
     widest = np.int32(INSTRUCTIONS.index(instructions))
     return native.call(LIBRARY, x, values, codes, instructions=widest)

@@ -32,11 +32,5 @@ LIBRARY = native.Library(
 
 
 def run(x: Array, values: Array, codes: Array) -> Array:
-    """x W^T, see `prox24.packed._choice.Implementation`.
-
-    Args:
-      x: (..., in).
-      values: (out, in / 2).
-      codes: (out, in / 32).
-    """
+    """x W^T, see `prox24.packed._choice.Implementation`."""
     return native.call(LIBRARY, x, values, codes)

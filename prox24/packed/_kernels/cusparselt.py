@@ -15,11 +15,7 @@ PACKAGE, SHARED_OBJECT = "nvidia-cusparselt-cu13", "lib/libcusparseLt.so.0"
 
 
 def installed() -> tuple[Path, str]:
-    """The folder of the library and its release.
-
-    Raises:
-      NoKernelError: it is not installed.
-    """
+    """The folder of the library and its release; raises NoKernelError if it is not installed."""
     try:
         package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -54,10 +50,5 @@ def run(x: Array, values: Array, codes: Array) -> Array:
     """x W^T, see `prox24.packed._choice.Implementation`.
 
     XLA unpacks the weight, and the library compresses it, in every call.
-
-    Args:
-      x: (..., in).
-      values: (out, in / 2).
-      codes: (out, in / 32).
     """
     return native.call(LIBRARY, x, expand(values, codes))

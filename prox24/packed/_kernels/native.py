@@ -33,21 +33,13 @@ class NoKernelError(Exception):
 
 
 class Library(NamedTuple):
-    """A kernel in a language of its own.
+    """A kernel in a language of its own."""
 
-    Attributes:
-      target: the function, and what XLA calls it.
-      platform: on which it runs, as XLA spells it.
-      sources: the file that is compiled and those that it includes, in this folder.
-      compilers: the first that is installed compiles it.
-      flags: of the compiler, for this machine; may raise NoKernelError.
-    """
-
-    target: str
-    platform: str
-    sources: tuple[str, ...]
-    compilers: tuple[str, ...]
-    flags: Callable[[], list[str]]
+    target: str  # The function, and what XLA calls it.
+    platform: str  # As XLA spells it.
+    sources: tuple[str, ...]  # The file that is compiled, and those that it includes.
+    compilers: tuple[str, ...]  # The first that is installed compiles it.
+    flags: Callable[[], list[str]]  # For this machine; may raise NoKernelError.
 
     def command(self, compiler: str, output: Path) -> list[str]:
         """What compiles it into a file."""
@@ -56,11 +48,7 @@ class Library(NamedTuple):
         return [compiler, *self.flags(), include, source, "-o", str(output)]
 
     def path(self, version: str) -> Path:
-        """The file in the cache for these sources and flags, this machine and jaxlib.
-
-        Args:
-          version: of the compiler, as it prints it.
-        """
+        """The file in the cache for these sources, flags and compiler, this machine and jaxlib."""
         made_for = [(FOLDER / source).read_text() for source in self.sources]
         made_for += [*self.flags(), version, platform.machine(), jaxlib.version.__version__]
         digest = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
@@ -97,14 +85,9 @@ def _load(library: Library) -> str | None:
 
 
 def call(library: Library, x: Array, *weight: Array, **attributes: Any) -> Array:
-    """x W^T by a kernel that has no `problem`.
+    """x W^T by a kernel that has no `problem`, for x (..., in) and arrays of the weight (out, ...).
 
-    Args:
-      library: of the kernel.
-      x: (..., in).
-      weight: values (out, in / 2) and codes (out, in / 32), or what else the kernel takes of W, the
-        first of shape (out, ...).
-      attributes: of the kernel, of numpy's types.
+    Its attributes are of numpy's types.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     outputs = len(weight[0])

@@ -30,13 +30,8 @@ def run(x: Array, values: Array, codes: Array, interpret: bool = False) -> Array
 
     A tile of the weight is turned, so that its rows lie along lanes and a block's two values in
     neighbouring rows of registers. Place p of all blocks is then a plane, made by comparing codes
-    with p, and the product is the sum over p of the planes' products with x[p::4].
-
-    Args:
-      x: (..., in).
-      values: (out, in / 2).
-      codes: (out, in / 32).
-      interpret: whether to run it as ordinary JAX, on any device.
+    with p, and the product is the sum over p of the planes' products with x[p::4]. With `interpret`
+    it runs as ordinary JAX, on any device.
     """
     # Here, since no other device needs them, and they take a while to import.
     from jax.experimental import pallas as pl

@@ -8,13 +8,7 @@ from prox24.packed._codes import expand
 
 
 def run(x: Array, values: Array, codes: Array) -> Array:
-    """x W^T; sums are in float32, or in float64 where x is.
-
-    Args:
-      x: (..., in).
-      values: (out, in / 2), of the same dtype.
-      codes: (out, words).
-    """
+    """x W^T; sums are in float32, or in float64 where x is."""
     return multiply(x, expand(values, codes))
 
 
