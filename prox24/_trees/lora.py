@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24._core.precision import PRECISION
-from prox24.optax._leaves import Axis, Leaf, Mask, PyTree, describe, named_leaves
+from prox24.optax._leaves import Axis, Leaf, Mask, PyTree, describe, map_named
 
 
 @jax.tree_util.register_dataclass
@@ -125,9 +125,7 @@ def merge(params: PyTree, adapters: PyTree, scale: ArrayLike) -> PyTree:
       >>> merge(params, adapters, scale=2.0)["kernel"].ravel().tolist()
       [2.0, 0.0, 0.0, 3.0]
     """
-    paths = [path for path, _ in named_leaves(params)]
-    names = jax.tree.unflatten(jax.tree.structure(params), paths)
-    return jax.tree.map(functools.partial(_merge_leaf, scale=scale), params, names, adapters)
+    return map_named(functools.partial(_merge_leaf, scale=scale), params, adapters)
 
 
 def _start(key: Array, leaf: Leaf, rank: int) -> Adapter:
@@ -143,7 +141,7 @@ def _start(key: Array, leaf: Leaf, rank: int) -> Adapter:
     return Adapter(a, jnp.zeros((*before, rank, *after), jnp.float32), leaf.axis)
 
 
-def _merge_leaf(weight: Array, path: str, adapter: Adapter | None, *, scale: ArrayLike) -> Array:
+def _merge_leaf(path: str, weight: Array, adapter: Adapter | None, *, scale: ArrayLike) -> Array:
     if adapter is None:
         return weight
     rank, columns = adapter.a.shape

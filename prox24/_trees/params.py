@@ -24,7 +24,8 @@ from prox24._trees.calibrate import (
 from prox24._trees.layout import Layout, from_matrices, to_matrices
 from prox24._trees.products import Apply
 from prox24.errors import CalibrationError, RecipeError
-from prox24.optax._leaves import Leaf, Mask, PyTree, describe, named_leaves, nonzeros, spread
+from prox24.optax import Leaf, describe
+from prox24.optax._leaves import Mask, PyTree, map_named, named_leaves, nonzeros, spread
 
 
 class PrunedParams(NamedTuple):
@@ -144,7 +145,7 @@ def prune_params(
     )
     values = {tensor.name: tensor.values for tensor in pruned}
     reports = [report for tensor in pruned for report in tensor.reports]
-    return PrunedParams(_replaced(params, values), leaves, reports)
+    return PrunedParams(map_named(values.get, params), leaves, reports)
 
 
 BY_RECIPE = "dense by the recipe"
@@ -162,14 +163,6 @@ def _check_paths(params: PyTree, grams: Calibration) -> None:
 
 def _some(paths: Collection[str]) -> str:
     return ", ".join(list(paths)[:3]) + ", ..." * (len(paths) > 3)
-
-
-def _replaced(params: PyTree, values: Mapping[str, Array]) -> PyTree:
-    """The tree with other leaves, by path."""
-    names = [path for path, _ in named_leaves(params)]
-    leaves, structure = jax.tree.flatten(params)
-    replaced = [values.get(path, leaf) for path, leaf in zip(names, leaves, strict=True)]
-    return jax.tree.unflatten(structure, replaced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +232,7 @@ class FunctionRunner:
         params, streams = state
         if index == self.stages - 1 or not weights:
             return state
-        return _replaced(params, weights), streams
+        return map_named(weights.get, params), streams
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
         """The recipe's, or the leaf's own."""

@@ -118,15 +118,12 @@ def is_array(leaf: Any) -> bool:
 
 def split_arrays(params: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
     """The arrays of a tree, and the function that puts others of their kind in their places."""
-    leaves, structure = jax.tree.flatten(params)
 
     def join(arrays: list[Array]) -> PyTree:
         remaining = iter(arrays)
-        return jax.tree.unflatten(
-            structure, [next(remaining) if is_array(leaf) else leaf for leaf in leaves]
-        )
+        return jax.tree.map(lambda leaf: next(remaining) if is_array(leaf) else leaf, params)
 
-    return [leaf for leaf in leaves if is_array(leaf)], join
+    return [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)], join
 
 
 def _evaluate(closed: Any, arguments: list[Operand], found: Found) -> list[Operand]:
@@ -256,7 +253,7 @@ def _convolution(equation: Any, operands: list[Operand], found: Found) -> list[O
 
 
 def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
-    """A scan whose body is evaluated in the same way, and hands out its rows.
+    """A scan whose body is evaluated in the same way, and returns its rows besides.
 
     A weight that the scan runs over is one problem for each step; a weight that every step uses has
     the rows of all steps.

@@ -132,8 +132,7 @@ def by_path(predicate: Callable[[str], object]) -> Callable[[PyTree], PyTree]:
     """
 
     def mask(params: PyTree) -> PyTree:
-        chosen = [bool(predicate(path)) for path, _ in named_leaves(params)]
-        return jax.tree.unflatten(jax.tree.structure(params), chosen)
+        return map_named(lambda path, leaf: bool(predicate(path)), params)
 
     return mask
 
@@ -151,6 +150,12 @@ def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
         return jax.tree_util.keystr(path, simple=True, separator="/")
 
     return [(name(path), leaf) for path, leaf in leaves if not _is_empty(leaf)]
+
+
+def map_named(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:
+    """`jax.tree.map` of a function whose first argument is the path of the leaf."""
+    paths = iter([path for path, _ in named_leaves(params)])
+    return jax.tree.map(lambda *leaves: function(next(paths), *leaves), params, *trees)
 
 
 def _is_empty(node: Any) -> bool:

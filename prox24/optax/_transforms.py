@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from prox24._core.pattern import as_pattern
 from prox24._core.planes import check_kept
 from prox24._core.prox import prox
-from prox24.optax._leaves import Axis, Mask, PyTree, describe, named_leaves, nonzeros, spread
+from prox24.optax._leaves import Axis, Mask, PyTree, describe, map_named, nonzeros, spread
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 
@@ -133,9 +133,8 @@ def proximal(
             _landing_update(p, u, penalty, pattern, leaf.axis) if leaf.pruned else u
             for leaf, p, u in zip(leaves, jax.tree.leaves(trained), steps, strict=True)
         ]
-        return jax.tree.unflatten(structure, landing), ProximalState(
-            optax.safe_increment(state.count)
-        )
+        count = optax.safe_increment(state.count)
+        return jax.tree.unflatten(structure, landing), ProximalState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -177,14 +176,7 @@ def keep_pattern(
     def init(params: PyTree) -> KeepPatternState:
         # What optax maps states with is a placeholder without leaves, which no tree fits.
         chosen = trainable if trainable is not None and jax.tree.leaves(params) else kept_entries
-        entries = spread(chosen, params)
-        checked = [
-            _checked_entries(path, entry, leaf)
-            for (path, leaf), entry in zip(
-                named_leaves(params), jax.tree.leaves(entries), strict=True
-            )
-        ]
-        entries = jax.tree.unflatten(jax.tree.structure(params), checked)
+        entries = map_named(_checked_entries, params, spread(chosen, params))
         return KeepPatternState(entries, inner.init(params))
 
     def update(
@@ -260,7 +252,7 @@ def _landing_update(
     return jnp.where(w == target, update, w - params)
 
 
-def _checked_entries(path: str, entries: ArrayLike, leaf: Array) -> Array:
+def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
     # A copy of its own for each leaf, since the state may be donated.
     entries = jnp.array(entries, bool)
     if entries.shape not in ((), leaf.shape):

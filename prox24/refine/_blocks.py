@@ -15,12 +15,12 @@ from prox24.errors import CalibrationError
 from prox24.optax import keep_pattern
 from prox24.refine._training import (
     Loss,
+    Passes,
     PyTree,
     Refined,
     at_least_float32,
     check_settings,
     refine,
-    share_of,
     step_program,
 )
 
@@ -29,7 +29,7 @@ OutputLoss = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockRefinement:
+class BlockRefinement(Passes):
     """How the pruning loop refines a layer after its linears are pruned.
 
     Adam with a rate that falls to zero along a cosine. The steps of each tensor are multiplied by
@@ -82,13 +82,9 @@ class BlockRefinement:
             raise CalibrationError(f"refining takes {2 * devices} calibration windows or more")
         return min((n for n in shared if n >= enough), default=shared[-1])
 
-    def held_out_of(self, groups: int) -> int:
-        """Of the groups of windows that make a step each, those that are held out."""
-        return share_of(self.held_out, groups)
-
     def optimizer(self, groups: int) -> optax.GradientTransformation:
         """The same object for the same number of groups of windows, to be compiled once."""
-        return _relative_adam(self.rate, self.passes * (groups - self.held_out_of(groups)))
+        return _relative_adam(self.rate, self.steps(groups))
 
 
 @functools.lru_cache

@@ -6,11 +6,11 @@ import math
 import optax
 
 from prox24.errors import Prox24Error
-from prox24.refine._training import check_settings, share_of
+from prox24.refine._training import Passes, check_settings
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelRefinement:
+class ModelRefinement(Passes):
     """How `prox24.distill` trains: Adam on gradients of norm 1 at the most.
 
     The rate rises along a line, from 1/n of the highest in the first of n steps, and falls to zero
@@ -69,14 +69,6 @@ class ModelRefinement:
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """The optimizer, for so many steps."""
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.schedule(steps)))
-
-    def held_out_of(self, groups: int) -> int:
-        """Of the groups of windows that make a step each, those that are held out."""
-        return share_of(self.held_out, groups)
-
-    def steps(self, groups: int) -> int:
-        """Steps of the optimizer, where each group of windows makes a step of a pass."""
-        return self.passes * (groups - self.held_out_of(groups))
 
     def measured_every(self, steps: int) -> int:
         """Steps from one measurement to the next."""

@@ -38,9 +38,19 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(working_dtype(x.dtype))
 
 
-def share_of(share: float, count: int) -> int:
-    """Of so many things those that a share holds out; one at the least."""
-    return max(1, round(share * count))
+class Passes:
+    """What both refinements do with groups of windows, each of which makes a step of a pass."""
+
+    passes: int
+    held_out: float
+
+    def held_out_of(self, groups: int) -> int:
+        """The number of groups that are held out."""
+        return max(1, round(self.held_out * groups))
+
+    def steps(self, groups: int) -> int:
+        """Steps of the optimizer, in all passes over the other groups."""
+        return self.passes * (groups - self.held_out_of(groups))
 
 
 class Outcome(enum.Enum):
@@ -66,7 +76,7 @@ class Refined(NamedTuple):
       losses: on held-out batches, before the first step and at each measurement; NaN where a
         parameter was not finite any more.
       steps: of the optimizer.
-      resumed_steps: of these, those that were taken before, by what was gone on from.
+      resumed_steps: the part of these steps that was taken before the state that it began with.
     """
 
     params: PyTree
