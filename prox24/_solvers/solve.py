@@ -207,12 +207,9 @@ def check_supported(
     solver: Solver, refit: Refit | None, pattern: PatternLike | Unstructured
 ) -> None:
     """Raises ValueError where `solve` would for the pattern, and computes nothing."""
-    pattern = as_any_pattern(pattern)
-    check_traits(solver, refit, pattern)
-    width = pattern.group
-    problem = jax.eval_shape(lambda: LayerProblem(jnp.zeros((1, width)), jnp.zeros((width, width))))
-    program = functools.partial(_solve, pattern=pattern)
-    jax.eval_shape(program, problem, solver, refit, jnp.zeros(()))
+    width = as_any_pattern(pattern).group
+    arrays = (jax.ShapeDtypeStruct((rows, width), jnp.float32) for rows in (1, width))
+    jax.eval_shape(functools.partial(solve, solver=solver, refit=refit, pattern=pattern), *arrays)
 
 
 def check_shares_columns(solver: Solver, refit: Refit | None) -> None:
