@@ -31,7 +31,7 @@ FIRST_RAISED_DAMPING, LARGEST_DAMPING, RAISE = 1e-6, 1.0, 10.0
 
 
 class Factor(NamedTuple):
-    """U upper triangular, U^T U the inverse of a damped Gram; the damping, as asked or raised."""
+    """U upper triangular, with U^T U the inverse of a damped Gram, and the damping that it took."""
 
     upper: Array
     damping: Array
@@ -56,7 +56,7 @@ def inverse_factor(gram: Array, damping: Array) -> Factor:
 
 
 class Inverse(NamedTuple):
-    """The inverse of a damped Gram, and the damping, as asked or raised."""
+    """The inverse of a damped Gram, and the damping that it took."""
 
     matrix: Array
     damping: Array

@@ -49,7 +49,7 @@ class SparseGPT:
 
 
 def columns_at_once(width: int, group: int, largest: int) -> int:
-    """The largest divisor of the width in whole groups that is not above `largest`."""
+    """The largest divisor of the width that is whole groups: at most `largest`, or one group."""
     candidates = range(group, max(largest, group) + 1, group)
     return max(block for block in candidates if width % block == 0)
 

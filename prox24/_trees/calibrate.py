@@ -53,7 +53,7 @@ class Calibration(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What the shapes of one batch say about a model: of weights, in the order of first calls."""
+    """What the shapes of one batch say about the weights, in the order of their first calls."""
 
     layouts: dict[str, Layout]
     shapes: dict[str, tuple[int, int]]  # Of the inputs: problems, in.

@@ -15,7 +15,7 @@ AUTO = "auto"
 
 
 class Case(NamedTuple):
-    """A product x W^T, as far as an implementation depends on it; W has (outputs, inputs)."""
+    """A product x W^T, as far as an implementation depends on it; W is (outputs, inputs)."""
 
     platform: str
     dtype: str

@@ -140,10 +140,6 @@ def refine(
 
     Programs are compiled once for each function object of the loss and each optimizer object. The
     constants are what the loss needs besides, which is not trained.
-
-    Raises:
-      ValueError: no batch is left to train on, or none held out; those left are no whole number of
-        steps; a number is not positive; or the shape of an entry of `trainable` does not fit.
     """
     counts = {"passes": passes, "micro_batches": micro_batches, "measured_every": measured_every}
     for name, count in counts.items():
