@@ -1,5 +1,7 @@
 """Parameters as every library holds them, and which of their leaves are pruned."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -27,6 +29,7 @@ def filled(shapes):
     return jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
 
 
+@functools.cache
 def linen_cnn():
     inputs = jnp.ones((1, 4, 4, 3), jnp.float32)
     return filled(jax.eval_shape(LinenCNN().init, jax.random.key(0), inputs)["params"])
@@ -47,6 +50,7 @@ def nnx_model():
     return model
 
 
+@functools.cache
 def nnx_state():
     return nnx.state(nnx_model(), nnx.Param)
 
@@ -62,6 +66,7 @@ class EquinoxNet(eqx.Module):
         self.embedding = eqx.nn.Embedding(4, 8, key=key)
 
 
+@functools.cache
 def equinox_model():
     shapes = eqx.filter_eval_shape(EquinoxNet, jax.random.key(0))
     return jax.tree.map(lambda leaf: leaf if callable(leaf) else normal(*leaf.shape), shapes)

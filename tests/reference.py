@@ -2,9 +2,27 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 
 PATTERNS = [(1, 4), (2, 4), (3, 4), (4, 8), (2, 8)]
+
+
+def eps_of(dtype):
+    return float(ml_dtypes.finfo(dtype).eps)
+
+
+def assert_close(found, expected, roundings, dtype=None):
+    """Errors are at most a count of roundings of the largest expected number.
+
+    A rounding is relative and eps of the dtype of `found`, or of another that computed it.
+    """
+    found, expected = np.asarray(found), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    largest_of = np.max(np.abs(expected), initial=0)
+    error = np.max(np.abs(found.astype(np.float64) - expected), initial=0)
+    unit = eps_of(dtype or found.dtype) * largest_of
+    assert error <= roundings * unit, f"{error / unit} roundings, not {roundings}"
 
 
 def normalization(weight, gram, curvature):
@@ -67,6 +85,11 @@ def prox_jacobian(w, lam, kept=2):
     in_y = both * np.linalg.inv(hessian)
     in_lam = -np.einsum("nij,nj->ni", in_y, signs * penalty_gradient(w, kept))
     return in_y, in_lam
+
+
+def inverse_hessian(w, lam, kept=2):
+    """Its largest row sum of magnitudes over all blocks: how much errors of the minimiser grow."""
+    return np.abs(prox_jacobian(w, lam, kept)[0]).sum(axis=-1).max()
 
 
 def brute_force_prox(y, lam, kept=2, rounds=60, random=1):
@@ -164,22 +187,29 @@ def damped(gram, damping):
     return gram + damping * np.mean(np.diagonal(gram)) * np.eye(len(gram))
 
 
+def solve_roundings(gram):
+    """Of the solution of a linear system: as many as a row has terms, times the condition."""
+    return len(gram) * np.linalg.cond(np.asarray(gram, np.float64))
+
+
 def quadratic_loss(weight, original, gram):
     """tr((W - W0) G (W - W0)^T) in float64."""
     difference = np.asarray(weight, np.float64) - np.asarray(original, np.float64)
     return float(np.sum((difference @ np.asarray(gram, np.float64)) * difference))
 
 
-def sparsegpt(weight, gram, kept, group, damping):
-    """arXiv 2301.00774, algorithm 1, one column at a time: (weight, mask)."""
+def sparsegpt(weight, gram, choose, block, damping):
+    """arXiv 2301.00774, algorithm 1, one column at a time: (weight, mask).
+
+    `choose` makes the mask of a block of columns from its scores.
+    """
     w = np.array(weight, np.float64)
     upper = np.linalg.cholesky(np.linalg.inv(damped(gram, damping))).T
     mask = np.zeros(w.shape, bool)
     for j in range(w.shape[1]):
-        if j % group == 0:
-            columns = slice(j, j + group)
-            scores = w[:, columns] ** 2 / np.diagonal(upper)[columns] ** 2
-            mask[:, columns] = largest(scores, kept, group)
+        if j % block == 0:
+            columns = slice(j, j + block)
+            mask[:, columns] = choose(w[:, columns] ** 2 / np.diagonal(upper)[columns] ** 2)
         error = np.where(mask[:, j], 0, w[:, j] / upper[j, j])
         w[:, j:] -= np.outer(error, upper[j, j:])
     return np.where(mask, w, 0), mask

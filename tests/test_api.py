@@ -8,84 +8,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference import eps_of
 from tiny import write_tiny
 
 import prox24
 from prox24._jobs.output import Report
 
 ROOT = Path(__file__).parents[1]
-NAMES = [
-    "ADMM",
-    "BlockRefinement",
-    "Calibration",
-    "Candidate",
-    "ConjugateGradients",
-    "DenseTargets",
-    "Exponential",
-    "GradientSteps",
-    "LayerProblem",
-    "LeastSquares",
-    "Magnitude",
-    "ModelRefinement",
-    "Normalized",
-    "Pattern",
-    "Patterns",
-    "ProximalGradient",
-    "PrunedParams",
-    "Recipe",
-    "Refit",
-    "Refitted",
-    "Solution",
-    "Solver",
-    "SparseGPT",
-    "Status",
-    "Swaps",
-    "Text",
-    "Unstructured",
-    "Wanda",
-    "calibrate",
-    "correct_inputs",
-    "count_violations",
-    "distill",
-    "from_torch",
-    "hyperparameters",
-    "is_sparse",
-    "load",
-    "penalty",
-    "perplexity",
-    "plan",
-    "planes",
-    "prox",
-    "prune",
-    "prune_params",
-    "solve",
-    "tap",
-    "top_mask",
-    "verify",
-]
-OPTAX = [
-    "KeepPatternState",
-    "Leaf",
-    "ProximalState",
-    "by_path",
-    "check",
-    "describe",
-    "keep_pattern",
-    "kept_entries",
-    "proximal",
-]
-PACKED = ["Packed24", "from_arrays", "matmul", "pack", "to_arrays", "to_cutlass", "unpack"]
-REFINE = [
-    "BlockRefinement",
-    "ModelRefinement",
-    "Outcome",
-    "Refined",
-    "Training",
-    "divergence",
-    "relative_error",
-    "train_block",
-    "train_model",
-]
+NAMES = """
+    ADMM BlockRefinement Calibration Candidate ConjugateGradients DenseTargets Exponential
+    GradientSteps LayerProblem LeastSquares Magnitude ModelRefinement Normalized Pattern Patterns
+    ProximalGradient PrunedParams Recipe Refit Refitted Solution Solver SparseGPT Status Swaps Text
+    Unstructured Wanda calibrate correct_inputs count_violations distill from_torch hyperparameters
+    is_sparse load penalty perplexity plan planes prox prune prune_params solve tap top_mask verify
+"""
+OPTAX = """
+    KeepPatternState Leaf ProximalState by_path check describe keep_pattern kept_entries proximal
+"""
+PACKED = "Packed24 from_arrays matmul pack to_arrays to_cutlass unpack"
+REFINE = """
+    BlockRefinement ModelRefinement Outcome Refined Training divergence relative_error train_block
+    train_model
+"""
 
 
 def names_for_type_checkers():
@@ -125,10 +69,10 @@ def test_every_other_module_is_private():
 
 
 def test_the_names_of_public_modules_are_these():
-    assert prox24.optax.__all__ == OPTAX
-    assert prox24.refine.__all__ == REFINE
-    assert prox24.packed.__all__ == PACKED
-    assert prox24.__all__ == NAMES
+    assert prox24.optax.__all__ == OPTAX.split()
+    assert prox24.refine.__all__ == REFINE.split()
+    assert prox24.packed.__all__ == PACKED.split()
+    assert prox24.__all__ == NAMES.split()
 
 
 def test_every_public_function_and_class_has_a_docstring_of_its_arguments():
@@ -156,8 +100,8 @@ def test_load_gives_the_function_of_the_forward_pass(tmp_path):
     largest = scores.max(axis=-1, keepdims=True)
     normaliser = largest[:, 0] + np.log(np.exp(scores - largest).sum(axis=-1))
     loss = np.mean(normaliser - scores[np.arange(len(scores)), tokens[0, 1:]])
-    # The loss is a mean of float32 numbers of its own size.
-    assert np.log(expected) == pytest.approx(loss, rel=1e-5)
+    # A mean of float32 numbers of its own size, of logits that are sums of 32 terms, in two layers.
+    assert np.log(expected) == pytest.approx(loss, rel=2 * 32 * eps_of("float32"))
 
 
 def test_a_loaded_model_is_pruned_like_any_function(tmp_path):

@@ -11,7 +11,7 @@ Copy this file and solver_contract.py beside your tests.
 from typing import ClassVar
 
 import numpy as np
-from solver_contract import PROBLEMS, WIDTH, Contract
+from solver_contract import PROBLEMS, WIDTH, Contract, loss_of, loss_rounding
 
 import prox24
 
@@ -30,17 +30,12 @@ class RefitContract(Contract):
                 solution = self.solve(weight, gram, damping=damping)
                 damped = gram + solution.statistics.damping * np.eye(WIDTH)
                 before = np.where(solve_without(weight, gram), weight, 0)
-                losses = [damped_loss(each, weight, damped) for each in (before, solution.weight)]
-                assert losses[1] <= losses[0] * (1 + 1e-5) + 1e-30, f"{name}, damping {damping}"
+                losses = [loss_of(each, weight, damped) for each in (before, solution.weight)]
+                rounding = loss_rounding(before, weight, damped, np.float32)
+                assert losses[1] <= losses[0] + rounding, f"{name}, damping {damping}"
 
 
 def solve_without(weight, gram):
     """The mask that the refit is given."""
     arrays = (np.asarray(array, "float32") for array in (weight, gram))
     return np.asarray(prox24.solve(*arrays, prox24.Magnitude(), None, pattern="2:4").mask)
-
-
-def damped_loss(found, weight, gram):
-    """tr((W - W0) G (W - W0)^T) in float64."""
-    difference = np.asarray(found, np.float64) - weight
-    return float(np.sum((difference @ gram) * difference))

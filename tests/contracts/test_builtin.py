@@ -35,14 +35,6 @@ class TestConjugateGradients(RefitContract):
     refit = prox24.ConjugateGradients()
 
 
-class TestOneConjugateGradient(RefitContract):
-    refit = prox24.ConjugateGradients(1)
-
-
-class TestManyConjugateGradients(RefitContract):
-    refit = prox24.ConjugateGradients(200, 0.0)
-
-
 class TestGradientSteps(RefitContract):
     refit = prox24.GradientSteps()
 

@@ -43,6 +43,7 @@ def test_the_solver_of_the_page_prunes_a_function_and_a_model(tmp_path, monkeypa
         prox24.Recipe.from_dict({"solver": {"name": "rib.RIB"}})
 
 
+@pytest.mark.slow
 def test_the_solver_of_the_page_has_the_types_of_the_protocol(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "ria.py").write_text(SOLVER)

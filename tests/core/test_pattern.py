@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import PATTERNS, largest
+from reference import PATTERNS, assert_close, eps_of, largest
 
-from prox24._core.blocks import join, ranks, split
+from prox24._core.blocks import join, split
 from prox24._core.masks import count_violations, is_sparse, mean_sparsity, top_mask
 from prox24._core.pattern import Unstructured, as_pattern
 from prox24._core.penalty import penalty
@@ -61,7 +61,7 @@ def test_planes_round_trip_keeps_dtype():
         w = jnp.asarray(np.arange(24).reshape(2, 12) % 3, dtype)
         restored = join(split(w))
         assert restored.dtype == dtype
-        assert bool(jnp.all(restored == w))
+        assert np.array_equal(restored, w)
 
 
 @every_pattern
@@ -75,15 +75,6 @@ def test_top_mask_keeps_the_largest_and_of_equal_ones_the_earlier(pattern, axis,
         assert np.array_equal(np.moveaxis(mask, axis, -1), expected)
 
 
-@given(hnp.arrays(np.float32, (2, 8), elements=levels))
-def test_ranks_are_a_permutation_that_sorts_each_block(scores):
-    order = np.stack([np.asarray(rank) for rank in ranks(split(scores))], axis=-1)
-    blocks = scores.reshape(2, 2, 4)
-    assert np.array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(4), order.shape))
-    by_rank = np.take_along_axis(blocks, np.argsort(order, axis=-1), axis=-1)
-    assert np.array_equal(by_rank, -np.sort(-blocks, axis=-1))
-
-
 @every_pattern
 @given(axis=st.sampled_from(AXES), data=st.data())
 def test_violations_are_the_blocks_with_more_than_n_nonzeros(pattern, axis, data):
@@ -92,6 +83,7 @@ def test_violations_are_the_blocks_with_more_than_n_nonzeros(pattern, axis, data
     expected = np.sum(np.count_nonzero(blocks_last(w, group, axis), axis=-1) > kept)
     assert int(count_violations(w, pattern, axis)) == expected
     assert bool(is_sparse(w, pattern, axis)) == (expected == 0)
+    assert (float(penalty(w, pattern, axis)) == 0) == (expected == 0)
 
 
 def test_nan_counts_as_nonzero():
@@ -100,7 +92,7 @@ def test_nan_counts_as_nonzero():
 
 
 def test_mean_sparsity_counts_exact_zeros():
-    assert float(mean_sparsity(jnp.array([0.0, -0.0, 1e-30, np.nan, 0.0]))) == pytest.approx(0.6)
+    assert float(mean_sparsity(jnp.array([0.0, -0.0, 1e-30, np.nan]))) == 0.5
 
 
 @every_pattern
@@ -109,28 +101,26 @@ def test_penalty_is_the_sum_over_subsets_of_n_plus_one_entries(pattern, axis, da
     kept, group = pattern
     w = data.draw(arrays(pattern, axis, st.floats(-4, 4, width=32, allow_subnormal=False)))
     magnitudes = np.abs(blocks_last(w, group, axis).astype(np.float64)).reshape(-1, group)
-    expected = sum(
+    products = [
         math.prod(subset)
         for block in magnitudes
         for subset in itertools.combinations(block, kept + 1)
-    )
+    ]
     value = penalty(w, pattern, axis)
     assert value.dtype == jnp.float32
     assert value.shape == ()
-    assert float(value) == pytest.approx(expected, rel=1e-5, abs=1e-30)
-
-
-@every_pattern
-@given(axis=st.sampled_from(AXES), data=st.data())
-def test_penalty_is_zero_exactly_on_sparse_arrays(pattern, axis, data):
-    w = data.draw(arrays(pattern, axis, levels))
-    assert (float(penalty(w, pattern, axis)) == 0) == bool(is_sparse(w, pattern, axis))
+    # A block takes 2 M roundings of positive numbers, and the sum one for each block. A product
+    # that underflows is lost, and with it up to N factors of at most 4.
+    rel = (2 * group + len(magnitudes)) * eps_of("float32")
+    lost = len(products) * 4.0**kept * float(np.finfo(np.float32).tiny)
+    assert float(value) == pytest.approx(sum(products), rel=rel, abs=lost)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_penalty_of_16_bit_entries_is_computed_in_float32(dtype):
     value = penalty(jnp.full((64, 64), 48, dtype))
     assert (value.dtype, float(value)) == (jnp.float32, 64 * 16 * 4 * 48.0**3)
+    assert float(penalty(jnp.ones(8, dtype), (4, 4))) == 0
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -152,10 +142,6 @@ def test_an_axis_of_a_joined_array_is_counted_in_its_own_axes():
         join(split(jnp.ones((8, 8), jnp.float32)), -3)
 
 
-def test_penalty_of_a_pattern_that_keeps_everything_is_zero():
-    assert float(penalty(jnp.ones(8, jnp.float32), (4, 4))) == 0
-
-
 @pytest.mark.parametrize(
     "pattern", [(0, 4), (-1, 4), (2.0, 4.0), (2,), (2, 4, 8), Unstructured(0.5)], ids=str
 )
@@ -168,11 +154,9 @@ def test_what_is_no_pair_of_integers_from_one_on_is_refused(pattern):
             function(pattern)
 
 
-@every_pattern
-def test_as_pattern_names_and_prints_the_pair(pattern):
-    named = as_pattern(pattern)
-    assert (named.kept, named.group) == pattern
-    assert str(named) == f"{pattern[0]}:{pattern[1]}"
+def test_as_pattern_names_and_prints_the_pair():
+    named = as_pattern((3, 8))
+    assert (named.kept, named.group, str(named)) == (3, 8, "3:8")
 
 
 def test_what_is_computed_from_joined_planes_is_the_same_compiled_or_not():
@@ -184,9 +168,8 @@ def test_what_is_computed_from_joined_planes_is_the_same_compiled_or_not():
         w = prox(weight + step, 1e6)
         return jnp.where(w == weight + step, step, w - weight)
 
-    np.testing.assert_allclose(
-        jax.jit(landing)(weight, step), landing(weight, step), rtol=0, atol=1e-6
-    )
+    # Entries are kept or pruned as they are: a step has two additions.
+    assert_close(jax.jit(landing)(weight, step), landing(weight, step), 2)
 
 
 def test_planes_that_vary_over_fewer_axes_are_joined_in_shard_map():

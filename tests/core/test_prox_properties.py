@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import largest, prox_objective
+from reference import assert_close, eps_of, inverse_hessian, largest, prox_objective
 
 from prox24 import planes, prox
 
@@ -62,18 +62,21 @@ def test_flipping_signs_of_the_input_flips_those_of_the_output(pattern, y, lam, 
 @every_pattern
 @given(y=inputs, lam=penalties)
 def test_output_shrinks_keeps_order_and_has_no_larger_objective(pattern, y, lam):
+    """With a large penalty it is the largest entries, bit for bit."""
     w = np.asarray(jitted(y, lam, pattern))
     assert np.all(np.abs(w) <= np.abs(y))
     assert np.all(w * y >= 0)
-    y, w = in_blocks(y, pattern), in_blocks(w, pattern)
+    given, y, w = y, in_blocks(y, pattern), in_blocks(w, pattern)
     order = np.argsort(-np.abs(y), axis=-1, kind="stable")
     by_rank = np.take_along_axis(np.abs(w), order, axis=-1)
-    assert np.all(np.diff(by_rank, axis=-1) <= 1e-6 * by_rank[:, :1])
+    eight = 8 * eps_of("float32")  # roundings, as in test_prox.py
+    assert np.all(np.diff(by_rank, axis=-1) <= eight * by_rank[:, :1])
     objective = functools.partial(prox_objective, y=y, lam=lam, kept=pattern[0])
     value = objective(w)
-    slack = 1e-6 * np.maximum(value, 1e-6 * np.sum(np.square(y, dtype=np.float64), axis=-1))
+    slack = eight * np.maximum(value, 1e-6 * np.sum(np.square(y, dtype=np.float64), axis=-1))
     assert np.all(value <= objective(top(y, pattern)) + slack)
     assert np.all(value <= objective(y) + slack)
+    assert equal_bits(jitted(given, 1e6, pattern), top(given, pattern))
 
 
 @every_pattern
@@ -85,25 +88,13 @@ def test_units_of_the_input_change_only_the_units_of_the_output(pattern, y, lam,
     assert np.array_equal(scaled, expected)
 
 
-@every_pattern
-@given(y=any_inputs)
-def test_zero_penalty_is_the_identity_bit_for_bit(pattern, y):
-    assert equal_bits(jitted(y, 0.0, pattern), y)
-
-
-@every_pattern
+@either_kept
 def test_zero_penalty_is_the_identity_at_the_ends_of_every_dtype(pattern):
     for dtype in ("float32", "float64", "bfloat16", "float16"):
         info = jnp.finfo(dtype)
         ends = [info.max, -info.max, info.tiny, -info.tiny, info.smallest_subnormal, 0.0, -0.0, 1.0]
         y = np.array([ends, ends[::-1], ends], dtype)
         assert equal_bits(jitted(y, 0.0, pattern), y), dtype
-
-
-@every_pattern
-@given(y=inputs)
-def test_large_penalty_keeps_the_largest_bit_for_bit(pattern, y):
-    assert equal_bits(jitted(y, 1e6, pattern), top(y, pattern))
 
 
 @every_pattern
@@ -116,13 +107,14 @@ def test_large_penalty_keeps_huge_entries(pattern):
 @every_pattern
 @given(y=any_inputs, lam=any_penalties)
 def test_output_of_any_finite_input_is_finite_and_of_a_sparse_one_itself(pattern, y, lam):
+    assert equal_bits(jitted(y, 0.0, pattern), y)
     assert np.all(np.isfinite(jitted(y, lam, pattern)))
     y = top(y, pattern)
     assert equal_bits(jitted(y, lam, pattern), y)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@every_pattern
+@either_kept
 def test_no_entry_is_denormal_unless_it_came_in_so(pattern, dtype):
     rng = np.random.default_rng(0)
     count, tiny = 2**12, float(np.finfo(dtype).tiny)
@@ -155,11 +147,7 @@ def test_nan_penalty_fills_the_blocks_it_belongs_to_and_no_other(pattern, y, lam
     lams[row, last] = np.nan
     expected[row * lams.shape[1] + last] = np.nan
     assert np.array_equal(in_blocks(jitted(y, lams, pattern), pattern), expected, equal_nan=True)
-
-
-@every_pattern
-def test_nan_penalty_for_all_makes_all_nan(pattern):
-    assert np.all(np.isnan(jitted(np.ones((2, 8), np.float32), np.nan, pattern)))
+    assert np.all(np.isnan(jitted(y, np.nan, pattern)))
 
 
 def test_what_has_no_operator_is_refused():
@@ -185,13 +173,6 @@ def kernel(*shape):
     return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
 
 
-@given(y=inputs, lam=penalties)
-def test_any_axis_equals_the_transposed_last_axis(y, lam):
-    expected = np.asarray(jitted(y, lam))
-    assert np.array_equal(jitted(y.T, lam, axis=0), expected.T)
-    assert np.array_equal(jitted(y[:, :, None], lam, axis=1)[:, :, 0], expected)
-
-
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
@@ -213,6 +194,12 @@ def test_layouts_equal_the_last_axis_moved(pattern, shape, axis):
     assert np.array_equal(w, expected)
 
 
+def roundings(w, lam, pattern=(2, 4)):
+    """Of a program that is compiled otherwise: M for an entry, grown by the inverse Hessian."""
+    w = np.asarray(w).reshape(-1, pattern[1])
+    return pattern[1] * inverse_hessian(w, lam, pattern[0])
+
+
 @pytest.mark.parametrize("shape", [(), (6, 1), (1, 2), (2,), (6, 2)])
 def test_penalty_per_row_or_block_equals_separate_calls(shape):
     y, lam = kernel(6, 8), np.abs(kernel(*shape)).astype(np.float32)
@@ -220,7 +207,7 @@ def test_penalty_per_row_or_block_equals_separate_calls(shape):
     each = np.broadcast_to(lam, (6, 2))
     for index in np.ndindex(6, 2):
         block = y.reshape(6, 2, 4)[index]
-        np.testing.assert_allclose(w[index], jitted(block, each[index]), rtol=1e-6, atol=1e-6)
+        assert_close(w[index], jitted(block, each[index]), roundings(w[index], each[index]))
 
 
 def test_penalty_may_be_any_number():
@@ -232,7 +219,7 @@ def test_penalty_may_be_any_number():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@every_pattern
+@either_kept
 @given(y=inputs, lam=penalties)
 def test_half_precision_is_the_float32_result_rounded_once(pattern, dtype, y, lam):
     y = jnp.asarray(y).astype(dtype)
@@ -269,7 +256,8 @@ def test_traced_penalty_compiles_once_and_agrees_with_eager_calls(pattern):
 
     y = kernel(16, 8)
     for lam in (0.0, 0.1, 0.7, 1e6):
-        np.testing.assert_allclose(traced(y, lam), prox(y, lam, pattern), rtol=1e-5, atol=1e-5)
+        w = prox(y, lam, pattern)
+        assert_close(traced(y, lam), w, roundings(w, lam, pattern))
     assert len(traces) == 1
 
 
@@ -283,7 +271,8 @@ def test_vmap_and_scan_over_penalties_equal_separate_calls(pattern):
     mapped = jax.vmap(lambda lam: jitted(y, lam, pattern))(LAMS)
     _, scanned = jax.lax.scan(lambda carry, lam: (carry, prox(y, lam, pattern)), None, LAMS)
     for together in (mapped, scanned):
-        np.testing.assert_allclose(together, expected, rtol=1e-5, atol=1e-6)
+        for found, w, lam in zip(together, expected, LAMS, strict=True):
+            assert_close(found, w, roundings(w, lam, pattern))
 
 
 @pytest.mark.parametrize("in_axes", [(2, None), (0, 0)])
@@ -291,6 +280,8 @@ def test_vmap_over_inputs_equals_separate_calls(in_axes):
     y = np.stack([kernel(16, 8) * (1 + i) for i in range(4)], axis=in_axes[0])
     lam = LAMS if in_axes[1] == 0 else np.float32(0.3)
     together = jax.vmap(jitted, in_axes)(y, lam)
-    pairs = zip(np.moveaxis(y, in_axes[0], 0), np.broadcast_to(lam, 4), strict=True)
-    separate = np.stack([np.asarray(jitted(*pair)) for pair in pairs])
-    np.testing.assert_allclose(together, separate, rtol=1e-5, atol=1e-6)
+    for found, *pair in zip(
+        together, np.moveaxis(y, in_axes[0], 0), np.broadcast_to(lam, 4), strict=True
+    ):
+        w = jitted(*pair)
+        assert_close(found, w, roundings(w, pair[1]))

@@ -2,6 +2,7 @@
 
 import pytest
 from programs import output_of
+from reference import eps_of
 
 
 @pytest.fixture(scope="module")
@@ -11,7 +12,7 @@ def reports():
 
 def test_every_function_ran_on_every_mesh(reports):
     assert {report["axes"] for report in reports} == {"Auto", "Explicit", "Manual"}
-    assert len(reports) == 1 + 2 * (4 * 2 + 5)
+    assert len(reports) == 1 + 2 * (2 * 2 + 4)
 
 
 def test_the_sharding_that_arrives_is_kept(reports):
@@ -23,4 +24,6 @@ def test_the_compiled_programs_hold_no_collective(reports):
 
 
 def test_the_result_is_that_of_one_device(reports):
-    assert [report for report in reports if not report["error"] <= 1e-5] == []
+    # An entry takes M, which the inverse Hessian, below 8, and its derivative grow.
+    rounding = 4 * 8 * 4 * eps_of("float32")
+    assert [report for report in reports if not report["error"] <= rounding] == []

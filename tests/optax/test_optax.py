@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optax import contrib
-from reference import largest
+from reference import assert_close, eps_of, inverse_hessian, largest
 
 from prox24 import prox
 from prox24.optax import by_path, check, keep_pattern, kept_entries, proximal
@@ -31,7 +31,6 @@ OPTIMIZERS = {
     "muon": lambda: contrib.muon(0.05, weight_decay=0.1),
     "schedule_free_adamw": lambda: contrib.schedule_free_adamw(0.05, weight_decay=0.1),
 }
-every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
 def normal(shape, seed=0, dtype=jnp.float32):
@@ -108,11 +107,12 @@ WRAPPERS = {
 every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
 # These hold conditions and loops, which are compiled anew at every call outside of jit.
 COMPILED = {"multi_steps", "apply_if_finite", "muon"}
+# Optimizers and wrappers do not know of one another: each is here once.
+PAIRS = dict(zip(WRAPPERS, [*OPTIMIZERS, "sgd"], strict=True))
 
 
-@every_wrapper
-@every_optimizer
-def test_a_growing_penalty_ends_in_exact_sparsity(optimizer, wrapper, standard_promotion):
+@pytest.mark.parametrize(("wrapper", "optimizer"), PAIRS.items())
+def test_a_growing_penalty_ends_in_exact_sparsity(wrapper, optimizer, standard_promotion):
     start = parameters()
     transform = WRAPPERS[wrapper](OPTIMIZERS[optimizer]())
     jit = not COMPILED.isdisjoint({wrapper, optimizer})
@@ -135,8 +135,10 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("kind", NUMBERS)
-@pytest.mark.parametrize("lam", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize(
+    ("kind", "lam"),
+    [("numbers", 0.0), ("numbers", 100.0), ("schedules", 0.5), ("traced", 0.5)],
+)
 def test_sgd_with_proximal_is_proximal_gradient_descent(kind, lam):
     params = parameters()
 
@@ -148,7 +150,9 @@ def test_sgd_with_proximal_is_proximal_gradient_descent(kind, lam):
     stepped = step(*NUMBERS[kind](lam, 0.25))
     kernel, gradient = params["dense"]["kernel"], gradients(params)["dense"]
     expected = jitted_prox(kernel - 0.25 * gradient["kernel"], 0.25 * lam, axis=0)
-    assert np.allclose(stepped["kernel"], expected, rtol=1e-5, atol=1e-6)
+    # Another program: M for an entry, grown by the inverse Hessian, and one for the landing.
+    grown = inverse_hessian(np.asarray(expected).T.reshape(-1, 4), 0.25 * lam)
+    assert_close(stepped["kernel"], expected, 4 * grown + 1)
     assert np.array_equal(stepped["bias"], -0.25 * gradient["bias"])
 
 
@@ -194,32 +198,31 @@ def test_none_masked_and_unselected_leaves_pass_through():
     assert updated(proximal(1e30, mask=False), params, updates)["a"] is updates["a"]
 
 
-HALF = [jnp.bfloat16, jnp.float16]
+# Alike, wider, narrower, and neither.
 DTYPES = [
-    (jnp.float64, jnp.float64),
-    (jnp.float64, jnp.float32),
-    *((dtype, other) for dtype in HALF for other in (dtype, jnp.float32)),
-    *((jnp.float32, dtype) for dtype in (jnp.float32, *HALF)),
-    (jnp.bfloat16, jnp.float16),
+    ("float64", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float32"),
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "float16"),
 ]
 
 
 @pytest.mark.parametrize(("param_dtype", "update_dtype"), DTYPES)
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_zeros_are_exact_in_every_mix_of_dtypes(
-    param_dtype, update_dtype, scale, standard_promotion
-):
-    params = normal((16, 8), 1, param_dtype)
-    updates = (scale * normal((16, 8), 2, update_dtype)).astype(update_dtype)
-    landing = updated(proximal(1e30), params, updates)
-    assert landing.dtype == jnp.promote_types(param_dtype, update_dtype)
-    stepped = optax.apply_updates(params, landing)
-    assert stepped.dtype == param_dtype
-    assert np.all(nonzeros(stepped, axis=1) == 2)
-    kept, start, steps = (np.asarray(x, np.float64) for x in (stepped, params, updates))
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in (param_dtype, update_dtype))
-    error = np.where(kept != 0, np.abs(kept - (start + steps)), 0)
-    assert np.all(error <= eps * (np.abs(start) + np.abs(steps)))
+def test_zeros_are_exact_in_every_mix_of_dtypes(param_dtype, update_dtype, standard_promotion):
+    for scale in (1e-3, 1.0, 1e3):
+        params = normal((16, 8), 1, param_dtype)
+        updates = (scale * normal((16, 8), 2, update_dtype)).astype(update_dtype)
+        landing = updated(proximal(1e30), params, updates)
+        assert landing.dtype == jnp.promote_types(param_dtype, update_dtype)
+        stepped = optax.apply_updates(params, landing)
+        assert stepped.dtype == param_dtype
+        assert np.all(nonzeros(stepped, axis=1) == 2)
+        kept, start, steps = (np.asarray(x, np.float64) for x in (stepped, params, updates))
+        eps = max(map(eps_of, (param_dtype, update_dtype)))
+        error = np.where(kept != 0, np.abs(kept - (start + steps)), 0)
+        assert np.all(error <= eps * (np.abs(start) + np.abs(steps)))
 
 
 def test_strict_promotion_suffices_where_the_dtypes_agree():
@@ -252,8 +255,8 @@ def test_updates_land_on_the_proximal_operator_to_rounding(params, updates, pena
     w, result = np.asarray(jitted_prox(params + updates, penalty, axis=1)), landed(penalty)
     assert np.all(result[w == 0] == 0)
     error = np.abs(result.astype(np.float64) - w)
-    eps = np.finfo(np.float32).eps
-    assert np.all(error <= eps * (np.abs(params.astype(np.float64)) + np.abs(w)))
+    size = np.abs(params.astype(np.float64)) + np.abs(w)
+    assert np.all(error <= eps_of("float32") * size)
     # A large penalty leaves two of four at the step, and none leaves the updates bit for bit.
     target = params + updates
     top = largest(np.abs(target), 2, 4)
@@ -279,7 +282,8 @@ def test_scan_over_steps_and_vmap_over_seeds_end_as_single_steps_do(standard_pro
     assert np.all(nonzeros(together, axis=1) == 2)
     for kernel, start in zip(together, starts, strict=True):
         alone, _ = train(transform, start, steps=10)
-        assert np.allclose(kernel, alone["dense"]["kernel"], rtol=1e-4, atol=1e-5)
+        # A step adds M for an entry, grown by an inverse Hessian and Adam's division, 32 at most.
+        assert_close(kernel, alone["dense"]["kernel"], 10 * 4 * 32)
 
 
 @pytest.mark.parametrize("wrap", [lambda adam: optax.chain(adam, proximal(1e30)), keep_pattern])
@@ -321,7 +325,7 @@ def pruned_parameters():
     return {"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(8, jnp.float32)}}
 
 
-@every_optimizer
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_keep_pattern_keeps_zeros_and_trains_the_rest(optimizer, standard_promotion):
     start = pruned_parameters()
     transform = keep_pattern(OPTIMIZERS[optimizer]())
@@ -407,19 +411,17 @@ def behind(*transforms):
 BREAKING = {
     "scale": lambda: behind(optax.scale(0.5)),
     "weight_decay": lambda: behind(optax.add_decayed_weights(0.01)),
-    "clip": lambda: behind(optax.clip(1.0)),
     "noise": lambda: behind(optax.add_noise(0.01, 0.55, 0)),
-    "average": lambda: behind(optax.ema(0.9)),
     "schedule_free": lambda: contrib.schedule_free(behind(), 0.1),
     "inside_masked": lambda: optax.masked(behind(optax.scale(0.5)), KERNELS),
     "another_axis": lambda: optax.chain(optax.sgd(0.1), proximal(1.0, axis=1)),
 }
 
 
-@pytest.mark.parametrize("breaking", BREAKING)
-def test_check_names_the_leaf_that_something_behind_proximal_breaks(breaking, standard_promotion):
+@pytest.mark.parametrize("make", BREAKING.values(), ids=BREAKING)
+def test_check_names_the_leaf_that_something_behind_proximal_breaks(make, standard_promotion):
     with pytest.raises(ValueError, match=r"^dense/kernel is not 2:4 along axis 0 .* last"):
-        check(BREAKING[breaking](), SHAPES)
+        check(make(), SHAPES)
 
 
 def test_an_optimizer_that_is_kept_to_a_pattern_gets_extra_arguments(standard_promotion):

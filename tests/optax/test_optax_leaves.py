@@ -153,9 +153,8 @@ def test_choosing_a_leaf_that_cannot_be_pruned_names_it(leaf, axis, obstacle):
     assert pruned_axes(describe({"gate": normal(8)}, axis=-1, mask=True)) == {"gate": 0}
 
 
-@every_model
-def test_printed_leaves_are_aligned_lines_that_end_in_the_path(make):
-    leaves = describe(make())
+def test_printed_leaves_are_aligned_lines_that_end_in_the_path():
+    leaves = describe(linen_cnn())
     lines = [str(leaf) for leaf in leaves]
     assert len({line.rindex(" ") for line in lines}) == 1
     for leaf, line in zip(leaves, lines, strict=True):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from programs import output_of
+from reference import eps_of
 
 from prox24.packed._kernels import native
 
@@ -15,7 +16,9 @@ def reports():
 
 def test_every_function_ran_under_every_sharding_as_on_one_device(reports):
     assert len(reports) == 2 * 2 * 2 + (2 + 1) * 2 + 5
-    assert {name: r["error"] for name, r in reports.items() if not r["error"] <= 1e-4} == {}
+    # Those of a sum of 256 terms add like a root, and a gradient takes two.
+    rounding = 2 * 256**0.5 * eps_of("float32")
+    assert {name: r["error"] for name, r in reports.items() if not r["error"] <= rounding} == {}
 
 
 def test_packing_and_unpacking_keep_the_sharding_and_communicate_nothing(reports):

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import assert_close, eps_of
 from tiny import (
     byte_tokenizer,
     config_dict,
@@ -27,7 +28,6 @@ from prox24._jobs.forward import all_linears, batch_size, load_model
 from prox24._jobs.native import NativeRunner, native_runner
 from prox24._jobs.perplexity import from_losses
 from prox24._pruning import loop
-from prox24._pruning.recipe import PRESETS
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import Candidate
 from prox24._solvers.protocol import Patterns
@@ -46,13 +46,14 @@ def prune_folder(folder, recipe):
     return pruned_by(runner_of(folder, recipe), recipe)
 
 
-@pytest.fixture
-def source(tmp_path):
-    write_tiny(tmp_path / "source")
-    return tmp_path / "source"
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "source"
+    write_tiny(folder)
+    return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def weights(source):
     return load_folder(source)
 
@@ -72,13 +73,14 @@ def relative_losses(pruned):
 # What is pruned
 
 
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"best"}))
-def test_a_preset_prunes_every_linear_and_compiles_its_solver_once_for_each_shape(tmp_path, preset):
-    weights = write_tiny(tmp_path / "source", "grouped_heads", shards=2)
-    checkpoint = open_checkpoint(tmp_path / "source")
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe.wanda()], ids=["admm", "wanda"])
+def test_every_linear_is_pruned_and_the_solver_compiled_once_for_each_shape(
+    tmp_path, source, weights, recipe
+):
+    checkpoint = open_checkpoint(source)
     linears = all_linears(load_model(checkpoint).config)
     solve_program.clear_cache()
-    pruned = prune_folder(tmp_path / "source", PRESETS[preset]())
+    pruned = prune_folder(source, recipe)
     assert solve_program._cache_size() == len({linear.shape for linear in linears})
     names = [linear.tensor for linear in linears]
     assert list(pruned.tensors) == names == [report.name for report in pruned.reports]
@@ -194,7 +196,9 @@ def test_each_layer_is_calibrated_on_the_output_of_the_pruned_ones(source, weigh
             before[name] = pruned.tensors[name]
             change = (before[name].astype(np.float64) - weights[name]) @ x.T
             loss = np.sum(change**2) / np.sum((weights[name] @ x.T) ** 2)
-            assert reported[name] == pytest.approx(loss, rel=1e-3), name
+            # Sums of 256 tokens and of up to 64 features, of what two layers of seven products see.
+            rel = (WINDOWS.size + 64 + 2 * 7 * 64) * eps_of("float32")
+            assert reported[name] == pytest.approx(loss, rel=rel), name
 
 
 def test_dense_targets_lower_the_error_against_the_dense_model(source, weights):
@@ -210,7 +214,8 @@ def test_dense_targets_lower_the_error_against_the_dense_model(source, weights):
         errors.append([np.sum(difference**2) for difference in differences])
         found.append(tensors)
     for name in (name for name in found[0] if "layers.0." in name):
-        np.testing.assert_allclose(found[1][name], found[0][name], rtol=0, atol=1e-4)
+        # The correction of nothing has the condition of the pull.
+        assert_close(found[1][name], found[0][name], 1 / 0.003)
     assert np.all(np.array(errors[1]) < 0.95 * np.array(errors[0]))
 
 

@@ -1,11 +1,11 @@
 """Inverses of damped Grams against NumPy's; what becomes of matrices that have none."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from reference import damped, definite
+from reference import assert_close, damped, definite, eps_of, solve_roundings
 from test_solvers import make_problem
 
 from prox24._solvers.damping import damped_inverse, inverse, inverse_factor
@@ -15,12 +15,12 @@ from prox24._solvers.damping import damped_inverse, inverse, inverse_factor
 def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
     asked = jnp.float64(damping)
     gram = make_problem("power_law", dtype="float64").gram
-    expected = np.linalg.inv(damped(gram, damping))
+    expected, roundings = np.linalg.inv(damped(gram, damping)), solve_roundings(gram)
     factor = inverse_factor(gram, asked)
     inverted = damped_inverse(gram, asked)
     assert float(factor.damping) == float(inverted.damping) == damping
-    np.testing.assert_allclose(factor.upper.T @ factor.upper, expected, rtol=0, atol=1e-8)
-    np.testing.assert_allclose(inverted.matrix, expected, rtol=0, atol=1e-8)
+    assert_close(factor.upper.T @ factor.upper, expected, roundings)
+    assert_close(inverted.matrix, expected, roundings)
     assert np.array_equal(factor.upper, np.triu(factor.upper))
     for hopeless in (jnp.full((8, 8), jnp.nan), 2 - jnp.eye(8)):
         factor, inverted = inverse_factor(hopeless, asked), damped_inverse(hopeless, asked)
@@ -29,24 +29,26 @@ def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
         assert np.all(np.isnan(inverted.matrix))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rounding", "asked"), [(np.float32, 1e-5, 1e-3), (np.float64, 1e-9, 0.15)]
-)
-def test_an_indefinite_gram_gets_the_damping_that_it_needs(dtype, rounding, asked):
+@pytest.mark.parametrize(("dtype", "asked"), [(np.float32, 1e-3), (np.float64, 0.15)])
+def test_an_indefinite_gram_gets_the_damping_that_it_needs(dtype, asked):
     gram = definite(40, 10.0, np.random.default_rng(0)) - 0.2 * np.eye(40)
-    expected = np.linalg.inv(gram + np.mean(np.diagonal(gram)) * np.eye(40))
     inverted = damped_inverse(jnp.asarray(gram, dtype), jnp.asarray(asked, dtype))
     assert float(inverted.damping) == 1.0
-    np.testing.assert_allclose(inverted.matrix, expected, rtol=rounding, atol=rounding)
+    # Wide ones are right to the condition in roundings (docs/theory.md, section 14).
+    used = damped(gram, 1.0)
+    assert_close(inverted.matrix, np.linalg.inv(used), 2 * np.linalg.cond(used))
 
 
-# Less than a block, one, several, and several that are filled up.
-@pytest.mark.parametrize("width", [1, 15, 60, 256, 384, 432, 700])
+# Less than a block, one block, several, and several that are filled up.
+WIDTHS = [1, 60, 256, 384, 300]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_the_inverse_times_the_matrix_is_the_identity(width):
     for condition in (1e2, 1e8):
         matrix = definite(width, condition, np.random.default_rng(0))
         residual = np.asarray(inverse(jnp.asarray(matrix))) @ matrix - np.eye(width)
-        assert np.abs(residual).max() <= 10 * width * np.finfo(float).eps * condition
+        assert np.abs(residual).max() <= 10 * width * eps_of("float64") * condition
 
 
 @pytest.mark.optimized
@@ -56,16 +58,15 @@ def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width):
         matrix = definite(width, condition, np.random.default_rng(0))
         expected = np.linalg.inv(matrix)
         error = np.asarray(inverse(jnp.asarray(matrix, jnp.float32))) - expected
-        rounding = np.finfo(np.float32).eps
-        assert np.linalg.norm(error) <= rounding * condition * np.linalg.norm(expected)
+        assert np.linalg.norm(error) <= eps_of("float32") * condition * np.linalg.norm(expected)
 
 
 def test_features_of_unequal_scale_have_inverses_as_good():
     width, scale = 300, np.geomspace(1e-3, 1e3, 300)
     matrix = definite(width, 100.0, np.random.default_rng(0))
     inverted = inverse(jnp.asarray(scale[:, None] * matrix * scale, jnp.float32))
-    error = np.asarray(inverted) * np.outer(scale, scale) - np.linalg.inv(matrix)
-    assert np.abs(error).max() <= 1e-5 * 100.0
+    rescaled = np.asarray(inverted) * np.outer(scale, scale)
+    assert_close(rescaled, np.linalg.inv(matrix), 2 * 100.0, "float32")
 
 
 @pytest.mark.parametrize("place", [(0, 0), (7, 7), (299, 299), (0, 1), (3, 299), (255, 256)])
@@ -84,9 +85,9 @@ def test_only_the_upper_triangle_is_read(width):
     np.testing.assert_array_equal(inverse(jnp.asarray(matrix)), inverted)
 
 
-@given(st.integers(1, 300), st.integers(0, 2**32 - 1), st.booleans())
-def test_a_matrix_that_is_not_definite_gives_nan(width, seed, clearly):
-    matrix = definite(width, 100.0, np.random.default_rng(seed))
-    smallest = np.linalg.eigvalsh(matrix)[0]
-    matrix -= (2.0 if clearly else 1.001) * smallest * np.eye(width)
-    assert np.all(np.isnan(inverse(jnp.asarray(matrix))))
+@pytest.mark.parametrize("width", [1, 60, 300])
+def test_a_matrix_that_is_not_definite_gives_nan(width):
+    for seed, factor in itertools.product(range(8), (2.0, 1.001)):
+        matrix = definite(width, 100.0, np.random.default_rng(seed))
+        matrix -= factor * np.linalg.eigvalsh(matrix)[0] * np.eye(width)
+        assert np.all(np.isnan(inverse(jnp.asarray(matrix)))), (seed, factor)

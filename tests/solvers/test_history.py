@@ -6,20 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import eps_of
 
 import prox24
 
 WEIGHT = jax.random.normal(jax.random.key(0), (8, 16), jnp.float64)
 TOKENS = jax.random.normal(jax.random.key(1), (64, 16), jnp.float64)
 GRAM = TOKENS.T @ TOKENS
-SOLVERS = {
-    "steps": [prox24.ADMM(), prox24.ADMM(penalty=None)],
-    "max_steps": [prox24.ProximalGradient(), prox24.ProximalGradient.paper()],
-}
+# Sums of 128 terms in float64, of which W0 G W0^T has the largest.
+ROUNDINGS = WEIGHT.size * np.linalg.cond(GRAM) * eps_of("float64")
 
 
 @pytest.mark.parametrize(
-    ("steps", "solver"), [(name, one) for name, each in SOLVERS.items() for one in each], ids=str
+    ("steps", "solver"),
+    [
+        ("steps", prox24.ADMM()),
+        ("steps", prox24.ADMM(penalty=None)),
+        ("max_steps", prox24.ProximalGradient()),
+    ],
+    ids=str,
 )
 def test_an_entry_is_the_loss_of_a_solver_that_stops_there(steps, solver):
     def solve(solver):
@@ -34,9 +39,8 @@ def test_an_entry_is_the_loss_of_a_solver_that_stops_there(steps, solver):
     assert np.all(np.isnan(history[taken:]))
     for count in (1, 4, 5, taken):
         stopped = solve(dataclasses.replace(solver, **{steps: count}))
-        # Both sums have 128 terms in float64.
         expected = stopped.statistics.relative_loss
-        assert history[count - 1] == pytest.approx(expected, rel=1e-10), count
+        assert history[count - 1] == pytest.approx(expected, rel=ROUNDINGS), count
 
 
 def test_a_history_is_traced():
@@ -45,4 +49,4 @@ def test_a_history_is_traced():
     histories = both(jnp.stack([WEIGHT, 2 * WEIGHT]))
     assert histories.shape == (2, 24)
     # Losses are relative, and the solver has no unit.
-    np.testing.assert_allclose(histories[0], histories[1], rtol=1e-10)
+    np.testing.assert_allclose(histories[0], histories[1], rtol=ROUNDINGS)

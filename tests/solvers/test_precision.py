@@ -1,4 +1,4 @@
-"""Losses in float32 against float64 over the condition of the Gram, and one compilation a shape."""
+"""Losses in float32 against float64 over the condition of the Gram, and the smallest weight."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from reference import damped, definite, quadratic_loss
 from test_solvers import every_pair
 
 from prox24._solvers.problem import LayerProblem, Status
-from prox24._solvers.solve import SOLVERS, solve, solve_program
+from prox24._solvers.solve import solve
 
 
 def conditioned(condition, dtype, rows=48, width=64):
@@ -48,13 +48,3 @@ def test_one_row_of_one_block_is_solved(solver, refit):
     solution = solve(*conditioned(10.0, "float32", rows, width), solver, refit)
     assert solution.status is Status.SPARSE
     assert np.count_nonzero(solution.weight) == rows * width // 2
-
-
-@pytest.mark.parametrize("method", ["admm", "prox"])
-def test_a_model_compiles_each_solver_once_per_shape(method):
-    shapes = [(20, 12), (4, 12), (20, 12), (12, 20), (4, 12), (12, 20), (20, 12)]
-    before = solve_program._cache_size()
-    for index, (rows, width) in enumerate(shapes):
-        problem = conditioned(10.0 ** (index + 1), "float32", rows, width)
-        solve(*problem, SOLVERS[method](), damping=0.01 * (index + 1))
-    assert solve_program._cache_size() - before == len(set(shapes))

@@ -5,8 +5,15 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import damped, masked_least_squares
-from test_solvers import DAMPING, assert_has_pattern, damped_loss, make_problem
+from reference import assert_close, damped, eps_of, masked_least_squares
+from test_solvers import (
+    DAMPING,
+    WIDTH,
+    assert_has_pattern,
+    damped_loss,
+    make_problem,
+    roundings,
+)
 
 from prox24._solvers.admm import ADMM
 from prox24._solvers.problem import Status, correct_inputs
@@ -34,7 +41,7 @@ def swept(weight, mask, original, gram, kept, group):
                 values = np.zeros(group)
                 values[chosen] = np.linalg.solve(inner[np.ix_(chosen, chosen)], goal[chosen])
                 loss = values @ inner @ values - 2 * values @ goal
-                if best is None or loss < best[0] - 1e-12:
+                if best is None or loss < best[0]:
                     best = (loss, values, chosen)
             weight[row, block] = best[1]
             mask[row, block] = np.isin(np.arange(group), best[2])
@@ -42,8 +49,7 @@ def swept(weight, mask, original, gram, kept, group):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pattern"),
-    [("low_rank", (2, 4)), ("power_law", (1, 4)), ("few_tokens", (3, 4)), ("low_rank", (2, 8))],
+    ("kind", "pattern"), [("low_rank", (2, 4)), ("power_law", (2, 8)), ("few_tokens", (3, 4))]
 )
 def test_a_sweep_takes_the_best_mask_of_every_block(kind, pattern):
     problem = make_problem(kind, rows=6, width=16, dtype="float64")
@@ -54,7 +60,7 @@ def test_a_sweep_takes_the_best_mask_of_every_block(kind, pattern):
     expected = masked_least_squares(problem.weight, gram, mask)
     solution = solve(*problem, Magnitude(), Swaps(1, exact), pattern=pattern, damping=DAMPING)
     assert np.array_equal(solution.mask, mask)
-    np.testing.assert_allclose(solution.weight, expected, rtol=0, atol=1e-6)
+    assert_close(solution.weight, expected, roundings(problem))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,8 @@ def test_swaps_never_raise_the_loss_and_help_the_weaker_masks(kind, solver):
         solution = solve(*problem, solver, Swaps(sweeps), damping=DAMPING)
         assert_has_pattern(solution)
         losses.append(damped_loss(solution, problem))
-    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
+    rounding = 1 + WIDTH * eps_of("float32")  # of sums of WIDTH terms
+    assert all(b <= a * rounding for a, b in itertools.pairwise(losses))
     assert losses[-1] < 0.99 * losses[0]
 
 
@@ -113,8 +120,7 @@ def test_corrected_inputs_minimise_the_error_against_the_dense_output():
 
 def test_inputs_that_did_not_change_need_no_correction():
     weight, gram = make_problem("power_law")
-    corrected = correct_inputs(weight, gram, gram, 0.1)
-    np.testing.assert_allclose(corrected, weight, rtol=0, atol=1e-6)
+    assert np.array_equal(correct_inputs(weight, gram, gram, 0.1), weight)
 
 
 def test_a_pull_that_is_none_and_a_gram_that_does_not_fit_are_refused():
@@ -152,12 +158,13 @@ def test_damping_is_raised_until_the_factorization_succeeds_and_reported():
     tokens = rng.normal(size=(8, 32)).astype(np.float32)
     gram = jnp.asarray(tokens.T @ tokens) - 1e-3 * jnp.eye(32, dtype=jnp.float32)
     problem = jnp.asarray(rng.normal(size=(8, 32)), jnp.float32), gram
-    mean = float(jnp.mean(jnp.diagonal(gram)))
+    mean = np.mean(np.diagonal(gram), dtype=np.float64)
     solution = solve(*problem, SparseGPT(), damping=0.0)
     assert solution.status is Status.SPARSE
     assert solution.statistics.damping_raised
     used = solution.statistics.damping / mean
-    assert used == pytest.approx(10 ** np.round(np.log10(used)), rel=1e-4)
+    # A mean of 32 terms.
+    assert used == pytest.approx(10 ** np.round(np.log10(used)), rel=32 * eps_of("float32"))
     assert used >= 1e-3 / mean
     assert not solve(*problem, SparseGPT(), damping=0.01).statistics.damping_raised
 

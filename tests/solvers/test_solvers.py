@@ -1,5 +1,6 @@
 """Solvers and refits against NumPy references, and what a solution promises."""
 
+import functools
 import itertools
 
 import jax
@@ -8,12 +9,15 @@ import numpy as np
 import optax
 import pytest
 from reference import (
+    assert_close,
     best_mask_by_enumeration,
     damped,
+    eps_of,
     largest,
     masked_least_squares,
     normalization,
     quadratic_loss,
+    solve_roundings,
     sparsegpt,
 )
 
@@ -79,9 +83,9 @@ def exact_damped_loss(mask, problem):
     return quadratic_loss(masked_least_squares(problem.weight, gram, mask), problem.weight, gram)
 
 
-def relative_difference(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.max(np.abs(a - b)) / np.max(np.abs(b))
+def roundings(problem):
+    """Of the solution of a damped problem."""
+    return solve_roundings(damped(problem.gram, DAMPING))
 
 
 def assert_has_pattern(solution, kept=2, group=4):
@@ -95,51 +99,45 @@ def assert_has_pattern(solution, kept=2, group=4):
 # SparseGPT
 
 
-@pytest.mark.parametrize(
-    ("width", "block_size", "kept", "group"),
-    [(64, 1000, 2, 4), (200, 30, 4, 8), (200, 1, 1, 4), (200, 128, 2, 4)],
-)
-def test_sparsegpt_equals_the_columnwise_reference_in_float64(width, kept, group, block_size):
-    problem = make_problem("low_rank", width=width, rows=16, dtype="float64")
-    weight, mask = sparsegpt(problem.weight, problem.gram, kept, group, DAMPING)
+# More columns than there are, a block that is no multiple of M and leaves a rest, and less than M.
+@pytest.mark.parametrize(("block_size", "kept", "group"), [(1000, 2, 4), (30, 4, 8), (1, 1, 4)])
+def test_sparsegpt_equals_the_columnwise_reference_in_float64(kept, group, block_size):
+    problem = make_problem("low_rank", width=200, rows=16, dtype="float64")
+    choose = functools.partial(largest, kept=kept, group=group)
+    weight, mask = sparsegpt(*problem, choose, group, DAMPING)
     solution = solve(*problem, SparseGPT(block_size), None, pattern=(kept, group), damping=DAMPING)
     assert solution.status is Status.SPARSE
     assert np.array_equal(solution.mask, mask)
-    assert relative_difference(solution.weight, weight) <= 1e-9
+    assert_close(solution.weight, weight, roundings(problem))
 
 
 # Scores
 
 
-@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8)])
-def test_magnitude_and_wanda_masks_keep_the_largest_scores(kept, group):
+def test_magnitude_and_wanda_masks_keep_the_largest_scores():
     problem = make_problem("low_rank")
     weight = np.abs(np.asarray(problem.weight))
     norms = np.sqrt(np.diagonal(np.asarray(problem.gram)))
     for solver, scores in ((Magnitude(), weight), (Wanda(), weight * norms)):
-        solution = solve(*problem, solver, None, pattern=(kept, group))
-        expected = largest(scores, kept, group)
+        solution = solve(*problem, solver, None, pattern=(4, 8))
+        expected = largest(scores, 4, 8)
         assert np.array_equal(solution.mask, expected)
         assert np.array_equal(solution.weight, np.where(expected, problem.weight, 0))
 
 
-def diagonal_problem(rows, width, dtype):
-    rng = np.random.default_rng(3)
-    gram = np.diag(10.0 ** rng.uniform(-2, 2, width))
-    return LayerProblem(
-        jnp.asarray(rng.normal(size=(rows, width)), dtype), jnp.asarray(gram, dtype)
-    )
-
-
 def test_wanda_and_prox_with_a_refit_are_optimal_for_a_diagonal_gram():
-    problem = diagonal_problem(8, 12, "float32")
+    rng = np.random.default_rng(3)
+    gram = np.diag(10.0 ** rng.uniform(-2, 2, 12))
+    problem = LayerProblem(jnp.asarray(rng.normal(size=(8, 12)), "float32"), jnp.float32(gram))
     wanda = solve(*problem, Wanda(), None, damping=0.0)
     prox = solve(*problem, ProximalGradient(), ConjugateGradients(), damping=0.0)
     for row, weight_row in enumerate(problem.weight):
         best = best_mask_by_enumeration(weight_row, problem.gram)[0]
         assert np.array_equal(wanda.mask[row], best)
         assert np.array_equal(prox.mask[row], best)
-    assert prox.statistics.relative_loss == pytest.approx(wanda.statistics.relative_loss, rel=1e-5)
+    # A sum of positive numbers, one for each entry.
+    rel = problem.weight.size * eps_of("float32")
+    assert prox.statistics.relative_loss == pytest.approx(wanda.statistics.relative_loss, rel=rel)
 
 
 # Refits
@@ -159,7 +157,7 @@ def test_refits_end_near_the_exact_least_squares(kind):
     for refit in (ConjugateGradients(2 * WIDTH, 0.0), LeastSquares()):
         solution = solve(*problem, SparseGPT(), refit, damping=DAMPING)
         exact = masked_least_squares(problem.weight, damped(problem.gram, DAMPING), solution.mask)
-        assert relative_difference(solution.weight, exact) <= 1e-6, refit
+        assert_close(solution.weight, exact, roundings(problem))
 
 
 def test_gradient_steps_with_adam_lower_the_loss():
@@ -186,7 +184,9 @@ def test_conjugate_gradients_stay_converged_however_long_they_run(kind, dtype):
         refit = ConjugateGradients(2000, tolerance=0.0)
         solution = solve(*problem, Magnitude(), refit, damping=DAMPING)
         least = exact_damped_loss(solution.mask, problem)
-        assert damped_loss(solution, problem) <= 1.001 * least, f"seed {seed}"
+        # Weights off by eps times the condition raise a loss by its square times the condition.
+        excess = eps_of(dtype) * np.linalg.cond(damped(gram, DAMPING))
+        assert damped_loss(solution, problem) <= (1 + excess) * least, f"seed {seed}"
 
 
 # ProximalGradient
@@ -241,10 +241,8 @@ def proximal_gradients(problem, solver, kept, group):
     ("kind", "solver", "pattern"),
     [
         ("low_rank", ProximalGradient(), (2, 4)),
-        ("power_law", ProximalGradient.paper(), (2, 4)),
-        ("few_tokens", ProximalGradient(Exponential(0.05, 1.1), 0.7), (2, 4)),
-        ("power_law", ProximalGradient(), (1, 4)),
-        ("power_law", ProximalGradient(), (2, 8)),
+        ("power_law", ProximalGradient.paper(), (1, 4)),
+        ("few_tokens", ProximalGradient(Exponential(0.05, 1.1), 0.7), (2, 8)),
     ],
 )
 def test_prox_equals_the_reference_in_float64(kind, solver, pattern):
@@ -254,7 +252,8 @@ def test_prox_equals_the_reference_in_float64(kind, solver, pattern):
     assert solution.status is Status.SPARSE
     assert solution.statistics.steps == steps
     assert_has_pattern(solution, *pattern)
-    np.testing.assert_allclose(solution.weight, weight, rtol=0, atol=1e-9)
+    # Each step adds its own.
+    assert_close(solution.weight, weight, steps * roundings(problem))
 
 
 def test_rows_that_are_done_are_left_out_and_end_as_they_are():
@@ -276,7 +275,9 @@ def test_rows_that_are_done_are_left_out_and_end_as_they_are():
 
 def test_prox_refit_changes_its_loss_little():
     figures = solve(*make_problem("low_rank"), ProximalGradient()).statistics
-    assert figures.relative_loss <= figures.relative_loss_before_refit * (1 + 1e-5)
+    # A refit never raises a loss, whose sums have WIDTH terms.
+    rounding = 1 + WIDTH * eps_of("float32")
+    assert figures.relative_loss <= figures.relative_loss_before_refit * rounding
     assert figures.relative_loss_before_refit <= 1.1 * figures.relative_loss
 
 
@@ -293,14 +294,11 @@ def test_prox_that_runs_out_of_steps_says_so_and_is_still_sparse(max_steps, refi
 
 
 @every_pair
-def test_statistics_are_those_of_the_solution(solver, refit):
+def test_statistics_are_those_of_the_solution(solver, refit):  # contracts have the loss
     problem = make_problem("power_law")
-    solution = solve(*problem, solver, refit, damping=DAMPING)
-    figures = solution.statistics
-    total = quadratic_loss(np.zeros((ROWS, WIDTH)), problem.weight, problem.gram)
-    loss = quadratic_loss(solution.weight, problem.weight, problem.gram) / total
-    assert figures.relative_loss == pytest.approx(loss, rel=1e-4)
-    assert figures.damping == pytest.approx(DAMPING * np.trace(problem.gram) / WIDTH, rel=1e-5)
+    figures = solve(*problem, solver, refit, damping=DAMPING).statistics
+    mean = np.mean(np.diagonal(problem.gram), dtype=np.float64)
+    assert figures.damping == pytest.approx(DAMPING * mean, rel=WIDTH * eps_of("float32"))
     assert figures.refit_steps <= getattr(refit, "steps", 60)
     assert (figures.refit_steps > 0) <= (refit is not None)
     assert figures.dense_blocks == 0
@@ -357,14 +355,19 @@ def test_a_failure_raises_its_sentence_or_is_told_by_the_status(name, status, sa
     solution = solve(*given, damping=damping, throw=False)
     assert solution.status is status
     assert solution.status.failed
+    assert str(solution).startswith(f"{status.name.lower()}: relative loss")
     with pytest.raises(SolverError, match=said):
         solve(*given, damping=damping)
-    traced = jax.jit(lambda *given: solve(*given, *no_gram(name)[2:], damping=damping))
-    assert traced(*given[:2]).status == status
-    assert str(traced(*given[:2])).startswith(f"{status.name.lower()}: relative loss")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_traced_failure_is_told_by_the_status():
+    traced = jax.jit(solve)(*no_gram("negative"))
+    assert traced.status == Status.INDEFINITE
+    assert str(traced).startswith("indefinite: relative loss")
+    assert str(traced._replace(status=jnp.zeros(2, int))).startswith("Solution(weight=")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_gram_that_was_rounded_is_still_one(dtype):
     for kind, damping in itertools.product(KINDS, (0.0, DAMPING)):
         weight, gram = make_problem(kind)
@@ -429,30 +432,18 @@ def test_what_is_not_supported_is_refused_before_any_work(solver, refit, pattern
 
 @every_solver
 def test_the_scales_of_gram_and_weight_do_not_matter(solver):
-    problem, refit = make_problem("power_law"), ConjugateGradients(20, 0.0)
-    expected = solve(*problem, solver, refit)
-    louder = solve(*problem._replace(gram=1000 * problem.gram), solver, refit)
-    smaller = solve(*problem._replace(weight=0.01 * problem.weight), solver, refit)
-    for found, factor in ((louder, 1), (smaller, 100)):
-        assert np.array_equal(found.mask, expected.mask)
-        assert relative_difference(factor * found.weight, expected.weight) <= 1e-4
     problem = make_problem("low_rank")
-    expected, louder = (
-        solve(*problem, solver),
-        solve(*problem._replace(gram=1000 * problem.gram), solver),
-    )
-    assert louder.statistics.relative_loss == pytest.approx(
-        expected.statistics.relative_loss, rel=2e-3
-    )
+    expected = solve(*problem, solver)
+    # Powers of two, also of the square root of the Gram's, so that nothing is rounded.
+    louder = solve(*problem._replace(gram=2**10 * problem.gram), solver)
+    smaller = solve(*problem._replace(weight=2**-7 * problem.weight), solver)
+    for found, factor in ((louder, 1), (smaller, 2**7)):
+        assert np.array_equal(factor * found.weight, expected.weight)
+        assert found.statistics.relative_loss == expected.statistics.relative_loss
 
 
 @pytest.mark.parametrize(
-    ("solver", "gram_dtype"),
-    [
-        (SparseGPT(), jnp.float32),
-        (ProximalGradient(), jnp.bfloat16),
-        (ADMM(), jnp.bfloat16),
-    ],
+    ("solver", "gram_dtype"), [(SparseGPT(), jnp.float32), (ADMM(), jnp.bfloat16)]
 )
 def test_bfloat16_weights_come_back_bfloat16(solver, gram_dtype):
     weight, gram = make_problem("power_law")
@@ -525,46 +516,21 @@ def test_a_kernel_is_the_transpose_of_a_weight():
     assert kernel.statistics == expected.statistics
 
 
-EXPERTS = 16
-
-
-@pytest.mark.parametrize(
-    ("solver", "refit"),
-    [(ADMM(), ConjugateGradients()), (SparseGPT(), None)],
-    ids=["admm", "sparsegpt"],
-)
-def test_vmap_over_experts_solves_each_as_a_loop_does(solver, refit):
-    """In float64, where rounding decides between no two masks."""
-    problems = [
-        make_problem(KINDS[number % 3], number, rows=16, width=32, dtype="float64")
-        for number in range(EXPERTS)
-    ]
-    weights, grams = (jnp.stack(parts) for parts in zip(*problems, strict=True))
-    mapped = jax.vmap(lambda *arrays: solve(*arrays, solver, refit))(weights, grams)
-    assert mapped.weight.shape == weights.shape
-    assert str(mapped).startswith("Solution(weight=")
-    assert mapped.status.tolist() == [Status.SPARSE] * EXPERTS
-    looped = [solve(*problem, solver, refit) for problem in problems]
-    masks = np.stack([np.asarray(solution.mask) for solution in looped])
-    losses = np.array([solution.statistics.relative_loss for solution in looped])
-    assert np.array_equal(mapped.mask, masks)
-    np.testing.assert_allclose(mapped.statistics.relative_loss, losses, rtol=1e-5)
-
-
 # The eigenvalue bound
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_eigenvalue_bound_is_above_and_at_most_the_root_of_the_rank_away(dtype):
-    slack = 1e-5 if dtype == "float32" else 1e-12
+    # WIDTH roundings of products, of which the last root leaves one, and as many that are added.
+    slack = 2 * WIDTH * eps_of(dtype)
     for scale, rank in itertools.product((1e-8, 1.0, 1e8), (1, 3, WIDTH)):
         tokens = np.random.default_rng(rank).normal(size=(rank, WIDTH))
         gram = (scale * tokens.T @ tokens).astype(dtype)
         top = np.linalg.eigvalsh(gram.astype(np.float64))[-1]
         bound = float(eigenvalue_bound(jnp.asarray(gram)))
-        assert top * (1 - slack) <= bound <= top * rank ** (1 / 64) * (1 + slack), (scale, rank)
+        assert top <= bound <= top * rank ** (1 / 64) * (1 + slack), (scale, rank)
     equal = float(eigenvalue_bound(3 * jnp.eye(WIDTH, dtype=dtype)))
-    assert equal == pytest.approx(3 * WIDTH ** (1 / 64), rel=1e-5)
+    assert equal == pytest.approx(3 * WIDTH ** (1 / 64), rel=slack)
     assert eigenvalue_bound(jnp.zeros((4, 4), dtype)) == 0
 
 

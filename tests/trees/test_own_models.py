@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import assert_close
 
 ROOT = Path(__file__).parents[2]
 # They train for longer than they compile.
@@ -108,7 +109,8 @@ def test_sentence_embeddings_are_those_of_pytorch():
     embed = runpy.run_path(str(ROOT / "examples/minilm.py"))["embed_sentences"]
     with jax.numpy_rank_promotion("allow"):
         result = embed(config.to_dict(), params, jnp.asarray(tokens))
-    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
+    # Three layers of sums of up to 64 terms.
+    assert_close(result, expected, 3 * 64)
 
 
 @pytest.mark.slow
@@ -121,6 +123,6 @@ def test_the_python_of_the_page_runs_and_prints_what_it_says():
         assert without_losses(text) in without_losses(output)
 
 
-@pytest.mark.parametrize("name", ["linen_digits.py", "nnx_characters.py", "minilm.py"])
-def test_the_page_shows_the_examples(name):
-    assert f"python examples/{name}" in PAGE
+def test_the_page_shows_the_examples():
+    for name in ("linen_digits.py", "nnx_characters.py", "minilm.py"):
+        assert f"python examples/{name}" in PAGE
