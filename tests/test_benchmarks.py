@@ -146,8 +146,9 @@ def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(benchmark):
     module = benchmark("sparsegpt")
     assert "24x200" in benchmark.main(module, "--shapes", "24x200", "--repetitions", 1)
     ours, original = module.measure(16, 64, 1)
-    assert ours.relative_loss == pytest.approx(original.relative_loss, rel=0.01)
-    assert ours.mask_agreement >= 0.995
+    # Rounding decides near ties, which change later ones: at most five of 1024.
+    assert ours.relative_loss == pytest.approx(original.relative_loss, rel=5 / 512)
+    assert ours.mask_agreement >= 1 - 5 / 1024
 
 
 def test_experts_lose_the_same_mapped_and_one_by_one(benchmark):

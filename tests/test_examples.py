@@ -28,9 +28,13 @@ def run(*command):
 def run_with_figure(name, figure, *arguments):
     """What the example prints, after a check of the figure it writes."""
     output = run(f"examples/{name}", *arguments, "--output", figure)
-    assert figure.read_text().startswith("<?xml")
-    assert figure.stat().st_size < 100_000
+    assert_figure(figure)
     return output
+
+
+def assert_figure(path):
+    assert path.read_text().startswith("<?xml")
+    assert path.stat().st_size < 100_000
 
 
 def rows(table):
@@ -59,7 +63,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     text = (ROOT / f"docs/{page}.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
-    names: dict = {}
+    names: dict = {"__name__": "__main__"}
     with jax.enable_x64(False):
         exec("\n".join(blocks), names)
     if page == "refine":
@@ -154,11 +158,14 @@ def test_wanda_is_within_the_condition_number_of_the_best_mask(correlated):
     assert np.all(losses <= condition * best * (1 + solve_roundings(gram) * eps_of("float64")))
 
 
-def test_grams_of_a_model_are_printed_and_drawn(tmp_path):
+def test_grams_of_a_model_are_printed_and_drawn(tmp_path, monkeypatch, capsys):
     write_tiny(tmp_path / "model")
-    model = [tmp_path / "model", "--samples", "4", "--sequence-length", "32"]
-    output = run_with_figure("gram_diagnostics.py", tmp_path / "grams.svg", *model)
-    header, *table, summary = rows(output)
+    options = f"{tmp_path}/model --samples 4 --sequence-length 32 --output {tmp_path}/grams.svg"
+    monkeypatch.setattr(sys, "argv", ["gram_diagnostics.py", *options.split()])
+    with jax.enable_x64(False):
+        example("gram_diagnostics")["main"]()
+    assert_figure(tmp_path / "grams.svg")
+    header, *table, summary = rows(capsys.readouterr().out)
     assert header[:3] == ["layer", "input", "condition"]
     inputs = {"attention_input", "attention_output", "mlp_input", "mlp_activation"}
     assert {(row[0], row[1]) for row in table} == {(i, name) for i in "01" for name in inputs}

@@ -282,7 +282,7 @@ def test_scan_over_steps_and_vmap_over_seeds_end_as_single_steps_do(standard_pro
     assert np.all(nonzeros(together, axis=1) == 2)
     for kernel, start in zip(together, starts, strict=True):
         alone, _ = train(transform, start, steps=10)
-        # A step adds M for an entry, grown by an inverse Hessian and Adam's division, 32 at most.
+        # Ten steps add M for an entry; the inverse Hessian and Adam's division grow them 32 times.
         assert_close(kernel, alone["dense"]["kernel"], 10 * 4 * 32)
 
 

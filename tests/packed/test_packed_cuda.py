@@ -74,11 +74,11 @@ def test_it_compiles_for_sparse_tensor_cores_without_spilled_registers(tmp_path)
 
 @needs_gpu
 @dtypes
-@pytest.mark.parametrize("batch", [1, 8, 9, 17, 33, 64])
 @pytest.mark.parametrize("shape", [(16, 64), (48, 192), (64, 4096)])
-def test_a_gpu_multiplies_as_float64_does(shape, batch, dtype):
-    x, w = operands(batch, *shape, dtype)
-    assert_product(matmul(x, w, implementation="cuda"), x, w)
+def test_a_gpu_multiplies_as_float64_does(shape, dtype):
+    for batch in (1, 8, 9, 17, 33, 64):
+        x, w = operands(batch, *shape, dtype)
+        assert_product(matmul(x, w, implementation="cuda"), x, w)
 
 
 # cuSPARSELt

@@ -16,8 +16,9 @@ def reports():
 
 def test_every_function_ran_under_every_sharding_as_on_one_device(reports):
     assert len(reports) == 2 * 2 * 2 + (2 + 1) * 2 + 5
-    # Those of a sum of 256 terms add like a root, and a gradient takes two.
-    rounding = 2 * 256**0.5 * eps_of("float32")
+    # Those of a sum of 256 terms add like a root. A gradient takes cosines of sums eight times as
+    # large as they are.
+    rounding = 8 * 256**0.5 * eps_of("float32")
     assert {name: r["error"] for name, r in reports.items() if not r["error"] <= rounding} == {}
 
 
