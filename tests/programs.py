@@ -1,4 +1,4 @@
-"""Programs beside the tests that need a process of their own, and print JSON."""
+"""Programs that need a process of their own; those beside the tests print JSON."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+ROOT = Path(__file__).parents[1]
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -29,18 +30,25 @@ def collectives_of(compiled):
     return [name for name in COLLECTIVES if name in text]
 
 
+def run(*command, **environment):
+    """What Python prints, with these arguments."""
+    outcome = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=600,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return outcome.stdout
+
+
 def output_of(name, *arguments, **environment):
-    """What a program prints.
+    """What a program beside the tests prints.
 
     What becomes of shardings is decided before machine code is made, which need not be fast.
     """
     program = Path(__file__).with_name(name)
-    outcome = subprocess.run(
-        [sys.executable, program, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=program.parents[1],
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment,
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    return json.loads(outcome.stdout)
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return json.loads(run(program, *arguments, **(quick | environment)))

@@ -1,11 +1,9 @@
 import ast
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from programs import ROOT, run
 
-ROOT = Path(__file__).parents[1]
 MATHEMATICS = {"jax", "numpy", "optax", "prox24"}
 
 
@@ -41,5 +39,4 @@ HEAVY |= {"gguf", "rich", "tokenizers", "huggingface_hub"}
 def test_what_is_not_needed_is_not_imported(code, needed):
     code = f"import sys, contextlib\nwith contextlib.suppress(SystemExit): {code}\n"
     code += f"print(*sorted({HEAVY} & sys.modules.keys()))"
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert set(outcome.stdout.splitlines()[-1].split()) == needed, outcome.stderr
+    assert set(run("-c", code).splitlines()[-1].split()) == needed

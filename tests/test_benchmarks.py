@@ -5,15 +5,14 @@ import functools
 import importlib
 import importlib.util
 import json
-import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import ROOT, run
 from reference import (
     assert_close,
     brute_force_prox,
@@ -28,7 +27,7 @@ from tiny import config_dict, random_weights, write_folder, write_tiny
 
 import prox24
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -319,11 +318,7 @@ def test_devices_and_parity_in_processes_of_their_own(name, options, printed, tm
     patched = f"common.fetch_model = lambda cache: Path({str(tmp_path / 'model')!r})"
     code = f"import sys; from pathlib import Path; sys.path.insert(0, {str(BENCHMARKS)!r})"
     code = f"{code}; import common; {patched}; import {name}; {name}.main()"
-    outcome = subprocess.run(
-        [sys.executable, "-c", code, *map(str, options)], capture_output=True, text=True
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    assert printed in outcome.stdout
+    assert printed in run("-c", code, *options)
 
 
 def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(benchmark, tmp_path):

@@ -2,27 +2,18 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import ROOT, run
 from reference import assert_close, best_mask_by_enumeration, eps_of, solve_roundings
 from tiny import write_tiny
 
 import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._cli.main import main
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(*command):
-    command = [sys.executable, *command]
-    outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert outcome.returncode == 0, outcome.stderr
-    return outcome.stdout
 
 
 def run_with_figure(name, figure, *arguments):

@@ -2,20 +2,18 @@
 
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from programs import ROOT, run
 from tiny import write_tiny
 
 import prox24
 from prox24._checkpoints import hub
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-a-solver.md").read_text()
 SOLVER, USE, CONTRACT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 FOLDER = tempfile.TemporaryDirectory()
@@ -50,11 +48,4 @@ def test_the_solver_of_the_page_has_the_types_of_the_protocol(tmp_path):
     wrong = "prox24.Recipe(prox24.ConjugateGradients())  # type: ignore[arg-type]\n"
     (tmp_path / "use.py").write_text(USE + wrong)
     # From the root and as strict as there, so that the types of JAX are in the cache of mypy.
-    outcome = subprocess.run(
-        [sys.executable, "-m", "mypy", tmp_path / "ria.py", tmp_path / "use.py"],
-        cwd=ROOT,
-        env=os.environ | {"MYPYPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    run("-m", "mypy", tmp_path / "ria.py", tmp_path / "use.py", MYPYPATH=str(tmp_path))

@@ -1,17 +1,13 @@
 """The TPU kernel, interpreted on the CPU and compiled ahead of time; nothing runs on a TPU."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from programs import output_of
 from reference import assert_close, inverse_hessian
 
 import prox24
@@ -104,16 +100,8 @@ def test_vmap_equals_separate_calls(axes):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is missing")
 def test_compiled_for_tpus_it_moves_the_least_and_keeps_shardings():
-    program = Path(__file__).parents[1] / "compiled_tpu.py"
-    outcome = subprocess.run(
-        [sys.executable, program],
-        capture_output=True,
-        text=True,
-        cwd=program.parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    found = json.loads(outcome.stdout)
+    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    found = output_of("compiled_tpu.py", JAX_PLATFORMS="cpu", **optimized)
     assert found["matmul"] == 2 * 4 * [{"kernels": 1, "collectives": []}]
     reports = found["prox"]
     assert len(reports) == 2 * (len(PATTERNS) + 1 + 7)

@@ -1,35 +1,20 @@
 """The examples that prune models of Flax, and the page that explains them."""
 
-import os
+import functools
 import re
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
+from programs import ROOT
 from reference import assert_close
 
-ROOT = Path(__file__).parents[2]
-# They train for longer than they compile.
-OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 PAGE = (ROOT / "docs/own-model.md").read_text()
-
-
-def run(*command):
-    outcome = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | OPTIMIZED,
-        timeout=300,
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    return outcome.stdout
+# They train for longer than they compile.
+run = functools.partial(programs.run, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
 
 
 def figures(output):
