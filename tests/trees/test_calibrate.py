@@ -28,11 +28,11 @@ def squares(x):
     return rows.T @ rows
 
 
-def assert_gram_of(x, gram, layers=0, dtype="float32"):
+def assert_gram_of(x, gram, layers=0):
     """Roundings of sums over rows add like a root; those of a layer are sums of WIDTH terms."""
     exact, rows = squares(x), x.size / x.shape[-1]
     error = np.linalg.norm(np.asarray(gram, np.float64) - exact) / np.linalg.norm(exact)
-    assert error <= (rows**0.5 + 2 * layers * x.shape[-1]) * eps_of(dtype)
+    assert error <= (rows**0.5 + 2 * layers * x.shape[-1]) * eps_of("float32")
 
 
 def initial(model, x):
