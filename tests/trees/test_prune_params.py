@@ -126,7 +126,7 @@ CONTAINERS = {
 @flax_promotes
 @pytest.mark.parametrize(
     ("make", "order"),
-    zip(CONTAINERS, itertools.cycle(ORDERS)),
+    list(zip(CONTAINERS, itertools.cycle(ORDERS))),
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_every_container_keeps_its_kind_and_what_is_not_pruned(make, order):
