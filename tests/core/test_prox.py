@@ -28,9 +28,11 @@ DTYPES = ["float32", "float64"]
 OTHER_PATTERNS = [(1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 3), (2, 5), (2, 6), (2, 8)]
 OTHER_PATTERNS.append(pytest.param((2, 12), marks=pytest.mark.slow))
 
-# Roundings of an objective for M = 4. Supports are told apart by objectives: where these differ by
+# Roundings of an objective for M = 4. Entries that are off by eps |y| change an objective f by
+# eps |y| sqrt(2 f): by up to 10^3 eps of the scale in `check`, where a Hessian is singular. The
+# blocks in float32 show none of it. Supports are told apart by objectives: where these differ by
 # that, the points differ by its square root.
-GAP = 8
+GAP = {"float32": 8, "float64": 4096}
 
 
 def gaussian(rng, shape):
@@ -172,14 +174,14 @@ def check(family, dtype, pattern, count):
     # Sums of M entries are off by M roundings, and the objective by the square of that. In the
     # reference an objective takes less than 2 M of float64, and two are compared.
     own = 4 * pattern[1] * eps_of("float64")
-    bound = GAP * eps_of(dtype) * max(1, pattern[1] / 4) ** 2 + own
+    bound = GAP[dtype] * eps_of(dtype) * max(1, pattern[1] / 4) ** 2 + own
     where = f"{family}: y={y[worst]}, lam={lam[worst]}, w={w[worst]}"
     assert gap[worst] <= bound, f"{gap[worst]}: {where}"
     assert gap.min() >= -own, "brute force missed a minimum that the prox found"
     residual = stationarity_residual(w, y, lam, pattern[0])
     worst = int(np.argmax(residual))
     where = f"{family}: y={y[worst]}, lam={lam[worst]}, w={w[worst]}"
-    assert residual[worst] <= (GAP * eps_of(dtype)) ** 0.5, where
+    assert residual[worst] <= (GAP[dtype] * eps_of(dtype)) ** 0.5, where
 
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
