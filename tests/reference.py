@@ -5,8 +5,6 @@ import itertools
 import ml_dtypes
 import numpy as np
 
-PATTERNS = [(1, 4), (2, 4), (3, 4), (4, 8), (2, 8)]
-
 
 def eps_of(dtype):
     return float(ml_dtypes.finfo(dtype).eps)

@@ -27,6 +27,8 @@ from tiny import config_dict, random_weights, write_folder, write_tiny
 
 import prox24
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = ROOT / "benchmarks"
 
 
@@ -194,7 +196,6 @@ def test_memory_of_plans_is_tabled(benchmark):
     assert "yes" in printed
 
 
-@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(benchmark):
     memory = benchmark("memory")
     assert "0.128" in benchmark.main(memory, "--layers", 1, "--samples", 1)
@@ -304,7 +305,6 @@ def test_generation_is_measured_for_each_form_of_the_weights(benchmark, tmp_path
     assert generate.cells(rows[1:], rows[1])[-2:] == ("", "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "printed"),
     [

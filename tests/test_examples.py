@@ -15,6 +15,8 @@ import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._cli.main import main
 
+pytestmark = pytest.mark.slow
+
 
 def run_with_figure(name, figure, *arguments):
     """What the example prints, after a check of the figure it writes."""
@@ -36,7 +38,6 @@ def example(name):
     return runpy.run_path(str(ROOT / f"examples/{name}.py"))
 
 
-@pytest.mark.slow
 def test_pruning_one_layer():
     lines = [line.split() for line in run("examples/prune_a_layer.py").splitlines()]
     losses = {line[0]: float(line[-1]) for line in lines}
@@ -45,7 +46,7 @@ def test_pruning_one_layer():
 
 @pytest.mark.parametrize(
     "page",
-    ["packed", "solvers", "refine", "optax", pytest.param("generate", marks=pytest.mark.slow)],
+    ["packed", "solvers", "refine", "optax", "generate"],
 )
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
@@ -87,7 +88,6 @@ def test_path_of_the_prox_switches_where_known_and_jumps_only_near_ties(tmp_path
 # Correlated features
 
 
-@pytest.mark.slow
 def test_regret_on_correlated_features_is_least_for_prox(tmp_path):
     output = run_with_figure("correlated_regression.py", tmp_path / "regret.svg")
     _, header, *table = rows(output)
@@ -166,7 +166,6 @@ def test_grams_of_a_model_are_printed_and_drawn(tmp_path, monkeypatch, capsys):
 # Digits
 
 
-@pytest.mark.slow
 def test_digits_are_pruned_to_the_pattern_and_retraining_recovers_accuracy(tmp_path):
     header, *table, _ = rows(run_with_figure("digits.py", tmp_path / "digits.svg"))
     assert header == ["method", "accuracy", "spread", "zeros", "2:4"]
@@ -192,7 +191,6 @@ def pruned_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--lora", "4"]], ids=["kept", "lora"])
 def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, options, tmp_path):
     source, destination = pruned_folder / "pruned", tmp_path / "tuned"

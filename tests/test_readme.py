@@ -11,6 +11,8 @@ from tiny import write_tiny
 from prox24._checkpoints import hub
 from prox24._cli.demo_model import fetch_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "README.md").read_text()
 GIVEN = "samples=64, sequence_length=512"

@@ -14,6 +14,8 @@ from tiny import write_tiny
 import prox24
 from prox24._checkpoints import hub
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "adding-a-solver.md").read_text()
 SOLVER, USE, CONTRACT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 FOLDER = tempfile.TemporaryDirectory()
@@ -41,7 +43,6 @@ def test_the_solver_of_the_page_prunes_a_function_and_a_model(tmp_path, monkeypa
         prox24.Recipe.from_dict({"solver": {"name": "rib.RIB"}})
 
 
-@pytest.mark.slow
 def test_the_solver_of_the_page_has_the_types_of_the_protocol(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "ria.py").write_text(SOLVER)

@@ -12,14 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import assert_close, eps_of, penalty_gradient, prox_hessian, prox_jacobian
+from tiers import rest
 
 from prox24 import prox
 
-PATTERNS = [(2, 4), (2, 5), (1, 4)]
+PATTERNS = [(2, 4), *rest((2, 5), (1, 4))]
 
 jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="{0[0]}:{0[1]}".format)
-either_kept = pytest.mark.parametrize("pattern", [(2, 4), (1, 4)], ids="{0[0]}:{0[1]}".format)
+either_kept = pytest.mark.parametrize(
+    "pattern", [(2, 4), *rest((1, 4))], ids="{0[0]}:{0[1]}".format
+)
 
 # Where no entry of the Jacobian is larger, rounding and third derivatives are small: a derivative
 # has two more factors of the Jacobian.

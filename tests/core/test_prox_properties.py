@@ -10,16 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import assert_close, eps_of, inverse_hessian, largest, prox_objective
+from tiers import rest
 
 from prox24 import planes, prox
 
 pytestmark = pytest.mark.optimized
 
-PATTERNS = [(2, 4), (1, 4), (2, 8)]
+PATTERNS = [(2, 4), *rest((1, 4), (2, 8))]
 
 jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="{0[0]}:{0[1]}".format)
-either_kept = pytest.mark.parametrize("pattern", [(2, 4), (1, 4)], ids="{0[0]}:{0[1]}".format)
+either_kept = pytest.mark.parametrize(
+    "pattern", [(2, 4), *rest((1, 4))], ids="{0[0]}:{0[1]}".format
+)
 
 magnitude = st.one_of(
     st.floats(2.0**-10, 2.0**10, width=32),

@@ -4,6 +4,8 @@ import pytest
 from programs import output_of
 from reference import eps_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reports():

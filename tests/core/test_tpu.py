@@ -13,7 +13,7 @@ from reference import assert_close, inverse_hessian
 import prox24
 from prox24._core import tpu
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 PATTERNS = [(2, 4), (1, 4), (2, 8), (1, 2)]
 

@@ -12,6 +12,8 @@ import pytest
 from commands import calibrated, write_workspace
 from tiny import assert_same, load_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
@@ -95,7 +97,7 @@ def assert_the_same(ours, expected):
     [
         (2, "admm", ()),
         (2, "admm", ("--shard-grams",)),
-        pytest.param(4, "wanda", (), marks=pytest.mark.slow),
+        (4, "wanda", ()),
     ],
 )
 def test_several_processes_write_what_one_does(workspace, start, alone, count, method, options):
@@ -105,9 +107,7 @@ def test_several_processes_write_what_one_does(workspace, start, alone, count, m
     assert not (workspace / f"{destination}.unfinished").exists()
 
 
-@pytest.mark.parametrize(
-    ("victim", "place"), [(0, "memory"), pytest.param(1, "disk", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("victim", "place"), [(0, "memory"), (1, "disk")])
 def test_a_killed_process_ends_the_others_and_the_rerun_goes_on(
     workspace, start, alone, victim, place
 ):

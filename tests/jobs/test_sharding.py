@@ -14,6 +14,8 @@ from tiny import rounding
 from prox24._core.placement import common_mesh, one_axis
 from prox24._pruning.grams import GramSum, add
 
+pytestmark = pytest.mark.slow
+
 SCALARS = {"f32[]", "s32[]", "pred[]"}
 
 

@@ -25,7 +25,7 @@ from prox24._jobs.text import first_windows, packaged_text, tokenize
 from prox24._models import decoder
 from prox24._models.generate import generate
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"

@@ -8,6 +8,8 @@ from reference import eps_of
 
 from prox24.packed._kernels import native
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reports():

@@ -31,6 +31,7 @@ CASES = list(itertools.product([1e2, 1e4, 1e6, 1e8], [0.01, 1e-4, 0.0]))
 CASES.remove((1e8, 0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @every_pair
 def test_float32_loss_is_within_a_thousandth_of_the_float64_loss(solver, refit):

@@ -337,7 +337,7 @@ def test_in_order_is_pruning_each_layer_for_what_the_pruned_ones_put_out():
         found, other = (each.params[name]["kernel"] for each in (pruned, one_shot))
         limit = roundings(x)
         assert_close(found, kernel, limit)
-        difference = jnp.max(jnp.abs(other - found)) / jnp.max(jnp.abs(found))
+        difference = float(jnp.max(jnp.abs(other - found)) / jnp.max(jnp.abs(found)))
         assert (difference <= limit * eps_of("float32")) == (number == 0)
         x = jnp.tanh(x @ kernel)
 
