@@ -32,7 +32,7 @@ endef
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
 
-# Twice the windows, and Wanda too.
+# More windows, and Wanda too.
 demo-full: .venv/demo.stamp
 	.venv/bin/prox24 demo --full --output pruned
 

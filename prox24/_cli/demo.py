@@ -18,7 +18,7 @@ METHODS = {
 }
 """Presets, with what the table calls them."""
 LEFT_OUT = ("wanda",)
-"""By the demo in its short form, on half of the windows."""
+"""By the demo in its short form."""
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
 
 
@@ -31,7 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("."), help="folder for the models (replaces its four)"
     )
     command.add_argument(
-        "--full", action="store_true", help="twice the windows, and Wanda too: takes twice the time"
+        "--full", action="store_true", help="more windows, and Wanda too: takes twice the time"
     )
     options.add_windows(
         command, "calibration", "UTF-8 text (default: speeches)", "8, or 16 with --full"
@@ -42,7 +42,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--evaluation-samples",
         type=options.positive,
-        help="evaluation windows (default: 8, or 16 with --full)",
+        help="evaluation windows (default: 4, or 16 with --full)",
     )
     options.add_output(command, quiet="no progress bar")
 
@@ -67,13 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
     say = (lambda text: None) if silent else functools.partial(print, flush=True)
     say(f"SmolLM2-135M-Instruct, 2:4. The model is downloaded into {arguments.cache} once.")
     model, length = fetch_model(arguments.cache), arguments.sequence_length
-    windows = 16 if arguments.full else 8
+    windows = (16, 16) if arguments.full else (8, 4)  # of calibration, of evaluation
     checkpoint = open_checkpoint(model)
     evaluation = evaluation_windows(
-        checkpoint, Text(arguments.text, arguments.evaluation_samples or windows, length)
+        checkpoint, Text(arguments.text, arguments.evaluation_samples or windows[1], length)
     )
     calibration = calibration_windows(
-        checkpoint, Text(arguments.calibration, arguments.samples or windows, length)
+        checkpoint, Text(arguments.calibration, arguments.samples or windows[0], length)
     )
     say(
         f"Calibration: {calibration.size} tokens. "
