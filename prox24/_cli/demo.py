@@ -34,7 +34,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--full", action="store_true", help="more windows, and Wanda too: takes twice the time"
     )
     options.add_windows(
-        command, "calibration", "UTF-8 text (default: speeches)", "8, or 16 with --full"
+        command, "calibration", "UTF-8 text (default: speeches)", "4, or 16 with --full"
     )
     command.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on (default: a novel)"
@@ -67,13 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
     say = (lambda text: None) if silent else functools.partial(print, flush=True)
     say(f"SmolLM2-135M-Instruct, 2:4. The model is downloaded into {arguments.cache} once.")
     model, length = fetch_model(arguments.cache), arguments.sequence_length
-    windows = (16, 16) if arguments.full else (8, 4)  # of calibration, of evaluation
+    windows = 16 if arguments.full else 4
     checkpoint = open_checkpoint(model)
     evaluation = evaluation_windows(
-        checkpoint, Text(arguments.text, arguments.evaluation_samples or windows[1], length)
+        checkpoint, Text(arguments.text, arguments.evaluation_samples or windows, length)
     )
     calibration = calibration_windows(
-        checkpoint, Text(arguments.calibration, arguments.samples or windows[0], length)
+        checkpoint, Text(arguments.calibration, arguments.samples or windows, length)
     )
     say(
         f"Calibration: {calibration.size} tokens. "
