@@ -120,9 +120,9 @@ def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
     decisions = {tensor: DENSE + _role(name) for own in names for name, tensor in own.items()}
     for linear in all_linears(config):
         width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
-        fits = width % getattr(pattern, "group", 1) == 0
+        fits = pattern is not None and width % pattern.group == 0
         refused = "by the recipe" if pattern is None else f"width {width} does not fit {pattern}"
-        decisions[linear.tensor] = PRUNED if pattern is not None and fits else DENSE + refused
+        decisions[linear.tensor] = PRUNED if fits else DENSE + refused
     return decisions
 
 

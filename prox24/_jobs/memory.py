@@ -18,7 +18,7 @@ from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import check_widths
 from prox24._solvers.damping import WIDEST_BLOCK
 from prox24._solvers.problem import LayerProblem, corrected_weight
-from prox24._solvers.solve import check_shares_columns, lower
+from prox24._solvers.solve import check_shares_columns, solve_program
 from prox24.errors import Prox24Error, RecipeError
 from prox24.refine._blocks import block_step
 
@@ -224,11 +224,12 @@ def _solving(linear: Linear, setup: Setup) -> int:
     problem = LayerProblem(Spec((rows, width), jnp.float32), gram)  # type: ignore[arg-type]
     pattern = recipe.pattern_of(linear.tensor)
     assert pattern is not None
-    program = lower(problem, recipe.solver, recipe.refit, pattern=pattern)
+    scalar = Spec((), jnp.float32)
+    methods = recipe.solver, recipe.refit
+    program = solve_program.lower(problem, *methods, scalar, pattern=pattern)
     needed = _needed(program) - _bytes(gram)
     if recipe.targets is not None:
-        pull = Spec((), jnp.float32)
-        corrected = _needed(corrected_weight.lower(*problem, gram, pull)) - 2 * _bytes(gram)
+        corrected = _needed(corrected_weight.lower(*problem, gram, scalar)) - 2 * _bytes(gram)
         needed = max(needed, corrected)
     if sharing == 1:
         return needed

@@ -139,7 +139,7 @@ def check_widths(widths: Mapping[str, int], recipe: Recipe) -> None:
     """Raises CheckpointError where M does not divide the input width of a tensor that is pruned."""
     for tensor, width in widths.items():
         pattern = recipe.pattern_of(tensor)
-        group = getattr(pattern, "group", 1)
+        group = 1 if pattern is None else pattern.group
         if width % group:
             raise CheckpointError(
                 f"tensor {tensor} has input width {width}, not divisible by {group}: "

@@ -157,18 +157,6 @@ def _is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def lower(
-    problem: LayerProblem,
-    solver: Solver,
-    refit: Refit | None,
-    *,
-    pattern: PatternLike | Unstructured = (2, 4),
-) -> jax.stages.Lowered:
-    """The program of `solve`, to be compiled and looked at; arrays may be `ShapeDtypeStruct`."""
-    damping = jax.ShapeDtypeStruct((), jnp.asarray(0.0).dtype)
-    return solve_program.lower(problem, solver, refit, damping, pattern=as_any_pattern(pattern))
-
-
 def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> None:
     """Raises ValueError unless these are a solver and a refit that can make the pattern."""
     for protocol, usual, method, known in (

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import Array
 from prox24._pruning import loop
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
-from prox24._pruning.runner import Inputs, Linear, Streams, TrainableStage
+from prox24._pruning.runner import Inputs, Linear, Runner, Streams
 from prox24._trees.calibrate import (
     Calibration,
     Stream,
@@ -166,7 +166,7 @@ def _some(paths: Collection[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class FunctionRunner:
+class FunctionRunner(Runner[tuple[PyTree, Streams]]):
     """A function of JAX as a `prox24._pruning.runner.Runner`.
 
     A stage is a group of weights that share an input. The state is the parameters as they are so
@@ -181,7 +181,6 @@ class FunctionRunner:
     layouts: Mapping[str, Layout]
     batches: list[PyTree]
     grams: Calibration | None
-    mesh: None = None
 
     @property
     def stages(self) -> int:
@@ -235,9 +234,7 @@ class FunctionRunner:
         return map_named(weights.get, params), streams
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
-        """The recipe's, or the leaf's own."""
-        if self.recipe.dtype is not None:
-            return jnp.dtype(self.recipe.dtype)
+        """The leaf's own."""
         return next(
             jnp.asarray(leaf).dtype for path, leaf in named_leaves(self.params) if path == tensor
         )
@@ -251,21 +248,9 @@ class FunctionRunner:
         shape = next(leaf.shape for leaf in self.leaves if leaf.path == linear.tensor)
         return from_matrices(jnp.stack(matrices), self.layouts[linear.tensor], shape)
 
-    def loaded(self, tensor: str, stored: Array) -> Array:
-        """As it is."""
-        return stored
-
     def stored(self, tensor: str, weight: Array) -> Array:
         """On its device."""
         return weight
-
-    def in_memory(self) -> Self:
-        """It is."""
-        return self
-
-    def trainable_stage(self, index: int, state: tuple[PyTree, Streams]) -> TrainableStage:
-        """Raises RecipeError: a group of weights is no layer."""
-        raise RecipeError("refine is for decoders")
 
 
 def _choose(
