@@ -38,7 +38,7 @@ class MissingPackageError(Prox24Error, ImportError):
 
 
 def missing_package(user: str, error: ModuleNotFoundError) -> MissingPackageError | None:
-    """The sentence for a module that the extra `llm` brings; None for one of prox24 itself."""
+    """The error for a package that is not installed; None for a module of prox24 itself."""
     package = (error.name or "prox24").partition(".")[0]
     if package == "prox24":
         return None

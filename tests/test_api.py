@@ -114,23 +114,6 @@ def test_a_loaded_model_is_pruned_like_any_function(tmp_path):
     assert all(prox24.is_sparse(pruned.params[name]) for name in names)
 
 
-@pytest.mark.parametrize("text", [{"samples": 0}, {"sequence_length": 1}], ids=str)
-def test_a_text_of_no_windows_is_refused(text):
-    with pytest.raises(prox24.errors.CalibrationError, match=next(iter(text))):
-        prox24.Text(**text)
-
-
-@pytest.mark.parametrize(
-    "tokens",
-    [np.zeros(8, np.int32), np.zeros((2, 8)), np.full((2, 8), 260), np.full((2, 8), -1)],
-    ids=["one axis", "floats", "too large", "negative"],
-)
-def test_tokens_that_are_no_windows_are_refused(tmp_path, tokens):
-    write_tiny(tmp_path / "model")
-    with pytest.raises(prox24.errors.CalibrationError, match="tokens"):
-        prox24.perplexity(tmp_path / "model", tokens)
-
-
 def test_reports_are_dataclasses_that_json_holds(tmp_path):
     write_tiny(tmp_path / "model")
     windows = np.random.default_rng(0).integers(0, 260, (4, 32))

@@ -23,9 +23,8 @@ def keep_programs() -> None:
     """Has JAX keep what it compiles in a folder of the cache, and read it from there.
 
     Each processor and each release has a folder of its own, so that a home folder that machines
-    share never gives one a program of another. The folders that were used last stay. Without a
-    folder that can be written, and where the environment or JAX's configuration decides, nothing
-    is done.
+    share never gives one a program of another. The folders that were used last stay. Nothing is
+    done without a folder that can be written, or where the user has set JAX's own cache.
     """
     import jax
 
@@ -38,9 +37,9 @@ def keep_programs() -> None:
         os.utime(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, RuntimeError):
+        _keep_latest(cache)
+    except (OSError, RuntimeError):  # a folder may go while another process looks at it
         return
-    _keep_latest(cache)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -55,7 +54,7 @@ def _keep_latest(cache: Path) -> None:
 
 
 def _key() -> str:
-    """Of what a program depends on and JAX's own key lacks: the processor, and the releases."""
+    """A name for the processor and the releases of JAX, which JAX's own keys leave out."""
     releases = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
     said = repr([_processor(), platform.machine(), platform.system(), releases])
     return hashlib.sha256(said.encode()).hexdigest()[:16]

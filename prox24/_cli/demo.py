@@ -52,7 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
     from prox24._checkpoints.checkpoint import open_checkpoint
     from prox24._checkpoints.tensors import writing
     from prox24._cli.demo_model import fetch_model
-    from prox24._jobs import page
     from prox24._jobs.evaluate import perplexity
     from prox24._jobs.output import peak_memory_bytes, print_json, print_table, whole_bar
     from prox24._jobs.prune import prune
@@ -107,28 +106,39 @@ def run(arguments: argparse.Namespace) -> int:
             measured = perplexity(folder, evaluation, quiet=quiet).to_dict()
             seconds = time.perf_counter() - began
             rows.append({"method": shown, **measured, **figures, "seconds": seconds})
-    dense, last = rows[0], rows[-1]
-    meaning = (
-        f"Half of the weights are zero. Perplexity was {dense['perplexity']:.1f}, "
-        f"and is {last['perplexity']:.1f} with the default; 1 would be a perfect prediction."
-    )
-    perplexities = {row["method"]: row["perplexity"] for row in rows}
-    sections = [
-        page.section("Perplexity", page.bars(perplexities), page.paragraph(meaning)),
-        page.section("Figures", page.table(map(_cells, rows), COLUMNS)),
-    ]
     place = arguments.output / "report.html"
     with writing(place):
-        text = page.page("prox24 demo: SmolLM2-135M, 2:4", *sections, *report.html_sections())
-        place.write_text(text, encoding="utf-8")
+        place.write_text(_page(rows, report.html_sections()), encoding="utf-8")
     if arguments.json:
         print_json({"rows": rows, "peak_memory_bytes": peak_memory_bytes()})
         return 0
     print_table(COLUMNS, [_cells(row) for row in rows])
-    print(meaning)
-    print(f"{place} shows losses and a mask. Load the last row with transformers (and torch):")
-    print(f'  AutoModelForCausalLM.from_pretrained("{last["folder"]}")')
+    print(_meaning(rows))
+    print(f"Open {place}: it shows the loss of each layer, and a mask.")
+    print("Load the model of the last row with transformers (and torch):")
+    print(f'  AutoModelForCausalLM.from_pretrained("{rows[-1]["folder"]}")')
     return 0
+
+
+def _meaning(rows: list[dict[str, Any]]) -> str:
+    dense, last = (row["perplexity"] for row in (rows[0], rows[-1]))
+    return (
+        f"Half of the weights are zero now. Perplexity rose from {dense:.1f} to {last:.1f} with "
+        "the default method. Lower is better."
+    )
+
+
+def _page(rows: list[dict[str, Any]], of_last: list[str]) -> str:
+    """The rows, and the sections about the last one."""
+    from prox24._jobs import page
+
+    perplexities = {row["method"]: row["perplexity"] for row in rows}
+    return page.page(
+        "prox24 demo: SmolLM2-135M, 2:4",
+        page.section("Perplexity", page.bars(perplexities), page.paragraph(_meaning(rows))),
+        page.section("Figures", page.table(map(_cells, rows), COLUMNS)),
+        *of_last,
+    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The folder of what is built or compiled once."""
+"""The folder of kernels and programs that are compiled once."""
 
 import os
 from pathlib import Path

@@ -30,9 +30,9 @@ _WHOLE: ContextVar[_Step | None] = ContextVar("whole", default=None)
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[Advance]:
-    """A bar on standard error with what was done last, its relative loss, and the time left.
+    """A bar on standard error: the last step, its relative loss, and the time left.
 
-    Inside `whole_bar` it moves that bar instead.
+    Inside `whole_bar` the steps move that bar.
     """
     whole = _WHOLE.get()
     if whole is not None:
@@ -44,7 +44,7 @@ def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> I
 
 @contextlib.contextmanager
 def whole_bar(title: str, parts: int, quiet: bool) -> Iterator[None]:
-    """One bar for several jobs: each bar inside is one of its parts."""
+    """One bar for several jobs: each `progress_bar` inside is one part."""
     with _bar(title, parts, quiet) as step:
         token = _WHOLE.set(step)
         try:
@@ -74,7 +74,7 @@ def _bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a job returns: it prints as a table and has a JSON form."""
+    """The result of a job. It prints as a table, and has JSON and HTML forms."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""

@@ -23,7 +23,7 @@ svg { border: 1px solid #999; max-width: 100%; }
 
 
 def page(title: str, *sections: str) -> str:
-    """An HTML document of sections that are HTML already."""
+    """An HTML document. The sections are HTML, the title is plain text."""
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n"
@@ -32,7 +32,7 @@ def page(title: str, *sections: str) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what is under it, which is HTML already."""
+    """A heading with its parts. The parts are HTML, the title is plain text."""
     return "\n".join([f"<h2>{html.escape(title)}</h2>", *parts])
 
 
@@ -53,7 +53,7 @@ def table(rows: Iterable[Sequence[str]], columns: Sequence[str] = ()) -> str:
 
 
 def bars(values: Mapping[str, float]) -> str:
-    """Positive numbers, as bars on a logarithmic scale from the least of them."""
+    """Positive numbers as bars on a logarithmic scale; the smallest number has the shortest bar."""
     logs = np.log(list(values.values()))
     widths = 20 + 380 * (logs - logs.min()) / max(float(np.ptp(logs)), 1e-9)
     rows = (
@@ -66,7 +66,7 @@ def bars(values: Mapping[str, float]) -> str:
 
 
 def heat_map(losses: Mapping[str, float]) -> str:
-    """A loss for each tensor: a row for each layer, a column for each kind, darker where larger."""
+    """Losses of tensors: a row for each layer, a column for each kind. Large losses are dark."""
     places = {name: _place(name) for name in losses}
     columns = list(dict.fromkeys(column for _, column in places.values()))
     layers = list(dict.fromkeys(layer for layer, _ in places.values()))
@@ -91,7 +91,7 @@ def heat_map(losses: Mapping[str, float]) -> str:
 
 
 def picture(mask: NDArray[np.bool_], group: int | None) -> str:
-    """An SVG of a bool matrix: a square for each nonzero, a line between groups of columns."""
+    """A bool matrix as SVG: a square for each True, a line between groups of columns."""
     rows, columns = mask.shape
     squares = "".join(f"M{j} {i}h1v1h-1z" for i, j in np.argwhere(mask))
     lines = "".join(f"M{j} 0v{rows}" for j in range(group, columns, group)) if group else ""

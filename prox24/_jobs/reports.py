@@ -103,7 +103,7 @@ class PruneReport(Report):
         return page.page(f"{self.source}, pruned", *self.html_sections())
 
     def html_sections(self) -> list[str]:
-        """The parts of the page, in the order in which they are read."""
+        """The sections of the page, in reading order."""
         losses = {linear.name: linear.statistics.relative_loss for linear in self.linears}
         return [
             page.section("Result", page.table(self._rows()), page.paragraph(self.remark)),
@@ -118,7 +118,7 @@ class PruneReport(Report):
         ]
 
     def _mask_section(self) -> list[str]:
-        """A corner of the first linear's mask, as it was written."""
+        """The first rows and columns of a mask, read from the written model."""
         if not self.linears:
             return []
         checkpoint, native = torchax.open_any(self.destination)
