@@ -17,10 +17,10 @@ class ALPS:
     """The settings of ALPS, to be followed by 10 conjugate gradient steps, with damping 0.01.
 
     Rho grows every 3 steps, by a factor of 1.3, 1.2 or 1.1 where over 10%, over 0.5% or anything of
-    the support changed. ALPS starts with U = 0 and the update of W, here U follows from the first
-    projection; it returns the projection of W, here that of W + U; it stops at less than 0.03%
-    changed from step 30 on only, and restarts with a smaller rho where its first steps change
-    nothing.
+    the support changed. ALPS starts with U = 0 and the update of W. Here U follows from the first
+    projection. ALPS returns the projection of W, here it is the projection of W + U. ALPS stops
+    when less than 0.03% changed, from step 30 on. It restarts with a smaller rho where its first
+    steps change nothing.
 
     References:
       "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
