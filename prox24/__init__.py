@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prox24._jobs.torchax import from_torch as from_torch
     from prox24._jobs.verify import verify as verify
     from prox24._pruning.recipe import DenseTargets as DenseTargets
+    from prox24._pruning.recipe import HeadBasis as HeadBasis
     from prox24._pruning.recipe import Recipe as Recipe
     from prox24._solvers.admm import ADMM as ADMM
     from prox24._solvers.hyperparameters import hyperparameters as hyperparameters
@@ -73,7 +74,7 @@ _PLACES = {
     "_jobs.text": ("Text",),
     "_jobs.torchax": ("from_torch",),
     "_jobs.verify": ("verify",),
-    "_pruning.recipe": ("DenseTargets", "Recipe"),
+    "_pruning.recipe": ("DenseTargets", "HeadBasis", "Recipe"),
     "refine._blocks": ("BlockRefinement",),
     "refine._model": ("ModelRefinement",),
     "_solvers.admm": ("ADMM",),
@@ -102,6 +103,7 @@ _PLACES = {
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 _SUBMODULES = {
     "planes": "_core.planes",
+    "basis": "_solvers.basis",
     "optax": "optax",
     "refine": "refine",
     "packed": "packed",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prox24._core.pattern import AnyPattern, as_any_pattern
-from prox24._pruning.recipe import PRESETS, DenseTargets, Recipe
+from prox24._pruning.recipe import PRESETS, DenseTargets, HeadBasis, Recipe
 from prox24._solvers.solve import REFITS
 from prox24.errors import RecipeError
 from prox24.refine._blocks import BlockRefinement
@@ -23,12 +23,14 @@ OF_RECIPE = ("pattern", "damping", "only", "skip", "keep_dense", "dtype")
 
 PARTS: dict[str, tuple[str, str, type, str]] = {
     "targets": ("pruned", "dense", DenseTargets, ""),
+    "basis": ("none", "heads", HeadBasis, "basis_"),
     "refine": ("none", "block", BlockRefinement, "refine_"),
 }
 """Parts of a recipe that are off or on, with their classes and the prefixes of their options."""
 
 PARTS_HELP = {
     "targets": "each linear reproduces its own output in the pruned model, or the dense model's",
+    "basis": "learn a basis for each attention head in which the pattern costs less, or do not",
     "refine": "train what is kept of each layer, or do not",
 }
 

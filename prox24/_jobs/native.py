@@ -18,9 +18,11 @@ from prox24._jobs import forward
 from prox24._jobs.activations import ActivationFiles
 from prox24._jobs.forward import HiddenStates, Model
 from prox24._jobs.observe import observe_layer
+from prox24._models.heads import attention_ties
 from prox24._pruning.grams import Sums, empty_columns, empty_gram, over_devices
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import Inputs, Linear, Runner, Streams, TrainableStage
+from prox24._pruning.runner import Inputs, Linear, Runner, Side, Streams, TrainableStage
+from prox24._solvers.basis import Places
 from prox24.errors import CalibrationError
 
 
@@ -64,6 +66,18 @@ class NativeRunner(Runner[Hidden]):
 
     def tensors(self, index: int) -> list[str]:
         return list(self._names(index).values())
+
+    def ties(self, index: int) -> list[list[Side]]:
+        """What may be turned in attention."""
+        config, names = self.model.config, self._names(index)
+        linears = {linear.weight: linear for linear in forward.layer_linears(config, index)}
+
+        def side(name: str, axis: int, places: Places) -> Side:
+            linear, bias = linears[f"{name}.weight"], names.get(f"{name}.bias")
+            return Side(linear.tensor, bias if axis == 0 else None, linear.input, axis, places)
+
+        ties = attention_ties(config.layers[index].attention)
+        return [[side(*each) for each in tie] for tie in ties]
 
     def weights(self, index: int) -> dict[str, Array]:
         """The tensors of a layer as the checkpoint has them; linears are (out, in)."""

@@ -22,6 +22,7 @@ from prox24._checkpoints.unfinished import (
     unfinished_folder,
 )
 from prox24._checkpoints.writer import OUTPUTS, check_destination, check_tensor, fill_folder
+from prox24._core.pattern import AnyPattern
 from prox24._core.placement import common_mesh
 from prox24._jobs import torchax
 from prox24._jobs.forward import load_model
@@ -38,7 +39,6 @@ from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
 from prox24._pruning.runner import Runner
 from prox24.errors import DiskError, Prox24Error, RecipeError
-from prox24.refine._blocks import BlockRefinement
 
 
 def prune(
@@ -155,14 +155,14 @@ def prune(
         chosen, quiet = loop.check(runner, recipe), quiet or not is_first()
         if not unfinished.entries:  # else the run before has looked
             _check_tensors(checkpoint, recipe.dtype, quiet)
-        if recipe.refine is not None:
-            unfinished = _whole_layers(unfinished, runner, recipe.refine)
         dense = loop.most_lossy(runner.in_memory(), recipe)
-        done = len(chosen.keys() & unfinished.finished.keys())
+        pruned = {tensor: own for tensor, own in chosen.items() if tensor not in dense}
+        unfinished = _whole_layers(unfinished, runner, recipe, pruned)
+        done = len(pruned.keys() & unfinished.finished.keys())
         entries, written = unfinished.entries, set(unfinished.entries)
         figures = [entry["figures"] for entry in entries.values() if "figures" in entry]
 
-        with progress_bar("prune", len(chosen.keys() - dense), quiet, done) as advance:
+        with progress_bar("prune", len(pruned), quiet, done) as advance:
 
             def note(file: Written | None, tensor: PrunedTensor) -> None:
                 own = [report.figures() for report in tensor.reports]
@@ -235,14 +235,16 @@ def _common_folder(
 
 
 def _whole_layers(
-    unfinished: Unfinished, runner: Runner[Any], refine: BlockRefinement
+    unfinished: Unfinished, runner: Runner[Any], recipe: Recipe, chosen: Mapping[str, AnyPattern]
 ) -> Unfinished:
-    """Without the tensors of a layer that is not all there, which is refined anew as a whole."""
-    layers = [loop.trained_tensors(runner, index, refine) for index in range(runner.stages)]
-    whole = {name for names in layers if names <= unfinished.entries.keys() for name in names}
+    """Without the tensors of which only some are there that are pruned together."""
+    stages = range(runner.stages)
+    together = [loop.pruned_together(runner, index, recipe, chosen) for index in stages]
+    there = unfinished.entries.keys()
+    partial = {name for names in together if not names <= there for name in names}
     return unfinished._replace(
-        entries={name: entry for name, entry in unfinished.entries.items() if name in whole},
-        finished={name: tensor for name, tensor in unfinished.finished.items() if name in whole},
+        entries={name: entry for name, entry in unfinished.entries.items() if name not in partial},
+        finished={name: x for name, x in unfinished.finished.items() if name not in partial},
     )
 
 

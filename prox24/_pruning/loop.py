@@ -16,6 +16,7 @@ from prox24._core.precision import working_dtype
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import BlockReport, LinearReport
 from prox24._pruning.runner import Inputs, Linear, Runner, State, Streams, check_widths
+from prox24._pruning.turns import tied_tensors, ties_of, turn
 from prox24._solvers.problem import LayerProblem, correct_inputs
 from prox24._solvers.scores import Wanda
 from prox24._solvers.solve import explain, solve
@@ -51,8 +52,9 @@ def prune_stages(
     """Prunes every linear of every stage, but for those that are in `dense`.
 
     For each stage the Grams of its linears are gathered while it is dense, from the outputs of the
-    pruned stages before it. Each linear is solved, and the stage runs again, pruned, to feed the
-    next. A linear that saw no token, as an expert may, is pruned as if its Gram were the identity.
+    pruned stages before it. Heads are turned to the basis that is learnt for them. Each linear is
+    solved, and the stage runs again, pruned, to feed the next. A linear that saw no token, as an
+    expert may, is pruned as if its Gram were the identity.
 
     Tensors in `finished` were pruned and written before: they are run, not yielded. Each other
     linear is yielded when it is solved; with a refinement every trained tensor of a stage is
@@ -66,18 +68,24 @@ def prune_stages(
         given = runner.weights(index)
         linears = [linear for linear in runner.linears(index) if linear.tensor in chosen]
         trained = trained_tensors(runner, index, refine)
-        names = [name for name in given if name in finished]
-        if not trained.issubset(names):
-            names = []  # A stage is refined as a whole.
+        together = pruned_together(runner, index, recipe, chosen)
+        names = {name for name in given if name in finished}
+        anew = not together <= names
+        if anew:
+            names -= together
         written = {name: runner.loaded(name, finished[name].read()) for name in names}
         weights = given | written
         remaining = [linear for linear in linears if linear.tensor not in written]
         # The dense model moves on by the same program in a run that goes on, to the last bit.
-        inputs: Mapping[str, list[Inputs]] = {}
+        inputs: dict[str, list[Inputs]] = {}
         if remaining or streams.dense:
             wanted = {linear.input for linear in linears}
-            inputs, state = runner.observe(index, given, state, wanted)
+            observed, state = runner.observe(index, given, state, wanted)
+            inputs = dict(observed)
+            del observed
         del given  # of which `weights` holds what is needed
+        if anew:
+            turn(runner, index, recipe, chosen, weights, inputs)
         reports: dict[str, tuple[LinearReport, ...]] = {}
         for linear in remaining:
             name, weight = linear.tensor, weights[linear.tensor]
@@ -88,12 +96,17 @@ def prune_stages(
             if refine is None:
                 yield PrunedTensor(name, runner.stored(name, weights[name]), reports[name])
         del inputs
-        if refine is not None and trained and not written:
-            weights |= {name: _rounded(runner, recipe, name, weights[name]) for name in trained}
-            outcome = _refine(runner, index, weights, state, refine, trained, chosen)
-            for name in (name for name in weights if name in trained):
-                own = tuple(report._replace(refinement=outcome) for report in reports.get(name, ()))
-                yield PrunedTensor(name, runner.stored(name, weights[name]), own)
+        if anew:
+            rest = together if refine is not None else together - reports.keys()
+            weights |= {name: _rounded(runner, recipe, name, weights[name]) for name in rest}
+            if refine is not None:
+                outcome = _refine(runner, index, weights, state, refine, trained, chosen)
+                reports = {
+                    name: tuple(report._replace(refinement=outcome) for report in own)
+                    for name, own in reports.items()
+                }
+            for name in (name for name in weights if name in rest):
+                yield PrunedTensor(name, runner.stored(name, weights[name]), reports.get(name, ()))
         state = runner.advance(index, weights, state)
         del weights, written
 
@@ -203,6 +216,17 @@ def _rounded(runner: Runner[State], recipe: Recipe, tensor: str, values: Array) 
     if not jnp.isfinite(rounded).all():
         raise CheckpointError(f"tensor {tensor} overflows {dtype}; choose another dtype")
     return rounded
+
+
+def pruned_together(
+    runner: Runner[State], index: int, recipe: Recipe, chosen: Mapping[str, AnyPattern]
+) -> set[str]:
+    """The tensors of a stage that are pruned anew where one of them is missing.
+
+    A refinement trains a stage as a whole, and a basis is learnt for linears that share it.
+    """
+    trained = trained_tensors(runner, index, recipe.refine)
+    return trained | tied_tensors(ties_of(runner, index, recipe, chosen))
 
 
 def trained_tensors(runner: Runner[State], index: int, refine: BlockRefinement | None) -> set[str]:

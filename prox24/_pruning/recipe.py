@@ -51,6 +51,29 @@ class DenseTargets:
             raise ValueError(f"pull {self.pull} is not a positive number")
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadBasis:
+    """A basis is learnt for each attention head, in which the pattern costs less.
+
+    An orthogonal matrix stands between the rows of values and the columns that read them, and where
+    no positions come between, between queries and keys. The dense model computes the same, and the
+    pruned one takes no more time. Each layer is turned before it is pruned, if both sides are
+    pruned to N:M. See `prox24.basis.learn` for the mathematics.
+
+    Attributes:
+      steps: of Adam, for each layer.
+
+    Raises:
+      ValueError: the steps are not positive.
+    """
+
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps} is not a positive number")
+
+
 PatternsByTensor = tuple[tuple[str, Pattern | Unstructured | str], ...]
 
 
@@ -70,6 +93,8 @@ class Recipe:
       damping: added to the diagonal of a Gram, in units of its mean.
       targets: `DenseTargets` to reproduce the dense model's outputs; None to reproduce each
         linear's own output on the pruned model's activations.
+      basis: `HeadBasis` to turn attention heads before they are pruned; None leaves them. Models
+        without attention that is known here, and parameters of a function, are left.
       refine: trains what is kept of each layer after it is pruned; None does not.
       only: regular expression; only tensors in whose names it is found are pruned.
       skip: regular expression; tensors in whose names it is found stay dense.
@@ -91,6 +116,7 @@ class Recipe:
     pattern: PatternLike | Unstructured | str | PatternsByTensor = Pattern(2, 4)
     damping: float = 0.01
     targets: DenseTargets | None = DenseTargets()
+    basis: HeadBasis | None = None
     refine: BlockRefinement | None = None
     only: str | None = None
     skip: str | None = None
@@ -265,7 +291,9 @@ class Recipe:
         path.write_text(text, encoding="utf-8")
 
 
-REGISTERED |= {cls.__name__: cls for cls in (DenseTargets, BlockRefinement, Unstructured)}
+REGISTERED |= {
+    cls.__name__: cls for cls in (DenseTargets, HeadBasis, BlockRefinement, Unstructured)
+}
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "admm": Recipe,

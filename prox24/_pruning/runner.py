@@ -9,6 +9,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from prox24._pruning.recipe import Recipe
+from prox24._solvers.basis import Places
 from prox24.errors import CheckpointError, RecipeError
 
 State = TypeVar("State")
@@ -26,6 +27,16 @@ class Linear(NamedTuple):
     tensor: str
     input: str
     width: int
+
+
+class Side(NamedTuple):
+    """A linear whose outputs (axis 0) or inputs (axis 1) may be turned; see `prox24.basis`."""
+
+    tensor: str
+    bias: str | None  # turned with its outputs
+    input: str
+    axis: int
+    places: Places
 
 
 class Inputs(NamedTuple):
@@ -69,6 +80,10 @@ class Runner(Protocol[State]):
 
     def tensors(self, index: int) -> Collection[str]:
         """The names of a stage's tensors."""
+
+    def ties(self, index: int) -> Sequence[Sequence[Side]]:
+        """The linears of a stage that may be turned together, of one matrix each."""
+        return []
 
     def weights(self, index: int) -> dict[str, Array]:
         """The dense weights of a stage, by tensor."""

@@ -1,0 +1,47 @@
+"""What may be turned in attention, head by head, without a change of its function."""
+
+import numpy as np
+
+from prox24._models.spec import Attention
+from prox24._solvers.basis import Places, places_of
+
+Ties = list[list[tuple[str, int, Places]]]
+"""Linears that make or read the same vectors: name, axis that is turned, and its places."""
+
+
+def attention_ties(attention: Attention) -> Ties:
+    """The values with what reads them, and the queries with the keys where positions allow it.
+
+    A head's values go through sums of tokens alone. Its queries and keys meet in a product, but a
+    rotation by position, a norm or a bound comes before it; what a rope leaves alone is free.
+    """
+    if attention.clip is not None:
+        return []
+    rows = _rows(attention)
+    linear = dict.fromkeys("qkv", "self_attn.qkv_proj") if attention.fused else _SEPARATE
+    heads, group = attention.key_value_heads, attention.heads // attention.key_value_heads
+    read = places_of(heads, attention.head_dim, group)
+    ties: Ties = [[(linear["v"], 0, rows["v"]), ("self_attn.o_proj", 1, read)]]
+    rotated = 0 if attention.rope is None else 2 * len(attention.rope.frequencies)
+    if attention.norm is None and rotated < attention.head_dim:
+        ties.append([(linear[part], 0, rows[part][..., rotated:]) for part in "qk"])
+    return ties
+
+
+_SEPARATE = {part: f"self_attn.{part}_proj" for part in "qkv"}
+
+
+def _rows(attention: Attention) -> dict[str, Places]:
+    """The rows of queries, keys and values, shape (key heads, members, head_dim)."""
+    heads, width = attention.key_value_heads, attention.head_dim
+    group = attention.heads // heads
+    if attention.fused == "groups":
+        rows = places_of(heads, width, group + 2)
+        return dict(zip("qkv", np.split(rows, (group, group + 1), axis=1), strict=True))
+    queries, keys = attention.heads * width, heads * width
+    fused = attention.fused == "rows"
+    return {
+        "q": places_of(heads, width, group),
+        "k": places_of(heads, width, start=queries * fused),
+        "v": places_of(heads, width, start=(queries + keys) * fused),
+    }

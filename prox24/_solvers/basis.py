@@ -1,0 +1,253 @@
+"""Changes of basis between linears: the function stays, and a pattern costs less.
+
+A hidden vector h of width d is made by the rows of one matrix, h = V x, and read by the columns of
+another, y = O h. For every orthogonal R, of shape (d, d), the matrices R^T V and O R compute the
+same y. Their 2:4 forms do not: R is learnt so that each block of four holds two weights that
+matter little (docs/theory.md, section 19).
+
+In attention a head's values are such a vector, and its queries and keys are where nothing comes
+between them: (R^T q) (R^T k) = q k. There is an R for each head.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from prox24._core.masks import top_mask
+from prox24._core.pattern import Pattern, PatternLike, as_pattern
+from prox24._core.placement import replicated
+from prox24._core.precision import PRECISION
+from prox24._solvers.damping import damped_gram, damped_inverse
+from prox24._solvers.problem import quadratic_loss
+
+RATE = 0.01
+"""Of Adam at the first step; it falls to zero as a cosine."""
+
+AnyArray = TypeVar("AnyArray", Array, NDArray[np.floating])
+
+Places = NDArray[np.integer]
+"""Rows or columns of a weight, shape (heads, members, d): the members of a head share its R."""
+
+Side = tuple[int, Pattern]
+"""The axis that is turned, and the pattern along the other: what is static of a part."""
+
+
+class Part(NamedTuple):
+    """A linear on one side of the change.
+
+    Attributes:
+      weight: shape (out, in).
+      gram: of its inputs, shape (in, in); None where every weight costs its square.
+      axis: 0 if its outputs are turned, 1 if its inputs are.
+      places: which of them, shape (heads, members, d).
+      pattern: that it is pruned to.
+    """
+
+    weight: Array
+    gram: Array | None
+    axis: int
+    places: Places
+    pattern: PatternLike = Pattern(2, 4)
+
+
+def places_of(heads: int, width: int, members: int = 1, start: int = 0) -> Places:
+    """Consecutive places: of each head, its members one after the other.
+
+    Example:
+      >>> places_of(heads=2, width=4).tolist()
+      [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    """
+    return start + np.arange(heads * members * width).reshape(heads, members, width)
+
+
+def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArray:
+    """R^T V for axis 0, O R for axis 1, R^T b for a vector; of NumPy's arrays or of JAX's.
+
+    Args:
+      array: weight (out, in), Gram (in, in) or bias (out,).
+      turn: R, shape (heads, d, d).
+      places: of the axis, shape (heads, members, d); the others are left.
+      axis: that is turned.
+
+    Returns:
+      An array of the same shape, in the dtype of both; JAX's in true float32.
+
+    Example:
+      >>> swap = np.array([[[0.0, 1.0], [1.0, 0.0]]])
+      >>> turned(np.array([[1.0, 2.0, 3.0]]), swap, places_of(1, 2), axis=1).tolist()
+      [[2.0, 1.0, 3.0]]
+    """
+    if isinstance(array, np.ndarray):
+        moved = np.moveaxis(array, axis, -1).astype(np.result_type(array, turn))
+        moved[..., places] = np.einsum("...hmi,hij->...hmj", moved[..., places], turn)
+        return np.moveaxis(moved, -1, axis)
+    moved = jnp.moveaxis(array, axis, -1)
+    new = jnp.einsum("...hmi,hij->...hmj", moved[..., places], turn, precision=PRECISION)
+    return jnp.moveaxis(moved.at[..., places].set(new), -1, axis)
+
+
+def orthogonal(matrix: AnyArray) -> AnyArray:
+    """The Q of a QR decomposition whose R has a positive diagonal; shape (..., d, d)."""
+    xp: Any = np if isinstance(matrix, np.ndarray) else jnp
+    q, r = xp.linalg.qr(matrix)
+    negative = xp.diagonal(r, axis1=-2, axis2=-1) < 0
+    return cast(AnyArray, xp.where(negative[..., None, :], -q, q))
+
+
+def learn(
+    parts: Sequence[Part],
+    *,
+    damping: ArrayLike = 0.01,
+    exponent: ArrayLike = 0.5,
+    steps: ArrayLike = 100,
+) -> Array:
+    """Learns an orthogonal R for each head, from the identity.
+
+    Minimises, over all parts, the sum of w^2 s over the M - N smallest of each block of M, relative
+    to tr(W G W^T). With G the damped Gram of the part's inputs, turned with them, a column costs
+    s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the Q of a QR decomposition. Adam takes a rate that
+    falls from 0.01 to 0 as a cosine, with gradients clipped to norm 1.
+
+    Args:
+      parts: the linears that make or read the same hidden vectors.
+      damping: of Grams, in units of the mean of their diagonals.
+      exponent: what the kept weights of a row do for a pruned one: nothing at 0, all they can at 1.
+      steps: of Adam.
+
+    Returns:
+      R, shape (heads, d, d), in the dtype of the weights.
+
+    Raises:
+      ValueError: the parts differ in heads or width, or M does not divide an input width.
+
+    Example:
+      >>> v, o = jnp.eye(8) + 0.1, jnp.eye(8) - 0.1
+      >>> parts = [Part(v, jnp.eye(8), 0, places_of(1, 8)), Part(o, jnp.eye(8), 1, places_of(1, 8))]
+      >>> turn = learn(parts, steps=10)
+      >>> bool(objective(turn, parts) < objective(jnp.eye(8)[None], parts))
+      True
+    """
+    sides = _checked(parts)
+    prepared = [_prepared(part, damping) for part in parts]
+    exponent = jnp.asarray(exponent, parts[0].weight.dtype)
+    return _learn(prepared, exponent, jnp.asarray(steps), sides)
+
+
+def objective(
+    turn: Array,
+    parts: Sequence[Part],
+    *,
+    damping: ArrayLike = 0.01,
+    exponent: ArrayLike = 0.5,
+) -> Array:
+    """What `learn` minimises, a scalar; its arguments are those of `learn`."""
+    sides = _checked(parts)
+    prepared = [_prepared(part, damping) for part in parts]
+    return _objective(turn, prepared, jnp.asarray(exponent, turn.dtype), sides)
+
+
+def _checked(parts: Sequence[Part]) -> tuple[Side, ...]:
+    shapes = {part.places.shape[::2] for part in parts}
+    if len(shapes) != 1:
+        raise ValueError(f"the parts have places of {sorted(shapes)} (heads, width), not of one")
+    sides = tuple((part.axis, as_pattern(part.pattern)) for part in parts)
+    for part, (axis, pattern) in zip(parts, sides, strict=True):
+        width = part.weight.shape[1]
+        if width % pattern.group:
+            raise ValueError(f"{pattern.group} does not divide the width of {part.weight.shape}")
+        if axis == 1 and not np.array_equal(part.places.ravel(), np.arange(width)):
+            raise ValueError(f"all inputs of {part.weight.shape} are turned, in order, or none")
+    return sides
+
+
+class _Prepared(NamedTuple):
+    """A part in the shape of its heads.
+
+    Attributes:
+      weight: shape (heads, members, d, others); the others are inputs of a maker, outputs of a
+        reader.
+      gram: of a maker, the diagonal (others,) of its damped Gram; of a reader, the blocks of a
+        head, shape (heads, members, d, d).
+      inverse: the same of its inverse.
+      scale: of the sum, one by tr(W G W^T).
+    """
+
+    weight: Array
+    gram: Array
+    inverse: Array
+    scale: Array
+
+
+def _prepared(part: Part, damping: ArrayLike) -> _Prepared:
+    gram = part.gram
+    if gram is None:
+        gram, damping = jnp.eye(part.weight.shape[1], dtype=part.weight.dtype), 0.0
+    damping = jnp.asarray(damping, part.weight.dtype)
+    return _prepare(part.weight, gram, jnp.asarray(part.places), damping, part.axis)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _prepare(weight: Array, gram: Array, places: Array, damping: Array, axis: int) -> _Prepared:
+    inverse, damping = damped_inverse(gram, damping)
+    damped = damped_gram(gram, damping)
+    heads = jnp.moveaxis(weight, axis, 0)[places]
+    if axis == 0:
+        whole = quadratic_loss(weight[places.ravel()], damped)
+        costs = jnp.diagonal(damped), jnp.diagonal(inverse)
+    else:
+        whole = quadratic_loss(weight, damped)
+        at = places[..., :, None], places[..., None, :]
+        costs = damped[at], inverse[at]
+    prepared = _Prepared(heads, *costs, 1 / jnp.where(whole > 0, whole, 1))
+    return jax.tree.map(replicated, prepared)
+
+
+def _objective(
+    turn: Array, parts: Sequence[_Prepared], exponent: Array, sides: tuple[Side, ...]
+) -> Array:
+    def lost(part: _Prepared, side: Side) -> Array:
+        axis, pattern = side
+        new = jnp.einsum("hij,hmik->hmjk", turn, part.weight, precision=PRECISION)
+        gram, inverse = part.gram, part.inverse
+        if axis == 1:
+            gram, inverse = (
+                jnp.einsum("hij,hmik,hkj->hmj", turn, blocks, turn, precision=PRECISION)[..., None]
+                for blocks in (gram, inverse)
+            )
+        costs = jnp.square(new) * gram * (gram * inverse) ** -exponent
+        costs = costs.reshape(-1, costs.shape[-1])
+        kept = top_mask(lax.stop_gradient(costs), pattern, axis=1 - axis)
+        return part.scale * jnp.sum(jnp.where(kept, 0, costs))
+
+    return sum(map(lost, parts, sides), jnp.zeros((), turn.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="sides")
+def _learn(
+    parts: Sequence[_Prepared], exponent: Array, steps: Array, sides: tuple[Side, ...]
+) -> Array:
+    def rate(step: Array) -> Array:
+        return RATE * (1 + jnp.cos(math.pi * step / steps)) / 2
+
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    gradient = jax.grad(lambda free: _objective(orthogonal(free), parts, exponent, sides))
+
+    def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
+        free, moments = state
+        updates, moments = optimizer.update(gradient(free), moments)
+        return free + updates, moments
+
+    heads, _, width, _ = parts[0].weight.shape
+    identity = jnp.eye(width, dtype=parts[0].weight.dtype)
+    start = jnp.broadcast_to(identity, (heads, width, width))
+    free, _ = lax.fori_loop(0, steps, advance, (start, optimizer.init(start)))
+    return orthogonal(free)
