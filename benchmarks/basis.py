@@ -1,13 +1,13 @@
 """What a learnt basis of the attention heads is worth: layer losses, perplexity, seconds.
 
     python benchmarks/basis.py --calibration calib_mix.txt --texts austen.txt sotu.txt
-    python benchmarks/basis.py --models gemma.gguf FOLDER ...
+    python benchmarks/basis.py --models gemma.gguf gpt2 --rows default sparsegpt ...
 
-Every method prunes every model with and without it. Calibration windows are drawn at random by the
-seed; evaluation is on the first windows of each text. Losses are the geometric means over layers
-of the relative losses of values (v) and of their readers (o), of fused linears where v is a part of
-one. A line is appended to FOLDER/basis.csv after each run, and a run that is there already is
-skipped. The refined row trains what is kept of each layer, of each text 5 times.
+Every method prunes every model with the basis and without it. Calibration windows are drawn at
+random by the seed; evaluation is on the first windows of each text. Losses are geometric means over
+the layers: of the linear that makes the values, a fused one where they are a part of it, and of the
+linear that reads them. "refined" trains what is kept of each layer, five times over the windows. A
+line is appended to FOLDER/basis.csv after each run, and a run that is there already is skipped.
 """
 
 import dataclasses
@@ -21,22 +21,84 @@ from common import positive
 import prox24
 from prox24 import HeadBasis, Recipe
 
-LENGTH = 512
-METHODS = {
+MAKERS = ("v_proj", "qkv_proj", "query_key_value", "c_attn")
+READERS = ("o_proj", "out_proj", "self_attn.dense", "attention.dense", "attn.c_proj")
+RECIPES = {
     "magnitude": Recipe.magnitude(),
     "wanda": Recipe.wanda(),
     "sparsegpt": Recipe.sparsegpt(),
-    "default": Recipe(),
-    "default, 300 steps": Recipe(),
-    "refined": Recipe.best(5 * LENGTH * 16),
+    "default": dataclasses.replace(Recipe(), basis=None),
+    "refined": dataclasses.replace(Recipe(), basis=None, refine=prox24.BlockRefinement(passes=5)),
 }
-VALUES, READERS = ("v_proj", "qkv", "query_key_value", "c_attn"), ("o_proj", "out_proj", "dense")
 
 
-def mean_loss(report: prox24._jobs.reports.PruneReport, parts: tuple[str, ...]) -> float:
-    losses = [
-        linear.statistics.relative_loss
-        for linear in report.linears
-        if linear.name.split(".")[-2].endswith(parts)
+def mean_loss(losses: dict[str, float], parts: tuple[str, ...]) -> float:
+    found = [loss for name, loss in losses.items() if name.removesuffix(".weight").endswith(parts)]
+    return float(np.exp(np.mean(np.log(found))))
+
+
+def measure(
+    recipe: Recipe, model: Path, windows: np.ndarray, texts: dict[str, np.ndarray]
+) -> dict[str, object]:
+    """Prunes, and evaluates on every text."""
+    with tempfile.TemporaryDirectory() as folder:
+        pruned = Path(folder) / "pruned"
+        report = prox24.prune(model, pruned, recipe, calibration=windows, quiet=True)
+        found = {name: prox24.perplexity(pruned, w).perplexity for name, w in texts.items()}
+    losses = {linear.name: linear.statistics.relative_loss for linear in report.linears}
+    return {
+        "values_loss": mean_loss(losses, MAKERS),
+        "readers_loss": mean_loss(losses, READERS),
+        "mean_loss": report.mean_relative_loss,
+        "seconds": report.seconds,
+    } | found
+
+
+def main() -> None:
+    parser = common.parser_of(__doc__)
+    parser.add_argument("--models", type=Path, nargs="+", help="default: SmolLM2-135M-Instruct")
+    common.add_texts(parser)
+    parser.add_argument("--windows", type=positive, default=16)
+    parser.add_argument("--length", type=positive, default=512)
+    parser.add_argument("--rows", nargs="+", choices=RECIPES, default=["sparsegpt", "default"])
+    parser.add_argument("--steps", type=positive, nargs="+", default=[100], help="of the learner")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    common.add_output(parser)
+    arguments = parser.parse_args()
+    path, rows = arguments.output / "basis.csv", []
+    for model in arguments.models or [common.dense_model()]:
+        every = common.windows_of(model, arguments.calibration, None, arguments.length)
+        texts = {
+            text.stem: common.windows_of(
+                model, text, arguments.evaluation_windows, arguments.length
+            )
+            for text in arguments.texts
+        }
+        titles = ("model", "method", "steps", "windows", "seed")
+        figures = ("values_loss", "readers_loss", "mean_loss", "seconds", *texts)
+        for seed in arguments.seeds:
+            windows = common.drawn_windows(every, arguments.windows, seed)
+            for method in arguments.rows:
+                for steps in (0, *arguments.steps):
+                    values = (model.stem, method, steps, arguments.windows, seed)
+                    key = dict(zip(titles, values, strict=True))
+                    rows = common.read_rows(path, (*titles, *figures))
+                    if common.has_row(rows, key):
+                        continue
+                    basis = HeadBasis(steps) if steps else None
+                    recipe = dataclasses.replace(RECIPES[method], basis=basis)
+                    rows = common.add_row(path, key | measure(recipe, model, windows, texts))
+    lines = [
+        [row["model"], row["method"], row["steps"], row["seed"]]
+        + [f"{float(row[name]):.4f}" for name in figures[:3]]
+        + [f"{float(row[name]):.2f}" for name in texts]
+        + [f"{float(row['seconds']):.0f}"]
+        for row in rows
     ]
-    return float(np.exp(np.mean(np.log(losses)))) if losses else np.nan
+    common.show(
+        ("model", "method", "steps", "seed", "v", "o", "all", *texts, "seconds"), lines, left=2
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -175,8 +175,8 @@ class _Prepared(NamedTuple):
     Attributes:
       weight: shape (heads, members, d, others); the others are inputs of a maker, outputs of a
         reader.
-      gram: of a maker, the diagonal (others,) of its damped Gram; of a reader, the blocks of a
-        head, shape (heads, members, d, d).
+      gram: of a maker, the diagonal (1, 1, 1, others) of its damped Gram; of a reader, the blocks
+        of a head, shape (heads, members, d, d).
       inverse: the same of its inverse.
       scale: of the sum, one by tr(W G W^T).
     """
@@ -202,12 +202,12 @@ def _prepare(weight: Array, gram: Array, places: Array, damping: Array, axis: in
     heads = jnp.moveaxis(weight, axis, 0)[places]
     if axis == 0:
         whole = quadratic_loss(weight[places.ravel()], damped)
-        costs = jnp.diagonal(damped), jnp.diagonal(inverse)
+        damped, inverse = (jnp.diagonal(x)[None, None, None] for x in (damped, inverse))
     else:
         whole = quadratic_loss(weight, damped)
         at = places[..., :, None], places[..., None, :]
-        costs = damped[at], inverse[at]
-    prepared = _Prepared(heads, *costs, 1 / jnp.where(whole > 0, whole, 1))
+        damped, inverse = damped[at], inverse[at]
+    prepared = _Prepared(heads, damped, inverse, 1 / jnp.where(whole > 0, whole, 1))
     return jax.tree.map(replicated, prepared)
 
 
@@ -235,19 +235,23 @@ def _objective(
 def _learn(
     parts: Sequence[_Prepared], exponent: Array, steps: Array, sides: tuple[Side, ...]
 ) -> Array:
+    heads, _, width, _ = parts[0].weight.shape
+    identity = jnp.eye(width, dtype=parts[0].weight.dtype)
+
     def rate(step: Array) -> Array:
-        return RATE * (1 + jnp.cos(math.pi * step / steps)) / 2
+        return RATE * (1 + jnp.cos(math.pi * (step / steps).astype(identity.dtype))) / 2
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     gradient = jax.grad(lambda free: _objective(orthogonal(free), parts, exponent, sides))
 
     def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
         free, moments = state
-        updates, moments = optimizer.update(gradient(free), moments)
-        return free + updates, moments
+        found = gradient(free)
+        # Optax raises a float to an integer, which strict promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = optimizer.update(found, moments)
+        return optax.apply_updates(free, updates), moments
 
-    heads, _, width, _ = parts[0].weight.shape
-    identity = jnp.eye(width, dtype=parts[0].weight.dtype)
     start = jnp.broadcast_to(identity, (heads, width, width))
     free, _ = lax.fori_loop(0, steps, advance, (start, optimizer.init(start)))
     return orthogonal(free)
