@@ -29,7 +29,7 @@ from prox24._core.precision import PRECISION
 from prox24._solvers.damping import damped_gram, damped_inverse
 from prox24._solvers.problem import quadratic_loss
 
-RATE = 0.01
+RATE = 0.02
 """Of Adam at the first step; it falls to zero as a cosine."""
 
 AnyArray = TypeVar("AnyArray", Array, NDArray[np.floating])
@@ -115,7 +115,7 @@ def learn(
     Minimises, over all parts, the sum of w^2 s over the M - N smallest of each block of M, relative
     to tr(W G W^T). With G the damped Gram of the part's inputs, turned with them, a column costs
     s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the Q of a QR decomposition. Adam takes a rate that
-    falls from 0.01 to 0 as a cosine, with gradients clipped to norm 1.
+    falls from 0.02 to 0 as a cosine, with gradients clipped to norm 1.
 
     Args:
       parts: the linears that make or read the same hidden vectors.
