@@ -13,6 +13,7 @@ from prox24._jobs import forward
 from prox24._jobs.forward import Linear, Model
 from prox24._jobs.observe import layer_inputs, observe_layer
 from prox24._models import spec
+from prox24._models.heads import attention_ties
 from prox24._pruning.grams import Sums, empty_gram
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import check_widths
@@ -81,6 +82,7 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
     linears = _pruned_linears(model, index, setup.recipe)
     held = _held(_weights(model, index))
     pruned = _held(_weights(model, index, setup.recipe.dtype))
+    turned = 0 if setup.recipe.basis is None else _in_float32(model, index)
     grams = sum(4 * width**2 // setup.sharing(width) for width in _widths(linears).values())
     solving = {linear.tensor: _solving(linear, setup) for linear in _largest(linears, setup)}
     widest = max(solving, key=solving.__getitem__, default="")
@@ -88,7 +90,7 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
         weights=held,
         grams=grams,
         gather=_gathering(model, index, micro_batch, setup),
-        solve=held + pruned + grams * streams(setup.recipe) + solving.get(widest, 0),
+        solve=held + pruned + turned + grams * streams(setup.recipe) + solving.get(widest, 0),
         widest=widest,
     )
 
@@ -252,6 +254,16 @@ def refining_memory(
     step = block_step(apply, weights, hidden, hidden, recipe.refine, micro_batches)
     # The weights to begin with and the best ones are kept besides.
     return 2 * _held(weights) + _needed(step)
+
+
+def _in_float32(model: Model, index: int) -> int:
+    """What the weights of attention take more when they are turned, until they are rounded."""
+    weights = _weights(model, index)
+    ties = attention_ties(model.config.layers[index].attention)
+    names = {f"{linear}.weight" for tie in ties for linear, *_ in tie}
+    return sum(
+        (4 - weights[name].dtype.itemsize) * math.prod(weights[name].shape) for name in names
+    )
 
 
 def _held(weights: Mapping[str, Spec]) -> int:

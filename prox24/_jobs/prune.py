@@ -38,6 +38,7 @@ from prox24._pruning.loop import PrunedTensor
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
 from prox24._pruning.runner import Runner
+from prox24._pruning.turns import ties_of
 from prox24.errors import DiskError, Prox24Error, RecipeError
 
 
@@ -158,6 +159,8 @@ def prune(
         dense = loop.most_lossy(runner.in_memory(), recipe)
         pruned = {tensor: own for tensor, own in chosen.items() if tensor not in dense}
         unfinished = _whole_layers(unfinished, runner, recipe, pruned)
+        stages = range(runner.stages)
+        turned_layers = sum(bool(ties_of(runner, index, recipe, pruned)) for index in stages)
         done = len(pruned.keys() & unfinished.finished.keys())
         entries, written = unfinished.entries, set(unfinished.entries)
         figures = [entry["figures"] for entry in entries.values() if "figures" in entry]
@@ -199,6 +202,7 @@ def prune(
         calibration=described(calibration, windows),
         linears=[LinearReport.of_figures(figure) for figure in figures],
         kept_dense=sorted(dense),
+        turned_layers=turned_layers,
         resumed_linears=done,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),

@@ -31,6 +31,8 @@ class PruneReport(Report):
       calibration: the text, its windows and tokens.
       linears: one `LinearReport` for each linear that was pruned, in the order of pruning.
       kept_dense: the tensors that `keep_dense` of the recipe left dense.
+      turned_layers: the number whose attention heads were turned to a learnt basis; see
+        `prox24.HeadBasis`.
       resumed_linears: the number that the run before had done.
       seconds: wall-clock time of the job.
       peak_memory_bytes: the largest resident memory; None where it is not known.
@@ -44,6 +46,7 @@ class PruneReport(Report):
     calibration: dict[str, Any]
     linears: list[LinearReport]
     kept_dense: list[str]
+    turned_layers: int
     resumed_linears: int
     seconds: float
     peak_memory_bytes: int | None
@@ -79,6 +82,11 @@ class PruneReport(Report):
             ["peak memory", gigabytes(self.peak_memory_bytes)],
             *self._block_rows(),
         ]
+        if self.recipe.basis is not None:
+            why = (
+                "" if self.turned_layers else ": this attention cannot be turned (docs/solvers.md)"
+            )
+            rows.append(["learnt bases of heads", f"{self.turned_layers} layers{why}"])
         counts = {
             "done by the run before": self.resumed_linears,
             "kept dense": len(self.kept_dense),

@@ -3,7 +3,7 @@
 A hidden vector h of width d is made by the rows of one matrix, h = V x, and read by the columns of
 another, y = O h. For every orthogonal R, of shape (d, d), the matrices R^T V and O R compute the
 same y. Their 2:4 forms do not: R is learnt so that each block of four holds two weights that
-matter little (docs/theory.md, section 19).
+matter little (docs/theory.md, section 16).
 
 In attention a head's values are such a vector, and its queries and keys are where nothing comes
 between them: (R^T q) (R^T k) = q k. There is an R for each head.

@@ -127,13 +127,15 @@ def recorded(workspace):
 
 
 @pytest.mark.parametrize(
-    ("variant", "options"),
+    ("variant", "options", "kept"),
     [
-        ("gpt2", "--activations disk --targets dense --dtype float16 --shard-size 20KB"),
-        ("mixtral", "--method sparsegpt"),
+        ("gpt2", "--activations disk --targets dense --dtype float16 --shard-size 20KB", 7),
+        ("mixtral", "--method sparsegpt", 7),
+        # The bias of the values is not there yet, so values and their reader begin anew.
+        ("qwen2", "--basis heads --basis-steps 5", 5),
     ],
 )
-def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, capsys, variant, options):
+def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, capsys, variant, options, kept):
     write_workspace(tmp_path, variant)
     options = options.split()
     assert pruned(tmp_path, *options, destination="whole") == 0
@@ -145,7 +147,7 @@ def test_a_run_that_goes_on_writes_the_same_bytes(tmp_path, capsys, variant, opt
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / "out.unfinished").exists()
     resumed = json.loads((tmp_path / "report.json").read_text())
-    assert resumed["resumed_linears"] == 7
+    assert resumed["resumed_linears"] == kept
     names = [linear["name"] for linear in resumed["linears"]]
     assert len(names) == len(set(names)) > 7
 

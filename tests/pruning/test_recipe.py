@@ -27,6 +27,7 @@ RECIPES = {
         pattern=(("mlp.*", (1, 4)), ("o_proj", "dense"), ("", Unstructured(1 / 3)))
     ),
     "choice": Recipe(only="mlp", skip=r"layers\.0\.", keep_dense=0.1, dtype="bfloat16"),
+    "turned": Recipe(basis=prox24.HeadBasis(3)),
     "refined": Recipe(refine=BlockRefinement(rate=0.1, linears_only=True)),
 }
 
@@ -75,6 +76,7 @@ def test_fields_that_are_not_given_have_their_defaults():
         ({"damping": 10**400}, "recipe.damping is 10000"),
         ({"damping": -1}, "damping -1.0 is not a nonnegative number"),
         ({"targets": {"pull": 0}}, "recipe.targets: pull 0.0 is not a positive number"),
+        ({"basis": {"steps": 0}}, "recipe.basis: steps 0 is not a positive number"),
         ({"refine": {"passes": 0}}, "recipe.refine: passes 0 is not positive"),
         ({"pattern": "5:4"}, "'5:4' is neither N:M"),
         ({"pattern": {"sparsity": 2}}, "sparsity 2.0 is not a fraction"),
