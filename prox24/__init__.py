@@ -103,7 +103,7 @@ _PLACES = {
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 _SUBMODULES = {
     "planes": "_core.planes",
-    "basis": "_solvers.basis",
+    "basis": "basis",
     "optax": "optax",
     "refine": "refine",
     "packed": "packed",

@@ -17,11 +17,13 @@ from prox24._jobs.output import Report
 ROOT = Path(__file__).parents[1]
 NAMES = """
     ADMM BlockRefinement Calibration Candidate ConjugateGradients DenseTargets Exponential
-    GradientSteps LayerProblem LeastSquares Magnitude ModelRefinement Normalized Pattern Patterns
-    ProximalGradient PrunedParams Recipe Refit Refitted Solution Solver SparseGPT Status Swaps Text
-    Unstructured Wanda calibrate correct_inputs count_violations distill from_torch hyperparameters
-    is_sparse load penalty perplexity plan planes prox prune prune_params solve tap top_mask verify
+    GradientSteps HeadBasis LayerProblem LeastSquares Magnitude ModelRefinement Normalized
+    Pattern Patterns ProximalGradient PrunedParams Recipe Refit Refitted Solution Solver
+    SparseGPT Status Swaps Text Unstructured Wanda calibrate correct_inputs count_violations
+    distill from_torch hyperparameters is_sparse load penalty perplexity plan planes prox prune
+    prune_params solve tap top_mask verify
 """
+BASIS = "Part learn objective orthogonal places_of turned"
 OPTAX = """
     KeepPatternState Leaf ProximalState by_path check describe keep_pattern kept_entries proximal
 """
@@ -56,19 +58,20 @@ def test_every_public_name_is_imported_when_it_is_used_and_known_to_type_checker
         prox24.prune_in_order  # noqa: B018
 
 
-PUBLIC_MODULES = {"errors", "optax", "packed", "refine"}
+FILES, FOLDERS = {"basis", "errors"}, {"optax", "packed", "refine"}
 
 
 def test_every_other_module_is_private():
     package = Path(prox24.__file__).parent
     modules = {path.relative_to(package) for path in package.rglob("*.py")}
     public = {path for path in modules if not any(part.startswith("_") for part in path.parts)}
-    assert {path.with_suffix("").as_posix() for path in public} == {"errors"}
+    assert {path.with_suffix("").as_posix() for path in public} == FILES
     packages = {path.parent.as_posix() for path in modules if path.name == "__init__.py"}
-    assert {name for name in packages if "_" not in name} == {".", *PUBLIC_MODULES - {"errors"}}
+    assert {name for name in packages if "_" not in name} == {".", *FOLDERS}
 
 
 def test_the_names_of_public_modules_are_these():
+    assert prox24.basis.__all__ == BASIS.split()
     assert prox24.optax.__all__ == OPTAX.split()
     assert prox24.refine.__all__ == REFINE.split()
     assert prox24.packed.__all__ == PACKED.split()

@@ -22,7 +22,7 @@ from prox24._models.heads import attention_ties
 from prox24._pruning.grams import Sums, empty_columns, empty_gram, over_devices
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import Inputs, Linear, Runner, Side, Streams, TrainableStage
-from prox24._solvers.basis import Places
+from prox24.basis import Places
 from prox24.errors import CalibrationError
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from prox24._models.spec import Attention
-from prox24._solvers.basis import Places, places_of
+from prox24.basis import Places, places_of
 
 Ties = list[list[tuple[str, int, Places]]]
 """Linears that make or read the same vectors: name, axis that is turned, and its places."""

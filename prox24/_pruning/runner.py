@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from prox24._pruning.recipe import Recipe
-from prox24._solvers.basis import Places
+from prox24.basis import Places
 from prox24.errors import CheckpointError, RecipeError
 
 State = TypeVar("State")

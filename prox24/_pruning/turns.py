@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from prox24 import basis
 from prox24._core.pattern import AnyPattern, Pattern
 from prox24._core.placement import everywhere
 from prox24._core.precision import working_dtype
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import Inputs, Runner, Side
-from prox24._solvers import basis
 
 
 def ties_of(

@@ -15,7 +15,7 @@ from tiny import (
 from prox24._models import spec
 from prox24._models.families import config_from_hf
 from prox24._models.heads import attention_ties
-from prox24._solvers.basis import orthogonal, turned
+from prox24.basis import orthogonal, turned
 
 QUICK = ["grouped_heads", "gpt2", "gpt_neox", "qwen2", "falcon"]
 

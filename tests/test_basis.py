@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from reference import assert_close, damped, definite, eps_of
 
-from prox24._solvers import basis
-from prox24._solvers.basis import Part, learn, objective, orthogonal, places_of, turned
+from prox24 import basis
+from prox24.basis import Part, learn, objective, orthogonal, places_of, turned
 
 HEADS, MEMBERS, WIDTH = 2, 3, 8
 MADE, READ = places_of(HEADS, WIDTH, start=4), places_of(HEADS, WIDTH, MEMBERS)

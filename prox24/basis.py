@@ -29,6 +29,8 @@ from prox24._core.precision import PRECISION
 from prox24._solvers.damping import damped_gram, damped_inverse
 from prox24._solvers.problem import quadratic_loss
 
+__all__ = ["Part", "learn", "objective", "orthogonal", "places_of", "turned"]
+
 RATE = 0.02
 """Of Adam at the first step; it falls to zero as a cosine."""
 
