@@ -3,11 +3,12 @@
     python benchmarks/basis.py --calibration calib_mix.txt --texts austen.txt sotu.txt
     python benchmarks/basis.py --models gemma.gguf gpt2 --rows default sparsegpt ...
 
-Every method prunes every model with the basis and without it. Calibration windows are drawn at
-random by the seed; evaluation is on the first windows of each text. Losses are geometric means over
-the layers: of the linear that makes the values, a fused one where they are a part of it, and of the
-linear that reads them. "refined" trains what is kept of each layer, five times over the windows. A
-line is appended to FOLDER/basis.csv after each run, and a run that is there already is skipped.
+Every method prunes every model with the basis and without it, which is a line of no steps.
+Calibration windows are drawn at random by the seed; evaluation is on the first windows of each
+text. Losses are geometric means over the layers: of the linear that makes the values, a fused one
+where they are a part of it, and of the linear that reads them. "refined" trains what is kept of
+each layer. A line is appended to FOLDER/basis.csv after each run, and a run that is there already
+is skipped: give another FOLDER for other texts and lengths.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ RECIPES = {
     "magnitude": Recipe.magnitude(),
     "wanda": Recipe.wanda(),
     "sparsegpt": Recipe.sparsegpt(),
-    "default": dataclasses.replace(Recipe(), basis=None),
-    "refined": dataclasses.replace(Recipe(), basis=None, refine=prox24.BlockRefinement(passes=5)),
+    "default": Recipe(),
+    "refined": Recipe.best(),
 }
 
 

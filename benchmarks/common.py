@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -31,6 +32,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CACHE = Path(".cache")
+WITHOUT_BASIS = dataclasses.replace(Recipe(), basis=None)
+"""The default, but that heads are not turned: what was measured before they were."""
 CONVERGED = ConjugateGradients(100, 1e-6)
 """A refit that ends at the optimum, for baselines."""
 
@@ -40,7 +43,7 @@ Rows = list[dict[str, str]]
 
 def own_targets(solver: Any, refit: Any = None) -> Recipe:
     """Each linear reproduces its own output on the pruned model's activations."""
-    return Recipe(solver, refit, targets=None)
+    return Recipe(solver, refit, targets=None, basis=None)
 
 
 # Arguments, tables, files

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import common
 import matplotlib
 import numpy as np
-from common import CONVERGED, Result, Rows, own_targets, plt, positive
+from common import CONVERGED, WITHOUT_BASIS, Result, Rows, own_targets, plt, positive
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from multiple_choice import Question, accuracies, read_questions
 
@@ -49,7 +49,7 @@ MEASURED = ("tokens", "seconds", "peak_memory_bytes", "held_out_loss")
 DEFAULT = "admm, dense targets"
 REFINED = {
     "sparsegpt + refit": own_targets(prox24.SparseGPT(), CONVERGED),
-    DEFAULT: Recipe(),
+    DEFAULT: WITHOUT_BASIS,
 }
 """What is refined, as blocks and as a whole."""
 BASES = {
@@ -67,9 +67,9 @@ BASES |= {
     for base, recipe in REFINED.items()
 }
 BLOCKWISE = {
-    f"{DEFAULT} + block, passes: 5": Recipe(refine=LONG_STEPS),
-    f"{DEFAULT} + block, bfloat16, short steps, passes: 5": Recipe(
-        refine=BlockRefinement(compute_dtype="bfloat16")
+    f"{DEFAULT} + block, passes: 5": replace(WITHOUT_BASIS, refine=LONG_STEPS),
+    f"{DEFAULT} + block, bfloat16, short steps, passes: 5": replace(
+        WITHOUT_BASIS, refine=BlockRefinement(compute_dtype="bfloat16")
     ),
 }
 """What is refined as blocks, and then as a whole."""

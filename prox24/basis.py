@@ -2,11 +2,11 @@
 
 A hidden vector h of width d is made by the rows of one matrix, h = V x, and read by the columns of
 another, y = O h. For every orthogonal R, of shape (d, d), the matrices R^T V and O R compute the
-same y. Their 2:4 forms do not: R is learnt so that each block of four holds two weights that
-matter little (docs/theory.md, section 16).
+same y. Their N:M forms do not: R is learnt so that the M - N smallest weights of each block matter
+little (docs/theory.md, section 16). In the literature R is a rotation.
 
-In attention a head's values are such a vector, and its queries and keys are where nothing comes
-between them: (R^T q) (R^T k) = q k. There is an R for each head.
+In attention a head's values are such a vector. So are its queries and keys, if nothing stands
+between them and their product: (R^T q) (R^T k) = q k. There is an R for each head.
 """
 
 import functools
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from prox24._core.masks import top_mask
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
 from prox24._core.placement import replicated
-from prox24._core.precision import PRECISION
+from prox24._core.precision import PRECISION, working_dtype
 from prox24._solvers.damping import damped_gram, damped_inverse
-from prox24._solvers.problem import quadratic_loss
+from prox24._solvers.problem import check_arrays, quadratic_loss
 
 __all__ = ["Part", "learn", "objective", "orthogonal", "places_of", "turned"]
 
@@ -50,7 +50,7 @@ class Part(NamedTuple):
       weight: shape (out, in).
       gram: of its inputs, shape (in, in); None where every weight costs its square.
       axis: 0 if its outputs are turned, 1 if its inputs are.
-      places: which of them, shape (heads, members, d).
+      places: which of them, shape (heads, members, d); all inputs in order where axis is 1.
       pattern: that it is pruned to.
     """
 
@@ -72,7 +72,10 @@ def places_of(heads: int, width: int, members: int = 1, start: int = 0) -> Place
 
 
 def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArray:
-    """R^T V for axis 0, O R for axis 1, R^T b for a vector; of NumPy's arrays or of JAX's.
+    """R^T V for axis 0, O R for axis 1, R^T b for a vector.
+
+    NumPy's arrays are turned by NumPy, as in float64, and JAX's by JAX, in true float32. A Gram is
+    turned along both axes.
 
     Args:
       array: weight (out, in), Gram (in, in) or bias (out,).
@@ -81,7 +84,7 @@ def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArr
       axis: that is turned.
 
     Returns:
-      An array of the same shape, in the dtype of both; JAX's in true float32.
+      An array of the same shape, in the dtype of the turn.
 
     Example:
       >>> swap = np.array([[[0.0, 1.0], [1.0, 0.0]]])
@@ -89,10 +92,10 @@ def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArr
       [[2.0, 1.0, 3.0]]
     """
     if isinstance(array, np.ndarray):
-        moved = np.moveaxis(array, axis, -1).astype(np.result_type(array, turn))
+        moved = np.moveaxis(array, axis, -1).astype(turn.dtype)
         moved[..., places] = np.einsum("...hmi,hij->...hmj", moved[..., places], turn)
         return np.moveaxis(moved, -1, axis)
-    moved = jnp.moveaxis(array, axis, -1)
+    moved = jnp.moveaxis(array, axis, -1).astype(turn.dtype)
     new = jnp.einsum("...hmi,hij->...hmj", moved[..., places], turn, precision=PRECISION)
     return jnp.moveaxis(moved.at[..., places].set(new), -1, axis)
 
@@ -116,20 +119,21 @@ def learn(
 
     Minimises, over all parts, the sum of w^2 s over the M - N smallest of each block of M, relative
     to tr(W G W^T). With G the damped Gram of the part's inputs, turned with them, a column costs
-    s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the Q of a QR decomposition. Adam takes a rate that
-    falls from 0.02 to 0 as a cosine, with gradients clipped to norm 1.
+    s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the orthogonal factor of a free matrix. Its rate
+    falls from 0.02 to 0 as a cosine.
 
     Args:
       parts: the linears that make or read the same hidden vectors.
       damping: of Grams, in units of the mean of their diagonals.
-      exponent: what the kept weights of a row do for a pruned one: nothing at 0, all they can at 1.
+      exponent: how far the kept weights of a row correct the loss of a pruned one: 0 not at all, 1
+        as far as they can.
       steps: of Adam.
 
     Returns:
-      R, shape (heads, d, d), in the dtype of the weights.
+      R, shape (heads, d, d), float32 or float64 as the Grams; NaN where a Gram or a weight is.
 
     Raises:
-      ValueError: the parts differ in heads or width, or M does not divide an input width.
+      ValueError: shapes, places, dtypes or patterns do not fit; names the part.
 
     Example:
       >>> v, o = jnp.eye(8) + 0.1, jnp.eye(8) - 0.1
@@ -138,7 +142,7 @@ def learn(
       >>> bool(objective(turn, parts) < objective(jnp.eye(8)[None], parts))
       True
     """
-    sides = _checked(parts)
+    parts, sides = _checked(parts)
     prepared = [_prepared(part, damping) for part in parts]
     exponent = jnp.asarray(exponent, parts[0].weight.dtype)
     return _learn(prepared, exponent, jnp.asarray(steps), sides)
@@ -151,24 +155,69 @@ def objective(
     damping: ArrayLike = 0.01,
     exponent: ArrayLike = 0.5,
 ) -> Array:
-    """What `learn` minimises, a scalar; its arguments are those of `learn`."""
-    sides = _checked(parts)
+    """What `learn` minimises.
+
+    Args:
+      turn: R, shape (heads, d, d), orthogonal.
+      parts: see `learn`.
+      damping: see `learn`.
+      exponent: see `learn`.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: see `learn`.
+    """
+    parts, sides = _checked(parts)
     prepared = [_prepared(part, damping) for part in parts]
+    turn = jnp.asarray(turn, parts[0].weight.dtype)
     return _objective(turn, prepared, jnp.asarray(exponent, turn.dtype), sides)
 
 
-def _checked(parts: Sequence[Part]) -> tuple[Side, ...]:
-    shapes = {part.places.shape[::2] for part in parts}
-    if len(shapes) != 1:
-        raise ValueError(f"the parts have places of {sorted(shapes)} (heads, width), not of one")
-    sides = tuple((part.axis, as_pattern(part.pattern)) for part in parts)
-    for part, (axis, pattern) in zip(parts, sides, strict=True):
-        width = part.weight.shape[1]
-        if width % pattern.group:
-            raise ValueError(f"{pattern.group} does not divide the width of {part.weight.shape}")
-        if axis == 1 and not np.array_equal(part.places.ravel(), np.arange(width)):
-            raise ValueError(f"all inputs of {part.weight.shape} are turned, in order, or none")
-    return sides
+def _checked(parts: Sequence[Part]) -> tuple[list[Part], tuple[Side, ...]]:
+    """The parts in the dtype in which they are computed, and what is static of them."""
+    if not parts:
+        raise ValueError("there are no parts")
+    checked, sides = [], []
+    for number, part in enumerate(parts):
+        try:
+            checked.append(_checked_part(part))
+        except ValueError as error:
+            raise ValueError(f"part {number}: {error}") from error
+        sides.append((part.axis, as_pattern(part.pattern)))
+    shapes = sorted({part.places.shape[::2] for part in parts})
+    if len(shapes) > 1:
+        raise ValueError(f"the parts differ in (heads, width): {shapes}")
+    dtypes = sorted({str(part.weight.dtype) for part in checked})
+    if len(dtypes) > 1:
+        raise ValueError(f"the parts are computed in different dtypes: {dtypes}")
+    return checked, tuple(sides)
+
+
+def _checked_part(part: Part) -> Part:
+    weight, places = jnp.asarray(part.weight), np.asarray(part.places)
+    gram = jnp.eye(weight.shape[-1], dtype=weight.dtype) if part.gram is None else part.gram
+    gram = jnp.asarray(gram)
+    check_arrays(weight, gram)
+    width, group = weight.shape[1], as_pattern(part.pattern).group
+    if part.axis not in (0, 1):
+        raise ValueError(f"axis {part.axis} is neither 0, for outputs, nor 1, for inputs")
+    length = weight.shape[part.axis]
+    if places.ndim != 3 or not np.issubdtype(places.dtype, np.integer):
+        raise ValueError(f"places {places.shape} {places.dtype} are not (heads, members, width)")
+    if len(np.unique(places)) < places.size or not np.isin(places, np.arange(length)).all():
+        raise ValueError(f"places are not {places.size} different ones of {length}")
+    if width % group:
+        raise ValueError(f"M = {group} does not divide the input width {width}")
+    if part.axis == 1 and not np.array_equal(places.ravel(), np.arange(width)):
+        raise ValueError(f"with axis=1, places are all of the {width} inputs in order")
+    dtype = working_dtype(gram.dtype)
+    return part._replace(
+        weight=weight.astype(dtype),
+        gram=None if part.gram is None else gram.astype(dtype),
+        places=places,
+    )
 
 
 class _Prepared(NamedTuple):
@@ -225,7 +274,9 @@ def _objective(
                 jnp.einsum("hij,hmik,hkj->hmj", turn, blocks, turn, precision=PRECISION)[..., None]
                 for blocks in (gram, inverse)
             )
-        costs = jnp.square(new) * gram * (gram * inverse) ** -exponent
+        # At least 1 by the inequality of Cauchy and Schwarz, but for rounding.
+        freedom = jnp.maximum(gram * inverse, 1)
+        costs = jnp.square(new) * gram * freedom**-exponent
         costs = costs.reshape(-1, costs.shape[-1])
         kept = top_mask(lax.stop_gradient(costs), pattern, axis=1 - axis)
         return part.scale * jnp.sum(jnp.where(kept, 0, costs))
@@ -243,7 +294,7 @@ def _learn(
     def rate(step: Array) -> Array:
         return RATE * (1 + jnp.cos(math.pi * (step / steps).astype(identity.dtype))) / 2
 
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    optimizer = optax.adam(rate)
     gradient = jax.grad(lambda free: _objective(orthogonal(free), parts, exponent, sides))
 
     def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:

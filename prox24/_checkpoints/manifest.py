@@ -23,7 +23,7 @@ def write_manifest(
 
     It has the job, without the times of change of its "source" and "dense" files; the tensors as
     `fill_folder` returns them; the figures of each pruned linear; and marks of the tensors that
-    were trained but not pruned, as norms are.
+    were changed but not pruned: norms that were trained, biases that were turned.
     """
     marks: dict[str, dict[str, Any]] = {name: {"refined": True} for name in refined}
     for linear in pruned:

@@ -82,15 +82,15 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
     linears = _pruned_linears(model, index, setup.recipe)
     held = _held(_weights(model, index))
     pruned = _held(_weights(model, index, setup.recipe.dtype))
-    turned = 0 if setup.recipe.basis is None else _in_float32(model, index)
     grams = sum(4 * width**2 // setup.sharing(width) for width in _widths(linears).values())
     solving = {linear.tensor: _solving(linear, setup) for linear in _largest(linears, setup)}
     widest = max(solving, key=solving.__getitem__, default="")
+    turning = _turning(model, index, setup.recipe)
     return Memory(
         weights=held,
         grams=grams,
         gather=_gathering(model, index, micro_batch, setup),
-        solve=held + pruned + turned + grams * streams(setup.recipe) + solving.get(widest, 0),
+        solve=held + pruned + grams * streams(setup.recipe) + max(solving.get(widest, 0), turning),
         widest=widest,
     )
 
@@ -256,14 +256,23 @@ def refining_memory(
     return 2 * _held(weights) + _needed(step)
 
 
-def _in_float32(model: Model, index: int) -> int:
-    """What the weights of attention take more when they are turned, until they are rounded."""
-    weights = _weights(model, index)
+TURNING = 8
+"""Copies of the weights of one basis that learning it takes; a test asks XLA for their number."""
+
+
+def _turning(model: Model, index: int, recipe: Recipe) -> int:
+    """Beside the weights and Grams, while a basis is learnt."""
+    if recipe.basis is None:
+        return 0
+    pruned = {linear.weight: linear for linear in _pruned_linears(model, index, recipe)}
     ties = attention_ties(model.config.layers[index].attention)
-    names = {f"{linear}.weight" for tie in ties for linear, *_ in tie}
-    return sum(
-        (4 - weights[name].dtype.itemsize) * math.prod(weights[name].shape) for name in names
-    )
+    names = [{f"{linear}.weight" for linear, *_ in tie} for tie in ties]
+    sizes = [
+        sum(math.prod(pruned[name].shape) for name in tied)
+        for tied in names
+        if tied <= pruned.keys()
+    ]
+    return TURNING * 4 * max(sizes, default=0)
 
 
 def _held(weights: Mapping[str, Spec]) -> int:

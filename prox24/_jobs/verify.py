@@ -32,7 +32,7 @@ class VerifyReport(Report):
       pattern: of the linears, as text; those of a recipe are one after the other.
       tensors: their number.
       linears: the number that should have the pattern.
-      refined: tensors that were trained without being pruned, and are not compared.
+      refined: tensors that were trained or turned without being pruned, and are not compared.
       blocks: of the linears; weights where there is no N:M.
       sparsity: share of exact zeros in the linears.
       violations: by tensor, the blocks that break the pattern.
@@ -71,7 +71,7 @@ class VerifyReport(Report):
             ["tensors", str(self.tensors)],
             ["hashes", "compared with the manifest" if self.manifest else "no manifest"],
             ["other tensors", f"{self.others}{compared}"],
-            ["refined tensors, not compared", str(len(self.refined))],
+            ["changed with the linears, not compared", str(len(self.refined))],
             ["tensors with problems", str(len(self.problems))],
         ]
         return "\n".join([table(["model", self.model], rows), *self.problem_lines()])

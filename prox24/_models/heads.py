@@ -12,8 +12,8 @@ Ties = list[list[tuple[str, int, Places]]]
 def attention_ties(attention: Attention) -> Ties:
     """The values with what reads them, and the queries with the keys where positions allow it.
 
-    A head's values go through sums of tokens alone. Its queries and keys meet in a product, but a
-    rotation by position, a norm or a bound comes before it; what a rope leaves alone is free.
+    A head's values are only summed over tokens. Its queries and keys meet in a product. A rope, a
+    norm or a bound may stand before it; entries that a rope leaves are free.
     """
     if attention.clip is not None:
         return []
@@ -42,6 +42,6 @@ def _rows(attention: Attention) -> dict[str, Places]:
     fused = attention.fused == "rows"
     return {
         "q": places_of(heads, width, group),
-        "k": places_of(heads, width, start=queries * fused),
-        "v": places_of(heads, width, start=(queries + keys) * fused),
+        "k": places_of(heads, width, start=queries if fused else 0),
+        "v": places_of(heads, width, start=queries + keys if fused else 0),
     }

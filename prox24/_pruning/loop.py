@@ -34,7 +34,8 @@ class Readable(Protocol):
 class PrunedTensor(NamedTuple):
     """The new values of a tensor, as they are to be written, in the layout of the runner.
 
-    There is a report for each matrix of a linear, and none for a norm or a bias that was refined.
+    There is a report for each matrix of a linear, and none for a norm or a bias that was changed
+    with it.
     """
 
     name: str
@@ -69,10 +70,10 @@ def prune_stages(
         linears = [linear for linear in runner.linears(index) if linear.tensor in chosen]
         trained = trained_tensors(runner, index, refine)
         together = pruned_together(runner, index, recipe, chosen)
-        names = {name for name in given if name in finished}
-        anew = not together <= names
+        names = [name for name in given if name in finished]
+        anew = not together.issubset(names)
         if anew:
-            names -= together
+            names = [name for name in names if name not in together]
         written = {name: runner.loaded(name, finished[name].read()) for name in names}
         weights = given | written
         remaining = [linear for linear in linears if linear.tensor not in written]
@@ -97,7 +98,10 @@ def prune_stages(
                 yield PrunedTensor(name, runner.stored(name, weights[name]), reports[name])
         del inputs
         if anew:
-            rest = together if refine is not None else together - reports.keys()
+            # In the order of the stage, which is that of every process.
+            rest = [name for name in weights if name in together]
+            if refine is None:
+                rest = [name for name in rest if name not in reports]
             weights |= {name: _rounded(runner, recipe, name, weights[name]) for name in rest}
             if refine is not None:
                 outcome = _refine(runner, index, weights, state, refine, trained, chosen)
@@ -105,7 +109,7 @@ def prune_stages(
                     name: tuple(report._replace(refinement=outcome) for report in own)
                     for name, own in reports.items()
                 }
-            for name in (name for name in weights if name in rest):
+            for name in rest:
                 yield PrunedTensor(name, runner.stored(name, weights[name]), reports.get(name, ()))
         state = runner.advance(index, weights, state)
         del weights, written

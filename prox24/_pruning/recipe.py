@@ -55,13 +55,13 @@ class DenseTargets:
 class HeadBasis:
     """A basis is learnt for each attention head, in which the pattern costs less.
 
-    An orthogonal matrix stands between the rows of values and the columns that read them, and where
-    no positions come between, between queries and keys. The dense model computes the same, and the
-    pruned one takes no more time. Each layer is turned before it is pruned, if both sides are
-    pruned to N:M. See `prox24.basis.learn` for the mathematics.
+    An orthogonal matrix turns the rows of its values and the columns that read them. Where no
+    positions stand between, another turns its queries and keys. The dense model computes the same,
+    and the pruned one takes no more time. A head is turned only if all its linears are pruned to
+    N:M. See `prox24.basis.learn` for the mathematics.
 
     Attributes:
-      steps: of Adam, for each layer.
+      steps: of Adam, for values and for queries and keys.
 
     Raises:
       ValueError: the steps are not positive.
@@ -94,7 +94,7 @@ class Recipe:
       targets: `DenseTargets` to reproduce the dense model's outputs; None to reproduce each
         linear's own output on the pruned model's activations.
       basis: `HeadBasis` to turn attention heads before they are pruned; None leaves them. Models
-        without attention that is known here, and parameters of a function, are left.
+        that run by torchax, and `prune_params`, ignore it.
       refine: trains what is kept of each layer after it is pruned; None does not.
       only: regular expression; only tensors in whose names it is found are pruned.
       skip: regular expression; tensors in whose names it is found stay dense.
@@ -116,7 +116,7 @@ class Recipe:
     pattern: PatternLike | Unstructured | str | PatternsByTensor = Pattern(2, 4)
     damping: float = 0.01
     targets: DenseTargets | None = DenseTargets()
-    basis: HeadBasis | None = None
+    basis: HeadBasis | None = HeadBasis()
     refine: BlockRefinement | None = None
     only: str | None = None
     skip: str | None = None
@@ -153,22 +153,22 @@ class Recipe:
     @classmethod
     def paper(cls) -> Self:
         """The iteration of arXiv 2501.18015: no momentum, then 1,000 gradient steps."""
-        return cls(ProximalGradient.paper(), GradientSteps(), targets=None)
+        return cls(ProximalGradient.paper(), GradientSteps(), targets=None, basis=None)
 
     @classmethod
     def sparsegpt(cls) -> Self:
         """SparseGPT, arXiv 2301.00774."""
-        return cls(SparseGPT(), None, targets=None)
+        return cls(SparseGPT(), None, targets=None, basis=None)
 
     @classmethod
     def wanda(cls) -> Self:
         """Wanda, arXiv 2306.11695."""
-        return cls(Wanda(), None, targets=None)
+        return cls(Wanda(), None, targets=None, basis=None)
 
     @classmethod
     def magnitude(cls) -> Self:
         """The largest weights are kept."""
-        return cls(Magnitude(), None, targets=None)
+        return cls(Magnitude(), None, targets=None, basis=None)
 
     def pattern_of(self, tensor: str) -> AnyPattern | None:
         """The pattern of a tensor by its name; None where it stays dense.

@@ -82,7 +82,10 @@ class Runner(Protocol[State]):
         """The names of a stage's tensors."""
 
     def ties(self, index: int) -> Sequence[Sequence[Side]]:
-        """The linears of a stage that may be turned together, of one matrix each."""
+        """The linears of a stage that may be turned together.
+
+        Each consists of one matrix, and no other linear reads the inputs that are turned.
+        """
         return []
 
     def weights(self, index: int) -> dict[str, Array]:

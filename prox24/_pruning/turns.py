@@ -1,18 +1,22 @@
 """A learnt basis for each attention head, before a stage is pruned."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.sharding import NamedSharding
 
 from prox24 import basis
 from prox24._core.pattern import AnyPattern, Pattern
 from prox24._core.placement import everywhere
-from prox24._core.precision import working_dtype
+from prox24._core.precision import PRECISION
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import Inputs, Runner, Side
+from prox24._solvers.protocol import n_of_m
 
 
 def ties_of(
@@ -46,15 +50,16 @@ def turn(
 
     Weights and biases are merged with R in float64 on the host, and rounded to float32.
     """
+    if recipe.basis is None:
+        return
     for tie in ties_of(runner, index, recipe, chosen):
-        assert recipe.basis is not None
         parts = [
             basis.Part(
-                weights[side.tensor].astype(working_dtype(weights[side.tensor].dtype)),
+                weights[side.tensor],
                 inputs[side.input][0].gram,
                 side.axis,
                 side.places,
-                chosen[side.tensor],  # type: ignore[arg-type]  # see `ties_of`
+                n_of_m(chosen[side.tensor]),
             )
             for side in tie
         ]
@@ -64,16 +69,39 @@ def turn(
             names = [side.tensor] if side.bias is None else [side.tensor, side.bias]
             for name in names:
                 given = np.asarray(weights[name], np.float64)
-                merged = jnp.asarray(basis.turned(given, exact, side.places, side.axis))
-                weights[name] = everywhere(merged.astype(jnp.float32), runner.mesh)
+                merged = basis.turned(given, exact, side.places, side.axis)
+                weights[name] = everywhere(jnp.asarray(merged, jnp.float32), runner.mesh)
             if side.axis == 1:
-                turned = [_turned_inputs(own, learnt, side.places) for own in inputs[side.input]]
-                inputs[side.input] = turned
+                rounded = everywhere(jnp.asarray(exact, jnp.float32), runner.mesh)
+                inputs[side.input] = [_turned_inputs(own, rounded) for own in inputs[side.input]]
 
 
-def _turned_inputs(own: Inputs, turn: Array, places: basis.Places) -> Inputs:
-    def both(gram: Array) -> Array:
-        once = basis.turned(gram, turn, places, axis=1)
-        return basis.turned(once, turn, places, axis=0)
+def _turned_inputs(own: Inputs, turn: Array) -> Inputs:
+    """Of all inputs in order, as a `prox24.basis.Part` has them."""
+    placed = own.gram.sharding
+    columns = placed if isinstance(placed, NamedSharding) else None
+    cross = None if own.cross is None else _turned_both(own.cross, turn, columns)
+    gram = _turned_both(own.gram, turn, columns)
+    return own._replace(gram=_symmetric(gram, columns), cross=cross)
 
-    return own._replace(gram=both(own.gram), cross=None if own.cross is None else both(own.cross))
+
+@functools.partial(jax.jit, static_argnames="columns")
+def _turned_both(gram: Array, turn: Array, columns: NamedSharding | None) -> Array:
+    """R^T G R, whose columns are where those of G are."""
+    heads, width, _ = turn.shape
+    shape = (heads, -1, width, len(gram))
+    rows = jnp.einsum("hij,hmik->hmjk", turn, gram.reshape(shape), precision=PRECISION)
+    rows = _placed(rows.reshape(gram.shape), columns)
+    shape = (len(gram), heads, -1, width)
+    both = jnp.einsum("khmi,hij->khmj", rows.reshape(shape), turn, precision=PRECISION)
+    return _placed(both.reshape(gram.shape), columns)
+
+
+@functools.partial(jax.jit, static_argnames="columns")
+def _symmetric(gram: Array, columns: NamedSharding | None) -> Array:
+    """Without what rounding made of a symmetric matrix."""
+    return _placed((gram + gram.T) / 2, columns)
+
+
+def _placed(gram: Array, columns: NamedSharding | None) -> Array:
+    return gram if columns is None else lax.with_sharding_constraint(gram, columns)

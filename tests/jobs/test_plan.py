@@ -5,12 +5,15 @@ import functools
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import TEXT, printed_json, run
 from tiny import config_dict, random_weights, write_folder, write_tiny
 
 import prox24
+from prox24 import basis
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs import memory
 from prox24._jobs.forward import layer_linears, load_model
@@ -86,6 +89,32 @@ def test_pruned_weights_count_in_their_own_dtype(tmp_path):
     linears = sum(int(np.prod(linear.shape)) for linear in layer_linears(model.config, 0))
     wide, own = (layer_memory(model, 1, changed(dtype=dtype)) for dtype in ("float32", None))
     assert wide.solve - own.solve == 2 * linears
+
+
+def test_learning_a_basis_counts_and_xla_needs_no_more(model):
+    attention = changed(only="self_attn")
+    turned = changed(attention, basis=prox24.HeadBasis())
+    hidden = config_dict()["hidden_size"]
+    copies = memory.TURNING * 4 * 2 * hidden**2
+    with_basis, without = (layer_memory(model, recipe=r).solve for r in (turned, attention))
+    assert without < with_basis <= without + copies
+    assert layer_memory(model, recipe=changed(turned, skip="v_proj")).solve < without
+    for heads, members, width, inputs in ((3, 3, 64, 576), (8, 1, 128, 1024)):
+        places = basis.places_of(heads, width), basis.places_of(heads, width, members)
+        queries = places[1].size
+        shapes = (places[0].size, inputs), (inputs, queries)
+        weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        grams = [jax.ShapeDtypeStruct((n, n), jnp.float32) for n in (inputs, queries)]
+
+        def learn(weights, grams, places=places):
+            parts = [basis.Part(*each) for each in zip(weights, grams, (0, 1), places, strict=True)]
+            return basis.learn(parts)
+
+        needed = memory._needed(jax.jit(learn).lower(weights, grams))
+        entries = sum(weight.size for weight in weights)
+        # Beside weights and Grams, as the plan counts them.
+        own = 4 * (entries + sum(gram.size for gram in grams))
+        assert needed - own <= memory.TURNING * 4 * entries
 
 
 def test_a_dense_model_alongside_and_a_training_count(model, standard_promotion):

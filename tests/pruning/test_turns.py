@@ -17,11 +17,13 @@ from tiny import (
     write_tiny,
 )
 
-from prox24 import HeadBasis, Recipe, Unstructured
+from prox24 import BlockRefinement, DenseTargets, HeadBasis, Recipe, Unstructured
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._core.masks import is_sparse
 from prox24._jobs.native import native_runner
+from prox24._pruning import turns
 from prox24._pruning.loop import check, prune_stages, pruned_together
+from prox24._pruning.runner import Inputs
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import Candidate
 from prox24._solvers.protocol import Patterns
@@ -71,6 +73,41 @@ def test_a_turned_model_is_the_dense_one_and_biases_are_handed_out_with_it(model
     assert_close(found, jax_logits(config_dict(variant), weights, tokens()))
 
 
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dense_targets_and_training_start_from_the_turned_model(tmp_path, dtype):
+    weights = write_tiny(tmp_path / "source", "qwen2", dtype=dtype)
+    refine = BlockRefinement(passes=1, rate=1e-30, linears_only=True, held_out=0.25)
+    recipe = dataclasses.replace(DENSE, targets=DenseTargets(), refine=refine)
+    found = pruned(tmp_path / "source", recipe)
+    assert sum(name.endswith("v_proj.bias") for name in found.tensors) == 2
+    # Nothing is pruned and nothing trained: errors are those of rounding.
+    config = config_dict("qwen2")
+    logits = jax_logits(config, weights | found.tensors, tokens())
+    expected = jax_logits(config, weights, tokens())
+    if dtype == "float32":
+        assert_close(logits, expected)
+    else:  # Weights are rounded twice, by 2^-9, in two layers of four products.
+        assert np.linalg.norm(logits - expected) <= 2 * 8 * 2.0**-9 * np.linalg.norm(expected)
+
+
+def test_a_gram_with_one_huge_direction_stays_symmetric():
+    rng = np.random.default_rng(0)
+    direction = np.linalg.qr(rng.standard_normal((64, 64)))[0]
+    x = rng.standard_normal((512, 64)) + 3000 * direction[0]
+    gram = jnp.asarray(x.T @ x, jnp.float32)
+    turn = jnp.asarray(direction.T[None], jnp.float32)
+    found = turns._turned_inputs(Inputs(gram, 512, gram), turn)
+    np.testing.assert_array_equal(found.gram, found.gram.T)
+    expected = direction @ (x.T @ x) @ direction.T
+    for each in (found.gram, found.cross):
+        # Two products of 64 terms.
+        assert (
+            np.abs(np.asarray(each) - expected).max()
+            <= 2 * 64 * eps_of("float32") * np.abs(expected).max()
+        )
+
+
 def test_losses_are_those_of_the_turned_weights_and_lower_than_without(model):
     variant, folder = model
     weights = random_weights(config_dict(variant))
@@ -97,9 +134,6 @@ def test_losses_are_those_of_the_turned_weights_and_lower_than_without(model):
             expected = np.sum(((values - before) @ x.T) ** 2) / np.sum((before @ x.T) ** 2)
             # Squares of sums of 256 tokens and 64 features, after a layer of seven products.
             assert loss == pytest.approx(expected, rel=2 * (256 + 64 + 7 * 64) * eps_of("float32"))
-        tied = pruned_together(
-            runner_of(folder, WANDA), 0, WANDA, check(runner_of(folder, WANDA), WANDA)
-        )
         assert (loss < lower[name]) == (name in tied)
 
 
@@ -107,16 +141,17 @@ def test_losses_are_those_of_the_turned_weights_and_lower_than_without(model):
     "change",
     [
         {"skip": "o_proj"},
+        {"keep_dense": 2},
         {"pattern": Unstructured(0.5)},
         {"pattern": (("o_proj", Unstructured(0.5)), ("", (2, 4)))},
     ],
 )
 def test_only_linears_that_are_both_pruned_to_a_pattern_are_turned(tmp_path, change):
     write_tiny(tmp_path / "source", "qwen2")
-    found, plain = (
-        pruned(tmp_path / "source", dataclasses.replace(WANDA, basis=basis, **change)).tensors
-        for basis in (HeadBasis(), None)
-    )
+    dense = [f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)]
+    options = {"dense": dense} if "keep_dense" in change else {}
+    recipes = (dataclasses.replace(WANDA, basis=each, **change) for each in (HeadBasis(), None))
+    found, plain = (pruned(tmp_path / "source", each, **options).tensors for each in recipes)
     assert found.keys() == plain.keys()
     assert all(np.array_equal(found[name], plain[name]) for name in plain)
 
