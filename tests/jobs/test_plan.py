@@ -98,7 +98,8 @@ def test_learning_a_basis_counts_and_xla_needs_no_more(model):
     copies = memory.TURNING * 4 * 2 * hidden**2
     with_basis, without = (layer_memory(model, recipe=r).solve for r in (turned, attention))
     assert without < with_basis <= without + copies
-    assert layer_memory(model, recipe=changed(turned, skip="v_proj")).solve < without
+    skipped = (changed(recipe, skip="v_proj") for recipe in (turned, attention))
+    assert len({layer_memory(model, recipe=recipe).solve for recipe in skipped}) == 1
     for heads, members, width, inputs in ((3, 3, 64, 576), (8, 1, 128, 1024)):
         places = basis.places_of(heads, width), basis.places_of(heads, width, members)
         queries = places[1].size
