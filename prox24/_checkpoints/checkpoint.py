@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prox24._checkpoints import (
     flax_file,
@@ -119,6 +119,8 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
         buffers = frozenset(tensors.keys() - shapes.keys() - {head})
 
     def load_tokenizer() -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
         try:
             # Not asked whether to trust code in the folder: it is not run.
             return AutoTokenizer.from_pretrained(

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.serialization
-import flax.traverse_util
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
@@ -70,12 +68,14 @@ def leaf_path(name: str, dimensions: int, norm: str) -> str:
 
 def open_file(path: Path) -> dict[str, TensorSource]:
     """The tensors of a file by PyTorch's names and in its layout; the file is read at once."""
+    from flax.traverse_util import flatten_dict  # slow to import, and for few checkpoints
+
     try:
         # Not by Flax, which believes what a list says of its length, and knows more than arrays.
         tree = msgpack.unpackb(
             path.read_bytes(), ext_hook=_array, object_hook=_joined, raw=False, max_array_len=0
         )
-        leaves = flax.traverse_util.flatten_dict(tree, sep="/")
+        leaves = flatten_dict(tree, sep="/")
     except Exception as error:  # msgpack, flax and numpy have no exception in common
         raise CheckpointError(f"{path} cannot be read as msgpack: {first_line(error)}") from error
     return {tensor_name(leaf): _source(path, leaf, values) for leaf, values in leaves.items()}
@@ -124,6 +124,9 @@ def create_file(path: Path, norm: str) -> Iterator[Put]:
 
     Yields a function that takes a tensor by PyTorch's name and in its layout.
     """
+    from flax.serialization import msgpack_serialize
+    from flax.traverse_util import unflatten_dict
+
     leaves: dict[str, NDArray[Any]] = {}
 
     def put(name: str, values: NDArray[Any]) -> None:
@@ -131,9 +134,9 @@ def create_file(path: Path, norm: str) -> Iterator[Put]:
         leaves[leaf] = values.T if leaf.endswith("/kernel") else values
 
     yield put
-    tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
+    tree = unflatten_dict(leaves, sep="/")
     with writing(path):
-        path.write_bytes(flax.serialization.msgpack_serialize(tree, in_place=True))
+        path.write_bytes(msgpack_serialize(tree, in_place=True))
 
 
 FILES = WeightFiles("flax_model", ".msgpack", open_file, tensor_name)

@@ -1,23 +1,25 @@
 """`prox24 demo`: a real model of 135M parameters, pruned by the baselines and the default."""
 
 import argparse
+import dataclasses
 import functools
 import time
 from pathlib import Path
 from typing import Any
 
 from prox24._cli import options
-from prox24._pruning.recipe import PRESETS
+from prox24._pruning.recipe import Recipe
 from prox24.errors import CheckpointError
 
 METHODS = {
-    "magnitude": "magnitude",
-    "wanda": "wanda",
-    "sparsegpt": "sparsegpt",
-    "admm": "admm + refit, dense targets",
+    "magnitude": ("magnitude", Recipe.magnitude()),
+    "wanda": ("wanda", Recipe.wanda()),
+    "sparsegpt": ("sparsegpt", Recipe.sparsegpt()),
+    "no-basis": ("default, heads not turned", dataclasses.replace(Recipe(), basis=None)),
+    "admm": ("default", Recipe()),
 }
-"""Presets, with what the table calls them."""
-LEFT_OUT = ("wanda",)
+"""Recipes, with what the table calls them."""
+LEFT_OUT = ("wanda", "no-basis")
 """By the demo in its short form."""
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
 
@@ -28,10 +30,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--cache", type=Path, default=Path(".cache"), help="folder for the download"
     )
     command.add_argument(
-        "--output", type=Path, default=Path("."), help="folder for the models (replaces its four)"
+        "--output",
+        type=Path,
+        default=Path("."),
+        help="folder for the models (earlier ones are replaced)",
     )
     command.add_argument(
-        "--full", action="store_true", help="more windows, and Wanda too: takes twice the time"
+        "--full", action="store_true", help="more windows and methods: takes thrice the time"
     )
     options.add_windows(
         command, "calibration", "UTF-8 text (default: speeches)", "4, or 16 with --full"
@@ -79,20 +84,20 @@ def run(arguments: argparse.Namespace) -> int:
         f"Perplexity: {evaluation.size} tokens in windows of {length}."
     )
     methods = {
-        name: shown for name, shown in METHODS.items() if arguments.full or name not in LEFT_OUT
+        name: given for name, given in METHODS.items() if arguments.full or name not in LEFT_OUT
     }
     rows: list[dict[str, Any]] = []
     # A job of pruning has a bar for its check and one for its layers; then the model is measured.
     with whole_bar("demo", 1 + 3 * len(methods), quiet):
-        for method, shown in [(None, "dense"), *methods.items()]:
+        for method, (shown, recipe) in {"dense": ("dense", None), **methods}.items():
             began = time.perf_counter()
             folder, figures = model, {}
-            if method is not None:
+            if recipe is not None:
                 folder = arguments.output / f"SmolLM2-135M-Instruct-{method}-2of4"
                 report = prune(
                     model,
                     folder,
-                    PRESETS[method](),
+                    recipe,
                     calibration=calibration,
                     overwrite=True,
                     quiet=quiet,
