@@ -82,7 +82,7 @@ def main() -> None:
     ).to_dict() | {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
     config, rng = config_from_hf(hf), np.random.default_rng(0)
     weights = jax.tree.map(jnp.asarray, first_weights(config, rng))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 50, arguments.steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 50, arguments.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
     state = optimizer.init(weights)
 

@@ -100,7 +100,8 @@ def test_python_options_and_recipe_files_write_the_same_bytes(workspace, capsys)
     recipe.save(workspace / "recipe.json")
     # As people write it: for YAML 1.1, 4:8 would be a number and 1e-2 would be text.
     written = (
-        "recipe: 1\nsolver: {name: Wanda}\nrefit:\npattern: 4:8\ndamping: 1e-2\ntargets: null\n"
+        "recipe: 1\nsolver: {name: Wanda}\nrefit:\npattern: 4:8\ndamping: 1e-2\n"
+        "targets: null\nbasis: null\n"
     )
     (workspace / "recipe.yaml").write_text(written)
     for file, more in (("recipe.json", []), ("recipe.yaml", ["--only", "self_attn"])):
