@@ -83,9 +83,7 @@ class PruneReport(Report):
             *self._block_rows(),
         ]
         if self.recipe.basis is not None:
-            why = (
-                "" if self.turned_layers else ": this attention cannot be turned (docs/solvers.md)"
-            )
+            why = "" if self.turned_layers else ", see docs/solvers.md"
             rows.append(["learnt bases of heads", f"{self.turned_layers} layers{why}"])
         counts = {
             "done by the run before": self.resumed_linears,

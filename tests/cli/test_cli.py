@@ -168,6 +168,19 @@ def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pat
     assert run(*verify, "--pattern", "2:4", "--quiet") == 1
 
 
+@pytest.mark.parametrize(("variant", "line"), [("qwen2", "2 layers"), ("olmoe", "0 layers, see")])
+def test_heads_that_were_turned_are_a_line_and_verify_knows_their_biases(
+    tmp_path, capsys, variant, line
+):
+    write_workspace(tmp_path, variant)
+    assert prune(tmp_path, "--method", "wanda", "--basis", "heads", "--basis-steps", "5") == 0
+    (row,) = [row for row in capsys.readouterr().out.splitlines() if "learnt bases" in row]
+    assert line in row
+    verified = printed_json(capsys, "verify", tmp_path / "out", "--source", tmp_path / "model")
+    biases = [f"model.layers.{i}.self_attn.v_proj.bias" for i in range(2)]
+    assert verified["refined"] == (biases if variant == "qwen2" else [])
+
+
 def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypatch, capsys):
     monkeypatch.setattr("prox24._cli.demo_model.fetch_model", lambda cache: workspace / "model")
     command = ["demo", "--cache", workspace / "cache", "--output", workspace / "models"]
