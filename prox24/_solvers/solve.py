@@ -195,7 +195,9 @@ def check_supported(
     solver: Solver, refit: Refit | None, pattern: PatternLike | Unstructured
 ) -> None:
     """Raises ValueError where `solve` would for the pattern, and computes nothing."""
-    check_traits(solver, refit, as_any_pattern(pattern))
+    width = as_any_pattern(pattern).group
+    arrays = (jax.ShapeDtypeStruct((rows, width), jnp.float32) for rows in (1, width))
+    jax.eval_shape(functools.partial(solve, solver=solver, refit=refit, pattern=pattern), *arrays)
 
 
 def check_shares_columns(solver: Solver, refit: Refit | None) -> None:
