@@ -119,8 +119,8 @@ def learn(
 
     Minimises, over all parts, the sum of w^2 s over the M - N smallest of each block of M, relative
     to tr(W G W^T). With G the damped Gram of the part's inputs, turned with them, a column costs
-    s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the orthogonal factor of a free matrix. Its rate
-    falls from 0.02 to 0 as a cosine.
+    s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the orthogonal factor of a free matrix,
+    which Adam moves with a rate that falls from 0.02 to 0 as a cosine.
 
     Args:
       parts: the linears that make or read the same hidden vectors.

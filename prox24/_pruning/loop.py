@@ -99,9 +99,8 @@ def prune_stages(
         del inputs
         if anew:
             # In the order of the stage, which is that of every process.
-            rest = [name for name in weights if name in together]
-            if refine is None:
-                rest = [name for name in rest if name not in reports]
+            handed_out = set[str]() if refine is not None else reports.keys()
+            rest = [name for name in weights if name in together - handed_out]
             weights |= {name: _rounded(runner, recipe, name, weights[name]) for name in rest}
             if refine is not None:
                 outcome = _refine(runner, index, weights, state, refine, trained, chosen)
