@@ -62,7 +62,6 @@ def main() -> None:
     parser.add_argument("--windows", type=positive, default=16)
     parser.add_argument("--length", type=positive, default=512)
     parser.add_argument("--rows", nargs="+", choices=RECIPES, default=["sparsegpt", "default"])
-    parser.add_argument("--steps", type=positive, nargs="+", default=[100], help="of the learner")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     common.add_output(parser)
     arguments = parser.parse_args()
@@ -80,13 +79,13 @@ def main() -> None:
         for seed in arguments.seeds:
             windows = common.drawn_windows(every, arguments.windows, seed)
             for method in arguments.rows:
-                for steps in (0, *arguments.steps):
+                for steps in (0, HeadBasis().steps):
                     values = (model.stem, method, steps, arguments.windows, seed)
                     key = dict(zip(titles, values, strict=True))
                     rows = common.read_rows(path, (*titles, *figures))
                     if common.has_row(rows, key):
                         continue
-                    basis = HeadBasis(steps) if steps else None
+                    basis = HeadBasis() if steps else None
                     recipe = dataclasses.replace(RECIPES[method], basis=basis)
                     rows = common.add_row(path, key | measure(recipe, model, windows, texts))
     lines = [

@@ -47,15 +47,17 @@ class Part(NamedTuple):
     """A linear on one side of the change.
 
     Attributes:
-      weight: shape (out, in).
-      gram: of its inputs, shape (in, in); None where every weight costs its square.
+      weight: shape (out, in), floating.
+      gram: the sum of x x^T over its inputs x, shape (in, in); the identity where every weight
+        costs its square.
       axis: 0 if its outputs are turned, 1 if its inputs are.
-      places: which of them, shape (heads, members, d); all inputs in order where axis is 1.
-      pattern: that it is pruned to.
+      places: the outputs or inputs that are turned, shape (heads, members, d); with axis 1, all
+        inputs in order.
+      pattern: N:M along the inputs, to which the linear is pruned.
     """
 
     weight: Array
-    gram: Array | None
+    gram: Array
     axis: int
     places: Places
     pattern: PatternLike = Pattern(2, 4)
@@ -63,6 +65,15 @@ class Part(NamedTuple):
 
 def places_of(heads: int, width: int, members: int = 1, start: int = 0) -> Places:
     """Consecutive places: of each head, its members one after the other.
+
+    Args:
+      heads: that have an R of their own, as key-value heads.
+      width: d, the width of a head.
+      members: that share the R of a head, as its query heads.
+      start: the first place.
+
+    Returns:
+      Integers, shape (heads, members, width).
 
     Example:
       >>> places_of(heads=2, width=4).tolist()
@@ -72,16 +83,16 @@ def places_of(heads: int, width: int, members: int = 1, start: int = 0) -> Place
 
 
 def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArray:
-    """R^T V for axis 0, O R for axis 1, R^T b for a vector.
+    """Turns one axis of an array: R^T V for axis 0, O R for axis 1, R^T b for a bias.
 
-    NumPy's arrays are turned by NumPy, as in float64, and JAX's by JAX, in true float32. A Gram is
-    turned along both axes.
+    A Gram is turned along both axes. NumPy turns its own arrays, in float64 too. JAX turns its own,
+    in true float32.
 
     Args:
       array: weight (out, in), Gram (in, in) or bias (out,).
       turn: R, shape (heads, d, d).
-      places: of the axis, shape (heads, members, d); the others are left.
-      axis: that is turned.
+      places: the entries of the axis that are turned, shape (heads, members, d).
+      axis: the axis that is turned.
 
     Returns:
       An array of the same shape, in the dtype of the turn.
@@ -101,7 +112,18 @@ def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArr
 
 
 def orthogonal(matrix: AnyArray) -> AnyArray:
-    """The Q of a QR decomposition whose R has a positive diagonal; shape (..., d, d)."""
+    """The orthogonal factor of a QR decomposition whose other factor has a positive diagonal.
+
+    Args:
+      matrix: shape (..., d, d), float32 or float64, invertible; of NumPy or of JAX.
+
+    Returns:
+      Orthogonal matrices of the same shape, dtype and package; the identity for the identity.
+
+    Example:
+      >>> orthogonal(np.array([[3.0, 0.0], [0.0, -2.0]])).tolist() == [[1.0, 0.0], [0.0, -1.0]]
+      True
+    """
     xp: Any = np if isinstance(matrix, np.ndarray) else jnp
     q, r = xp.linalg.qr(matrix)
     negative = xp.diagonal(r, axis1=-2, axis2=-1) < 0
@@ -118,9 +140,9 @@ def learn(
     """Learns an orthogonal R for each head, from the identity.
 
     Minimises, over all parts, the sum of w^2 s over the M - N smallest of each block of M, relative
-    to tr(W G W^T). With G the damped Gram of the part's inputs, turned with them, a column costs
-    s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the orthogonal factor of a free matrix,
-    which Adam moves with a rate that falls from 0.02 to 0 as a cosine.
+    to tr(W G W^T). G is the damped Gram of the part's inputs, and is turned with them. A weight of
+    column j costs s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the orthogonal factor of a free
+    matrix. Adam moves that matrix, with a rate that falls from 0.02 to 0 as a cosine.
 
     Args:
       parts: the linears that make or read the same hidden vectors.
@@ -134,6 +156,10 @@ def learn(
 
     Raises:
       ValueError: shapes, places, dtypes or patterns do not fit; names the part.
+
+    References:
+      docs/theory.md, section 16. The place of R is that of R2 in "SpinQuant: LLM Quantization with
+      Learned Rotations", arXiv 2405.16406; there it is learnt for quantisation.
 
     Example:
       >>> v, o = jnp.eye(8) + 0.1, jnp.eye(8) - 0.1
@@ -196,9 +222,8 @@ def _checked(parts: Sequence[Part]) -> tuple[list[Part], tuple[Side, ...]]:
 
 
 def _checked_part(part: Part) -> Part:
-    weight, places = jnp.asarray(part.weight), np.asarray(part.places)
-    gram = jnp.eye(weight.shape[-1], dtype=weight.dtype) if part.gram is None else part.gram
-    gram = jnp.asarray(gram)
+    weight, gram = jnp.asarray(part.weight), jnp.asarray(part.gram)
+    places = np.asarray(part.places)
     check_arrays(weight, gram)
     width, group = weight.shape[1], as_pattern(part.pattern).group
     if part.axis not in (0, 1):
@@ -213,11 +238,7 @@ def _checked_part(part: Part) -> Part:
     if part.axis == 1 and not np.array_equal(places.ravel(), np.arange(width)):
         raise ValueError(f"with axis=1, places are all of the {width} inputs in order")
     dtype = working_dtype(gram.dtype)
-    return part._replace(
-        weight=weight.astype(dtype),
-        gram=None if part.gram is None else gram.astype(dtype),
-        places=places,
-    )
+    return part._replace(weight=weight.astype(dtype), gram=gram.astype(dtype), places=places)
 
 
 class _Prepared(NamedTuple):
@@ -229,7 +250,7 @@ class _Prepared(NamedTuple):
       gram: of a maker, the diagonal (1, 1, 1, others) of its damped Gram; of a reader, the blocks
         of a head, shape (heads, members, d, d).
       inverse: the same of its inverse.
-      scale: of the sum, one by tr(W G W^T).
+      scale: 1 / tr(W G W^T).
     """
 
     weight: Array
@@ -239,11 +260,8 @@ class _Prepared(NamedTuple):
 
 
 def _prepared(part: Part, damping: ArrayLike) -> _Prepared:
-    gram = part.gram
-    if gram is None:
-        gram, damping = jnp.eye(part.weight.shape[1], dtype=part.weight.dtype), 0.0
     damping = jnp.asarray(damping, part.weight.dtype)
-    return _prepare(part.weight, gram, jnp.asarray(part.places), damping, part.axis)
+    return _prepare(part.weight, part.gram, jnp.asarray(part.places), damping, part.axis)
 
 
 @functools.partial(jax.jit, static_argnames="axis")

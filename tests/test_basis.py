@@ -25,10 +25,10 @@ def parts_of(seed, pattern=(2, 4), gram=True):
     """A fused linear of which some rows make the vectors, and the linear that reads them."""
     rng = np.random.default_rng(seed)
     weights = rng.standard_normal((24, 16)), rng.standard_normal((12, INPUTS))
-    grams = definite(16, 100, rng), definite(INPUTS, 100, rng)
+    grams = [definite(width, 100, rng) if gram else np.eye(width) for width in (16, INPUTS)]
     single = [jnp.asarray(x, jnp.float32) for x in (*weights, *grams)]
     return [
-        Part(single[axis], single[2 + axis] if gram else None, axis, places, pattern)
+        Part(single[axis], single[2 + axis], axis, places, pattern)
         for axis, places in enumerate((MADE, READ))
     ]
 
@@ -40,9 +40,7 @@ def expected_objective(turn, parts, damping, exponent):
         given = np.asarray(part.weight, np.float64)
         weight = turned(given, turn, part.places, part.axis)
         width, (kept, group) = weight.shape[1], part.pattern
-        gram = np.eye(width)
-        if part.gram is not None:
-            gram = damped(np.asarray(part.gram, np.float64), damping)
+        gram = damped(np.asarray(part.gram, np.float64), damping)
         rows = part.places.ravel() if part.axis == 0 else np.arange(len(weight))
         whole = np.trace(given[rows] @ gram @ given[rows].T)
         if part.axis == 1:

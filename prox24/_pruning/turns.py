@@ -80,28 +80,27 @@ def _turned_inputs(own: Inputs, turn: Array) -> Inputs:
     """Of all inputs in order, as a `prox24.basis.Part` has them."""
     placed = own.gram.sharding
     columns = placed if isinstance(placed, NamedSharding) else None
-    cross = None if own.cross is None else _turned_both(own.cross, turn, columns)
-    gram = _turned_both(own.gram, turn, columns)
-    return own._replace(gram=_symmetric(gram, columns), cross=cross)
+    cross = None if own.cross is None else _turned_gram(own.cross, turn, columns)
+    return own._replace(gram=_turned_gram(own.gram, turn, columns, symmetric=True), cross=cross)
 
 
-@functools.partial(jax.jit, static_argnames="columns")
-def _turned_both(gram: Array, turn: Array, columns: NamedSharding | None) -> Array:
-    """R^T G R, whose columns are where those of G are."""
+@functools.partial(jax.jit, static_argnames=("columns", "symmetric"))
+def _turned_gram(
+    gram: Array, turn: Array, columns: NamedSharding | None, symmetric: bool = False
+) -> Array:
+    """R^T G R; without `prox24.basis.turned`, whose gather sends a whole Gram to every device.
+
+    Its columns are where those of G are. What rounding makes of a symmetric one is taken away.
+    """
+
+    def placed(matrix: Array) -> Array:
+        return matrix if columns is None else lax.with_sharding_constraint(matrix, columns)
+
     heads, width, _ = turn.shape
     shape = (heads, -1, width, len(gram))
     rows = jnp.einsum("hij,hmik->hmjk", turn, gram.reshape(shape), precision=PRECISION)
-    rows = _placed(rows.reshape(gram.shape), columns)
+    rows = placed(rows.reshape(gram.shape))
     shape = (len(gram), heads, -1, width)
     both = jnp.einsum("khmi,hij->khmj", rows.reshape(shape), turn, precision=PRECISION)
-    return _placed(both.reshape(gram.shape), columns)
-
-
-@functools.partial(jax.jit, static_argnames="columns")
-def _symmetric(gram: Array, columns: NamedSharding | None) -> Array:
-    """Without what rounding made of a symmetric matrix."""
-    return _placed((gram + gram.T) / 2, columns)
-
-
-def _placed(gram: Array, columns: NamedSharding | None) -> Array:
-    return gram if columns is None else lax.with_sharding_constraint(gram, columns)
+    both = placed(both.reshape(gram.shape))
+    return placed((both + both.T) / 2) if symmetric else both
