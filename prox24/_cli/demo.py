@@ -36,7 +36,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="folder for the models (earlier ones are replaced)",
     )
     command.add_argument(
-        "--full", action="store_true", help="more windows and methods: takes thrice the time"
+        "--full", action="store_true", help="more windows and methods: takes three times as long"
     )
     options.add_windows(
         command, "calibration", "UTF-8 text (default: speeches)", "4, or 16 with --full"
