@@ -1,9 +1,9 @@
 """Changes of basis between linears: the function stays, and a pattern costs less.
 
-A hidden vector h of width d is made by the rows of one matrix, h = V x, and read by the columns of
-another, y = O h. For every orthogonal R, of shape (d, d), the matrices R^T V and O R compute the
-same y. Their N:M forms do not: R is learnt so that the M - N smallest weights of each block matter
-little (docs/theory.md, section 16). In the literature R is a rotation.
+A hidden vector of width d is h = V x, and another linear computes y = O h. For every orthogonal R,
+of shape (d, d), the matrices R^T V and O R compute the same y. Their N:M forms do not. R is learnt
+so that the M - N smallest weights of each block matter little (docs/theory.md, section 16). In the
+literature R is a rotation.
 
 In attention a head's values are such a vector. So are its queries and keys, if nothing stands
 between them and their product: (R^T q) (R^T k) = q k. There is an R for each head.
@@ -92,7 +92,7 @@ def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArr
       array: weight (out, in), Gram (in, in) or bias (out,).
       turn: R, shape (heads, d, d).
       places: the entries of the axis that are turned, shape (heads, members, d).
-      axis: the axis that is turned.
+      axis: 0 or 1.
 
     Returns:
       An array of the same shape, in the dtype of the turn.
@@ -181,7 +181,7 @@ def objective(
     damping: ArrayLike = 0.01,
     exponent: ArrayLike = 0.5,
 ) -> Array:
-    """What `learn` minimises.
+    """The objective of `learn`.
 
     Args:
       turn: R, shape (heads, d, d), orthogonal.

@@ -343,3 +343,16 @@ def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(benchmark, tmp_
     tokens = [model.tokenizer(text)["input_ids"] for text in question.texts]
     right = float(np.argmin(choice.text_losses(model, tokens)) == 1)
     assert choice.accuracies(tmp_path / "model", questions) == dict.fromkeys(questions, right)
+
+
+def test_the_basis_is_a_line_beside_the_same_method_without_it(benchmark, tmp_path):
+    module = benchmark("basis")
+    given = [*benchmark.given, "--windows", 4, "--length", 32, "--rows", "wanda"]
+    printed = benchmark.main(module, *given)
+    without, turned = table(tmp_path / "basis.csv")
+    assert (without["steps"], turned["steps"]) == ("0", "100")
+    assert float(turned["values_loss"]) < float(without["values_loss"])
+    assert f"{float(turned['text']):.2f}" in printed
+    # What was measured is not measured again.
+    assert benchmark.main(module, *given) == printed
+    assert len(table(tmp_path / "basis.csv")) == 2

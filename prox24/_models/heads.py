@@ -1,4 +1,4 @@
-"""What may be turned in attention, head by head, without a change of its function."""
+"""The linears of attention that can be turned, head by head, and keep its function."""
 
 import numpy as np
 

@@ -33,7 +33,7 @@ def ties_of(
 
 
 def tied_tensors(ties: Sequence[Sequence[Side]]) -> set[str]:
-    """The weights and biases that are turned together."""
+    """The weights and biases that share a basis."""
     sides = [side for tie in ties for side in tie]
     return {name for side in sides for name in (side.tensor, side.bias) if name is not None}
 
@@ -77,7 +77,7 @@ def turn(
 
 
 def _turned_inputs(own: Inputs, turn: Array) -> Inputs:
-    """Of all inputs in order, as a `prox24.basis.Part` has them."""
+    """The Gram and the cross-Gram of turned inputs, as of a `prox24.basis.Part` of axis 1."""
     placed = own.gram.sharding
     columns = placed if isinstance(placed, NamedSharding) else None
     cross = None if own.cross is None else _turned_gram(own.cross, turn, columns)
@@ -88,9 +88,10 @@ def _turned_inputs(own: Inputs, turn: Array) -> Inputs:
 def _turned_gram(
     gram: Array, turn: Array, columns: NamedSharding | None, symmetric: bool = False
 ) -> Array:
-    """R^T G R; without `prox24.basis.turned`, whose gather sends a whole Gram to every device.
+    """R^T G R, with its columns on the devices of the columns of G.
 
-    Its columns are where those of G are. What rounding makes of a symmetric one is taken away.
+    `prox24.basis.turned` would gather, and so send a whole Gram to every device. A symmetric Gram
+    is made symmetric again after rounding.
     """
 
     def placed(matrix: Array) -> Array:
