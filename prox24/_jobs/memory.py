@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import check_widths
 from prox24._solvers.damping import WIDEST_BLOCK
 from prox24._solvers.problem import LayerProblem, corrected_weight
-from prox24._solvers.solve import check_shares_columns, solve_program
+from prox24._solvers.solve import check_shares_columns, check_traits, solve_program
 from prox24.errors import Prox24Error, RecipeError
 from prox24.refine._blocks import block_step
 
@@ -83,13 +85,21 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
     held = _held(_weights(model, index))
     pruned = _held(_weights(model, index, setup.recipe.dtype))
     grams = sum(4 * width**2 // setup.sharing(width) for width in _widths(linears).values())
-    solving = {linear.tensor: _solving(linear, setup) for linear in _largest(linears, setup)}
+    largest = _largest(linears, setup)
+    with ThreadPoolExecutor() as pool:  # XLA compiles the programs beside each other.
+        solving_each = pool.map(partial(_solving, setup=setup), largest)
+        correcting_each = pool.map(partial(_correcting, setup=setup), largest)
+        gather = pool.submit(_gathering, model, index, micro_batch, setup)
+    solving = {
+        linear.tensor: _on_a_device(linear, max(needed), setup)
+        for linear, *needed in zip(largest, solving_each, correcting_each, strict=True)
+    }
     widest = max(solving, key=solving.__getitem__, default="")
     turning = _turning(model, index, setup.recipe)
     return Memory(
         weights=held,
         grams=grams,
-        gather=_gathering(model, index, micro_batch, setup),
+        gather=gather.result(),
         solve=held + pruned + grams * streams(setup.recipe) + max(solving.get(widest, 0), turning),
         widest=widest,
     )
@@ -219,20 +229,38 @@ def _largest(linears: Iterable[Linear], setup: Setup) -> list[Linear]:
 
 
 def _solving(linear: Linear, setup: Setup) -> int:
-    """Beside the Gram, and the cross-Gram."""
-    (outputs, width), recipe = linear.shape, setup.recipe
-    sharing, rows = setup.sharing(width), setup.rows(linear.shape)
-    gram = Spec((width, width), jnp.float32)
-    problem = LayerProblem(Spec((rows, width), jnp.float32), gram)  # type: ignore[arg-type]
+    """Beside the Gram, to solve."""
+    recipe, problem = setup.recipe, _problem(linear, setup)
     pattern = recipe.pattern_of(linear.tensor)
     assert pattern is not None
-    scalar = Spec((), jnp.float32)
     methods = recipe.solver, recipe.refit
-    program = solve_program.lower(problem, *methods, scalar, pattern=pattern)
-    needed = _needed(program) - _bytes(gram)
-    if recipe.targets is not None:
-        corrected = _needed(corrected_weight.lower(*problem, gram, scalar)) - 2 * _bytes(gram)
-        needed = max(needed, corrected)
+    try:
+        check_traits(*methods, pattern)
+        program = solve_program.lower(problem, *methods, Spec((), jnp.float32), pattern=pattern)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return _needed(program) - _bytes(problem.gram)
+
+
+def _correcting(linear: Linear, setup: Setup) -> int:
+    """Beside the Gram and the cross-Gram, to correct the weight for dense targets; or 0."""
+    if setup.recipe.targets is None:
+        return 0
+    problem = _problem(linear, setup)
+    program = corrected_weight.lower(*problem, problem.gram, Spec((), jnp.float32))
+    return _needed(program) - 2 * _bytes(problem.gram)
+
+
+def _problem(linear: Linear, setup: Setup) -> Any:
+    width = linear.shape[1]
+    shapes = (setup.rows(linear.shape), width), (width, width)
+    return LayerProblem(*(Spec(shape, jnp.float32) for shape in shapes))  # type: ignore[arg-type]
+
+
+def _on_a_device(linear: Linear, needed: int, setup: Setup) -> int:
+    """Of what one device would need, where several share the columns."""
+    (outputs, width), recipe = linear.shape, setup.recipe
+    sharing = setup.sharing(width)
     if sharing == 1:
         return needed
     # Each holds a whole weight, for its product with a Gram, and the rows of a block of an inverse,

@@ -112,7 +112,6 @@ def plan(
       RecipeError: the solver does not support the pattern.
       UnsupportedModelError: the model has no forward pass here.
     """
-    recipe.check_supported()
     checkpoint = open_checkpoint(source)
     model = load_model(checkpoint)
     # As many as divide the windows, as `prune` uses.
