@@ -35,8 +35,8 @@ from multiple_choice import Question, accuracies, read_questions
 import prox24
 from prox24 import BlockRefinement, ModelRefinement, Recipe
 from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._jobs.documents import plain_text
 from prox24._jobs.output import peak_memory_bytes
-from prox24._jobs.text import read_text
 
 LENGTH = 512
 WINDOWS = 64
@@ -214,7 +214,7 @@ def evaluated_windows(
     """The first of a text; or of those of which no piece is in the calibration text."""
     if not unseen:
         return common.windows_of(dense, text, count, LENGTH)
-    windows, seen = common.windows_of(dense, text, None, LENGTH), read_text(calibration)
+    windows, seen = common.windows_of(dense, text, None, LENGTH), plain_text(calibration)
     tokenizer = open_checkpoint(dense).load_tokenizer()
     found = (one for one in windows if share_seen(tokenizer.decode(one), seen) == 0)
     chosen = list(itertools.islice(found, count))
@@ -317,7 +317,7 @@ def main() -> None:
     print_table(rows, texts)
     tokenizer = open_checkpoint(dense).load_tokenizer()
     for name, windows in evaluated.items():
-        share = share_seen(tokenizer.decode(windows.ravel()), read_text(calibration))
+        share = share_seen(tokenizer.decode(windows.ravel()), plain_text(calibration))
         print(f"{share:.0%} of what is evaluated of {name} is in {calibration.name}")
     draw(rows, texts, path.with_suffix(".png"))
 

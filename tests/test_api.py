@@ -12,6 +12,7 @@ from reference import eps_of
 from tiny import write_tiny
 
 import prox24
+from prox24._checkpoints.unfinished import sha256
 from prox24._jobs.output import Report
 
 ROOT = Path(__file__).parents[1]
@@ -137,4 +138,5 @@ def test_reports_are_dataclasses_that_json_holds(tmp_path):
         "windows": 4,
         "sequence_length": 32,
         "tokens": 128,
+        "sha256": sha256(windows.astype(np.int32)),
     }

@@ -38,9 +38,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--full", action="store_true", help="more windows and methods: takes three times as long"
     )
-    options.add_windows(
-        command, "calibration", "UTF-8 text (default: speeches)", "4, or 16 with --full"
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: speeches)"
     )
+    options.add_sizes(command, "4, or 16 with --full")
     command.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on (default: a novel)"
     )

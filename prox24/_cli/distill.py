@@ -12,7 +12,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("dense", help=f"the model that was pruned: {options.MODEL}")
     command.add_argument("pruned", help="HF folder of the pruned model")
     command.add_argument("destination", type=Path, help="HF folder to write")
-    options.add_windows(command, "text", "UTF-8 text to train on (default: speeches)")
+    options.add_training_windows(command, "text", "text to train on")
     for field in dataclasses.fields(ModelRefinement):
         options.add_field(command, ModelRefinement, field.name)
     command.add_argument(
@@ -38,9 +38,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from prox24._jobs.distill import distill
     from prox24._jobs.output import check_report, show
-    from prox24._jobs.text import Text
 
-    inputs = (arguments.dense, arguments.pruned, arguments.text)
+    text = options.text_of(arguments, arguments.text)
+    inputs = (arguments.dense, arguments.pruned, *text.files)
     check_report(arguments.report, inputs, arguments.destination)
     names = [field.name for field in dataclasses.fields(ModelRefinement)]
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.pruned,
         arguments.destination,
         ModelRefinement(**given),
-        text=Text(arguments.text, arguments.samples, arguments.sequence_length),
+        text=text,
         state=arguments.state,
         tensor_parallel=arguments.tensor_parallel,
         overwrite=arguments.overwrite,

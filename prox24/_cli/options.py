@@ -117,9 +117,44 @@ def add_output(
 def add_windows(
     command: argparse.ArgumentParser, name: str, what: str, samples: int | str = 64
 ) -> None:
-    """Adds a text file, --samples and --sequence-length."""
-    command.add_argument(option(name), type=Path, metavar="FILE", help=what)
+    """Adds a text, --text-field, --samples and --sequence-length."""
+    command.add_argument(
+        option(name),
+        action="append",
+        metavar="TEXT",
+        help=f"{what}: a file or folder of .txt, .jsonl, .json, .csv or .parquet, token ids as "
+        ".npy, or hf:OWNER/NAME[#CONFIG][:SPLIT] of the hub; may be given several times",
+    )
+    command.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="field of a record, with a text or messages (default: text, or else messages)",
+    )
     add_sizes(command, samples)
+
+
+def add_training_windows(command: argparse.ArgumentParser, name: str, what: str) -> None:
+    """Adds what `add_windows` does, --sampling and --seed."""
+    add_windows(command, name, f"{what} (default: speeches of the package)")
+    command.add_argument(
+        "--sampling",
+        choices=("even", "random", "documents"),
+        default="even",
+        help="windows are spread evenly over the joined documents, or drawn from them, or begin a "
+        "document each (default: even)",
+    )
+    command.add_argument(
+        "--seed", type=index, default=0, help="of windows that are drawn or written (default: 0)"
+    )
+
+
+def text_of(arguments: argparse.Namespace, source: Any) -> Any:
+    """The `Text` of a source, with the options that were given."""
+    from prox24._jobs.text import Text
+
+    sizes = arguments.samples, arguments.sequence_length, arguments.text_field
+    sampling = {name: vars(arguments)[name] for name in ("sampling", "seed") if name in arguments}
+    return Text(source, *sizes, **sampling)
 
 
 def add_sizes(command: argparse.ArgumentParser, samples: int | str = 64) -> None:

@@ -13,7 +13,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help=options.MODEL)
     command.add_argument("destination", type=Path, help="HF folder to write")
     options.add_recipe(command)
-    options.add_windows(command, "calibration", "UTF-8 text (default: speeches of the package)")
+    options.add_training_windows(
+        command, "calibration", "text to calibrate on; or generate:N, that the model writes itself"
+    )
     command.add_argument(
         "--memory",
         type=options.size,
@@ -62,15 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
     from prox24._jobs.output import check_report, show
     from prox24._jobs.processes import connected, is_first
     from prox24._jobs.prune import prune
-    from prox24._jobs.text import Text
 
-    check_report(arguments.report, (arguments.source, arguments.calibration), arguments.destination)
+    text = options.text_of(arguments, arguments.calibration)
+    check_report(arguments.report, (arguments.source, *text.files), arguments.destination)
     with connected(*place) if arguments.distributed else contextlib.nullcontext():
         report = prune(
             arguments.source,
             arguments.destination,
             recipe,
-            calibration=Text(arguments.calibration, arguments.samples, arguments.sequence_length),
+            calibration=text,
             memory=arguments.memory,
             activations=arguments.activations,
             shard_grams=arguments.shard_grams,

@@ -17,7 +17,6 @@ from prox24._checkpoints.training_state import states
 from prox24._checkpoints.unfinished import (
     Written,
     check_unchanged,
-    sha256,
     source_files,
     unfinished_folder,
 )
@@ -26,7 +25,14 @@ from prox24._core.masks import mean_sparsity
 from prox24._core.placement import common_mesh
 from prox24._jobs.forward import all_linears, load_model
 from prox24._jobs.output import Report, gigabytes, peak_memory_bytes, progress_bar, table, versions
-from prox24._jobs.text import Text, Windows, calibration_windows, described, shuffled
+from prox24._jobs.text import (
+    Text,
+    Windows,
+    calibration_windows,
+    described,
+    files_of_text,
+    shuffled,
+)
 from prox24._jobs.training import train_checkpoint
 from prox24.refine._model import ModelRefinement
 from prox24.refine._training import Training
@@ -125,20 +131,19 @@ def distill(
     """
     began = time.perf_counter()
     destination = Path(destination)
-    file = text.file if isinstance(text, Text) else None
-    check_destination(destination, [dense, pruned, file], overwrite)
+    check_destination(destination, [dense, pruned, *files_of_text(text)], overwrite)
     if state is not None:
         check_outside(destination, Path(state))
     teacher, student = open_checkpoint(dense), open_checkpoint(pruned)
     mesh = common_mesh(refinement.micro_batch, tensor_parallel)
-    windows = calibration_windows(teacher, text)
+    windows = calibration_windows(teacher, text, quiet=quiet)
     if isinstance(text, Text):
         windows = shuffled(windows)
     of_teacher, of_student = source_files(teacher.path), source_files(student.path)
     job = {
         "command": "distill",
         "refinement": dataclasses.asdict(refinement),
-        "text": {"tokens": windows.size, "sha256": sha256(windows)},
+        "text": described(text, windows),
         "dense": of_teacher,
         "source": of_student,
         "versions": versions(),

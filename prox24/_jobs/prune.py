@@ -17,7 +17,6 @@ from prox24._checkpoints.unfinished import (
     Written,
     check_unchanged,
     opened_by_another,
-    sha256,
     source_files,
     unfinished_folder,
 )
@@ -31,7 +30,14 @@ from prox24._jobs.native import native_runner
 from prox24._jobs.output import peak_memory_bytes, progress_bar, versions
 from prox24._jobs.processes import agree, is_first, meet
 from prox24._jobs.reports import PruneReport
-from prox24._jobs.text import Text, Windows, calibration_windows, described, shuffled
+from prox24._jobs.text import (
+    Text,
+    Windows,
+    calibration_windows,
+    described,
+    files_of_text,
+    shuffled,
+)
 from prox24._jobs.torch_runner import TorchRunner
 from prox24._pruning import loop
 from prox24._pruning.loop import PrunedTensor
@@ -95,13 +101,12 @@ def prune(
     """
     began = time.perf_counter()
     source, destination = Path(source), Path(destination)
-    file = calibration.file if isinstance(calibration, Text) else None
-    check_destination(destination, [source, file], overwrite)
+    check_destination(destination, [source, *files_of_text(calibration)], overwrite)
     recipe.check_supported()
     recipe.to_dict()  # A manifest holds it.
     checkpoint, native = torchax.open_any(source)
     files = source_files(checkpoint.path)
-    windows = calibration_windows(checkpoint, calibration)
+    windows = calibration_windows(checkpoint, calibration, quiet=quiet)
     if recipe.refine is not None:
         if jax.process_count() > 1:
             raise RecipeError("refine is for a single process")
@@ -116,7 +121,7 @@ def prune(
             micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
     job = {
         "recipe": recipe.to_dict(),
-        "calibration": {"tokens": windows.size, "sha256": sha256(windows)},
+        "calibration": described(calibration, windows),
         "micro_batch": micro_batch,
         "shard_grams": shard_grams,
         "shard_size": shard_size,

@@ -1,6 +1,7 @@
 """Text to windows of token ids."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prox24._checkpoints.checkpoint import Checkpoint
-from prox24.errors import CalibrationError, PromptError, UnsupportedModelError
+from prox24._checkpoints.checkpoint import Checkpoint, stop_tokens
+from prox24._checkpoints.unfinished import sha256
+from prox24._jobs.documents import documents, is_dataset
+from prox24._jobs.generated import generated_windows
+from prox24.errors import CalibrationError, PromptError, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,68 +22,158 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text, and how many windows of tokens are taken from it.
+    """A text, and the windows of tokens that are taken from it.
 
     Attributes:
-      file: UTF-8 text; None for a text of the package: speeches to calibrate or train on, a novel
-        to evaluate on.
+      source: a file, a folder, "hf:OWNER/NAME[#CONFIG][:SPLIT]" for a dataset of the hub, or
+        several of them; or "generate:N" for N windows that the dense model writes. Files are UTF-8
+        text, records (.jsonl, .json, .csv, .parquet), or token ids (.npy) of shape (windows,
+        length). None for a text of the package: speeches to calibrate or train on, a novel to
+        evaluate on.
       samples: windows; None for 64 to calibrate or train on, and for all of a text to evaluate on.
       sequence_length: tokens of a window.
+      field: of a record, with a text or the messages of a conversation; None for "text", or else
+        "messages". The tokenizer's chat template makes a text of messages.
+      sampling: how windows to calibrate or train on are taken: "even", spread over the documents,
+        which are joined; "random", drawn from the same windows; "documents", the beginnings of
+        documents that are long enough, spread over them. Of a dataset of the hub, the first
+        documents are read, as many as that needs.
+      seed: of the random draws, and of the model that writes.
 
     Raises:
-      CalibrationError: there are fewer than one window or two tokens.
+      CalibrationError: a field is out of range, or sources do not go together.
 
     Example:
-      >>> Text("a.txt", samples=128).sequence_length
+      >>> Text(("a.txt", "b.jsonl"), samples=128).sequence_length
       512
     """
 
-    file: str | Path | None = None
+    source: str | Path | Sequence[str | Path] | None = None
     samples: int | None = None
     sequence_length: int = 512
+    field: str | None = None
+    sampling: str = "even"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
             raise CalibrationError(f"samples is {self.samples}; one window or more is needed")
         if self.sequence_length < 2:
             raise CalibrationError(f"sequence_length is {self.sequence_length}; 2 is the least")
+        if self.sampling not in SAMPLINGS:
+            raise CalibrationError(f"sampling {self.sampling!r} is none of {', '.join(SAMPLINGS)}")
+        for source in self.sources:
+            if len(self.sources) > 1 and (is_generated(source) or is_tokens(source)):
+                raise CalibrationError(f"{source} cannot be joined with other texts")
+            if is_generated(source) and not re.fullmatch(r"generate:[1-9]\d*", source):
+                raise CalibrationError(f"{source} is not of the form generate:WINDOWS")
 
-    def read(self, packaged: str) -> str:
-        """The text, or the package's text of that name."""
-        return packaged_text(packaged) if self.file is None else read_text(Path(self.file))
+    @property
+    def sources(self) -> list[str]:
+        """The sources as a list; none for a text of the package."""
+        if isinstance(self.source, str | Path):
+            return [str(self.source)]
+        return [str(source) for source in self.source or ()]
+
+    @property
+    def files(self) -> list[Path]:
+        """The sources that are files or folders."""
+        return [Path(x) for x in self.sources if not is_dataset(x) and not is_generated(x)]
 
     def called(self, packaged: str) -> str:
         """Its name for people."""
-        return f"{packaged} of prox24" if self.file is None else str(self.file)
+        return ", ".join(self.sources) or f"{packaged} of prox24"
 
+
+SAMPLINGS = ("even", "random", "documents")
 
 Windows = Text | NDArray[np.integer]
 """A text, or its tokens: integers of shape (windows, length)."""
 
 
-def calibration_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
-    """Windows spread evenly over a text; tokens that are given stay as they are."""
+def is_generated(source: str) -> bool:
+    """Whether the dense model writes the text."""
+    return source.startswith("generate:")
+
+
+def is_tokens(source: str) -> bool:
+    """Whether a file has token ids."""
+    return source.endswith(".npy")
+
+
+def files_of_text(text: Windows) -> list[Path]:
+    """The files and folders that a text is read from."""
+    return text.files if isinstance(text, Text) else []
+
+
+def calibration_windows(
+    checkpoint: Checkpoint, text: Windows, *, quiet: bool = True
+) -> NDArray[np.int32]:
+    """Windows to calibrate or train on; tokens that are given stay as they are.
+
+    What the model writes takes time, and shows a progress bar unless it is `quiet`.
+    """
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
-    ids, start = _tokens(checkpoint, text.read(SPEECHES))
-    _check_length(checkpoint, text.sequence_length)
-    return spread_windows(ids, text.samples or SAMPLES, text.sequence_length, start)
+    samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
+    if is_tokens(source):
+        available = _checked(checkpoint, _array(source))
+        if samples is not None and samples > len(available):
+            raise CalibrationError(f"{source} has {len(available)} windows, fewer than {samples}")
+        return available if samples is None else _sampled(available, samples, text)
+    if is_generated(source):
+        check_length(checkpoint, length)
+        count = int(source.partition(":")[2])
+        begin = checkpoint.load_tokenizer().bos_token_id
+        first = end_token(checkpoint) if begin is None else begin
+        if first is None:
+            raise CalibrationError(f"{source}: the model has no token to begin or end a text with")
+        return generated_windows(checkpoint, first, count, length, text.seed, quiet=quiet)
+    samples = samples or SAMPLES
+    start = _start(checkpoint)
+    own = length - len(start)
+    if text.sampling != "documents":
+        ids = _joined(checkpoint, _tokens(checkpoint, text, SPEECHES, start, samples * own))
+        check_length(checkpoint, length)
+        return _sampled(available_windows(ids, samples, length, start), samples, text)
+    every = _tokens(checkpoint, text, SPEECHES, start, samples, own)
+    check_length(checkpoint, length)
+    long = [ids[:own] for ids in every if ids.size >= own]
+    if len(long) < samples:
+        raise CalibrationError(
+            f"{len(long)} of {len(every)} documents have {own} tokens or more, and {samples} "
+            "windows are asked for: take fewer, shorter ones, or another sampling"
+        )
+    return _sampled(first_windows(np.concatenate(long), None, length, start), samples, text)
 
 
 def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
     """The first windows of a text; tokens that are given stay as they are."""
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
-    ids, start = _tokens(checkpoint, text.read(NOVEL))
-    _check_length(checkpoint, text.sequence_length)
-    return first_windows(ids, text.samples, text.sequence_length, start)
+    samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
+    if is_tokens(source):
+        return _checked(checkpoint, _array(source))[:samples]
+    if is_generated(source):
+        raise CalibrationError(f"{source} is to calibrate on; evaluate on a text of others")
+    start = _start(checkpoint)
+    needed = None if samples is None else samples * (length - len(start))
+    ids = _joined(checkpoint, _tokens(checkpoint, text, NOVEL, start, needed))
+    check_length(checkpoint, length)
+    return first_windows(ids, samples, length, start)
 
 
 def described(text: Windows, windows: NDArray[np.int32]) -> dict[str, Any]:
-    """The text of a report on windows to calibrate or train on: its name, and their numbers."""
+    """The text of a report on windows to calibrate or train on: its name, numbers and hash."""
     name = text.called(SPEECHES) if isinstance(text, Text) else "tokens"
     count, length = windows.shape
-    return {"text": name, "windows": count, "sequence_length": length, "tokens": windows.size}
+    return {
+        "text": name,
+        "windows": count,
+        "sequence_length": length,
+        "tokens": windows.size,
+        "sha256": sha256(windows),
+    }
 
 
 def shuffled(windows: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -93,18 +187,84 @@ def shuffled(windows: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def prompt_tokens(checkpoint: Checkpoint, text: str) -> NDArray[np.int32]:
     """A prompt behind the tokens that the tokenizer puts before a text, shape (1, length)."""
-    ids, start = _tokens(checkpoint, text)
+    ids = tokenize(checkpoint.load_tokenizer(), text, _vocabulary(checkpoint))
     if not ids.size:
         raise PromptError("the prompt is empty")
-    return np.concatenate([np.asarray(start, np.int32), ids])[None]
+    return np.concatenate([np.asarray(_start(checkpoint), np.int32), ids])[None]
 
 
-def _tokens(checkpoint: Checkpoint, text: str) -> tuple[NDArray[np.int32], list[int]]:
-    vocabulary, tokenizer = _vocabulary(checkpoint), checkpoint.load_tokenizer()
-    return tokenize(tokenizer, text, vocabulary), start_tokens(tokenizer, vocabulary)
+def _start(checkpoint: Checkpoint) -> list[int]:
+    return start_tokens(checkpoint.load_tokenizer(), _vocabulary(checkpoint))
 
 
-def _check_length(checkpoint: Checkpoint, length: int) -> None:
+def _tokens(
+    checkpoint: Checkpoint,
+    text: Text,
+    packaged: str,
+    start: Sequence[int],
+    needed: int | None,
+    least: int | None = None,
+) -> list[NDArray[np.int32]]:
+    """The ids of each document, without start tokens.
+
+    Of a dataset of the hub there are as many as have the needed number of tokens; or, with `least`,
+    the needed number of documents of so many tokens.
+    """
+    tokenizer, vocabulary = checkpoint.load_tokenizer(), _vocabulary(checkpoint)
+
+    def chat(messages: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    if not text.sources:
+        return [tokenize(tokenizer, packaged_text(packaged), vocabulary)]
+    every = []
+    for source in text.sources:
+        found = 0
+        for document in documents(source, text.field, chat):
+            ids = tokenize(tokenizer, document, vocabulary)
+            if start and ids[: len(start)].tolist() == list(start):  # of a chat template
+                ids = ids[len(start) :]
+            every.append(ids)
+            found += ids.size if least is None else ids.size >= least
+            if needed is not None and found >= needed and is_dataset(source):
+                break
+    return every
+
+
+def _joined(checkpoint: Checkpoint, every: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Documents one behind the other, with the token that ends a text between them."""
+    end = end_token(checkpoint)
+    between = np.asarray([] if end is None else [end], np.int32)
+    parts = [part for ids in every for part in (between, ids)]
+    return np.concatenate([np.zeros(0, np.int32), *parts[1:]])
+
+
+def end_token(checkpoint: Checkpoint) -> int | None:
+    """The token that ends a text, by the tokenizer or else by the configs."""
+    own: int | None = checkpoint.load_tokenizer().eos_token_id
+    return next(iter(stop_tokens(checkpoint)), None) if own is None else own
+
+
+def _sampled(available: NDArray[np.int32], samples: int, text: Text) -> NDArray[np.int32]:
+    if text.sampling == "random":
+        rng = np.random.default_rng(text.seed)
+        return available[np.sort(rng.choice(len(available), samples, replace=False))]
+    return available[np.linspace(0, len(available) - 1, samples).round().astype(int)]
+
+
+def _array(path: str) -> NDArray[Any]:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CalibrationError(f"cannot read {path}: {reason}") from error
+    if not isinstance(found, np.ndarray):
+        raise CalibrationError(f"{path} is no array of numpy")
+    return found
+
+
+def check_length(checkpoint: Checkpoint, length: int) -> None:
+    """Raises CalibrationError where windows are longer than the model's positions."""
     positions = checkpoint.config.get("max_position_embeddings")
     if checkpoint.decoder is not None:
         positions = checkpoint.decoder.positions
@@ -129,7 +289,7 @@ def _checked(checkpoint: Checkpoint, windows: NDArray[np.integer]) -> NDArray[np
             f"tokens of shape {windows.shape} and dtype {windows.dtype} are not integers of shape "
             "(windows, length)"
         )
-    _check_length(checkpoint, windows.shape[1])
+    check_length(checkpoint, windows.shape[1])
     vocabulary = _vocabulary(checkpoint)
     if windows.min(initial=0) < 0 or windows.max(initial=0) >= vocabulary:
         raise CalibrationError(f"tokens are not between 0 and {vocabulary - 1}")
@@ -141,16 +301,6 @@ SAMPLES = 64
 
 SPEECHES, NOVEL = "speeches.txt", "austen.txt"
 """Texts of the package's data folder."""
-
-
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 file, and names it in the error where that fails."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
 def packaged_text(name: str) -> str:
@@ -204,14 +354,9 @@ def first_windows(
     return np.concatenate([starts, ids[: count * own].reshape(count, own)], axis=1)
 
 
-def spread_windows(
+def available_windows(
     ids: NDArray[np.int32], windows: int, length: int, start: Sequence[int] = ()
 ) -> NDArray[np.int32]:
-    """Windows that do not overlap, spread evenly over the text, shape (windows, length).
-
-    No randomness: the same text, number and length give the same windows.
-    """
+    """All windows that do not overlap; raises CalibrationError where they are fewer than asked."""
     enough = ids.size >= windows * (length - len(start))
-    # Raises for so many windows where the text is too short.
-    available = first_windows(ids, None if enough else windows, length, start)
-    return available[np.linspace(0, len(available) - 1, windows).round().astype(int)]
+    return first_windows(ids, None if enough else windows, length, start)

@@ -65,8 +65,10 @@ def test_prune_verify_and_eval(workspace, capsys):
     assert recipe["pattern"] == "2:4"
     assert recipe["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 1e-4}
     assert recipe["targets"] == {"name": "DenseTargets", "pull": 1}
-    size = {"windows": 8, "sequence_length": 32, "tokens": 8 * 32}
+    size = {"windows": 8, "sequence_length": 32, "tokens": 8 * 32, "sha256": ANY}
     assert printed["calibration"] == {"text": str(workspace / "text.txt"), **size}
+    manifest = json.loads((out / "prox24.json").read_text())
+    assert manifest["calibration"] == printed["calibration"]
     assert printed["versions"].keys() > {"python", "jax", "prox24"}
     assert printed["peak_memory_bytes"] > 1e8
     assert len(printed["linears"]) == 14

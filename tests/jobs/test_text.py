@@ -1,16 +1,21 @@
 """Windows of tokens from texts."""
 
+import dataclasses
+import sys
+import types
+
 import numpy as np
 import pytest
 from tiny import byte_tokenizer, tokens, write_tiny
 
 from prox24 import Text
 from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._jobs import generated
 from prox24._jobs.text import (
+    available_windows,
     calibration_windows,
     evaluation_windows,
     first_windows,
-    spread_windows,
     start_tokens,
     tokenize,
 )
@@ -34,8 +39,7 @@ def test_ids_without_an_embedding_are_refused():
 
 def test_windows_do_not_overlap_and_say_what_is_missing():
     assert first_windows(IDS, None, 10).shape == (10, 10)
-    assert spread_windows(IDS, 4, 10)[:, 0].tolist() == [0, 30, 60, 90]
-    for windows in (first_windows, spread_windows):
+    for windows in (first_windows, available_windows):
         with pytest.raises(CalibrationError, match=r"103 tokens, but 11 windows of 10 need 110"):
             windows(IDS, 11, 10)
     with pytest.raises(CalibrationError, match="1 windows of 200 need 200"):
@@ -47,7 +51,7 @@ def test_every_window_begins_with_the_start_tokens_and_none_of_the_text_is_lost(
     assert windows.shape == (12, 10)
     assert np.all(windows[:, :2] == [7, 8])
     assert windows[:, 2:].ravel().tolist() == list(range(96))
-    assert np.array_equal(spread_windows(IDS, 12, 10, [7, 8]), windows)
+    assert np.array_equal(available_windows(IDS, 12, 10, [7, 8]), windows)
     with pytest.raises(CalibrationError, match="windows of 2 have no room beside 2 start tokens"):
         first_windows(IDS, 1, 2, [7, 8])
 
@@ -69,7 +73,7 @@ def test_a_model_takes_a_text_or_its_tokens(checkpoint, tmp_path):
         assert windows(checkpoint, Text(samples=3, sequence_length=16)).shape == (3, 16)
         given = tokens(3, 5).astype(np.int64)
         assert np.array_equal(windows(checkpoint, given), given)
-    by_default = Text(text.file, sequence_length=10)
+    by_default = Text(text.source, sequence_length=10)
     assert np.array_equal(evaluation_windows(checkpoint, by_default), [digits] * 3)
     with pytest.raises(CalibrationError, match="30 tokens, but 64 windows of 10 need 640"):
         calibration_windows(checkpoint, by_default)
@@ -83,7 +87,7 @@ def test_a_model_takes_a_text_or_its_tokens(checkpoint, tmp_path):
         (tokens(3, 1), r"shape \(3, 1\)"),
         (tokens(3, 5) - 260, "between 0 and 259"),
         (tokens(3, 5) + 260, "between 0 and 259"),
-        (Text("/no/such/file"), "cannot read /no/such/file: No such file"),
+        (Text("/no/such/file", sequence_length=8), "cannot read /no/such/file: No such file"),
     ],
 )
 def test_what_makes_no_windows_is_refused(checkpoint, given, said):
@@ -91,7 +95,100 @@ def test_what_makes_no_windows_is_refused(checkpoint, given, said):
         calibration_windows(checkpoint, given)
 
 
-@pytest.mark.parametrize("sizes", [{"samples": 0}, {"sequence_length": 1}])
-def test_a_text_of_no_windows_is_refused(sizes):
-    with pytest.raises(CalibrationError, match=f"{next(iter(sizes))} is"):
-        Text(**sizes)
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"samples": 0}, "samples is"),
+        ({"sequence_length": 1}, "sequence_length is"),
+        ({"sampling": "best"}, "sampling 'best' is none of even, random, documents"),
+        ({"source": ["a.txt", "b.npy"]}, "b.npy cannot be joined"),
+        ({"source": ["generate:3", "a.txt"]}, "generate:3 cannot be joined"),
+        ({"source": "generate:many"}, "generate:many is not of the form generate:WINDOWS"),
+    ],
+)
+def test_a_text_of_no_windows_is_refused(fields, said):
+    with pytest.raises(CalibrationError, match=said):
+        Text(**fields)
+
+
+def test_documents_are_joined_by_the_token_that_ends_a_text(checkpoint, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "abcd"}\n{"text": "efgh"}\n')
+    (tmp_path / "b.txt").write_text("ijkl")
+    text = Text([tmp_path / "a.jsonl", tmp_path / "b.txt"], samples=2, sequence_length=7)
+    end, tokenizer = checkpoint.config["eos_token_id"], byte_tokenizer()
+    ids = [tokenize(tokenizer, each, 260).tolist() for each in ("abcd", "efgh", "ijkl")]
+    joined = [*ids[0], end, *ids[1], end, *ids[2]]
+    assert np.array_equal(calibration_windows(checkpoint, text), np.reshape(joined, (2, 7)))
+
+
+def test_samplings(checkpoint, tmp_path):
+    digits = [str(i % 10) * (5 + i % 3) for i in range(30)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(f'{{"text": "{each}"}}' for each in digits))
+
+    def windows(sampling, samples, length=6, seed=0):
+        text = Text(path, samples, length, sampling=sampling, seed=seed)
+        return calibration_windows(checkpoint, text)
+
+    tokenizer = byte_tokenizer()
+    long = [tokenize(tokenizer, each[:6], 260) for each in digits if len(each) >= 6]
+    assert np.array_equal(windows("documents", 20), long)
+    assert np.array_equal(windows("documents", 2), [long[0], long[-1]])
+    with pytest.raises(CalibrationError, match="20 of 30 documents have 6 tokens or more, and 21"):
+        windows("documents", 21)
+    every = windows("even", 34).tolist()  # all that there are
+    drawn = windows("random", 10).tolist()
+    assert np.array_equal(windows("random", 10), drawn)
+    assert windows("random", 10, seed=1).tolist() != drawn
+    places = [every.index(window) for window in drawn]
+    assert places == sorted(set(places))
+    with pytest.raises(CalibrationError, match="209 tokens, but 35 windows of 6 need 210"):
+        windows("random", 35)
+
+
+def test_of_a_dataset_no_more_is_read_than_the_windows_need(checkpoint, monkeypatch):
+    read = []
+
+    def load_dataset(*place, **options):
+        for i in range(100):
+            read.append(i)
+            yield {"text": "abc" if i % 2 else "abcdef"}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert calibration_windows(checkpoint, Text("hf:a/b", 3, 5)).shape == (3, 5)
+    assert len(read) == 3
+    assert calibration_windows(checkpoint, Text("hf:a/b", 3, 5, sampling="documents")).shape == (
+        3,
+        5,
+    )
+    assert len(read) == 3 + 5
+
+
+def test_tokens_of_a_file(checkpoint, tmp_path):
+    path, given = tmp_path / "a.npy", tokens(6, 5)
+    np.save(path, given)
+    assert np.array_equal(calibration_windows(checkpoint, Text(path)), given)
+    assert np.array_equal(calibration_windows(checkpoint, Text(path, 2)), given[[0, 5]])
+    assert np.array_equal(evaluation_windows(checkpoint, Text(path, 2)), given[:2])
+    with pytest.raises(CalibrationError, match="has 6 windows, fewer than 7"):
+        calibration_windows(checkpoint, Text(path, 7))
+    np.save(path, given[0])
+    with pytest.raises(CalibrationError, match=r"tokens of shape \(5,\)"):
+        calibration_windows(checkpoint, Text(path))
+    path.write_text("a")
+    with pytest.raises(CalibrationError, match=r"cannot read .*a.npy"):
+        calibration_windows(checkpoint, Text(path))
+
+
+def test_a_model_writes_its_own_windows(checkpoint, monkeypatch):
+    monkeypatch.setattr(generated, "BATCH_TOKENS", 16)  # two windows at once
+    text = Text("generate:3", sequence_length=8)
+    windows = calibration_windows(checkpoint, text)
+    assert windows.shape == (3, 8)
+    assert set(windows[:, 0]) == {checkpoint.config["eos_token_id"]}
+    assert len({tuple(window) for window in windows.tolist()}) == 3
+    assert np.array_equal(calibration_windows(checkpoint, text), windows)
+    other = calibration_windows(checkpoint, dataclasses.replace(text, seed=1))
+    assert not np.array_equal(other, windows)
+    with pytest.raises(CalibrationError, match="generate:3 is to calibrate on"):
+        evaluation_windows(checkpoint, text)

@@ -1,0 +1,233 @@
+"""The documents of a source: of a text file, of records, of a folder, or of a dataset of the hub.
+
+Nothing here knows a tokenizer but by `chat`, which makes a text of a record's messages.
+"""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from prox24.errors import CalibrationError, MissingPackageError, first_line
+
+Chat = Callable[[list[dict[str, Any]]], str]
+"""The text of a conversation, by the chat template of a tokenizer."""
+
+FIELDS = ("text", "messages")
+"""The fields of a record that are read where none is named."""
+
+DATASET = re.compile(
+    r"hf:(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:#(?P<config>[^:#]+))?(?::(?P<split>[^:#]+))?"
+)
+
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error)
+
+
+def is_dataset(source: str) -> bool:
+    """Whether a source is a dataset of the hub: hf:OWNER/NAME[#CONFIG][:SPLIT].
+
+    Example:
+      >>> is_dataset("hf:allenai/c4#en:train"), is_dataset("c4.jsonl")
+      (True, False)
+    """
+    return source.startswith("hf:")
+
+
+def documents(source: str, field: str | None, chat: Chat) -> Iterator[str]:
+    """Yields the documents of a source, in its order.
+
+    A text file is one document. A record of a .jsonl, .json, .csv or .parquet file, or of a dataset
+    of the hub, has one in its field: a text, or the messages of a conversation. A folder has those
+    of the files in it that end so, by name. Files may be compressed, as .gz, .bz2 or .xz.
+
+    Raises:
+      CalibrationError: a file cannot be read, or a record has no text; names the file and the line.
+      MissingPackageError: what reads it is not installed.
+    """
+    if is_dataset(source):
+        for number, record in enumerate(_hub_records(source)):
+            yield _text_of(record, field, f"{source}, record {number}", chat)
+        return
+    for path in files_of(Path(source)):
+        read = RECORDS.get(_kind(path))
+        if read is None:
+            if field is not None:
+                raise CalibrationError(f"{path} is plain text, which has no field {field!r}")
+            yield plain_text(path)
+            continue
+        for place, record in read(path, field):
+            yield _text_of(record, field, f"{path}, {place}", chat)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, or the files of a folder that hold text, in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    kinds = (".txt", *RECORDS)
+    found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in kinds)
+    if not found:
+        raise CalibrationError(f"the folder {path} has no file that ends in {', '.join(kinds)}")
+    return found
+
+
+def _kind(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()
+
+
+def _opened(path: Path, encoding: str = "utf-8-sig") -> IO[str]:
+    opener = COMPRESSED.get(path.suffix, open)
+    try:
+        return opener(path, "rt", encoding=encoding, newline="" if _kind(path) == ".csv" else None)
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, whose errors name it."""
+    with _opened(path) as file:
+        try:
+            yield from file
+        except UnicodeDecodeError as error:
+            raise CalibrationError(f"{path} is not UTF-8 text") from error
+        except (OSError, *DAMAGED) as error:
+            raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
+
+
+def plain_text(path: Path) -> str:
+    """The text of a file, with its line ends; refused if it is JSON by another name."""
+    opener = COMPRESSED.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            text: str = file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except (OSError, *DAMAGED) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CalibrationError(f"cannot read {path}: {reason}") from error
+    if _is_json(text.lstrip().partition("\n")[0]):
+        raise CalibrationError(f"{path} holds JSON: give it a name that ends in .jsonl or .json")
+    return text
+
+
+def _is_json(line: str) -> bool:
+    if not line.startswith(("{", "[{")):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _json_lines(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{path}, line {number}, is not JSON: {error}") from error
+
+
+def _json_list(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+    try:
+        found = json.loads("".join(_lines(path)))
+    except ValueError as error:
+        raise CalibrationError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, list):
+        raise CalibrationError(f"{path} holds no list of records")
+    yield from ((f"record {number}", record) for number, record in enumerate(found))
+
+
+def _csv_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.DictReader(_lines(path))
+    try:
+        for row in rows:
+            yield f"line {rows.line_num}", row
+    except csv.Error as error:
+        raise CalibrationError(f"{path}, line {rows.line_num}, is not CSV: {error}") from error
+
+
+def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError as error:
+        raise MissingPackageError(f"{path} needs pyarrow: pip install 'prox24[data]'") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in names if name in ((field,) if field else FIELDS)] or names
+            number = 0
+            for batch in file.iter_batches(1024, columns=columns):
+                for record in batch.to_pylist():
+                    # All fields, so that an error can name them.
+                    yield f"record {number}", dict.fromkeys(names) | record
+                    number += 1
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
+    except ArrowException as error:
+        raise CalibrationError(f"{path} is no parquet file: {first_line(error)}") from error
+
+
+RECORDS = {
+    ".jsonl": _json_lines,
+    ".json": _json_list,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+"""What yields the records of a file, each with its place for an error."""
+
+
+def _hub_records(source: str) -> Iterator[Any]:
+    """The records of a dataset of the hub, downloaded as they are asked for."""
+    found = DATASET.fullmatch(source)
+    if found is None:
+        raise CalibrationError(f"{source} is not of the form hf:OWNER/NAME[#CONFIG][:SPLIT]")
+    try:
+        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{source} needs the package datasets: pip install 'prox24[data]'"
+        ) from error
+    try:
+        yield from datasets.load_dataset(
+            found["id"], found["config"], split=found["split"] or "train", streaming=True
+        )
+    except Exception as error:  # a different type for each failure
+        raise CalibrationError(
+            f"{source} cannot be had from the hub: {first_line(error)}"
+        ) from error
+
+
+def _text_of(record: Any, field: str | None, place: str, chat: Chat) -> str:
+    if not isinstance(record, dict):
+        raise CalibrationError(f"{place}, is no record of fields")
+    name = field or next((name for name in FIELDS if name in record), None)
+    if name not in record:
+        missing = repr(field) if field else "'text' or 'messages'"
+        raise CalibrationError(
+            f"{place}, has no field {missing}; it has {', '.join(map(str, record))}: name one by "
+            "--text-field"
+        )
+    value = record[name]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        try:
+            return chat(value)
+        except Exception as error:  # of the template, or that there is none
+            raise CalibrationError(
+                f"{place}: the chat template fails: {first_line(error)}"
+            ) from error
+    kind = "empty" if value is None else type(value).__name__
+    raise CalibrationError(f"{place}: {name!r} is {kind}, neither text nor messages")

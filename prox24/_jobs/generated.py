@@ -1,0 +1,51 @@
+"""Windows of tokens that a model writes itself, for those who have no text to calibrate on."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prox24._checkpoints.checkpoint import Checkpoint
+from prox24._jobs.forward import all_weights, load_model
+from prox24._jobs.output import progress_bar
+from prox24._models.generate import generate
+
+BATCH_TOKENS = 2**13
+"""Tokens of the windows that are written together: their keys and values are in memory."""
+
+
+def generated_windows(
+    checkpoint: Checkpoint,
+    first: int,
+    count: int,
+    length: int,
+    seed: int = 0,
+    *,
+    quiet: bool = True,
+) -> NDArray[np.int32]:
+    """Windows of shape (count, length), drawn from the model's own probabilities.
+
+    Each begins with the token `first`, and goes on behind the end of a text.
+
+    Raises:
+      UnsupportedModelError: the model has no forward pass here.
+    """
+    model = load_model(checkpoint)
+    weights = all_weights(model)
+    size = min(count, max(1, BATCH_TOKENS // length))
+    batches = range(0, count, size)
+    prompts = np.full((size, 1), first, np.int32)
+    windows = []
+    with progress_bar("write", len(batches) * (length - 1), quiet) as advance:
+        for begin in batches:
+            tokens = [prompts[:, 0]]
+            for drawn in generate(
+                model.config,
+                weights,
+                prompts,
+                length - 1,
+                temperature=1.0,
+                seed=int(np.random.SeedSequence([seed, begin]).generate_state(1)[0]),
+            ):
+                tokens.append(drawn)
+                advance(f"window {begin}", None)
+            windows.append(np.stack(tokens, axis=1))
+    return np.concatenate(windows)[:count]

@@ -1,0 +1,141 @@
+"""Documents of files, folders, records and datasets."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import sys
+import types
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from prox24._jobs.documents import documents
+from prox24.errors import CalibrationError, MissingPackageError
+
+TEXTS = ['One, "two"\nthree.', "", "Four ä."]
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+def chat(messages):
+    return "".join(f"<{each['role']}>{each['content']}" for each in messages)
+
+
+def read(source, field=None):
+    return list(documents(str(source), field, chat))
+
+
+def write_records(path, name="text"):
+    records = [{"id": i, name: text} for i, text in enumerate(TEXTS)]
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["id", name])
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records, indent=1))
+    else:
+        path.write_text("\n\n".join(map(json.dumps, records)))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_records_of_every_kind_of_file(tmp_path, kind):
+    write_records(tmp_path / f"a.{kind}")
+    assert read(tmp_path / f"a.{kind}") == TEXTS
+    write_records(tmp_path / f"b.{kind}", "body")
+    assert read(tmp_path / f"b.{kind}", "body") == TEXTS
+    with pytest.raises(
+        CalibrationError, match=rf"b.{kind}, .* no field 'text' or 'messages'; it has id, body"
+    ):
+        read(tmp_path / f"b.{kind}")
+
+
+def test_a_folder_has_the_documents_of_its_files_by_name(tmp_path):
+    for name, opener in (("c.txt.gz", gzip), ("b/d.txt.bz2", bz2), ("a.txt.xz", lzma)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with opener.open(tmp_path / name, "wt", encoding="utf-8", newline="") as file:
+            file.write(f"{name}\r\n")
+    (tmp_path / "picture.png").write_bytes(b"\xff")
+    assert read(tmp_path) == ["a.txt.xz\r\n", "b/d.txt.bz2\r\n", "c.txt.gz\r\n"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match=r"empty has no file that ends in .txt, .jsonl"):
+        read(tmp_path / "empty")
+
+
+def test_messages_go_through_the_chat_template(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES}))
+    assert read(path) == ["<user>Hi<assistant>Ho"]
+    path.write_text(json.dumps({"messages": [{"role": "user"}]}))
+    with pytest.raises(
+        CalibrationError, match=r"a.jsonl, line 1: the chat template fails: 'content'"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field", "said"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": ', None, r"a.jsonl, line 3, is not JSON"),
+        ("a.jsonl", '{"text": null}', None, r"line 1: 'text' is empty, neither text nor messages"),
+        ("a.jsonl", '{"text": 5}', None, r"line 1: 'text' is int"),
+        ("a.jsonl", '["a"]', None, r"line 1, is no record of fields"),
+        ("a.json", '{"text": "a"}', None, r"a.json holds no list of records"),
+        ("a.json", "[", None, r"a.json is not JSON"),
+        ("a.csv", "id,text\n1\n", None, r"line 2: 'text' is empty"),
+        ("a.parquet", "PAR1", None, r"a.parquet is no parquet file"),
+        ("a.txt", '{"text": "a"}\n{"text": "b"}', None, r"a.txt holds JSON: give it a name"),
+        ("a.txt", "a", "body", r"a.txt is plain text, which has no field 'body'"),
+        ("a.txt", b"a\xff", None, r"a.txt is not UTF-8 text \(byte 1\)"),
+        ("a.jsonl", b"a\xff", None, r"a.jsonl is not UTF-8 text"),
+        ("a.txt.gz", "a", None, r"cannot read .*a.txt.gz: Not a gzipped file"),
+        ("a.jsonl.xz", "a", None, r"cannot read .*a.jsonl.xz: "),
+    ],
+)
+def test_a_file_that_has_no_text_says_where(tmp_path, name, content, field, said):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CalibrationError, match=said):
+        read(tmp_path / name, field)
+
+
+@pytest.mark.parametrize("source", ["/no/such.txt", "/no/such.jsonl", "/no/such.parquet"])
+def test_a_file_that_is_not_there_is_named(source):
+    with pytest.raises(CalibrationError, match=rf"cannot read {source}"):
+        read(source)
+
+
+def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
+    asked = []
+
+    def load_dataset(*place, **options):
+        asked.append((*place, options))
+        if place[0] == "no/such":
+            raise ConnectionError("offline\nand more")
+        return ({"text": text} for text in TEXTS)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert read("hf:allenai/c4#en:validation") == TEXTS
+    assert read("hf:imdb") == TEXTS
+    assert asked == [
+        ("allenai/c4", "en", {"split": "validation", "streaming": True}),
+        ("imdb", None, {"split": "train", "streaming": True}),
+    ]
+    with pytest.raises(CalibrationError, match=r"hf:no/such cannot be had from the hub: offline$"):
+        read("hf:no/such")
+    with pytest.raises(CalibrationError, match="no field 'body'; it has text"):
+        read("hf:imdb", "body")
+    with pytest.raises(CalibrationError, match="hf:a/b/c is not of the form"):
+        read("hf:a/b/c")
+
+
+@pytest.mark.parametrize(("source", "package"), [("hf:a/b", "datasets"), ("a.parquet", "pyarrow")])
+def test_a_missing_package_is_one_sentence(monkeypatch, source, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        MissingPackageError, match=rf"needs .*{package}: pip install 'prox24\[data\]'"
+    ):
+        read(source)
