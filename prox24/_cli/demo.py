@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     from prox24._checkpoints.tensors import writing
     from prox24._cli.demo_model import fetch_model
     from prox24._jobs.evaluate import perplexity
-    from prox24._jobs.output import peak_memory_bytes, print_json, print_table, whole_bar
+    from prox24._jobs.output import peak_memory_bytes, print_json, print_table
+    from prox24._jobs.progress import whole_bar
     from prox24._jobs.prune import prune
     from prox24._jobs.text import Text, calibration_windows, evaluation_windows
 

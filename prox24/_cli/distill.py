@@ -28,32 +28,34 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where the state of the training is kept; the same command goes on from there",
     )
-    command.add_argument(
-        "--report", type=Path, metavar="FILE", help="write a report, .json or .html"
-    )
+    options.add_logs(command)
     command.add_argument("--overwrite", action="store_true", help="replace the destination")
     options.add_output(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from prox24._jobs.distill import distill
-    from prox24._jobs.output import check_report, show
+    from prox24._jobs.output import check_file, show
+    from prox24._jobs.progress import written_logs
 
     text = options.text_of(arguments, arguments.text)
     inputs = (arguments.dense, arguments.pruned, *text.files)
-    check_report(arguments.report, inputs, arguments.destination)
+    logs = arguments.log_file, arguments.metrics
+    for path in (arguments.report, *logs):
+        check_file(path, inputs, arguments.destination)
     names = [field.name for field in dataclasses.fields(ModelRefinement)]
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    report = distill(
-        arguments.dense,
-        arguments.pruned,
-        arguments.destination,
-        ModelRefinement(**given),
-        text=text,
-        state=arguments.state,
-        tensor_parallel=arguments.tensor_parallel,
-        overwrite=arguments.overwrite,
-        quiet=arguments.quiet,
-    )
+    with written_logs(*logs):
+        report = distill(
+            arguments.dense,
+            arguments.pruned,
+            arguments.destination,
+            ModelRefinement(**given),
+            text=text,
+            state=arguments.state,
+            tensor_parallel=arguments.tensor_parallel,
+            overwrite=arguments.overwrite,
+            quiet=arguments.quiet,
+        )
     show(report, arguments)
     return 0

@@ -40,7 +40,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
     from prox24._jobs.forward import all_weights, load_model
-    from prox24._jobs.output import peak_memory_bytes, print_json, progress_bar
+    from prox24._jobs.output import peak_memory_bytes, print_json
+    from prox24._jobs.progress import progress_bar
     from prox24._jobs.text import prompt_tokens
     from prox24._models.generate import check_prompts, generate
     from prox24.packed import pack
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     weights = all_weights(model, DTYPES.get(arguments.dtype), pack_linear=pack_linear)
     tokens: list[int] = []
     times = [time.perf_counter()]
-    with progress_bar("generate", arguments.tokens, arguments.quiet) as advance:
+    with progress_bar("generate", arguments.tokens, arguments.quiet, log=False) as advance:
         for (token,) in generate(
             model.config,
             weights,

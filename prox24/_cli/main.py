@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser(given).parse_args(given)
     give_back_memory()
     try:
-        with _ended_by(signal.SIGTERM):
+        with _ended_by(signal.SIGTERM), _lines_without_a_terminal(parsed):
             keep_programs()
             code = int(parsed.run(parsed))
             sys.stdout.flush()
@@ -100,6 +100,27 @@ def _said(error: Exception) -> str | None:
     if isinstance(error, jax.errors.JaxRuntimeError):
         return f"a device fails: {first_line(error)}"
     return first_line(error) if is_missing_device(error) else None
+
+
+@contextlib.contextmanager
+def _lines_without_a_terminal(parsed: argparse.Namespace) -> Iterator[None]:
+    """Logs a line for each layer on standard error, where a bar would only fill a file."""
+    if vars(parsed).get("quiet", True) or sys.stderr.isatty():
+        yield
+        return
+    import logging
+
+    from prox24._jobs.progress import log_to
+
+    def is_writer() -> bool:
+        if not vars(parsed).get("distributed"):
+            return True
+        from prox24._jobs.processes import is_first
+
+        return is_first()
+
+    with log_to(logging.StreamHandler(), is_writer=is_writer):
+        yield
 
 
 class Terminated(KeyboardInterrupt):

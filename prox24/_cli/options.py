@@ -114,6 +114,22 @@ def add_output(
     command.add_argument("--quiet", action="store_true", help=f"print {quiet}")
 
 
+def add_logs(command: argparse.ArgumentParser) -> None:
+    """Adds --report, --log-file and --metrics."""
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a report, .json or .html"
+    )
+    command.add_argument(
+        "--log-file", type=Path, metavar="FILE", help="append a line for each layer"
+    )
+    command.add_argument(
+        "--metrics",
+        type=Path,
+        metavar="FILE",
+        help="append a JSON object for each linear, and for each measurement of a training",
+    )
+
+
 def add_windows(
     command: argparse.ArgumentParser, name: str, what: str, samples: int | str = 64
 ) -> None:

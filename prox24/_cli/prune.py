@@ -34,9 +34,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="devices share the columns of Grams and weights, not the rows of weights",
     )
-    command.add_argument(
-        "--report", type=Path, metavar="FILE", help="write a report, .json or .html"
-    )
+    options.add_logs(command)
     options.add_writing(command)
     options.add_output(command)
     group = command.add_argument_group(
@@ -61,13 +59,19 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.distributed and place != (None, None, None):
         raise Prox24Error("--coordinator, --num-processes and --process-id are for --distributed")
     recipe = options.recipe_of(arguments)
-    from prox24._jobs.output import check_report, show
+    from prox24._jobs.output import check_file, show
     from prox24._jobs.processes import connected, is_first
+    from prox24._jobs.progress import written_logs
     from prox24._jobs.prune import prune
 
     text = options.text_of(arguments, arguments.calibration)
-    check_report(arguments.report, (arguments.source, *text.files), arguments.destination)
-    with connected(*place) if arguments.distributed else contextlib.nullcontext():
+    logs = arguments.log_file, arguments.metrics
+    for path in (arguments.report, *logs):
+        check_file(path, (arguments.source, *text.files), arguments.destination)
+    with (
+        connected(*place) if arguments.distributed else contextlib.nullcontext(),
+        written_logs(*logs, is_first),
+    ):
         report = prune(
             arguments.source,
             arguments.destination,

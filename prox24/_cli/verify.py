@@ -22,10 +22,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from prox24._jobs.output import check_report, show
+    from prox24._jobs.output import check_file, show
     from prox24._jobs.verify import verify
 
-    check_report(arguments.report, (arguments.model, arguments.source))
+    check_file(arguments.report, (arguments.model, arguments.source))
     found = verify(arguments.model, arguments.source, arguments.pattern, quiet=arguments.quiet)
     show(found, arguments)
     if arguments.quiet and not arguments.json:

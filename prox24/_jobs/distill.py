@@ -24,7 +24,8 @@ from prox24._checkpoints.writer import OUTPUTS, check_destination, check_outside
 from prox24._core.masks import mean_sparsity
 from prox24._core.placement import common_mesh
 from prox24._jobs.forward import all_linears, load_model
-from prox24._jobs.output import Report, gigabytes, peak_memory_bytes, progress_bar, table, versions
+from prox24._jobs.output import Report, gigabytes, peak_memory_bytes, table, versions
+from prox24._jobs.progress import metric, progress_bar
 from prox24._jobs.text import (
     Text,
     Windows,
@@ -173,7 +174,10 @@ def distill(
                 return training
 
             def on_measured(training: Training) -> None:
-                advance(f"step {training.steps} of {steps}", training.losses[-1])
+                step, loss = training.steps, training.losses[-1]
+                advance(f"step {step} of {steps}", loss)
+                known = loss if math.isfinite(loss) else None
+                metric("training", {"step": step, "steps": steps, "loss": known})
                 if kept is not None:
                     kept.save(training)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from prox24._jobs import torchax
 from prox24._jobs.forward import load_model
-from prox24._jobs.output import Report, progress_bar, table
+from prox24._jobs.output import Report, table
 from prox24._jobs.perplexity import native_perplexity
+from prox24._jobs.progress import progress_bar
 from prox24._jobs.text import NOVEL, Text, Windows, evaluation_windows
 
 

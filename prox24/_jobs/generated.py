@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._jobs.forward import all_weights, load_model
-from prox24._jobs.output import progress_bar
+from prox24._jobs.progress import progress_bar
 from prox24._models.generate import generate
 
 BATCH_TOKENS = 2**13
@@ -34,7 +34,7 @@ def generated_windows(
     batches = range(0, count, size)
     prompts = np.full((size, 1), first, np.int32)
     windows = []
-    with progress_bar("write", len(batches) * (length - 1), quiet) as advance:
+    with progress_bar("write", len(batches) * (length - 1), quiet, log=False) as advance:
         for begin in batches:
             tokens = [prompts[:, 0]]
             for drawn in generate(

@@ -1,7 +1,6 @@
-"""What jobs show: progress, tables and JSON."""
+"""What jobs show: reports as tables, JSON and HTML."""
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
 import io
@@ -10,8 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +20,6 @@ from prox24._jobs import page
 from prox24.errors import CheckpointError
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "transformers", "safetensors", "gguf")
-
-Advance = Callable[[str, float | None], None]
-_Step = Callable[[str, float | None, float], None]
-_WHOLE: ContextVar[_Step | None] = ContextVar("whole", default=None)
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[Advance]:
-    """A bar on standard error: the last step, its relative loss, and the time left.
-
-    Inside `whole_bar` the steps move that bar.
-    """
-    whole = _WHOLE.get()
-    if whole is not None:
-        yield lambda name, loss: whole(f"{title} {name}", loss, 1 / (total or 1))
-        return
-    with _bar(title, total, quiet, done) as step:
-        yield lambda name, loss: step(name, loss, 1)
-
-
-@contextlib.contextmanager
-def whole_bar(title: str, parts: int, quiet: bool) -> Iterator[None]:
-    """One bar for several jobs: each `progress_bar` inside is one part."""
-    with _bar(title, parts, quiet) as step:
-        token = _WHOLE.set(step)
-        try:
-            yield
-        finally:
-            _WHOLE.reset(token)
-
-
-@contextlib.contextmanager
-def _bar(title: str, total: int | None, quiet: bool, done: int = 0) -> Iterator[_Step]:
-    from rich import progress as rich
-    from rich.console import Console
-
-    # A log file has no use for the frames of a bar.
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    figures = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
-    title_of, last = map(rich.TextColumn, ("{task.description}", "{task.fields[latest]}"))
-    with rich.Progress(title_of, *figures, last, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total, completed=done, latest="")
-
-        def step(name: str, loss: float | None, share: float) -> None:
-            latest = name if loss is None else f"{name} loss {loss:.4f}"
-            progress.update(task, advance=share, latest=latest)
-
-        yield step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +59,10 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, allow_nan=False))
 
 
-def check_report(
+def check_file(
     path: Path | None, inputs: Iterable[str | Path | None] = (), destination: Path | None = None
 ) -> None:
-    """Raises CheckpointError where a report could not be written, before hours are spent.
+    """Raises CheckpointError where a file could not be written, before hours are spent.
 
     It must replace no input, neither a file nor what is in a folder, and would be lost in the
     destination.
@@ -120,15 +70,15 @@ def check_report(
     if path is None:
         return
     if path.is_dir():
-        raise CheckpointError(f"the report {path} is a folder")
+        raise CheckpointError(f"{path} is a folder")
     if not path.absolute().parent.is_dir():
         raise CheckpointError(f"the folder of {path} does not exist")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise CheckpointError(f"the report {path} cannot be written: permission denied")
+        raise CheckpointError(f"{path} cannot be written: permission denied")
     for given in (Path(place) for place in inputs if place is not None):
         held = given.iterdir() if given.is_dir() else [given]
         if path.exists() and any(file.exists() and path.samefile(file) for file in held):
-            raise CheckpointError(f"the report {path} would replace what is there, or read")
+            raise CheckpointError(f"{path} would replace what is there, or read")
     if destination is not None:
         check_outside(destination, path)
 

@@ -47,7 +47,8 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
             "--coordinator, --num-processes and --process-id say where they are"
         ) from error
     try:
-        yield
+        with _own_output():
+            yield
     except (Prox24Error, OSError, MemoryError):
         raise
     except Exception as error:
@@ -60,6 +61,21 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
         for note in getattr(error, "__notes__", ()):
             ended.add_note(note)
         raise ended from error
+
+
+@contextlib.contextmanager
+def _own_output() -> Iterator[None]:
+    """Has the lines that Gloo prints go to standard error: ours alone are on standard output."""
+    given = sys.stdout
+    with os.fdopen(os.dup(1), "w", encoding=given.encoding, buffering=1) as own:
+        os.dup2(2, 1)
+        sys.stdout = own
+        try:
+            yield
+        finally:
+            sys.stdout = given
+            own.flush()
+            os.dup2(own.fileno(), 1)
 
 
 def is_broken_off(error: Exception) -> bool:

@@ -27,8 +27,9 @@ from prox24._jobs import torchax
 from prox24._jobs.forward import load_model
 from prox24._jobs.memory import checked_setup, fitting_micro_batch
 from prox24._jobs.native import native_runner
-from prox24._jobs.output import peak_memory_bytes, progress_bar, versions
+from prox24._jobs.output import peak_memory_bytes, versions
 from prox24._jobs.processes import agree, is_first, meet
+from prox24._jobs.progress import metric, progress_bar
 from prox24._jobs.reports import PruneReport
 from prox24._jobs.text import (
     Text,
@@ -166,11 +167,11 @@ def prune(
         unfinished = _whole_layers(unfinished, runner, recipe, pruned)
         stages = range(runner.stages)
         turned_layers = sum(bool(ties_of(runner, index, recipe, pruned)) for index in stages)
-        done = len(pruned.keys() & unfinished.finished.keys())
+        finished = pruned.keys() & unfinished.finished.keys()
         entries, written = unfinished.entries, set(unfinished.entries)
         figures = [entry["figures"] for entry in entries.values() if "figures" in entry]
 
-        with progress_bar("prune", len(pruned), quiet, done) as advance:
+        with progress_bar("prune", pruned, quiet, done=finished) as advance:
 
             def note(file: Written | None, tensor: PrunedTensor) -> None:
                 own = [report.figures() for report in tensor.reports]
@@ -178,8 +179,11 @@ def prune(
                     unfinished.record(file, {"figures": own[0]} if own else {})
                 written.add(tensor.name)
                 figures.extend(own)
-                for report in tensor.reports:
-                    advance(tensor.name, report.statistics.relative_loss)
+                for each in own:
+                    metric("linear", each)
+                if tensor.reports:
+                    losses = [report.statistics.relative_loss for report in tensor.reports]
+                    advance(tensor.name, sum(losses) / len(losses))
 
             tensors = loop.prune_stages(runner, recipe, finished=unfinished.finished, dense=dense)
             if is_first():
@@ -208,7 +212,7 @@ def prune(
         linears=[LinearReport.of_figures(figure) for figure in figures],
         kept_dense=sorted(dense),
         turned_layers=turned_layers,
-        resumed_linears=done,
+        resumed_linears=len(finished),
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
         versions=versions(),
@@ -218,7 +222,7 @@ def prune(
 
 def _check_tensors(checkpoint: Checkpoint, dtype: str | None, quiet: bool) -> None:
     """Reads every tensor once, before hours are spent on some of them."""
-    with progress_bar("check", len(checkpoint.tensors), quiet) as advance:
+    with progress_bar("check", checkpoint.tensors, quiet, log=False) as advance:
         for name in checkpoint.tensors:
             check_tensor(checkpoint, name, dtype)
             advance(name, None)

@@ -16,7 +16,8 @@ from prox24._core.masks import count_violations, mean_sparsity
 from prox24._core.pattern import PatternLike, Unstructured
 from prox24._jobs import torchax
 from prox24._jobs.forward import all_linears, load_model
-from prox24._jobs.output import Report, progress_bar, table, versions
+from prox24._jobs.output import Report, table, versions
+from prox24._jobs.progress import progress_bar
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import check_widths
 
@@ -123,7 +124,7 @@ def verify(
     copies = {} if given is None else given.tensors
     violations: dict[str, int] = {}
     zeros = weights = blocks = 0.0
-    with progress_bar("verify", len(checkpoint.tensors), quiet) as advance:
+    with progress_bar("verify", checkpoint.tensors, quiet, log=False) as advance:
         for name, tensor in checkpoint.tensors.items():
             values, own = tensor.read(), entries.get(name, {})
             promised = own.get("dtype", values.dtype.name)

@@ -2,6 +2,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -52,10 +53,19 @@ def prune(workspace, *choices, destination="out"):
 
 def test_prune_verify_and_eval(workspace, capsys):
     source, out, report = workspace / "model", workspace / "out", workspace / "report.json"
-    options = [*map(str, calibrated(workspace)), "--report", report, "--json"]
+    logs = ["--log-file", workspace / "log.txt", "--metrics", workspace / "metrics.jsonl"]
+    options = [*map(str, calibrated(workspace)), *logs, "--report", report, "--json"]
     command = [sys.executable, "-m", "prox24", "prune", source, out, *options]
     pruned = subprocess.run(command, capture_output=True)
     assert pruned.returncode == 0, pruned.stderr
+    lines = (workspace / "log.txt").read_text()
+    assert pruned.stderr.decode() == lines  # no terminal: a line for each layer
+    assert re.findall(r"prune (./.) layers\.(.), loss 0\.\d+", lines) == [
+        ("1/2", "0"),
+        ("2/2", "1"),
+    ]
+    metrics = [json.loads(line) for line in (workspace / "metrics.jsonl").read_text().splitlines()]
+    assert [each.pop("event") for each in metrics] == ["linear"] * 14
     printed = json.loads(pruned.stdout)
     assert printed == json.loads(report.read_text())
     recipe = printed["recipe"]
@@ -71,6 +81,9 @@ def test_prune_verify_and_eval(workspace, capsys):
     assert manifest["calibration"] == printed["calibration"]
     assert printed["versions"].keys() > {"python", "jax", "prox24"}
     assert printed["peak_memory_bytes"] > 1e8
+    assert [{k: v for k, v in each.items() if k != "time"} for each in metrics] == printed[
+        "linears"
+    ]
     assert len(printed["linears"]) == 14
     for linear in printed["linears"]:
         assert (linear["status"], linear["sparsity"]) == ("sparse", 0.5)
