@@ -52,6 +52,7 @@ class Checkpoint:
     carried: list[Path]  # files of the source that are copied to an output as they are
     buffers: frozenset[str] = frozenset()
     decoder: Config | None = None  # for models with a forward pass here
+    described_by: str | None = None  # where names and shapes come from if there are no weights
 
     def read(self, name: str) -> NDArray[Any]:
         """The values of a tensor, in the dtype of the file; finite unless it is a buffer."""
@@ -84,6 +85,25 @@ def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint
     raise CheckpointError(f"{path} is neither a folder, nor a .gguf file, nor an id of the hub")
 
 
+def open_described(path: str | Path) -> Checkpoint:
+    """Opens a model for its names, shapes and dtypes; no weights are downloaded.
+
+    It is as `open_checkpoint`, with two exceptions. A hub's model that is not in the local cache is
+    known by the headers of its safetensors files. A folder without weights, or a hub's model
+    without such files, is known by its config.json; the dtype is float32 if that says none. Reading
+    a tensor then raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(files.are_in(path) for files in FORMATS):
+        return _open_folder(path, False, lambda: [])
+    if not path.exists() and hub.is_id(path.as_posix()):
+        folder = hub.config_folder(path.as_posix())
+        if hf_folder.is_whole(folder, FORMATS):
+            return _open_folder(folder, False)
+        return _open_folder(folder, False, lambda: hub.headers(path.as_posix(), folder.name))
+    return open_checkpoint(path)
+
+
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:
     """The ids that end a text: of generation_config.json, or else of config.json; often one."""
     path = checkpoint.path / "generation_config.json"
@@ -97,20 +117,29 @@ def stop_tokens(checkpoint: Checkpoint) -> list[int]:
     return ids
 
 
-def _open_folder(path: Path, any_family: bool) -> Checkpoint:
+def _open_folder(
+    path: Path,
+    any_family: bool,
+    describe: Callable[[], list[dict[str, TensorSource]]] | None = None,
+) -> Checkpoint:
     config = hf_folder.read_json(path / "config.json")
     # An unknown model says so before its files are opened.
     model = None if any_family else config_from_hf(config)
     _check_quantization(path, config)
-    shards = hf_folder.open_shards(path, FORMATS)
+    described_by = None
+    if describe is None:
+        shards = hf_folder.open_shards(path, FORMATS)
+    elif shards := describe():
+        described_by = "headers on the hub"
+    else:
+        shards, described_by = [_of_config(path, config)], "config.json"
     tensors = {name: source for shard in shards for name, source in shard.items()}
     model = None if model is None else with_names_of(model, tensors)
     shapes = tensor_shapes(model) if model else {}
     # The other names of a tensor that the model computes with are left out: those of a tied head.
     used = {id(source) for name, source in tensors.items() if name in shapes}
     tensors = {name: x for name, x in tensors.items() if name in shapes or id(x) not in used}
-    dtype = str(config.get("dtype") or config.get("torch_dtype"))
-    own = DTYPES.get(dtype, DTYPES["bfloat16"])
+    own = DTYPES.get(_dtype_of(config), DTYPES["bfloat16"])
     tensors = float8.dequantise(path, config, tensors, own)
     buffers: frozenset[str] = frozenset()
     if model:
@@ -140,9 +169,28 @@ def _open_folder(path: Path, any_family: bool) -> Checkpoint:
         carried=hf_folder.carried_files(path),
         buffers=buffers,
         decoder=model,
+        described_by=described_by,
     )
     _check_tensors(checkpoint, shapes)
     return checkpoint
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype"))
+
+
+def _of_config(path: Path, config: Mapping[str, Any]) -> dict[str, TensorSource]:
+    """The tensors that the model computes with, in the dtype of its config."""
+    name = _dtype_of(config)
+    # What is dequantised without a dtype becomes bfloat16, see `_open_folder`.
+    default = "float32" if config.get("quantization_config") is None else "bfloat16"
+    dtype = DTYPES.get(default if name == "None" else name)
+    if dtype is None:
+        raise CheckpointError(
+            f"{path / 'config.json'} has dtype {name}; supported are {', '.join(DTYPES)}"
+        )
+    shapes = tensor_shapes(config_from_hf(config))
+    return {tensor: TensorSource(shape, dtype) for tensor, shape in shapes.items()}
 
 
 def _check_quantization(path: Path, config: Mapping[str, Any]) -> None:

@@ -111,6 +111,12 @@ def weight_files(folder: Path, formats: Sequence[WeightFiles]) -> list[str]:
     return [files.index_file, *sorted(set(_read_index(folder / files.index_file).values()))]
 
 
+def is_whole(folder: Path, formats: Sequence[WeightFiles]) -> bool:
+    """Whether a folder has every file that `open_shards` reads."""
+    has_weights = any(files.are_in(folder) for files in formats)
+    return has_weights and all((folder / name).is_file() for name in weight_files(folder, formats))
+
+
 def _read_index(index: Path) -> dict[str, str]:
     """The name of a shard by the tensor's."""
     weight_map = read_json(index).get("weight_map")

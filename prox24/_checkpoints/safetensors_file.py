@@ -52,7 +52,12 @@ def open_file(path: Path) -> dict[str, TensorSource]:
     return {name: _source(path, 8 + length, name, entry) for name, entry in header.items()}
 
 
-def _source(path: Path, start: int, name: str, entry: dict[str, Any]) -> TensorSource:
+def described(path: Path, name: str, entry: Mapping[str, Any]) -> TensorSource:
+    """A tensor of a file that is elsewhere, by its entry in the header."""
+    return TensorSource(*_source(path, 0, name, entry)[:2])
+
+
+def _source(path: Path, start: int, name: str, entry: Mapping[str, Any]) -> TensorSource:
     shape = tuple(entry["shape"])
     dtype = DTYPES.get(entry["dtype"], np.dtype(np.void))
     if not is_possible(shape, dtype):

@@ -27,12 +27,16 @@ class Spec(NamedTuple):
     dtype: np.dtype[Any]
 
 
+def _unread() -> NDArray[Any]:
+    raise CheckpointError("the weights are not here: the model was opened for names and shapes")
+
+
 class TensorSource(NamedTuple):
-    """A tensor to read."""
+    """A tensor to read; without a function for that, it is known by shape and dtype alone."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    read: Callable[[], NDArray[Any]]
+    read: Callable[[], NDArray[Any]] = _unread
 
 
 def byte_count(tensor: Spec | TensorSource) -> int:
@@ -48,6 +52,8 @@ def is_possible(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
       (True, False)
     """
     width = max(dtype.itemsize, 1)
+    if any(n < 0 for n in shape):  # as in a header that no library has checked
+        return False
     return len(shape) <= MAX_DIMENSIONS and math.prod(n or 1 for n in shape) * width < 2**63
 
 

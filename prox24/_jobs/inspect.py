@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.checkpoint import open_described
 from prox24._checkpoints.tensors import byte_count
 from prox24._core.pattern import AnyPattern, Unstructured
 from prox24._jobs.forward import all_linears, layer_names, load_model, outer_names
@@ -51,6 +51,7 @@ class Inspection(Report):
       parameters: the number of entries of all tensors.
       bytes: of all tensors.
       sparse_bytes: of all tensors, without the zeros.
+      described_by: where names and shapes come from if there are no weights here, or None.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Inspection(Report):
     parameters: int
     bytes: int
     sparse_bytes: int
+    described_by: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""
@@ -74,13 +76,15 @@ class Inspection(Report):
             ["bytes", f"{self.bytes:,}"],
             [f"bytes at {self.pattern} with zeros left out", f"{self.sparse_bytes:,}"],
         ]
+        if self.described_by is not None:
+            rows.insert(0, ["no weights here; names and shapes are from", self.described_by])
         columns = ["tensors", "shape", "dtype", "number", "decision"]
         return f"{table(['model', self.model], rows)}\n{table(columns, _grouped(self.tensors))}"
 
 
 def inspect_model(source: str | Path, recipe: Recipe = Recipe()) -> Inspection:
-    """Lists the tensors of a model, and what a recipe would do with them."""
-    checkpoint = open_checkpoint(source)
+    """Lists the tensors of a model, and a recipe's decision on each; see `plan` for the source."""
+    checkpoint = open_described(source)
     config = load_model(checkpoint).config
     decisions = _decisions(config, recipe)
     entries = []
@@ -100,6 +104,7 @@ def inspect_model(source: str | Path, recipe: Recipe = Recipe()) -> Inspection:
         parameters=sum(math.prod(entry.shape) for entry in entries),
         bytes=sum(entry.size for entry in entries),
         sparse_bytes=sum(entry.sparse_size for entry in entries),
+        described_by=checkpoint.described_by,
     )
 
 

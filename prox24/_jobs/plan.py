@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.checkpoint import open_described
 from prox24._checkpoints.tensors import byte_count
 from prox24._jobs.forward import batch_size, load_model
 from prox24._jobs.memory import (
@@ -42,6 +42,7 @@ class Plan(Report):
       fits: whether the job fits into it, or None.
       fitting_micro_batch_windows: windows on a device that fit, or None.
       operations: multiplications and additions of forward passes and Grams.
+      described_by: where names and shapes come from if there are no weights here, or None.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Plan(Report):
     fits: bool | None
     fitting_micro_batch_windows: int | None
     operations: dict[str, float]
+    described_by: str | None = None
 
     def __str__(self) -> str:
         tokens = f"{self.micro_batch_windows} x {self.sequence_length} tokens"
@@ -73,6 +75,8 @@ class Plan(Report):
             [f"peak on a device, solving {self.widest_linear}", gigabytes(self.solve_bytes)],
             *[[f"operations: {name}", f"{count:.3g}"] for name, count in self.operations.items()],
         ]
+        if self.described_by is not None:
+            rows.insert(0, ["no weights here; names and shapes are from", self.described_by])
         if self.memory_bytes is not None:
             most, length = self.fitting_micro_batch_windows, self.sequence_length
             said = "no" if most is None else f"yes, {most} x {length} tokens at once"
@@ -93,10 +97,13 @@ def plan(
 ) -> Plan:
     """Estimates the memory and the operations of `prune`, from names and shapes.
 
-    XLA's compiler says what the programs of each kind of layer need; none of them is run.
+    XLA's compiler says what the programs of each kind of layer need; none of them is run. No weight
+    is read.
 
     Args:
-      source: see `prune`.
+      source: see `prune`; no weights are downloaded. A hub's model that is not in the local cache
+        is known by its config.json and the headers of its safetensors files. A model without
+        weights is known by its config.json; the dtype is float32 if that says none.
       recipe: how the model would be pruned.
       samples: windows of calibration text.
       sequence_length: tokens of a window.
@@ -112,7 +119,7 @@ def plan(
       RecipeError: the solver does not support the pattern.
       UnsupportedModelError: the model has no forward pass here.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_described(source)
     model = load_model(checkpoint)
     # As many as divide the windows, as `prune` uses.
     used = max(n for n in range(1, min(devices, samples) + 1) if samples % n == 0)
@@ -147,4 +154,5 @@ def plan(
         fits=None if memory is None else fitting is not None,
         fitting_micro_batch_windows=None if fitting is None else fitting // used,
         operations=operations(model, samples * sequence_length, recipe),
+        described_by=checkpoint.described_by,
     )

@@ -28,6 +28,19 @@ def test_the_listing_adds_up(tmp_path, capsys):
     assert printed["bytes"] - printed["sparse_bytes"] == saved
 
 
+def test_config_json_alone_gives_the_listing_of_the_whole_model(tmp_path, capsys):
+    write_tiny(tmp_path / "model", "gpt2", dtype="bfloat16")
+    whole = printed_json(capsys, "inspect", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    found = printed_json(capsys, "inspect", tmp_path / "model")
+    assert (whole.pop("described_by"), found.pop("described_by")) == (None, "config.json")
+    listed, expected = (sorted(each.pop("tensors"), key=str) for each in (found, whole))
+    assert listed == expected
+    assert found == whole
+    assert run("inspect", tmp_path / "model") == 0
+    assert "no weights here; names and shapes are from" in capsys.readouterr().out
+
+
 def test_every_decision_has_its_reason(tmp_path):
     config = config_dict("mixtral", intermediate_size=46)
     weights = random_weights(config) | {"buffer": np.zeros(3, np.float32)}

@@ -4,21 +4,26 @@ import dataclasses
 import functools
 import json
 import re
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import TEXT, printed_json, run
-from tiny import config_dict, random_weights, write_folder, write_tiny
+from commands import TEXT, error_line, printed_json, run
+from tiny import Q_PROJ, config_dict, random_weights, write_folder, write_tiny
 
 import prox24
 from prox24 import basis
-from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.checkpoint import open_checkpoint, open_described
 from prox24._jobs import memory
 from prox24._jobs.forward import layer_linears, load_model
 from prox24._jobs.memory import Setup
-from prox24.errors import Prox24Error
+from prox24.errors import CheckpointError, Prox24Error
 
 WANDA = prox24.Recipe.wanda()
 
@@ -211,3 +216,224 @@ def test_a_budget_changes_the_micro_batch_and_not_the_masks(model, tmp_path):
     plain, small = (open_checkpoint(tmp_path / name) for name in ("plain", "small"))
     for name in plain.tensors:
         np.testing.assert_array_equal(plain.read(name), small.read(name))
+
+
+# Without weights
+
+
+def of_json(folder, **changes):
+    """Leaves config.json alone in a folder, with changed fields, or without those that are None."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    for path in folder.iterdir():
+        path.unlink()
+    given = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(given))
+
+
+def numbers(found):
+    return dataclasses.replace(found, model="", described_by=None)
+
+
+@pytest.mark.parametrize("variant", ["tied_head", "gpt2", "mixtral"])
+def test_config_json_alone_gives_the_plan_of_the_whole_model(tmp_path, variant):
+    write_tiny(tmp_path / "model", variant, dtype="bfloat16")
+    options = {"samples": 16, "sequence_length": 32, "memory": 10**9}
+    whole = prox24.plan(tmp_path / "model", WANDA, **options)
+    of_json(tmp_path / "model")
+    found = prox24.plan(tmp_path / "model", WANDA, **options)
+    assert (whole.described_by, found.described_by) == (None, "config.json")
+    assert numbers(found) == numbers(whole)
+    row = re.compile(r"no weights here; names and shapes are from +. +config\.json ")
+    assert row.search(str(found))
+    assert not row.search(str(whole))
+    with pytest.raises(CheckpointError, match="the weights are not here"):
+        next(iter(open_described(tmp_path / "model").tensors.values())).read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16"}, "bfloat16"),  # as newer versions of transformers call it
+        ({}, "float32"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "bfloat16"),
+    ],
+)
+def test_the_dtype_is_that_of_the_config(tmp_path, changes, dtype):
+    write_tiny(tmp_path / "model")
+    of_json(tmp_path / "model", **{"dtype": None, "torch_dtype": None} | changes)
+    assert open_described(tmp_path / "model").tensors[Q_PROJ].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"dtype": "float64"}, "config.json has dtype float64; supported are float32"),
+        ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantised (awq)"),
+        (None, "config.json: there is no such file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_what_config_json_does_not_describe_is_one_line(tmp_path, capsys, command, changes, said):
+    write_tiny(tmp_path / "model")
+    of_json(tmp_path / "model", **changes or {})
+    if changes is None:
+        (tmp_path / "model" / "config.json").unlink()
+    assert said in error_line(capsys, command, tmp_path / "model")
+
+
+def test_a_folder_that_lacks_a_shard_is_refused(tmp_path):
+    write_tiny(tmp_path / "model", shards=2)
+    (tmp_path / "model" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"shard .*-00002-of-00002\.safetensors is missing"):
+        prox24.plan(tmp_path / "model")
+
+
+COMMIT = "1" * 40
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that a local server shows as OWNER/NAME of the hub, and the bytes it has sent."""
+    folder, sent = tmp_path / "served", {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            name = self.path.rpartition("/")[2]
+            start, stop = 0, None
+            if self.path.startswith("/api/models/owner/name/tree/"):
+                files = [(path.name, path.stat().st_size) for path in folder.iterdir()]
+                entry = {"type": "file", "oid": "2" * 40}
+                listed = [entry | {"path": path, "size": size} for path, size in files]
+                body = json.dumps(listed).encode()
+            elif self.path.startswith("/api/models/owner/name"):
+                body = json.dumps({"id": "owner/name", "sha": COMMIT}).encode()
+            elif self.path.startswith("/owner/name/") and (folder / name).is_file():
+                body = (folder / name).read_bytes()
+                if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or ""):
+                    start, stop = int(asked[1]), int(asked[2]) + 1
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            body = body[start:stop]
+            self.send_response(200 if stop is None else 206)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{name}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                sent[name] = sent.get(name, 0) + len(body)
+                self.wfile.write(body)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    constants, address = "huggingface_hub.constants", f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    yield folder, sent
+    server.shutdown()
+    server.server_close()
+
+
+def header_bytes(path: Path) -> int:
+    return 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("identifier", ["owner/name", f"owner/name@{COMMIT}"])
+def test_of_a_model_of_the_hub_headers_alone_are_read(hub, capsys, shards, identifier):
+    folder, sent = hub
+    # Files of more bytes than the 100,001 with which huggingface_hub asks for a header.
+    write_tiny(folder, dtype="float16", shards=shards, vocab_size=10000)
+    whole = prox24.plan(folder, WANDA, samples=16, sequence_length=32)
+    found = prox24.plan(identifier, WANDA, samples=16, sequence_length=32)
+    assert found.described_by == "headers on the hub"
+    assert numbers(found) == numbers(whole)
+    files = {path.name: path for path in folder.glob("*.safetensors")}
+    assert len(files) == shards
+    for name, path in files.items():
+        assert sent[name] <= max(100_001, header_bytes(path))
+    assert max(path.stat().st_size for path in files.values()) > 200_000
+    kept = set(sent) - files.keys()
+    assert "tokenizer.json" not in kept
+    assert not list(Path("cache").rglob("*.safetensors"))
+    printed = printed_json(capsys, "inspect", identifier)
+    assert printed["described_by"] == "headers on the hub"
+    tensors = {entry["name"]: entry["dtype"] for entry in printed["tensors"]}
+    assert tensors == {name: "float16" for name in open_checkpoint(folder).tensors}
+
+
+def test_a_model_in_the_cache_is_opened_and_its_missing_shards_are_described(hub, monkeypatch):
+    folder, sent = hub
+    write_tiny(folder, shards=2)
+    whole = open_checkpoint("owner/name")
+    sent.clear()
+    cached = open_described("owner/name")
+    assert cached.described_by is None
+    np.testing.assert_array_equal(cached.read(Q_PROJ), whole.read(Q_PROJ))
+    assert not any(name.endswith(".safetensors") for name in sent)
+    (whole.path / "model-00001-of-00002.safetensors").unlink()
+    assert open_described("owner/name").described_by == "headers on the hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"owner/name .* cannot be had from the hub"):
+        open_described("owner/name")
+
+
+def test_a_model_of_the_hub_without_safetensors_has_the_plan_of_its_config(hub):
+    folder, sent = hub
+    weights = write_tiny(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(weights))
+    assert prox24.plan("owner/name", WANDA).described_by == "config.json"
+    assert "flax_model.msgpack" not in sent
+
+
+def test_an_unknown_family_of_the_hub_says_so_before_headers_are_read(hub, capsys):
+    folder, sent = hub
+    write_tiny(folder)
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    capsys.readouterr()
+    assert run("plan", "owner/name") == 2
+    assert "model_type 'mamba' is not supported" in capsys.readouterr().err
+    assert "model.safetensors" not in sent
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"no JSON", "cannot be had from the hub: Failed to parse safetensors header"),
+        ({"dtype": "F32", "shape": ["a"]}, "cannot be had from the hub"),
+        ({"dtype": "F32", "shape": [-1]}, r"tensor x has shape \(-1,\), as no array has"),
+    ],
+)
+def test_a_broken_header_on_the_hub_is_one_line(hub, header, said):
+    folder, _ = hub
+    write_tiny(folder)
+    if isinstance(header, dict):
+        header = json.dumps({"x": header | {"data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match=said) as error:
+        open_described("owner/name")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_offline_and_not_in_the_cache_is_one_line(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    line = error_line(capsys, command, "owner/name")
+    assert "owner/name is no folder or .gguf file, and cannot be had from the hub" in line
