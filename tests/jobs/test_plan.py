@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import TEXT, error_line, printed_json, run
+from safetensors.numpy import load_file, save_file
 from tiny import Q_PROJ, config_dict, random_weights, write_folder, write_tiny
 
 import prox24
@@ -358,6 +359,9 @@ def test_of_a_model_of_the_hub_headers_alone_are_read(hub, capsys, shards, ident
     folder, sent = hub
     # Files of more bytes than the 100,001 with which huggingface_hub asks for a header.
     write_tiny(folder, dtype="float16", shards=shards, vocab_size=10000)
+    # An index does not list this tensor, and a single file has it.
+    first = next(folder.glob("*.safetensors"))
+    save_file(load_file(first) | {"extra": np.zeros(3, np.float16)}, first)
     whole = prox24.plan(folder, WANDA, samples=16, sequence_length=32)
     found = prox24.plan(identifier, WANDA, samples=16, sequence_length=32)
     assert found.described_by == "headers on the hub"
@@ -401,13 +405,25 @@ def test_a_model_of_the_hub_without_safetensors_has_the_plan_of_its_config(hub):
     assert "flax_model.msgpack" not in sent
 
 
-def test_an_unknown_family_of_the_hub_says_so_before_headers_are_read(hub, capsys):
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"model_type": "mamba"}', "model_type 'mamba' is not supported"),
+        (None, "config.json: there is no such file"),
+    ],
+)
+def test_a_config_of_the_hub_is_refused_before_headers_are_read(hub, capsys, config, said):
     folder, sent = hub
     write_tiny(folder)
-    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    (folder / "config.json").unlink()
+    if config is not None:
+        (folder / "config.json").write_text(config)
     capsys.readouterr()
     assert run("plan", "owner/name") == 2
-    assert "model_type 'mamba' is not supported" in capsys.readouterr().err
+    # Before it are the progress bars of huggingface_hub.
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("prox24: error: ")
+    assert said in line
     assert "model.safetensors" not in sent
 
 
