@@ -60,8 +60,16 @@ def test_negative_penalties_are_refused():
 
 
 def test_a_recipe_that_prunes_no_leaf_is_refused():
-    with pytest.raises(RecipeError, match=r"prunes no leaf \(only 'mlp', .* dense kernel"):
+    with pytest.raises(
+        RecipeError, match=r"only 'mlp' is found in none of the 1 linears; their names are kernel"
+    ):
         prox24.prune_params(apply, {"kernel": KERNEL}, [BATCH], prox24.Recipe(only="mlp"))
+    recipe = prox24.Recipe(pattern=[("kernel", "dense"), ("mlp", "2:4")])
+    with pytest.raises(RecipeError, match=r"pattern 'mlp' is found in none of the 1 linears"):
+        prox24.prune_params(apply, {"kernel": KERNEL}, [BATCH], recipe)
+    recipe = prox24.Recipe(pattern=[("kernel", "dense")])
+    with pytest.raises(RecipeError, match=r"prunes none of the 1 linears; .* kernel"):
+        prox24.prune_params(apply, {"kernel": KERNEL}, [BATCH], recipe)
 
 
 def test_a_label_on_a_head_counts_more_than_its_name():

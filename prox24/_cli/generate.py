@@ -1,14 +1,23 @@
-"""`prox24 generate`: what a model makes of a prompt."""
+"""`prox24 generate`: what models make of prompts."""
 
 import argparse
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from prox24._cli import options
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help=options.MODEL)
-    command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    command.epilog = 'Example: prox24 generate MODEL PRUNED --prompt "Once upon a time"'
+    command.add_argument("models", nargs="+", metavar="MODEL", help=options.MODEL)
+    command.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="the text to continue; may be given several times",
+    )
     command.add_argument(
         "--tokens", type=options.positive, default=64, help="most tokens to generate (default: 64)"
     )
@@ -38,60 +47,73 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from prox24._jobs.output import print_json
+
+    single = len(arguments.models) == len(arguments.prompt) == 1
+    rows = []
+    for model in arguments.models:
+        for row in _continuations(model, arguments):
+            rows.append(row)
+            if not arguments.json:
+                # Printed at once: the next model takes its time.
+                title = "" if single else f"--- {row['model']}\n"
+                print(f"{title}{row['prompt']}{row['text']}", flush=True)
+    if arguments.json:
+        print_json(rows[0] if single else {"rows": rows})
+    return 0
+
+
+def _continuations(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a model makes of each prompt, with its figures."""
     from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
     from prox24._jobs.forward import all_weights, load_model
-    from prox24._jobs.output import peak_memory_bytes, print_json
+    from prox24._jobs.output import peak_memory_bytes
     from prox24._jobs.progress import progress_bar
     from prox24._jobs.text import prompt_tokens
     from prox24._models.generate import check_prompts, generate
     from prox24.packed import pack
 
-    checkpoint = open_checkpoint(arguments.model)
+    checkpoint = open_checkpoint(name)
     model, tokenizer = load_model(checkpoint), checkpoint.load_tokenizer()
-    prompt = prompt_tokens(checkpoint, arguments.prompt)
-    check_prompts(model.config, prompt, arguments.tokens)
+    prompts = [prompt_tokens(checkpoint, prompt) for prompt in arguments.prompt]
+    for prompt in prompts:
+        check_prompts(model.config, prompt, arguments.tokens)
     stop = stop_tokens(checkpoint)
     pack_linear = pack if arguments.packed else None
     weights = all_weights(model, DTYPES.get(arguments.dtype), pack_linear=pack_linear)
-    tokens: list[int] = []
-    times = [time.perf_counter()]
-    with progress_bar("generate", arguments.tokens, arguments.quiet, log=False) as advance:
-        for (token,) in generate(
-            model.config,
-            weights,
-            prompt,
-            arguments.tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-            stop=stop,
-        ):
-            tokens.append(int(token))
-            times.append(time.perf_counter())
-            advance("", None)
 
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    # Some tokenizers drop the space before a first word, so the prompt is decoded with the rest.
-    before = prompt[0].tolist()
-    text = decode(before + tokens).removeprefix(decode(before))
-    if not arguments.json:
-        print(arguments.prompt + text)
-        return 0
-    print_json(
-        {
-            "model": str(arguments.model),
-            "prompt": arguments.prompt,
+    for given, prompt in zip(arguments.prompt, prompts, strict=True):
+        tokens: list[int] = []
+        times = [time.perf_counter()]
+        with progress_bar("generate", arguments.tokens, arguments.quiet, log=False) as advance:
+            for (token,) in generate(
+                model.config,
+                weights,
+                prompt,
+                arguments.tokens,
+                temperature=arguments.temperature,
+                top_p=arguments.top_p,
+                seed=arguments.seed,
+                stop=stop,
+            ):
+                tokens.append(int(token))
+                times.append(time.perf_counter())
+                advance("", None)
+        # Some tokenizers drop the space before a first word: the prompt is decoded with the rest.
+        before = prompt[0].tolist()
+        yield {
+            "model": str(name),
+            "prompt": given,
             "prompt_tokens": prompt.size,
             "tokens": tokens,
-            "text": text,
+            "text": decode(before + tokens).removeprefix(decode(before)),
             "seconds": times[-1] - times[0],
             "tokens_per_second": decoding_rate(times),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-    )
-    return 0
 
 
 def decoding_rate(times: list[float]) -> float | None:

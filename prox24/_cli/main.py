@@ -105,7 +105,10 @@ def _said(error: Exception) -> str | None:
 @contextlib.contextmanager
 def _lines_without_a_terminal(parsed: argparse.Namespace) -> Iterator[None]:
     """Logs a line for each layer on standard error, where a bar would only fill a file."""
-    if vars(parsed).get("quiet", True) or sys.stderr.isatty():
+    quiet = vars(parsed).get("quiet", True)
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if quiet or sys.stderr.isatty():
         yield
         return
     import logging

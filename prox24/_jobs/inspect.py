@@ -14,6 +14,7 @@ from prox24._jobs.forward import all_linears, layer_names, load_model, outer_nam
 from prox24._jobs.output import Report, table
 from prox24._models.spec import Config
 from prox24._pruning.recipe import Recipe
+from prox24._pruning.runner import check_found
 
 DENSE, PRUNED = "dense: ", "pruned"
 
@@ -123,7 +124,9 @@ def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
 def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
     names = [outer_names(config), *(layer_names(config, i) for i in range(len(config.layers)))]
     decisions = {tensor: DENSE + _role(name) for own in names for name, tensor in own.items()}
-    for linear in all_linears(config):
+    linears = list(all_linears(config))
+    check_found([linear.tensor for linear in linears], recipe)
+    for linear in linears:
         width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
         fits = pattern is not None and width % pattern.group == 0
         refused = "by the recipe" if pattern is None else f"width {width} does not fit {pattern}"

@@ -18,7 +18,7 @@ from prox24._models import spec
 from prox24._models.heads import attention_ties
 from prox24._pruning.grams import Sums, empty_gram
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import check_widths
+from prox24._pruning.runner import check_found, check_widths
 from prox24._solvers.damping import WIDEST_BLOCK
 from prox24._solvers.problem import LayerProblem, corrected_weight
 from prox24._solvers.solve import check_shares_columns, check_traits, solve_program
@@ -64,6 +64,7 @@ class Setup(NamedTuple):
 def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool) -> Setup:
     """The setup; raises an error where a pattern does not fit, or Grams cannot be shared."""
     widths = {linear.tensor: linear.shape[1] for linear in forward.all_linears(model.config)}
+    check_found(widths, recipe)
     check_widths(widths, recipe)
     if shard_grams:
         try:

@@ -44,7 +44,7 @@ from prox24._pruning import loop
 from prox24._pruning.loop import PrunedTensor
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
-from prox24._pruning.runner import Runner
+from prox24._pruning.runner import Runner, check_found
 from prox24._pruning.turns import ties_of
 from prox24.errors import DiskError, Prox24Error, RecipeError
 
@@ -159,13 +159,15 @@ def prune(
                 if given:
                     raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
             runner = TorchRunner(checkpoint, windows)
+        stages = range(runner.stages)
+        linears = [linear.tensor for index in stages for linear in runner.linears(index)]
+        check_found(linears, recipe)
         chosen, quiet = loop.check(runner, recipe), quiet or not is_first()
         if not unfinished.entries:  # else the run before has looked
             _check_tensors(checkpoint, recipe.dtype, quiet)
         dense = loop.most_lossy(runner.in_memory(), recipe)
         pruned = {tensor: own for tensor, own in chosen.items() if tensor not in dense}
         unfinished = _whole_layers(unfinished, runner, recipe, pruned)
-        stages = range(runner.stages)
         turned_layers = sum(bool(ties_of(runner, index, recipe, pruned)) for index in stages)
         finished = pruned.keys() & unfinished.finished.keys()
         entries, written = unfinished.entries, set(unfinished.entries)
@@ -210,7 +212,7 @@ def prune(
         recipe=recipe,
         calibration=described(calibration, windows),
         linears=[LinearReport.of_figures(figure) for figure in figures],
-        kept_dense=sorted(dense),
+        kept_dense=dense,
         turned_layers=turned_layers,
         resumed_linears=len(finished),
         seconds=time.perf_counter() - began,

@@ -30,7 +30,8 @@ class PruneReport(Report):
       recipe: how it was pruned.
       calibration: the text, its windows and tokens.
       linears: one `LinearReport` for each linear that was pruned, in the order of pruning.
-      kept_dense: the tensors that `keep_dense` of the recipe left dense.
+      kept_dense: the tensors that `keep_dense` of the recipe left dense, the worst first, each
+        with the relative loss that Wanda's mask would have cost.
       turned_layers: the number whose attention heads were turned to a learnt basis; see
         `prox24.HeadBasis`.
       resumed_linears: the number that the run before had done.
@@ -45,7 +46,7 @@ class PruneReport(Report):
     recipe: Recipe
     calibration: dict[str, Any]
     linears: list[LinearReport]
-    kept_dense: list[str]
+    kept_dense: dict[str, float]
     turned_layers: int
     resumed_linears: int
     seconds: float
@@ -82,12 +83,15 @@ class PruneReport(Report):
             ["peak memory", gigabytes(self.peak_memory_bytes)],
             *self._block_rows(),
         ]
+        if self.kept_dense:
+            most, least = max(self.kept_dense.values()), min(self.kept_dense.values())
+            spared = f"{len(self.kept_dense)} linears, of losses {least:.4f} to {most:.4f} by Wanda"
+            rows.append(["kept dense", spared])
         if self.recipe.basis is not None:
             why = "" if self.turned_layers else ", see docs/solvers.md"
             rows.append(["learnt bases of heads", f"{self.turned_layers} layers{why}"])
         counts = {
             "done by the run before": self.resumed_linears,
-            "kept dense": len(self.kept_dense),
             "cut to the pattern at the last step": sum(
                 linear.status is Status.MAX_STEPS for linear in self.linears
             ),

@@ -20,7 +20,7 @@ from prox24._pruning.turns import tied_tensors, ties_of, turn
 from prox24._solvers.problem import LayerProblem, correct_inputs
 from prox24._solvers.scores import Wanda
 from prox24._solvers.solve import explain, solve
-from prox24.errors import CalibrationError, CheckpointError, RecipeError, SolverError
+from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.refine._blocks import BlockRefinement, train_block
 
 
@@ -120,23 +120,17 @@ def check(runner: Runner[State], recipe: Recipe) -> dict[str, AnyPattern]:
     linears = [linear for index in range(runner.stages) for linear in runner.linears(index)]
     patterns = {linear.tensor: recipe.pattern_of(linear.tensor) for linear in linears}
     chosen = {tensor: pattern for tensor, pattern in patterns.items() if pattern is not None}
-    if not chosen:
-        names = ", ".join(linear.tensor for linear in linears[:3])
-        raise RecipeError(
-            f"the recipe prunes none of the {len(linears)} linears (only {recipe.only!r}, skip "
-            f"{recipe.skip!r}, pattern {recipe.pattern}); their names are as {names}"
-        )
     check_widths({linear.tensor: linear.width for linear in linears}, recipe)
     return chosen
 
 
-def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
-    """The tensors that `keep_dense` of a recipe leaves dense: those that lose most.
+def most_lossy(runner: Runner[State], recipe: Recipe) -> dict[str, float]:
+    """The tensors that `keep_dense` of a recipe leaves dense, with the losses that this avoids.
 
     One pass of the dense model ranks them by the relative loss of Wanda's mask.
     """
     if not recipe.keep_dense:
-        return frozenset()
+        return {}
     chosen, losses = check(runner, recipe), dict[str, float]()
     first, state = runner.enter(Streams(False, False))
     for index in range(first, runner.stages):
@@ -156,7 +150,7 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> frozenset[str]:
         state = runner.advance(index, weights, state)
     share = recipe.keep_dense
     count = share if isinstance(share, int) else round(share * len(losses))
-    return frozenset(sorted(losses, key=losses.__getitem__, reverse=True)[:count])
+    return dict(sorted(losses.items(), key=lambda pair: pair[1], reverse=True)[:count])
 
 
 def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProblem:

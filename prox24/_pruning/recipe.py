@@ -191,6 +191,11 @@ class Recipe:
         return [pattern for _, pattern in self._pairs if pattern is not None]
 
     @property
+    def expressions(self) -> list[str]:
+        """The regular expressions of patterns by tensor; none for one pattern."""
+        return [expression for expression, _ in self._pairs if expression]
+
+    @property
     def _pairs(self) -> list[tuple[str, AnyPattern | None]]:
         given: Any = self.pattern
         pairs = [("", given)] if isinstance(given, Pattern | Unstructured) else given

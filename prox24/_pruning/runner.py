@@ -1,5 +1,6 @@
 """The protocol that a model follows to be pruned: stages with weights, linears and inputs."""
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
@@ -151,6 +152,29 @@ class TrainableStage(NamedTuple):
     inputs: Sequence[Any]
     targets: Sequence[Any]
     micro_batches: int
+
+
+def check_found(tensors: Collection[str], recipe: Recipe) -> None:
+    """Raises RecipeError where an expression of a recipe is found in no linear's name."""
+    given = [("only", recipe.only), ("skip", recipe.skip)]
+    given += [("pattern", expression) for expression in recipe.expressions]
+    for field, expression in given:
+        if expression and not any(re.search(expression, tensor) for tensor in tensors):
+            raise RecipeError(
+                f"{field} {expression!r} is found in none of the {len(tensors)} linears; their "
+                f"names are {_kinds(tensors)}"
+            )
+    if not any(recipe.pattern_of(tensor) for tensor in tensors):
+        raise RecipeError(
+            f"the recipe prunes none of the {len(tensors)} linears; their names are "
+            f"{_kinds(tensors)}"
+        )
+
+
+def _kinds(tensors: Collection[str]) -> str:
+    """Names with a star for the number of a layer; the first ten of them."""
+    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor) for tensor in tensors))
+    return ", ".join(kinds[:10]) + ", and others" * (len(kinds) > 10)
 
 
 def check_widths(widths: Mapping[str, int], recipe: Recipe) -> None:

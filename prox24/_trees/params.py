@@ -12,7 +12,7 @@ from jax import Array
 from prox24._pruning import loop
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
-from prox24._pruning.runner import Inputs, Linear, Runner, Streams
+from prox24._pruning.runner import Inputs, Linear, Runner, Streams, check_found
 from prox24._trees.calibrate import (
     Calibration,
     Stream,
@@ -127,12 +127,9 @@ def prune_params(
     leaves = _choose(params, layouts, left_out, recipe, mask)
     if grams is not None:
         _check_paths(params, grams)
-    if not any(leaf.pruned for leaf in leaves):
-        if left := [leaf.path for leaf in leaves if leaf.reason == BY_RECIPE]:
-            raise RecipeError(
-                f"the recipe prunes no leaf (only {recipe.only!r}, skip {recipe.skip!r}, pattern "
-                f"{recipe.pattern}); it leaves dense {_some(left)}"
-            )
+    if linears := [leaf.path for leaf in leaves if leaf.pruned or leaf.reason == BY_RECIPE]:
+        check_found(linears, recipe)
+    else:
         return PrunedParams(params, leaves, [])
     runner = FunctionRunner(apply, params, recipe, leaves, groups, layouts, batches, found)
     dense = loop.most_lossy(runner, recipe)

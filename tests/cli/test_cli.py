@@ -98,6 +98,22 @@ def test_prune_verify_and_eval(workspace, capsys):
     assert result["windows"] == len(TEXT) // 64
     assert result["predicted_tokens"] == result["windows"] * 63
     assert 1 < result["perplexity"] < 1e6
+    (workspace / "records.jsonl").write_text(json.dumps({"body": TEXT}))
+    more = [*text, "--text", workspace / "records.jsonl", "--text-field", "body"]
+    assert "plain text, which has no field" in error_line(capsys, "eval", out, *more)
+    models = [workspace / "model", out]
+    several = printed_json(capsys, "eval", *models, *text, *text[:2])["rows"]
+    assert several[2:] == [result, result]
+    assert several[0] == several[1] != result
+    assert run("eval", *models, *text) == 0
+    table = capsys.readouterr().out
+    assert all(f"{row['perplexity']:.3f}" in table for row in several)
+    prompts = ["--prompt", "Once", "--prompt", "Two", "--tokens", "3"]
+    rows = printed_json(capsys, "generate", *models, *prompts)["rows"]
+    assert [row["prompt"] for row in rows] == ["Once", "Two"] * 2
+    assert run("generate", *models, *prompts) == 0
+    shown = [f"--- {row['model']}\n{row['prompt']}{row['text']}\n" for row in rows]
+    assert capsys.readouterr().out == "".join(shown)
 
 
 def test_python_options_and_recipe_files_write_the_same_bytes(workspace, capsys):
@@ -339,6 +355,13 @@ REFUSED = [
     (f"prune nan out {DATA}", "model.layers.1.mlp.up_proj.weight"),
     (f"{PRUNE} --method wanda --pull 2", "--pull is for --targets dense"),
     (f"{PRUNE} --refine-rate 0.1", "--refine-rate is for --refine block"),
+    (
+        f"{PRUNE} --skip lm_head",
+        "skip 'lm_head' is found in none of the 14 linears; their names are "
+        "model.layers.*.self_attn.q_proj.weight, model.layers.*.self_attn.k_proj.weight",
+    ),
+    ("plan model --only nothing", "only 'nothing' is found in none of the 14 linears"),
+    ("inspect model --only nothing", "only 'nothing' is found in none of the 14 linears"),
     (f"{PRUNE} --refine none --refine-linears-only", "linears-only is for --refine block"),
     ("prune model out --process-id 0", "--process-id are for --distributed"),
     (f"{PRUNE} --recipe none", "cannot read none: No such file"),

@@ -128,8 +128,11 @@ def test_those_that_lose_most_in_the_dense_model_stay_dense(source, weights, sha
     count = 3 if share == 3 else round(0.2 * len(chosen))
     runner = runner_of(source, recipe)
     dense = loop.most_lossy(runner, recipe)
-    assert dense == set(sorted(chosen, key=losses.get)[-count:])
-    assert pruned_by(runner, recipe, dense=dense).tensors.keys() == set(chosen) - dense
+    worst = sorted(chosen, key=losses.get, reverse=True)[:count]
+    assert list(dense) == worst
+    rel = 2 * (WINDOWS.size + 64 + 2 * 7 * 64) * eps_of("float32")
+    np.testing.assert_allclose(list(dense.values()), [losses[name] for name in worst], rtol=rel)
+    assert pruned_by(runner, recipe, dense=dense).tensors.keys() == set(chosen) - dense.keys()
 
 
 def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path):
