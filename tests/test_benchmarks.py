@@ -321,6 +321,57 @@ def test_devices_and_parity_in_processes_of_their_own(name, options, printed, tm
     assert printed in run("-c", code, *options)
 
 
+FAKE_LLM_COMPRESSOR = {
+    "datasets.py": "class Dataset:\n    from_dict = dict\n",
+    "llmcompressor/__init__.py": """
+import json, shutil
+def oneshot(model, recipe, output_dir, **given):
+    shutil.copytree(model, output_dir)
+    with open("given.json", "w") as file:
+        json.dump(given | {"recipe": recipe}, file)
+""",
+    "llmcompressor/modifiers/__init__.py": "",
+    "llmcompressor/modifiers/pruning.py": "SparseGPTModifier = WandaPruningModifier = dict",
+    "llmcompressor-0.14.dist-info/METADATA": "Name: llmcompressor\nVersion: 0.14\n",
+}
+
+
+def test_llm_compressor_prunes_the_windows_of_prox24_in_another_environment(
+    benchmark, tmp_path, monkeypatch
+):
+    for name, text in FAKE_LLM_COMPRESSOR.items():
+        (tmp_path / "fake" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fake" / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fake'}:{ROOT}")
+    module, common = benchmark("llm_compressor"), benchmark("common")
+    sizes = ["--windows", 2, "--length", 32, "--rows", "dense", "llm-compressor sparsegpt"]
+    given = [*benchmark.given, *sizes, "prox24 wanda"]
+    printed = benchmark.main(module, "--python", sys.executable, *given)
+    dense, copied, pruned = table(tmp_path / "llm_compressor.csv")
+    assert copied["version"] == "0.14"
+    assert copied["text"] == dense["text"] != pruned["text"]
+    assert float(copied["zeros"]) == 0 < float(pruned["zeros"]) < 0.5
+    assert dense["seconds"] == "" != copied["seconds"]
+    assert int(copied["peak_bytes"]) < int(pruned["peak_bytes"])
+    told = json.loads((tmp_path / "given.json").read_text())
+    assert told["recipe"]["mask_structure"] == "2:4"
+    every = common.windows_of(tmp_path / "model", tmp_path / "calibration.txt", None, 32)
+    windows = common.drawn_windows(every, 2, 0)
+    np.testing.assert_array_equal(told["dataset"]["input_ids"], windows)
+    # What was measured is not measured again.
+    assert benchmark.main(module, "--python", sys.executable, *given) == printed
+
+
+@pytest.mark.parametrize("python", [sys.executable, "no-python"])
+def test_a_python_without_llm_compressor_is_one_line(benchmark, tmp_path, python):
+    module = benchmark("llm_compressor")
+    if importlib.util.find_spec("llmcompressor") is not None and python == sys.executable:
+        pytest.skip("llm-compressor is installed")
+    with pytest.raises(SystemExit, match=f"{python} runs no llm-compressor"):
+        benchmark.main(module, *benchmark.given, "--python", python)
+    assert not (tmp_path / "llm_compressor.csv").exists()
+
+
 def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(benchmark, tmp_path):
     choice = benchmark("multiple_choice", BATCH=4)
     model, rng = prox24.load(tmp_path / "model"), np.random.default_rng(0)
