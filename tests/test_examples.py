@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import runpy
 import subprocess
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from programs import ROOT, run
 from reference import assert_close, best_mask_by_enumeration, eps_of, solve_roundings
-from tiny import write_tiny
+from tiny import tokens, write_tiny
+from transformers import AutoModelForCausalLM
 
 import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint
@@ -214,3 +216,65 @@ def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, option
         changed = np.any(given.read(name) != tuned.read(name))
         trained = "layers" in name and ("--lora" not in options or "norm" not in name)
         assert changed == trained, name
+
+
+# Deployment in PyTorch
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    """A pruned folder. Its k_proj and v_proj have 16 outputs; up_proj of layer 1 is dense."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("deploy")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 1}
+    write_tiny(folder / "model", "llama1", "bfloat16", vocab_size=320, **sizes)
+    recipe = dataclasses.replace(prox24.Recipe.magnitude(), skip="layers.1.mlp.up_proj")
+    text = prox24.Text(samples=2, sequence_length=16)
+    prox24.prune(folder / "model", folder / "pruned", recipe, calibration=text)
+    return folder / "pruned"
+
+
+def sparse_names():
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    found = [f"model.layers.{i}.{name}" for i in "01" for name in (*names, "mlp.down_proj")]
+    return [name for name in found if name != "model.layers.1.mlp.up_proj"]
+
+
+def test_linears_that_pytorch_multiplies_sparsely(deployed):
+    model = AutoModelForCausalLM.from_pretrained(deployed, dtype="auto")
+    model.lm_head.weight.data.zero_()  # 2:4 and of a size that is taken, but the head
+    sparse_linears = example("deploy_torch")["sparse_linears"]
+    assert list(sparse_linears(model)) == sparse_names()
+    assert not sparse_linears(model.float())
+
+
+def test_without_a_gpu_the_linears_are_listed(deployed):
+    output = run("examples/deploy_torch.py", deployed, CUDA_VISIBLE_DEVICES="")
+    *names, count, reason = output.splitlines()
+    assert names == sparse_names()
+    assert count == "9 of 15 linears take semi-structured weights"
+    assert reason.endswith("finds no GPU (CUDA or ROCm), and one is needed.")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
+def test_converted_linears_reach_the_sparse_product(deployed, monkeypatch):
+    """PyTorch packs, unpacks and dispatches as on a GPU; only the product itself is dense."""
+    torch = pytest.importorskip("torch")
+    names, products = example("deploy_torch"), []
+
+    def product(self, rows, *, bias=None, should_transpose_dense):
+        products.append((self.shape, should_transpose_dense))
+        return torch.nn.functional.linear(rows, self.to_dense(), bias)
+
+    cutlass = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
+    monkeypatch.setattr(cutlass, "_validate_device_dim_dtype_shape", lambda *_: None)
+    monkeypatch.setattr(cutlass, "_mm", product)
+    model = AutoModelForCausalLM.from_pretrained(deployed, dtype="auto")
+    shapes = [(linear.weight.shape, True) for linear in names["sparse_linears"](model).values()]
+    ids = torch.from_numpy(tokens())
+    with torch.inference_mode():
+        dense = model(ids).logits
+        names["convert"](model)
+        assert torch.equal(model(ids).logits, dense)
+    assert products == shapes
