@@ -1,8 +1,8 @@
 """Runs a pruned Hugging Face model in PyTorch on the sparse tensor cores of a GPU.
 
-The linears that are 2:4 get PyTorch's semi-structured weights; all else stays as it is. The time
-of a prefill and its last logits are compared before and after. Without a GPU the script lists the
-linears that it would convert. CUDA and ROCm need the same code.
+It gives 2:4 linears PyTorch's semi-structured weights, and changes nothing else. It compares the
+time and the last logits of a prefill with the dense model's. Without a GPU it only lists the
+linears. The code is the same for CUDA and ROCm.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def takes_sparse_kernel(weight):
 
 
 def sparse_linears(model):
-    """The linears to convert, by name: never the head, nor any that is not 2:4."""
+    """The linears to convert, by name; the head stays dense."""
     head = model.get_output_embeddings()
     return {
         name: module
@@ -66,6 +66,11 @@ def main():
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
     names = sparse_linears(model)
+    if not names:
+        parser.error(
+            f"{source} has no 2:4 linear in float16 or bfloat16; "
+            "prox24 convert SRC DST --dtype bfloat16 changes the dtype"
+        )
     print(*names, sep="\n")
     linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     print(f"{len(names)} of {linears} linears take semi-structured weights")

@@ -248,6 +248,14 @@ def test_linears_that_pytorch_multiplies_sparsely(deployed):
     assert not sparse_linears(model.float())
 
 
+def test_a_model_without_such_linears_is_refused(deployed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["deploy_torch.py", str(deployed.parent / "model")])
+    with pytest.raises(SystemExit) as stopped:
+        example("deploy_torch")["main"]()
+    assert stopped.value.code == 2
+    assert "model has no 2:4 linear in float16 or bfloat16" in capsys.readouterr().err
+
+
 def test_without_a_gpu_the_linears_are_listed(deployed):
     output = run("examples/deploy_torch.py", deployed, CUDA_VISIBLE_DEVICES="")
     *names, count, reason = output.splitlines()
