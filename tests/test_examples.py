@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 import runpy
 import subprocess
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._cli.demo_model import fetch_model
 from prox24._cli.main import main
 
 pytestmark = pytest.mark.slow
@@ -286,3 +288,29 @@ def test_converted_linears_reach_the_sparse_product(deployed, monkeypatch):
         names["convert"](model)
         assert torch.equal(model(ids).logits, dense)
     assert products == shapes
+
+
+def whole_job(model, folder, *sizes):
+    printed = run("examples/whole_job.py", model, folder, *sizes)
+    resumed = int(re.search(r"^(\d+) linears were there", printed, re.MULTILINE)[1])
+    metrics = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    report = json.loads((folder / "report.json").read_text())
+    assert 0 < resumed < len(metrics) == len(report["linears"])
+    assert all(name in report["calibration"]["text"] for name in ("a.jsonl", "b.csv", "c.txt"))
+    shown = [line for line in printed.splitlines() if line.startswith("│") and "default" in line]
+    assert any(re.search(r"\d+\.\d{3}", line) for line in shown)  # the table of perplexities
+    AutoModelForCausalLM.from_pretrained(folder / "default", local_files_only=True)
+    return printed
+
+
+def test_a_whole_job(tmp_path):
+    write_tiny(tmp_path / "model")
+    whole_job(tmp_path / "model", tmp_path / "out", "--samples", "4", "--sequence-length", "64")
+
+
+@pytest.mark.optimized
+def test_a_whole_job_with_a_real_model(tmp_path):
+    cache = ROOT / ".cache"
+    cache.mkdir(exist_ok=True)
+    printed = whole_job(fetch_model(cache), tmp_path, "--samples", "2", "--sequence-length", "64")
+    assert "truth universally acknowledged, that" in printed
