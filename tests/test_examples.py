@@ -50,7 +50,7 @@ def test_pruning_one_layer():
 
 @pytest.mark.parametrize(
     "page",
-    ["packed", "solvers", "refine", "optax", "generate"],
+    ["packed", "solvers", "refine", "optax", "generate", "whole-job"],
 )
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
