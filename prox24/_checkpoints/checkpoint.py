@@ -53,6 +53,7 @@ class Checkpoint:
     buffers: frozenset[str] = frozenset()
     decoder: Config | None = None  # for models with a forward pass here
     described_by: str | None = None  # where names and shapes come from if there are no weights
+    pruned_dtype: str | None = None  # what `prune` writes by default; None for each tensor's own
 
     def read(self, name: str) -> NDArray[Any]:
         """The values of a tensor, in the dtype of the file; finite unless it is a buffer."""

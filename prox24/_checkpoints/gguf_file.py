@@ -19,6 +19,9 @@ from prox24._models.families import config_from_hf
 from prox24._models.spec import Config, tensor_shapes
 from prox24.errors import CheckpointError, UnsupportedModelError
 
+EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+"""Tensors of other kinds lost digits before they came into a file."""
+
 ATTENTION_BIASES = {"attn": "attention_bias"}
 
 
@@ -57,6 +60,7 @@ class Opened(NamedTuple):
     decoder: Config
     tensors: dict[str, TensorSource]  # in HF's layout, float32 but for those stored as float16
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    pruned_dtype: str | None  # bfloat16 where float32 would hold no more than a rounded weight
 
 
 def open_gguf(path: Path) -> Opened:
@@ -84,7 +88,13 @@ def open_gguf(path: Path) -> Opened:
             )
     tensors = {names[name]: source for name, source in sources.items()}
     length = config["max_position_embeddings"]
-    return Opened(config, decoder, tensors, lambda: build_tokenizer(metadata, length, path))
+    exact = all(tensor.kind in EXACT for tensor in stored.values())
+    pruned_dtype = None if exact else "bfloat16"
+
+    def load_tokenizer() -> PreTrainedTokenizerBase:
+        return build_tokenizer(metadata, length, path)
+
+    return Opened(config, decoder, tensors, load_tokenizer, pruned_dtype)
 
 
 def _config(

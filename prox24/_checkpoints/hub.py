@@ -5,13 +5,14 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from prox24._checkpoints import safetensors_file
 from prox24._checkpoints.hf_folder import WeightFiles
 from prox24._checkpoints.tensors import TensorSource
-from prox24.errors import CheckpointError, first_line
+from prox24.errors import CheckpointError, Prox24Error, first_line
 
 ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\S+)?")
 
@@ -84,3 +85,39 @@ def _errors_of(text: str) -> Iterator[None]:
             f"{text} is no folder or .gguf file, and cannot be had from the hub: "
             f"{first_line(error)}"
         ) from error
+
+
+def check_upload(name: str) -> None:
+    """Raises Prox24Error where `upload` would fail for what is known without the network."""
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise Prox24Error(f"{name!r} is no name for a model of the hub: {error}") from error
+    if "/" not in name:
+        raise Prox24Error(f"{name!r} is no name for a model of the hub: write OWNER/NAME")
+    if constants.HF_HUB_OFFLINE:
+        raise Prox24Error(f"{name} cannot be uploaded: HF_HUB_OFFLINE is set")
+    if get_token() is None:
+        raise Prox24Error(
+            f"{name} cannot be uploaded without a token: run hf auth login, or set HF_TOKEN"
+        )
+
+
+def upload(folder: Path, name: str) -> str:
+    """Uploads a folder that is complete as a model of the hub, and returns its address.
+
+    A model that is not there is made, public unless the settings of its owner say otherwise.
+
+    Raises:
+      Prox24Error: whatever fails; says how to upload the folder again.
+    """
+    api = HfApi()
+    try:
+        address = str(api.create_repo(name, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # the hub has a different type for each failure
+        raise Prox24Error(
+            f"{folder} is complete, but was not uploaded: {first_line(error)}; "
+            f"to try again: hf upload {name} {folder} ."
+        ) from error
+    return address

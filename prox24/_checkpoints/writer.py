@@ -130,7 +130,6 @@ def fill_folder(
     dtype: str | None = None,  # of all but buffers and integers; None for each tensor's own
     max_shard_bytes: int | None = None,  # unless one tensor is larger; None for the source's files
     file_format: str = "safetensors",  # a key of `OUTPUTS`
-    note: str | None = None,  # Markdown that is appended to the model card, README.md
     on_replaced: Callable[[Written, Replacement], None] = lambda written, replacement: None,
 ) -> dict[str, dict[str, str]]:
     """Writes the files of an HF folder; returns "dtype" and "sha256" of their tensors by name.
@@ -149,7 +148,7 @@ def fill_folder(
     with writing(folder):
         if shutil.disk_usage(folder).free < size - _allocated(folder):
             raise DiskError(f"cannot write {folder}: its {size} bytes do not fit")
-        _write_companions(source, folder, dtype, note)
+        _write_companions(source, folder, dtype)
         if len(shards) > 1:
             weight_map = {
                 output.stored_name(name, len(specs[name].shape)): file.name
@@ -192,9 +191,7 @@ def fill_folder(
     }
 
 
-def _write_companions(
-    source: Checkpoint, folder: Path, dtype: str | None, note: str | None
-) -> None:
+def _write_companions(source: Checkpoint, folder: Path, dtype: str | None) -> None:
     """Everything but the weights."""
     for left in carried_files(folder):  # by a run before this, from which the source may differ
         left.unlink()
@@ -213,9 +210,6 @@ def _write_companions(
             if type(error) is not Exception:  # tokenizers's for a disk that is full
                 raise
             raise DiskError(f"cannot write {folder}: {first_line(error)}") from error
-    if note is not None:
-        with (folder / "README.md").open("ab") as card:
-            card.write(f"\n{note}".encode() if card.tell() else note.encode())
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if dtype is not None:
         config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}

@@ -35,6 +35,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="devices share the columns of Grams and weights, not the rows of weights",
     )
     options.add_logs(command)
+    command.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="upload the complete folder to the Hugging Face hub; a new model is public, unless "
+        "the owner's settings say otherwise",
+    )
     options.add_writing(command)
     options.add_output(command)
     group = command.add_argument_group(
@@ -59,11 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.distributed and place != (None, None, None):
         raise Prox24Error("--coordinator, --num-processes and --process-id are for --distributed")
     recipe = options.recipe_of(arguments)
+    from prox24._checkpoints import hub
     from prox24._jobs.output import check_file, show
     from prox24._jobs.processes import connected, is_first
     from prox24._jobs.progress import written_logs
     from prox24._jobs.prune import prune
 
+    name: str | None = arguments.push_to_hub
+    if name is not None:
+        hub.check_upload(name)
     text = options.text_of(arguments, arguments.calibration)
     logs = arguments.log_file, arguments.metrics
     for path in (arguments.report, *logs):
@@ -86,4 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if is_first():
             show(report, arguments)
+            if name is not None:
+                address = hub.upload(arguments.destination, name)
+                if not (arguments.json or arguments.quiet):
+                    print(f"uploaded to {address}")
     return 0

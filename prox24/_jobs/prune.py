@@ -1,17 +1,17 @@
 """The whole job of pruning: a checkpoint in, a sparse one out, and a report."""
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._checkpoints.manifest import write_manifest
+from prox24._checkpoints.model_card import source_card, write_card
 from prox24._checkpoints.unfinished import (
     Unfinished,
     Written,
@@ -30,7 +30,7 @@ from prox24._jobs.native import native_runner
 from prox24._jobs.output import peak_memory_bytes, versions
 from prox24._jobs.processes import agree, is_first, meet
 from prox24._jobs.progress import metric, progress_bar
-from prox24._jobs.reports import PruneReport
+from prox24._jobs.reports import PruneReport, totals
 from prox24._jobs.text import (
     Text,
     Windows,
@@ -100,18 +100,23 @@ def prune(
         report = prox24.prune("HuggingFaceTB/SmolLM2-135M", "smol-2of4")
         print(report)
     """
-    began = time.perf_counter()
+    seconds, lap = _stopwatch()
     source, destination = Path(source), Path(destination)
     check_destination(destination, [source, *files_of_text(calibration)], overwrite)
     recipe.check_supported()
     recipe.to_dict()  # A manifest holds it.
     checkpoint, native = torchax.open_any(source)
+    card = source_card(source, checkpoint)
+    if recipe.dtype is None:
+        recipe = dataclasses.replace(recipe, dtype=checkpoint.pruned_dtype)
     files = source_files(checkpoint.path)
     windows = calibration_windows(checkpoint, calibration, quiet=quiet)
     if recipe.refine is not None:
         if jax.process_count() > 1:
             raise RecipeError("refine is for a single process")
         windows = shuffled(windows) if isinstance(calibration, Text) else windows
+    text = described(calibration, windows)
+    text["text"].encode()  # The model card and the summary hold it.
     mesh = common_mesh(len(windows)) if native else None
     devices = 1 if mesh is None else mesh.size
     micro_batch = None
@@ -122,7 +127,7 @@ def prune(
             micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
     job = {
         "recipe": recipe.to_dict(),
-        "calibration": described(calibration, windows),
+        "calibration": text,
         "micro_batch": micro_batch,
         "shard_grams": shard_grams,
         "shard_size": shard_size,
@@ -172,6 +177,7 @@ def prune(
         finished = pruned.keys() & unfinished.finished.keys()
         entries, written = unfinished.entries, set(unfinished.entries)
         figures = [entry["figures"] for entry in entries.values() if "figures" in entry]
+        lap("check")
 
         with progress_bar("prune", pruned, quiet, done=finished) as advance:
 
@@ -187,7 +193,9 @@ def prune(
                     losses = [report.statistics.relative_loss for report in tensor.reports]
                     advance(tensor.name, sum(losses) / len(losses))
 
-            tensors = loop.prune_stages(runner, recipe, finished=unfinished.finished, dense=dense)
+            tensors = loop.prune_stages(
+                runner, recipe, finished=unfinished.finished, dense=dense, lap=lap
+            )
             if is_first():
                 stored = fill_folder(
                     checkpoint,
@@ -195,27 +203,32 @@ def prune(
                     tensors,
                     dtype=recipe.dtype,
                     max_shard_bytes=shard_size,
-                    note=_model_card(recipe, calibration, windows),
                     on_replaced=note,
                 )
             else:
                 for tensor in tensors:
                     note(None, tensor)
+        reports = [LinearReport.of_figures(figure) for figure in figures]
         check_unchanged(checkpoint.path, files)
         meet("nothing has changed")  # for any of them
         if is_first():
             refined = written - {figure["name"] for figure in figures}
             write_manifest(unfinished.folder, job, stored, figures, refined)
+            section = _card_section(recipe, text, reports)
+            tags = ["sparse", *map(str, recipe.patterns)]
+            write_card(unfinished.folder, card, tags, section)
+    lap("write")
     return PruneReport(
         source=str(source),
         destination=str(destination),
         recipe=recipe,
-        calibration=described(calibration, windows),
-        linears=[LinearReport.of_figures(figure) for figure in figures],
+        calibration=text,
+        linears=reports,
         kept_dense=dense,
         turned_layers=turned_layers,
         resumed_linears=len(finished),
-        seconds=time.perf_counter() - began,
+        seconds=sum(seconds.values()),
+        stages=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         versions=versions(),
         remark=OUTPUTS["safetensors"](checkpoint).remark,
@@ -263,13 +276,39 @@ def _whole_layers(
     )
 
 
-def _model_card(recipe: Recipe, calibration: Windows, windows: NDArray[np.int32]) -> str:
-    """Markdown that tells a model's users how it was pruned."""
-    text = described(calibration, windows)
-    name = Path(text["text"]).name
+def _stopwatch() -> tuple[dict[str, float], Callable[[str], None]]:
+    """Seconds by part, and a function that adds the time since its last call to a part."""
+    seconds, last = dict[str, float](), time.perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[part] = seconds.get(part, 0.0) + now - last
+        last = now
+
+    return seconds, lap
+
+
+def _card_section(recipe: Recipe, text: Mapping[str, Any], linears: Sequence[LinearReport]) -> str:
+    """Markdown that tells a model's users how it was pruned; the same for every run of a job."""
+    found, sources = totals(linears), text["text"].split(", ")
+    # Folders of this machine mean nothing elsewhere.
+    name = ", ".join(each if each.startswith("hf:") else Path(each).name for each in sources)
+    losses = [found["mean_relative_loss"], found["largest_relative_loss"]]
+    mean, largest = ("not known" if loss is None else f"{loss:.4f}" for loss in losses)
     return f"""## Pruning
 
 The linears of the layers were pruned by prox24 {versions()["prox24"]}, along the input axis.
+
+| | |
+|---|---|
+| linears | {found["linears"]} |
+| their weights | {found["parameters"]} |
+| zeros among them | {found["zeros"]} |
+| mean relative loss | {mean} |
+| largest relative loss | {largest} |
+
+A relative loss is the squared error of a linear's output over the square of the output.
 Calibration: {text["windows"]} windows of {text["sequence_length"]} tokens from {name}.
 `prox24 prune --recipe FILE` does the same with this recipe:
 

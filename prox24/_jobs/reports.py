@@ -1,6 +1,8 @@
 """The report of pruning a model."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,19 @@ python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained
 """
 
 
+def totals(linears: Sequence[LinearReport]) -> dict[str, Any]:
+    """See `PruneReport.totals`."""
+    losses = [linear.statistics.relative_loss for linear in linears]
+    known = bool(losses) and all(map(math.isfinite, losses))
+    return {
+        "linears": len(linears),
+        "parameters": sum(linear.parameters for linear in linears),
+        "zeros": sum(round(linear.sparsity * linear.parameters) for linear in linears),
+        "mean_relative_loss": math.fsum(losses) / len(losses) if known else None,
+        "largest_relative_loss": max(losses) if known else None,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class PruneReport(Report):
     """How a model was pruned; printed, it is a table.
@@ -36,6 +51,9 @@ class PruneReport(Report):
         `prox24.HeadBasis`.
       resumed_linears: the number that the run before had done.
       seconds: wall-clock time of the job.
+      stages: the same by parts: "check" the arguments and the source, "gather" Grams, learn a
+        "basis", "solve", "refine", "run" the pruned layers, "write". A device may still compute
+        when a part ends: the part that waits for the result has the rest of the time.
       peak_memory_bytes: the largest resident memory; None where it is not known.
       versions: of Python and packages.
       remark: what a runtime makes of the zeros.
@@ -50,6 +68,7 @@ class PruneReport(Report):
     turned_layers: int
     resumed_linears: int
     seconds: float
+    stages: dict[str, float]
     peak_memory_bytes: int | None
     versions: dict[str, str]
     remark: str
@@ -59,10 +78,19 @@ class PruneReport(Report):
         """The mean over linears."""
         return float(np.mean([linear.statistics.relative_loss for linear in self.linears]))
 
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Of all linears: their number, parameters and zeros, mean and largest relative loss.
+
+        A loss is None where there is no linear, or where it is not finite.
+        """
+        return totals(self.linears)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""
         linears = [linear.figures() for linear in self.linears]
-        return super().to_dict() | {"recipe": self.recipe.to_dict(), "linears": linears}
+        own = {"recipe": self.recipe.to_dict(), "totals": self.totals, "linears": linears}
+        return super().to_dict() | own
 
     def __str__(self) -> str:
         return f"{table(['', ''], self._rows())}\n{self.remark}"
@@ -70,6 +98,8 @@ class PruneReport(Report):
     def _rows(self) -> list[list[str]]:
         losses = {linear.name: linear.statistics.relative_loss for linear in self.linears}
         rows = [["written", self.destination], ["linears pruned", str(len(losses))]]
+        if self.recipe.dtype is not None:
+            rows.append(["written as", self.recipe.dtype])
         if losses:
             worst = max(losses, key=losses.__getitem__)
             rows += [
@@ -80,6 +110,7 @@ class PruneReport(Report):
             ["calibration", self.calibration["text"]],
             ["calibration tokens", str(self.calibration["tokens"])],
             ["seconds", f"{self.seconds:.0f}"],
+            ["seconds by stage", ", ".join(f"{k} {v:.0f}" for k, v in self.stages.items())],
             ["peak memory", gigabytes(self.peak_memory_bytes)],
             *self._block_rows(),
         ]
@@ -123,6 +154,13 @@ class PruneReport(Report):
                 page.heat_map(losses),
             ),
             *self._mask_section(),
+            page.section(
+                "Totals", page.table([[name, str(value)] for name, value in self.totals.items()])
+            ),
+            page.section(
+                "Seconds by stage",
+                page.table([[name, f"{value:.1f}"] for name, value in self.stages.items()]),
+            ),
             page.section("Recipe", page.code(self.recipe.to_json())),
             page.section("Next", page.code(NEXT.format(folder=self.destination))),
         ]

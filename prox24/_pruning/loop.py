@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +49,7 @@ def prune_stages(
     *,
     finished: Mapping[str, Readable] = MappingProxyType({}),
     dense: Collection[str] = (),
+    lap: Callable[[str], None] = lambda part: None,
 ) -> Iterator[PrunedTensor]:
     """Prunes every linear of every stage, but for those that are in `dense`.
 
@@ -60,6 +61,9 @@ def prune_stages(
     Tensors in `finished` were pruned and written before: they are run, not yielded. Each other
     linear is yielded when it is solved; with a refinement every trained tensor of a stage is
     yielded afterwards. Yielded tensors are not kept. `keep_dense` is for `most_lossy`.
+
+    `lap` is called at the end of each part of the work with its name: "gather", "basis", "solve",
+    "refine", "run" the pruned stage, and "write" for what the caller does with a tensor.
     """
     chosen = {tensor: own for tensor, own in check(runner, recipe).items() if tensor not in dense}
     crosses, refine = recipe.targets is not None, recipe.refine
@@ -85,8 +89,10 @@ def prune_stages(
             inputs = dict(observed)
             del observed
         del given  # of which `weights` holds what is needed
-        if anew:
+        lap("gather")
+        if anew and recipe.basis is not None:
             turn(runner, index, recipe, chosen, weights, inputs)
+            lap("basis")
         reports: dict[str, tuple[LinearReport, ...]] = {}
         for linear in remaining:
             name, weight = linear.tensor, weights[linear.tensor]
@@ -94,8 +100,10 @@ def prune_stages(
                 runner, recipe, chosen[name], linear, weight, inputs[linear.input]
             )
             del weight
+            lap("solve")
             if refine is None:
                 yield PrunedTensor(name, runner.stored(name, weights[name]), reports[name])
+                lap("write")
         del inputs
         if anew:
             # In the order of the stage, which is that of every process.
@@ -108,9 +116,12 @@ def prune_stages(
                     name: tuple(report._replace(refinement=outcome) for report in own)
                     for name, own in reports.items()
                 }
+                lap("refine")
             for name in rest:
                 yield PrunedTensor(name, runner.stored(name, weights[name]), reports.get(name, ()))
+                lap("write")
         state = runner.advance(index, weights, state)
+        lap("run")
         del weights, written
 
 
@@ -196,6 +207,7 @@ def _pruned(
                 name=name,
                 status=solution.status,
                 sparsity=float(mean_sparsity(solution.weight)),
+                parameters=solution.weight.size,
                 inputs=own.gram.shape[-1],
                 tokens=own.tokens,
                 seconds=time.perf_counter() - began,

@@ -33,6 +33,7 @@ class LinearReport(NamedTuple):
       name: the tensor, followed by [i] where it consists of several matrices.
       status: how the solver ended.
       sparsity: fraction of exact zeros.
+      parameters: number of weights, zeros among them.
       inputs: the input width. A Gram of fewer tokens is singular: damping alone says how far
         weights may move where nothing was seen.
       tokens: calibration tokens that the matrix saw; an expert sees those that are routed to it.
@@ -44,6 +45,7 @@ class LinearReport(NamedTuple):
     name: str
     status: Status
     sparsity: float
+    parameters: int
     inputs: int
     tokens: int
     seconds: float

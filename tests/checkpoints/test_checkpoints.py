@@ -297,16 +297,11 @@ def test_transformers_reads_shards_as_one_model(tmp_path):
         np.testing.assert_array_equal(read[name].numpy(), values)
 
 
-@pytest.mark.parametrize("card", [None, b"# A model\n\nof \xff somebody\n"])
-def test_a_note_is_appended_to_the_model_card(tmp_path, source, card):
-    if card is not None:
-        (source.path / "README.md").write_bytes(card)
-    source = open_checkpoint(source.path)
-    write_checkpoint(source, tmp_path / "out", note="## Pruning\n\n2:4\n")
-    expected = b"## Pruning\n\n2:4\n" if card is None else card + b"\n## Pruning\n\n2:4\n"
-    assert (tmp_path / "out" / "README.md").read_bytes() == expected
-    write_checkpoint(source, tmp_path / "plain")
-    assert (tmp_path / "plain" / "README.md").exists() == (card is not None)
+def test_a_model_card_is_copied_as_it_is(tmp_path, source):
+    card = b"---\nlanguage: no\n---\n# A model\n\nof \xff somebody\n"
+    (source.path / "README.md").write_bytes(card)
+    write_checkpoint(open_checkpoint(source.path), tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_bytes() == card
 
 
 def test_a_folder_without_a_tokenizer_is_copied_and_no_other_weights(tmp_path, source):

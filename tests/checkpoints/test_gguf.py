@@ -1,5 +1,6 @@
 """GGUF files as llama.cpp's converter writes them, against the HF weights they were made of."""
 
+import dataclasses
 import itertools
 import struct
 from contextlib import nullcontext
@@ -8,9 +9,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny import config_dict, random_weights
+from tiny import Q_PROJ, config_dict, random_weights, write_tiny
 
-from prox24._checkpoints import gguf_header
+import prox24
+from prox24._checkpoints import gguf_file, gguf_header
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.gguf_tokenizer import build_tokenizer
 from prox24._jobs.text import start_tokens
@@ -60,7 +62,9 @@ def gguf_name(name: str, layer: dict[str, str]) -> str:
     return f"blk.{index}.{layer[module]}.{part}"
 
 
-def write_gguf(path: Path, kind: str, config: dict, weights: dict, rope_fields=None) -> None:
+def write_gguf(
+    path: Path, kind: str, config: dict, weights: dict, rope_fields=None, kinds=None
+) -> None:
     writer = gguf.GGUFWriter(path, kind)
     adds = {tuple: writer.add_array, float: writer.add_float32, int: writer.add_uint32}
     for field, value in (rope_fields or {}).items():
@@ -83,7 +87,7 @@ def write_gguf(path: Path, kind: str, config: dict, weights: dict, rope_fields=N
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([f"<{i}>" for i in range(config["vocab_size"])])
     for name, values in weights.items():
-        stored = values
+        stored, kind_of = values, (kinds or {}).get(name)
         for linear, count in (("q_proj", heads), ("k_proj", key_heads)):
             if kind == "llama" and linear in name:
                 halves = values.reshape(count, 2, -1, *values.shape[1:])
@@ -91,7 +95,10 @@ def write_gguf(path: Path, kind: str, config: dict, weights: dict, rope_fields=N
         if kind == "gemma3" and "norm" in name:
             stored = values + np.float32(1)
         layer = GEMMA if kind == "gemma3" else PLAIN
-        writer.add_tensor(gguf_name(name, layer), np.ascontiguousarray(stored))
+        stored = np.ascontiguousarray(stored)
+        if kind_of is not None:
+            stored = gguf.quantize(stored, kind_of)
+        writer.add_tensor(gguf_name(name, layer), stored, raw_dtype=kind_of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -120,6 +127,46 @@ def test_a_gguf_is_the_model_it_was_made_of(tmp_path, kind):
         # The norms of Gemma are stored plus one, which rounds by 2^-24 below 2.
         atol = 2.0**-24 if kind == "gemma3" and "norm" in name else 0
         np.testing.assert_allclose(checkpoint.read(name), values, rtol=0, atol=atol)
+
+
+KINDS = gguf.GGMLQuantizationType
+WIDTHS = {"hidden_size": 32, "intermediate_size": 64}  # of blocks of 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "norms", "linears"),
+    [
+        (KINDS.Q8_0, None, "bfloat16", "bfloat16"),
+        (KINDS.Q8_0, "float32", "float32", "float32"),
+        (KINDS.BF16, None, "bfloat16", "bfloat16"),
+        # These have no fewer digits than the model.
+        (KINDS.F16, None, "float32", "float16"),
+        (KINDS.F32, None, "float32", "float32"),
+    ],
+)
+def test_a_quantised_gguf_is_pruned_to_bfloat16(tmp_path, monkeypatch, kind, dtype, norms, linears):
+    write_tiny(tmp_path / "tokenizer")
+    tokenizer = open_checkpoint(tmp_path / "tokenizer").load_tokenizer()
+    monkeypatch.setattr(gguf_file, "build_tokenizer", lambda *arguments: tokenizer)
+    config = config_dict("grouped_heads", **WIDTHS)
+    weights, path, out = random_weights(config), tmp_path / "model.gguf", tmp_path / "out"
+    kinds = {name: kind for name, values in weights.items() if values.ndim == 2}
+    write_gguf(path, "llama", config, weights, kinds=kinds)
+    checkpoint = open_checkpoint(path)
+    read = "float16" if kind == KINDS.F16 else "float32"
+    assert checkpoint.read(Q_PROJ).dtype == read  # in full, for eval
+    recipe = dataclasses.replace(prox24.Recipe.wanda(), dtype=dtype)
+    report = prox24.prune(path, out, recipe, calibration=np.arange(128).reshape(4, 32))
+    assert report.recipe.dtype == (norms if kind in (KINDS.Q8_0, KINDS.BF16) else None)
+    assert ("written as" in str(report)) == (report.recipe.dtype is not None)
+    written = open_checkpoint(out)
+    assert written.config["torch_dtype"] == norms
+    for name, source in checkpoint.tensors.items():
+        values, dense = written.read(name), source.read()
+        assert values.dtype == (norms if values.ndim == 1 else linears)
+        kept = values != 0  # Wanda leaves weights as they are
+        np.testing.assert_array_equal(values[kept], dense.astype(values.dtype)[kept])
+    assert prox24.verify(out, path).ok
 
 
 SCALED = "scaled rope frequencies"

@@ -85,11 +85,29 @@ def test_prune_verify_and_eval(workspace, capsys):
         "linears"
     ]
     assert len(printed["linears"]) == 14
+    sizes = {name: values.size for name, values in load_folder(source).items()}
     for linear in printed["linears"]:
         assert (linear["status"], linear["sparsity"]) == ("sparse", 0.5)
+        assert linear["parameters"] == sizes[linear["name"]]
         assert 0 < linear["relative_loss"] < 1
         assert linear["steps"] > 10
         assert linear["seconds"] > 0
+    losses = [linear["relative_loss"] for linear in printed["linears"]]
+    parameters = sum(linear["parameters"] for linear in printed["linears"])
+    assert printed["totals"] == {
+        "linears": 14,
+        "parameters": parameters,
+        "zeros": parameters / 2,
+        "mean_relative_loss": pytest.approx(np.mean(losses)),
+        "largest_relative_loss": max(losses),
+    }
+    assert list(printed["stages"]) == ["check", "gather", "basis", "solve", "write", "run"]
+    assert min(printed["stages"].values()) > 0
+    assert sum(printed["stages"].values()) == pytest.approx(printed["seconds"])
+    # The solver's are a part of them.
+    assert (
+        sum(linear["seconds"] for linear in printed["linears"]) < 1.1 * printed["stages"]["solve"]
+    )
     counts = printed_json(capsys, "verify", out)
     assert (counts["linears"], counts["sparsity"], counts["violations"]) == (14, 0.5, {})
     text = ["--text", workspace / "text.txt", "--sequence-length", "64"]
@@ -142,6 +160,12 @@ def test_python_options_and_recipe_files_write_the_same_bytes(workspace, capsys)
     (written,) = card.split("```json\n")[1:]
     assert prox24.Recipe.from_json(written.split("```")[0]) == recipe
     assert "were pruned by prox24 0." in card
+    totals = report.totals
+    for key, label in (("linears", "linears"), ("parameters", "their weights")):
+        assert f"\n| {label} | {totals[key]} |\n" in card
+    for kind in ("mean", "largest"):
+        assert f"\n| {kind} relative loss | {totals[f'{kind}_relative_loss']:.4f} |\n" in card
+    assert "\ntags:\n- prox24\n- sparse\n- '4:8'\n" in card
     assert "Calibration: 8 windows of 32 tokens from text.txt.\n" in card
 
 
@@ -380,6 +404,9 @@ REFUSED = [
     # Places of results
     ("verify model --report .", "is a folder"),
     ("prune model out --report a/report.json", "report.json"),
+    (f"{PRUNE} --push-to-hub name", "'name' is no name for a model of the hub: write OWNER/NAME"),
+    (f"{PRUNE} --push-to-hub a/b/c", "'a/b/c' is no name for a model of the hub: Repo id must"),
+    (f"{PRUNE} --push-to-hub owner/name", "cannot be uploaded: HF_HUB_OFFLINE is set"),
     (f"{PRUNE} --report text.txt", "would replace what is there"),
     (f"{PRUNE} --report model/config.json", "would replace what is there"),
     ("verify model --report model/config.json", "would replace what is there"),
@@ -426,6 +453,59 @@ def test_what_is_refused_is_one_line_and_changes_nothing(
     before = {path: path.lstat().st_mtime_ns for path in refused.rglob("*")}
     assert said in error_line(capsys, *shlex.split(command), "--quiet")
     assert {path: path.lstat().st_mtime_ns for path in refused.rglob("*")} == before
+
+
+@pytest.fixture
+def online(workspace, monkeypatch):
+    """What the hub is asked for, and by which error it answers."""
+    calls, errors = [], []
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls.append((name, exist_ok))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, *, repo_id, folder_path):
+            calls.append((repo_id, folder_path))
+            for error in errors:
+                raise error
+
+    monkeypatch.setattr("prox24._checkpoints.hub.HfApi", Api)
+    monkeypatch.setattr("prox24._checkpoints.hub.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return calls, errors
+
+
+PUSH = ["--push-to-hub", "owner/name", "--method", "wanda"]
+
+
+@pytest.mark.parametrize("choices", [[], ["--json"], ["--quiet"]])
+def test_a_complete_folder_is_uploaded(workspace, online, capsys, choices):
+    assert prune(workspace, *PUSH, *choices) == 0
+    assert online[0] == [("owner/name", True), ("owner/name", workspace / "out")]
+    said = capsys.readouterr().out
+    assert said.endswith("\nuploaded to https://hub/owner/name\n") == (not choices)
+    if choices == ["--json"]:
+        assert json.loads(said)["destination"] == str(workspace / "out")
+
+
+def test_a_failed_upload_says_how_to_go_on(workspace, online, capsys):
+    online[1].append(OSError("the hub is down\nmore"))
+    assert prune(workspace, *PUSH, "--quiet") == 2
+    out = workspace / "out"
+    assert capsys.readouterr().err == (
+        f"prox24: error: {out} is complete, but was not uploaded: the hub is down; "
+        f"to try again: hf upload owner/name {out} .\n"
+    )
+    assert run("verify", out, "--quiet") == 0
+
+
+def test_a_token_is_needed_before_anything_is_done(workspace, online, monkeypatch, capsys):
+    monkeypatch.setattr("prox24._checkpoints.hub.get_token", lambda: None)
+    assert prune(workspace, *PUSH) == 2
+    assert "without a token: run hf auth login, or set HF_TOKEN" in capsys.readouterr().err
+    assert files(workspace) == ["model", "text.txt"]
+    assert online[0] == []
 
 
 OOM = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")

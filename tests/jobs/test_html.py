@@ -43,6 +43,10 @@ def test_the_page_of_a_report_shows_losses_and_the_mask_that_was_written(tmp_pat
     assert not [value for name, value in given if name in ("src", "href")]
     for linear in report.linears:
         assert f">{linear.statistics.relative_loss:.3f}<" in text
+    for name, value in report.totals.items():
+        assert f"<td>{name}</td><td>{value}</td>" in text
+    for name, value in report.stages.items():
+        assert f"<td>{name}</td><td>{value:.1f}</td>" in text
     (squares,) = re.findall(r'<path d="((?:M\d+ \d+h1v1h-1z)+)"', text)
     rows, columns = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', text).groups()[::-1])
     places = np.array(re.findall(r"M(\d+) (\d+)", squares), int)

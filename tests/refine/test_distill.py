@@ -270,6 +270,12 @@ def test_the_command_trains_every_tensor_of_the_layers(workspace, capsys):
     assert report["outcome"] == "improved"
     assert min(report["losses"]) < 0.9 * report["losses"][0]
     assert (report["steps"], report["tokens"]) == (3 * 7, 3 * 7 * 2 * 32)
+    card = (workspace / "out" / "README.md").read_text()
+    assert card.count("---\n") == 2
+    assert "\n- '2:4'\n" in card  # as the pruned model's
+    assert card.index("## Pruning") < card.index("## Distillation")
+    first, best = report["losses"][0], min(report["losses"])
+    assert f"windows was {first:.4f} before and {best:.4f} after" in card
     verify = ["verify", workspace / "out", "--source", workspace / "model"]
     verified = printed_json(capsys, *verify)
     assert verified["problems"] == {}
