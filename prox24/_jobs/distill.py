@@ -147,7 +147,7 @@ def distill(
     job = {
         "command": "distill",
         "refinement": dataclasses.asdict(refinement),
-        "text": described(text, windows),
+        "text": described(text, windows, published=True),
         "dense": of_teacher,
         "source": of_student,
         "versions": versions(),

@@ -115,7 +115,7 @@ def prune(
         if jax.process_count() > 1:
             raise RecipeError("refine is for a single process")
         windows = shuffled(windows) if isinstance(calibration, Text) else windows
-    text = described(calibration, windows)
+    text = described(calibration, windows, published=True)
     text["text"].encode()  # The model card and the summary hold it.
     mesh = common_mesh(len(windows)) if native else None
     devices = 1 if mesh is None else mesh.size
@@ -222,7 +222,7 @@ def prune(
         source=str(source),
         destination=str(destination),
         recipe=recipe,
-        calibration=text,
+        calibration=described(calibration, windows),
         linears=reports,
         kept_dense=dense,
         turned_layers=turned_layers,
@@ -291,9 +291,7 @@ def _stopwatch() -> tuple[dict[str, float], Callable[[str], None]]:
 
 def _card_section(recipe: Recipe, text: Mapping[str, Any], linears: Sequence[LinearReport]) -> str:
     """Markdown that tells a model's users how it was pruned; the same for every run of a job."""
-    found, sources = totals(linears), text["text"].split(", ")
-    # Folders of this machine mean nothing elsewhere.
-    name = ", ".join(each if each.startswith("hf:") else Path(each).name for each in sources)
+    found = totals(linears)
     losses = [found["mean_relative_loss"], found["largest_relative_loss"]]
     mean, largest = ("not known" if loss is None else f"{loss:.4f}" for loss in losses)
     return f"""## Pruning
@@ -309,7 +307,7 @@ The linears of the layers were pruned by prox24 {versions()["prox24"]}, along th
 | largest relative loss | {largest} |
 
 A relative loss is the squared error of a linear's output over the square of the output.
-Calibration: {text["windows"]} windows of {text["sequence_length"]} tokens from {name}.
+Calibration: {text["windows"]} windows of {text["sequence_length"]} tokens from {text["text"]}.
 `prox24 prune --recipe FILE` does the same with this recipe:
 
 ```json

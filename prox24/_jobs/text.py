@@ -81,8 +81,14 @@ class Text:
         return [Path(x) for x in self.sources if not is_dataset(x) and not is_generated(x)]
 
     def called(self, packaged: str) -> str:
-        """Its name for people."""
+        """Its name for people on this machine."""
         return ", ".join(self.sources) or f"{packaged} of prox24"
+
+    def published(self, packaged: str) -> str:
+        """Its name without folders, which mean nothing elsewhere."""
+        files = set(map(str, self.files))
+        names = (Path(x).name if x in files else x for x in self.sources)
+        return ", ".join(names) or self.called(packaged)
 
 
 SAMPLINGS = ("even", "random", "documents")
@@ -163,9 +169,17 @@ def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int3
     return first_windows(ids, samples, length, start)
 
 
-def described(text: Windows, windows: NDArray[np.int32]) -> dict[str, Any]:
-    """The text of a report on windows to calibrate or train on: its name, numbers and hash."""
-    name = text.called(SPEECHES) if isinstance(text, Text) else "tokens"
+def described(
+    text: Windows, windows: NDArray[np.int32], *, published: bool = False
+) -> dict[str, Any]:
+    """The text of windows to calibrate or train on: its name, numbers and hash.
+
+    A report has its name on this machine; what is `published`, the manifest and the card, has none
+    of its folders.
+    """
+    name = "tokens"
+    if isinstance(text, Text):
+        name = text.published(SPEECHES) if published else text.called(SPEECHES)
     count, length = windows.shape
     return {
         "text": name,

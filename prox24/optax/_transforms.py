@@ -1,8 +1,9 @@
 """The proximal step as an optax transform, and a wrapper that keeps zeros zero."""
 
+import collections
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.typing import ArrayLike
 from prox24._core.pattern import as_pattern
 from prox24._core.planes import check_kept
 from prox24._core.prox import prox
-from prox24.optax._leaves import Axis, Mask, PyTree, describe, map_named, nonzeros, spread
+from prox24.optax._leaves import Axis, Leaf, Mask, PyTree, describe, map_named, nonzeros, spread
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 
@@ -129,10 +130,7 @@ def proximal(
         )
         leaves = describe(trained, pattern, axis=axis, mask=mask)
         steps, structure = jax.tree.flatten(updates)
-        landing = [
-            _landing_update(p, u, penalty, pattern, leaf.axis) if leaf.pruned else u
-            for leaf, p, u in zip(leaves, jax.tree.leaves(trained), steps, strict=True)
-        ]
+        landing = _landing(leaves, jax.tree.leaves(trained), steps, penalty, pattern)
         count = optax.safe_increment(state.count)
         return jax.tree.unflatten(structure, landing), ProximalState(count)
 
@@ -238,18 +236,56 @@ def _is_none(node: Any) -> bool:
     return node is None
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "axis"))
-def _landing_update(
-    params: Array, update: Array, penalty: Array, pattern: tuple[int, int], axis: int
-) -> Array:
-    """The update from `params` to the proximal operator of params + update."""
-    dtype = jnp.promote_types(params.dtype, update.dtype)
-    params, update = params.astype(dtype), update.astype(dtype)
-    target = params + update
-    w = prox(target, penalty, pattern, axis)
+def _landing(
+    leaves: Sequence[Leaf],
+    params: Sequence[Any],
+    updates: Sequence[Any],
+    penalty: ArrayLike,
+    pattern: tuple[int, int],
+) -> list[Any]:
+    """The updates, those of pruned leaves landing where the operator does.
+
+    Leaves that are alike go through it together: XLA compiles the operator once for them, where it
+    would compile a copy for each.
+    """
+    alike = collections.defaultdict[Any, list[int]](list)
+    for i, leaf in enumerate(leaves):
+        if leaf.pruned:
+            kinds = [
+                (x.shape, x.dtype, x.sharding) for x in map(jax.typeof, (params[i], updates[i]))
+            ]
+            alike[leaf.axis, *kinds].append(i)
+    landing = list(updates)
+    for (axis, *_), places in alike.items():
+        own = [(params[i], updates[i]) for i in places]
+        dtype = jnp.promote_types(own[0][0].dtype, own[0][1].dtype)
+        found = _landing_updates(own, penalty, pattern, axis, dtype)
+        for i, update in zip(places, found, strict=True):
+            landing[i] = update
+    return landing
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "axis", "dtype"))
+def _landing_updates(
+    alike: list[tuple[Array, Array]],
+    penalty: Array,
+    pattern: tuple[int, int],
+    axis: int,
+    dtype: Any,
+) -> list[Array]:
+    """The updates from parameters of one shape to the proximal operator of params + update."""
+    pairs = [(params.astype(dtype), update.astype(dtype)) for params, update in alike]
+    targets = [params + update for params, update in pairs]
+    if len(targets) == 1:
+        pruned = [prox(targets[0], penalty, pattern, axis)]
+    else:
+        pruned = list(prox(jnp.stack(targets), penalty, pattern, axis + 1))
     # Where nothing changes the update stays, since w - params would round it once more. Where w is
     # zero, w - params is exact.
-    return jnp.where(w == target, update, w - params)
+    return [
+        jnp.where(w == target, update, w - params)
+        for w, target, (params, update) in zip(pruned, targets, pairs, strict=True)
+    ]
 
 
 def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
