@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prox24._checkpoints.checkpoint import DTYPES
+from prox24._core.compiling import quick_options
 from prox24._jobs import forward
 from prox24._jobs.forward import Linear, Model
 from prox24._jobs.observe import layer_inputs, observe_layer
@@ -309,10 +310,8 @@ def _held(weights: Mapping[str, Spec]) -> int:
 
 
 def _needed(lowered: Any) -> int:
-    # Buffers are assigned before LLVM optimises, which takes half of the time on a CPU.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    on_cpu = jax.default_backend() == "cpu"
-    memory = lowered.compile(options if on_cpu else None).memory_analysis()
+    # Buffers are assigned before LLVM optimises.
+    memory = lowered.compile(quick_options()).memory_analysis()
     return int(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
