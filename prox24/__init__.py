@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from prox24._trees.calibrate import calibrate as calibrate
     from prox24._trees.params import PrunedParams as PrunedParams
     from prox24._trees.params import prune_params as prune_params
+    from prox24._trees.report import mask_of as mask_of
+    from prox24._trees.report import report as report
     from prox24._trees.tap import tap as tap
     from prox24.refine._blocks import BlockRefinement as BlockRefinement
     from prox24.refine._model import ModelRefinement as ModelRefinement
@@ -98,6 +100,7 @@ _PLACES = {
     "_solvers.swaps": ("Swaps",),
     "_trees.calibrate": ("Calibration", "calibrate"),
     "_trees.params": ("PrunedParams", "prune_params"),
+    "_trees.report": ("mask_of", "report"),
     "_trees.tap": ("tap",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}

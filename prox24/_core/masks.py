@@ -81,6 +81,16 @@ def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Ar
     return count_violations(w, pattern, axis) == 0
 
 
+def sparse_axes(w: Array, pattern: PatternLike = (2, 4)) -> list[int]:
+    """The axes along which an array is N:M."""
+    group = as_pattern(pattern).group
+    return [
+        axis
+        for axis, length in enumerate(w.shape)
+        if length and length % group == 0 and bool(is_sparse(w, pattern, axis))
+    ]
+
+
 def mean_sparsity(w: ArrayLike) -> Array:
     """Fraction of the entries that are exactly zero, a float32 scalar."""
     return jnp.mean(jnp.asarray(w) == 0, dtype=jnp.float32)

@@ -12,8 +12,8 @@ from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._checkpoints.manifest import read_manifest
 from prox24._checkpoints.tensors import TensorSource, is_finite
 from prox24._checkpoints.unfinished import sha256
-from prox24._core.masks import count_violations, mean_sparsity
-from prox24._core.pattern import PatternLike, Unstructured
+from prox24._core.masks import count_violations, mean_sparsity, sparse_axes
+from prox24._core.pattern import Pattern, PatternLike, Unstructured
 from prox24._jobs import torchax
 from prox24._jobs.forward import all_linears, load_model
 from prox24._jobs.output import Report, table, versions
@@ -144,6 +144,11 @@ def verify(
                     unit = "weights" if group == 1 else f"blocks of {group}"
                     violations[name] = broken
                     problems[name] = f"{broken} {unit} break the pattern {sought}"
+                    if isinstance(sought, Pattern) and (others := sparse_axes(weight, sought)):
+                        problems[name] += (
+                            f", which it has along axis {others[0]}: the layer does not sum over "
+                            "that, so that no hardware multiplies faster"
+                        )
             elif name in copies and name not in refined and _differ(values, copies[name]):
                 problems[name] = "is not what the source has"
             if name not in checkpoint.buffers and not is_finite(values):

@@ -1,0 +1,147 @@
+"""What is pruned in a parameter tree, and along which axis: for trees of anybody's making."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from prox24._core.masks import count_violations, mean_sparsity, sparse_axes
+from prox24._core.pattern import Pattern, PatternLike, as_pattern
+from prox24.optax import Leaf, describe
+from prox24.optax._leaves import Axis, Mask, PyTree
+
+
+class LeafReport(NamedTuple):
+    """One leaf; printed, it is one line.
+
+    Attributes:
+      leaf: its path, shape and axis, and whether it should be pruned.
+      zeros: share of exact zeros; 0 for what is no array.
+      violations: blocks along its axis with more than N nonzeros; 0 for a leaf that is dense.
+      other_axes: where the axis has violations, the axes along which the leaf has the pattern.
+    """
+
+    leaf: Leaf
+    zeros: float
+    violations: int
+    other_axes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        note = ""
+        if self.violations:
+            note = f"  {self.violations} blocks break the pattern"
+        if self.other_axes:
+            axes = " and ".join(map(str, self.other_axes))
+            note += f"; it has the pattern along axis {axes}, which the layer does not sum over"
+        return f"{self.zeros:6.1%} zeros  {self.leaf}{note}"
+
+
+class TreeReport(NamedTuple):
+    """A parameter tree; printed, it is a table.
+
+    Attributes:
+      pattern: that is looked for.
+      leaves: a `LeafReport` for each leaf, in the order of `jax.tree.leaves`.
+    """
+
+    pattern: Pattern
+    leaves: tuple[LeafReport, ...]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether there are leaves to prune, and each of them has the pattern."""
+        chosen = [each for each in self.leaves if each.leaf.pruned]
+        return bool(chosen) and not any(each.violations for each in chosen)
+
+    def __str__(self) -> str:
+        chosen = [each for each in self.leaves if each.leaf.pruned]
+        good = sum(not each.violations for each in chosen)
+        last = f"{good} of {len(chosen)} leaves to prune are {self.pattern} along their axes"
+        return "\n".join([*map(str, self.leaves), last])
+
+
+def report(
+    params: PyTree,
+    pattern: PatternLike = (2, 4),
+    *,
+    axis: Axis | None = None,
+    mask: Mask | None = None,
+) -> TreeReport:
+    """Looks at every leaf of a parameter tree: its zeros, and whether it is N:M along its axis.
+
+    Hardware multiplies faster only where blocks run along the axis that the layer sums over. A leaf
+    that has the pattern along another axis, as other libraries prune, is reported with that axis.
+
+    Args:
+      params: pytree of arrays.
+      pattern: (N, M).
+      axis: as in `prox24.optax.describe`.
+      mask: as in `prox24.optax.describe`.
+
+    Returns:
+      A `TreeReport`; its `sparse` says whether all leaves to prune have the pattern.
+
+    Raises:
+      ValueError: the pattern is not N:M, or `mask` is True for a leaf that cannot be pruned.
+
+    Example:
+      >>> kernel = jnp.ones((8, 4)).at[::2].set(0)
+      >>> found = report({"up": {"kernel": kernel}, "down": {"kernel": kernel.T}})
+      >>> down, up = found.leaves
+      >>> (up.violations, down.violations, down.other_axes, found.sparse)
+      (0, 4, (1,), False)
+    """
+    pattern = as_pattern(pattern)
+    leaves = describe(params, pattern, axis=axis, mask=mask)
+    values = jax.tree.leaves(params)
+    looked_at = (_looked_at(*pair, pattern) for pair in zip(leaves, values, strict=True))
+    return TreeReport(pattern, tuple(looked_at))
+
+
+def mask_of(
+    params: PyTree,
+    pattern: PatternLike = (2, 4),
+    *,
+    axis: Axis | None = None,
+    mask: Mask | None = None,
+) -> PyTree:
+    """The mask of a pruned parameter tree, as other libraries take it.
+
+    `prox24.optax.kept_entries` has a scalar for a dense leaf; here each leaf has its shape.
+
+    Args:
+      params: pytree of arrays.
+      pattern: (N, M).
+      axis: as in `prox24.optax.describe`.
+      mask: as in `prox24.optax.describe`.
+
+    Returns:
+      Bool pytree like `params`: the nonzeros of leaves to prune, True for others. Give it to
+      `prox24.optax.keep_pattern` as `trainable`, or multiply it with weights.
+
+    Raises:
+      ValueError: `mask` is True for a leaf that cannot be pruned.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]]), "bias": jnp.zeros(1)}
+      >>> jax.tree.map(lambda m: m.ravel().tolist(), mask_of(params))
+      {'bias': [True], 'kernel': [True, False, False, True]}
+    """
+    leaves = describe(params, as_pattern(pattern), axis=axis, mask=mask)
+    values, structure = jax.tree.flatten(params)
+    masks: list[Array] = [
+        jnp.asarray(value) != 0 if leaf.pruned else jnp.ones(np.shape(value), bool)
+        for leaf, value in zip(leaves, values, strict=True)
+    ]
+    return jax.tree.unflatten(structure, masks)
+
+
+def _looked_at(leaf: Leaf, value: Array, pattern: Pattern) -> LeafReport:
+    if not hasattr(value, "dtype") or not leaf.shape:
+        return LeafReport(leaf, 0.0, 0, ())
+    zeros = float(mean_sparsity(value))
+    broken = int(count_violations(value, pattern, leaf.axis)) if leaf.pruned else 0
+    others = tuple(sparse_axes(value, pattern)) if broken else ()
+    return LeafReport(leaf, zeros, broken, others)
