@@ -34,15 +34,17 @@ class SolverError(Prox24Error):
 
 
 class MissingPackageError(Prox24Error, ImportError):
-    """A package of the extra `llm` is not installed."""
+    """A package of an extra is not installed."""
 
 
-def missing_package(user: str, error: ModuleNotFoundError) -> MissingPackageError | None:
+def missing_package(
+    user: str, error: ModuleNotFoundError, extra: str = "llm"
+) -> MissingPackageError | None:
     """The error for a package that is not installed; None for a module of prox24 itself."""
     package = (error.name or "prox24").partition(".")[0]
     if package == "prox24":
         return None
-    return MissingPackageError(f"{user} needs the package {package}: pip install 'prox24[llm]'")
+    return MissingPackageError(f"{user} needs the package {package}: pip install 'prox24[{extra}]'")
 
 
 def first_line(error: Exception) -> str:
