@@ -27,7 +27,7 @@ define run-isa
 
 endef
 
-.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-isas test-package clean
+.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-eval test-isas test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -67,6 +67,10 @@ test-oldest: .venv-oldest/test.stamp
 test-torchax: .venv-torchax/test.stamp
 	REQUIRE_TORCHAX=1 .venv-torchax/bin/python -m pytest tests/jobs/test_torchax.py
 
+# The adapter for lm-evaluation-harness, beside what the harness computes by PyTorch.
+test-eval: .venv-eval/test.stamp
+	REQUIRE_LM_EVAL=1 HF_HUB_OFFLINE=1 .venv-eval/bin/python -m pytest tests/jobs/test_lm_eval.py
+
 test-isas: .venv/test.stamp
 	$(foreach isa,SSE4_2 AVX2 AVX512,$(call run-isa,$(isa)))
 
@@ -103,6 +107,11 @@ test-package: .venv/test.stamp
 .venv-torchax/test.stamp: pyproject.toml
 	$(call make-venv,$(PYTHON),.venv-torchax)
 	.venv-torchax/bin/python -m pip install --quiet --editable '.[test-newest,torchax]'
+	touch $@
+
+.venv-eval/test.stamp: pyproject.toml
+	$(call make-venv,$(PYTHON),.venv-eval)
+	.venv-eval/bin/python -m pip install --quiet --editable '.[test,eval]' 'lm_eval[hf]'
 	touch $@
 
 .venv-oldest/test.stamp: pyproject.toml

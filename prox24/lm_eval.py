@@ -40,25 +40,24 @@ except ModuleNotFoundError as error:
 
 __all__ = ["Prox24LM"]
 
-LEAST_LENGTH = 16
-"""Of the lengths that texts are padded to; the others are its doubles."""
+NAN = "the model's logits are NaN: a value overflows, as in float16, or the weights are damaged"
 
 Item = TypeVar("Item")
 
 
 @dataclasses.dataclass
 class Continued:
-    """A prompt, and what is generated so far."""
+    """A prompt and its continuation so far."""
 
     tokens: list[int]
-    prompt: int  # tokens of it that are given
-    most: int  # tokens that may come
-    until: list[str]  # strings that end it
+    prompt: int  # how many of them are given
+    most: int  # how many may come
+    until: list[str]  # any of these ends it
     draw: tuple[float, float]  # temperature and top_p
     ended: bool
 
 
-@register_model("prox24")  # type: ignore[untyped-decorator]
+@register_model("prox24")
 class Prox24LM(TemplateLM):  # type: ignore[misc]
     """A model as lm-evaluation-harness takes it, computed in float32 by JAX.
 
@@ -98,12 +97,10 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
             max_length or positions or model_utils.resolve_max_length(None, self.tokenizer)
         )
         ropes = [layer.attention.rope for layer in self.config.layers]
-        # Padding does not take a text over the length at which the frequencies of a Rope change.
-        switches = {rope.switch for rope in ropes if rope is not None and rope.long is not None}
-        doubles = itertools.takewhile(self.max_length.__gt__, _doubles(LEAST_LENGTH))
-        shorter = {switch for switch in switches if switch < self.max_length}
-        self._lengths = sorted({*doubles, *shorter, self.max_length})
-        self._switches = sorted(shorter)
+        # Padding does not take a text over a length at which the frequencies of a Rope change.
+        self._switches = sorted({rope.switch for rope in ropes if rope is not None and rope.long})
+        lengths = [16 << k for k in range(self.max_length.bit_length())] + self._switches
+        self._lengths = sorted({n for n in lengths if n < self.max_length} | {self.max_length})
         self._stop = stop_tokens(checkpoint)
         self._draws = itertools.count()
         self._weights = all_weights(model, None if dtype is None else DTYPES[dtype])
@@ -123,7 +120,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness calls the tokenizer in its cache of requests."""
+        """The tokenizer's name in the harness's cache of requests."""
         return str(self.pretrained).replace("/", "__")
 
     def apply_chat_template(
@@ -140,7 +137,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The tokens of a text, behind the tokenizer's own unless it begins with the start token."""
+        """The tokens of a text, behind the tokenizer's own; a start token is not doubled."""
         if add_special_tokens is None:
             start = self.tokenizer.bos_token
             add_special_tokens = start is None or not string.startswith(start)
@@ -156,7 +153,6 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
-        **_: Any,
     ) -> list[tuple[float, bool]]:
         # Requests that differ in the last token share a pass, as choices of one token do.
         passes: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -193,15 +189,14 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _score(
-        self, tokens: NDArray[np.int32], places: list[tuple[int, ...]]
+        self, tokens: NDArray[np.int32], places: Sequence[tuple[int, int, int]]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """log p of each token at (row, position before it), and whether no token is likelier."""
         hidden = _embed(self.config, self._weights.outer, jnp.asarray(tokens))
         for layer, own in zip(self.config.layers, self._weights.layers, strict=True):
             hidden = run_layer(layer, own, hidden)
-        count = next(double for double in _doubles(1) if double >= len(places))
-        padded = _array(places, count, 3)
-        found, greedy = _scores(self.config, self._weights.outer, hidden, jnp.asarray(padded))
+        padded = jnp.asarray(_array(places, 1 << (len(places) - 1).bit_length(), 3))
+        found, greedy = _scores(self.config, self._weights.outer, hidden, padded)
         values = np.asarray(found, np.float64)[: len(places)]
         if np.isnan(values).any():
             raise Prox24Error(f"{self.pretrained}: {NAN}")
@@ -252,7 +247,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         return Continued(tokens, len(tokens), most, until, draw, ended=most < 1)
 
     def _caches(self, text: Continued) -> tuple[Any, ...]:
-        """What texts of a batch have in common: the sizes of their caches and passes, the draw."""
+        """The texts of a batch share this: the lengths of cache and first pass, and the draw."""
         length, last = len(text.tokens), text.prompt + text.most - 1
         capacity = next((s for s in self._switches if length <= s < last), self._padded(last))
         return (capacity, self._padded(length), *text.draw)
@@ -262,8 +257,8 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         """Continues texts until each has ended or its cache is full.
 
-        What a pass over padded prompts leaves in the cache behind them is not seen before the tokens
-        that come take its place.
+        The pass over padded prompts fills the cache behind them too. Tokens that come overwrite
+        that before it is seen.
         """
         rows, config = self._rows(capacity), spec.at_length(self.config, capacity)
         step = jax.vmap(functools.partial(advance, config, self._weights))
@@ -302,7 +297,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     def _batches(
         self, items: Iterable[Item], key: Callable[[Item], tuple[Any, ...]]
     ) -> Iterator[tuple[tuple[Any, ...], list[Item]]]:
-        """Items of one key, which begins with a length: the longest first, which take most memory."""
+        """Items of one key, which begins with a length; the longest first, for their memory."""
         groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
         for item in items:
             groups[key(item)].append(item)
@@ -311,8 +306,6 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
             for start in range(0, len(groups[own]), rows):
                 yield own, groups[own][start : start + rows]
 
-
-NAN = "the model's logits are NaN: a value overflows, as in float16, or the weights are damaged"
 
 _embed = jax.jit(decoder.embed, static_argnums=0)
 
@@ -334,12 +327,8 @@ def _scores(
 
 
 def _array(texts: Sequence[Sequence[int]], rows: int, length: int) -> NDArray[np.int32]:
-    """Texts, padded on the right with zeros, as are rows that are missing."""
+    """Texts as rows, with zeros behind them and below."""
     padded = np.zeros((rows, length), np.int32)
     for row, text in zip(padded, texts, strict=False):
         row[: len(text)] = text
     return padded
-
-
-def _doubles(least: int) -> Iterator[int]:
-    return (least << power for power in itertools.count())
