@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, rounding, write_tiny
+from tiny import LONG_ROPE, byte_tokenizer, rounding, write_tiny
 
 from prox24._models.generate import generate
 from prox24.errors import CalibrationError, MissingPackageError, PromptError, Prox24Error
@@ -22,7 +22,11 @@ PAIRS = [
     (EMMA[:30] + " ", "clever"),
     (EMMA[:14], EMMA[14:60]),
     ("</s>", "a"),
+    (EMMA[:20], "and"),
 ]
+# Frequencies change at a length that is no power of two.
+SWITCH = {"original_max_position_embeddings": 24}
+LONG = {"rope_parameters": LONG_ROPE | SWITCH, **SWITCH}
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
@@ -110,7 +114,8 @@ def ids(text):
 def test_answers_are_those_of_whole_texts_in_the_order_asked(
     harness, tmp_path, variant, batch_size
 ):
-    folder = write(tmp_path / "model", variant)
+    changes = LONG if variant == "phi3_long" else {}
+    folder = write(tmp_path / "model", variant, **changes)
     lm = harness.Prox24LM(str(folder), batch_size=batch_size)
     found = lm.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
     # The space at the end of a context belongs to what comes; "</s>" is a token.
@@ -200,11 +205,11 @@ def test_draws_differ_and_are_the_same_again(harness, folder):
 
 
 def test_a_text_goes_on_where_frequencies_change(harness, tmp_path):
-    lm = harness.Prox24LM(write(tmp_path / "model", "phi3_long"))
-    tokens = ids(EMMA[:28])
+    lm = harness.Prox24LM(write(tmp_path / "model", "phi3_long", **LONG))
+    tokens = ids(EMMA[:20])
     drawn = generate(lm.config, lm._weights, [tokens], 12)
     expected = byte_tokenizer().decode([int(token[0]) for token in drawn])
-    assert generated(lm, (EMMA[:28], {"max_gen_toks": 12, "until": ["@@"]})) == [expected]
+    assert generated(lm, (EMMA[:20], {"max_gen_toks": 12, "until": ["@@"]})) == [expected]
 
 
 def test_weights_in_bfloat16_answer_in_float32(harness, folder):
