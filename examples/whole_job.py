@@ -54,6 +54,41 @@ def check(code, expected=0):
         sys.exit(f"the command ended with {code}, not {expected}")
 
 
+def ask(models, folder, questions):
+    """Has lm-evaluation-harness ask each model which of four sentences comes next."""
+    try:
+        from lm_eval import simple_evaluate
+
+        from prox24.lm_eval import Prox24LM
+    except ImportError:
+        print("Questions are left out: they need pip install 'prox24[eval]'")
+        return
+    novel = (resources.files("prox24") / "data" / "austen.txt").read_text(encoding="utf-8")
+    sentences = [" ".join(each.split()) for each in novel.split(". ")]
+    sentences = [each for each in sentences if 30 < len(each) < 120]
+    lines = []
+    for i in range(questions):
+        choices = [f" {sentences[(i + 1 + 97 * k * k) % len(sentences)]}" for k in range(4)]
+        lines.append(json.dumps({"text": f"{sentences[i]}.", "choices": choices}))
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(lines))
+    task = {
+        "task": "next_sentence",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc_norm"}],
+    }
+    for model in models:
+        found = simple_evaluate(Prox24LM(model, max_length=128), tasks=[task], bootstrap_iters=0)
+        print(f"{model}: {found['results']['next_sentence']['acc_norm,none']:.1%} of sentences")
+
+
 def main():
     """Prunes by two recipes, the second one interrupted, and compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -61,6 +96,7 @@ def main():
     parser.add_argument("folder", type=Path, help="for everything that is written")
     parser.add_argument("--samples", type=int, default=16, help="windows (default: 16)")
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--questions", type=int, default=100)
     arguments = parser.parse_args()
     folder, model = arguments.folder, arguments.model
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +120,7 @@ def main():
     check(run("eval", model, rival, pruned, *sizes))
     prompt = ["--prompt", "It is a truth universally acknowledged, that", "--tokens", 12]
     check(run("generate", model, rival, pruned, *prompt))
+    ask([model, rival, pruned], folder, arguments.questions)
     check(run("convert", pruned, folder / "flax", "--format", "flax"))
 
 

@@ -3,11 +3,14 @@
 import importlib
 import json
 import os
+import re
+import runpy
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import ROOT
 from tiny import LONG_ROPE, byte_tokenizer, rounding, write_tiny
 
 from prox24._models.generate import generate
@@ -338,3 +341,11 @@ def test_where_the_package_is_missing_the_import_says_what_to_install(monkeypatc
     said = r"prox24.lm_eval needs the package lm_eval: pip install 'prox24\[eval\]'"
     with pytest.raises(MissingPackageError, match=said):
         importlib.import_module("prox24.lm_eval")
+
+
+def test_the_questions_of_the_whole_job(harness, folder, tmp_path, capsys):
+    ask = runpy.run_path(str(ROOT / "examples" / "whole_job.py"))["ask"]
+    ask([folder, folder], tmp_path, 5)
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "sentences" in line]
+    assert first == second
+    assert re.fullmatch(rf"{folder}: (0|20|40|60|80|100)\.0% of sentences", first)
