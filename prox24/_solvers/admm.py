@@ -141,7 +141,7 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         return state._replace(
             weight=weight,
             dual=dual,
-            penalty=state.penalty if penalty is None else penalty(state.penalty),
+            penalty=state.penalty if penalty is None else penalty.after(state.penalty),
             steps=state.steps + 1,
             history=history,
         )
@@ -153,7 +153,7 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
         end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
         # The result is a projection of W + U, in units of the rho of the last step.
-        rho = jnp.where(end.steps < solver.steps, solver.rho(end.rho), end.rho)
+        rho = jnp.where(end.steps < solver.steps, solver.rho.after(end.rho), end.rho)
         return end._replace(
             dual=end.dual * (end.rho / rho),
             rho=rho,

@@ -124,7 +124,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
             extrapolated=weight + momentum * move,
             nesterov=following,
             dense_blocks=jnp.sum(nonzeros > pattern.kept, axis=1, keepdims=True, dtype=jnp.int32),
-            penalty=solver.penalty(state.penalty),
+            penalty=solver.penalty.after(state.penalty),
             steps=state.steps + 1,
             history=history,
         )

@@ -1,13 +1,22 @@
 """How a penalty, or ADMM's rho, grows. The numbers are traced."""
 
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from prox24._solvers.hyperparameters import hyperparameters
+
+LARGEST = 1e30
+"""Beyond any penalty that leaves more than N nonzeros, and far from the largest float32."""
 
 
 @hyperparameters
 class Exponential:
-    """first growth^k at move k = 0, 1, ...: the paper's schedule.
+    """first growth^k at move k = 0, 1, ...: the paper's schedule, for solvers and for optax.
+
+    It is called as the schedules of optax are. `prox24.optax.proximal(Exponential(1e-3, 1.05))`
+    has a penalty that grows by 5% a step; `Exponential.between` is a gradual one, from and to a
+    value in so many steps.
 
     Attributes:
       first: value before the first move.
@@ -27,6 +36,16 @@ class Exponential:
         """
         return cls(first, (last / first) ** (1 / (steps - 1)))
 
-    def __call__(self, value: Array) -> Array:
-        """The value that follows."""
+    def __call__(self, count: ArrayLike) -> Array:
+        """The value after so many moves, at most 1e30.
+
+        Example:
+          >>> Exponential(1.0, 2.0)(3).item()
+          8.0
+        """
+        moves = jnp.asarray(count, float)
+        return jnp.minimum(self.first * self.growth**moves, LARGEST)
+
+    def after(self, value: Array) -> Array:
+        """The value that follows one, as solvers take them."""
         return value * self.growth

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from prox24._core.compiling import quick_options
 from prox24._core.masks import is_sparse
 from prox24._core.pattern import Pattern
 from prox24.optax._leaves import Axis, Mask, PyTree, describe
-from prox24.optax._transforms import takes_extra_arguments
+from prox24.optax._transforms import ProximalState, takes_extra_arguments
 
 # So large that the proximal operator keeps the N largest entries of every block.
 HARD_PENALTY = 1e30
@@ -21,6 +22,8 @@ HARD_PENALTY = 1e30
 STEPS_TAKEN = 3
 # Enough for an optimizer that accumulates gradients to take its first step.
 STEPS_GIVEN = 256
+# Updates after which a penalty that grows is as large as it gets.
+LATE = 1_000_000
 # Parameters and gradients are large, so that clipping behind `proximal` shows.
 SCALE = 10.0
 
@@ -35,6 +38,7 @@ def check(
     *,
     axis: Axis | None = None,
     mask: Mask | None = None,
+    penalty: float | None = None,
     **extra_args: Any,
 ) -> None:
     """Raises ValueError if something in an optimizer undoes the zeros that `proximal` makes.
@@ -42,6 +46,9 @@ def check(
     It takes a few steps, each from other random dense parameters, with the extra argument `penalty`
     so large that `proximal` keeps the N largest entries of every block. A transform behind it that
     scales, decays, clips, averages or adds noise leaves blocks with more nonzeros.
+
+    A penalty that stays small prunes nothing, ever. So steps without a gradient are taken with the
+    penalty after 1,000,000 updates, from the parameters themselves where they are arrays.
 
     Parameters, gradients and the optimizer's state are made on the default device: for a model that
     does not fit there, give the shapes of a smaller one with the same names.
@@ -52,11 +59,14 @@ def check(
       pattern: (N, M), as given to `proximal`.
       axis: as given to `proximal`.
       mask: as given to `proximal`.
+      penalty: the largest that updates are given as an extra argument; None where the schedule of
+        `proximal` has it.
       **extra_args: what else the optimizer's `update` needs, such as value.
 
     Raises:
       ValueError: a step leaves a leaf that is not N:M, which the message names, because `proximal`
-        is not last, is missing, or gets no extra arguments; no leaf is pruned, or none moves.
+        is not last, is missing, or gets no extra arguments; no leaf is pruned, or none moves; or
+        the penalty never prunes.
 
     Example:
       >>> from prox24.optax import proximal
@@ -80,26 +90,26 @@ def check(
     # One program for all, which is compiled quickly: a few steps take less time than that.
     @functools.partial(jax.jit, compiler_options=quick_options())
     def step(
-        gradients: PyTree, state: PyTree, params: PyTree, penalty: float
-    ) -> tuple[PyTree, list[Array], Array, Array]:
+        gradients: PyTree, state: PyTree, params: PyTree, penalty: ArrayLike
+    ) -> tuple[PyTree, PyTree, Array, Array]:
         updates, state = optimizer.update(gradients, state, params, penalty=penalty, **extra_args)
-        steps = jax.tree.leaves(updates)
-        after = jax.tree.leaves(optax.apply_updates(params, updates))
+        steps, after = jax.tree.leaves(updates), optax.apply_updates(params, updates)
+        landed = jax.tree.leaves(after)
         moved = jnp.stack([jnp.any(steps[i] != 0) for i in pruned])
-        sparse = jnp.stack([is_sparse(after[i], pattern, leaves[i].axis) for i in pruned])
-        return state, [steps[i] for i in pruned], moved, sparse
+        sparse = jnp.stack([is_sparse(landed[i], pattern, leaves[i].axis) for i in pruned])
+        return state, after, moved, sparse
 
     state = optimizer.init(_random_like(params, seed=0))
     taken = 0
     for seed in range(STEPS_GIVEN):
         before, gradients = _random_like(params, 2 * seed), _random_like(params, 2 * seed + 1)
-        next_state, steps, moved, sparse = step(gradients, state, before, HARD_PENALTY)
+        next_state, after, moved, sparse = step(gradients, state, before, HARD_PENALTY)
         if np.any(moved):
             if not np.all(sparse):
-                first = int(np.argmin(sparse))
+                first = pruned[int(np.argmin(sparse))]
                 _, without_penalty, *_ = step(gradients, state, before, 0.0)
-                reached = not np.array_equal(steps[first], without_penalty[first])
-                leaf = leaves[pruned[first]]
+                landings = (jax.tree.leaves(tree)[first] for tree in (after, without_penalty))
+                leaf, reached = leaves[first], not np.array_equal(*landings)
                 raise ValueError(
                     f"{leaf.path} is not {Pattern(*pattern)} along axis {leaf.axis} after a step: "
                     f"{NOT_LAST if reached else NOT_REACHED}"
@@ -107,9 +117,61 @@ def check(
             taken += 1
         state = next_state
         if taken == STEPS_TAKEN:
-            return
+            break
     if not taken:
         raise ValueError(f"the optimizer did not move the pruned leaves in {STEPS_GIVEN} steps")
+    still = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+    own = jax.tree.map(_value_like, params, _random_like(params, 1))
+    late = penalty
+    if late is None:
+        late = _late_penalty(optimizer, still, state, own, extra_args)
+    for _ in range(STEPS_GIVEN):
+        state, own, _, sparse = step(still, state, own, late)
+        if np.all(sparse):
+            return
+    dense = leaves[pruned[int(np.argmin(sparse))]]
+    raise ValueError(
+        f"the penalty, {late:.3g} after {LATE:,} updates, is too small for {dense.path}: "
+        f"{STEPS_GIVEN} steps without a gradient leave it dense; let it grow, as "
+        "prox24.Exponential.between(1e-3, 1e6, steps) does"
+    )
+
+
+def _late_penalty(
+    optimizer: optax.GradientTransformation,
+    gradients: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra_args: dict[str, Any],
+) -> float:
+    """The least penalty that a `proximal` of the optimizer has after many updates."""
+
+    def is_proximal(node: Any) -> bool:
+        return isinstance(node, ProximalState)
+
+    def late(node: Any) -> Any:
+        return ProximalState(jnp.int32(LATE), jnp.zeros((), float)) if is_proximal(node) else node
+
+    @jax.jit
+    def advance(state: PyTree) -> PyTree:
+        return optimizer.update(gradients, state, params, **extra_args)[1]  # not the operator
+
+    state, least = jax.tree.map(late, state, is_leaf=is_proximal), 0.0
+    for _ in range(STEPS_GIVEN):  # until one that accumulates gradients takes a step
+        state = advance(state)
+        nodes = filter(is_proximal, jax.tree.leaves(state, is_leaf=is_proximal))
+        least = min(float(node.penalty) for node in nodes)
+        if least:
+            break
+    return least
+
+
+def _value_like(leaf: Any, random: Any) -> Any:
+    """The values of a leaf; if it has none, normal ones as large as those of a trained layer."""
+    if hasattr(leaf, "__array__"):
+        return leaf
+    width = max(random.shape, default=1)
+    return (random / (SCALE * width**0.5)).astype(random.dtype)
 
 
 def _random_like(tree: PyTree, seed: int) -> PyTree:

@@ -25,9 +25,11 @@ class ProximalState(NamedTuple):
 
     Attributes:
       count: int32 scalar, the number of updates so far.
+      penalty: float scalar, that of the last update.
     """
 
     count: Array  # type: ignore[assignment]  # optax's name, and a method of tuples
+    penalty: Array
 
 
 class KeepPatternState(NamedTuple):
@@ -67,8 +69,8 @@ def proximal(
 
     Args:
       lam: nonnegative scalar, or a schedule: a function of the number of updates so far, such as
-        `optax.exponential_decay` with a rate above 1. The product learning_rate * lam is the lam
-        of `prox24.prox`; weights are NaN where it is negative.
+        `prox24.Exponential`, or `optax.exponential_decay` with a rate above 1. The product
+        learning_rate * lam is the lam of `prox24.prox`; weights are NaN where it is negative.
       pattern: (1, M) or (2, M).
       axis: the axis along which blocks of M run: one for all leaves, or a function of the path;
         None to choose by name, see `describe`.
@@ -110,7 +112,7 @@ def proximal(
 
     def init(params: PyTree) -> ProximalState:
         del params
-        return ProximalState(jnp.zeros((), jnp.int32))
+        return ProximalState(jnp.zeros((), jnp.int32), jnp.zeros((), float))
 
     def update(
         updates: PyTree,
@@ -125,6 +127,7 @@ def proximal(
             raise ValueError("proximal needs the parameters: call update(updates, state, params)")
         if penalty is None:
             penalty = _at(learning_rate, state.count) * _at(lam, state.count)
+        penalty = jnp.asarray(penalty, float)
         trained = jax.tree.map(
             lambda u, p: None if u is None else p, updates, params, is_leaf=_is_none
         )
@@ -132,7 +135,7 @@ def proximal(
         steps, structure = jax.tree.flatten(updates)
         landing = _landing(leaves, jax.tree.leaves(trained), steps, penalty, pattern)
         count = optax.safe_increment(state.count)
-        return jax.tree.unflatten(structure, landing), ProximalState(count)
+        return jax.tree.unflatten(structure, landing), ProximalState(count, penalty)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optax import contrib
 from reference import assert_close, eps_of, inverse_hessian, largest
 
-from prox24 import prox
+from prox24 import Exponential, prox
 from prox24.optax import by_path, check, keep_pattern, kept_entries, proximal
 
 jitted_prox = jax.jit(prox, static_argnames=("pattern", "axis"))
@@ -405,7 +405,7 @@ def test_check_passes_a_chain_that_ends_in_proximal(wrapper, standard_promotion)
 
 
 def behind(*transforms):
-    return optax.chain(optax.sgd(0.1), proximal(1e-4), *transforms)
+    return optax.chain(optax.sgd(0.1), proximal(Exponential(1e-4, 1.1)), *transforms)
 
 
 BREAKING = {
@@ -430,6 +430,21 @@ def test_an_optimizer_that_is_kept_to_a_pattern_gets_extra_arguments(standard_pr
     check(keep_pattern(optimizer, trainable=True), SHAPES)
     wrapped = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     check(optax.chain(optax.clip(1.0), wrapped), SHAPES)
+
+
+def small(lam):
+    return optax.chain(optax.sgd(0.1), proximal(lam))
+
+
+@pytest.mark.parametrize("lam", [1e-4, 0.0, optax.linear_schedule(0.0, 1e-3, 100)])
+@pytest.mark.parametrize("wrap", [lambda own: own, lambda own: optax.MultiSteps(own, 2)])
+def test_check_finds_a_penalty_that_stays_small(lam, wrap, standard_promotion):
+    said = r"the penalty, .* after 1,000,000 updates, is too small for dense/kernel"
+    for params in (SHAPES, parameters()):
+        with pytest.raises(ValueError, match=said):
+            check(wrap(small(lam)), params)
+    check(wrap(small(lam)), SHAPES, penalty=10.0)  # as updates are given
+    check(wrap(small(1.0)), parameters())  # a constant that is large enough
 
 
 MISSING = r"^dense/kernel is not 2:4 .* no proximal"
