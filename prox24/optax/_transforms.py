@@ -92,15 +92,15 @@ def proximal(
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, for R and its operator.
 
     Example:
-      >>> from prox24 import is_sparse
-      >>> growing = optax.exponential_decay(0.01, 1, 1.5, end_value=1e30)
+      >>> import prox24
+      >>> growing = prox24.Exponential(0.01, 1.5)
       >>> optimizer = optax.chain(optax.adam(1e-3), proximal(growing))
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
       >>> state = optimizer.init(params)
       >>> for _ in range(20):
       ...     updates, state = optimizer.update(params, state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> bool(is_sparse(params["kernel"], axis=0))
+      >>> prox24.report(params).sparse
       True
     """
 
