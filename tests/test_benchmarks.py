@@ -158,6 +158,18 @@ def test_experts_lose_the_same_mapped_and_one_by_one(benchmark):
     assert float(printed.split()[-3]) <= 8 * 32 * eps_of("float32")  # width and condition
 
 
+def test_transforms_are_timed_on_trees_and_a_row_that_is_there_is_skipped(benchmark, tmp_path):
+    trees = benchmark("trees", WIDTH=8, TURNS=1)
+    found = trees.measure("proximal", 3, 2)
+    assert min(found["first"], found["step"]) > 0
+    assert trees.measure("check", 2, 1)["first"] > 0
+    line = {"optimizer": "", "leaves": 1, "shapes": 1, "first": 1, "step": 1, "scratch_bytes": 0}
+    for name in (*trees.OPTIMIZERS, "check"):
+        trees.common.add_row(tmp_path / "trees.csv", line | {"optimizer": name})
+    printed = benchmark.main(trees, "--leaves", 1, "--shapes", 1)
+    assert printed.count("1000.00") == 4
+
+
 def test_inverses_are_inverses(benchmark):
     with jax.enable_x64(False):
         rows = benchmark("inverse").measure(24, 1)
