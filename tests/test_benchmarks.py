@@ -158,6 +158,7 @@ def test_experts_lose_the_same_mapped_and_one_by_one(benchmark):
     assert float(printed.split()[-3]) <= 8 * 32 * eps_of("float32")  # width and condition
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_transforms_are_timed_on_trees_and_a_row_that_is_there_is_skipped(benchmark, tmp_path):
     trees = benchmark("trees", WIDTH=8, TURNS=1)
     found = trees.measure("proximal", 3, 2)
