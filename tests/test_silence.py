@@ -9,7 +9,7 @@ from tiny import write_tiny
 
 import prox24
 from prox24.errors import CalibrationError, RecipeError
-from prox24.optax import describe, proximal
+from prox24.optax import check, describe, proximal
 
 
 def apply(params, x):
@@ -70,6 +70,16 @@ def test_a_recipe_that_prunes_no_leaf_is_refused():
     recipe = prox24.Recipe(pattern=[("kernel", "dense")])
     with pytest.raises(RecipeError, match=r"prunes none of the 1 linears; .* kernel"):
         prox24.prune_params(apply, {"kernel": KERNEL}, [BATCH], recipe)
+
+
+def test_a_value_that_is_traced_is_named():
+    optimizer = optax.chain(optax.sgd(0.1), proximal(10.0))
+    for name, call in (
+        ("report", prox24.report),
+        ("optax.check", lambda params: check(optimizer, params)),
+    ):
+        with pytest.raises(ValueError, match=rf"kernel is traced .* call prox24.{name} outside"):
+            jax.jit(call)({"kernel": KERNEL})
 
 
 def test_a_label_on_a_head_counts_more_than_its_name():

@@ -10,7 +10,7 @@ from jax import Array
 from prox24._core.masks import count_violations, mean_sparsity, sparse_axes
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
 from prox24.optax import Leaf, describe
-from prox24.optax._leaves import Axis, Mask, PyTree
+from prox24.optax._leaves import Axis, Mask, PyTree, check_values
 
 
 class LeafReport(NamedTuple):
@@ -84,7 +84,8 @@ def report(
       A `TreeReport`; its `sparse` says whether all leaves to prune have the pattern.
 
     Raises:
-      ValueError: the pattern is not N:M, or `mask` is True for a leaf that cannot be pruned.
+      ValueError: the pattern is not N:M, `mask` is True for a leaf that cannot be pruned, or a leaf
+        is traced.
 
     Example:
       >>> kernel = jnp.ones((8, 4)).at[::2].set(0)
@@ -94,6 +95,7 @@ def report(
       (0, 4, (1,), False)
     """
     pattern = as_pattern(pattern)
+    check_values(params, "prox24.report")
     leaves = describe(params, pattern, axis=axis, mask=mask)
     values = jax.tree.leaves(params)
     looked_at = (_looked_at(*pair, pattern) for pair in zip(leaves, values, strict=True))

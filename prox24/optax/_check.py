@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from prox24._core.compiling import quick_options
 from prox24._core.masks import is_sparse
 from prox24._core.pattern import Pattern
-from prox24.optax._leaves import Axis, Mask, PyTree, describe
+from prox24.optax._leaves import Axis, Mask, PyTree, check_values, describe
 from prox24.optax._transforms import ProximalState, takes_extra_arguments
 
 # So large that the proximal operator keeps the N largest entries of every block.
@@ -64,9 +64,9 @@ def check(
       **extra_args: what else the optimizer's `update` needs, such as value.
 
     Raises:
-      ValueError: a step leaves a leaf that is not N:M, which the message names, because `proximal`
-        is not last, is missing, or gets no extra arguments; no leaf is pruned, or none moves; or
-        the penalty never prunes.
+      ValueError: a leaf is traced; a step leaves a leaf that is not N:M, which the message names,
+        because `proximal` is not last, is missing, or gets no extra arguments; no leaf is pruned,
+        or none moves; or the penalty never prunes.
 
     Example:
       >>> from prox24.optax import proximal
@@ -78,6 +78,7 @@ def check(
       ...
       ValueError: kernel is not 2:4 along axis 0 after a step: put proximal last, ...
     """
+    check_values(params, "prox24.optax.check")
     leaves = describe(params, pattern, axis=axis, mask=mask)
     pruned = [i for i, leaf in enumerate(leaves) if leaf.pruned]
     if not pruned:

@@ -152,6 +152,13 @@ def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
     return [(name(path), leaf) for path, leaf in leaves if not _is_empty(leaf)]
 
 
+def check_values(params: PyTree, caller: str) -> None:
+    """Raises ValueError where a leaf is traced, for a caller that needs its value."""
+    for path, leaf in named_leaves(params):
+        if isinstance(leaf, jax.core.Tracer):
+            raise ValueError(f"{path} is traced and has no value: call {caller} outside of jax.jit")
+
+
 def map_named(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:
     """`jax.tree.map` of a function whose first argument is the path of the leaf."""
     paths = iter([path for path, _ in named_leaves(params)])
