@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from prox24._pruning.recipe import HeadBasis as HeadBasis
     from prox24._pruning.recipe import Recipe as Recipe
     from prox24._solvers.admm import ADMM as ADMM
+    from prox24._solvers.descent import Descended as Descended
+    from prox24._solvers.descent import Descent as Descent
+    from prox24._solvers.descent import proximal_gradient as proximal_gradient
     from prox24._solvers.hyperparameters import hyperparameters as hyperparameters
     from prox24._solvers.problem import Candidate as Candidate
     from prox24._solvers.problem import LayerProblem as LayerProblem
@@ -80,6 +83,7 @@ _PLACES = {
     "refine._blocks": ("BlockRefinement",),
     "refine._model": ("ModelRefinement",),
     "_solvers.admm": ("ADMM",),
+    "_solvers.descent": ("Descended", "Descent", "proximal_gradient"),
     "_solvers.hyperparameters": ("hyperparameters",),
     "_solvers.problem": (
         "Candidate",

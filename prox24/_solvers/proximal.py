@@ -14,6 +14,7 @@ from prox24._core.masks import top_mask
 from prox24._core.pattern import AnyPattern, Pattern
 from prox24._core.precision import PRECISION
 from prox24._solvers.damping import damped_gram
+from prox24._solvers.descent import following_nesterov
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import (
     Candidate,
@@ -109,8 +110,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
         blocks = planes.prox(target, state.penalty * step_size, pattern.kept)
         weight = jnp.concatenate(blocks, axis=1)
         move = weight - state.weight
-        following = (1 + jnp.sqrt(1 + 4 * jnp.square(state.nesterov))) / 2
-        momentum = solver.momentum * (state.nesterov - 1) / following
+        following, share = following_nesterov(state.nesterov)
         nonzeros = functools.reduce(jnp.add, [(plane != 0).astype(jnp.int32) for plane in blocks])
         history = state.history
         if solver.history:
@@ -121,7 +121,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
             history = history.at[state.steps].set(loss, mode="drop")
         return state._replace(
             weight=weight,
-            extrapolated=weight + momentum * move,
+            extrapolated=weight + solver.momentum * share * move,
             nesterov=following,
             dense_blocks=jnp.sum(nonzeros > pattern.kept, axis=1, keepdims=True, dtype=jnp.int32),
             penalty=solver.penalty.after(state.penalty),

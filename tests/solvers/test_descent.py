@@ -1,0 +1,154 @@
+"""Proximal gradient descent against scikit-learn, enumeration and finite differences."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import Lasso, LogisticRegression
+
+import prox24
+from prox24 import Descent, proximal_gradient
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(60, 20)) @ np.diag(np.linspace(0.2, 3, 20))
+TRUE = RNG.normal(size=20) * (np.arange(20) % 3 == 0)
+Y = X @ TRUE + 0.1 * RNG.normal(size=60)
+LABELS = (Y > 0).astype(float)
+
+
+def soft(w, lam, scaling):
+    return jnp.sign(w) * jnp.maximum(jnp.abs(w) - lam * scaling, 0)
+
+
+def squares(w, x=X, y=Y):
+    return jnp.sum((x @ w - y) ** 2) / (2 * len(y))
+
+
+def logistic(w, x=X):
+    return jnp.mean(jnp.logaddexp(0, x @ w) - LABELS * (x @ w))
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": False}, {"step": 0.05}])
+def test_the_lasso_is_that_of_scikit_learn(options):
+    found = proximal_gradient(
+        squares, jnp.zeros(20), soft, 0.1, tolerance=1e-9, max_steps=20_000, **options
+    )
+    expected = Lasso(alpha=0.1, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(X, Y).coef_
+    assert found.outcome is Descent.CONVERGED
+    objective = [float(squares(w) + 0.1 * jnp.abs(w).sum()) for w in (found.params, expected)]
+    assert objective[0] == pytest.approx(objective[1], rel=1e-12)
+    np.testing.assert_array_equal(found.params != 0, expected != 0)
+
+
+def test_logistic_regression_is_that_of_scikit_learn_in_fewer_steps_with_momentum():
+    steps = []
+    for momentum in (True, False):
+        found = proximal_gradient(
+            logistic, jnp.zeros(20), soft, 0.01, momentum=momentum, tolerance=1e-8, max_steps=50_000
+        )
+        steps.append(int(found.steps))
+    model = LogisticRegression(
+        l1_ratio=1, C=1 / (0.01 * 60), fit_intercept=False, solver="liblinear", tol=1e-12
+    )
+    expected = model.fit(X, LABELS).coef_[0]
+    values = [float(logistic(w) + 0.01 * jnp.abs(w).sum()) for w in (found.params, expected)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert steps[0] < steps[1] / 2
+
+
+def test_a_layer_of_the_penalty_is_a_fixed_point_no_worse_than_the_masks_nearby():
+    # lam so large that blocks are 2:4; among all masks of a block the best is close.
+    gram = X[:, :4].T @ X[:, :4]
+    origin = jnp.asarray([1.0, -0.9, 0.3, 0.2])
+
+    def loss(w):
+        return (w - origin) @ gram @ (w - origin) / 2
+
+    def of_penalty(w, lam, scaling):
+        return prox24.prox(w, lam * scaling)
+
+    found = proximal_gradient(loss, origin, of_penalty, 1e4, tolerance=1e-9)
+    assert found.outcome is Descent.CONVERGED
+    assert prox24.is_sparse(found.params)
+    kept = np.flatnonzero(found.params)
+    best = {}
+    for mask in itertools.combinations(range(4), 2):
+        part = gram[np.ix_(mask, mask)]
+        refit = np.zeros(4)
+        refit[list(mask)] = np.linalg.solve(part, (gram @ origin)[np.array(mask)])
+        best[mask] = float(loss(refit))
+    assert float(loss(found.params)) == pytest.approx(best[tuple(kept)], rel=1e-9)
+
+
+def test_derivatives_are_those_of_finite_differences():
+    def solution(lam, y):
+        found = proximal_gradient(
+            squares, jnp.zeros(20), soft, lam, X, y, tolerance=1e-11, max_steps=50_000
+        )
+        return jnp.sum(found.params**2)
+
+    for argument, given in enumerate((jnp.asarray(0.1), jnp.asarray(Y))):
+        gradient = jax.grad(solution, argument)(jnp.asarray(0.1), jnp.asarray(Y))
+        direction = jnp.asarray(RNG.normal(size=given.shape))
+        both = [[jnp.asarray(0.1), jnp.asarray(Y)] for _ in range(2)]
+        for sign, point in zip((1, -1), both, strict=True):
+            point[argument] = point[argument] + sign * 1e-4 * direction
+        expected = (solution(*both[0]) - solution(*both[1])) / 2e-4
+        assert float(jnp.sum(gradient * direction)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_under_jit_and_vmap_the_outcome_is_a_number():
+    lams = jnp.asarray([0.01, 0.1, 1.0])
+
+    def solve(lam):
+        return proximal_gradient(squares, jnp.zeros(20), soft, lam, tolerance=1e-7)
+
+    found = jax.jit(jax.vmap(solve))(lams)
+    assert found.outcome.tolist() == [Descent.CONVERGED] * 3
+    for lam, params in zip(lams, found.params, strict=True):
+        np.testing.assert_allclose(params, solve(lam).params, rtol=0, atol=1e-6)
+
+
+def test_trees_and_what_does_not_end():
+    tree = {"w": jnp.zeros(20), "b": jnp.zeros(())}
+
+    def fun(tree):
+        return squares(tree["w"], X, Y - tree["b"])
+
+    def of_tree(tree, lam, scaling):
+        return {"w": soft(tree["w"], lam, scaling), "b": tree["b"]}
+
+    assert proximal_gradient(fun, tree, of_tree, 0.1).outcome is Descent.CONVERGED
+    short = proximal_gradient(fun, tree, of_tree, 0.1, max_steps=3)
+    assert (short.outcome, int(short.steps)) == (Descent.MAX_STEPS, 3)
+
+    def cliff(w):
+        return jnp.where(jnp.any(w < -0.5), jnp.nan, 1.0) * jnp.sum(w)
+
+    fallen = proximal_gradient(cliff, jnp.zeros(2), soft, 0.0, step=1.0)
+    assert fallen.outcome is Descent.NONFINITE
+    assert jnp.isfinite(fallen.params).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"step": 0.0}, "step 0.0 is not positive"),
+        ({"tolerance": -1.0}, "tolerance -1.0 is negative"),
+        ({"max_steps": 0}, "max_steps 0 is not positive"),
+        ({"fun": lambda w: jnp.log(-1.0 - jnp.sum(w**2))}, "fun is nan at the start"),
+        ({"fun": lambda w: w}, r"fun gives \(20,\)"),
+        ({"prox": prox24.prox}, r"prox\(x, hyperparams, scaling\) .* it fails with"),
+        ({"prox": lambda w, lam: w}, r"prox\(x, hyperparams, scaling\) .* it fails with"),
+        ({"prox": lambda w, lam, scaling: w[:3]}, "another tree, or other shapes"),
+    ],
+)
+def test_what_is_refused_is_a_sentence(changes, said):
+    given = {"fun": squares, "prox": soft} | changes
+    fun, prox = given.pop("fun"), given.pop("prox")
+    with pytest.raises(ValueError, match=said):
+        proximal_gradient(fun, jnp.zeros(20), prox, 0.1, **given)
