@@ -27,7 +27,7 @@ define run-isa
 
 endef
 
-.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-eval test-isas test-package clean
+.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-keras test-eval test-isas test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -66,6 +66,10 @@ test-oldest: .venv-oldest/test.stamp
 # The models that torchax runs. Its releases that work are previews, which `make test` does without.
 test-torchax: .venv-torchax/test.stamp
 	REQUIRE_TORCHAX=1 .venv-torchax/bin/python -m pytest tests/jobs/test_torchax.py
+
+# Keras 3 on JAX.
+test-keras: .venv-keras/test.stamp
+	REQUIRE_KERAS=1 .venv-keras/bin/python -m pytest -m slow tests/integrations/test_keras.py
 
 # The adapter for lm-evaluation-harness, beside what the harness computes by PyTorch.
 test-eval: .venv-eval/test.stamp
@@ -107,6 +111,11 @@ test-package: .venv/test.stamp
 .venv-torchax/test.stamp: pyproject.toml
 	$(call make-venv,$(PYTHON),.venv-torchax)
 	.venv-torchax/bin/python -m pip install --quiet --editable '.[test-newest,torchax]'
+	touch $@
+
+.venv-keras/test.stamp: pyproject.toml
+	$(call make-venv,$(PYTHON),.venv-keras)
+	.venv-keras/bin/python -m pip install --quiet --editable '.[test-newest]' keras
 	touch $@
 
 .venv-eval/test.stamp: pyproject.toml
