@@ -54,7 +54,7 @@ def main():
     """Trains with and without an interruption, tunes, and prints the losses and the report."""
     body = eqx.nn.MLP(INPUTS, WIDTH, WIDTH, depth=1, key=jax.random.key(0))
     model = Network(body, eqx.nn.Linear(WIDTH, 1, key=jax.random.key(1)))
-    penalty = optax.exponential_decay(1e-3, 1, 1.025, end_value=1e30)
+    penalty = prox24.Exponential(1e-3, 1.025)
     optimizer = optax.chain(optax.adam(3e-3), proximal(penalty))
     check(optimizer, eqx.filter(model, IS_PARAM))
     begun = model, optimizer.init(eqx.filter(model, IS_PARAM))

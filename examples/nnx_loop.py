@@ -16,7 +16,7 @@ import prox24
 from prox24.optax import check, keep_pattern, proximal
 
 STEPS, TUNING, INPUTS, WIDTH = 600, 300, 16, 64
-PENALTY = optax.exponential_decay(1e-3, 1, 1.025, end_value=1e30)
+PENALTY = prox24.Exponential(1e-3, 1.025)
 
 
 class Network(nnx.Module):

@@ -9,7 +9,7 @@ from tiny import write_tiny
 
 import prox24
 from prox24.errors import CalibrationError, RecipeError
-from prox24.optax import check, describe, proximal
+from prox24.optax import check, describe, keep_pattern, proximal
 
 
 def apply(params, x):
@@ -80,6 +80,20 @@ def test_a_value_that_is_traced_is_named():
     ):
         with pytest.raises(ValueError, match=rf"kernel is traced .* call prox24.{name} outside"):
             jax.jit(call)({"kernel": KERNEL})
+
+
+def test_a_tree_with_what_is_no_array_is_named():
+    with pytest.raises(ValueError, match="params has no arrays: give a pytree of arrays"):
+        prox24.report({"model": object()})
+    module = {"layer": {"kernel": KERNEL, "activation": jax.nn.relu}}
+    optimizer = optax.chain(optax.sgd(0.1), proximal(10.0))
+    for call in (lambda: check(optimizer, module), lambda: keep_pattern(optimizer).init(module)):
+        with pytest.raises(ValueError, match=r"layer/activation is no array .* eqx.filter"):
+            call()
+    with pytest.raises(ValueError, match=r"dropout is no array of numbers: .* nnx.state"):
+        check(optimizer, {"kernel": KERNEL, "dropout": jax.random.key(0)})
+    (activation, _) = describe(module)
+    assert activation.reason == "no array"
 
 
 def test_a_label_on_a_head_counts_more_than_its_name():

@@ -84,8 +84,8 @@ def report(
       A `TreeReport`; its `sparse` says whether all leaves to prune have the pattern.
 
     Raises:
-      ValueError: the pattern is not N:M, `mask` is True for a leaf that cannot be pruned, or a leaf
-        is traced.
+      ValueError: the pattern is not N:M, `mask` is True for a leaf that cannot be pruned, a leaf is
+        traced, or there is no array.
 
     Example:
       >>> kernel = jnp.ones((8, 4)).at[::2].set(0)
@@ -96,8 +96,13 @@ def report(
     """
     pattern = as_pattern(pattern)
     check_values(params, "prox24.report")
-    leaves = describe(params, pattern, axis=axis, mask=mask)
     values = jax.tree.leaves(params)
+    if not any(hasattr(value, "dtype") for value in values):
+        raise ValueError(
+            "params has no arrays: give a pytree of arrays, of a Keras model "
+            "{v.path: v.value for v in model.trainable_variables}"
+        )
+    leaves = describe(params, pattern, axis=axis, mask=mask)
     looked_at = (_looked_at(*pair, pattern) for pair in zip(leaves, values, strict=True))
     return TreeReport(pattern, tuple(looked_at))
 

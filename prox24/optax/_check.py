@@ -13,7 +13,15 @@ from jax.typing import ArrayLike
 from prox24._core.compiling import quick_options
 from prox24._core.masks import is_sparse
 from prox24._core.pattern import Pattern
-from prox24.optax._leaves import Axis, Mask, PyTree, check_values, describe
+from prox24.optax._leaves import (
+    Axis,
+    Mask,
+    PyTree,
+    check_array,
+    check_values,
+    describe,
+    map_named,
+)
 from prox24.optax._transforms import ProximalState, takes_extra_arguments
 
 # So large that the proximal operator keeps the N largest entries of every block.
@@ -79,6 +87,7 @@ def check(
       ValueError: kernel is not 2:4 along axis 0 after a step: put proximal last, ...
     """
     check_values(params, "prox24.optax.check")
+    map_named(check_array, params)
     leaves = describe(params, pattern, axis=axis, mask=mask)
     pruned = [i for i, leaf in enumerate(leaves) if leaf.pruned]
     if not pruned:

@@ -20,7 +20,7 @@ Axis = int | Callable[[str], int]
 # (heads, width, out); PyTorch and Equinox keep weights as (out, in) and (out, in, height, width).
 SUMMED_AXIS = (
     (re.compile(r"(.*/)?(query|key|value)/kernel"), 0),
-    (re.compile(r"(.*/)?kernel"), -2),
+    (re.compile(r"(.*[/_])?kernel"), -2),  # Keras has recurrent_kernel and pointwise_kernel
     (re.compile(r".*"), 1),
 )
 
@@ -29,6 +29,7 @@ DENSE_NAMES = (
     (re.compile(r".*embed.*|wte|wpe"), "embedding"),
     (re.compile(r"(.*_)?heads?|classifier|logits|score|output_projection"), "head"),
     (re.compile(r"bias|scale|.*norm.*|ln\d*|ln_.*"), "bias or normalization"),
+    (re.compile(r".*depthwise.*"), "depthwise"),  # which sums over no channels
 )
 
 
@@ -159,6 +160,15 @@ def check_values(params: PyTree, caller: str) -> None:
             raise ValueError(f"{path} is traced and has no value: call {caller} outside of jax.jit")
 
 
+def check_array(path: str, leaf: Any) -> None:
+    """Raises ValueError for a leaf that no optimizer has a state for."""
+    if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise ValueError(
+            f"{path} is no array of numbers: give the parameters alone, as "
+            "eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)"
+        )
+
+
 def map_named(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:
     """`jax.tree.map` of a function whose first argument is the path of the leaf."""
     paths = iter([path for path, _ in named_leaves(params)])
@@ -195,7 +205,8 @@ def _leaf(
         along %= len(shape)
     obstacle = _obstacle(leaf, shape, along, pattern)
     if choice is None:
-        reason = _exception(path if by_name else "", shape) or obstacle
+        reason = None if hasattr(leaf, "dtype") else "no array"
+        reason = reason or _exception(path if by_name else "", shape) or obstacle
         return Leaf(path, shape, along, reason is None, reason or "default")
     if choice and obstacle:
         raise ValueError(

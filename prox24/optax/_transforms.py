@@ -15,7 +15,17 @@ from jax.typing import ArrayLike
 from prox24._core.pattern import as_pattern
 from prox24._core.planes import check_kept
 from prox24._core.prox import prox
-from prox24.optax._leaves import Axis, Leaf, Mask, PyTree, describe, map_named, nonzeros, spread
+from prox24.optax._leaves import (
+    Axis,
+    Leaf,
+    Mask,
+    PyTree,
+    check_array,
+    describe,
+    map_named,
+    nonzeros,
+    spread,
+)
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 
@@ -292,6 +302,7 @@ def _landing_updates(
 
 
 def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
+    check_array(path, leaf)
     # A copy of its own for each leaf, since the state may be donated.
     entries = jnp.array(entries, bool)
     if entries.shape not in ((), leaf.shape):

@@ -85,6 +85,18 @@ def test_default_axis():
     assert pruned_axes(found) == {path: axis for path, (_, axis) in params.items()}
 
 
+def test_kernels_of_keras():
+    params = {
+        "lstm/recurrent_kernel": jnp.ones((8, 32)),
+        "conv/pointwise_kernel": jnp.ones((1, 1, 8, 12)),
+        "conv/depthwise_kernel": jnp.ones((3, 3, 8, 4)),
+    }
+    found = {leaf.path: (leaf.pruned, leaf.axis, leaf.reason) for leaf in describe(params)}
+    assert found["lstm/recurrent_kernel"] == (True, 0, "default")
+    assert found["conv/pointwise_kernel"] == (True, 2, "default")
+    assert found["conv/depthwise_kernel"][::2] == (False, "depthwise")
+
+
 def test_axis_may_be_one_number_or_a_function_and_the_pattern_must_divide():
     params = {"a": normal(8, 6), "b": normal(6, 8)}
     assert pruned_axes(describe(params)) == {"b": 1}
