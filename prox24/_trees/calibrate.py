@@ -2,8 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,8 @@ class Survey(NamedTuple):
     shapes: dict[str, tuple[int, int]]  # Of the inputs: problems, in.
     groups: list[list[str]]  # Those side by side that see nothing but one common input.
     left_out: dict[str, str]  # Why others have no products.
+    products: list[str]  # The weights of all products, whose inputs the jaxpr returns.
+    jaxpr: Any  # Of the arrays of the parameters and the batch; no calls are left in it.
 
 
 def calibrate(
@@ -139,12 +141,10 @@ def gather(
     chosen = {
         path: shape for path, shape in survey.shapes.items() if names is None or path in names
     }
-    grams = {path: _empty_grams(shape) for path, shape in chosen.items()}
+    grams = {path: empty_grams(shape) for path, shape in chosen.items()}
     crosses = {} if dense is None else jax.tree.map(jnp.copy, grams)
     arrays, join = split_arrays(stream.params)
     dense_arrays, join_dense = split_arrays(stream.params if dense is None else dense.params)
-
-    add_rows = jax.vmap(add_tokens)
 
     @functools.partial(jax.jit, donate_argnames=("grams", "crosses"))
     def add(
@@ -156,32 +156,46 @@ def gather(
         crosses: Sums,
     ) -> tuple[Sums, Sums]:
         products = find_products(apply, join(arrays), batch)[0]
-        grams, crosses = dict(grams), dict(crosses)
-        for product in products:
-            if product.path in grams:
-                grams[product.path] = add_rows(grams[product.path], product.rows, product.rows)
-        if not crosses:
-            return grams, crosses
-        of_dense = find_products(apply, join_dense(dense_arrays), dense_batch)[0]
-        for product, given in zip(products, of_dense, strict=True):
-            if product.path in crosses:
-                rows = jnp.where(is_sent(given.rows)[..., None], given.rows, product.rows)
-                crosses[product.path] = add_rows(crosses[product.path], rows, product.rows)
-        return grams, crosses
+        of_dense = find_products(apply, join_dense(dense_arrays), dense_batch)[0] if crosses else []
+        rows, dense_rows = ([(own.path, own.rows) for own in each] for each in (products, of_dense))
+        return add_products(rows, dense_rows, grams, crosses)
 
     alongside = itertools.repeat(None) if dense is None else dense.batches
     for batch, dense_batch in zip(itertools.chain([first], batches), alongside, strict=False):
         grams, crosses = add(arrays, dense_arrays, batch, dense_batch, grams, crosses)
-    found = {}
     # Compiled functions return dicts in the order of their keys.
-    for path in chosen:
+    grams, crosses = ({path: sums[path] for path in chosen if sums} for sums in (grams, crosses))
+    return Calibration(found_grams(grams, crosses, survey.layouts), survey.left_out)
+
+
+def add_products(
+    rows: Sequence[tuple[Any, Array]],
+    of_dense: Sequence[tuple[Any, Array]],
+    grams: Sums,
+    crosses: Sums,
+) -> tuple[Sums, Sums]:
+    """Adds inputs to the Grams of their keys, and to cross-Grams with those of the dense model."""
+    add, grams, crosses = jax.vmap(add_tokens), dict(grams), dict(crosses)
+    for key, own in rows:
+        if key in grams:
+            grams[key] = add(grams[key], own, own)
+    for (key, own), (_, given) in zip(rows, of_dense, strict=True) if crosses else ():
+        if key in crosses:
+            given = jnp.where(is_sent(given)[..., None], given, own)
+            crosses[key] = add(crosses[key], given, own)
+    return grams, crosses
+
+
+def found_grams(grams: Sums, crosses: Sums, layouts: Mapping[str, Layout]) -> dict[str, InputGram]:
+    """The Grams that were summed; raises CalibrationError where one is not finite."""
+    found = {}
+    for path, own in grams.items():
         totals = [sums[path].total for sums in (grams, crosses) if sums]
         if not all(jnp.isfinite(jnp.trace(total, axis1=1, axis2=2)).all() for total in totals):
             raise CalibrationError(f"NaN or Inf in the inputs of {path}")
         gram, *cross = totals
-        rows = tuple(grams[path].tokens.tolist())
-        found[path] = InputGram(gram, rows, survey.layouts[path], *cross)
-    return Calibration(found, survey.left_out)
+        found[path] = InputGram(gram, tuple(own.tokens.tolist()), layouts[path], *cross)
+    return found
 
 
 NO_BATCH = "there is no batch to calibrate on"
@@ -208,10 +222,10 @@ def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:
     arrays, join = split_arrays(params)
     surveys: list[Survey] = []
 
-    def trace(arrays: list[Array], batch: PyTree) -> None:
+    def trace(arrays: list[Array], batch: PyTree) -> list[Array]:
         products, left_out = find_products(apply, join(arrays), batch)
-        survey = Survey({}, {}, [], left_out)
         paths = [product.path for product in products]
+        survey = Survey({}, {}, [], left_out, paths, None)
         source = None
         for product in products:
             path = product.path
@@ -227,12 +241,13 @@ def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:
             survey.groups[-1].append(path)
             source = source_alone
         surveys.append(survey)
+        return [product.rows for product in products]
 
-    jax.eval_shape(trace, arrays, batch)
-    return surveys[-1]
+    jaxpr = jax.make_jaxpr(trace)(arrays, batch)
+    return surveys[-1]._replace(jaxpr=jaxpr)
 
 
-def _empty_grams(shape: tuple[int, int]) -> GramSum:
+def empty_grams(shape: tuple[int, int]) -> GramSum:
     """As many Grams of no rows as there are problems."""
     problems, width = shape
     return jax.tree.map(

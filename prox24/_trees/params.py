@@ -15,14 +15,14 @@ from prox24._pruning.report import LinearReport
 from prox24._pruning.runner import Inputs, Linear, Runner, Streams, check_found
 from prox24._trees.calibrate import (
     Calibration,
-    Stream,
+    InputGram,
     calibrate,
     check_batches,
-    gather,
     survey_products,
 )
 from prox24._trees.layout import Layout, from_matrices, to_matrices
 from prox24._trees.products import Apply
+from prox24._trees.segments import Stream, Walk
 from prox24.errors import CalibrationError, RecipeError
 from prox24.optax import Leaf, describe
 from prox24.optax._leaves import Mask, PyTree, map_named, named_leaves, nonzeros, spread
@@ -120,18 +120,25 @@ def prune_params(
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
         layouts = {path: own.layout for path, own in found.grams.items()}
-        groups, left_out, batches = [list(layouts)], found.left_out, []
+        groups, left_out = [list(layouts)], found.left_out
     else:
-        found, batches = None, check_batches(batches)
-        layouts, _, groups, left_out = survey_products(apply, params, batches[0])
+        batches = check_batches(batches)
+        survey = survey_products(apply, params, batches[0])
+        layouts, groups, left_out = survey.layouts, survey.groups, survey.left_out
     leaves = _choose(params, layouts, left_out, recipe, mask)
+    chosen = {leaf.path for leaf in leaves if leaf.pruned}
+    groups = [own for group in groups if (own := [path for path in group if path in chosen])]
     if grams is not None:
         _check_paths(params, grams)
     if linears := [leaf.path for leaf in leaves if leaf.pruned or leaf.reason == BY_RECIPE]:
         check_found(linears, recipe)
     else:
         return PrunedParams(params, leaves, [])
-    runner = FunctionRunner(apply, params, recipe, leaves, groups, layouts, batches, found)
+    if order == "one-shot":
+        runner = FunctionRunner(params, leaves, groups, layouts, found.grams)
+    else:
+        walk = Walk(apply, params, batches, groups, survey)
+        runner = SequentialRunner(params, leaves, groups, layouts, {}, walk)
     dense = loop.most_lossy(runner, recipe)
     pruned = list(loop.prune_stages(runner, recipe, dense=dense))
     leaves = tuple(
@@ -163,21 +170,14 @@ def _some(paths: Collection[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class FunctionRunner(Runner[tuple[PyTree, Streams]]):
-    """A function of JAX as a `prox24._pruning.runner.Runner`.
+class FunctionRunner(Runner[Any]):
+    """A function of JAX as a `prox24._pruning.runner.Runner`: one stage, whose Grams are given."""
 
-    A stage is a group of weights that share an input. The state is the parameters as they are so
-    far; the batches run through the whole function in every stage.
-    """
-
-    apply: Apply
     params: PyTree
-    recipe: Recipe
     leaves: tuple[Leaf, ...]
     groups: list[list[str]]
     layouts: Mapping[str, Layout]
-    batches: list[PyTree]
-    grams: Calibration | None
+    grams: Mapping[str, InputGram]
 
     @property
     def stages(self) -> int:
@@ -185,50 +185,32 @@ class FunctionRunner(Runner[tuple[PyTree, Streams]]):
         return len(self.groups)
 
     def linears(self, index: int) -> list[Linear]:
-        """The chosen weights of a group."""
-        own = {leaf.path: leaf for leaf in self.leaves if leaf.pruned}
-        return [
-            Linear(path, path, own[path].shape[own[path].axis])
-            for path in self.groups[index]
-            if path in own
-        ]
+        """The weights of a group."""
+        own = {leaf.path: leaf.shape[leaf.axis] for leaf in self.leaves if leaf.pruned}
+        return [Linear(path, path, own[path]) for path in self.groups[index]]
 
     def tensors(self, index: int) -> list[str]:
-        """The paths of a group's chosen weights."""
-        return [linear.tensor for linear in self.linears(index)]
+        """The paths of a group's weights."""
+        return self.groups[index]
 
     def weights(self, index: int) -> dict[str, Array]:
         """The dense weights of a group."""
-        own = self.tensors(index)
-        named = named_leaves(self.params) if own else []
+        named, own = named_leaves(self.params), self.groups[index]
         return {path: jnp.asarray(leaf) for path, leaf in named if path in own}
 
-    def enter(self, streams: Streams) -> tuple[int, tuple[PyTree, Streams]]:
-        """The dense parameters."""
-        return 0, (self.params, streams)
+    def enter(self, streams: Streams) -> tuple[int, Any]:
+        """Nothing, since nothing runs."""
+        return 0, None
 
     def observe(
-        self,
-        index: int,
-        weights: Mapping[str, Array],
-        state: tuple[PyTree, Streams],
-        wanted: Collection[str],
-    ) -> tuple[dict[str, list[Inputs]], tuple[PyTree, Streams]]:
-        """The Grams that are given, or those of a run over all batches."""
-        found, (params, streams) = self.grams, state
-        if found is None and wanted:
-            dense = Stream(self.params, self.batches) if streams.crosses and index else None
-            found = gather(self.apply, Stream(params, self.batches), dense, names=wanted)
-        return {path: found.grams[path].inputs() for path in wanted} if found else {}, state
+        self, index: int, weights: Mapping[str, Array], state: Any, wanted: Collection[str]
+    ) -> tuple[dict[str, list[Inputs]], Any]:
+        """The Grams that are given."""
+        return {path: self.grams[path].inputs() for path in wanted}, state
 
-    def advance(
-        self, index: int, weights: Mapping[str, Array], state: tuple[PyTree, Streams]
-    ) -> tuple[PyTree, Streams]:
-        """The parameters with the weights of a group in their places."""
-        params, streams = state
-        if index == self.stages - 1 or not weights:
-            return state
-        return map_named(weights.get, params), streams
+    def advance(self, index: int, weights: Mapping[str, Array], state: Any) -> Any:
+        """Nothing."""
+        return state
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
         """The leaf's own."""
@@ -248,6 +230,43 @@ class FunctionRunner(Runner[tuple[PyTree, Streams]]):
     def stored(self, tensor: str, weight: Array) -> Array:
         """On its device."""
         return weight
+
+
+class Progress(NamedTuple):
+    """The next segment, and the streams before it: the pruned model's, perhaps the dense one's."""
+
+    segment: int
+    streams: list[Stream]
+
+
+@dataclasses.dataclass(frozen=True)
+class SequentialRunner(FunctionRunner):
+    """The same in stages, groups of weights that share an input, each after the pruned ones."""
+
+    walk: Walk
+
+    def enter(self, streams: Streams) -> tuple[int, Progress]:
+        """The dense parameters, and nothing of the batches computed."""
+        return 0, Progress(0, [self.walk.start] * (1 + streams.crosses))
+
+    def observe(
+        self, index: int, weights: Mapping[str, Array], state: Progress, wanted: Collection[str]
+    ) -> tuple[dict[str, list[Inputs]], Progress]:
+        """Runs the segment before the group, and those before groups that stay dense."""
+        streams, found = state.streams, dict[str, InputGram]()
+        for number in range(state.segment, index + 1):
+            own = wanted if number == index else ()
+            if number:
+                found, streams = self.walk.step(number, streams, own)
+            else:  # Nothing is pruned: both streams are one.
+                found, (stream,) = self.walk.step(number, streams[:1], own)
+                streams = [stream] * len(streams)
+        return {path: found[path].inputs() for path in wanted}, Progress(index + 1, streams)
+
+    def advance(self, index: int, weights: Mapping[str, Array], state: Progress) -> Progress:
+        """The weights of a group in their places, in the dtypes of the model."""
+        pruned, *dense = state.streams
+        return state._replace(streams=[self.walk.replaced(pruned, weights), *dense])
 
 
 def _choose(

@@ -144,10 +144,14 @@ def _evaluate(closed: Any, arguments: list[Operand], found: Found) -> list[Opera
 
 
 def _compute(equation: Any, operands: list[Operand]) -> list[Operand]:
+    return list(map(Operand, bind(equation, [operand.value for operand in operands])))
+
+
+def bind(equation: Any, values: list[Any]) -> list[Any]:
+    """The outputs of an equation of a jaxpr."""
     primitive = equation.primitive
-    params = primitive.get_bind_params(equation.params)
-    result = primitive.bind(*(operand.value for operand in operands), **params)
-    return [Operand(value) for value in (result if primitive.multiple_results else [result])]
+    result = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    return list(result) if primitive.multiple_results else [result]
 
 
 def _note_other_uses(equation: Any, operands: list[Operand], found: Found) -> None:
