@@ -68,9 +68,10 @@ def prune_params(
     "one-shot" takes all Grams from the dense model. "sequential" prunes weights in the order of
     their first calls, each on the inputs that it has in the pruned model. Weights that see one
     common input, such as an attention's query, key and value, are pruned together, and so are the
-    layers that `lax.scan` runs over. Each such group costs one run of the model over all batches
-    and one compilation; only one group's Grams are in memory. Dense targets of the recipe matter
-    in this order alone: in the other one a weight's inputs are the dense model's.
+    layers that `lax.scan` runs over. The model stops at each such group and goes on from there:
+    activations of all batches are in memory, and only one group's Grams. Equal layers are compiled
+    once. Dense targets of the recipe matter in this order alone: in the other one a weight's inputs
+    are the dense model's.
 
     A matrix that no row has met, as an expert may, is pruned as if its Gram were the identity; its
     loss is relative to that.
@@ -265,8 +266,9 @@ class SequentialRunner(FunctionRunner):
 
     def advance(self, index: int, weights: Mapping[str, Array], state: Progress) -> Progress:
         """The weights of a group in their places, in the dtypes of the model."""
+        own = {path: weight.astype(self.dtype(path)) for path, weight in weights.items()}
         pruned, *dense = state.streams
-        return state._replace(streams=[self.walk.replaced(pruned, weights), *dense])
+        return state._replace(streams=[self.walk.replaced(pruned, own), *dense])
 
 
 def _choose(

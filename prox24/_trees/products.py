@@ -9,7 +9,7 @@ library.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,8 +128,7 @@ def split_arrays(params: PyTree) -> tuple[list[Array], Callable[[list[Array]], P
 
 def _evaluate(closed: Any, arguments: list[Operand], found: Found) -> list[Operand]:
     """The outputs of a jaxpr, closed or without constants."""
-    # JAX 0.12 has one class for both, earlier ones have two.
-    jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+    jaxpr, constants = opened(closed)
     values = dict(zip(jaxpr.constvars, map(Operand, constants), strict=True))
     values |= zip(jaxpr.invars, arguments, strict=True)
 
@@ -141,6 +140,12 @@ def _evaluate(closed: Any, arguments: list[Operand], found: Found) -> list[Opera
         outputs = rule(equation, [read(atom) for atom in equation.invars], found)
         values |= zip(equation.outvars, outputs, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def opened(closed: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr without its constants, and these."""
+    # JAX 0.12 has one class for both, earlier ones have two.
+    return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
 def _compute(equation: Any, operands: list[Operand]) -> list[Operand]:
