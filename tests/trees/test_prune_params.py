@@ -467,13 +467,14 @@ def test_layers_that_differ_by_what_a_call_holds_are_different_programs():
     assert_in_order(apply, params, [normal(64, 8, seed=9)], EXACT)
 
 
-def test_in_order_compiles_no_more_for_many_equal_layers_than_for_few(caplog):
+@pytest.mark.parametrize("order", ORDERS)
+def test_as_much_is_compiled_for_many_equal_layers_as_for_few(order, caplog):
     def compiled(layers):
         jax.clear_caches()
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
             params, batches = residual_params(layers), [{"x": normal(20, 8)}]
-            prune(residual, params, batches, SPARSEGPT, order="sequential")
+            prune(residual, params, batches, SPARSEGPT, order=order)
         return [text for text in caplog.messages if "Finished XLA compilation" in text]
 
     assert len(compiled(5)) == len(compiled(3)) > 0
