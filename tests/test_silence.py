@@ -77,6 +77,7 @@ def test_a_value_that_is_traced_is_named():
     for name, call in (
         ("report", prox24.report),
         ("optax.check", lambda params: check(optimizer, params)),
+        ("prune_params", lambda params: prox24.prune_params(apply, params, [BATCH]).params),
     ):
         with pytest.raises(ValueError, match=rf"kernel is traced .* call prox24.{name} outside"):
             jax.jit(call)({"kernel": KERNEL})
@@ -85,6 +86,8 @@ def test_a_value_that_is_traced_is_named():
 def test_a_tree_with_what_is_no_array_is_named():
     with pytest.raises(ValueError, match="params has no arrays: give a pytree of arrays"):
         prox24.report({"model": object()})
+    with pytest.raises(ValueError, match="params has no arrays"):
+        prox24.prune_params(lambda params, x: x, {"scale": 2}, [BATCH])
     module = {"layer": {"kernel": KERNEL, "activation": jax.nn.relu}}
     optimizer = optax.chain(optax.sgd(0.1), proximal(10.0))
     for call in (lambda: check(optimizer, module), lambda: keep_pattern(optimizer).init(module)):

@@ -25,7 +25,15 @@ from prox24._trees.products import Apply
 from prox24._trees.segments import Stream, Walk
 from prox24.errors import CalibrationError, RecipeError
 from prox24.optax import Leaf, describe
-from prox24.optax._leaves import Mask, PyTree, map_named, named_leaves, nonzeros, spread
+from prox24.optax._leaves import (
+    Mask,
+    PyTree,
+    check_values,
+    map_named,
+    named_leaves,
+    nonzeros,
+    spread,
+)
 
 
 class PrunedParams(NamedTuple):
@@ -96,8 +104,8 @@ def prune_params(
       CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has one.
       RecipeError: the recipe refines or prunes no leaf, or the solver does not support its pattern.
       SolverError: a solution is not finite; names the weight.
-      ValueError: a Gram does not fit its weight, the order is unknown, or Grams are given for the
-        sequential order.
+      ValueError: params has no arrays, or traced ones; a Gram does not fit its weight, the order is
+        unknown, or Grams are given for the sequential order.
 
     Example:
       >>> kernel = jax.random.normal(jax.random.key(0), (8, 3))
@@ -118,6 +126,9 @@ def prune_params(
         raise RecipeError("refine is for decoders; train the result with prox24.refine.train_block")
     if order == "sequential" and grams is not None:
         raise ValueError("grams are of the dense model: the sequential order takes batches")
+    check_values(params, "prox24.prune_params")
+    if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
+        raise ValueError("params has no arrays: give the pytree of arrays that apply takes")
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
         layouts = {path: own.layout for path, own in found.grams.items()}
