@@ -1,17 +1,21 @@
-"""What the optax transforms cost on trees of many leaves: the first step, a step, memory.
+"""What trees of many leaves cost: the optax transforms, and `prune_params` in both orders.
 
-    python benchmarks/trees.py --leaves 1 16 64 256
+    python benchmarks/trees.py --leaves 1 16 64 256 --layers 24
 
-The leaves are kernels of about 256 x 256, of one shape or of eight. The first step compiles. Each
-row is a process of its own, so that no program is there before. A line is appended to
-FOLDER/trees.csv after each row, and a row that is there already is skipped.
+The leaves are kernels of about 256 x 256, of one shape or of eight. The first step compiles. A
+transformer has six matrices of width 64 in each layer, and is pruned on 4 x 4 windows of 64 tokens;
+its seconds are those of the whole. Each row is a process of its own, so that no program is there
+before. A line is appended to FOLDER/trees.csv after each row, and a row that is there already is
+skipped.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import common
 import jax
@@ -23,6 +27,7 @@ import prox24
 from prox24.optax import check, keep_pattern, proximal
 
 WIDTH, TURNS = 256, 9
+ORDERS = ("one-shot", "sequential")
 OPTIMIZERS = {
     "adam": lambda: optax.adam(1e-3),
     "keep_pattern": lambda: keep_pattern(optax.adam(1e-3)),
@@ -67,39 +72,87 @@ def measure(name: str, leaves: int, shapes: int) -> dict[str, float]:
     return {"first": first, "step": statistics.median(seconds), "scratch_bytes": scratch}
 
 
+def transformer(layers: int) -> tuple[Any, Any]:
+    """A decoder as a function of its weights, which have three shapes."""
+    keys = iter(jax.random.split(jax.random.key(0), 6 * layers + 1))
+
+    def matrix(fan_in: int, fan_out: int) -> jax.Array:
+        return jax.random.normal(next(keys), (fan_in, fan_out)) / fan_in**0.5
+
+    sizes = dict.fromkeys("qkvo", (64, 64)) | {"up": (64, 256), "down": (256, 64)}
+    own = [{name: matrix(*size) for name, size in sizes.items()} for _ in range(layers)]
+    params = {"embed": matrix(64, 64), "layers": own}
+
+    def normed(x):
+        return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+
+    def apply(params, tokens):
+        x = params["embed"][tokens]
+        for p in params["layers"]:
+            q, k, v = ((normed(x) @ p[name]).reshape(*x.shape[:2], 4, 16) for name in "qkv")
+            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            x = x + attended.reshape(x.shape) @ p["o"]
+            x = x + jax.nn.gelu(normed(x) @ p["up"]) @ p["down"]
+        return x
+
+    return apply, params
+
+
+def measure_order(order: str, layers: int) -> dict[str, float]:
+    """Seconds of pruning a transformer, and the number of programs that were compiled."""
+    apply, params = transformer(layers)
+    batches = [jax.random.randint(jax.random.key(i), (4, 64), 0, 64) for i in range(4)]
+    compiled = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    began = time.perf_counter()
+    pruned = prox24.prune_params(apply, params, batches, order=order)
+    jax.block_until_ready(pruned.params)
+    return {"first": time.perf_counter() - began, "programs": len(compiled)}
+
+
 def main() -> None:
     parser = common.parser_of(__doc__)
     parser.add_argument("--leaves", type=positive, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--layers", type=positive, nargs="*", default=[])
     parser.add_argument("--shapes", type=positive, nargs="+", default=[1, 8])
     common.add_output(parser)
     parser.add_argument("--one", nargs=3, metavar=("NAME", "LEAVES", "SHAPES"))
     arguments = parser.parse_args()
     if arguments.one:
         name, *sizes = arguments.one
-        print(json.dumps(measure(name, *map(int, sizes))))
+        found = (
+            measure_order(name, int(sizes[0]))
+            if name in ORDERS
+            else measure(name, *map(int, sizes))
+        )
+        print(json.dumps(found))
         return
     path, rows = arguments.output / "trees.csv", []
-    titles = ("optimizer", "leaves", "shapes")
-    for leaves in arguments.leaves:
-        for shapes in arguments.shapes:
-            for name in (*OPTIMIZERS, "check"):
-                key = dict(zip(titles, (name, leaves, shapes), strict=True))
-                if shapes > leaves:
-                    continue
-                figures = (*titles, "first", "step", "scratch_bytes")
-                rows = common.read_rows(path, figures)
-                if not common.has_row(rows, key):
-                    command = [sys.executable, __file__, "--one", name, str(leaves), str(shapes)]
-                    found = json.loads(subprocess.check_output(command))
-                    rows = common.add_row(path, dict.fromkeys(figures, "") | key | found)
+    titles = ("row", "leaves", "shapes")  # or layers
+    figures = (*titles, "first", "step", "scratch_bytes", "programs")
+    sizes = itertools.product(arguments.leaves, arguments.shapes, (*OPTIMIZERS, "check"))
+    keys = [(name, leaves, shapes) for leaves, shapes, name in sizes if shapes <= leaves]
+    keys += [(order, layers, 3) for layers in arguments.layers for order in ORDERS]
+    for own in keys:
+        key, rows = dict(zip(titles, own, strict=True)), common.read_rows(path, figures)
+        if not common.has_row(rows, key):
+            command = [sys.executable, __file__, "--one", *map(str, own)]
+            found = json.loads(subprocess.check_output(command))
+            rows = common.add_row(path, dict.fromkeys(figures, "") | key | found)
     common.show(
-        (*titles, "first, s", "step, ms", "scratch, MB"),
+        (*titles, "first, s", "step, ms", "scratch, MB", "programs"),
         [
             [
                 *(row[title] for title in titles),
                 f"{float(row['first']):.2f}",
                 f"{1e3 * float(row['step']):.2f}" if row["step"] else "",
                 f"{float(row['scratch_bytes']) / 1e6:.1f}" if row["step"] else "",
+                row["programs"],
             ]
             for row in rows
         ],

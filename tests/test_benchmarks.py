@@ -164,9 +164,11 @@ def test_transforms_are_timed_on_trees_and_a_row_that_is_there_is_skipped(benchm
     found = trees.measure("proximal", 3, 2)
     assert min(found["first"], found["step"]) > 0
     assert trees.measure("check", 2, 1)["first"] > 0
-    line = {"optimizer": "", "leaves": 1, "shapes": 1, "first": 1, "step": 1, "scratch_bytes": 0}
+    programs = [trees.measure_order("sequential", layers)["programs"] for layers in (3, 4)]
+    assert programs[0] >= programs[1]  # equal layers share theirs
+    line = {"row": "", "leaves": 1, "shapes": 1, "first": 1, "step": 1, "scratch_bytes": 0}
     for name in (*trees.OPTIMIZERS, "check"):
-        trees.common.add_row(tmp_path / "trees.csv", line | {"optimizer": name})
+        trees.common.add_row(tmp_path / "trees.csv", line | {"row": name, "programs": ""})
     printed = benchmark.main(trees, "--leaves", 1, "--shapes", 1)
     assert printed.count("1000.00") == 4
 
