@@ -159,6 +159,13 @@ def test_experts_lose_the_same_mapped_and_one_by_one(benchmark):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+def test_descent_reaches_the_objectives_of_scikit_learn(benchmark):
+    rows = benchmark("descent").measure(60, 20)
+    assert [row[:2] for row in rows[::2]] == [["lasso", "prox24"], ["logistic", "prox24"]]
+    assert max(float(row[2]) for row in rows) < 1e-6
+
+
+@pytest.mark.usefixtures("standard_promotion")
 def test_transforms_are_timed_on_trees_and_a_row_that_is_there_is_skipped(benchmark, tmp_path):
     trees = benchmark("trees", WIDTH=8, TURNS=1)
     found = trees.measure("proximal", 3, 2)
