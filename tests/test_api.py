@@ -17,12 +17,13 @@ from prox24._jobs.output import Report
 
 ROOT = Path(__file__).parents[1]
 NAMES = """
-    ADMM BlockRefinement Calibration Candidate ConjugateGradients DenseTargets Exponential
-    GradientSteps HeadBasis LayerProblem LeastSquares Magnitude ModelRefinement Normalized
-    Pattern Patterns ProximalGradient PrunedParams Recipe Refit Refitted Solution Solver
-    SparseGPT Status Swaps Text Unstructured Wanda calibrate correct_inputs count_violations
-    distill from_torch hyperparameters is_sparse load penalty perplexity plan planes prox prune
-    prune_params solve tap top_mask verify
+    ADMM BlockRefinement Calibration Candidate ConjugateGradients DenseTargets Descended Descent
+    Exponential GradientSteps HeadBasis LayerProblem LeastSquares Magnitude ModelRefinement
+    Normalized Pattern Patterns ProximalGradient PrunedParams Recipe Refit Refitted Solution
+    Solver SparseGPT Status Swaps Text Unstructured Wanda calibrate correct_inputs
+    count_violations distill from_torch hyperparameters is_sparse load mask_of penalty
+    perplexity plan planes prox proximal_gradient prune prune_params report solve tap top_mask
+    verify
 """
 BASIS = "Part learn objective orthogonal places_of turned"
 OPTAX = """

@@ -78,7 +78,7 @@ class Inspection(Report):
             [f"bytes at {self.pattern} with zeros left out", f"{self.sparse_bytes:,}"],
         ]
         if self.described_by is not None:
-            rows.insert(0, ["no weights here; names and shapes are from", self.described_by])
+            rows.insert(0, ["no weights, described by", self.described_by])
         columns = ["tensors", "shape", "dtype", "number", "decision"]
         return f"{table(['model', self.model], rows)}\n{table(columns, _grouped(self.tensors))}"
 

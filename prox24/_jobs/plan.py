@@ -76,7 +76,7 @@ class Plan(Report):
             *[[f"operations: {name}", f"{count:.3g}"] for name, count in self.operations.items()],
         ]
         if self.described_by is not None:
-            rows.insert(0, ["no weights here; names and shapes are from", self.described_by])
+            rows.insert(0, ["no weights, described by", self.described_by])
         if self.memory_bytes is not None:
             most, length = self.fitting_micro_batch_windows, self.sequence_length
             said = "no" if most is None else f"yes, {most} x {length} tokens at once"

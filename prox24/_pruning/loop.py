@@ -15,7 +15,7 @@ from prox24._core.placement import apart, everywhere
 from prox24._core.precision import working_dtype
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import BlockReport, LinearReport
-from prox24._pruning.runner import Inputs, Linear, Runner, State, Streams, check_widths
+from prox24._pruning.runner import Inputs, Linear, Runner, State, Streams, check_found, check_widths
 from prox24._pruning.turns import tied_tensors, ties_of, turn
 from prox24._solvers.problem import LayerProblem, correct_inputs
 from prox24._solvers.scores import Wanda
@@ -131,6 +131,8 @@ def check(runner: Runner[State], recipe: Recipe) -> dict[str, AnyPattern]:
     linears = [linear for index in range(runner.stages) for linear in runner.linears(index)]
     patterns = {linear.tensor: recipe.pattern_of(linear.tensor) for linear in linears}
     chosen = {tensor: pattern for tensor, pattern in patterns.items() if pattern is not None}
+    if not chosen:
+        check_found(patterns, recipe)
     check_widths({linear.tensor: linear.width for linear in linears}, recipe)
     return chosen
 

@@ -178,17 +178,17 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
             )
         if not implements(type(method), protocol):
             raise ValueError(f"{type(method).__name__} is no {role}: its call has other arguments")
+        if jax.tree_util.all_leaves([method]):
+            raise ValueError(
+                f"the {role} {type(method).__name__} is no pytree: decorate its class with "
+                "prox24.hyperparameters"
+            )
         for place, leaf in jax.tree_util.tree_leaves_with_path(method):
             if callable(leaf):  # a schedule of optax
                 raise ValueError(
                     f"{type(method).__name__}{jax.tree_util.keystr(place)} is a function: its "
                     "schedules are numbers, as prox24.Exponential(first, growth)"
                 )
-        if jax.tree_util.all_leaves([method]):
-            raise ValueError(
-                f"the {role} {type(method).__name__} is no pytree: decorate its class with "
-                "prox24.hyperparameters"
-            )
         if pattern not in method.patterns:
             able = ", ".join(name for name, make in known.items() if pattern in make().patterns)
             raise ValueError(

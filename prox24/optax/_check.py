@@ -77,10 +77,11 @@ def check(
         or none moves; or the penalty never prunes.
 
     Example:
+      >>> from prox24 import Exponential
       >>> from prox24.optax import proximal
-      >>> params = {"kernel": jnp.ones((8, 4))}
-      >>> check(optax.chain(optax.sgd(0.1), proximal(1.0)), params)
-      >>> wrong = optax.chain(optax.sgd(0.1), proximal(1.0), optax.scale(0.5))
+      >>> params, lam = {"kernel": jnp.ones((8, 4))}, Exponential(0.1, 1.05)
+      >>> check(optax.chain(optax.sgd(0.1), proximal(lam)), params)
+      >>> wrong = optax.chain(optax.sgd(0.1), proximal(lam), optax.scale(0.5))
       >>> check(wrong, params)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ...

@@ -38,7 +38,7 @@ def test_config_json_alone_gives_the_listing_of_the_whole_model(tmp_path, capsys
     assert listed == expected
     assert found == whole
     assert run("inspect", tmp_path / "model") == 0
-    assert "no weights here; names and shapes are from" in capsys.readouterr().out
+    assert "no weights, described by" in capsys.readouterr().out
 
 
 def test_every_decision_has_its_reason(tmp_path):

@@ -244,7 +244,7 @@ def test_config_json_alone_gives_the_plan_of_the_whole_model(tmp_path, variant):
     found = prox24.plan(tmp_path / "model", WANDA, **options)
     assert (whole.described_by, found.described_by) == (None, "config.json")
     assert numbers(found) == numbers(whole)
-    row = re.compile(r"no weights here; names and shapes are from +. +config\.json ")
+    row = re.compile(r"no weights, described by +. +config\.json ")
     assert row.search(str(found))
     assert not row.search(str(whole))
     with pytest.raises(CheckpointError, match="the weights are not here"):
