@@ -27,7 +27,7 @@ define run-isa
 
 endef
 
-.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-keras test-eval test-isas test-package clean
+.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-keras test-eval test-tunix test-isas test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -75,6 +75,11 @@ test-keras: .venv-keras/test.stamp
 test-eval: .venv-eval/test.stamp
 	REQUIRE_LM_EVAL=1 HF_HUB_OFFLINE=1 .venv-eval/bin/python -m pytest tests/jobs/test_lm_eval.py
 
+# The examples with Tunix and Qwix, which want an older safetensors than the commands do.
+test-tunix: .venv-tunix/test.stamp
+	REQUIRE_TUNIX=1 .venv-tunix/bin/python -m pytest -m "" tests/integrations/test_tunix.py \
+	  tests/integrations/test_qwix.py
+
 test-isas: .venv/test.stamp
 	$(foreach isa,SSE4_2 AVX2 AVX512,$(call run-isa,$(isa)))
 
@@ -121,6 +126,12 @@ test-package: .venv/test.stamp
 .venv-eval/test.stamp: pyproject.toml
 	$(call make-venv,$(PYTHON),.venv-eval)
 	.venv-eval/bin/python -m pip install --quiet --editable '.[test,eval]' 'lm_eval[hf]'
+	touch $@
+
+.venv-tunix/test.stamp: pyproject.toml
+	$(call make-venv,$(PYTHON),.venv-tunix)
+	.venv-tunix/bin/python -m pip install --quiet --editable . 'google-tunix>=0.1.7' \
+	  'qwix>=0.1.8' 'pytest>=9' 'pytest-xdist>=3.8' 'hypothesis>=6.170'
 	touch $@
 
 .venv-oldest/test.stamp: pyproject.toml
