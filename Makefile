@@ -27,7 +27,7 @@ define run-isa
 
 endef
 
-.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-keras test-eval test-tunix test-isas test-package clean
+.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -79,6 +79,10 @@ test-eval: .venv-eval/test.stamp
 test-tunix: .venv-tunix/test.stamp
 	REQUIRE_TUNIX=1 .venv-tunix/bin/python -m pytest -m "" tests/integrations/test_tunix.py \
 	  tests/integrations/test_qwix.py
+
+# The example with Google's gemma library, which wants Python 3.12 or newer.
+test-gemma: .venv-gemma/test.stamp
+	REQUIRE_GEMMA=1 .venv-gemma/bin/python -m pytest -m "" tests/integrations/test_gemma.py
 
 test-isas: .venv/test.stamp
 	$(foreach isa,SSE4_2 AVX2 AVX512,$(call run-isa,$(isa)))
@@ -132,6 +136,14 @@ test-package: .venv/test.stamp
 	$(call make-venv,$(PYTHON),.venv-tunix)
 	.venv-tunix/bin/python -m pip install --quiet --editable . 'google-tunix>=0.1.7' \
 	  'qwix>=0.1.8' 'pytest>=9' 'pytest-xdist>=3.8' 'hypothesis>=6.170'
+	touch $@
+
+# Newer sentencepiece wants a newer protobuf than gemma's other needs allow.
+.venv-gemma/test.stamp: pyproject.toml
+	$(call make-venv,$(NEWEST_PYTHON),.venv-gemma)
+	.venv-gemma/bin/python -m pip install --quiet uv
+	.venv-gemma/bin/uv pip install --quiet --python .venv-gemma/bin/python --editable . \
+	  'gemma>=4' 'sentencepiece<0.2.2' 'pytest>=9' 'pytest-xdist>=3.8' 'hypothesis>=6.170'
 	touch $@
 
 .venv-oldest/test.stamp: pyproject.toml
