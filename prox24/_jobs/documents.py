@@ -60,8 +60,6 @@ def documents(source: str, field: str | None, chat: Chat) -> Iterator[str]:
     for path in files_of(Path(source)):
         read = RECORDS.get(_kind(path))
         if read is None:
-            if field is not None:
-                raise CalibrationError(f"{path} is plain text, which has no field {field!r}")
             yield plain_text(path)
             continue
         for place, record in read(path, field):
@@ -134,8 +132,10 @@ def _json_lines(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path}, line {number}, is not JSON: {error}") from error
+        except json.JSONDecodeError as error:
+            raise CalibrationError(
+                f"{path}, line {number}, is not JSON: {error.msg} (column {error.colno})"
+            ) from error
 
 
 def _json_list(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
@@ -205,7 +205,8 @@ def _hub_records(source: str) -> Iterator[Any]:
         )
     except Exception as error:  # a different type for each failure
         raise CalibrationError(
-            f"{source} cannot be had from the hub: {first_line(error)}"
+            f"{source} cannot be had from the hub: {first_line(error)}; check its name and the "
+            "network, or give a file"
         ) from error
 
 
@@ -227,7 +228,8 @@ def _text_of(record: Any, field: str | None, place: str, chat: Chat) -> str:
             return chat(value)
         except Exception as error:  # of the template, or that there is none
             raise CalibrationError(
-                f"{place}: the chat template fails: {first_line(error)}"
+                f"{place}: the chat template fails: {first_line(error)}; give records with "
+                "text, or a model with a template"
             ) from error
     kind = "empty" if value is None else type(value).__name__
     raise CalibrationError(f"{place}: {name!r} is {kind}, neither text nor messages")

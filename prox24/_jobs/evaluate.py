@@ -69,7 +69,7 @@ def perplexity(
     step, measure = "window", torchax.torch_perplexity
     if native:
         step, measure = "layer", native_perplexity
-    with progress_bar("eval", steps, quiet) as advance:
+    with progress_bar(f"eval {Path(model).name}", steps, quiet) as advance:
         found = measure(checkpoint, windows, lambda index: advance(f"{step} {index}", None))
     name = text.called(NOVEL) if isinstance(text, Text) else "tokens"
     predicted = windows.size - len(windows)

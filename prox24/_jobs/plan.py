@@ -16,6 +16,7 @@ from prox24._jobs.memory import (
     streams,
 )
 from prox24._jobs.output import Report, gigabytes, table
+from prox24._jobs.text import check_length
 from prox24._pruning.recipe import Recipe
 from prox24.errors import Prox24Error
 
@@ -115,12 +116,14 @@ def plan(
       A `Plan`.
 
     Raises:
+      CalibrationError: windows are longer than the model's positions.
       CheckpointError: the model cannot be read, or M does not divide an input width.
       RecipeError: the solver does not support the pattern.
       UnsupportedModelError: the model has no forward pass here.
     """
     checkpoint = open_described(source)
     model = load_model(checkpoint)
+    check_length(checkpoint, sequence_length)
     # As many as divide the windows, as `prune` uses.
     used = max(n for n in range(1, min(devices, samples) + 1) if samples % n == 0)
     setup = checked_setup(model, recipe, used, shard_grams)

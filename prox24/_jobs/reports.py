@@ -108,7 +108,12 @@ class PruneReport(Report):
             ]
         rows += [
             ["calibration", self.calibration["text"]],
-            ["calibration tokens", str(self.calibration["tokens"])],
+            [
+                "calibration tokens",
+                f"{self.calibration['tokens']}, {self.calibration['windows']} windows of "
+                f"{self.calibration['sequence_length']}",
+            ],
+            ["their SHA-256", self.calibration["sha256"][:16]],
             ["seconds", f"{self.seconds:.0f}"],
             ["seconds by stage", ", ".join(f"{k} {v:.0f}" for k, v in self.stages.items())],
             ["peak memory", gigabytes(self.peak_memory_bytes)],

@@ -123,7 +123,7 @@ def calibration_windows(
         return _checked(checkpoint, text)
     samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
     if is_tokens(source):
-        available = _checked(checkpoint, _array(source))
+        available = _checked(checkpoint, _array(source), source)
         if samples is not None and samples > len(available):
             raise CalibrationError(f"{source} has {len(available)} windows, fewer than {samples}")
         return available if samples is None else _sampled(available, samples, text)
@@ -159,7 +159,7 @@ def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int3
         return _checked(checkpoint, text)
     samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
     if is_tokens(source):
-        return _checked(checkpoint, _array(source))[:samples]
+        return _checked(checkpoint, _array(source), source)[:samples]
     if is_generated(source):
         raise CalibrationError(f"{source} is to calibrate on; evaluate on a text of others")
     start = _start(checkpoint)
@@ -285,7 +285,7 @@ def check_length(checkpoint: Checkpoint, length: int) -> None:
     if isinstance(positions, int) and length > positions:
         raise CalibrationError(
             f"windows of {length} tokens are longer than the model's {positions} positions; "
-            "take a shorter sequence_length"
+            f"take a sequence length of {positions} or less"
         )
 
 
@@ -296,17 +296,19 @@ def _vocabulary(checkpoint: Checkpoint) -> int:
     return vocabulary
 
 
-def _checked(checkpoint: Checkpoint, windows: NDArray[np.integer]) -> NDArray[np.int32]:
+def _checked(
+    checkpoint: Checkpoint, windows: NDArray[np.integer], name: str = "tokens"
+) -> NDArray[np.int32]:
     windows = np.asarray(windows)
     if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
         raise CalibrationError(
-            f"tokens of shape {windows.shape} and dtype {windows.dtype} are not integers of shape "
-            "(windows, length)"
+            f"{name}: shape {windows.shape} and dtype {windows.dtype}; integers of shape (windows, "
+            "length), of length 2 or more, are needed"
         )
     check_length(checkpoint, windows.shape[1])
     vocabulary = _vocabulary(checkpoint)
     if windows.min(initial=0) < 0 or windows.max(initial=0) >= vocabulary:
-        raise CalibrationError(f"tokens are not between 0 and {vocabulary - 1}")
+        raise CalibrationError(f"{name}: ids are not between 0 and {vocabulary - 1}")
     return windows.astype(np.int32)
 
 

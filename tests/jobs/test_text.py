@@ -82,7 +82,7 @@ def test_a_model_takes_a_text_or_its_tokens(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (tokens(3, 5)[0], r"tokens of shape \(5,\)"),
+        (tokens(3, 5)[0], r"shape \(5,\)"),
         (tokens(3, 5).astype(float), "dtype float64"),
         (tokens(3, 1), r"shape \(3, 1\)"),
         (tokens(3, 5) - 260, "between 0 and 259"),
@@ -173,7 +173,7 @@ def test_tokens_of_a_file(checkpoint, tmp_path):
     with pytest.raises(CalibrationError, match="has 6 windows, fewer than 7"):
         calibration_windows(checkpoint, Text(path, 7))
     np.save(path, given[0])
-    with pytest.raises(CalibrationError, match=r"tokens of shape \(5,\)"):
+    with pytest.raises(CalibrationError, match=r"shape \(5,\)"):
         calibration_windows(checkpoint, Text(path))
     path.write_text("a")
     with pytest.raises(CalibrationError, match=r"cannot read .*a.npy"):
