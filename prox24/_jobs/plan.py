@@ -123,10 +123,10 @@ def plan(
     """
     checkpoint = open_described(source)
     model = load_model(checkpoint)
-    check_length(checkpoint, sequence_length)
     # As many as divide the windows, as `prune` uses.
     used = max(n for n in range(1, min(devices, samples) + 1) if samples % n == 0)
     setup = checked_setup(model, recipe, used, shard_grams)
+    check_length(checkpoint, sequence_length)
     size = batch_size(samples // used, sequence_length)
     memories = [
         layer_memory(model, index, (size, sequence_length), setup)

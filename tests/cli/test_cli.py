@@ -385,6 +385,7 @@ REFUSED = [
         "skip 'lm_head' is found in none of the 14 linears; their names are "
         "model.layers.*.self_attn.q_proj.weight, model.layers.*.self_attn.k_proj.weight",
     ),
+    ("plan model", "windows of 512 tokens are longer than the model's 128 positions"),
     ("plan model --only nothing", "only 'nothing' is found in none of the 14 linears"),
     ("inspect model --only nothing", "only 'nothing' is found in none of the 14 linears"),
     (f"{PRUNE} --refine none --refine-linears-only", "linears-only is for --refine block"),

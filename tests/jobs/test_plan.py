@@ -401,7 +401,8 @@ def test_a_model_of_the_hub_without_safetensors_has_the_plan_of_its_config(hub):
     weights = write_tiny(folder)
     (folder / "model.safetensors").unlink()
     (folder / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(weights))
-    assert prox24.plan("owner/name", WANDA).described_by == "config.json"
+    plan = prox24.plan("owner/name", WANDA, sequence_length=32)
+    assert plan.described_by == "config.json"
     assert "flax_model.msgpack" not in sent
 
 
