@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from prox24._core.pattern import as_pattern
@@ -258,47 +258,41 @@ def _landing(
 ) -> list[Any]:
     """The updates, those of pruned leaves landing where the operator does.
 
-    Leaves that are alike go through it together: XLA compiles the operator once for them, where it
-    would compile a copy for each.
+    Equal leaves go through a loop, so that XLA compiles the operator once for them. It would
+    compile a copy for each.
     """
     alike = collections.defaultdict[Any, list[int]](list)
     for i, leaf in enumerate(leaves):
         if leaf.pruned:
-            kinds = [
-                (x.shape, x.dtype, x.sharding) for x in map(jax.typeof, (params[i], updates[i]))
-            ]
-            alike[leaf.axis, *kinds].append(i)
+            kinds = map(jax.typeof, (params[i], updates[i]))
+            alike[leaf.axis, *((x.shape, x.dtype, x.sharding) for x in kinds)].append(i)
     landing = list(updates)
     for (axis, *_), places in alike.items():
-        own = [(params[i], updates[i]) for i in places]
-        dtype = jnp.promote_types(own[0][0].dtype, own[0][1].dtype)
-        found = _landing_updates(own, penalty, pattern, axis, dtype)
+        own = [[tree[i] for i in places] for tree in (params, updates)]
+        found = _landing_updates(*own, penalty, pattern, axis)
         for i, update in zip(places, found, strict=True):
             landing[i] = update
     return landing
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "axis", "dtype"))
+@functools.partial(jax.jit, static_argnames=("pattern", "axis"))
 def _landing_updates(
-    alike: list[tuple[Array, Array]],
-    penalty: Array,
-    pattern: tuple[int, int],
-    axis: int,
-    dtype: Any,
+    params: list[Array], updates: list[Array], penalty: Array, pattern: tuple[int, int], axis: int
 ) -> list[Array]:
-    """The updates from parameters of one shape to the proximal operator of params + update."""
-    pairs = [(params.astype(dtype), update.astype(dtype)) for params, update in alike]
-    targets = [params + update for params, update in pairs]
-    if len(targets) == 1:
-        pruned = [prox(targets[0], penalty, pattern, axis)]
-    else:
-        pruned = list(prox(jnp.stack(targets), penalty, pattern, axis + 1))
-    # Where nothing changes the update stays, since w - params would round it once more. Where w is
-    # zero, w - params is exact.
-    return [
-        jnp.where(w == target, update, w - params)
-        for w, target, (params, update) in zip(pruned, targets, pairs, strict=True)
-    ]
+    """The updates from equal leaves to the proximal operator of params + update."""
+
+    def land(pair: tuple[Array, Array]) -> Array:
+        dtype = jnp.promote_types(pair[0].dtype, pair[1].dtype)
+        own, update = (x.astype(dtype) for x in pair)
+        target = own + update
+        w = prox(target, penalty, pattern, axis)
+        # Where nothing changes the update stays, since w - own would round it once more. Where w
+        # is zero, w - own is exact.
+        return jnp.where(w == target, update, w - own)
+
+    if len(params) == 1:
+        return [land((params[0], updates[0]))]
+    return list(lax.map(land, (jnp.stack(params), jnp.stack(updates))))
 
 
 def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
