@@ -13,10 +13,19 @@ from jax.sharding import PartitionSpec as P
 from programs import collectives_of, largest_difference, use_eight_devices
 
 import prox24
+from prox24.optax import proximal
 
 use_eight_devices()
 
 ROWS, WIDTH = 16, 64
+
+
+def landing(y, lam):
+    """The update of one of three equal leaves."""
+    transform, params = proximal(0.5), {"a": y, "b": 2 * y, "c": 3 * y}
+    return transform.update(params, transform.init(params), params)[0]["b"]
+
+
 BOTH = P("rows", "columns")
 SHARDINGS = (P(None, "columns"), BOTH)
 EVERYWHERE = ("prox", "prox along rows")
@@ -26,6 +35,7 @@ FUNCTIONS = {
     "prox along rows": lambda y, lam: prox24.prox(y, 0.5, axis=0),
     "prox 1:4": lambda y, lam: prox24.prox(y, 0.5, (1, 4)),
     "prox, lam per row": prox24.prox,
+    "optax, equal leaves": landing,
     "top_mask": lambda y, lam: prox24.top_mask(y),
     "gradient": jax.grad(lambda y, lam: jnp.sum(prox24.prox(y, lam))),
 }
