@@ -30,6 +30,7 @@ try:
 
     from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
     from prox24._jobs.forward import BATCH_TOKENS, all_weights, load_model, run_layer
+    from prox24._jobs.text import begin_token, check_ids
     from prox24._models import decoder, spec
     from prox24._models.generate import advance, choose, empty_cache
 except ModuleNotFoundError as error:
@@ -96,12 +97,11 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         self.max_length: int = (
             max_length or positions or model_utils.resolve_max_length(None, self.tokenizer)
         )
-        ropes = [layer.attention.rope for layer in self.config.layers]
         # Padding does not take a text over a length at which the frequencies of a Rope change.
-        self._switches = sorted({rope.switch for rope in ropes if rope is not None and rope.long})
+        self._switches = spec.switches(self.config)
         lengths = [16 << k for k in range(self.max_length.bit_length())] + self._switches
         self._lengths = sorted({n for n in lengths if n < self.max_length} | {self.max_length})
-        self._stop = stop_tokens(checkpoint)
+        self._stop, self._begin = stop_tokens(checkpoint), begin_token(checkpoint)
         self._draws = itertools.count()
         self._weights = all_weights(model, None if dtype is None else DTYPES[dtype])
 
@@ -113,10 +113,9 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without a context: the start token, or else the end token."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return token
-        raise PromptError(f"{self.pretrained}: the tokenizer has no token for an empty context")
+        if self._begin is None:
+            raise PromptError(f"{self.pretrained}: the model has no token for an empty context")
+        return self._begin
 
     @property
     def tokenizer_name(self) -> str:
@@ -142,11 +141,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
             start = self.tokenizer.bos_token
             add_special_tokens = start is None or not string.startswith(start)
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
-        if max(ids, default=0) >= self.config.vocabulary:
-            raise CalibrationError(
-                f"{self.pretrained}: the tokenizer gives id {max(ids)} but the model has "
-                f"{self.config.vocabulary} embeddings"
-            )
+        check_ids(ids, self.config.vocabulary)
         return ids
 
     def _loglikelihood_tokens(

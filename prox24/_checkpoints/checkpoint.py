@@ -1,6 +1,7 @@
 """A model of any format: its config, tensors that are read when asked for, its tokenizer."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -148,6 +149,7 @@ def _open_folder(
         head = outer_tensor(model.names, "lm_head.weight")
         buffers = frozenset(tensors.keys() - shapes.keys() - {head})
 
+    @functools.cache
     def load_tokenizer() -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 

@@ -1,5 +1,6 @@
 """Reading GGUF files: HF's names, layout and config out of llama.cpp's."""
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -91,6 +92,7 @@ def open_gguf(path: Path) -> Opened:
     exact = all(tensor.kind in EXACT for tensor in stored.values())
     pruned_dtype = None if exact else "bfloat16"
 
+    @functools.cache
     def load_tokenizer() -> PreTrainedTokenizerBase:
         return build_tokenizer(metadata, length, path)
 

@@ -94,10 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             quiet=arguments.quiet,
         )
-        if is_first():
+        first = is_first()
+        if first:
             show(report, arguments)
-            if name is not None:
-                address = hub.upload(arguments.destination, name)
-                if not (arguments.json or arguments.quiet):
-                    print(f"uploaded to {address}")
+    if first and name is not None:  # The other processes need not wait for it.
+        address = hub.upload(arguments.destination, name)
+        if not (arguments.json or arguments.quiet):
+            print(f"uploaded to {address}")
     return 0

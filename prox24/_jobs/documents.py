@@ -9,13 +9,12 @@ import gzip
 import json
 import lzma
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from prox24.errors import CalibrationError, MissingPackageError, first_line
+from prox24.errors import CalibrationError, first_line, missing_package
 
 Chat = Callable[[list[dict[str, Any]]], str]
 """The text of a conversation, by the chat template of a tokenizer."""
@@ -81,36 +80,22 @@ def _kind(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()
 
 
-def _opened(path: Path, encoding: str = "utf-8-sig") -> IO[str]:
-    opener = COMPRESSED.get(path.suffix, open)
-    try:
-        return opener(path, "rt", encoding=encoding, newline="" if _kind(path) == ".csv" else None)
-    except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, whose errors name it."""
-    with _opened(path) as file:
-        try:
+    """The lines of a file with their ends; errors name the file."""
+    opened = COMPRESSED.get(path.suffix, open)
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield from file
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{path} is not UTF-8 text") from error
-        except (OSError, *DAMAGED) as error:
-            raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text") from error
+    except (OSError, *DAMAGED) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CalibrationError(f"cannot read {path}: {reason}") from error
 
 
 def plain_text(path: Path) -> str:
     """The text of a file, with its line ends; refused if it is JSON by another name."""
-    opener = COMPRESSED.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            text: str = file.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except (OSError, *DAMAGED) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise CalibrationError(f"cannot read {path}: {reason}") from error
+    text = "".join(_lines(path))
     if _is_json(text.lstrip().partition("\n")[0]):
         raise CalibrationError(f"{path} holds JSON: give it a name that ends in .jsonl or .json")
     return text
@@ -149,7 +134,7 @@ def _json_list(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # the largest that every system takes
     rows = csv.DictReader(_lines(path))
     try:
         for row in rows:
@@ -161,8 +146,8 @@ def _csv_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
 def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError as error:
-        raise MissingPackageError(f"{path} needs pyarrow: pip install 'prox24[data]'") from error
+    except ModuleNotFoundError as error:
+        raise missing_package(str(path), error, "data") or error from error
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -195,10 +180,8 @@ def _hub_records(source: str) -> Iterator[Any]:
         raise CalibrationError(f"{source} is not of the form hf:OWNER/NAME[#CONFIG][:SPLIT]")
     try:
         import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{source} needs the package datasets: pip install 'prox24[data]'"
-        ) from error
+    except ModuleNotFoundError as error:
+        raise missing_package(source, error, "data") or error from error
     try:
         yield from datasets.load_dataset(
             found["id"], found["config"], split=found["split"] or "train", streaming=True

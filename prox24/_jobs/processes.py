@@ -61,6 +61,8 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
         for note in getattr(error, "__notes__", ()):
             ended.add_note(note)
         raise ended from error
+    else:  # Nobody waits for what the first process does afterwards.
+        jax.distributed.shutdown()
 
 
 @contextlib.contextmanager

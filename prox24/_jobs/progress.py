@@ -52,7 +52,7 @@ def progress_bar(
             if step is not None:
                 step(name, loss, 1)
             elif whole is not None:
-                whole(f"{title} {name}", loss, 1 / (total or 1))
+                whole(f"{title} {short(name)}", loss, 1 / (total or 1))
 
         yield advance
 

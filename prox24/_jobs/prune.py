@@ -110,11 +110,12 @@ def prune(
     if recipe.dtype is None:
         recipe = dataclasses.replace(recipe, dtype=checkpoint.pruned_dtype)
     files = source_files(checkpoint.path)
+    if recipe.refine is not None and jax.process_count() > 1:
+        raise RecipeError("refine is for a single process")
+    quiet = quiet or not is_first()
     windows = calibration_windows(checkpoint, calibration, quiet=quiet)
-    if recipe.refine is not None:
-        if jax.process_count() > 1:
-            raise RecipeError("refine is for a single process")
-        windows = shuffled(windows) if isinstance(calibration, Text) else windows
+    if recipe.refine is not None and isinstance(calibration, Text):
+        windows = shuffled(windows)
     text = described(calibration, windows, published=True)
     text["text"].encode()  # The model card and the summary hold it.
     mesh = common_mesh(len(windows)) if native else None
@@ -164,15 +165,15 @@ def prune(
                 if given:
                     raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
             runner = TorchRunner(checkpoint, windows)
-        stages = range(runner.stages)
-        linears = [linear.tensor for index in stages for linear in runner.linears(index)]
-        check_found(linears, recipe)
-        chosen, quiet = loop.check(runner, recipe), quiet or not is_first()
+            names = [x.tensor for i in range(runner.stages) for x in runner.linears(i)]
+            check_found(names, recipe)
+        chosen = loop.check(runner, recipe)
         if not unfinished.entries:  # else the run before has looked
             _check_tensors(checkpoint, recipe.dtype, quiet)
         dense = loop.most_lossy(runner.in_memory(), recipe)
         pruned = {tensor: own for tensor, own in chosen.items() if tensor not in dense}
         unfinished = _whole_layers(unfinished, runner, recipe, pruned)
+        stages = range(runner.stages)
         turned_layers = sum(bool(ties_of(runner, index, recipe, pruned)) for index in stages)
         finished = pruned.keys() & unfinished.finished.keys()
         entries, written = unfinished.entries, set(unfinished.entries)

@@ -75,8 +75,9 @@ class PruneReport(Report):
 
     @property
     def mean_relative_loss(self) -> float:
-        """The mean over linears."""
-        return float(np.mean([linear.statistics.relative_loss for linear in self.linears]))
+        """The mean over linears; NaN where there is none, or where it is not finite."""
+        mean = self.totals["mean_relative_loss"]
+        return math.nan if mean is None else float(mean)
 
     @property
     def totals(self) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class Text:
         text, records (.jsonl, .json, .csv, .parquet), or token ids (.npy) of shape (windows,
         length). None for a text of the package: speeches to calibrate or train on, a novel to
         evaluate on.
-      samples: windows; None for 64 to calibrate or train on, and for all of a text to evaluate on.
+      samples: windows; None for 64 to calibrate or train on, for all of a text to evaluate on, and
+        for all of a file of token ids. Not for "generate:N".
       sequence_length: tokens of a window.
       field: of a record, with a text or the messages of a conversation; None for "text", or else
         "messages". The tokenizer's chat template makes a text of messages.
@@ -67,6 +68,8 @@ class Text:
                 raise CalibrationError(f"{source} cannot be joined with other texts")
             if is_generated(source) and not re.fullmatch(r"generate:[1-9]\d*", source):
                 raise CalibrationError(f"{source} is not of the form generate:WINDOWS")
+            if is_generated(source) and self.samples is not None:
+                raise CalibrationError(f"{source} has the number of windows: leave samples out")
 
     @property
     def sources(self) -> list[str]:
@@ -123,15 +126,12 @@ def calibration_windows(
         return _checked(checkpoint, text)
     samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
     if is_tokens(source):
-        available = _checked(checkpoint, _array(source), source)
-        if samples is not None and samples > len(available):
-            raise CalibrationError(f"{source} has {len(available)} windows, fewer than {samples}")
+        available = _of_file(checkpoint, source, samples)
         return available if samples is None else _sampled(available, samples, text)
+    check_length(checkpoint, length)
     if is_generated(source):
-        check_length(checkpoint, length)
         count = int(source.partition(":")[2])
-        begin = checkpoint.load_tokenizer().bos_token_id
-        first = end_token(checkpoint) if begin is None else begin
+        first = begin_token(checkpoint)
         if first is None:
             raise CalibrationError(f"{source}: the model has no token to begin or end a text with")
         return generated_windows(checkpoint, first, count, length, text.seed, quiet=quiet)
@@ -140,10 +140,8 @@ def calibration_windows(
     own = length - len(start)
     if text.sampling != "documents":
         ids = _joined(checkpoint, _tokens(checkpoint, text, SPEECHES, start, samples * own))
-        check_length(checkpoint, length)
         return _sampled(available_windows(ids, samples, length, start), samples, text)
     every = _tokens(checkpoint, text, SPEECHES, start, samples, own)
-    check_length(checkpoint, length)
     long = [ids[:own] for ids in every if ids.size >= own]
     if len(long) < samples:
         raise CalibrationError(
@@ -159,13 +157,13 @@ def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int3
         return _checked(checkpoint, text)
     samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
     if is_tokens(source):
-        return _checked(checkpoint, _array(source), source)[:samples]
+        return _of_file(checkpoint, source, samples)[:samples]
     if is_generated(source):
         raise CalibrationError(f"{source} is to calibrate on; evaluate on a text of others")
+    check_length(checkpoint, length)
     start = _start(checkpoint)
     needed = None if samples is None else samples * (length - len(start))
     ids = _joined(checkpoint, _tokens(checkpoint, text, NOVEL, start, needed))
-    check_length(checkpoint, length)
     return first_windows(ids, samples, length, start)
 
 
@@ -253,6 +251,12 @@ def _joined(checkpoint: Checkpoint, every: Sequence[NDArray[np.int32]]) -> NDArr
     return np.concatenate([np.zeros(0, np.int32), *parts[1:]])
 
 
+def begin_token(checkpoint: Checkpoint) -> int | None:
+    """The token that begins a text, or else the one that ends it."""
+    own: int | None = checkpoint.load_tokenizer().bos_token_id
+    return end_token(checkpoint) if own is None else own
+
+
 def end_token(checkpoint: Checkpoint) -> int | None:
     """The token that ends a text, by the tokenizer or else by the configs."""
     own: int | None = checkpoint.load_tokenizer().eos_token_id
@@ -264,6 +268,14 @@ def _sampled(available: NDArray[np.int32], samples: int, text: Text) -> NDArray[
         rng = np.random.default_rng(text.seed)
         return available[np.sort(rng.choice(len(available), samples, replace=False))]
     return available[np.linspace(0, len(available) - 1, samples).round().astype(int)]
+
+
+def _of_file(checkpoint: Checkpoint, source: str, samples: int | None) -> NDArray[np.int32]:
+    """The windows of a file of token ids, which are as many as are asked for or more."""
+    found = _checked(checkpoint, _array(source), source)
+    if len(found) < (samples or 1):
+        raise CalibrationError(f"{source} has {len(found)} windows, fewer than {samples or 1}")
+    return found
 
 
 def _array(path: str) -> NDArray[Any]:
@@ -327,7 +339,7 @@ def packaged_text(name: str) -> str:
 def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, vocab_size: int) -> NDArray[np.int32]:
     """Token ids of a text, without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    _check_ids(ids, vocab_size)
+    check_ids(ids, vocab_size)
     return np.asarray(ids, np.int32)
 
 
@@ -337,12 +349,13 @@ def start_tokens(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[
     whole = tokenizer("a")["input_ids"]
     for i in range(len(whole)):
         if whole[i : i + len(plain)] == plain:
-            _check_ids(whole[:i], vocab_size)
+            check_ids(whole[:i], vocab_size)
             return whole[:i]
     raise CalibrationError(f"the tokenizer encodes 'a' as {plain}, and as {whole} at the start")
 
 
-def _check_ids(ids: ArrayLike, vocab_size: int) -> None:
+def check_ids(ids: ArrayLike, vocab_size: int) -> None:
+    """Raises CalibrationError for an id that a model of so many embeddings does not know."""
     largest = np.max(ids, initial=0)
     if largest >= vocab_size:
         raise CalibrationError(

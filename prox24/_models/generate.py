@@ -199,6 +199,4 @@ def check_prompts(config: Config, prompts: NDArray[Any], tokens: int) -> None:
 
 def _capacities(config: Config, first: int, last: int) -> list[int]:
     """Up to which length each cache serves: beyond a switch of `Rope` all keys are others."""
-    ropes = (layer.attention.rope for layer in config.layers)
-    switches = {rope.switch for rope in ropes if rope is not None and rope.long is not None}
-    return [*sorted(switch for switch in switches if first <= switch < last), last]
+    return [*(switch for switch in spec.switches(config) if first <= switch < last), last]

@@ -148,6 +148,12 @@ class Config(NamedTuple):
     positions: int | None = None  # the most tokens of a text; None if the config does not say
 
 
+def switches(config: Config) -> list[int]:
+    """The lengths beyond which a `Rope` has other frequencies, in order."""
+    ropes = (layer.attention.rope for layer in config.layers)
+    return sorted({rope.switch for rope in ropes if rope is not None and rope.long is not None})
+
+
 def at_length(config: Config, length: int) -> Config:
     """The decoder of texts of so many tokens, however many of them a pass has; see `Rope`."""
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax.tree_utils as trees
 from jax import Array, lax
 
+from prox24.errors import first_line
+
 PyTree = Any
 Prox = Callable[[PyTree, Any, Any], PyTree]
 """prox(x, hyperparams, scaling) = argmin_w  1/2 |w - x|^2 + scaling R(w; hyperparams)."""
@@ -146,10 +148,14 @@ def proximal_gradient(
         gradient = jax.grad(fun)(x, *args)
         return prox(_plus(x, -size, gradient), hyperparams, size)
 
-    def residual(x: PyTree) -> PyTree:
-        return trees.tree_sub(moved(x, 1.0 if step is None else step), x)
+    def residual(root: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+        # Of another size of steps the fixed points are others, where R is not convex.
+        x, size = root
+        own = lax.stop_gradient(size)
+        return trees.tree_sub(moved(x, own), x), size - own
 
-    def solve(_: Any, start: PyTree) -> tuple[PyTree, list[Array]]:
+    def solve(_: Any, root: tuple[PyTree, Array]) -> tuple[Any, list[Array]]:
+        start, size = root
         advance = functools.partial(
             _advance,
             lambda x: jax.value_and_grad(fun)(x, *args),
@@ -163,7 +169,7 @@ def proximal_gradient(
             start,
             start,
             number(1),
-            number(1 if step is None else step),
+            size,
             number(jnp.inf),
             jnp.asarray(value),
             jnp.int32(0),
@@ -174,13 +180,16 @@ def proximal_gradient(
             return state.finite & (state.error > tolerance) & (state.steps < max_steps)
 
         final = lax.while_loop(unfinished, advance, first)
-        figures = final.error, final.value, final.step, final.steps, final.finite
+        figures = final.error, final.value, final.steps, final.finite
         # A derivative of an integer is of another kind, for which it has no rule.
-        return final.params, [figure.astype(real) for figure in figures]
+        return (final.params, final.step), [figure.astype(real) for figure in figures]
 
     real = jnp.result_type(value)
-    found, figures = lax.custom_root(residual, params, solve, _solve_linear, has_aux=True)
-    error, last_value, last_step, steps, finite = map(lax.stop_gradient, figures)
+    first_step = jnp.asarray(1 if step is None else step, real)
+    (found, last_step), figures = lax.custom_root(
+        residual, (params, first_step), solve, _solve_linear, has_aux=True
+    )
+    error, last_value, steps, finite, last_step = map(lax.stop_gradient, (*figures, last_step))
     outcome: Any = jnp.where(
         error <= tolerance,
         jnp.int32(Descent.CONVERGED),
@@ -270,7 +279,14 @@ def _solve_linear(matrix: Callable[[PyTree], PyTree], target: PyTree) -> Any:
         solution: PyTree = jax.scipy.sparse.linalg.cg(normal, right, tol=10 * eps, maxiter=1000)[0]
         return solution
 
-    return lax.custom_linear_solve(matrix, target, solve, transpose_solve=solve)
+    # The size of the steps is held: its row is the identity, and no other depends on it.
+    of_params, of_size = target
+
+    def of_point(x: PyTree) -> PyTree:
+        return matrix((x, jnp.zeros_like(of_size)))[0]
+
+    found = lax.custom_linear_solve(of_point, of_params, solve, transpose_solve=solve)
+    return found, of_size
 
 
 def _check_prox(prox: Prox, params: PyTree, hyperparams: Any) -> None:
@@ -281,7 +297,7 @@ def _check_prox(prox: Prox, params: PyTree, hyperparams: Any) -> None:
     try:
         found = jax.eval_shape(prox, params, hyperparams, 1.0)
     except Exception as error:  # whatever another convention makes of a number in the third place
-        raise ValueError(f"{said}; it fails with: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{said}; it fails with: {first_line(error)}") from error
     shapes = [
         jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), t) for t in (found, params)
     ]

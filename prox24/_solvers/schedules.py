@@ -28,12 +28,20 @@ class Exponential:
 
     @classmethod
     def between(cls, first: float, last: float, steps: int) -> "Exponential":
-        """Reaches `last` at the last of `steps` values, two or more.
+        """Reaches `last` at the last of `steps` values.
+
+        Raises:
+          ValueError: there are fewer than two steps, or a value is not positive.
 
         Example:
           >>> Exponential.between(1.0, 16.0, 5).growth
           2.0
         """
+        if steps < 2 or not (first > 0 and last > 0):
+            raise ValueError(
+                f"from {first} to {last} in {steps} steps: two steps or more are needed, and "
+                "positive values"
+            )
         return cls(first, (last / first) ** (1 / (steps - 1)))
 
     def __call__(self, count: ArrayLike) -> Array:

@@ -22,7 +22,7 @@ from prox24._trees.calibrate import (
 )
 from prox24._trees.layout import Layout, from_matrices, to_matrices
 from prox24._trees.products import Apply
-from prox24._trees.segments import Stream, Walk
+from prox24._trees.segments import Values, Walk
 from prox24.errors import CalibrationError, RecipeError
 from prox24.optax import Leaf, describe
 from prox24.optax._leaves import (
@@ -127,8 +127,6 @@ def prune_params(
     if order == "sequential" and grams is not None:
         raise ValueError("grams are of the dense model: the sequential order takes batches")
     check_values(params, "prox24.prune_params")
-    if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
-        raise ValueError("params has no arrays: give the pytree of arrays that apply takes")
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
         layouts = {path: own.layout for path, own in found.grams.items()}
@@ -248,7 +246,7 @@ class Progress(NamedTuple):
     """The next segment, and the streams before it: the pruned model's, perhaps the dense one's."""
 
     segment: int
-    streams: list[Stream]
+    streams: list[Values]
 
 
 @dataclasses.dataclass(frozen=True)

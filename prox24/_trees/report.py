@@ -9,7 +9,7 @@ from jax import Array
 
 from prox24._core.masks import count_violations, mean_sparsity, sparse_axes
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
-from prox24.optax import Leaf, describe
+from prox24.optax import Leaf, describe, kept_entries
 from prox24.optax._leaves import Axis, Mask, PyTree, check_values
 
 
@@ -18,7 +18,7 @@ class LeafReport(NamedTuple):
 
     Attributes:
       leaf: its path, shape and axis, and whether it should be pruned.
-      zeros: share of exact zeros; 0 for what is no array.
+      zeros: share of exact zeros; 0 for a scalar, and for what is no array.
       violations: blocks along its axis with more than N nonzeros; 0 for a leaf that is dense.
       other_axes: where the axis has violations, the axes along which the leaf has the pattern.
     """
@@ -97,11 +97,6 @@ def report(
     pattern = as_pattern(pattern)
     check_values(params, "prox24.report")
     values = jax.tree.leaves(params)
-    if not any(hasattr(value, "dtype") for value in values):
-        raise ValueError(
-            "params has no arrays: give a pytree of arrays, of a Keras model "
-            "{v.path: v.value for v in model.trainable_variables}"
-        )
     leaves = describe(params, pattern, axis=axis, mask=mask)
     looked_at = (_looked_at(*pair, pattern) for pair in zip(leaves, values, strict=True))
     return TreeReport(pattern, tuple(looked_at))
@@ -136,13 +131,8 @@ def mask_of(
       >>> jax.tree.map(lambda m: m.ravel().tolist(), mask_of(params))
       {'bias': [True], 'kernel': [True, False, False, True]}
     """
-    leaves = describe(params, as_pattern(pattern), axis=axis, mask=mask)
-    values, structure = jax.tree.flatten(params)
-    masks: list[Array] = [
-        jnp.asarray(value) != 0 if leaf.pruned else jnp.ones(np.shape(value), bool)
-        for leaf, value in zip(leaves, values, strict=True)
-    ]
-    return jax.tree.unflatten(structure, masks)
+    kept = kept_entries(params, as_pattern(pattern), axis=axis, mask=mask)
+    return jax.tree.map(lambda value, own: jnp.broadcast_to(own, np.shape(value)), params, kept)
 
 
 def _looked_at(leaf: Leaf, value: Array, pattern: Pattern) -> LeafReport:

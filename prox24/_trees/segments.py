@@ -25,7 +25,7 @@ from prox24._trees.calibrate import (
 from prox24._trees.products import Apply, bind, is_array, opened
 from prox24.optax._leaves import PyTree, named_leaves
 
-Stream = list[dict[Any, Array]]
+Values = list[dict[Any, Array]]
 """For each batch the values of variables, those of the parameters included."""
 
 
@@ -130,7 +130,7 @@ class Walk:
         self._groups, self._first = groups, first
         self._programs = dict[Any, Callable[..., Any]]()
         arrays = {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)}
-        known, self._cuts, self.start = dict[Any, Cut](), list[Cut](), Stream()
+        known, self._cuts, self.start = dict[Any, Cut](), list[Cut](), Values()
         for batch in batches:
             leaves, structure = jax.tree.flatten(batch)
             shapes = structure, tuple(map(jax.typeof, leaves))
@@ -143,7 +143,7 @@ class Walk:
             self._cuts.append(own)
             self.start.append(own.constants | given)
 
-    def replaced(self, stream: Stream, weights: Mapping[str, Array]) -> Stream:
+    def replaced(self, stream: Values, weights: Mapping[str, Array]) -> Values:
         """The stream of a model that goes on with other weights."""
         return [
             values | {own.weights[path]: weight for path, weight in weights.items()}
@@ -151,8 +151,8 @@ class Walk:
         ]
 
     def step(
-        self, index: int, streams: list[Stream], wanted: Collection[str]
-    ) -> tuple[dict[str, InputGram], list[Stream]]:
+        self, index: int, streams: list[Values], wanted: Collection[str]
+    ) -> tuple[dict[str, InputGram], list[Values]]:
         """Runs a segment; returns the Grams of its weights, and the streams behind it.
 
         A second stream is the dense model's, for cross-Grams.
@@ -162,7 +162,7 @@ class Walk:
         grams = {key: empty_grams(shape) for key, shape in shapes.items()}
         crosses = jax.tree.map(jnp.copy, grams) if len(streams) > 1 else {}
         programs: dict[int, Callable[..., Any]] = {}
-        behind: list[Stream] = [[] for _ in streams]
+        behind: list[Values] = [[] for _ in streams]
         for place, own in enumerate(self._cuts):
             segment = own.segments[index]
             given = [[stream[place][var] for var in segment.reads] for stream in streams]

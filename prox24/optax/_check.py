@@ -171,7 +171,7 @@ def _late_penalty(
     for _ in range(STEPS_GIVEN):  # until one that accumulates gradients takes a step
         state = advance(state)
         nodes = filter(is_proximal, jax.tree.leaves(state, is_leaf=is_proximal))
-        least = min(float(node.penalty) for node in nodes)
+        least = min((float(node.penalty) for node in nodes), default=0.0)
         if least:
             break
     return least

@@ -154,7 +154,12 @@ def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
 
 
 def check_values(params: PyTree, caller: str) -> None:
-    """Raises ValueError where a leaf is traced, for a caller that needs its value."""
+    """Raises ValueError where a leaf is traced, or none is an array, for a caller of values."""
+    if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            "params has no arrays: give a pytree of arrays, of a Keras model "
+            "{v.path: v.value for v in model.trainable_variables}"
+        )
     for path, leaf in named_leaves(params):
         if isinstance(leaf, jax.core.Tracer):
             raise ValueError(f"{path} is traced and has no value: call {caller} outside of jax.jit")
