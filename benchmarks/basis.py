@@ -7,8 +7,8 @@ Every method prunes every model with the basis and without it, which is a line o
 Calibration windows are drawn at random by the seed; evaluation is on the first windows of each
 text. Losses are geometric means over the layers: of the linear that makes the values, a fused one
 where they are a part of it, and of the linear that reads them. "refined" trains what is kept of
-each layer. A line is appended to FOLDER/basis.csv after each run, and a run that is there already
-is skipped: give another FOLDER for other texts and lengths.
+each layer. Models are written in float32. A line is appended to FOLDER/basis.csv after each run,
+and a run that is there already is skipped: give another FOLDER for other texts and lengths.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ def main() -> None:
                     if common.has_row(rows, key):
                         continue
                     basis = HeadBasis() if steps else None
-                    recipe = dataclasses.replace(RECIPES[method], basis=basis)
+                    recipe = dataclasses.replace(RECIPES[method], basis=basis, dtype="float32")
                     rows = common.add_row(path, key | measure(recipe, model, windows, texts))
     lines = [
         [row["model"], row["method"], row["steps"], row["seed"]]

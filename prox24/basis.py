@@ -67,9 +67,9 @@ def places_of(heads: int, width: int, members: int = 1, start: int = 0) -> Place
     """Consecutive places: of each head, its members one after the other.
 
     Args:
-      heads: that have an R of their own, as key-value heads.
+      heads: the number of heads that have their own R, such as key-value heads.
       width: d, the width of a head.
-      members: that share the R of a head, as its query heads.
+      members: the number of members that share it, such as the query heads of a key-value head.
       start: the first place.
 
     Returns:

@@ -65,7 +65,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     Args:
       pretrained: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
       batch_size: texts of a pass; "auto" takes about 2048 tokens.
-      max_length: the most tokens of a text, whose start is cut off; the model's positions if None.
+      max_length: the most tokens of a text, whose start is lost; the model's positions if None.
         Attention takes memory by its square.
       dtype: of the weights in memory: "float32", "bfloat16" or "float16"; the model's if None.
 
@@ -252,8 +252,8 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         """Continues texts until each has ended or its cache is full.
 
-        The pass over padded prompts fills the cache behind them too. Tokens that come overwrite
-        that before it is seen.
+        Padding also fills cache entries behind each prompt. New tokens overwrite these entries
+        before any token attends to them.
         """
         rows, config = self._rows(capacity), spec.at_length(self.config, capacity)
         step = jax.vmap(functools.partial(advance, config, self._weights))

@@ -171,8 +171,7 @@ def test_transforms_are_timed_on_trees_and_a_row_that_is_there_is_skipped(benchm
     found = trees.measure("proximal", 3, 2)
     assert min(found["first"], found["step"]) > 0
     assert trees.measure("check", 2, 1)["first"] > 0
-    programs = [trees.measure_order("sequential", layers)["programs"] for layers in (3, 4)]
-    assert programs[0] >= programs[1]  # equal layers share theirs
+    assert trees.measure_order("sequential", 3)["programs"] > 0
     line = {"row": "", "leaves": 1, "shapes": 1, "first": 1, "step": 1, "scratch_bytes": 0}
     for name in (*trees.OPTIMIZERS, "check"):
         trees.common.add_row(tmp_path / "trees.csv", line | {"row": name, "programs": ""})
@@ -382,6 +381,7 @@ def test_llm_compressor_prunes_the_windows_of_prox24_in_another_environment(
     np.testing.assert_array_equal(told["dataset"]["input_ids"], windows)
     # What was measured is not measured again.
     assert benchmark.main(module, "--python", sys.executable, *given) == printed
+    assert len(table(tmp_path / "llm_compressor.csv")) == 3
 
 
 @pytest.mark.parametrize("python", [sys.executable, "no-python"])

@@ -260,10 +260,9 @@ def test_a_model_without_such_linears_is_refused(deployed, monkeypatch, capsys):
 
 def test_without_a_gpu_the_linears_are_listed(deployed):
     output = run("examples/deploy_torch.py", deployed, CUDA_VISIBLE_DEVICES="")
-    *names, count, reason = output.splitlines()
+    *names, count, _ = output.splitlines()
     assert names == sparse_names()
     assert count == "9 of 15 linears take semi-structured weights"
-    assert reason.endswith("finds no GPU (CUDA or ROCm), and one is needed.")
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")

@@ -156,8 +156,8 @@ def add_training_windows(command: argparse.ArgumentParser, name: str, what: str)
         "--sampling",
         choices=("even", "random", "documents"),
         default="even",
-        help="windows are spread evenly over the joined documents, or drawn from them, or begin a "
-        "document each (default: even)",
+        help="even: equal distances in the joined documents; random: drawn from them; "
+        "documents: the beginning of each document (default: even)",
     )
     command.add_argument(
         "--seed", type=index, default=0, help="of windows that are drawn or written (default: 0)"

@@ -35,10 +35,10 @@ class Text:
       sequence_length: tokens of a window.
       field: of a record, with a text or the messages of a conversation; None for "text", or else
         "messages". The tokenizer's chat template makes a text of messages.
-      sampling: how windows to calibrate or train on are taken: "even", spread over the documents,
-        which are joined; "random", drawn from the same windows; "documents", the beginnings of
-        documents that are long enough, spread over them. Of a dataset of the hub, the first
-        documents are read, as many as that needs.
+      sampling: how windows to calibrate or train on are taken. "even" and "random" join the
+        documents and cut them into windows: "even" takes windows at equal distances, "random"
+        draws them. "documents" takes the beginnings of documents that are long enough. From a
+        dataset of the hub, only as many documents are read as the windows need.
       seed: of the random draws, and of the model that writes.
 
     Raises:

@@ -146,8 +146,8 @@ def verify(
                     problems[name] = f"{broken} {unit} break the pattern {sought}"
                     if isinstance(sought, Pattern) and (others := sparse_axes(weight, sought)):
                         problems[name] += (
-                            f", which it has along axis {others[0]}: the layer does not sum over "
-                            "that, so that no hardware multiplies faster"
+                            f"; it has the pattern along axis {others[0]}, over which the layer "
+                            "does not sum, so no hardware gains"
                         )
             elif name in copies and name not in refined and _differ(values, copies[name]):
                 problems[name] = "is not what the source has"

@@ -30,9 +30,10 @@ Values = list[dict[Any, Array]]
 
 
 class Segment(NamedTuple):
-    """Equations from kept values to the inputs of a group's weights, which are `rows` by path.
+    """Equations that compute the inputs of a group's weights from kept values.
 
-    Others make the variables that it reads. Later segments read those that it writes.
+    `rows` holds these inputs by path. Earlier segments, or the start, make the variables that this
+    segment `reads`. Later segments read its `writes`.
     """
 
     equations: list[Any]
@@ -74,8 +75,9 @@ class Cut(NamedTuple):
 def cut(survey: Survey, paths: Collection[str], groups: list[list[str]]) -> Cut:
     """Cuts a model at groups of weights; its arrays have these paths.
 
-    A segment has what the inputs need and no segment before it has written. It does not write what
-    depends on weights of its group or a later one, as the second input of a weight used twice.
+    A segment computes the inputs of its group, except what earlier segments have written. It does
+    not write values that depend on weights of its own or a later group, such as the second input
+    of a weight that is used twice.
     """
     jaxpr, constants = opened(survey.jaxpr)
     weights, batch = dict(zip(paths, jaxpr.invars, strict=False)), jaxpr.invars[len(paths) :]
@@ -176,7 +178,7 @@ class Walk:
         return found_grams(by_path[0], by_path[1], self._first.layouts), behind
 
     def _program(self, segment: Segment, names: list[str], *arguments: Any) -> Callable[..., Any]:
-        """The segment's; equal ones share it, since nothing in it tells names of weights."""
+        """The compiled program of a segment; equal ones share it, as it has no weight names."""
 
         def run(given: list[list[Array]], grams: Sums, crosses: Sums) -> Any:
             written, found = zip(*map(segment.run, given), strict=True)

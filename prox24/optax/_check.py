@@ -55,20 +55,20 @@ def check(
     so large that `proximal` keeps the N largest entries of every block. A transform behind it that
     scales, decays, clips, averages or adds noise leaves blocks with more nonzeros.
 
-    A penalty that stays small prunes nothing, ever. So steps without a gradient are taken with the
-    penalty after 1,000,000 updates, from the parameters themselves where they are arrays.
+    A penalty that stays small never prunes. So `check` also takes steps without a gradient, with
+    the penalty after 1,000,000 updates. They start from `params` if its leaves are arrays.
 
     Parameters, gradients and the optimizer's state are made on the default device: for a model that
     does not fit there, give the shapes of a smaller one with the same names.
 
     Args:
       optimizer: a transform that contains `proximal`.
-      params: pytree of arrays, or of `jax.ShapeDtypeStruct`; only shapes and dtypes matter.
+      params: pytree of arrays, or of `jax.ShapeDtypeStruct`; values matter for the penalty alone.
       pattern: (N, M), as given to `proximal`.
       axis: as given to `proximal`.
       mask: as given to `proximal`.
-      penalty: the largest that updates are given as an extra argument; None where the schedule of
-        `proximal` has it.
+      penalty: the largest value that you pass to `update` as `penalty`; None if the schedule of
+        `proximal` sets it.
       **extra_args: what else the optimizer's `update` needs, such as value.
 
     Raises:

@@ -78,32 +78,31 @@ def test_messages_go_through_the_chat_template(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "field", "said"),
+    ("name", "content", "said"),
     [
         (
             "a.jsonl",
             '{"text": "a"}\n\n{"text": ',
-            None,
             r"a.jsonl, line 3, is not JSON: Expecting value \(column 10\)",
         ),
-        ("a.jsonl", '{"text": null}', None, r"line 1: 'text' is empty, neither text nor messages"),
-        ("a.jsonl", '{"text": 5}', None, r"line 1: 'text' is int"),
-        ("a.jsonl", '["a"]', None, r"line 1, is no record of fields"),
-        ("a.json", '{"text": "a"}', None, r"a.json holds no list of records"),
-        ("a.json", "[", None, r"a.json is not JSON"),
-        ("a.csv", "id,text\n1\n", None, r"line 2: 'text' is empty"),
-        ("a.parquet", "PAR1", None, r"a.parquet is no parquet file"),
-        ("a.txt", '{"text": "a"}\n{"text": "b"}', None, r"a.txt holds JSON: give it a name"),
-        ("a.txt", b"a\xff", None, r"a.txt is not UTF-8 text"),
-        ("a.jsonl", b"a\xff", None, r"a.jsonl is not UTF-8 text"),
-        ("a.txt.gz", "a", None, r"cannot read .*a.txt.gz: Not a gzipped file"),
-        ("a.jsonl.xz", "a", None, r"cannot read .*a.jsonl.xz: "),
+        ("a.jsonl", '{"text": null}', r"line 1: 'text' is empty, neither text nor messages"),
+        ("a.jsonl", '{"text": 5}', r"line 1: 'text' is int"),
+        ("a.jsonl", '["a"]', r"line 1, is no record of fields"),
+        ("a.json", '{"text": "a"}', r"a.json holds no list of records"),
+        ("a.json", "[", r"a.json is not JSON"),
+        ("a.csv", "id,text\n1\n", r"line 2: 'text' is empty"),
+        ("a.parquet", "PAR1", r"a.parquet is no parquet file"),
+        ("a.txt", '{"text": "a"}\n{"text": "b"}', r"a.txt holds JSON: give it a name"),
+        ("a.txt", b"a\xff", r"a.txt is not UTF-8 text"),
+        ("a.jsonl", b"a\xff", r"a.jsonl is not UTF-8 text"),
+        ("a.txt.gz", "a", r"cannot read .*a.txt.gz: Not a gzipped file"),
+        ("a.jsonl.xz", "a", r"cannot read .*a.jsonl.xz: "),
     ],
 )
-def test_a_file_that_has_no_text_says_where(tmp_path, name, content, field, said):
+def test_a_file_that_has_no_text_says_where(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CalibrationError, match=said):
-        read(tmp_path / name, field)
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize("source", ["/no/such.txt", "/no/such.jsonl", "/no/such.parquet"])
