@@ -393,9 +393,10 @@ REFUSED = [
     (f"{PRUNE} --recipe none", "cannot read none: No such file"),
     (f"{PRUNE} --recipe recipe.json", "recipe.json: recipe has no field 'dampen'; its fields are"),
     (f"{PRUNE} --recipe recipe.yaml", "recipe.yaml: the recipe is not YAML: "),
-    ("eval model --text none.txt", "none.txt"),
-    ("eval model --text binary", "not UTF-8"),
-    ("eval mute", "tokenizer"),
+    ("eval model --text none.txt --sequence-length 64", "none.txt"),
+    ("eval model --text binary --sequence-length 64", "not UTF-8"),
+    ("eval model", "windows of 512 tokens are longer than the model's 128 positions"),
+    ("eval mute --sequence-length 64", "tokenizer"),
     ("verify cut", "model.safetensors"),
     ("generate model --prompt ''", "the prompt is empty"),
     (
