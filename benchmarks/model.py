@@ -4,9 +4,11 @@
     python benchmarks/model.py samples --length 64 ...
     python benchmarks/model.py refit --windows 16 ...
     python benchmarks/model.py growth --windows 16 ...
+    python benchmarks/model.py patterns --windows 16 ...
 
 main: every method, with and without a refit. samples: 1 to 2,048 calibration windows. refit:
-gradient steps after masking. growth: of lambda, with and without a refit. Calibration windows are
+gradient steps after masking. growth: of lambda, with and without a refit. patterns: 2:4, in pairs
+and in larger blocks, and no pattern, by three methods. Calibration windows are
 drawn at random from the text by the seed, without overlap; evaluation is on the first windows of
 512 tokens of each text. A line is appended to FOLDER/model-TABLE.csv after each run, and a run
 that is there already is skipped, so that an interrupted command can be given again. All lines of
@@ -124,11 +126,28 @@ def growth_table() -> list[Run]:
     ]
 
 
+def patterns_table() -> list[Run]:
+    """Half of the weights, by patterns that constrain less and less."""
+    patterns = ["2:4x2", "2:4", "4:8", "8:16", "16:32", "50%"]
+    methods = {
+        "wanda": (Recipe.wanda(), patterns),
+        "sparsegpt": (Recipe.sparsegpt(), patterns),
+        "default, projection": (Recipe(ADMM(penalty=None)), patterns[:5]),
+        "default": (Recipe(), patterns[:2]),
+    }
+    return [
+        Run(f"{method}, {pattern}", dataclasses.replace(recipe, pattern=pattern))
+        for method, (recipe, own) in methods.items()
+        for pattern in own
+    ]
+
+
 TABLES = {
     "main": main_table,
     "samples": samples_table,
     "refit": refit_table,
     "growth": growth_table,
+    "patterns": patterns_table,
 }
 
 

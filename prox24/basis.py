@@ -225,7 +225,7 @@ def _checked_part(part: Part) -> Part:
     weight, gram = jnp.asarray(part.weight), jnp.asarray(part.gram)
     places = np.asarray(part.places)
     check_arrays(weight, gram)
-    width, group = weight.shape[1], as_pattern(part.pattern).group
+    width, group = weight.shape[1], as_pattern(part.pattern).width
     if part.axis not in (0, 1):
         raise ValueError(f"axis {part.axis} is neither 0, for outputs, nor 1, for inputs")
     length = weight.shape[part.axis]
@@ -234,7 +234,7 @@ def _checked_part(part: Part) -> Part:
     if len(np.unique(places)) < places.size or not np.isin(places, np.arange(length)).all():
         raise ValueError(f"places are not {places.size} different ones of {length}")
     if width % group:
-        raise ValueError(f"M = {group} does not divide the input width {width}")
+        raise ValueError(f"blocks of {group} do not divide the input width {width}")
     if part.axis == 1 and not np.array_equal(places.ravel(), np.arange(width)):
         raise ValueError(f"with axis=1, places are all of the {width} inputs in order")
     dtype = working_dtype(gram.dtype)
@@ -296,7 +296,7 @@ def _objective(
         freedom = jnp.maximum(gram * inverse, 1)
         costs = jnp.square(new) * gram * freedom**-exponent
         costs = costs.reshape(-1, costs.shape[-1])
-        kept = top_mask(lax.stop_gradient(costs), pattern, axis=1 - axis)
+        kept = top_mask(jnp.sqrt(lax.stop_gradient(costs)), pattern, axis=1 - axis)
         return part.scale * jnp.sum(jnp.where(kept, 0, costs))
 
     return sum(map(lost, parts, sides), jnp.zeros((), turn.dtype))

@@ -193,7 +193,7 @@ def add_writing(command: argparse.ArgumentParser) -> None:
 
 
 def pattern(text: str) -> AnyPattern:
-    """Reads "N:M", or "P%"."""
+    """Reads "N:M", "N:MxU", or "P%"."""
     try:
         return as_any_pattern(text)
     except ValueError as error:

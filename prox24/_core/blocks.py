@@ -14,30 +14,31 @@ from prox24._core.pattern import PatternLike, as_pattern
 def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[Array]:
     """Splits blocks into planes: plane i holds the i-th entry of every block, w[i::M] along `axis`.
 
-    Arithmetic on blocks then is arithmetic on whole contiguous arrays.
+    Arithmetic on blocks then is arithmetic on whole contiguous arrays. A block of M units of U
+    entries has M U planes, those of a unit one after the other.
 
     Args:
-      w: array whose length along `axis` is a multiple of M.
-      pattern: (N, M).
-      axis: the axis along which blocks of M consecutive entries run.
+      w: array whose length along `axis` is a multiple of M U.
+      pattern: (N, M), or `prox24.Pattern`.
+      axis: the axis along which the blocks run.
 
     Returns:
-      M arrays of the dtype of `w` and its shape with `axis` divided by M.
+      M U arrays of the dtype of `w` and its shape with `axis` divided by M U.
 
     Raises:
-      ValueError: there is no such axis, or its length is not a multiple of M.
+      ValueError: there is no such axis, or its length is not a multiple of M U.
 
     Example:
       >>> [plane.tolist() for plane in split(jnp.arange(8), (2, 4))]
       [[0, 4], [1, 5], [2, 6], [3, 7]]
     """
     w = jnp.asarray(w)
-    group = as_pattern(pattern).group
+    width = as_pattern(pattern).width
     axis = checked_axis(w.shape, axis)
     length = w.shape[axis]
-    if length % group:
-        raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {group}")
-    blocks = w.reshape(*w.shape[:axis], length // group, group, *w.shape[axis + 1 :])
+    if length % width:
+        raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {width}")
+    blocks = w.reshape(*w.shape[:axis], length // width, width, *w.shape[axis + 1 :])
     return _unstack(blocks, axis + 1)
 
 
@@ -134,6 +135,29 @@ def _stack_by_selects(planes: tuple[Array, ...], axis: int) -> Array:
     # before and stores them; it would compute them again for each of the places.
     taken = lax.optimization_barrier(jnp.ones((), bool))
     return lax.cond(taken, interleave, lambda planes: interleave(planes[::-1]), planes)
+
+
+def units(planes: Sequence[Array], unit: int) -> list[Sequence[Array]]:
+    """The planes of each unit of a block."""
+    return [planes[start : start + unit] for start in range(0, len(planes), unit)]
+
+
+def unit_norms(planes: Sequence[Array], unit: int) -> list[Array]:
+    """The Euclidean norm of each unit of a block: magnitudes, where a unit is one entry.
+
+    Squares neither overflow nor vanish, and the derivative at zero is zero.
+    """
+    magnitudes = [jnp.abs(plane) for plane in planes]
+    return magnitudes if unit == 1 else [_norm(each) for each in units(magnitudes, unit)]
+
+
+def _norm(magnitudes: Sequence[Array]) -> Array:
+    largest = lax.stop_gradient(functools.reduce(jnp.maximum, magnitudes))
+    nonzero = largest != 0  # NaN is nonzero.
+    scale = jnp.where(nonzero, largest, 1)
+    # Where all is zero the sum is of ones, so that the root has a derivative.
+    squares = [jnp.square(jnp.where(nonzero, each / scale, 1)) for each in magnitudes]
+    return jnp.where(nonzero, scale * jnp.sqrt(functools.reduce(jnp.add, squares)), 0)
 
 
 def ranks(planes: Sequence[Array]) -> list[Array]:

@@ -1,24 +1,30 @@
 """Masks of N:M patterns, and whether an array has one."""
 
+import functools
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from prox24._core.blocks import join, ranks, split
+from prox24._core.blocks import join, ranks, split, unit_norms, units
 from prox24._core.pattern import PatternLike, Unstructured, as_pattern
 
 
 def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
     """Marks the N largest scores of every M consecutive ones; ties go to the earlier entry.
 
+    Units of several entries compete by the Euclidean norms of their scores: with |w| as scores, the
+    mask is that of the projection on the pattern.
+
     Args:
-      scores: array whose length along `axis` is a multiple of M, for example |w|, without
+      scores: array whose length along `axis` is a multiple of M units, for example |w|, without
         NaN, which has no rank.
-      pattern: (N, M), any 1 <= N <= M.
+      pattern: (N, M), any 1 <= N <= M, or `prox24.Pattern`.
       axis: the axis along which the blocks run.
 
     Returns:
-      bool array of the shape of `scores`; exactly N True in each block without NaN.
+      bool array of the shape of `scores`; exactly N units True in each block without NaN.
 
     Raises:
       ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
@@ -27,17 +33,20 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
       >>> top_mask(jnp.array([1.0, 3.0, 2.0, 0.0])).tolist()
       [False, True, True, False]
     """
-    kept = as_pattern(pattern).kept
-    return join([rank < kept for rank in ranks(split(scores, pattern, axis))], axis)
+    pattern = as_pattern(pattern)
+    planes = split(scores, pattern, axis)
+    competing = planes if pattern.unit == 1 else unit_norms(planes, pattern.unit)
+    kept = [rank < pattern.kept for rank in ranks(competing)]
+    return join([mask for mask in kept for _ in range(pattern.unit)], axis)
 
 
 def count_violations(
     w: ArrayLike, pattern: PatternLike | Unstructured = (2, 4), axis: int = -1
 ) -> Array:
-    """Counts the blocks with more than N nonzeros, or the nonzeros that are too many.
+    """Counts the blocks with more than N units that are not zero, or the nonzeros too many.
 
     Args:
-      w: array whose length along `axis` is a multiple of M; NaN counts as nonzero.
+      w: array whose length along `axis` is a multiple of M units; NaN counts as nonzero.
       pattern: (N, M), or unstructured: then the array as a whole is looked at, and one entry more
         is allowed for each row and column, since methods round within them.
       axis: the axis along which the blocks run.
@@ -56,15 +65,24 @@ def count_violations(
         w = jnp.asarray(w)
         excess = jnp.count_nonzero(w) - pattern.kept(w.size) - sum(w.shape)
         return jnp.maximum(excess, 0).astype(jnp.int32)
-    nonzeros = sum((plane != 0).astype(jnp.int32) for plane in split(w, pattern, axis))
-    return jnp.count_nonzero(nonzeros > as_pattern(pattern).kept).astype(jnp.int32)
+    pattern = as_pattern(pattern)
+    nonzeros = nonzero_units(split(w, pattern, axis), pattern.unit)
+    return jnp.count_nonzero(nonzeros > pattern.kept).astype(jnp.int32)
+
+
+def nonzero_units(planes: Sequence[Array], unit: int) -> Array:
+    """The number of units of each block that hold a nonzero, int32 of the shape of a plane."""
+    held = [
+        functools.reduce(jnp.logical_or, each) for each in units([p != 0 for p in planes], unit)
+    ]
+    return functools.reduce(jnp.add, [each.astype(jnp.int32) for each in held])
 
 
 def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
-    """Whether at most N of every M consecutive entries along `axis` are nonzero.
+    """Whether at most N of every M consecutive units along `axis` are not zero.
 
     Args:
-      w: array whose length along `axis` is a multiple of M; NaN counts as nonzero.
+      w: array whose length along `axis` is a multiple of M units; NaN counts as nonzero.
       pattern: (N, M).
       axis: the axis along which the blocks run.
 
@@ -83,11 +101,11 @@ def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Ar
 
 def sparse_axes(w: Array, pattern: PatternLike = (2, 4)) -> list[int]:
     """The axes along which an array is N:M."""
-    group = as_pattern(pattern).group
+    width = as_pattern(pattern).width
     return [
         axis
         for axis, length in enumerate(w.shape)
-        if length and length % group == 0 and bool(is_sparse(w, pattern, axis))
+        if length and length % width == 0 and bool(is_sparse(w, pattern, axis))
     ]
 
 

@@ -4,18 +4,36 @@ import dataclasses
 import operator
 from typing import ClassVar, NamedTuple
 
-PatternLike = tuple[int, int]
-"""What a function takes as a pattern; `Pattern` is one."""
-
 
 class Pattern(NamedTuple):
-    """N:M sparsity: `kept` entries of every `group` consecutive ones may be nonzero."""
+    """N:M sparsity: `kept` units of every `group` consecutive ones may be nonzero.
+
+    Attributes:
+      kept: N.
+      group: M.
+      unit: consecutive entries that are kept or pruned together. With 2, `Pattern(2, 4, 2)` keeps
+        two pairs of four, as the sparse tensor cores of NVIDIA's Blackwell read 4-bit numbers.
+
+    Example:
+      >>> print(Pattern(2, 4), Pattern(2, 4, unit=2), Pattern(2, 4, unit=2).width)
+      2:4 2:4x2 8
+    """
 
     kept: int
     group: int
+    unit: int = 1
+
+    @property
+    def width(self) -> int:
+        """The entries of a block."""
+        return self.group * self.unit
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.group}"
+        return f"{self.kept}:{self.group}" + (f"x{self.unit}" if self.unit > 1 else "")
+
+
+PatternLike = tuple[int, int] | Pattern
+"""What a function takes as a pattern."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +51,7 @@ class Unstructured:
     """
 
     sparsity: float
-    group: ClassVar[int] = 1  # There are no blocks, so any length fits.
+    width: ClassVar[int] = 1  # There are no blocks, so any length fits.
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -51,19 +69,22 @@ class Unstructured:
 def as_pattern(pattern: PatternLike) -> Pattern:
     """Names the parts of a pair (N, M); raises ValueError unless 1 <= N <= M, both integers."""
     try:
-        kept, group = map(operator.index, pattern)
+        kept, group, unit = pattern if isinstance(pattern, Pattern) else (*pattern, 1)
+        found = Pattern(*map(operator.index, (kept, group, unit)))
     except (TypeError, ValueError):
         raise ValueError(f"pattern {pattern} is not N:M, a pair of integers") from None
-    if not 1 <= kept <= group:
-        raise ValueError(f"pattern {kept}:{group} is not N:M with 1 <= N <= M")
-    return Pattern(kept, group)
+    if not 1 <= found.kept <= found.group:
+        raise ValueError(f"pattern {found} is not N:M with 1 <= N <= M")
+    if found.unit < 1:
+        raise ValueError(f"the unit of a pattern is {found.unit}, not 1 or more entries")
+    return found
 
 
 AnyPattern = Pattern | Unstructured
 
 
 def as_any_pattern(pattern: "PatternLike | Unstructured | str") -> AnyPattern:
-    """The pattern that a pair (N, M), `Unstructured` or a text, "N:M" or "P%", stands for.
+    """The pattern that (N, M), `Unstructured` or a text, "N:M", "N:MxU" or "P%", stands for.
 
     Raises ValueError if it is none of them.
     """
@@ -74,9 +95,11 @@ def as_any_pattern(pattern: "PatternLike | Unstructured | str") -> AnyPattern:
     try:
         if pattern.endswith("%"):
             return Unstructured(float(pattern.removesuffix("%")) / 100)
-        kept, group = pattern.split(":")
-        return as_pattern((int(kept), int(group)))
+        shape, *unit = pattern.split("x", 1)
+        kept, group = shape.split(":")
+        return as_pattern(Pattern(int(kept), int(group), *map(int, unit)))
     except ValueError as error:
         raise ValueError(
-            f"{pattern!r} is neither N:M with 1 <= N <= M nor a percentage below 100%"
+            f"{pattern!r} is neither N:M with 1 <= N <= M, nor N:MxU with units of U entries, nor "
+            "a percentage below 100%"
         ) from error

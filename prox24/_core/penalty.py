@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from prox24._core.blocks import split
+from prox24._core.blocks import split, unit_norms
 from prox24._core.pattern import PatternLike, as_pattern
 from prox24._core.precision import working_dtype
 
@@ -13,11 +13,12 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
     """R(w) = sum over blocks of e_{N+1}(|w|), the elementary symmetric polynomial of degree N+1.
 
     It is zero exactly when every block has at most N nonzeros. For 2:4,
-    R(w) = |w1 w2 w3| + |w1 w2 w4| + |w1 w3 w4| + |w2 w3 w4| on each block.
+    R(w) = |w1 w2 w3| + |w1 w2 w4| + |w1 w3 w4| + |w2 w3 w4| on each block. Units of several entries
+    enter by their Euclidean norms.
 
     Args:
-      w: array whose length along `axis` is a multiple of M.
-      pattern: (N, M), any 1 <= N <= M (N = M gives 0).
+      w: array whose length along `axis` is a multiple of M units.
+      pattern: (N, M), any 1 <= N <= M (N = M gives 0), or `prox24.Pattern`.
       axis: the axis along which the blocks run.
 
     Returns:
@@ -34,10 +35,11 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       >>> float(penalty(jnp.array([1.0, -2.0, 3.0, 0.0])))
       6.0
     """
-    degree = as_pattern(pattern).kept + 1
+    pattern = as_pattern(pattern)
+    degree = pattern.kept + 1
     w = jnp.asarray(w)
     w = w.astype(working_dtype(w.dtype))
-    magnitudes = [jnp.abs(plane) for plane in split(w, pattern, axis)]
+    magnitudes = unit_norms(split(w, pattern, axis), pattern.unit)
     # Horner's scheme for the product of (1 + |w_i| t): elementary[d] is e_d of the entries so far.
     elementary = [jnp.ones_like(magnitudes[0])] + [jnp.zeros_like(magnitudes[0])] * degree
     for magnitude in magnitudes:

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24._core import keep_one, keep_two
-from prox24._core.blocks import join, split
+from prox24._core.blocks import join, split, unit_norms
 from prox24._core.precision import working_dtype
 
 __all__ = ["join", "prox", "split"]
@@ -21,17 +21,20 @@ __all__ = ["join", "prox", "split"]
 OPERATORS = {1: keep_one, 2: keep_two}
 
 
-def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array, ...]:
+def prox(
+    planes: Sequence[Array], lam: ArrayLike, kept: int = 2, unit: int = 1
+) -> tuple[Array, ...]:
     """prox_{lam R}(y) on planes; `prox24.prox` says what it is.
 
     Args:
-      planes: M arrays of one shape and dtype, the entries of each block.
+      planes: arrays of one shape and dtype, the entries of each block: M, or M units.
       lam: nonnegative, a scalar or one that broadcasts to the shape of a plane; NaN where it is
         negative.
       kept: N of the pattern N:M, 1 or 2.
+      unit: entries that are kept or pruned together.
 
     Returns:
-      M arrays of the shape and dtype of `planes`.
+      Arrays of the number, shape and dtype of `planes`.
 
     Raises:
       ValueError: another `kept`, a dtype that is not floating, or `lam` does not broadcast.
@@ -41,7 +44,7 @@ def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array,
       >>> [round(float(w[0]), 3) for w in prox(planes, 0.3)]
       [0.911, 0.681, 0.404, 0.021]
     """
-    check_kept(kept, len(planes))
+    check_kept(kept, len(planes) // unit)
     given = planes[0].dtype
     if not jnp.issubdtype(given, jnp.floating):
         raise ValueError(f"prox needs floating-point entries, not {given}")
@@ -50,8 +53,23 @@ def prox(planes: Sequence[Array], lam: ArrayLike, kept: int = 2) -> tuple[Array,
     if lam.ndim:
         lam = _broadcast(lam, planes[0].astype(dtype))
     lam = jnp.where(lam < 0, jnp.nan, lam)  # Not the identity in silence.
-    w = _prox(tuple(plane.astype(dtype) for plane in planes), lam, kept)
+    y = [plane.astype(dtype) for plane in planes]
+    w = _prox(tuple(y), lam, kept) if unit == 1 else _prox_of_units(y, lam, kept, unit)
     return tuple(plane.astype(given) for plane in w)
+
+
+def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list[Array]:
+    """Each unit keeps its direction, and its norm is the operator of the norms (theory.md)."""
+    norms = unit_norms(y, unit)
+    shrunk = _prox(tuple(norms), lam, kept)
+
+    def scaled(entry: Array, norm: Array, short: Array) -> Array:
+        # A unit of zeros has no direction; its derivative is that of a unit that is pruned.
+        same = (short == norm) & ((norm > 0) | (lam == 0))
+        moved = entry * (short / jnp.where(norm == 0, 1, norm))
+        return jnp.where(same, entry, jnp.where(short == 0, 0, moved))
+
+    return [scaled(y[i], norms[i // unit], shrunk[i // unit]) for i in range(len(y))]
 
 
 def check_kept(kept: int, group: int) -> None:

@@ -17,6 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from prox24._core import planes
+from prox24._core.pattern import Pattern
 from prox24._core.placement import is_on_one_device
 
 # Mosaic loads rows with a stride only from arrays of one register's width.
@@ -27,22 +28,24 @@ COLUMNS = 2048
 STEP = 32
 
 
-def serves(y: Array, lam: Array, group: int, axis: int) -> bool:
+def serves(y: Array, lam: Array, pattern: Pattern, axis: int) -> bool:
     """Whether `prox` takes these: the others are too small, or their layout is not a tile's."""
     return (
         y.dtype in (jnp.float32, jnp.bfloat16)
         and lam.ndim == 0
         and y.ndim >= 2
         and axis in (-1, y.ndim - 1)
-        and group in (2, 4, 8)
+        and pattern.group in (2, 4, 8)
+        and pattern.unit == 1
         and _fits(y.shape)
         and (not jax.sharding.get_abstract_mesh().manual_axes or _varies_alike(y, lam))
     )
 
 
-def planar(y: Array, lam: Array, kept: int, group: int, axis: int = -1) -> Array:
+def planar(y: Array, lam: Array, kept: int, group: int, unit: int = 1, axis: int = -1) -> Array:
     """prox_{lam R}(y) by XLA, along any axis and for any lam."""
-    return planes.join(planes.prox(planes.split(y, (kept, group), axis), lam, kept), axis)
+    blocks = planes.split(y, Pattern(kept, group, unit), axis)
+    return planes.join(planes.prox(blocks, lam, kept, unit), axis)
 
 
 def _lower_for_tpu(context: Any, *operands: Any, kept: int, group: int) -> Any:

@@ -118,7 +118,8 @@ def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
     if isinstance(pattern, Unstructured):
         return math.ceil(size * (1 - pattern.sparsity) + weights / 8)
     kept = weights * pattern.kept // pattern.group
-    return kept * width + math.ceil(kept * math.ceil(math.log2(pattern.group)) / 8)
+    places = kept // pattern.unit
+    return kept * width + math.ceil(places * math.ceil(math.log2(pattern.group)) / 8)
 
 
 def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
@@ -128,7 +129,7 @@ def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
     check_found([linear.tensor for linear in linears], recipe)
     for linear in linears:
         width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
-        fits = pattern is not None and width % pattern.group == 0
+        fits = pattern is not None and width % pattern.width == 0
         refused = "by the recipe" if pattern is None else f"width {width} does not fit {pattern}"
         decisions[linear.tensor] = PRUNED if fits else DENSE + refused
     return decisions

@@ -180,7 +180,7 @@ class PruneReport(Report):
         name = self.linears[0].name.partition("[")[0]
         weight = np.moveaxis(np.asarray(checkpoint.read(name)), axes[name], -1)
         corner = weight.reshape(-1, weight.shape[-1])[:24, :64] != 0
-        group = getattr(self.recipe.pattern_of(name), "group", None)
+        group = getattr(self.recipe.pattern_of(name), "width", None)
         said = f"The first rows and columns of {name}; a square is a nonzero weight."
         return [page.section("A mask", page.paragraph(said), page.picture(corner, group))]
 

@@ -135,13 +135,12 @@ def verify(
             if name in axes:
                 weight, sought = jnp.asarray(values), recipe.pattern_of(name)
                 assert sought is not None
-                group = 1 if isinstance(sought, Unstructured) else sought.group
                 zeros += float(mean_sparsity(weight)) * weight.size
                 weights += weight.size
-                blocks += weight.size // group
+                blocks += weight.size // sought.width
                 broken = int(count_violations(weight, sought, axes[name]))
                 if broken:
-                    unit = "weights" if group == 1 else f"blocks of {group}"
+                    unit = "weights" if sought.width == 1 else f"blocks of {sought.width}"
                     violations[name] = broken
                     problems[name] = f"{broken} {unit} break the pattern {sought}"
                     if isinstance(sought, Pattern) and (others := sparse_axes(weight, sought)):

@@ -181,9 +181,9 @@ def check_widths(widths: Mapping[str, int], recipe: Recipe) -> None:
     """Raises CheckpointError where M does not divide the input width of a tensor that is pruned."""
     for tensor, width in widths.items():
         pattern = recipe.pattern_of(tensor)
-        group = 1 if pattern is None else pattern.group
-        if width % group:
+        block = 1 if pattern is None else pattern.width
+        if width % block:
             raise CheckpointError(
-                f"tensor {tensor} has input width {width}, not divisible by {group}: "
+                f"tensor {tensor} has input width {width}, not divisible by {block}: "
                 f"the pattern {pattern} does not fit"
             )

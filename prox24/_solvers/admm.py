@@ -94,7 +94,7 @@ class ADMM:
         diagonal = jnp.diagonal(gram)
         others_free = 1 / jnp.diagonal(inverted.matrix)
         curvature = diagonal * (others_free / diagonal) ** self.scaling
-        normalized = normalize(problem.weight, gram, curvature)
+        normalized = normalize(problem.weight, gram, curvature, pattern.unit)
         final = _iterate(normalized, pattern, self)
         total = final.weight + final.dual
         return Candidate.of(
@@ -125,7 +125,8 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
     def sparse(total: Array, strength: Array) -> Array:
         if penalty is None:
             return jnp.where(top_mask(jnp.abs(total), pattern), total, 0)
-        return planes.join(planes.prox(planes.split(total, pattern), strength, pattern.kept))
+        blocks = planes.split(total, pattern)
+        return planes.join(planes.prox(blocks, strength, pattern.kept, pattern.unit))
 
     def advance(state: _State, response: Array) -> _State:
         """One step; `response` is rho (G + rho I)^-1."""

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from prox24._core.blocks import split, unit_norms
+from prox24._core.pattern import Pattern
 from prox24._core.precision import PRECISION, working_dtype
 from prox24._solvers.damping import damped_inverse
 
@@ -200,15 +202,20 @@ def check_arrays(weight: Array, gram: Array, axis: int = -1) -> None:
         raise ValueError(f"weight {weight.shape} has no entries")
 
 
-def normalize(weight: Array, gram: Array, curvature: Array | None = None) -> Normalized:
+def normalize(
+    weight: Array, gram: Array, curvature: Array | None = None, unit: int = 1
+) -> Normalized:
     """Scales a problem with D = curvature^(1/2) and to unit mean magnitude of the weight.
 
     The loss is unchanged by W -> W D, G -> D^-1 G D^-1, and a multiple of the loss is left by
     dividing W by a scalar. The strength of a penalty then means the same in every layer. Without
-    a curvature it is the diagonal of the Gram, which is damped before.
+    a curvature it is the diagonal of the Gram, which is damped before. The magnitude of a unit of
+    several entries is its norm.
     """
     deviation = jnp.sqrt(jnp.diagonal(gram) if curvature is None else curvature)
     magnitudes = jnp.abs(weight * deviation[None, :])
+    if unit > 1:
+        (magnitudes,) = unit_norms(split(magnitudes, Pattern(1, 1, unit)), unit)
     # The last bits of a mean depend on the order of its terms, and with it on the number of devices
     # that share the rows; a maximum does not. Their ratio has no unit, and needs few bits.
     largest = jnp.max(magnitudes)

@@ -1,7 +1,6 @@
 """Accelerated proximal gradient descent with a growing penalty, in planar layout."""
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24._core import planes
-from prox24._core.masks import top_mask
+from prox24._core.masks import nonzero_units, top_mask
 from prox24._core.pattern import AnyPattern, Pattern
 from prox24._core.precision import PRECISION
 from prox24._solvers.damping import damped_gram
@@ -65,13 +64,14 @@ class ProximalGradient:
     def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
         pattern = n_of_m(pattern)
-        normalized = normalize(problem.weight, damped_gram(problem.gram, damping))
+        gram = damped_gram(problem.gram, damping)
+        normalized = normalize(problem.weight, gram, unit=pattern.unit)
         # With the columns of plane 0 first, then those of 1, ..., the product with the Gram sees
         # an ordinary matrix, and nothing is interleaved until the end.
         order = jnp.concatenate(planes.split(jnp.arange(problem.weight.shape[1]), pattern))
         start, gram = normalized.weight[:, order], normalized.gram[order][:, order]
         final = _iterate(start, gram, pattern, self)
-        dense = planes.join(jnp.split(final.weight, pattern.group, axis=1))
+        dense = planes.join(jnp.split(final.weight, pattern.width, axis=1))
         mask = top_mask(jnp.abs(dense), pattern)
         blocks = jnp.sum(final.dense_blocks)
         return Candidate.of(
@@ -106,12 +106,12 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
     def advance(state: _State) -> _State:
         difference = state.extrapolated - state.origin
         gradient = jnp.matmul(difference, gram, precision=PRECISION)
-        target = jnp.split(state.extrapolated - step_size * gradient, pattern.group, axis=1)
-        blocks = planes.prox(target, state.penalty * step_size, pattern.kept)
+        target = jnp.split(state.extrapolated - step_size * gradient, pattern.width, axis=1)
+        blocks = planes.prox(target, state.penalty * step_size, pattern.kept, pattern.unit)
         weight = jnp.concatenate(blocks, axis=1)
         move = weight - state.weight
         following, share = following_nesterov(state.nesterov)
-        nonzeros = functools.reduce(jnp.add, [(plane != 0).astype(jnp.int32) for plane in blocks])
+        nonzeros = nonzero_units(blocks, pattern.unit)
         history = state.history
         if solver.history:
             entries = planes.join(blocks)
@@ -145,7 +145,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
         weight=start,
         extrapolated=start,
         nesterov=jnp.ones((), dtype),
-        dense_blocks=jnp.full((rows, 1), start.shape[1] // pattern.group, jnp.int32),
+        dense_blocks=jnp.full((rows, 1), start.shape[1] // pattern.width, jnp.int32),
         # One for each row: XLA would round a division by a single scalar in another way.
         penalty=jnp.full((rows, 1), solver.penalty.first, dtype),
         steps=jnp.zeros((), jnp.int32),

@@ -83,7 +83,8 @@ def solve(
         in float64 when the Gram is float64.
       solver: how the mask is found; an object of hyperparameters, whose numbers are traced.
       refit: how the kept weights are updated afterwards, or None to keep the solver's.
-      pattern: (N, M) along the axis, M a divisor of its length; or `Unstructured`.
+      pattern: (N, M) along the axis, M a divisor of its length, or `Pattern` with units of several
+        entries; or `Unstructured`.
       damping: added to the diagonal of the Gram, relative to its mean. It makes a singular Gram
         definite. Solvers and refits that need one raise it, to at most 1, where it is not enough,
         and the statistics say so (`prox24._solvers.damping.inverse_factor`).
@@ -113,9 +114,9 @@ def solve(
     check_arrays(weight, gram, axis)
     check_traits(solver, refit, pattern)
     width = weight.shape[axis]
-    if width % pattern.group:
+    if width % pattern.width:
         raise ValueError(
-            f"input width {width} is not divisible by {pattern.group}: take another pattern, or "
+            f"input width {width} is not divisible by {pattern.width}: take another pattern, or "
             "pad weight and Gram with zeros"
         )
     traced = any(map(_is_traced, jax.tree.leaves((weight, gram, solver, refit, damping))))
@@ -201,7 +202,7 @@ def check_supported(
     solver: Solver, refit: Refit | None, pattern: PatternLike | Unstructured
 ) -> None:
     """Raises ValueError where `solve` would for the pattern, and computes nothing."""
-    width = as_any_pattern(pattern).group
+    width = as_any_pattern(pattern).width
     arrays = (jax.ShapeDtypeStruct((rows, width), jnp.float32) for rows in (1, width))
     jax.eval_shape(functools.partial(solve, solver=solver, refit=refit, pattern=pattern), *arrays)
 

@@ -1,6 +1,7 @@
 """SparseGPT: one sweep over the columns that prunes, and spreads each error over later columns."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ class SparseGPT:
 
     With U upper triangular and U^T U the inverse of the damped Gram, columns are visited in order.
     At each block of M the N entries of largest w^2 / U_jj^2 are kept; a pruned entry's error
-    w / U_jj times row j of U is taken off the columns that follow. Without a pattern, the same
-    scores are compared within `block_size` columns of all rows.
+    w / U_jj times row j of U is taken off the columns that follow. A unit's score is the sum of its
+    entries' scores, each after the errors of the earlier ones: the loss of pruning it. Without a
+    pattern, scores are compared within `block_size` columns of all rows.
 
     Attributes:
       block_size: the columns updated together before the rest of the matrix; a pattern's result
@@ -43,7 +45,7 @@ class SparseGPT:
     def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
         """Finds a candidate; traceable, with the pattern static."""
         factor = inverse_factor(problem.gram, damping)
-        block = columns_at_once(problem.weight.shape[1], pattern.group, self.block_size)
+        block = columns_at_once(problem.weight.shape[1], pattern.width, self.block_size)
         swept = _sweep(problem.weight.T, factor.upper, pattern, block)
         return Candidate.of(swept.weight.T, swept.mask.T, factor.damping)
 
@@ -87,14 +89,17 @@ def _prune_columns(
 ) -> tuple[Array, Array, Array]:
     """Prunes the columns of one block: kept values, mask and errors, each (block, rows)."""
     block, rows = columns.shape
-    group = pattern.group
-    diagonal = jnp.diagonal(factor)
+    group = pattern.width
 
-    def choose(entries: Array, start: Array) -> Array:
+    def choose(entries: Array, corner: Array, start: Array) -> Array:
         if isinstance(pattern, Unstructured):
             return lax.dynamic_slice(chosen, (start, 0), (group, rows))
-        scales = lax.dynamic_slice(diagonal, (start,), (group,))
-        return top_mask(jnp.square(entries / scales[:, None]), pattern, axis=0)
+        errors: list[Array] = []
+        for i in range(group):
+            first = i - i % pattern.unit
+            moved = [corner[j, i] * errors[j] for j in range(first, i)]
+            errors.append(functools.reduce(jnp.subtract, moved, entries[i]) / corner[i, i])
+        return top_mask(jnp.abs(jnp.stack(errors)), pattern, axis=0)
 
     def prune_group(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         columns, mask, errors = state
@@ -102,7 +107,7 @@ def _prune_columns(
         entries = lax.dynamic_slice(columns, (start, 0), (group, rows))
         factor_rows = lax.dynamic_slice(factor, (start, 0), (group, block))
         corner = lax.dynamic_slice(factor_rows, (0, start), (group, group))
-        group_mask = choose(entries, start)
+        group_mask = choose(entries, corner, start)
         group_errors = []
         for i in range(group):
             error = jnp.where(group_mask[i], 0, entries[i] / corner[i, i])
@@ -116,7 +121,7 @@ def _prune_columns(
         )
 
     if isinstance(pattern, Unstructured):
-        scores = jnp.square(columns / diagonal[:, None])
+        scores = jnp.square(columns / jnp.diagonal(factor)[:, None])
         chosen = largest_mask(scores, pattern.kept(scores.size))
     start = (columns, jnp.zeros(columns.shape, bool), jnp.zeros_like(columns))
     return lax.fori_loop(0, block // group, prune_group, start)

@@ -94,13 +94,14 @@ def _choices(gram: Array, pattern: Pattern) -> _Choices:
     kept = np.array(list(itertools.combinations(range(pattern.group), pattern.kept)))
     masks = np.zeros((len(kept), pattern.group), bool)
     np.put_along_axis(masks, kept, True, axis=1)
-    blocks = len(gram) // pattern.group
-    square = gram.reshape(blocks, pattern.group, blocks, pattern.group)
+    masks = np.repeat(masks, pattern.unit, axis=1)
+    blocks = len(gram) // pattern.width
+    square = gram.reshape(blocks, pattern.width, blocks, pattern.width)
     inverse = jnp.linalg.inv(jnp.moveaxis(jnp.diagonal(square, axis1=0, axis2=2), -1, 0))
     # With P pruned, (H^-1)_PP^-1 t_P is what holds P at zero; 1 stands in for the kept.
     pruned = ~masks[None]
     both = pruned[..., :, None] & pruned[..., None, :]
-    identity = jnp.eye(pattern.group, dtype=gram.dtype)
+    identity = jnp.eye(pattern.width, dtype=gram.dtype)
     inner = jnp.linalg.inv(jnp.where(both, inverse[:, None], identity[None, None]))
     losses = jnp.where(both, inner, 0)
     minimisers = identity[None, None] - jnp.matmul(inverse[:, None], losses, precision=PRECISION)
@@ -109,7 +110,7 @@ def _choices(gram: Array, pattern: Pattern) -> _Choices:
 
 def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pattern) -> Refitted:
     rows, width = state.weight.shape
-    group = pattern.group
+    group = pattern.width
     columns = columns_at_once(width, group, COLUMNS)
 
     def improve_group(

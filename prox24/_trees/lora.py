@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from prox24._core.pattern import PatternLike
 from prox24._core.precision import PRECISION
 from prox24.optax._leaves import Axis, Leaf, Mask, PyTree, describe, map_named
 
@@ -39,7 +40,7 @@ def init(
     key: Array,
     params: PyTree,
     rank: int,
-    pattern: tuple[int, int] = (2, 4),
+    pattern: PatternLike = (2, 4),
     *,
     axis: Axis | None = None,
     mask: Mask | None = None,

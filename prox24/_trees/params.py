@@ -302,8 +302,8 @@ def _choose(
             reason = BY_RECIPE
         elif layout is None:
             reason = f"no Gram: {left_out.get(leaf.path, 'unused')}"
-        elif leaf.shape[axis] % pattern.group:
-            reason = f"axis {axis} is not divisible by {pattern.group}"
+        elif leaf.shape[axis] % pattern.width:
+            reason = f"axis {axis} is not divisible by {pattern.width}"
         else:
             reason = "default" if wanted is None else "in mask"
             return leaf._replace(axis=axis, pruned=True, reason=reason)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from prox24._core.compiling import quick_options
 from prox24._core.masks import is_sparse
-from prox24._core.pattern import Pattern
+from prox24._core.pattern import PatternLike, as_pattern
 from prox24.optax._leaves import (
     Axis,
     Mask,
@@ -42,7 +42,7 @@ NOT_REACHED = "it has no proximal for this leaf, or a wrapper does not pass extr
 def check(
     optimizer: optax.GradientTransformation,
     params: PyTree,
-    pattern: tuple[int, int] = (2, 4),
+    pattern: PatternLike = (2, 4),
     *,
     axis: Axis | None = None,
     mask: Mask | None = None,
@@ -122,7 +122,8 @@ def check(
                 landings = (jax.tree.leaves(tree)[first] for tree in (after, without_penalty))
                 leaf, reached = leaves[first], not np.array_equal(*landings)
                 raise ValueError(
-                    f"{leaf.path} is not {Pattern(*pattern)} along axis {leaf.axis} after a step: "
+                    f"{leaf.path} is not {as_pattern(pattern)} along axis {leaf.axis} after a "
+                    "step: "
                     f"{NOT_LAST if reached else NOT_REACHED}"
                 )
             taken += 1

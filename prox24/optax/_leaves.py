@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prox24._core.pattern import Pattern, as_pattern
+from prox24._core.pattern import Pattern, PatternLike, as_pattern
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
@@ -59,7 +59,7 @@ class Leaf(NamedTuple):
 
 def describe(
     params: PyTree,
-    pattern: tuple[int, int] = (2, 4),
+    pattern: PatternLike = (2, 4),
     *,
     axis: Axis | None = None,
     mask: Mask | None = None,
@@ -235,8 +235,8 @@ def _obstacle(leaf: Any, shape: tuple[int, ...], axis: int, pattern: Pattern) ->
         return "it is not a floating array"
     if not 0 <= axis < len(shape):
         return f"it has no axis {axis}"
-    if shape[axis] % pattern.group:
-        return f"axis {axis} is not divisible by {pattern.group}"
+    if shape[axis] % pattern.width:
+        return f"axis {axis} is not divisible by {pattern.width}"
     return None
 
 

@@ -12,7 +12,7 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from prox24._core.pattern import as_pattern
+from prox24._core.pattern import PatternLike, as_pattern
 from prox24._core.planes import check_kept
 from prox24._core.prox import prox
 from prox24.optax._leaves import (
@@ -57,7 +57,7 @@ class KeepPatternState(NamedTuple):
 
 def proximal(
     lam: ArrayLike | Schedule,
-    pattern: tuple[int, int] = (2, 4),
+    pattern: PatternLike = (2, 4),
     *,
     axis: Axis | None = None,
     learning_rate: ArrayLike | Schedule = 1.0,
@@ -81,7 +81,7 @@ def proximal(
       lam: nonnegative scalar, or a schedule: a function of the number of updates so far, such as
         `prox24.Exponential`, or `optax.exponential_decay` with a rate above 1. The product
         learning_rate * lam is the lam of `prox24.prox`; weights are NaN where it is negative.
-      pattern: (1, M) or (2, M).
+      pattern: (1, M) or (2, M), or `prox24.Pattern` with units of several entries.
       axis: the axis along which blocks of M run: one for all leaves, or a function of the path;
         None to choose by name, see `describe`.
       learning_rate: that of the optimizer, scalar or schedule, if lam is to be a penalty on the
@@ -115,7 +115,7 @@ def proximal(
     """
 
     pattern = as_pattern(pattern)
-    check_kept(*pattern)
+    check_kept(pattern.kept, pattern.group)
     for name, value in {"lam": lam, "learning_rate": learning_rate}.items():
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{name} is {value}, not a nonnegative number")
@@ -203,7 +203,7 @@ def keep_pattern(
 
 def kept_entries(
     params: PyTree,
-    pattern: tuple[int, int] = (2, 4),
+    pattern: PatternLike = (2, 4),
     *,
     axis: Axis | None = None,
     mask: Mask | None = None,
@@ -254,7 +254,7 @@ def _landing(
     params: Sequence[Any],
     updates: Sequence[Any],
     penalty: ArrayLike,
-    pattern: tuple[int, int],
+    pattern: PatternLike,
 ) -> list[Any]:
     """The updates, those of pruned leaves landing where the operator does.
 
@@ -277,7 +277,7 @@ def _landing(
 
 @functools.partial(jax.jit, static_argnames=("pattern", "axis"))
 def _landing_updates(
-    params: list[Array], updates: list[Array], penalty: Array, pattern: tuple[int, int], axis: int
+    params: list[Array], updates: list[Array], penalty: Array, pattern: PatternLike, axis: int
 ) -> list[Array]:
     """The updates from equal leaves to the proximal operator of params + update."""
 

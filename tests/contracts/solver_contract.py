@@ -22,7 +22,11 @@ import numpy as np
 import prox24
 
 ROWS, WIDTH = 8, 16
-PATTERNS = (*(prox24.Pattern(kept, 4) for kept in (2, 1, 3)), prox24.Unstructured(0.5))
+PATTERNS = (
+    *(prox24.Pattern(kept, 4) for kept in (2, 1, 3)),
+    prox24.Pattern(2, 4, unit=2),
+    prox24.Unstructured(0.5),
+)
 NUMBERS = np.random.default_rng(0).normal(size=(ROWS + 4 * WIDTH, WIDTH))
 WEIGHT = NUMBERS[:ROWS]
 TOKENS = NUMBERS[ROWS:] * 0.8 ** np.arange(WIDTH) + NUMBERS[ROWS:, :1]
@@ -165,8 +169,9 @@ def assert_solved(solution, problem, pattern, name):
     if isinstance(pattern, prox24.Unstructured):
         assert np.sum(mask) == pattern.kept(mask.size), name
     else:
-        in_blocks = mask.reshape(-1, pattern.group).sum(axis=1)
-        assert np.all(in_blocks == pattern.kept), f"{name}: {pattern} does not hold"
+        units = mask.reshape(-1, pattern.group, pattern.unit)
+        assert np.all(units.all(axis=2).sum(axis=1) == pattern.kept), f"{name}: not {pattern}"
+        assert np.all(units.any(axis=2).sum(axis=1) == pattern.kept), f"{name}: not {pattern}"
     assert solution.statistics.dead_features == np.sum(np.diagonal(problem[1]) == 0), name
     original, gram = problem
     total = np.sum((original @ gram) * original) or 1

@@ -86,7 +86,12 @@ def test_linears_stored_the_other_way_are_pruned_along_their_input(tmp_path):
 
 @pytest.mark.parametrize(
     ("pattern", "width", "share"),
-    [(Pattern(2, 4), 2, 9 / 16), (Pattern(1, 4), 4, 17 / 64), (Unstructured(0.5), 2, 9 / 16)],
+    [
+        (Pattern(2, 4), 2, 9 / 16),
+        (Pattern(1, 4), 4, 17 / 64),
+        (Unstructured(0.5), 2, 9 / 16),
+        (Pattern(2, 4, 2), 2, 17 / 32),
+    ],
 )
 def test_sizes_without_zeros(pattern, width, share):
     assert sparse_bytes(1024 * width, width, pattern) == math.ceil(1024 * width * share)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optax import contrib
 from reference import assert_close, eps_of, inverse_hessian, largest
 
-from prox24 import Exponential, prox
+from prox24 import Exponential, Pattern, prox, report
 from prox24.optax import by_path, check, keep_pattern, kept_entries, proximal
 
 jitted_prox = jax.jit(prox, static_argnames=("pattern", "axis"))
@@ -126,6 +126,24 @@ def test_the_pattern_and_the_axis_are_those_asked_for(pattern):
     w = normal((4, 8))
     stepped = w + updated(proximal(1e30, pattern, axis=-1), w, w)
     assert np.all(nonzeros(stepped, axis=1) == pattern[0])
+
+
+def test_pairs_are_pruned_kept_checked_and_reported(standard_promotion):
+    pairs = Pattern(2, 4, unit=2)
+    step = proximal(Exponential(0.01, 2.0), pairs)
+    params = {"kernel": normal((16, 8))}
+    check(optax.chain(optax.sgd(0.1), step), params, pairs)
+    with pytest.raises(ValueError, match="kernel is not 2:4x2 along axis 0 after a step"):
+        check(optax.chain(step, optax.scale(0.5)), params, pairs)
+    state = step.init(params)
+    for _ in range(20):
+        updates, state = step.update({"kernel": jnp.zeros((16, 8))}, state, params)
+        params = optax.apply_updates(params, updates)
+    assert set(nonzeros(params["kernel"], group=2).ravel().tolist()) == {0, 2}
+    assert report(params, pairs).sparse
+    assert not report(params).sparse
+    kept = kept_entries(params, pairs)["kernel"]
+    assert np.array_equal(kept, params["kernel"] != 0)
 
 
 NUMBERS = {

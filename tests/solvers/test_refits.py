@@ -15,6 +15,7 @@ from test_solvers import (
     roundings,
 )
 
+from prox24._core.pattern import Pattern
 from prox24._solvers.admm import ADMM
 from prox24._solvers.problem import Status, correct_inputs
 from prox24._solvers.proximal import ProximalGradient
@@ -26,30 +27,36 @@ from prox24._solvers.sparsegpt import SparseGPT
 from prox24._solvers.swaps import Swaps
 
 
-def swept(weight, mask, original, gram, kept, group):
+def swept(weight, mask, original, gram, kept, group, unit=1):
     """One sweep of the best mask of each block, with the other blocks as they are."""
     weight, mask = np.array(weight), np.array(mask)
     for row in range(len(weight)):
-        for start in range(0, weight.shape[1], group):
-            block = slice(start, start + group)
+        for start in range(0, weight.shape[1], group * unit):
+            block = slice(start, start + group * unit)
             inner = gram[block, block]
             slope = (weight[row] - original[row]) @ gram[:, block]
             goal = inner @ weight[row, block] - slope
             best = None
             for support in itertools.combinations(range(group), kept):
-                chosen = list(support)
-                values = np.zeros(group)
+                chosen = [unit * number + entry for number in support for entry in range(unit)]
+                values = np.zeros(group * unit)
                 values[chosen] = np.linalg.solve(inner[np.ix_(chosen, chosen)], goal[chosen])
                 loss = values @ inner @ values - 2 * values @ goal
                 if best is None or loss < best[0]:
                     best = (loss, values, chosen)
             weight[row, block] = best[1]
-            mask[row, block] = np.isin(np.arange(group), best[2])
+            mask[row, block] = np.isin(np.arange(group * unit), best[2])
     return weight, mask
 
 
 @pytest.mark.parametrize(
-    ("kind", "pattern"), [("low_rank", (2, 4)), ("power_law", (2, 8)), ("few_tokens", (3, 4))]
+    ("kind", "pattern"),
+    [
+        ("low_rank", (2, 4)),
+        ("power_law", (2, 8)),
+        ("few_tokens", (3, 4)),
+        ("low_rank", Pattern(2, 4, unit=2)),
+    ],
 )
 def test_a_sweep_takes_the_best_mask_of_every_block(kind, pattern):
     problem = make_problem(kind, rows=6, width=16, dtype="float64")

@@ -22,7 +22,7 @@ from reference import (
 )
 
 from prox24._core.masks import is_sparse
-from prox24._core.pattern import Unstructured
+from prox24._core.pattern import Pattern, Unstructured
 from prox24._core.prox import prox
 from prox24._solvers.admm import ADMM
 from prox24._solvers.problem import LayerProblem, Status
@@ -109,6 +109,29 @@ def test_sparsegpt_equals_the_columnwise_reference_in_float64(kept, group, block
     assert solution.status is Status.SPARSE
     assert np.array_equal(solution.mask, mask)
     assert_close(solution.weight, weight, roundings(problem))
+
+
+def test_sparsegpt_prunes_the_pairs_of_least_loss():
+    # By inverses of what is left of the Gram, in place of a factor.
+    problem = make_problem("low_rank", rows=16, dtype="float64")
+    pattern = Pattern(2, 4, unit=2)
+    w, gram = np.array(problem.weight), damped(problem.gram, DAMPING)
+    mask = np.zeros(w.shape, bool)
+    for start in range(0, w.shape[1], pattern.width):
+        losses = []
+        for pair in range(start, start + pattern.width, 2):
+            inner = np.linalg.inv(np.linalg.inv(gram[pair:, pair:])[:2, :2])
+            both = w[:, pair : pair + 2]
+            losses.append(np.sum((both @ inner) * both, axis=1))
+        block = slice(start, start + pattern.width)
+        mask[:, block] = np.repeat(largest(np.stack(losses, axis=1), 2, 4), 2, axis=1)
+        for column in range(start, start + pattern.width):
+            inverse = np.linalg.inv(gram[column:, column:])[0]
+            error = np.where(mask[:, column], 0, w[:, column] / inverse[0])
+            w[:, column:] -= np.outer(error, inverse)
+    solution = solve(*problem, SparseGPT(), None, pattern=pattern, damping=DAMPING)
+    assert np.array_equal(solution.mask, mask)
+    assert_close(solution.weight, np.where(mask, w, 0), roundings(problem))
 
 
 # Scores
