@@ -107,6 +107,8 @@ def _stack(planes: tuple[Array, ...], axis: int) -> Array:
     return lax.platform_dependent(
         *planes,
         cpu=lambda *planes: _stack_by_selects(planes, axis),
+        # XLA would compute a part of the planes, store it, and compute the rest here, from more.
+        cuda=lambda *planes: jnp.stack(lax.optimization_barrier(planes), axis),
         default=lambda *planes: jnp.stack(planes, axis),
     )
 

@@ -1,5 +1,6 @@
 """Damping a Gram, by more than was asked for where it must be, and inverting it."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -104,10 +105,12 @@ def inverse(matrix: Array) -> Array:
     A_RR - A_RK A_KK^-1 A_KR, A_RK A_KK^-1 and -A_KK^-1 in their places. After all of them A is
     -A^-1, and -A has become A^-1. Blocks are inverted the same way in smaller ones, down to single
     entries, the pivots, which are all positive if and only if the matrix is definite, to rounding
-    (docs/theory.md, section 14). Of 2 n^3 operations nearly all are in products (n, b) x (b, n). A
-    Cholesky factorization with two triangular solves takes 7/3 n^3. The memory is that of one more
-    matrix besides the result. Devices that share the columns send one another the rows of a block.
-    Only the upper triangle is read.
+    (docs/theory.md, section 14). On GPUs a block is inverted by its Cholesky factor, which fails
+    alike: each step of a loop is a launch there, and single pivots would be thousands of them. Of
+    2 n^3 operations nearly all are in products (n, b) x (b, n). A Cholesky factorization with two
+    triangular solves takes 7/3 n^3. The memory is that of one more matrix besides the result.
+    Devices that share the columns send one another the rows of a block. Only the upper triangle is
+    read.
 
     References:
       Goodnight, "A Tutorial on the SWEEP Operator", The American Statistician 33 (1979).
@@ -136,7 +139,7 @@ def _swept(negated: Array, blocks: Sequence[int]) -> Array:
         rows = lax.optimization_barrier(lax.dynamic_slice(matrix, (start, 0), (block, width)))
         rows = replicated(rows)
         pivot = lax.dynamic_slice(rows, (0, start), (block, block))
-        inverted = _swept(pivot, inner) if inner else _reciprocal(-pivot)
+        inverted = _inverted_pivot(pivot, inner)
         # With I in the block's own place one product serves all four parts.
         rows = replicated(
             lax.dynamic_update_slice(rows, jnp.eye(block, dtype=rows.dtype), (0, start))
@@ -149,5 +152,22 @@ def _swept(negated: Array, blocks: Sequence[int]) -> Array:
     return lax.fori_loop(0, width // block, sweep, negated)
 
 
-def _reciprocal(pivot: Array) -> Array:
-    return jnp.where((pivot > 0) & (pivot < jnp.inf), 1 / pivot, jnp.nan)
+def _inverted_pivot(negated: Array, blocks: Sequence[int]) -> Array:
+    """The inverse of -negated, a block of the diagonal; NaN where that is not definite."""
+    if not blocks:
+        pivot = -negated
+        return jnp.where((pivot > 0) & (pivot < jnp.inf), 1 / pivot, jnp.nan)
+    by_sweeps = functools.partial(_swept, blocks=blocks)
+    if len(blocks) == 1:
+        return by_sweeps(negated)
+    return lax.platform_dependent(negated, cuda=_by_cholesky, rocm=_by_cholesky, default=by_sweeps)
+
+
+def _by_cholesky(negated: Array) -> Array:
+    upper = jnp.triu(-negated)
+    factor = jnp.linalg.cholesky(upper + jnp.triu(upper, 1).T, symmetrize_input=False)
+    # A pivot of Inf would have an inverse of zero.
+    factor = jnp.where(jnp.isfinite(jnp.trace(factor)), factor, jnp.nan)
+    identity = jnp.eye(len(negated), dtype=negated.dtype)
+    inverse = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    return jnp.matmul(inverse.T, inverse, precision=PRECISION)

@@ -1,7 +1,6 @@
 """SparseGPT: one sweep over the columns that prunes, and spreads each error over later columns."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -94,12 +93,11 @@ def _prune_columns(
     def choose(entries: Array, corner: Array, start: Array) -> Array:
         if isinstance(pattern, Unstructured):
             return lax.dynamic_slice(chosen, (start, 0), (group, rows))
-        errors: list[Array] = []
+        errors = entries / jnp.diagonal(corner)[:, None]
         for i in range(group):
-            first = i - i % pattern.unit
-            moved = [corner[j, i] * errors[j] for j in range(first, i)]
-            errors.append(functools.reduce(jnp.subtract, moved, entries[i]) / corner[i, i])
-        return top_mask(jnp.abs(jnp.stack(errors)), pattern, axis=0)
+            for j in range(i - i % pattern.unit, i):
+                errors = errors.at[i].add(-corner[j, i] / corner[i, i] * errors[j])
+        return top_mask(jnp.abs(errors), pattern, axis=0)
 
     def prune_group(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         columns, mask, errors = state

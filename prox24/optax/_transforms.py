@@ -249,6 +249,10 @@ def _is_none(node: Any) -> bool:
     return node is None
 
 
+LOOPED = 2**24
+"""Entries of equal leaves in one loop, at most."""
+
+
 def _landing(
     leaves: Sequence[Leaf],
     params: Sequence[Any],
@@ -259,7 +263,7 @@ def _landing(
     """The updates, those of pruned leaves landing where the operator does.
 
     Equal leaves go through a loop, so that XLA compiles the operator once for them. It would
-    compile a copy for each.
+    compile a copy for each. A loop takes copies of its leaves, so that large leaves have their own.
     """
     alike = collections.defaultdict[Any, list[int]](list)
     for i, leaf in enumerate(leaves):
@@ -267,11 +271,14 @@ def _landing(
             kinds = map(jax.typeof, (params[i], updates[i]))
             alike[leaf.axis, *((x.shape, x.dtype, x.sharding) for x in kinds)].append(i)
     landing = list(updates)
-    for (axis, *_), places in alike.items():
-        own = [[tree[i] for i in places] for tree in (params, updates)]
-        found = _landing_updates(*own, penalty, pattern, axis)
-        for i, update in zip(places, found, strict=True):
-            landing[i] = update
+    for (axis, *_), equal in alike.items():
+        together = max(1, LOOPED // max(1, params[equal[0]].size))
+        for start in range(0, len(equal), together):
+            places = equal[start : start + together]
+            own = [[tree[i] for i in places] for tree in (params, updates)]
+            found = _landing_updates(*own, penalty, pattern, axis)
+            for i, update in zip(places, found, strict=True):
+                landing[i] = update
     return landing
 
 

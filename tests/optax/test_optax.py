@@ -506,3 +506,12 @@ def test_proximal_itself_takes_injected_hyperparameters(standard_promotion):
     state.hyperparams["lam"] = jnp.float32(1e30)
     updates, _ = transform.update(gradients(params), state, params)
     assert np.all(nonzeros(optax.apply_updates(params, updates)["dense"]["kernel"], axis=1) == 2)
+
+
+def test_small_equal_leaves_share_a_loop_and_large_ones_are_not_copied():
+    step = proximal(1.0)
+    for size, loops in ((256, 1), (4096, 0)):
+        leaf = jax.ShapeDtypeStruct((size, size), jnp.float32)
+        tree = {f"layer{i}": {"kernel": leaf} for i in range(3)}
+        state = jax.eval_shape(step.init, tree)
+        assert str(jax.make_jaxpr(step.update)(tree, state, tree)).count("scan[") == loops

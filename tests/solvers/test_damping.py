@@ -8,7 +8,20 @@ import pytest
 from reference import assert_close, damped, definite, eps_of, solve_roundings
 from test_solvers import make_problem
 
+from prox24._solvers import damping as solver_damping
 from prox24._solvers.damping import damped_inverse, inverse, inverse_factor
+
+
+@pytest.fixture(params=["by sweeps", "by Cholesky"])
+def either_pivot(request, monkeypatch):
+    """How blocks of the diagonal are inverted: as on CPUs and TPUs, and as on GPUs."""
+    if request.param == "by Cholesky":
+        monkeypatch.setattr(
+            solver_damping, "_inverted_pivot", lambda pivot, _: solver_damping._by_cholesky(pivot)
+        )
+
+
+every_pivot = pytest.mark.usefixtures("either_pivot")
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
@@ -43,6 +56,7 @@ def test_an_indefinite_gram_gets_the_damping_that_it_needs(dtype, asked):
 WIDTHS = [1, 60, 256, 384, 300]
 
 
+@every_pivot
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_inverse_times_the_matrix_is_the_identity(width):
     for condition in (1e2, 1e8):
@@ -51,6 +65,7 @@ def test_the_inverse_times_the_matrix_is_the_identity(width):
         assert np.abs(residual).max() <= 10 * width * eps_of("float64") * condition
 
 
+@every_pivot
 @pytest.mark.optimized
 @pytest.mark.parametrize("width", [60, 700])
 def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width):
@@ -61,6 +76,7 @@ def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width):
         assert np.linalg.norm(error) <= eps_of("float32") * condition * np.linalg.norm(expected)
 
 
+@every_pivot
 def test_features_of_unequal_scale_have_inverses_as_good():
     width, scale = 300, np.geomspace(1e-3, 1e3, 300)
     matrix = definite(width, 100.0, np.random.default_rng(0))
@@ -69,6 +85,7 @@ def test_features_of_unequal_scale_have_inverses_as_good():
     assert_close(rescaled, np.linalg.inv(matrix), 2 * 100.0, "float32")
 
 
+@every_pivot
 @pytest.mark.parametrize("place", [(0, 0), (7, 7), (299, 299), (0, 1), (3, 299), (255, 256)])
 def test_one_bad_entry_gives_nan(place):
     for value in (np.inf, -np.inf, np.nan, *((0.0, -1.0) if place[0] == place[1] else ())):
@@ -77,6 +94,7 @@ def test_one_bad_entry_gives_nan(place):
         assert np.all(np.isnan(inverse(jnp.asarray(matrix)))), value
 
 
+@every_pivot
 @pytest.mark.parametrize("width", [60, 300])
 def test_only_the_upper_triangle_is_read(width):
     matrix = definite(width, 100.0, np.random.default_rng(0))
@@ -85,6 +103,7 @@ def test_only_the_upper_triangle_is_read(width):
     np.testing.assert_array_equal(inverse(jnp.asarray(matrix)), inverted)
 
 
+@every_pivot
 @pytest.mark.parametrize("width", [1, 60, 300])
 def test_a_matrix_that_is_not_definite_gives_nan(width):
     for seed, factor in itertools.product(range(8), (2.0, 1.001)):
