@@ -27,7 +27,7 @@ define run-isa
 
 endef
 
-.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-package clean
+.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-cuda test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -83,6 +83,10 @@ test-tunix: .venv-tunix/test.stamp
 # The example with Google's gemma library, which wants Python 3.12 or newer.
 test-gemma: .venv-gemma/test.stamp
 	REQUIRE_GEMMA=1 .venv-gemma/bin/python -m pytest -m "" tests/integrations/test_gemma.py
+
+# The programs that a GPU would run, compiled without one: none has grown or lost precision.
+test-cuda: .venv-cuda/test.stamp
+	.venv-cuda/bin/python benchmarks/compiled_cuda.py --check docs/figures/compiled-cuda.csv
 
 test-isas: .venv/test.stamp
 	$(foreach isa,SSE4_2 AVX2 AVX512,$(call run-isa,$(isa)))
@@ -144,6 +148,12 @@ test-package: .venv/test.stamp
 	.venv-gemma/bin/python -m pip install --quiet uv
 	.venv-gemma/bin/uv pip install --quiet --python .venv-gemma/bin/python --editable . \
 	  'gemma>=4' 'sentencepiece<0.2.2' 'pytest>=9' 'pytest-xdist>=3.8' 'hypothesis>=6.170'
+	touch $@
+
+# 4.4 GB: XLA's compiler for GPUs, and NVIDIA's assembler.
+.venv-cuda/test.stamp: pyproject.toml
+	$(call make-venv,$(PYTHON),.venv-cuda)
+	.venv-cuda/bin/python -m pip install --quiet --editable '.[examples]' 'jax[cuda13]==0.10.2' 	  nvidia-cuda-nvdisasm
 	touch $@
 
 .venv-oldest/test.stamp: pyproject.toml

@@ -42,7 +42,7 @@ def observe_layer(
     """
     put = add_tokens if devices is None else functools.partial(add_in_turn, devices=devices)
     pruned = layer_inputs(layer, weights, hidden)
-    grams = {name: put(grams[name], pruned[name], pruned[name]) for name in grams}
+    grams = {name: put(grams[name], pruned[name]) for name in grams}
     if dense_hidden is None:
         return grams, crosses, None
     dense: dict[str, Array] = {}

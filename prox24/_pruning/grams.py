@@ -52,8 +52,8 @@ def empty_columns(width: int, mesh: Mesh) -> GramSum:
     return GramSum(total, error, everywhere(jnp.zeros((), jnp.int32), mesh))
 
 
-def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
-    """Adds x y^T of the tokens x and y of shape (..., in); they are the same for a Gram.
+def add_tokens(gram: GramSum, x: Array, y: Array | None = None) -> GramSum:
+    """Adds x y^T of the tokens x and y of shape (..., in), or x x^T.
 
     Where there is a Gram for each device, its tokens are an equal share of the leading axes.
 
@@ -63,10 +63,36 @@ def add_tokens(gram: GramSum, x: Array, y: Array) -> GramSum:
     """
     # One device has an axis of length 1 for the others, so that XLA makes the same product of it.
     shape = (*(gram.tokens.shape or (1,)), -1, x.shape[-1])
-    x, y = (tokens.reshape(shape).astype(jnp.float32) for tokens in (x, y))
-    product = jnp.matmul(x.mT, y, precision=PRECISION).reshape(gram.total.shape)
+    x = x.reshape(shape).astype(jnp.float32)
+    if y is None:
+        y, product = x, _with_itself(x)
+    else:
+        y = y.reshape(shape).astype(jnp.float32)
+        product = jnp.matmul(x.mT, y, precision=PRECISION)
+    product = product.reshape(gram.total.shape)
     tokens = jnp.sum(is_sent(y), axis=-1, dtype=jnp.int32)
     return add(gram, GramSum(product, jnp.zeros_like(product), tokens.reshape(gram.tokens.shape)))
+
+
+BLOCKS, NARROW = 4, 256
+"""Rows of blocks of a product of x with itself, and the width below which one product is faster."""
+
+
+def _with_itself(x: Array) -> Array:
+    """x^T x of tokens (..., tokens, in); its blocks below the diagonal are copied from above."""
+    width = x.shape[-1]
+    blocks = BLOCKS if width % BLOCKS == 0 and width >= NARROW else 1
+    columns = jnp.split(x, blocks, axis=-1)
+    products = [
+        [jnp.matmul(columns[i].mT, columns[j], precision=PRECISION) for j in range(i, blocks)]
+        for i in range(blocks)
+    ]
+    return jnp.block(
+        [
+            [products[i][j - i] if j >= i else products[j][i - j].mT for j in range(blocks)]
+            for i in range(blocks)
+        ]
+    )
 
 
 def is_sent(x: Array) -> Array:
@@ -74,12 +100,12 @@ def is_sent(x: Array) -> Array:
     return jnp.any(x != 0, axis=-1)
 
 
-def add_in_turn(gram: GramSum, x: Array, y: Array, devices: int) -> GramSum:
+def add_in_turn(gram: GramSum, x: Array, y: Array | None = None, *, devices: int) -> GramSum:
     """`add_tokens` where devices share the columns of one sum, and the leading axis of the tokens.
 
     The tokens of one device after the other are sent to all; each adds them to its columns.
     """
-    x, y = (tokens.reshape(devices, -1, tokens.shape[-1]) for tokens in (x, y))
+    x, y = (tokens.reshape(devices, -1, tokens.shape[-1]) for tokens in (x, x if y is None else y))
     places = jnp.arange(devices)[:, None, None]
 
     def add_part(place: Array, gram: GramSum) -> GramSum:

@@ -164,10 +164,9 @@ def _inverted_pivot(negated: Array, blocks: Sequence[int]) -> Array:
 
 
 def _by_cholesky(negated: Array) -> Array:
-    upper = jnp.triu(-negated)
-    factor = jnp.linalg.cholesky(upper + jnp.triu(upper, 1).T, symmetrize_input=False)
     # A pivot of Inf would have an inverse of zero.
-    factor = jnp.where(jnp.isfinite(jnp.trace(factor)), factor, jnp.nan)
+    upper = jnp.triu(jnp.where(jnp.isinf(negated), jnp.nan, -negated))
+    factor = jnp.linalg.cholesky(upper + jnp.triu(upper, 1).T, symmetrize_input=False)
     identity = jnp.eye(len(negated), dtype=negated.dtype)
     inverse = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
     return jnp.matmul(inverse.T, inverse, precision=PRECISION)

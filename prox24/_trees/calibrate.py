@@ -178,7 +178,7 @@ def add_products(
     add, grams, crosses = jax.vmap(add_tokens), dict(grams), dict(crosses)
     for key, own in rows:
         if key in grams:
-            grams[key] = add(grams[key], own, own)
+            grams[key] = add(grams[key], own)
     for (key, own), (_, given) in zip(rows, of_dense, strict=True) if crosses else ():
         if key in crosses:
             given = jnp.where(is_sent(given)[..., None], given, own)

@@ -1,0 +1,517 @@
+"""Compiles prox24's programs for NVIDIA GPUs, without a GPU, and counts what became of them.
+
+    make .venv-cuda/test.stamp
+    .venv-cuda/bin/python benchmarks/compiled_cuda.py --output docs/figures
+    .venv-cuda/bin/python benchmarks/compiled_cuda.py --check docs/figures/compiled-cuda.csv
+    .venv-cuda/bin/python benchmarks/compiled_cuda.py --gpus h100 --programs prox "prox, bfloat16"
+
+Nothing is run. Counts are of the program that XLA makes of one call, loops multiplied out. A loop
+that ends by a condition takes its usual number of turns. XLA cannot time alternatives without the
+GPU, so products are calls of cuBLAS. The columns:
+
+launches: kernels and library calls. MB: operands and results of each, of slices only what is
+sliced. least: arguments read once and results written once. temporary: XLA's buffers. ms: an
+estimate, for each kernel the largest of its bytes over the bandwidth, the operations of its
+products over their rate, its instructions over the issue rate, and 2.5 microseconds of a launch.
+No estimate was compared with a GPU. products: of the estimate, the operations of products alone.
+precision: of the products; float32 at HIGHEST is not TF32.
+
+--check compares with the lines of an earlier run, and ends with 1 where launches or MB have grown
+by more than a tenth, or products have another precision.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import common
+import jax
+import jax.numpy as jnp
+import optax
+from common import llama
+from jax import Array
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import prox24
+from prox24._jobs.forward import layer_function, run_layer
+from prox24._jobs.observe import observe_layer
+from prox24._models import spec
+from prox24._models.families import config_from_hf
+from prox24._pruning.grams import GramSum
+from prox24._solvers.damping import inverse
+from prox24._solvers.problem import LayerProblem
+from prox24._solvers.solve import solve_program
+from prox24.optax import proximal
+
+SPECS = Path(__file__).parent / "gpus"
+LAUNCH, LOOK = 2.5e-6, 10e-6
+"""Seconds of a launch, and of the host's look at the condition of a loop."""
+
+
+class Machine(NamedTuple):
+    """Rates a second: bytes, operations of float32 and bfloat16 products; multiprocessors."""
+
+    bandwidth: float
+    float32: float
+    bfloat16: float
+    multiprocessors: int
+    clock: float
+    architecture: str
+
+
+MACHINES = {
+    "h100": Machine(3.35e12, 60e12, 800e12, 132, 1.755e9, "sm_90a"),
+    "a100": Machine(2.04e12, 18e12, 280e12, 108, 1.41e9, "sm_80"),
+}
+
+
+class Program(NamedTuple):
+    """A jitted function, its arguments as shapes, the turns of loops that end by a condition."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    turns: tuple[int, ...] = ()
+    static: Mapping[str, Any] = MappingProxyType({})
+
+
+def float32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def bfloat16(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def slope(y: Array, lam: Array, cotangent: Array) -> Array:
+    return jax.vjp(lambda y: prox24.prox(y, lam), y)[1](cotangent)[0]
+
+
+def of_prox() -> dict[str, Program]:
+    n = 4096
+    planes = tuple(float32(n, n // 4) for _ in range(4))
+    pairs = prox24.Pattern(2, 4, unit=2)
+    return {
+        "prox": Program(jax.jit(prox24.prox), (float32(n, n), float32())),
+        "prox, bfloat16": Program(jax.jit(prox24.prox), (bfloat16(n, n), float32())),
+        "prox, axis 0": Program(
+            jax.jit(functools.partial(prox24.prox, axis=0)), (float32(n, n), float32())
+        ),
+        "prox, pairs": Program(
+            jax.jit(functools.partial(prox24.prox, pattern=pairs)), (float32(n, n), float32())
+        ),
+        "prox, gradient": Program(jax.jit(slope), (float32(n, n), float32(), float32(n, n))),
+        "planes.prox": Program(jax.jit(prox24.planes.prox), (planes, float32())),
+        "top_mask": Program(jax.jit(prox24.top_mask), (float32(n, n),)),
+    }
+
+
+def of_optax() -> dict[str, Program]:
+    def step_of(optimizer: Any, dtype: Callable[..., Any]) -> Program:
+        params = {f"layer{i}": {"kernel": dtype(4096, 4096)} for i in range(2)}
+
+        def step(gradients: Any, state: Any, params: Any) -> Any:
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(optimizer.init, params)
+        return Program(jax.jit(step, donate_argnums=(1, 2)), (params, state, params))
+
+    last = proximal(prox24.Exponential(1e-3, 1.05))
+    return {
+        "adam, 2 x (4096, 4096)": step_of(optax.adam(1e-3), float32),
+        "proximal, 2 x (4096, 4096)": step_of(last, float32),
+        "proximal, bfloat16": step_of(last, bfloat16),
+        "adam + proximal": step_of(optax.chain(optax.adam(1e-3), last), float32),
+    }
+
+
+def of_solvers() -> dict[str, Program]:
+    # One attempt at an inverse; six values of rho with one attempt and four steps each; the refit.
+    usual = (1, 6, 1, 4, 20)
+
+    def solving(rows: int, width: int, solver: Any, refit: Any, turns: tuple[int, ...]) -> Program:
+        problem = LayerProblem(float32(rows, width), float32(width, width))
+        static = {"pattern": prox24.Pattern(2, 4)}
+        return Program(solve_program, (problem, solver, refit, float32()), turns, static)
+
+    default = prox24.ADMM(), prox24.ConjugateGradients(), usual
+    return {
+        f"inverse, {width}": Program(jax.jit(inverse), (float32(width, width),))
+        for width in (4096, 14336)
+    } | {
+        "default, (4096, 4096)": solving(4096, 4096, *default),
+        "default, (1024, 4096)": solving(1024, 4096, *default),
+        "default, (14336, 4096)": solving(14336, 4096, *default),
+        "default, (4096, 14336)": solving(4096, 14336, *default),
+        "SparseGPT, (4096, 4096)": solving(4096, 4096, prox24.SparseGPT(), None, (1,)),
+        "Wanda, (4096, 4096)": solving(4096, 4096, prox24.Wanda(), None, ()),
+        "conjugate gradients": solving(
+            4096, 4096, prox24.Wanda(), prox24.ConjugateGradients(), (20,)
+        ),
+    }
+
+
+def of_layers() -> dict[str, Program]:
+    """A layer of Llama-3.1-8B on a window of 2,048 tokens, its weights in bfloat16."""
+    config = config_from_hf(llama(4096, 14336, 1, 32))
+    layer, hidden = config.layers[0], float32(1, 2048, 4096)
+    weights = {name: bfloat16(*shape) for name, shape in spec.layer_shapes(layer).items()}
+    widths = {"attention_input": 4096, "attention_output": 4096}
+    widths |= {"mlp_input": 4096, "mlp_activation": 14336}
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    sums = {name: GramSum(float32(w, w), float32(w, w), count) for name, w in widths.items()}
+    fast = jax.jit(layer_function(layer, None, "bfloat16"))
+
+    def loss(weights: Any, hidden: Array, target: Array) -> Array:
+        return jnp.mean(jnp.square(layer_function(layer)(weights, hidden) - target))
+
+    return {
+        "layer": Program(run_layer, (layer, weights, hidden)),
+        "layer, bfloat16": Program(fast, (weights, hidden)),
+        "layer and Grams": Program(observe_layer, (layer, weights, hidden, None, sums, {})),
+        "layer, dense too, and Grams": Program(
+            observe_layer, (layer, weights, hidden, hidden, sums, sums)
+        ),
+        "layer, gradient": Program(jax.jit(jax.grad(loss)), (weights, hidden, hidden)),
+    }
+
+
+# What XLA wrote
+
+
+SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+SIZES |= {"f64": 8, "s64": 8, "u64": 8, "c64": 8}
+ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+FREE |= {"opt-barrier", "partition-id", "replica-id", "copy-done", "async-done"}
+
+
+@dataclasses.dataclass
+class Instruction:
+    """A line of a computation of HLO."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    attributes: str
+    root: bool
+
+    def called(self, key: str) -> str | None:
+        found = re.search(rf"{key}=%?([\w.\-]+)", self.attributes)
+        return found and found.group(1)
+
+
+Computation = dict[str, Instruction]
+
+
+def balanced(text: str) -> int:
+    """The place behind the parenthesis that closes the first one."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return place + 1
+    raise ValueError(text)
+
+
+def parsed(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a program by name, and the name of the first to run."""
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    entry = ""
+    for line in text.splitlines():
+        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
+            current = computations[head.group(2)] = {}
+            entry = head.group(2) if head.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and " = " in line:
+            left, right = re.sub(r"/\*[^*]*\*/", "", line).strip().split(" = ", 1)
+            cut = balanced(right) if right.startswith("(") else right.index(" ")
+            opcode = right[cut:].strip().split("(", 1)[0]
+            rest = right[cut:].strip()[len(opcode) :]
+            inside, attributes = rest[: balanced(rest)], rest[balanced(rest) :]
+            name = left.removeprefix("ROOT ").lstrip("%")
+            operands = re.findall(r"%([\w.\-]+)", inside)
+            root = left.startswith("ROOT ")
+            current[name] = Instruction(name, right[:cut], opcode, operands, attributes, root)
+    return computations, entry
+
+
+def bytes_of(shape: str) -> int:
+    return sum(
+        SIZES[kind] * math.prod(int(n) for n in sizes.split(",") if n)
+        for kind, sizes in ARRAY.findall(shape)
+    )
+
+
+def sizes_of(shape: str) -> list[int]:
+    found = ARRAY.search(shape)
+    return [int(n) for n in found.group(2).split(",") if n] if found else []
+
+
+def fusion_bytes(computation: Computation) -> int:
+    """What a fusion reads and writes; of what it slices, the slices."""
+    users = collections.defaultdict(list)
+    for each in computation.values():
+        for place, operand in enumerate(each.operands):
+            users[operand].append((each, place))
+
+    def read(name: str, whole: int) -> int:
+        total = 0
+        for user, place in users[name]:
+            if user.opcode == "bitcast":
+                total += read(user.name, whole)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                total += bytes_of(user.shape)
+            elif not (user.opcode == "dynamic-update-slice" and place == 0):
+                return whole
+        return min(total, whole)
+
+    def written(name: str) -> int:
+        each = computation[name]
+        if each.opcode in ("bitcast", "tuple"):
+            return sum(map(written, each.operands))
+        if each.opcode == "dynamic-update-slice":
+            return bytes_of(computation[each.operands[1]].shape)
+        return bytes_of(each.shape)
+
+    inputs = (each for each in computation.values() if each.opcode == "parameter")
+    root = next(each.name for each in computation.values() if each.root)
+    return sum(read(each.name, bytes_of(each.shape)) for each in inputs) + written(root)
+
+
+@dataclasses.dataclass
+class Kernel:
+    """A launch, how often it happens, and what it does."""
+
+    name: str
+    times: int
+    moved: int
+    operations: float = 0.0
+    precision: str = ""
+    low: bool = False
+
+
+def product(each: Instruction, computation: Computation) -> tuple[float, str, bool]:
+    """The operations of a product, its precision, and whether its operands have 16 bits."""
+    left = computation[each.operands[0]].shape
+    summed = re.search(
+        r'lhs_contracting_(?:dimensions":\[|dims=\{)([\d," ]*)[\]}]', each.attributes
+    )
+    axes = [int(n) for n in re.findall(r"\d+", summed.group(1))] if summed else []
+    operations = 2.0 * math.prod(sizes_of(each.shape))
+    operations *= math.prod(sizes_of(left)[axis] for axis in axes)
+    said = re.search(r'operand_precision(?:":\[|=\{)([\w," ]*)[\]}]', each.attributes)
+    precision = said.group(1).replace('"', "").upper() if said else "DEFAULT,DEFAULT"
+    kind = ARRAY.search(left)
+    assert kind is not None
+    low = SIZES[kind.group(1)] < 4
+    return operations, kind.group(1) + " " + ("" if low else precision.split(",")[0]), low
+
+
+class Walk:
+    """The kernels of a program, and the host's looks at conditions."""
+
+    def __init__(self, text: str, turns: tuple[int, ...]) -> None:
+        self.computations, entry = parsed(text)
+        self.turns, self.looks = list(turns), 0
+        self.kernels: list[Kernel] = []
+        self._visit(entry, 1)
+
+    def _visit(self, name: str | None, times: int) -> None:
+        assert name is not None
+        computation = self.computations[name]
+        for each in computation.values():
+            if each.opcode == "while":
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.attributes)
+                turns = int(known.group(1)) if known else self.turns.pop(0) if self.turns else 1
+                self._visit(each.called("body"), times * turns)
+                if not known:
+                    self.looks += times * (turns + 1)
+                    self._visit(each.called("condition"), times * (turns + 1))
+            elif each.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{%?([\w.\-]+)", each.attributes)
+                first = branches.group(1) if branches else each.called("true_computation")
+                self._visit(first, times)
+            elif each.opcode in ("call", "async-start"):
+                self._visit(each.called("to_apply") or each.called("calls"), times)
+            elif each.opcode not in FREE:
+                self.kernels.append(self._kernel(each, computation, times))
+
+    def _kernel(self, each: Instruction, computation: Computation, times: int) -> Kernel:
+        shapes = [computation[name].shape for name in each.operands if name in computation]
+        kernel = Kernel(each.name, times, bytes_of(each.shape) + sum(map(bytes_of, shapes)))
+        if each.opcode.startswith("fusion"):
+            kernel.moved = fusion_bytes(self.computations[str(each.called("calls"))])
+        elif each.opcode == "dynamic-slice":
+            kernel.moved = 2 * bytes_of(each.shape)
+        elif "matmul" in (target := str(re.search('target="([^"]*)"', each.attributes))):
+            kernel.operations, kernel.precision, kernel.low = product(each, computation)
+        elif "riangular" in target:
+            kernel.operations = sizes_of(shapes[0])[-1] * math.prod(sizes_of(shapes[1]))
+        elif "potrf" in target:
+            kernel.operations = sizes_of(shapes[0])[-1] ** 3 / 3
+        return kernel
+
+
+# What NVIDIA's assembler made of it
+
+
+def tool(name: str) -> str:
+    spec = importlib.util.find_spec("nvidia")
+    for base in spec.submodule_search_locations if spec else ():
+        for path in Path(base).glob(f"cu*/bin/{name}"):
+            return str(path)
+    sys.exit(
+        f"{name} is missing: run make .venv-cuda/test.stamp, and this by .venv-cuda/bin/python"
+    )
+
+
+def instructions(folder: Path, architecture: str) -> dict[str, int]:
+    """Of every kernel by name, its instructions times its threads; none is counted twice."""
+    counts = {}
+    for ptx in (path for path in folder.glob("*.ptx") if path.stat().st_size):
+        cubin = folder / "kernels.cubin"
+        command = [tool("ptxas"), f"-arch={architecture}", ptx, "-o", cubin]
+        subprocess.run(command, check=True, capture_output=True)
+        listing = subprocess.check_output([tool("nvdisasm"), cubin], text=True)
+        for part in re.split(r"\n//-+ \.text\.", listing)[1:]:
+            found = re.findall(
+                r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z]\w*)", part, re.M
+            )
+            counts[part.split()[0]] = sum(name != "NOP" for name in found)
+    (sequence,), (metadata,) = (
+        [*folder.glob(f"*thunk_{kind}.txt")] for kind in ("sequence", "metadata")
+    )
+    threads = {
+        int(number): counts.get(name, 0) * math.prod(map(int, (grid + "," + block).split(",")))
+        for number, name, grid, block in re.findall(
+            r"(\d+): kCustomKernel .*\] (\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]",
+            sequence.read_text(),
+        )
+    }
+    pairs = re.findall(r'profile_annotation: "([^"]*)"\s+thunk_id: (\d+)', metadata.read_text())
+    return {name: threads[int(number)] for name, number in pairs if int(number) in threads}
+
+
+class Gpu:
+    """A GPU to compile for."""
+
+    def __init__(self, name: str) -> None:
+        text = (SPECS / f"{name}.txtpb").read_text(encoding="utf-8")
+        try:
+            topology = topologies.get_topology_desc(
+                platform="cuda", target_config=text, topology="1x1x1"
+            )
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            sys.exit(f"no compiler for CUDA ({error}): run make .venv-cuda/test.stamp")
+        self.machine, self.sharding = MACHINES[name], SingleDeviceSharding(topology.devices[0])
+
+    def count(self, program: Program) -> dict[str, Any]:
+        """The columns of a line, see above."""
+
+        def placed(leaf: Any) -> Any:
+            if not isinstance(leaf, jax.ShapeDtypeStruct):
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
+
+        arguments = jax.tree.map(placed, program.arguments)
+        with tempfile.TemporaryDirectory() as name:
+            options: dict[str, Any] = {"xla_dump_to": name, "xla_dump_hlo_as_text": True}
+            options |= {"xla_gpu_enable_triton_gemm": False}
+            if jax.__version_info__ >= (0, 11):  # Older ones write PTX without being asked.
+                options["xla_dump_emitter_re"] = ".*"
+            lowered = program.function.lower(*arguments, **program.static)
+            compiled = lowered.compile(compiler_options=options)
+            issued = instructions(Path(name), self.machine.architecture)
+        walk, memory = Walk(compiled.as_text(), program.turns), compiled.memory_analysis()
+        least = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        times = [(each, self.seconds(each, issued.get(each.name, 0))) for each in walk.kernels]
+        products = sum(each.times * self.rate(each) for each in walk.kernels)
+        precisions = {each.precision.strip() for each in walk.kernels if each.precision}
+        return {
+            "launches": sum(each.times for each in walk.kernels),
+            "MB": sum(each.times * each.moved for each in walk.kernels) / 1e6,
+            "least": least / 1e6,
+            "temporary": memory.temp_size_in_bytes / 1e6,
+            "ms": 1e3 * (sum(e.times * seconds for e, seconds in times) + walk.looks * LOOK),
+            "products": 1e3 * products,
+            "precision": " ".join(sorted(precisions)),
+        }
+
+    def rate(self, kernel: Kernel) -> float:
+        """Seconds of the operations of a product."""
+        return kernel.operations / (self.machine.bfloat16 if kernel.low else self.machine.float32)
+
+    def seconds(self, kernel: Kernel, issued: int) -> float:
+        lanes = self.machine.multiprocessors * 128 * self.machine.clock
+        moved = kernel.moved / self.machine.bandwidth
+        return max(LAUNCH, moved, self.rate(kernel), issued / lanes)
+
+
+def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
+    """What has become worse than in earlier lines."""
+    before = {(row["gpu"], row["program"]): row for row in earlier}
+    for row in rows:
+        name, old = f"{row['program']} on {row['gpu']}", before[row["gpu"], row["program"]]
+        for column in ("launches", "MB"):
+            if float(row[column]) > 1.1 * float(old[column]):
+                yield f"{name}: {column} {float(old[column]):.0f} -> {float(row[column]):.0f}"
+        if row["precision"] != old["precision"]:
+            yield f"{name}: products were {old['precision']}, are {row['precision']}"
+
+
+def main() -> None:
+    programs = of_prox() | of_optax() | of_solvers() | of_layers()
+    parser = common.parser_of(__doc__)
+    parser.add_argument("--gpus", nargs="+", choices=MACHINES, default=list(MACHINES))
+    parser.add_argument("--programs", nargs="+", choices=programs, default=list(programs))
+    parser.add_argument("--check", type=Path, metavar="FILE")
+    common.add_output(parser)
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.gpus:
+        gpu = Gpu(name)
+        for program in arguments.programs:
+            key = {"gpu": name, "program": program}
+            rows.append({k: str(v) for k, v in (key | gpu.count(programs[program])).items()})
+    numbers = ("launches", "MB", "least", "temporary", "ms", "products")
+    common.show(
+        (*rows[0], "MB / least"),
+        [
+            [row["gpu"], row["program"]]
+            + [f"{float(row[title]):,.{0 if title == 'launches' else 2}f}" for title in numbers]
+            + [row["precision"], f"{float(row['MB']) / float(row['least']):.2f}"]
+            for row in rows
+        ],
+        left=2,
+        width=140,
+    )
+    if arguments.check:
+        worse = list(compare(rows, common.read_rows(arguments.check, list(rows[0]))))
+        print("\n".join(worse) or "nothing has become worse")
+        sys.exit(bool(worse))
+    path = arguments.output / "compiled-cuda.csv"
+    path.unlink(missing_ok=True)
+    for row in rows:
+        common.add_row(path, row)
+
+
+if __name__ == "__main__":
+    main()
