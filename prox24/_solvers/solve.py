@@ -74,7 +74,7 @@ def solve(
     explicit, gives a weight and a mask that are sharded alike, and devices exchange one number
     for each look at the stop test. If the columns of the weight and of the Gram are sharded, so are
     those of the result: devices then exchange the weight in every step, and with solvers and refits
-    that share columns they never exchange the Gram (docs/scaling.md).
+    that share columns they never exchange the Gram (docs/accelerators.md).
 
     Args:
       weight: W0, shape (out, in), floating; the layer computes x -> W0 x. Other layouts by `axis`.
