@@ -383,10 +383,27 @@ def tool(name: str) -> str:
     )
 
 
+FEW_THREADS = 2**15
+"""Kernels of fewer take no longer than a launch, whatever their instructions."""
+
+
 def instructions(folder: Path, architecture: str) -> dict[str, int]:
-    """Of every kernel by name, its instructions times its threads; none is counted twice."""
+    """Of every large kernel, by its operation, its instructions times its threads."""
+    (sequence,), (metadata,) = (
+        [*folder.glob(f"*thunk_{kind}.txt")] for kind in ("sequence", "metadata")
+    )
+    launched = {
+        int(number): (name, math.prod(map(int, f"{grid},{block}".split(","))))
+        for number, name, grid, block in re.findall(
+            r"(\d+): kCustomKernel .*\] (\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]",
+            sequence.read_text(),
+        )
+    }
+    large = {name for name, threads in launched.values() if threads >= FEW_THREADS}
     counts = {}
     for ptx in (path for path in folder.glob("*.ptx") if path.stat().st_size):
+        if large.isdisjoint(re.findall(r"\.entry (\w+)", ptx.read_text())):
+            continue
         cubin = folder / "kernels.cubin"
         command = [tool("ptxas"), f"-arch={architecture}", ptx, "-o", cubin]
         subprocess.run(command, check=True, capture_output=True)
@@ -396,18 +413,12 @@ def instructions(folder: Path, architecture: str) -> dict[str, int]:
                 r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z]\w*)", part, re.M
             )
             counts[part.split()[0]] = sum(name != "NOP" for name in found)
-    (sequence,), (metadata,) = (
-        [*folder.glob(f"*thunk_{kind}.txt")] for kind in ("sequence", "metadata")
-    )
-    threads = {
-        int(number): counts.get(name, 0) * math.prod(map(int, (grid + "," + block).split(",")))
-        for number, name, grid, block in re.findall(
-            r"(\d+): kCustomKernel .*\] (\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]",
-            sequence.read_text(),
-        )
-    }
     pairs = re.findall(r'profile_annotation: "([^"]*)"\s+thunk_id: (\d+)', metadata.read_text())
-    return {name: threads[int(number)] for name, number in pairs if int(number) in threads}
+    return {
+        operation: counts.get(name, 0) * threads
+        for operation, number in pairs
+        for name, threads in [launched.get(int(number), ("", 0))]
+    }
 
 
 class Gpu:
@@ -490,6 +501,7 @@ def main() -> None:
         gpu = Gpu(name)
         for program in arguments.programs:
             key = {"gpu": name, "program": program}
+            print(f"{name}: {program}", file=sys.stderr, flush=True)
             rows.append({k: str(v) for k, v in (key | gpu.count(programs[program])).items()})
     numbers = ("launches", "MB", "least", "temporary", "ms", "products")
     common.show(

@@ -8,11 +8,11 @@
 
 main: every method, with and without a refit. samples: 1 to 2,048 calibration windows. refit:
 gradient steps after masking. growth: of lambda, with and without a refit. patterns: 2:4, in pairs
-and in larger blocks, and no pattern, by three methods. Calibration windows are
-drawn at random from the text by the seed, without overlap; evaluation is on the first windows of
-512 tokens of each text. A line is appended to FOLDER/model-TABLE.csv after each run, and a run
-that is there already is skipped, so that an interrupted command can be given again. All lines of
-the file together are drawn in FOLDER/model-TABLE.png.
+and in larger blocks, and no pattern, by three methods. Calibration windows are drawn at random from
+the text by the seed, without overlap. Evaluation is on the first windows of 512 tokens of each
+text. Models are written in float32. A line is appended to FOLDER/model-TABLE.csv after each run,
+and a run that is there already is skipped, so that an interrupted command can be given again. All
+lines of the file together are drawn in FOLDER/model-TABLE.png.
 """
 
 import dataclasses
@@ -159,6 +159,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         if recipe is not None:
             source, model = model, Path(folder) / "pruned"
+            recipe = dataclasses.replace(recipe, dtype="float32")
             report = prox24.prune(source, model, recipe, calibration=calibration)
             solving = sum(linear.seconds for linear in report.linears)
             numbers = report.mean_relative_loss, solving, report.seconds

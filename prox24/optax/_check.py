@@ -164,13 +164,13 @@ def _late_penalty(
     def late(node: Any) -> Any:
         return ProximalState(jnp.int32(LATE), jnp.zeros((), float)) if is_proximal(node) else node
 
-    @jax.jit
-    def advance(state: PyTree) -> PyTree:
+    @functools.partial(jax.jit, compiler_options=quick_options())
+    def advance(gradients: PyTree, state: PyTree, params: PyTree) -> PyTree:
         return optimizer.update(gradients, state, params, **extra_args)[1]  # not the operator
 
     state, least = jax.tree.map(late, state, is_leaf=is_proximal), 0.0
     for _ in range(STEPS_GIVEN):  # until one that accumulates gradients takes a step
-        state = advance(state)
+        state = advance(gradients, state, params)
         nodes = filter(is_proximal, jax.tree.leaves(state, is_leaf=is_proximal))
         least = min((float(node.penalty) for node in nodes), default=0.0)
         if least:
