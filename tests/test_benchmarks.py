@@ -429,3 +429,69 @@ def test_the_basis_is_a_line_beside_the_same_method_without_it(benchmark, tmp_pa
     # What was measured is not measured again.
     assert benchmark.main(module, *given) == printed
     assert len(table(tmp_path / "basis.csv")) == 2
+
+
+@pytest.fixture
+def compiled_cuda(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("compiled_cuda")
+
+
+PROGRAM = """HloModule program
+
+%body (pair: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %pair = (s32[], f32[8,8]) parameter(0)
+  %step = s32[] get-tuple-element(%pair), index=0
+  %x = f32[8,8] get-tuple-element(%pair), index=1
+  %y = f32[8,8] custom-call(%x, %x), custom_call_target="__cublas$lt$matmul", backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]},"precision_config":{"operand_precision":["HIGHEST","HIGHEST"]}}
+  ROOT %both = (s32[], f32[8,8]) tuple(%step, %y)
+}
+
+%condition (pair.1: (s32[], f32[8,8])) -> pred[] {
+  %pair.1 = (s32[], f32[8,8]) parameter(0)
+  ROOT %yes = pred[] fusion(%pair.1), kind=kLoop, calls=%compare
+}
+
+%compare (p: (s32[], f32[8,8])) -> pred[] {
+  %p = (s32[], f32[8,8]) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+%slice (whole: f32[8,8]) -> f32[2,8] {
+  %whole = f32[8,8] parameter(0)
+  ROOT %part = f32[2,8] slice(%whole), slice={[0:2], [0:8]}
+}
+
+ENTRY %main (start: (s32[], f32[8,8])) -> f32[2,8] {
+  %start = (s32[], f32[8,8]) parameter(0)
+  %counted = (s32[], f32[8,8]) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %ended = (s32[], f32[8,8]) while(%counted), condition=%condition, body=%body
+  %last = f32[8,8] get-tuple-element(%ended), index=1
+  ROOT %cut = f32[2,8] fusion(%last), kind=kLoop, calls=%slice
+}
+"""  # noqa: E501
+
+
+def test_launches_bytes_and_products_of_a_program_are_counted(compiled_cuda):
+    walk = compiled_cuda.Walk(PROGRAM, (3,))
+    product, cut = walk.kernels[0], walk.kernels[-1]
+    assert (product.operations, product.precision) == (2 * 8**3, "f32 HIGHEST")
+    assert product.moved == 3 * 8 * 8 * 4
+    assert cut.moved == 2 * 2 * 8 * 4, "of a slice, what is sliced"
+    # Five turns are known; three are given, after which the host looks at the condition again.
+    assert [kernel.times for kernel in walk.kernels] == [5, 3, 4, 1]
+    assert walk.looks == 4
+
+
+def test_growth_and_lost_precision_are_named(compiled_cuda):
+    before = {"gpu": "h100", "program": "prox", "launches": "10", "MB": "100", "precision": "f32"}
+    assert not list(compiled_cuda.compare([before | {"launches": "11", "MB": "110"}], [before]))
+    now = before | {"launches": "12", "MB": "111", "precision": "f32 DEFAULT"}
+    worse = list(compiled_cuda.compare([now], [before]))
+    assert worse[:2] == ["prox on h100: launches 10 -> 12", "prox on h100: MB 100 -> 111"]
+    assert worse[2] == "prox on h100: products were f32, are f32 DEFAULT"
+
+
+def test_without_its_compiler_one_line_says_what_to_install(compiled_cuda):
+    with pytest.raises(SystemExit, match=r"run make .venv-cuda/test.stamp"):
+        compiled_cuda.Gpu("h100")

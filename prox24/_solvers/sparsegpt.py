@@ -72,7 +72,8 @@ def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sw
         local_factor = lax.dynamic_slice(factor_rows, (0, start), (block, block))
         kept, mask, errors = _prune_columns(columns, local_factor, pattern)
         # The factor is upper triangular: earlier columns get zero; the block's own are replaced.
-        updated = state.weight - jnp.matmul(factor_rows.T, errors, precision=PRECISION)
+        # A sum of what there is and a product is one call of a library on GPUs.
+        updated = state.weight + jnp.matmul(-factor_rows.T, errors, precision=PRECISION)
         return _Sweep(
             lax.dynamic_update_slice(updated, kept, (start, 0)),
             lax.dynamic_update_slice(state.mask, mask, (start, 0)),
@@ -88,12 +89,12 @@ def _prune_columns(
 ) -> tuple[Array, Array, Array]:
     """Prunes the columns of one block: kept values, mask and errors, each (block, rows)."""
     block, rows = columns.shape
-    group = pattern.width
+    group, diagonal = pattern.width, jnp.diagonal(factor)
 
     def choose(entries: Array, corner: Array, start: Array) -> Array:
         if isinstance(pattern, Unstructured):
             return lax.dynamic_slice(chosen, (start, 0), (group, rows))
-        errors = entries / jnp.diagonal(corner)[:, None]
+        errors = entries / lax.dynamic_slice(diagonal, (start,), (group,))[:, None]
         for i in range(group):
             for j in range(i - i % pattern.unit, i):
                 errors = errors.at[i].add(-corner[j, i] / corner[i, i] * errors[j])
@@ -113,13 +114,13 @@ def _prune_columns(
             group_errors.append(error)
         stacked = jnp.stack(group_errors)
         return (
-            columns - jnp.matmul(factor_rows.T, stacked, precision=PRECISION),
+            columns + jnp.matmul(-factor_rows.T, stacked, precision=PRECISION),
             lax.dynamic_update_slice(mask, group_mask, (start, 0)),
             lax.dynamic_update_slice(errors, stacked, (start, 0)),
         )
 
     if isinstance(pattern, Unstructured):
-        scores = jnp.square(columns / jnp.diagonal(factor)[:, None])
+        scores = jnp.square(columns / diagonal[:, None])
         chosen = largest_mask(scores, pattern.kept(scores.size))
     start = (columns, jnp.zeros(columns.shape, bool), jnp.zeros_like(columns))
     return lax.fori_loop(0, block // group, prune_group, start)
