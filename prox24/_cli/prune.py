@@ -45,8 +45,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_output(command)
     group = command.add_argument_group(
         "several processes",
-        "Each process runs the same command. Under Slurm, GKE, Open MPI and on TPU VMs they find "
-        "each other; elsewhere give the last three options.",
+        "Each process runs the same command. Under Slurm, Open MPI, and on TPU VMs or GKE with "
+        "TPUs they find each other; elsewhere give the last three options.",
     )
     group.add_argument(
         "--distributed", action="store_true", help="share the work with other processes"

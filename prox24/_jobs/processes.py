@@ -29,7 +29,7 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
     """Joins the processes of a run, before JAX has touched a device.
 
     The coordinator, HOST:PORT, is where process 0 listens. What is not given, JAX finds in its
-    environment: that of Slurm, Open MPI, GKE or TPU VMs.
+    environment: that of Slurm, Open MPI, TPU VMs, or GKE with TPUs.
     """
     # Its handler would take SIGTERM from the command line's.
     jax.config.update("jax_enable_preemption_service", False)

@@ -28,7 +28,7 @@ DENSE = "dense"
 """In a pattern by tensor: these tensors stay dense."""
 
 TRAINED_TOKENS = 163_840
-"""Of a block refinement: five passes over 32,768 tokens, the measured ones of docs/results.md."""
+"""Of a block refinement: five passes over 32,768 tokens, as measured in docs/results.md."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -280,7 +280,7 @@ def has_negative_diagonal(gram: Array, eps: float) -> Array:
 
 
 DEFAULT_PULL = 1.0
-"""Among those of docs/results.md the one with the least perplexity of *Emma*."""
+"""Of those that were measured, the one with the lowest perplexity of *Emma*."""
 
 
 def correct_inputs(
