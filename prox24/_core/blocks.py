@@ -12,10 +12,11 @@ from prox24._core.pattern import PatternLike, as_pattern
 
 
 def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[Array]:
-    """Splits blocks into planes: plane i holds the i-th entry of every block, w[i::M] along `axis`.
+    """Splits blocks into planes: plane i holds entry i of every block, w[i::M U] along `axis`.
 
-    Arithmetic on blocks then is arithmetic on whole contiguous arrays. A block of M units of U
-    entries has M U planes, those of a unit one after the other.
+    Arithmetic on blocks then becomes arithmetic on whole contiguous arrays. A block has M units of
+    U entries, and so M U planes. The planes of a unit follow one another. For a pair (N, M), U is
+    1.
 
     Args:
       w: array whose length along `axis` is a multiple of M U.
@@ -23,10 +24,10 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
       axis: the axis along which the blocks run.
 
     Returns:
-      M U arrays of the dtype of `w` and its shape with `axis` divided by M U.
+      M U arrays of the dtype of `w`, and of its shape with the length of `axis` divided by M U.
 
     Raises:
-      ValueError: there is no such axis, or its length is not a multiple of M U.
+      ValueError: the axis does not exist, or M U does not divide its length.
 
     Example:
       >>> [plane.tolist() for plane in split(jnp.arange(8), (2, 4))]
@@ -63,11 +64,12 @@ def _unstack_jvp(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _unstack_linear(blocks: Array, axis: int) -> list[Array]:
-    """`_unstack` whose transpose is fast too, at the expense of its own speed on CPUs."""
+    """`_unstack` with a fast transpose; on CPUs the function itself is slower."""
 
     def by_sums(blocks: Array) -> list[Array]:
-        # Sums of one term and zeros: the transpose adds selects, in vectors. That of slices adds
-        # padded planes, which XLA's CPU backend computes entry by entry.
+        # Each sum has one nonzero term. The transpose adds selects, which XLA's CPU backend
+        # computes in vectors. The transpose of slices adds padded planes, which it computes entry
+        # by entry.
         place = lax.broadcasted_iota(jnp.int32, blocks.shape, axis)
         planes = range(blocks.shape[axis])
         return [jnp.sum(jnp.where(place == i, blocks, 0), axis) for i in planes]
@@ -78,14 +80,15 @@ def _unstack_linear(blocks: Array, axis: int) -> list[Array]:
 
 
 def join(planes: Sequence[Array], axis: int = -1) -> Array:
-    """Undoes `split`: interleaves the M planes along `axis`.
+    """Undoes `split`: interleaves the planes along `axis`.
 
     Args:
-      planes: M arrays of one shape and dtype, the entries of each block.
+      planes: all planes of a block, arrays of one shape and dtype.
       axis: the axis along which the blocks run.
 
     Returns:
-      Array of that shape, M times longer along `axis`.
+      Array of the planes' dtype and shape. It is as many times longer along `axis` as there are
+      planes.
 
     Raises:
       ValueError: the planes have no such axis.
@@ -107,7 +110,8 @@ def _stack(planes: tuple[Array, ...], axis: int) -> Array:
     return lax.platform_dependent(
         *planes,
         cpu=lambda *planes: _stack_by_selects(planes, axis),
-        # XLA would compute a part of the planes, store it, and compute the rest here, from more.
+        # Without the barrier XLA stores intermediate arrays and finishes the planes here, which
+        # reads more memory.
         cuda=lambda *planes: jnp.stack(lax.optimization_barrier(planes), axis),
         default=lambda *planes: jnp.stack(planes, axis),
     )
@@ -117,7 +121,7 @@ def _stack(planes: tuple[Array, ...], axis: int) -> Array:
 def _stack_jvp(
     axis: int, primals: tuple[tuple[Array, ...]], tangents: tuple[tuple[Array, ...]]
 ) -> tuple[Array, Array]:
-    # The transpose of a plain stack is plain slices, without a branch and masks to remember.
+    # The transpose of a plain stack is plain slices. It has no branch and keeps no masks.
     return _stack(*primals, axis), jnp.stack(lax.optimization_barrier(*tangents), axis)
 
 
@@ -133,8 +137,8 @@ def _stack_by_selects(planes: tuple[Array, ...], axis: int) -> Array:
             blocks = jnp.where(place == i, plane, blocks)
         return blocks
 
-    # XLA does not know which branch is taken, always the first, so that it computes the planes
-    # before and stores them; it would compute them again for each of the places.
+    # The first branch is always taken, but XLA does not know this. It therefore computes and stores
+    # the planes before the branch. Otherwise it would compute them again for each place.
     taken = lax.optimization_barrier(jnp.ones((), bool))
     return lax.cond(taken, interleave, lambda planes: interleave(planes[::-1]), planes)
 
@@ -145,7 +149,7 @@ def units(planes: Sequence[Array], unit: int) -> list[Sequence[Array]]:
 
 
 def unit_norms(planes: Sequence[Array], unit: int) -> list[Array]:
-    """The Euclidean norm of each unit of a block: magnitudes, where a unit is one entry.
+    """The Euclidean norm of each unit of a block; for units of one entry, the magnitude.
 
     Squares neither overflow nor vanish, and the derivative at zero is zero.
     """
@@ -157,7 +161,7 @@ def _norm(magnitudes: Sequence[Array]) -> Array:
     largest = lax.stop_gradient(functools.reduce(jnp.maximum, magnitudes))
     nonzero = largest != 0  # NaN is nonzero.
     scale = jnp.where(nonzero, largest, 1)
-    # Where all is zero the sum is of ones, so that the root has a derivative.
+    # In a unit of zeros the sum is of ones, so that the root has a derivative.
     squares = [jnp.square(jnp.where(nonzero, each / scale, 1)) for each in magnitudes]
     return jnp.where(nonzero, scale * jnp.sqrt(functools.reduce(jnp.add, squares)), 0)
 
@@ -165,7 +169,7 @@ def _norm(magnitudes: Sequence[Array]) -> Array:
 def ranks(planes: Sequence[Array]) -> list[Array]:
     """Rank of each entry within its block, 0 for the largest; ties go to the earlier entry.
 
-    M(M-1)/2 comparisons of whole planes take the place of a sort per block.
+    It compares whole planes M(M-1)/2 times, and does not sort each block.
     """
     rank = [jnp.zeros(plane.shape, jnp.int32) for plane in planes]
     for i, earlier in enumerate(planes):
@@ -179,7 +183,7 @@ def ranks(planes: Sequence[Array]) -> list[Array]:
 def descending(planes: Sequence[Array]) -> list[Array]:
     """Sorts each block, largest first, by a network of compare-exchanges of whole planes.
 
-    A NaN makes its own block NaN and no other.
+    A NaN makes only its own block NaN.
     """
     v = list(planes)
     for end in range(len(v) - 1, 0, -1):

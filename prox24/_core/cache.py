@@ -1,14 +1,14 @@
-"""The folder of kernels and programs that are compiled once."""
+"""The cache folder of compiled kernels and programs."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """PROX24_CACHE, or prox24 in XDG_CACHE_HOME, or ~/.cache/prox24; need not exist.
+    """PROX24_CACHE, else prox24 in XDG_CACHE_HOME, else ~/.cache/prox24; it need not exist.
 
     Raises:
-      RuntimeError: the user has no home folder, and the environment names none.
+      RuntimeError: neither variable is set, and the user has no home folder.
     """
     named, base = os.environ.get("PROX24_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if named:

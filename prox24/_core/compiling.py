@@ -1,12 +1,12 @@
-"""How programs are compiled that run once, or never."""
+"""Compiler options for programs that run once, or never."""
 
 import jax
 
 
 def quick_options() -> dict[str, bool | str | int | float] | None:
-    """Options of XLA for a program whose compilation takes longer than its run; None for no CPU.
+    """Options of XLA for programs that take longer to compile than to run; None if not on a CPU.
 
-    On a CPU half of the time goes to LLVM's optimisations.
+    On a CPU, LLVM's optimisations take half of the compile time. These options reduce them.
     """
     if jax.default_backend() != "cpu":
         return None

@@ -14,19 +14,25 @@ from prox24._core.blocks import descending, ranks
 def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     """|w| of the minimiser, planar: argmin over w >= 0 of 1/2 |w - y|^2 + lam e2(w).
 
-    With |y| in descending order and k entries kept, S = sum(w) is their sum over 1 + (k - 1) lam,
-    and w_i = (|y_i| - lam S) / (1 - lam), which is
-    (|y_i| + lam / (1 - lam) sum_j (|y_i| - |y_j|)) / (1 + (k - 1) lam) over the kept j. For lam < 1
-    the objective is convex, and k is the largest number for which w_k > 0. From lam = 1 on one
-    entry is kept.
+    Let |y| be in descending order, and let k entries be kept. The new sum of the kept entries is
+
+        S = sum(w) = sum_j |y_j| / (1 + (k - 1) lam)
+
+    over the kept j. Each kept entry becomes
+
+        w_i = (|y_i| - lam S) / (1 - lam)
+            = (|y_i| + lam / (1 - lam) sum_j (|y_i| - |y_j|)) / (1 + (k - 1) lam).
+
+    For lam < 1 the objective is convex, and k is the largest number for which w_k > 0. For lam >= 1
+    one entry is kept.
 
     Args:
       magnitudes: M arrays |y| of one shape and dtype, float32 or float64.
-      lam: nonnegative, a scalar or of that shape, of that dtype; it has no unit.
+      lam: nonnegative, a scalar or an array of that shape, of that dtype, without a unit.
 
     Returns:
-      M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`. A block
-      is NaN where one of its entries or its lam is.
+      M arrays with entries from 0 to |y|. Entries without shrinkage equal those of `magnitudes`. A
+      block is NaN if one of its entries or its lam is NaN.
     """
     ordered = descending(magnitudes)
     # In units of the largest entry, so that no sum overflows.
@@ -34,7 +40,7 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
     v = [entry / unit for entry in ordered]
     convex = lam < 1
     slack = jnp.where(convex, 1 - lam, 1)
-    # Differences of entries take the place of differences from lam S, which cancel as lam nears 1.
+    # This uses differences of entries, since differences from lam S would cancel for lam near 1.
     size, s, prefix, excess = jnp.ones_like(unit), v[0], v[0], jnp.zeros_like(unit)
     for k in range(2, len(v) + 1):
         prefix = prefix + v[k - 1]
@@ -47,10 +53,10 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
         value = magnitude / unit
         gaps = sum(jnp.where(size > i, value - entry, 0) for i, entry in enumerate(v))
         w = (slack * value + lam * gaps) / (slack * (1 + (size - 1) * lam))
-        # |y| - w = lam (S - w) loses nothing where little is removed.
+        # If little is removed, |y| - w = lam (S - w) loses no digits.
         lost = lam * jnp.maximum(s - w, 0)
         w = jnp.where(2 * lost <= value, magnitude - unit * lost, unit * w)
-        # The difference is zero, or NaN where an entry or lam is.
+        # The difference is zero, or NaN if an entry or lam is NaN.
         whole = magnitude + (lam * v[0] - lam * v[0])
         w = jnp.where(size > 1, jnp.clip(w, 0, magnitude), whole)
         w = jnp.where(rank.astype(lam.dtype) < size, w, whole - whole)
@@ -75,9 +81,9 @@ def gradient(w: Sequence[Array]) -> list[Array]:
 def solve(
     w: Sequence[Array], support: Sequence[Array], lam: Array, r: Sequence[Array]
 ) -> list[Array]:
-    """H^-1 r with the Hessian of `shrink`'s objective on the support, (1 - lam) I + lam 11^T.
+    """H^-1 r on the support, for the Hessian H = (1 - lam) I + lam 11^T of `shrink`'s objective.
 
-    By the Sherman-Morrison formula.
+    It uses the Sherman-Morrison formula.
 
     Args:
       w: M arrays |w|, a minimiser; H does not depend on it.

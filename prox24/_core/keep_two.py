@@ -2,8 +2,8 @@
 
 Notation, on one block: v = lam |y| in descending order, u = lam |w| for the minimiser w,
 s = sum(u), E = e2(u), D_i = 1 - s + 2 u_i. On a support of the k largest entries, Y is the sum of
-their v. Everything is planar: each name is an array over all blocks. docs/theory.md
-derives the equations.
+v. Everything is planar: each name is an array over all blocks. docs/theory.md derives the
+equations.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from jax import Array
 
 from prox24._core.blocks import descending, ranks
 
-# From v1 = (1 + sqrt 2) / 2 on, two entries are kept, and no equation has to be solved.
+# For v1 >= (1 + sqrt 2) / 2 two entries are kept, and no equation has to be solved.
 LARGEST_SOLVABLE = 1.2072
 NEWTON_STEPS = {"float32": 8, "float64": 16}
 
 
 class Support(NamedTuple):
-    """A candidate: the size of its support, its root, and what its entries have in common.
+    """A candidate: the size of its support, its root, and the numbers that its entries share.
 
     Attributes:
       size: k, a Python int or a float array.
       root: of the equation for k.
-      root_is_sum: whether the root is s; if not, it is D_k, and 2 u_3 - v_3 for k = 3.
+      root_is_sum: whether the root is s. If not, it is D_k for k >= 4, and 2 u_3 - v_3 for k = 3.
       smallest: v_k.
-      s: sum of the entries, where k is four or more.
-      e2: E there.
+      s: the sum of u, for k >= 4.
+      e2: E, for k >= 4.
     """
 
     size: int | Array
@@ -44,11 +44,11 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
 
     Args:
       magnitudes: M arrays |y| of one shape and dtype, float32 or float64.
-      lam: nonnegative, a scalar or of that shape, of that dtype.
+      lam: nonnegative, a scalar or an array of that shape, of that dtype.
 
     Returns:
-      M arrays, zero or at most |y|; entries that are not shrunk are those of `magnitudes`. A block
-      is NaN where one of its entries or its lam is.
+      M arrays with entries from 0 to |y|. Entries without shrinkage equal those of `magnitudes`. A
+      block is NaN if one of its entries or its lam is NaN.
     """
     values = [jnp.minimum(lam * magnitude, 2 * LARGEST_SOLVABLE) for magnitude in magnitudes]
     chosen = _choose(descending(values))
@@ -59,7 +59,7 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
         lost = _loss(value, place == size - 1, chosen)
         w = jnp.where(lost < value, magnitude - lost * unit, 0)
         kept = jnp.where(place < size, jnp.where(size == 2, magnitude, w), 0)
-        # A size of 0, where nothing moves, or of NaN.
+        # The size is 0 if nothing moves, or NaN.
         return jnp.where(size > 0, kept, magnitude + size)
 
     places = [rank.astype(lam.dtype) for rank in ranks(magnitudes)]
@@ -69,7 +69,8 @@ def shrink(magnitudes: Sequence[Array], lam: Array) -> list[Array]:
 def gradient(w: Sequence[Array]) -> list[Array]:
     """Gradient of e3 at w >= 0: for each entry e2 of the others.
 
-    Prefixes and suffixes take the place of e2(w) - w_i (sum(w) - w_i), so that nothing cancels.
+    It adds sums over prefixes and suffixes. The formula e2(w) - w_i (sum(w) - w_i) would lose
+    digits by cancellation.
 
     Args:
       w: M arrays of one shape.
@@ -93,11 +94,11 @@ def gradient(w: Sequence[Array]) -> list[Array]:
 def solve(
     w: Sequence[Array], support: Sequence[Array], lam: Array, r: Sequence[Array]
 ) -> list[Array]:
-    """H^-1 r with the Hessian of `shrink`'s objective on the support: H_ij = lam (s - w_i - w_j).
+    """H^-1 r on the support, for the Hessian H of `shrink`'s objective.
 
-    The diagonal is 1, and s = sum(w). H is a diagonal D plus a matrix of rank two, so the solution
-    is in closed form; it is arranged so that D_k, which may be zero at a regular minimum, divides
-    nothing.
+    H_ij = lam (s - w_i - w_j) with s = sum(w), and the diagonal is 1. H is a diagonal D plus a
+    matrix of rank two, so the solution has a closed form. D_k may be zero at a regular minimum, and
+    this form never divides by D_k.
 
     Args:
       w: M arrays |w|, a minimiser; zero in blocks that keep two entries or fewer.
@@ -145,8 +146,8 @@ def solve(
 def _choose(v: Sequence[Array]) -> Support:
     """The candidate of least objective among the support sizes 2..M of each block.
 
-    Its size is 0 where v1 is so small that the penalty moves no entry by a digit of the largest,
-    and NaN where an entry is.
+    Its size is 0 if v1 is so small that the penalty moves no entry by a digit of the largest. Its
+    size is NaN if an entry is NaN.
     """
     tiny, epsilon = jnp.finfo(v[0].dtype).tiny, jnp.finfo(v[0].dtype).eps
     # In units of v1, so that no square underflows.
@@ -161,16 +162,16 @@ def _choose(v: Sequence[Array]) -> Support:
         candidate = _support(k, root, root_is_sum, v[k - 1], total)
         lost = [_loss(x, x is v[k - 1], candidate) for x in v[:k]]
         objective = _objective(v, lost, unit)
-        # Every candidate is a feasible point, so one found where no stationary point exists only
-        # loses. NaN loses too, and the sparser wins a tie.
+        # Every candidate is a feasible point, so a candidate without a stationary point can only
+        # lose. NaN loses too, and the sparser candidate wins a tie.
         better = (objective < least) & (v[0] < LARGEST_SOLVABLE)
         least = jnp.where(better, objective, least)
         square = jnp.where(better, jnp.where(root_is_sum, (k + 0.5) ** 2, k**2), square)
-    # Products of smaller v could underflow. The difference is 0, or NaN where v1 is.
+    # Products of smaller v could underflow. The difference is 0, or NaN if v1 is NaN.
     square = jnp.where(v[0] > epsilon**2, square, v[0] - v[0])
-    # Size and kind of root are one number, k or k + 1/2, and it comes out of a square root: XLA
-    # repeats cheap operations in each consumer, here all of the above, but computes and stores an
-    # expensive one once. The quarters are for backends whose square roots are not exact.
+    # One number, k or k + 1/2, holds the size and the kind of root, and it comes from a square
+    # root. XLA repeats cheap operations, here all of the above, in each consumer, but computes and
+    # stores an expensive one once. The quarters allow for backends with inexact square roots.
     code = jnp.sqrt(square)
     size = jnp.floor(code + 0.25)
     root_is_sum = code > size + 0.25
@@ -186,8 +187,8 @@ def _choose(v: Sequence[Array]) -> Support:
 def _support(
     size: int | Array, root: Array, root_is_sum: Array, smallest: Array, total: Array
 ) -> Support:
-    """The support of which `total` is the sum of v."""
-    # Sizes of 0 and 2 come too, and their numbers are not used.
+    """The support, with `total` the sum of its v."""
+    # The size may also be 0 or 2. The numbers are then not used.
     others = jnp.maximum(size - 2, 1).astype(root.dtype)
     offset = 4 * (others - 1) / (others * others) + 4 * smallest - 4 * total / others
     t = jnp.sqrt(jnp.square(root) - offset)
@@ -196,11 +197,16 @@ def _support(
 
 
 def _loss(v: Array, is_smallest: Array | bool, support: Support) -> Array:
-    """v_i - u_i of an entry, from its own v_i and what the support has in common.
+    """v_i - u_i of an entry, from its own v_i and the numbers of its support.
 
-    On three, u_i = (v_i + d_i) / 2 with d_i^2 = d^2 + v_i^2 - v_3^2. On more,
-    u_i = (D_i + s - 1) / 2 with D_i^2 = (1 - s)^2 + 4 (v_i - E), or D_k^2 + 4 (v_i - v_k), which is
-    the same number; its error of one rounding of 1 is taken out by v_i - u_i = E - u_i (s - u_i).
+    For k = 3, u_i = (v_i + d_i) / 2 with d_i^2 = d^2 + v_i^2 - v_3^2.
+
+    For k >= 4, u_i = (D_i + s - 1) / 2 with
+
+        D_i^2 = (1 - s)^2 + 4 (v_i - E) = D_k^2 + 4 (v_i - v_k).
+
+    This u_i has an error of one rounding of 1. The formula v_i - u_i = E - u_i (s - u_i) removes
+    it.
     """
     size, root, root_is_sum, smallest, s, e2 = support
     three = jnp.asarray(size == 3)
@@ -213,7 +219,7 @@ def _loss(v: Array, is_smallest: Array | bool, support: Support) -> Array:
 
 
 def _objective(v: Sequence[Array], lost: Sequence[Array], unit: Array) -> Array:
-    """1/2 |u - v|^2 + e3(u) in units of v1 squared, for u = v - lost, and 0 beyond."""
+    """1/2 |u - v|^2 + e3(u) in units of v1^2, with u = v - lost on the support, else u = 0."""
     distance = _add([jnp.square(x * unit) for x in (*lost, *v[len(lost) :])])
     e1, e2, e3 = v[0] - lost[0], jnp.zeros_like(unit), jnp.zeros_like(unit)
     for x, loss in zip(v[1:], lost[1:], strict=False):
@@ -228,7 +234,7 @@ def _root_of_three(v: Sequence[Array]) -> tuple[Array, Array]:
     tiny, steps = jnp.finfo(v1.dtype).tiny, NEWTON_STEPS[v1.dtype.name]
     a_offset = jnp.maximum(_repeatable(v1 - v3) * _repeatable(v1 + v3), tiny)
     b_offset = jnp.maximum(_repeatable(v2 - v3) * _repeatable(v2 + v3), tiny)
-    # u_3 + u_3^2 <= v_3 bounds the root, and is it where the three are equal.
+    # u_3 + u_3^2 <= v_3 bounds the root. The bound is exact if the three entries are equal.
     d = 4 * v3 / (1 + jnp.sqrt(1 + 4 * v3)) - v3
     for _ in range(steps):
         a, b = jnp.sqrt(d * d + a_offset), jnp.sqrt(d * d + b_offset)
@@ -240,11 +246,11 @@ def _root_of_three(v: Sequence[Array]) -> tuple[Array, Array]:
 
 
 def _root_of_many(v: Sequence[Array]) -> tuple[Array, Array]:
-    """The root for k >= 4, and whether it is s: it is where c_k >= 0, and D_k elsewhere.
+    """The root for k >= 4, and whether it is s: it is s if c_k >= 0, else D_k.
 
     With t = s - (k - 4) / (k - 2), D_i^2 = t^2 + c_i and sum(D) + (k - 2) t = 4. The unknown is t
-    where c_k >= 0 and D_k, of either sign, where not: in both cases the left side is convex in it,
-    Newton starts above the larger root and descends.
+    if c_k >= 0, else D_k, of either sign. In both cases the left side is convex in the unknown.
+    Newton's method starts above the larger root and descends.
     """
     k = len(v)
     dtype, total = v[0].dtype, _repeatable(_add(v))
@@ -295,12 +301,14 @@ def _sum_of_fractions(fractions: Sequence[tuple[Array | int, Array]]) -> tuple[A
 
 
 def _repeatable(x: Array) -> Array:
-    """x, far below a million, marked as cheap to compute again.
+    """x, marked for XLA as cheap to compute again; |x| must be far below a million.
 
-    XLA's CPU backend stores the result of a binary operation whose consumers meet again behind a
-    square root; it repeats a clipped value in each. Between Newton steps the store is welcome: each
-    step is a chain of slow operations, and a processor overlaps many blocks' short chains but not
-    long ones. Within a step it only costs memory, and the traffic to it.
+    XLA's CPU backend stores the result of a binary operation if its consumers meet again behind a
+    square root. It computes a clipped value again in each consumer.
+
+    Between Newton steps the store helps. Each step is a chain of slow operations, and a processor
+    overlaps the chains of many blocks only if they are short. Within a step the store only costs
+    memory and its traffic.
     """
     return jnp.clip(x, -1e6, 1e6)
 

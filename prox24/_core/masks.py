@@ -1,4 +1,4 @@
-"""Masks of N:M patterns, and whether an array has one."""
+"""Masks of N:M patterns, and checks whether an array has a pattern."""
 
 import functools
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from prox24._core.pattern import PatternLike, Unstructured, as_pattern
 def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
     """Marks the N largest scores of every M consecutive ones; ties go to the earlier entry.
 
-    Units of several entries compete by the Euclidean norms of their scores: with |w| as scores, the
-    mask is that of the projection on the pattern.
+    Units of several entries compete by the Euclidean norms of their scores. With |w| as scores, the
+    mask shows what the projection on the pattern keeps.
 
     Args:
-      scores: array whose length along `axis` is a multiple of M units, for example |w|, without
-        NaN, which has no rank.
+      scores: array without NaN, which has no rank; for example |w|. Its length along `axis` is a
+        multiple of M units.
       pattern: (N, M), any 1 <= N <= M, or `prox24.Pattern`.
       axis: the axis along which the blocks run.
 
     Returns:
-      bool array of the shape of `scores`; exactly N units True in each block without NaN.
+      bool array of the shape of `scores`. Each block without NaN has exactly N units True.
 
     Raises:
-      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
+      ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.
 
     Example:
       >>> top_mask(jnp.array([1.0, 3.0, 2.0, 0.0])).tolist()
@@ -43,19 +43,20 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
 def count_violations(
     w: ArrayLike, pattern: PatternLike | Unstructured = (2, 4), axis: int = -1
 ) -> Array:
-    """Counts the blocks with more than N units that are not zero, or the nonzeros too many.
+    """Counts the blocks with more than N nonzero units, or without a pattern the surplus nonzeros.
 
     Args:
       w: array whose length along `axis` is a multiple of M units; NaN counts as nonzero.
-      pattern: (N, M), or unstructured: then the array as a whole is looked at, and one entry more
-        is allowed for each row and column, since methods round within them.
+      pattern: (N, M), `prox24.Pattern` or `Unstructured`. `Unstructured` counts over the whole
+        array, and allows one more nonzero for each row and each column, since methods round within
+        them.
       axis: the axis along which the blocks run.
 
     Returns:
       int32 scalar.
 
     Raises:
-      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
+      ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.
 
     Example:
       >>> int(count_violations(jnp.array([1.0, 2.0, 3.0, 0.0, 1.0, 0.0, 0.0, 2.0])))
@@ -79,7 +80,7 @@ def nonzero_units(planes: Sequence[Array], unit: int) -> Array:
 
 
 def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
-    """Whether at most N of every M consecutive units along `axis` are not zero.
+    """Whether at most N of every M consecutive units along `axis` are nonzero.
 
     Args:
       w: array whose length along `axis` is a multiple of M units; NaN counts as nonzero.
@@ -90,7 +91,7 @@ def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Ar
       bool scalar.
 
     Raises:
-      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
+      ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.
 
     Example:
       >>> bool(is_sparse(jnp.array([0.0, 2.0, 3.0, 0.0])))
@@ -110,14 +111,14 @@ def sparse_axes(w: Array, pattern: PatternLike = (2, 4)) -> list[int]:
 
 
 def mean_sparsity(w: ArrayLike) -> Array:
-    """Fraction of the entries that are exactly zero, a float32 scalar."""
+    """Fraction of exact zeros among the entries, a float32 scalar."""
     return jnp.mean(jnp.asarray(w) == 0, dtype=jnp.float32)
 
 
 def largest_mask(scores: ArrayLike, kept: int, axis: int | None = None) -> Array:
     """Marks the `kept` largest scores of the whole array, or of each line along `axis`.
 
-    Ties go to the earlier entry, NaN counts as largest.
+    Ties go to the earlier entry. NaN counts as largest.
     """
     scores = jnp.asarray(scores)
     flat = scores.ravel() if axis is None else scores

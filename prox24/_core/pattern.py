@@ -1,4 +1,4 @@
-"""What may be nonzero: N of every M consecutive entries, or a fraction of all entries."""
+"""Sparsity patterns: N of every M consecutive entries, or a fraction of all entries."""
 
 import dataclasses
 import operator
@@ -11,8 +11,9 @@ class Pattern(NamedTuple):
     Attributes:
       kept: N.
       group: M.
-      unit: consecutive entries that are kept or pruned together. With 2, `Pattern(2, 4, 2)` keeps
-        two pairs of four, as the sparse tensor cores of NVIDIA's Blackwell read 4-bit numbers.
+      unit: number of consecutive entries that are kept or pruned together. `Pattern(2, 4, 2)` keeps
+        two pairs of every four: the pattern of 4-bit numbers for the sparse tensor cores of
+        NVIDIA's Blackwell.
 
     Example:
       >>> print(Pattern(2, 4), Pattern(2, 4, unit=2), Pattern(2, 4, unit=2).width)
@@ -33,14 +34,14 @@ class Pattern(NamedTuple):
 
 
 PatternLike = tuple[int, int] | Pattern
-"""What a function takes as a pattern."""
+"""A pattern, as functions take it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-    """Sparsity without a pattern: the fraction `sparsity` of the entries is zero, 0 <= s < 1.
+    """Sparsity without a pattern: a fraction `sparsity` of the entries is zero, 0 <= sparsity < 1.
 
-    Among which entries the zeros are chosen, a row or a whole matrix, is up to the method.
+    The method decides whether entries compete within a row or within the whole matrix.
 
     Raises:
       ValueError: the fraction is out of range.
@@ -61,8 +62,8 @@ class Unstructured:
         return f"{100 * self.sparsity:g}%"
 
     def kept(self, size: int) -> int:
-        """How many of `size` entries are kept: all but the fraction, rounded down."""
-        # The product may be less than a whole number by rounding alone.
+        """The number of entries kept out of `size`; the number of zeros is rounded down."""
+        # Rounding alone may put the product below a whole number.
         return size - int(round(size * self.sparsity, 6))
 
 
@@ -84,9 +85,9 @@ AnyPattern = Pattern | Unstructured
 
 
 def as_any_pattern(pattern: "PatternLike | Unstructured | str") -> AnyPattern:
-    """The pattern that (N, M), `Unstructured` or a text, "N:M", "N:MxU" or "P%", stands for.
+    """Reads a pattern: (N, M), `Unstructured`, or a text "N:M", "N:MxU" or "P%".
 
-    Raises ValueError if it is none of them.
+    Raises ValueError for anything else.
     """
     if isinstance(pattern, Unstructured):
         return pattern

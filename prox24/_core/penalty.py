@@ -1,4 +1,4 @@
-"""The regulariser whose zeros are exactly the 2:4 blocks."""
+"""The penalty, which is zero exactly on arrays of the pattern."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,9 +12,11 @@ from prox24._core.precision import working_dtype
 def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
     """R(w) = sum over blocks of e_{N+1}(|w|), the elementary symmetric polynomial of degree N+1.
 
-    It is zero exactly when every block has at most N nonzeros. For 2:4,
-    R(w) = |w1 w2 w3| + |w1 w2 w4| + |w1 w3 w4| + |w2 w3 w4| on each block. Units of several entries
-    enter by their Euclidean norms.
+    It is zero exactly if every block has at most N nonzeros. On a block of 2:4
+
+        R(w) = |w1 w2 w3| + |w1 w2 w4| + |w1 w3 w4| + |w2 w3 w4|.
+
+    Units of several entries enter by their Euclidean norms.
 
     Args:
       w: array whose length along `axis` is a multiple of M units.
@@ -22,10 +24,11 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       axis: the axis along which the blocks run.
 
     Returns:
-      Scalar of the unit of w cubed for 2:4; float64 if `w` is, else float32.
+      Scalar, float64 if `w` is float64, else float32. For 2:4 its unit is the cube of the unit of
+      w.
 
     Raises:
-      ValueError: the pattern is not N:M, there is no such axis, or M does not divide its length.
+      ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, the regulariser of its

@@ -1,10 +1,11 @@
-"""Where arrays are kept when devices share the work: windows and rows apart, the rest on all.
+"""Placement of arrays when devices share the work.
 
-With `shard_grams`, the columns of Grams and weights are apart instead of rows.
+Windows, and rows of weights, are cut among the devices. All other arrays have a copy on every
+device. With `shard_grams`, columns of Grams and weights are cut, and rows are not. Without a mesh
+all arrays are on one device.
 
-Without a mesh everything stays as it is, on one device. The devices of a mesh may be those of
-several processes, one process after the other: each then has the windows of its own devices on the
-host, and all of them call these functions together.
+The devices of a mesh may belong to several processes, one process after the other. Each process has
+the windows of its own devices on the host. All processes call these functions together.
 """
 
 from typing import Any
@@ -22,10 +23,10 @@ AXIS, TENSOR = "devices", "tensor"
 
 
 def common_mesh(windows: int, tensor: int = 1) -> Mesh | None:
-    """As many devices of every process as divide the number of windows; None for a single one.
+    """A mesh of as many devices of every process as divide the windows; None for a single device.
 
-    So many `windows` are in memory together, and so many devices, `tensor`, have the same windows
-    along the second axis of the mesh.
+    `windows` is the number of windows in memory together. `tensor` is the number of devices with
+    the same windows, along the second axis of the mesh.
     """
     processes = jax.process_count()
     if windows % processes:
@@ -45,7 +46,7 @@ def common_mesh(windows: int, tensor: int = 1) -> Mesh | None:
 
 
 def one_axis(mesh: Mesh | None) -> Mesh | None:
-    """The devices of a mesh along one automatic axis, so that JAX places what is in between."""
+    """The devices of a mesh along one automatic axis: JAX then places intermediate arrays."""
     return None if mesh is None else Mesh(mesh.devices.ravel(), (AXIS,))
 
 
@@ -55,25 +56,25 @@ def parts(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def parts_or_copies(length: int, mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """An axis cut among the devices; a copy on each of them if they do not divide its length.
+    """Cuts an axis among the devices, or copies the array to each if they do not divide its length.
 
-    A linear whose axis they do not divide is solved whole by each: it takes as long as on one.
+    If it is copied, every device solves the whole linear, which takes as long as on one device.
     """
     return NamedSharding(mesh, PartitionSpec()) if length % mesh.size else parts(mesh, axis)
 
 
 def apart(array: Array, mesh: Mesh | None, axis: int = 0) -> Array:
-    """An array, placed as `parts_or_copies` says."""
+    """Places an array by `parts_or_copies`."""
     return array if mesh is None else _put(array, parts_or_copies(array.shape[axis], mesh, axis))
 
 
 def in_parts(array: Array, mesh: Mesh | None) -> Array:
-    """The first axis cut among the devices, inside a program."""
+    """Cuts the first axis among the devices, inside a program."""
     return array if mesh is None else jax.lax.with_sharding_constraint(array, parts(mesh))
 
 
 def own_windows(count: int, mesh: Mesh | None) -> range:
-    """Which windows of a micro-batch of so many are kept by this process."""
+    """The windows that this process keeps, of a micro-batch of `count` windows."""
     if mesh is None:
         return range(count)
     processes = [device.process_index for device in mesh.devices.flat]
@@ -83,7 +84,7 @@ def own_windows(count: int, mesh: Mesh | None) -> range:
 
 
 def placed(batch: NDArray[Any], mesh: Mesh | None) -> Array:
-    """A micro-batch, of which every process has its own windows, cut among the devices."""
+    """Cuts a micro-batch among the devices; every process gives its own windows."""
     if mesh is None:
         return jnp.asarray(batch)
     return jax.make_array_from_process_local_data(parts(mesh), batch)
@@ -99,7 +100,7 @@ def taken(batch: Array, mesh: Mesh | None) -> NDArray[Any]:
 
 
 def everywhere(arrays: Any, mesh: Mesh | None) -> Any:
-    """A copy of each array of a tree on every device."""
+    """Copies each array of a tree to every device."""
     if mesh is None:
         return arrays
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -107,17 +108,17 @@ def everywhere(arrays: Any, mesh: Mesh | None) -> Any:
 
 
 def _put(array: Array, sharding: NamedSharding) -> Array:
-    """What `jax.device_put` does, which would compare an array that every process has."""
+    """Like `jax.device_put`, which would compare the copies of an array that every process has."""
     if sharding.is_fully_addressable or not array.is_fully_addressable:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def is_on_one_device(context: Any) -> bool:
-    """Whether the arrays of a lowering rule, given its context, are whole on one device.
+    """Whether a lowering rule, given its context, has its arrays whole on one device.
 
-    XLA does not partition a kernel: one is for programs of one device, and for the inside of
-    shard_map.
+    XLA does not partition kernels. They run in programs of one device, and inside shard_map over
+    all axes of a mesh.
     """
     placed = context.module_context.axis_context
     manual: frozenset[Any] = getattr(placed, "manual_axes", frozenset())
@@ -126,9 +127,9 @@ def is_on_one_device(context: Any) -> bool:
 
 
 def replicated(array: Array) -> Array:
-    """The array on every device of its mesh, inside a program whose placement XLA chooses.
+    """Copies the array to every device of its mesh, in a program whose placement XLA chooses.
 
-    Without a mesh, or where the caller places arrays by hand, nothing is done.
+    Without a mesh, or if the caller places arrays by hand, it does nothing.
     """
     mesh = jax.typeof(array).sharding.mesh
     if mesh.empty or not mesh.are_all_axes_auto:

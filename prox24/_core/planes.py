@@ -1,7 +1,7 @@
 """The proximal operator on blocks in planar form, for callers that keep their data planar.
 
-Plane i holds the i-th entry of every block: `split` makes planes of an array, `join` undoes it, and
-`prox` then is arithmetic on whole contiguous arrays. Public as `prox24.planes`.
+Plane i holds entry i of every block. `split` makes planes of an array, and `join` undoes it. `prox`
+is then arithmetic on whole contiguous arrays. Public as `prox24.planes`.
 """
 
 import functools
@@ -24,20 +24,21 @@ OPERATORS = {1: keep_one, 2: keep_two}
 def prox(
     planes: Sequence[Array], lam: ArrayLike, kept: int = 2, unit: int = 1
 ) -> tuple[Array, ...]:
-    """prox_{lam R}(y) on planes; `prox24.prox` says what it is.
+    """prox_{lam R}(y) on planes; `prox24.prox` defines the operator.
 
     Args:
-      planes: arrays of one shape and dtype, the entries of each block: M, or M units.
-      lam: nonnegative, a scalar or one that broadcasts to the shape of a plane; NaN where it is
-        negative.
+      planes: arrays of one shape and dtype, one for each entry of a block: M times `unit` arrays.
+      lam: nonnegative, a scalar or an array that broadcasts to the shape of a plane. The result is
+        NaN where lam is negative.
       kept: N of the pattern N:M, 1 or 2.
-      unit: entries that are kept or pruned together.
+      unit: number of entries that are kept or pruned together.
 
     Returns:
-      Arrays of the number, shape and dtype of `planes`.
+      As many arrays as `planes`, of the same shape and dtype.
 
     Raises:
-      ValueError: another `kept`, a dtype that is not floating, or `lam` does not broadcast.
+      ValueError: `kept` is not 1 or 2, the dtype is not floating-point, or `lam` does not
+        broadcast.
 
     Example:
       >>> planes = [jnp.full((1,), y) for y in (1.0, 0.8, 0.6, 0.4)]
@@ -52,19 +53,19 @@ def prox(
     lam = jnp.asarray(lam).astype(dtype)
     if lam.ndim:
         lam = _broadcast(lam, planes[0].astype(dtype))
-    lam = jnp.where(lam < 0, jnp.nan, lam)  # Not the identity in silence.
+    lam = jnp.where(lam < 0, jnp.nan, lam)  # A negative lam must not pass as the identity.
     y = [plane.astype(dtype) for plane in planes]
     w = _prox(tuple(y), lam, kept) if unit == 1 else _prox_of_units(y, lam, kept, unit)
     return tuple(plane.astype(given) for plane in w)
 
 
 def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list[Array]:
-    """Each unit keeps its direction, and its norm is the operator of the norms (theory.md)."""
+    """Each unit keeps its direction; the operator on the norms gives its norm (docs/theory.md)."""
     norms = unit_norms(y, unit)
     shrunk = _prox(tuple(norms), lam, kept)
 
     def scaled(entry: Array, norm: Array, short: Array) -> Array:
-        # A unit of zeros has no direction; its derivative is that of a unit that is pruned.
+        # A unit of zeros has no direction. It has the derivative of a pruned unit.
         same = (short == norm) & ((norm > 0) | (lam == 0))
         moved = entry * (short / jnp.where(norm == 0, 1, norm))
         return jnp.where(same, entry, jnp.where(short == 0, 0, moved))
@@ -73,7 +74,7 @@ def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list
 
 
 def check_kept(kept: int, group: int) -> None:
-    """Raises ValueError, saying what serves instead, unless there is a prox for the pattern."""
+    """Raises ValueError, and names alternatives, unless the pattern has a proximal operator."""
     if kept not in OPERATORS:
         raise ValueError(
             f"the proximal operator supports 1:M and 2:M, not {kept}:{group}; "
@@ -90,7 +91,7 @@ def _broadcast(lam: Array, plane: Array) -> Array:
         raise ValueError(
             f"lam of shape {lam.shape} does not broadcast to the blocks, of shape {plane.shape}"
         )
-    # By a sum, not by broadcast_to, which would not shard it as the plane is.
+    # A sum shards lam like the plane. broadcast_to would not.
     return jnp.zeros_like(plane) + lam.reshape((1,) * (plane.ndim - lam.ndim) + lam.shape)
 
 
@@ -99,7 +100,7 @@ def _broadcast(lam: Array, plane: Array) -> Array:
 def _prox(y: tuple[Array, ...], lam: Array, kept: int) -> tuple[Array, ...]:
     magnitudes = [jnp.abs(entry) for entry in y]
     tiny, largest = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).max
-    # An infinite penalty on a zero would be NaN.
+    # An infinite lam times a zero would be NaN.
     shrunk = OPERATORS[kept].shrink(magnitudes, jnp.minimum(lam, largest))
 
     def signed(entry: Array, magnitude: Array, w: Array) -> Array:
@@ -119,14 +120,14 @@ def _prox_jvp(
     (y, lam), (dy, dlam) = primals, tangents
     w = _prox(y, lam, kept)
     signs = [jnp.where(entry < 0, -1, 1).astype(lam.dtype) for entry in y]
-    # Without a penalty the operator is the identity, on zeros too.
+    # Without a penalty the operator is the identity, also on zeros.
     support = [(entry != 0) | (lam == 0) for entry in w]
-    # N entries do not act on one another. Without such blocks all is bounded: no product overflows
-    # to become NaN in a gradient.
+    # In a block of at most N entries the penalty acts on none. With lam and w set to zero there, no
+    # product overflows and becomes NaN in a gradient.
     acting = sum(here.astype(lam.dtype) for here in support) > kept
     lam = jnp.where(acting, lam, 0)
     magnitudes = [jnp.where(acting, jnp.abs(entry), 0) for entry in w]
-    # An infinite slope times a tangent of zero would be NaN. What is zero is zero for every lam.
+    # An infinite slope times a tangent of zero would be NaN. Zero entries stay zero for every lam.
     largest = jnp.finfo(lam.dtype).max
     slopes = [
         jnp.where(entry != 0, jnp.minimum(slope, largest), 0)

@@ -14,39 +14,43 @@ from prox24._core.pattern import PatternLike, as_pattern
 def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
     """prox_{lam R}(y) = argmin_w 1/2 |w - y|^2 + lam R(w), exactly, on every block.
 
-    R is `prox24.penalty`. The minimiser keeps the signs and the order of y. For 2:M it keeps two
-    or more entries of a block; each support size has at most one candidate, found by Newton's
-    method on one convex scalar equation, and the candidate of least objective wins (ties: the
-    sparser). For 1:M it is in closed form. Entries that are kept without shrinkage come back bit
-    for bit, and lam = 0 is the identity. A unit of several entries enters R by its Euclidean norm:
-    it keeps its direction, and its norm is that of the operator of the norms.
+    R is `prox24.penalty`. The minimiser keeps the signs and the order of y. Entries kept without
+    shrinkage come back bit for bit, and lam = 0 is the identity.
 
-    Differentiable in `y` and `lam`, once or more, by the implicit function theorem on the support
-    of the minimiser; where supports tie, the derivative is that of the one returned. Blocks are
-    independent, so the result is sharded as `y` is, without communication.
+    For 2:M the minimiser keeps two or more entries of a block. Each support size has at most one
+    candidate, found by Newton's method on one convex scalar equation. The candidate of least
+    objective wins; in a tie, the sparser one. For 1:M the minimiser has a closed form.
+
+    A unit of several entries enters R by its Euclidean norm. The unit keeps its direction, and the
+    operator on the norms gives its norm.
+
+    The operator is differentiable in `y` and `lam`, once or more, by the implicit function theorem
+    on the support of the minimiser. If supports tie, the derivative belongs to the returned
+    support. Blocks are independent, so the result is sharded like `y`, without communication.
 
     Args:
-      y: array whose length along `axis` is a multiple of M units; float64, float32, or a
-        16-bit type, which is computed in float32 and rounded once.
-      lam: nonnegative, traced or not. A scalar, or an array that broadcasts to the shape of y with
-        its length along `axis` divided by that of a block: shape (out, 1) is one penalty per row of
-        an (out, in) weight. Its unit is 1/y for 2:M; for 1:M it has none.
+      y: array of float64, float32 or a 16-bit type. The work on 16-bit types is in float32, rounded
+        once. The length along `axis` is a multiple of M units.
+      lam: nonnegative, traced or not: a scalar, or an array that broadcasts to the shape of y with
+        `axis` divided by the length of a block. Shape (out, 1) is one penalty per row of an
+        (out, in) weight. For 2:M the unit of lam is 1/y; for 1:M lam has no unit.
       pattern: (1, M) or (2, M), or `prox24.Pattern` with units of several entries.
-      axis: the axis along which the blocks of M run: -1 for weights (out, in), -2 for Flax kernels
-        (in, out) and for convolution kernels (height, width, in, out).
+      axis: the axis along which the blocks of M run. It is -1 for weights (out, in). It is -2 for
+        Flax kernels (in, out) and for convolution kernels (height, width, in, out).
 
     Returns:
-      Array of the shape and dtype of `y`. In an array, a NaN or a negative `lam` makes its own
-      block NaN and no other; a block that holds an infinity may be NaN as well. CPUs read subnormal
-      entries as zeros, and may return those that are pruned as they are.
+      Array of the shape and dtype of `y`. A NaN in `y` or in `lam`, or a negative number in an
+      array `lam`, makes only its own block NaN. A block with an infinity may be NaN too. CPUs read
+      subnormal entries as zeros, and may return pruned subnormal entries unchanged.
 
     Raises:
-      ValueError: another pattern, no such axis, M does not divide its length, `lam` does not
-        broadcast to the blocks, `y` is not floating-point, or `lam` is a negative number.
+      ValueError: the pattern is neither 1:M nor 2:M, the axis does not exist, or M does not divide
+        its length. Also if `y` is not floating-point, `lam` does not broadcast to the blocks, or
+        `lam` is a negative number.
 
     References:
-      "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, which poses the problem
-      and solves it by gradient descent; the scalar equations are derived in docs/theory.md.
+      "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, poses the problem and
+      solves it by gradient descent. The scalar equations are derived in docs/theory.md.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""The proximal operator on interleaved blocks as one TPU kernel, which reads and writes once.
+"""The proximal operator on interleaved blocks as one TPU kernel, with one read and one write.
 
-The planes of a (rows, columns) array are columns with a stride, and a TPU keeps columns in the
-lanes of its registers, which have no stride: XLA changes the layout in HBM, there and back. The
+The planes of a (rows, columns) array are columns with a stride. A TPU keeps columns in the lanes of
+its registers, which have no stride. XLA therefore changes the layout in HBM, there and back. The
 kernel transposes a tile in on-chip memory instead, where planes are rows with a stride.
 """
 
@@ -20,16 +20,17 @@ from prox24._core import planes
 from prox24._core.pattern import Pattern
 from prox24._core.placement import is_on_one_device
 
-# Mosaic loads rows with a stride only from arrays of one register's width.
+# Mosaic loads rows with a stride only from arrays with the width of a register.
 LANES = 128
-# A tile of float32 takes 1 MiB, and a kernel holds about six of the 16 MiB.
+# A float32 tile takes 1 MiB, and a kernel uses about six of the 16 MiB on the chip.
 COLUMNS = 2048
-# Rows of a plane in one step: independent chains of Newton steps, which hide each other's latency.
+# Rows of a plane in one step. Their chains of Newton steps are independent and hide each other's
+# latency.
 STEP = 32
 
 
 def serves(y: Array, lam: Array, pattern: Pattern, axis: int) -> bool:
-    """Whether `prox` takes these: the others are too small, or their layout is not a tile's."""
+    """Whether the kernel takes these arrays: others are too small, or have no layout of tiles."""
     return (
         y.dtype in (jnp.float32, jnp.bfloat16)
         and lam.ndim == 0
@@ -61,7 +62,7 @@ def _map(operands: Any, axes: Any, kept: int, group: int) -> tuple[Array, int]:
     return jax.vmap(functools.partial(planar, kept=kept, group=group), axes)(y, lam), 0
 
 
-# Of y (..., columns), for which `serves` holds, and a scalar lam; not to be differentiated.
+# Takes y (..., columns) for which `serves` is true, and a scalar lam. It has no derivative.
 prox_p = Primitive("prox")
 prox_p.def_abstract_eval(lambda y, lam, **pattern: y)
 prox_p.def_impl(planar)
@@ -75,7 +76,7 @@ def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False)
 
     With `interpret` it runs as ordinary JAX, on any device.
     """
-    # Here, since no other device needs them, and they take a while to import.
+    # Imported here, since only TPUs need these modules, and their import is slow.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -98,18 +99,18 @@ def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False)
         w_ref[...] = turned[...].T.astype(w_ref.dtype)
 
     block = pl.BlockSpec((LANES, width), lambda i, j: (i, j))
-    # Mosaic has no 64-bit integers, which the indices of a grid would be.
+    # The indices of a grid would be 64-bit integers, which Mosaic does not have.
     with jax.enable_x64(False):
         w = pl.pallas_call(
             tile,
             grid=(pl.cdiv(rows, LANES), pl.cdiv(columns, width)),
             in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
             out_specs=block,
-            # Inside of shard_map this says over which axes y varies, as well.
+            # Inside shard_map this also says over which axes y varies.
             out_shape=jax.eval_shape(lambda y: y, y),
             scratch_shapes=[pltpu.VMEM((width, LANES), jnp.float32)],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-            # Roughly, from the instructions of 2:4; XLA schedules by it.
+            # A rough estimate, from the instructions for 2:4. XLA schedules by it.
             cost_estimate=pl.CostEstimate(
                 flops=300 * y.size, transcendentals=12 * y.size, bytes_accessed=2 * y.nbytes
             ),
@@ -120,7 +121,10 @@ def kernel(y: Array, lam: Array, kept: int, group: int, interpret: bool = False)
 
 
 def _varies_alike(y: Array, lam: Array) -> bool:
-    """In shard_map, lam may vary over axes over which y does not, and the result then does too."""
+    """Whether, inside shard_map, y varies over all axes over which lam varies.
+
+    The result varies over the axes of both, but the kernel's result varies only over those of y.
+    """
     both = jax.eval_shape(lambda y, lam: y + lam.astype(y.dtype), y, lam)
     return both == jax.eval_shape(lambda y: y, y)
 
