@@ -22,28 +22,32 @@ from prox24._solvers.schedules import Exponential
 class ADMM:
     """min 1/2 tr((W - W0) G (W - W0)^T) + lam R(Z) over W = Z, by alternating directions.
 
-    With U the scaled dual variable, a step is Z <- prox_{(lam / rho) R}(W + U), U <- W + U - Z,
-    W <- W0 - rho (W0 - Z + U) (G + rho I)^-1, with rho and lam / rho as scheduled. The result is
-    the projection of the last W + U on the pattern.
+    Let U be the scaled dual variable. With rho and lam / rho from their schedules, a step is
 
-    The operator keeps undecided blocks dense: entries shrink before they leave, and blocks of large
-    entries are decided first. Without a penalty, Z is the projection on the pattern in every step.
+        Z <- prox_{(lam / rho) R}(W + U)
+        U <- W + U - Z
+        W <- W0 - rho (W0 - Z + U) (G + rho I)^-1.
 
-    The features are scaled so that D = (diag(G) / diag(G^-1))^(1/2) becomes the identity, the
-    geometric mean of what a weight costs with the others fixed and with the others free to follow.
-    A fixed point with rho = 1 is then a mask that no exchange of two weights of a block improves,
-    as far as D is what a weight costs (docs/theory.md, section 13). `scaling` 0 takes diag(G)
-    alone, and 1 takes diag(G^-1)^-1.
+    The result is the projection of the last W + U on the pattern. Without a penalty, Z is this
+    projection in every step. With a penalty, the operator keeps undecided blocks dense: entries
+    shrink before they become zero, and blocks of large entries are decided first.
+
+    The cost of a pruned weight is its square times a curvature. The curvature is diag(G) if the
+    other weights are fixed, and diag(G^-1)^-1 if they are free to follow. The features are scaled
+    so that D = (diag(G) / diag(G^-1))^(1/2), the geometric mean of both, becomes the identity. A
+    fixed point with rho = 1 is then a mask that no exchange of two weights of a block improves.
+    This holds as far as D is the true curvature (docs/theory.md, section 13).
 
     Attributes:
-      steps: each with one product of the size of W0 G.
-      rho: schedule of rho, which moves once every `interval` steps.
-      penalty: schedule of lam / rho, which moves in every step: for 2:M in units of 1 / mean |W0|
-        of the normalized problem, for 1:M without a unit. None projects; any N:M.
-      scaling: exponent of the second curvature, from 0 to 1.
-      interval: steps between two moves of rho; each move costs an inverse, as many operations as
-        the product G G.
-      history: number of steps whose losses are recorded, each for one more product; compiled in.
+      steps: number of steps, each with one product of the size of W0 G.
+      rho: schedule of rho, which changes once every `interval` steps.
+      penalty: schedule of lam / rho, which changes in every step. For 2:M its unit is 1 / mean |W0|
+        of the normalized problem; for 1:M it has none. None projects, for any N:M.
+      scaling: exponent of the second curvature, from 0 to 1: 0 takes diag(G) alone, and 1 takes
+        diag(G^-1)^-1 alone.
+      interval: number of steps from one change of rho to the next. Each change costs an inverse,
+        with as many operations as the product G G.
+      history: number of steps with a recorded loss, each for one more product. It is compiled in.
 
     Example:
       >>> ADMM(penalty=None).steps
@@ -62,12 +66,12 @@ class ADMM:
 
     @property
     def patterns(self) -> Patterns:
-        """Those of the operator, or of the projection."""
+        """The patterns of the operator, or of the projection if there is no penalty."""
         return Patterns.GROUPED if self.penalty is None else Patterns.ONE_OR_TWO
 
     @classmethod
     def in_steps(cls, steps: int) -> "ADMM":
-        """The default schedules, stretched to a number of steps, with six values of rho at most.
+        """Stretches the default schedules to a number of steps, with at most six values of rho.
 
         Raises:
           ValueError: fewer than 4 steps.
@@ -148,12 +152,12 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         )
 
     def advance_with_one_rho(state: _State) -> _State:
-        # What the damping made definite may be indefinite by rounding, once features are scaled.
+        # By rounding, scaled features can make a definite Gram indefinite again.
         inverted = damped_inverse(gram, jnp.zeros_like(state.rho), shift=state.rho)
         response = state.rho * inverted.matrix
         steps = jnp.minimum(jnp.maximum(solver.interval, 1), solver.steps - state.steps)
         end = lax.fori_loop(0, steps, lambda _, state: advance(state, response), state)
-        # The result is a projection of W + U, in units of the rho of the last step.
+        # After the last step rho stays: the result projects W + U in the units of this rho.
         rho = jnp.where(end.steps < solver.steps, solver.rho.after(end.rho), end.rho)
         return end._replace(
             dual=end.dual * (end.rho / rho),

@@ -17,10 +17,10 @@ Prox = Callable[[PyTree, Any, Any], PyTree]
 """prox(x, hyperparams, scaling) = argmin_w  1/2 |w - x|^2 + scaling R(w; hyperparams)."""
 
 SHRINK, GROW = 0.5, 1.25
-"""Factors of the step size: after a trial that fails, and from one step to the next."""
+"""Factors of the step size: after a failed trial, and from one step to the next."""
 
 HALVINGS = 40
-"""The most trials of a line search; 2^-40 of a step is beyond float32's digits."""
+"""Maximal number of trials of a line search; 2^-40 of a step is below the digits of float32."""
 
 
 class Descent(enum.IntEnum):
@@ -40,12 +40,13 @@ class Descended(NamedTuple):
     """The result of `proximal_gradient`.
 
     Attributes:
-      params: the minimiser that was found.
-      outcome: a `Descent`; an int32 array where the call is traced.
-      error: |x - prox(x - step grad f(x))| / step at the last point before, 0 at a minimum.
-      value: of the smooth function there.
-      steps: their number.
-      step: the size of the last one.
+      params: the minimiser found.
+      outcome: a `Descent`; an int32 array if the call is traced.
+      error: |x - prox(x - step grad f(x))| / step at the point x where the last step began; 0 at a
+        minimum.
+      value: the smooth function at this x.
+      steps: number of steps.
+      step: size of the last step.
     """
 
     params: PyTree
@@ -86,34 +87,35 @@ def proximal_gradient(
 ) -> Descended:
     """Minimises f(x, *args) + R(x; hyperparams) for a smooth f and an R with a proximal operator.
 
-    Each step is x <- prox(z - step grad f(z), hyperparams, step), with z = x, or extrapolated by
-    Nesterov's momentum, which is dropped where it points uphill. For a convex f the values fall as
-    1 / steps^2. For others, and for an R that is not convex, a fixed point is found.
+    Each step is x <- prox(z - step grad f(z), hyperparams, step). Without momentum z is x. With
+    momentum z extrapolates x by Nesterov's sequence, which restarts when it points uphill. If f and
+    R are convex, the values fall as 1 / steps^2. Otherwise the result is a fixed point.
 
-    Works under `jax.jit` and `jax.vmap`. Derivatives by `args` and `hyperparams`, and by what `fun`
-    and `prox` close over, are those of the fixed point (implicit differentiation); they exist where
-    it moves smoothly, and cost one linear system.
+    It works under `jax.jit` and `jax.vmap`. The result has derivatives by `args`, by `hyperparams`,
+    and by arrays that `fun` and `prox` close over. They are the derivatives of the fixed point
+    (implicit differentiation). They exist where it moves smoothly, and cost one linear system.
 
     Args:
       fun: f(params, *args), a float scalar.
-      params: pytree of floating arrays to begin with.
-      prox: prox(x, hyperparams, scaling), as in jaxopt: the minimiser of
-        1/2 |w - x|^2 + scaling R(w; hyperparams). Of this package:
+      params: pytree of floating-point arrays, the start.
+      prox: prox(x, hyperparams, scaling), as in jaxopt: the minimiser of 1/2 |w - x|^2 + scaling
+        R(w; hyperparams). For the penalty of this package it is
         `lambda x, lam, scaling: prox24.prox(x, lam * scaling)`.
-      hyperparams: what `prox` is given, such as the weight of a penalty.
-      *args: what `fun` is given besides.
-      step: the size of all steps, at most 1 / L for a gradient with Lipschitz constant L; None
+      hyperparams: the second argument of `prox`, such as the weight of a penalty.
+      *args: further arguments of `fun`.
+      step: the size of all steps, at most 1 / L for a gradient with Lipschitz constant L. None
         finds the sizes by a line search.
       momentum: whether steps are extrapolated.
-      tolerance: of the error, see `Descended`.
-      max_steps: the most steps.
+      tolerance: largest error of a converged result, see `Descended`.
+      max_steps: maximal number of steps.
 
     Returns:
       A `Descended`.
 
     Raises:
-      ValueError: a number is out of range, `prox` has another convention, or the function is not a
-        finite scalar at the start. Where the call is traced, the outcome says the last.
+      ValueError: a number is out of range, `prox` has another convention, or `fun` is no
+        floating-point scalar, or not finite at the start. In a traced call, only the outcome tells
+        that `fun` was not finite.
 
     References:
       "A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems", 2009,
@@ -149,7 +151,7 @@ def proximal_gradient(
         return prox(_plus(x, -size, gradient), hyperparams, size)
 
     def residual(root: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
-        # Of another size of steps the fixed points are others, where R is not convex.
+        # If R is not convex, the fixed points depend on the size of the steps.
         x, size = root
         own = lax.stop_gradient(size)
         return trees.tree_sub(moved(x, own), x), size - own
@@ -181,7 +183,7 @@ def proximal_gradient(
 
         final = lax.while_loop(unfinished, advance, first)
         figures = final.error, final.value, final.steps, final.finite
-        # A derivative of an integer is of another kind, for which it has no rule.
+        # The derivative of an integer has another dtype, for which `custom_root` has no rule.
         return (final.params, final.step), [figure.astype(real) for figure in figures]
 
     real = jnp.result_type(value)
@@ -216,7 +218,7 @@ def _advance(
 
     step = state.step
     if fixed is None:
-        # What rounding leaves of a difference of values.
+        # The rounding error of a difference of values.
         slack = 8 * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
         def too_far(search: tuple[Array, PyTree, Array]) -> Array:
@@ -224,7 +226,7 @@ def _advance(
             move = trees.tree_sub(landed, point)
             square = trees.tree_norm(move, squared=True) / (2 * size)
             bound = value + trees.tree_vdot(gradient, move) + square + slack
-            # A value that is not finite is too far, too.
+            # A step to NaN or infinity is also too long.
             return ~(value_of(landed) <= bound) & (trials < HALVINGS)
 
         def shorter(search: tuple[Array, PyTree, Array]) -> tuple[Array, PyTree, Array]:
@@ -266,7 +268,7 @@ def _plus(tree: PyTree, factor: Any, other: PyTree) -> PyTree:
 
 
 def _solve_linear(matrix: Callable[[PyTree], PyTree], target: PyTree) -> Any:
-    """By conjugate gradients on the normal equations: the Jacobian is not symmetric."""
+    """Solves by conjugate gradients on the normal equations: the Jacobian is not symmetric."""
 
     def solve(matrix: Callable[[PyTree], PyTree], target: PyTree) -> PyTree:
         transpose = jax.linear_transpose(matrix, target)
@@ -279,7 +281,7 @@ def _solve_linear(matrix: Callable[[PyTree], PyTree], target: PyTree) -> Any:
         solution: PyTree = jax.scipy.sparse.linalg.cg(normal, right, tol=10 * eps, maxiter=1000)[0]
         return solution
 
-    # The size of the steps is held: its row is the identity, and no other depends on it.
+    # The size of the steps is constant: its row is the identity, and no other row depends on it.
     of_params, of_size = target
 
     def of_point(x: PyTree) -> PyTree:
@@ -296,7 +298,7 @@ def _check_prox(prox: Prox, params: PyTree, hyperparams: Any) -> None:
     )
     try:
         found = jax.eval_shape(prox, params, hyperparams, 1.0)
-    except Exception as error:  # whatever another convention makes of a number in the third place
+    except Exception as error:  # of any type, if prox has another convention
         raise ValueError(f"{said}; it fails with: {first_line(error)}") from error
     shapes = [
         jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), t) for t in (found, params)

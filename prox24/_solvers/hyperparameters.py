@@ -1,4 +1,4 @@
-"""What solvers, refits and schedules are: immutable objects of numbers that programs are given."""
+"""Immutable objects of hyperparameters: solvers, refits and schedules, as arguments of programs."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,22 +9,24 @@ import jax
 T = TypeVar("T")
 
 REGISTERED: dict[str, type] = {}
-"""The classes that a recipe holds in JSON, by name: those of others with their modules before."""
+"""The classes that a recipe can hold in JSON, by name. Names from other packages begin with their
+module."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def hyperparameters(cls: type[T]) -> type[T]:
     """Makes a class a frozen dataclass and a pytree: one program serves all values of its fields.
 
-    A recipe's JSON can hold its objects, by the name of the class.
+    A recipe's JSON can hold its objects, by the name of the class. Fields with metadata
+    {"static": True} are compiled in.
 
-    Fields with metadata {"static": True} are compiled in. The class takes part in the comparison of
-    structures, which it does not with `jax.tree_util.register_dataclass` (jaxlib 0.10.2, 0.12.0).
-    There classes with equally many fields have equal structures, and where the hashes of two begin
-    alike, once in a hundred times, `jax.jit` runs the program of the other.
+    Different classes have different tree structures. With `jax.tree_util.register_dataclass`
+    (jaxlib 0.10.2 and 0.12.0), classes with equally many fields have equal structures. For about
+    one pair of classes in a hundred, whose hashes begin alike, `jax.jit` then runs the program of
+    the other class.
 
     Args:
-      cls: with annotated fields, as of a dataclass; class variables are no fields.
+      cls: a class with annotated fields, like a dataclass. Class variables are no fields.
 
     Returns:
       The class.
@@ -49,7 +51,7 @@ def hyperparameters(cls: type[T]) -> type[T]:
 
     def leaf(value: T, name: str) -> Any:
         given = getattr(value, name)
-        # Of another dtype it would be of another program.
+        # An int has another dtype, and so would compile another program.
         return float(given) if name in floats and isinstance(given, int) else given
 
     def flatten_with_keys(value: T) -> tuple[Iterable[tuple[Any, Any]], Any]:

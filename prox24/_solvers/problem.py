@@ -1,4 +1,4 @@
-"""The layer-wise problem that every solver solves, and what a solver returns."""
+"""The layer-wise problem of all solvers, and the types of their results."""
 
 import enum
 import math
@@ -18,12 +18,12 @@ from prox24._solvers.damping import damped_inverse
 class LayerProblem(NamedTuple):
     """min over sparse W of tr((W - W0) G (W - W0)^T), the squared error of a linear layer's output.
 
+    For other targets Y, min |W X' - Y|^2, take W0 = Y X'^T G^-1; see `correct_inputs`.
+
     Attributes:
-      weight: W0, shape (out, in), floating; the layer computes x -> W0 x.
+      weight: W0, shape (out, in), floating-point; the layer computes x -> W0 x.
       gram: G = sum over calibration tokens of x x^T, or its mean, shape (in, in), symmetric and
         positive semidefinite. Solutions do not depend on its scale.
-
-    A general linear term, as of min |W X' - Y|^2, is W0 = Y X'^T G^-1; see `correct_inputs`.
     """
 
     weight: Array
@@ -36,10 +36,10 @@ class Status(enum.IntEnum):
     SPARSE = 0
     """The pattern holds and every entry is finite."""
     MAX_STEPS = 1
-    """`ProximalGradient` ran out of steps: blocks that were still dense were cut to their largest
-    entries. ADMM always ends with a projection."""
+    """`ProximalGradient` ran out of steps, and blocks that were still dense were cut to their
+    largest entries. ADMM always ends with a projection."""
     NONFINITE = 2
-    """NaN or Inf appeared, in the input or because the damped Gram is not positive definite."""
+    """NaN or Inf appeared: the input holds it, or the damped Gram is not positive definite."""
     INDEFINITE = 3
     """The Gram is not positive semidefinite, by more than rounding: its diagonal or a loss is
     negative."""
@@ -53,16 +53,17 @@ class Status(enum.IntEnum):
 
 
 class Candidate(NamedTuple):
-    """What a solver passes on to the refit: a sparse point and how it was found.
+    """The result of a solver, and the start of the refit.
 
     Attributes:
       weight: shape (out, in), zero outside the mask.
-      mask: bool, shape (out, in), exactly N True in each block, or as many as `Unstructured` keeps.
-      damping: scalar, relative to the mean of the Gram's diagonal; as given, or raised.
-      dense_blocks: int32 scalar, the blocks that had more than N nonzeros when `ProximalGradient`
+      mask: bool, shape (out, in), exactly N True in each block, or as many True as `Unstructured`
+        keeps.
+      damping: scalar, relative to the mean of the Gram's diagonal; the given one, or a raised one.
+      dense_blocks: int32 scalar, number of blocks with more than N nonzeros when `ProximalGradient`
         ran out of steps.
       steps: int32 scalar, iterations taken.
-      damping_raised: bool scalar, whether an inverse took more damping than that.
+      damping_raised: bool scalar, whether an inverse within the solver took more than `damping`.
       history: see `Solution`.
     """
 
@@ -101,16 +102,16 @@ class Statistics(NamedTuple):
     """Figures about a solution. Losses are relative to tr(W0 G W0^T), with G as given, undamped.
 
     Attributes:
-      relative_loss: of the returned weight.
-      relative_loss_before_refit: of the solver's weight.
-      steps: the solver's iterations.
-      refit_steps: the refit's iterations.
+      relative_loss: loss of the returned weight.
+      relative_loss_before_refit: loss of the solver's weight.
+      steps: iterations of the solver.
+      refit_steps: iterations of the refit.
       refit_exhausted: whether the refit took all its steps before it met its own stop test.
-      dense_blocks: blocks that were cut to the pattern because `ProximalGradient` ran out of steps.
-      dead_features: input features that are zero in every calibration token.
-      damping: what was added to the diagonal of the Gram, in its units.
-      damping_raised: whether that is more than was asked for, or an inverse within ADMM, of the
-        Gram with its features scaled, took more; see `prox24._solvers.damping`.
+      dense_blocks: number of blocks cut to the pattern because `ProximalGradient` ran out of steps.
+      dead_features: number of input features with only zeros in the calibration tokens.
+      damping: number added to the diagonal of the Gram, in the units of the Gram.
+      damping_raised: whether more damping was used than given, for the Gram or for an inverse
+        within ADMM, which scales the features. See `prox24._solvers.damping`.
     """
 
     relative_loss: float
@@ -125,15 +126,15 @@ class Statistics(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """A sparse weight, its mask, how it was reached, and figures; a single one prints as one line.
+    """A sparse weight, its mask, its status and figures about it; a single one prints as one line.
 
     Attributes:
-      weight: the shape and dtype of the weight that was given, exact zeros outside the mask.
-      mask: bool, the same shape, as in `Candidate`.
-      status: a `Status`; traced, an int32 scalar of its value.
-      statistics: `Statistics`; traced, arrays.
-      history: relative losses of the damped problem, if the solver stopped after the first step,
-        the second, and so on; as many as its `history` asks for, NaN where there was no such step.
+      weight: array of the shape and dtype of the given weight, exactly zero outside the mask.
+      mask: bool, of the same shape, as in `Candidate`.
+      status: a `Status`; if traced, an int32 scalar of its value.
+      statistics: `Statistics`; if traced, of arrays.
+      history: relative losses of the damped problem if the solver stopped after the first step, the
+        second, and so on. The solver's `history` is the number of losses. Steps not taken have NaN.
     """
 
     weight: Array
@@ -169,13 +170,14 @@ class Normalized(NamedTuple):
 
 
 class Refitted(NamedTuple):
-    """What a refit returns.
+    """The result of a refit.
 
     Attributes:
       weight: shape (out, in), of a normalized problem, zero outside the mask.
       mask: bool, shape (out, in).
       steps: int32 scalar, iterations taken.
-      exhausted: bool, shape (out,), whether they ran out before the row met the refit's stop test.
+      exhausted: bool, shape (out,), whether the steps ran out before the row met the refit's stop
+        test.
     """
 
     weight: Array
@@ -205,19 +207,19 @@ def check_arrays(weight: Array, gram: Array, axis: int = -1) -> None:
 def normalize(
     weight: Array, gram: Array, curvature: Array | None = None, unit: int = 1
 ) -> Normalized:
-    """Scales a problem with D = curvature^(1/2) and to unit mean magnitude of the weight.
+    """Scales a problem with D = curvature^(1/2), and to a mean magnitude of 1 of the weight.
 
-    The loss is unchanged by W -> W D, G -> D^-1 G D^-1, and a multiple of the loss is left by
-    dividing W by a scalar. The strength of a penalty then means the same in every layer. Without
-    a curvature it is the diagonal of the Gram, which is damped before. The magnitude of a unit of
+    W -> W D, G -> D^-1 G D^-1 does not change the loss. Dividing W by a scalar only multiplies the
+    loss by a constant. The strength of a penalty then means the same in every layer. The default
+    curvature is the diagonal of the Gram, which must already be damped. The magnitude of a unit of
     several entries is its norm.
     """
     deviation = jnp.sqrt(jnp.diagonal(gram) if curvature is None else curvature)
     magnitudes = jnp.abs(weight * deviation[None, :])
     if unit > 1:
         (magnitudes,) = unit_norms(split(magnitudes, Pattern(1, 1, unit)), unit)
-    # The last bits of a mean depend on the order of its terms, and with it on the number of devices
-    # that share the rows; a maximum does not. Their ratio has no unit, and needs few bits.
+    # The last bits of a mean depend on the order of its terms, and so on the number of devices that
+    # share the rows. Those of a maximum do not. The ratio of both has no unit, and needs few bits.
     largest = jnp.max(magnitudes)
     ratio = lax.reduce_precision(jnp.mean(magnitudes) / largest, 8, 10)
     magnitude = ratio * largest
@@ -229,13 +231,13 @@ def normalize(
 def quadratic_loss(difference: Array, gram: Array) -> Array:
     """tr(D G D^T) for a difference D of shape (out, in), a scalar."""
     image = jnp.matmul(difference, gram, precision=PRECISION)
-    # The selection changes nothing, but keeps XLA's CPU backend from fusing the product with the
-    # sum, which is three times slower than a product by itself.
+    # The selection does not change the result. It keeps XLA's CPU backend from fusing the product
+    # with the sum, which is three times slower than a product by itself.
     return jnp.sum(jnp.where(difference != 0, image, 0) * difference)
 
 
 def relative_loss(weight: Array, problem: Normalized) -> Array:
-    """The loss of a normalized weight (out, in), relative to that of zeros; a scalar."""
+    """The loss of a normalized weight (out, in), relative to the loss of zeros; a scalar."""
     loss = quadratic_loss(weight - problem.weight, problem.gram)
     return loss / quadratic_loss(problem.weight, problem.gram)
 
@@ -245,11 +247,11 @@ ROUNDINGS = 100
 
 
 def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> Array:
-    """Whether a loss is nonnegative but for rounding; a bool scalar.
+    """Whether a loss is nonnegative except for rounding; a bool scalar.
 
-    Where every entry G_ij is off by at most c sqrt(G_ii G_jj), the loss of a row d is no less than
-    -c (sum_j |d_j| sqrt(G_jj))^2. Here c is 100 eps, with eps of the dtype in which the Gram was
-    summed.
+    Let every entry G_ij have an error of at most c sqrt(G_ii G_jj). Then the loss of a row d is at
+    least -c (sum_j |d_j| sqrt(G_jj))^2. Here c is 100 eps, with eps of the dtype of the sum that
+    made the Gram.
     """
     deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
     most = jnp.sum(jnp.square(jnp.sum(jnp.abs(difference) * deviation[None, :], axis=1)))
@@ -257,13 +259,14 @@ def is_nonnegative(loss: Array, difference: Array, gram: Array, eps: float) -> A
 
 
 def is_symmetric(gram: Array, eps: float) -> Array:
-    """Whether a Gram is symmetric but for rounding; a bool scalar, true where it holds NaN.
+    """Whether a Gram is symmetric except for rounding; a bool scalar, true if the Gram holds NaN.
 
-    G v and G^T v are compared for one vector v of fixed signs, so that devices that share columns
-    exchange vectors only. Where every entry is off by at most c sqrt(G_ii G_jj), an entry of their
-    difference is at most 2 c sqrt(G_ii) sum_j sqrt(G_jj), with c as in `is_nonnegative`.
+    It compares G v with G^T v for one vector v of fixed signs, so that devices that share columns
+    exchange only vectors. Let every entry G_ij have an error of at most c sqrt(G_ii G_jj), with c
+    as in `is_nonnegative`. Then entry i of the difference is at most 2 c sqrt(G_ii)
+    sum_j sqrt(G_jj).
     """
-    # An additive sequence has no short period, by which a shifted Gram could hide.
+    # An additive sequence has no short period. With one, a shifted Gram could pass.
     phases = jnp.arange(gram.shape[0], dtype=gram.dtype) * 0.6180339887
     signs = jnp.where(phases % 1 < 0.5, 1, -1).astype(gram.dtype)
     rows = jnp.matmul(gram, signs, precision=PRECISION)
@@ -280,30 +283,35 @@ def has_negative_diagonal(gram: Array, eps: float) -> Array:
 
 
 DEFAULT_PULL = 1.0
-"""Of those that were measured, the one with the lowest perplexity of *Emma*."""
+"""The pull with the lowest perplexity of *Emma* in a measurement of several."""
 
 
 def correct_inputs(
     weight: ArrayLike, gram: ArrayLike, cross: ArrayLike, pull: float = DEFAULT_PULL
 ) -> Array:
-    """The dense weight that also corrects what pruning did to the layer's inputs.
+    """The dense weight that also corrects the effect of pruning on the layer's inputs.
 
-    The layer sees x' in the pruned model where the dense one sees x. The dense minimiser of
-    |W X' - W0 X|^2 + pull tr(G) |W - W0|^2 is W0 + W0 (C - G) (G + pull tr(G) I)^-1 with
-    G = X' X'^T and C = X X'^T. It takes the place of W0 in `prox24.solve`, with the same Gram;
-    losses are then relative to it. With little pull, models were ruined: the default corrects only
-    the directions whose eigenvalues are a good part of the trace (docs/theory.md, section 15).
+    The layer's input is x in the dense model, and x' in the pruned one. Let G = X' X'^T and
+    C = X X'^T. The dense minimiser of
+
+        |W X' - W0 X|^2 + pull tr(G) |W - W0|^2
+
+    is W0 + W0 (C - G) (G + pull tr(G) I)^-1. Give it to `prox24.solve` as the weight, with the same
+    Gram. Losses are then relative to it.
+
+    Small pulls ruined models. The default corrects only directions whose eigenvalues are a large
+    part of the trace (docs/theory.md, section 15).
 
     Args:
       weight: W0, shape (out, in).
       gram: G, shape (in, in), of the pruned model's inputs.
-      cross: C, shape (in, in), on the scale of the gram.
-      pull: positive, relative to the trace of G. Where G + pull tr(G) I is not positive definite,
-        it is raised as damping is, see `prox24.solve`, but not above 1 / in.
+      cross: C, shape (in, in), on the scale of the Gram.
+      pull: positive, relative to the trace of G. If G + pull tr(G) I is not positive definite, the
+        pull is raised like the damping of `prox24.solve`, but not above 1 / in.
 
     Returns:
-      Array (out, in), float32, or float64 if the Gram is; NaN if the Gram or the cross-Gram holds
-      NaN.
+      Array (out, in), float64 if the Gram is float64, else float32. It is NaN if the Gram or the
+      cross-Gram holds NaN.
 
     Raises:
       ValueError: the pull is not positive and finite, or the shapes do not fit.

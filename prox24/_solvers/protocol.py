@@ -1,4 +1,4 @@
-"""What a solver and a refit are: callable objects of hyperparameters with three traits."""
+"""The roles of solvers and refits: callable objects of hyperparameters with three traits."""
 
 import enum
 import inspect
@@ -11,7 +11,7 @@ from prox24._solvers.problem import Candidate, LayerProblem, Normalized, Refitte
 
 
 class Patterns(enum.Enum):
-    """The patterns that a method can make; `pattern in patterns` says whether one is among them.
+    """The patterns that a method can make; `pattern in patterns` tests for one pattern.
 
     Example:
       >>> from prox24 import Pattern
@@ -32,33 +32,33 @@ class Patterns(enum.Enum):
 
 
 def n_of_m(pattern: AnyPattern) -> Pattern:
-    """The pattern of a method that makes N:M alone, which `Patterns` has let through."""
+    """The pattern as N:M, for a method whose `patterns` exclude all others."""
     assert isinstance(pattern, Pattern), pattern
     return pattern
 
 
 class Traits(Protocol):
-    """What is known of a method before it runs; class attributes, or properties."""
+    """Facts about a method before it runs: class attributes, or properties."""
 
     @property
     def patterns(self) -> Patterns:
-        """The patterns that it can make."""
+        """The patterns that the method can make."""
 
     @property
     def needs_definite(self) -> bool:
-        """Whether it factors or inverts the Gram; damping is raised until that is possible."""
+        """Whether the method factors or inverts the Gram; damping is raised until it can."""
 
     @property
     def shares_columns(self) -> bool:
-        """Whether devices that share the columns of a Gram never need all of it."""
+        """Whether no device needs the whole Gram when devices share its columns."""
 
 
 @runtime_checkable
 class Solver(Traits, Protocol):
     """Finds a mask, and weights on it.
 
-    Decorate a class with `prox24.hyperparameters`, give it the three traits and this call, and
-    `prox24.solve`, recipes and `prox24.prune` take its objects (docs/adding-a-solver.md).
+    Decorate a class with `prox24.hyperparameters`, and give it the three traits and this call.
+    `prox24.solve`, recipes and `prox24.prune` then take its objects (docs/adding-a-solver.md).
     """
 
     def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
@@ -94,7 +94,7 @@ TRAITS = ("patterns", "needs_definite", "shares_columns")
 def implements(cls: type, role: type) -> bool:
     """Whether the objects of a class have the role of `Solver` or `Refit`.
 
-    The traits and the call decide: the two calls differ in the number of their arguments.
+    The traits and the call decide. The calls of both roles differ in the number of their arguments.
     """
     if not all(hasattr(cls, trait) for trait in (*TRAITS, "__call__")):
         return False

@@ -28,20 +28,21 @@ from prox24._solvers.schedules import Exponential
 
 @hyperparameters
 class ProximalGradient:
-    """W <- prox_{lam R / L}(Z - (Z - W0) G / L), lam growing until every block is 2:4.
+    """W <- prox_{lam R / L}(Z - (Z - W0) G / L), with lam growing until every block is sparse.
 
-    The problem is normalized first (unit diagonal of the Gram, unit mean magnitude of the weight),
-    so that lam has no units. Z extrapolates W with Nesterov's momentum, L bounds the largest
+    The problem is first normalized, to a unit diagonal of the Gram and a unit mean magnitude of the
+    weight. So lam has no unit. Z extrapolates W with Nesterov's momentum. L bounds the largest
     eigenvalue of the normalized Gram. `ProximalGradient.paper()` is the paper's iteration.
 
-    Once at most an eighth of the rows in each of eight parts of a large weight hold a dense block,
-    only those go on.
+    From 512 rows on, the rows are cut into up to eight equal parts. Once at most an eighth of the
+    rows of each part hold a dense block, only these rows continue.
 
     Attributes:
       penalty: schedule of lam.
-      momentum: 1 for Nesterov's sequence, 0 for none, between for a damped one.
-      max_steps: steps after which blocks that are still dense are cut; the status then says so.
-      history: number of steps whose losses are recorded, each for one more product; compiled in.
+      momentum: 1 for Nesterov's sequence, 0 for no momentum, numbers between for a damped sequence.
+      max_steps: maximal number of steps. The remaining dense blocks are then cut, and the status
+        says so.
+      history: number of steps with a recorded loss, each for one more product. It is compiled in.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, algorithm 1.
@@ -58,7 +59,10 @@ class ProximalGradient:
 
     @classmethod
     def paper(cls) -> "ProximalGradient":
-        """No momentum, and lam growing by 1% a step; to be followed by 1,000 gradient steps."""
+        """The paper's iteration: no momentum, and lam growing by 1% a step.
+
+        The paper's refit after it is 1,000 gradient steps.
+        """
         return cls(Exponential(0.01, 1.01), momentum=0.0)
 
     def __call__(self, problem: LayerProblem, pattern: AnyPattern, damping: Array) -> Candidate:
@@ -66,8 +70,8 @@ class ProximalGradient:
         pattern = n_of_m(pattern)
         gram = damped_gram(problem.gram, damping)
         normalized = normalize(problem.weight, gram, unit=pattern.unit)
-        # With the columns of plane 0 first, then those of 1, ..., the product with the Gram sees
-        # an ordinary matrix, and nothing is interleaved until the end.
+        # The columns are sorted by plane. The product with the Gram then has an ordinary matrix,
+        # and nothing is interleaved until the end.
         order = jnp.concatenate(planes.split(jnp.arange(problem.weight.shape[1]), pattern))
         start, gram = normalized.weight[:, order], normalized.gram[order][:, order]
         final = _iterate(start, gram, pattern, self)
@@ -85,7 +89,7 @@ class ProximalGradient:
 
 
 class _State(NamedTuple):
-    """Rows (out, in), a figure of each row (out, 1), and scalars."""
+    """Arrays of rows (out, in), numbers of each row (out, 1), and scalars."""
 
     origin: Array
     weight: Array
@@ -130,7 +134,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
         )
 
     def run(state: _State, few: int) -> _State:
-        """Until at most `few` rows of each part hold dense blocks, or the steps are exhausted."""
+        """Runs until at most `few` rows of each part hold dense blocks, or the steps run out."""
 
         def unfinished(state: _State) -> Array:
             most = jnp.max(jnp.count_nonzero(state.dense_blocks.reshape(parts, -1), axis=1))
@@ -146,7 +150,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
         extrapolated=start,
         nesterov=jnp.ones((), dtype),
         dense_blocks=jnp.full((rows, 1), start.shape[1] // pattern.width, jnp.int32),
-        # One for each row: XLA would round a division by a single scalar in another way.
+        # One number for each row: with a single scalar XLA would round a division in another way.
         penalty=jnp.full((rows, 1), solver.penalty.first, dtype),
         steps=jnp.zeros((), jnp.int32),
         history=jnp.full(solver.history, jnp.nan, dtype),
@@ -155,7 +159,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
     first = run(initial, few)
     if not few:
         return first
-    # Rows that are done fill up the places.
+    # Finished rows fill the remaining places.
     done = first.dense_blocks.reshape(parts, -1) == 0
     chosen = jnp.argsort(done, axis=1, stable=True)[:, :few]
     rest = run(_State(*(_take(part, chosen) if part.ndim == 2 else part for part in first)), 0)
@@ -166,23 +170,23 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
 
 
 def _take(array: Array, chosen: Array) -> Array:
-    """Rows of each part of an array, by their numbers within it, shape (parts, few)."""
+    """Takes rows of each part of an array, by their numbers in the part, shape (parts, few)."""
     split = array.reshape(len(chosen), -1, array.shape[1])
     return jax.vmap(lambda part, rows: part[rows])(split, chosen).reshape(-1, array.shape[1])
 
 
 def _put(array: Array, chosen: Array, rows: Array) -> Array:
-    """Undoes `_take`: the array with those rows in their places."""
+    """Undoes `_take`: puts the rows back in their places."""
     split, rows = (x.reshape(len(chosen), -1, array.shape[1]) for x in (array, rows))
     put = jax.vmap(lambda part, places, values: part.at[places].set(values))
     return put(split, chosen, rows).reshape(array.shape)
 
 
 MANY_ROWS = 512
-"""From this number of rows on it pays to go on with an eighth of them."""
+"""From this number of rows on, it saves time to continue with an eighth of them."""
 
 PARTS = 8
-"""Rows are chosen within so many equal parts: on devices that hold whole parts, without moving."""
+"""Number of equal parts within which rows are chosen. Devices with whole parts move no rows."""
 
 EIGENVALUE_SQUARINGS = 5
 
@@ -191,8 +195,8 @@ def eigenvalue_bound(gram: Array) -> Array:
     """An upper bound of the largest eigenvalue of a positive semidefinite matrix.
 
     For every m, lambda_max <= |G^m|_F^(1/m), since the right side is the 2m-norm of the spectrum.
-    With m = 32, reached by five squarings, it exceeds lambda_max by at most rank^(1/64): 12% at
-    rank 1536. The rounding of the products is added.
+    Five squarings reach m = 32. The bound then exceeds lambda_max by a factor of at most
+    rank^(1/64): 12% at rank 1536. The bound includes the rounding of the products.
     """
     power, log_norm, exponent = gram, jnp.zeros((), gram.dtype), 1
     for _ in range(EIGENVALUE_SQUARINGS):
@@ -203,5 +207,5 @@ def eigenvalue_bound(gram: Array) -> Array:
         log_norm = 2 * (log_norm + jnp.log(norm))
         exponent *= 2
     bound = jnp.exp((log_norm + jnp.log(jnp.linalg.norm(power))) / exponent)
-    # Products of n terms are rounded by n eps at most.
+    # The rounding of a sum of n products is at most n eps.
     return bound * (1 + gram.shape[0] * jnp.finfo(gram.dtype).eps)

@@ -1,4 +1,4 @@
-"""Masked updates: the least squares over the kept weights, by gradients or conjugate gradients."""
+"""Refits: least squares over the kept weights, by conjugate gradients, by gradients, or exactly."""
 
 import dataclasses
 from typing import NamedTuple
@@ -24,9 +24,9 @@ class ConjugateGradients:
     of the Gram, which is the identity on a normalized problem. The damped loss never rises.
 
     Attributes:
-      steps: iterations at most, each one product with the Gram.
-      tolerance: a row is done when four steps take less than this fraction off its loss. Gains of
-        single steps do not fall steadily: a short one may come before long ones.
+      steps: maximal number of iterations, each with one product with the Gram.
+      tolerance: a row stops when four steps lower its loss by less than this fraction. A single
+        step is no test, since a small gain may come before large ones.
     """
 
     patterns = Patterns.ANY
@@ -51,7 +51,7 @@ class ConjugateGradients:
         def advance(state: _Descent) -> _Descent:
             image = jnp.where(mask, apply(state.direction), 0)
             curvature = dot(state.direction, image)
-            # A row that is done stays where it is: its next steps would be rounding noise.
+            # A finished row does not move: its next steps would be rounding noise.
             moves = state.active & (curvature > 0)
             length = jnp.where(moves, state.square / curvature, 0)
             residual = state.residual - length * image
@@ -116,10 +116,10 @@ class GradientSteps:
     There is no stop test.
 
     Attributes:
-      transform: an `optax.GradientTransformation` that needs no loss values, made once, since
-        another one compiles anew; or None for plain gradient descent with step 1/L, where L bounds
-        the largest eigenvalue of the normalized Gram.
-      steps: iterations, each one product with the Gram.
+      transform: an `optax.GradientTransformation` that needs no loss values. Make it once, since
+        each new object is compiled again. None is plain gradient descent with step 1/L, where L
+        bounds the largest eigenvalue of the normalized Gram.
+      steps: number of iterations, each with one product with the Gram.
 
     Example:
       >>> GradientSteps(optax.adam(1e-3), steps=100).steps
@@ -161,7 +161,8 @@ class GradientSteps:
 class LeastSquares:
     """The exact minimiser on the kept weights: one Cholesky factorization of G_SS for each row.
 
-    It takes in^3 / 3 operations a row, against 2 in^2 of a conjugate gradient step: a reference.
+    It is a reference: a row takes in^3 / 3 operations, and a step of conjugate gradients takes
+    2 in^2.
     """
 
     patterns = Patterns.ANY
@@ -176,7 +177,7 @@ class LeastSquares:
 
         def solve_row(row: tuple[Array, Array]) -> Array:
             target, kept = row
-            # Outside the support the identity, so that one shape serves every mask.
+            # The identity outside the support lets one shape serve every mask.
             both = kept[:, None] & kept[None, :]
             inner = jnp.where(both, problem.gram, jnp.diag((~kept).astype(target.dtype)))
             factor = jnp.linalg.cholesky(inner)

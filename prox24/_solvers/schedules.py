@@ -1,4 +1,4 @@
-"""How a penalty, or ADMM's rho, grows. The numbers are traced."""
+"""Schedules of a penalty, or of ADMM's rho. Their numbers are traced."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -7,16 +7,16 @@ from jax.typing import ArrayLike
 from prox24._solvers.hyperparameters import hyperparameters
 
 LARGEST = 1e30
-"""Beyond any penalty that leaves more than N nonzeros, and far from the largest float32."""
+"""Above any penalty that leaves more than N nonzeros, and far below the largest float32."""
 
 
 @hyperparameters
 class Exponential:
     """first growth^k at move k = 0, 1, ...: the paper's schedule, for solvers and for optax.
 
-    It is called as the schedules of optax are. `prox24.optax.proximal(Exponential(1e-3, 1.05))`
-    has a penalty that grows by 5% a step; `Exponential.between` is a gradual one, from and to a
-    value in so many steps.
+    Call it like a schedule of optax. `prox24.optax.proximal(Exponential(1e-3, 1.05))` has a penalty
+    that grows by 5% a step. `Exponential.between` goes from one value to another in a given number
+    of steps.
 
     Attributes:
       first: value before the first move.
@@ -28,7 +28,7 @@ class Exponential:
 
     @classmethod
     def between(cls, first: float, last: float, steps: int) -> "Exponential":
-        """Reaches `last` at the last of `steps` values.
+        """A schedule of `steps` values, from `first` to `last`.
 
         Raises:
           ValueError: there are fewer than two steps, or a value is not positive.
@@ -45,7 +45,7 @@ class Exponential:
         return cls(first, (last / first) ** (1 / (steps - 1)))
 
     def __call__(self, count: ArrayLike) -> Array:
-        """The value after so many moves, at most 1e30.
+        """The value after `count` moves, at most 1e30.
 
         Example:
           >>> Exponential(1.0, 2.0)(3).item()
@@ -55,5 +55,5 @@ class Exponential:
         return jnp.minimum(self.first * self.growth**moves, LARGEST)
 
     def after(self, value: Array) -> Array:
-        """The value that follows one, as solvers take them."""
+        """The value after `value`, as solvers compute it step by step."""
         return value * self.growth

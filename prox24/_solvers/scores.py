@@ -1,4 +1,4 @@
-"""Masks by a score for each weight, without a change of the kept weights: magnitude and Wanda."""
+"""Masks by a score of each weight, magnitude or Wanda; the kept weights do not change."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,7 +12,7 @@ from prox24._solvers.protocol import Patterns
 
 @hyperparameters
 class Magnitude:
-    """Keeps the largest |W| of each block, or of the whole matrix. Does not look at the Gram."""
+    """Keeps the largest |W| of each block, or of the whole matrix; it does not use the Gram."""
 
     patterns = Patterns.ANY
     needs_definite = False
@@ -50,7 +50,7 @@ def _keep_largest(
     damping: Array,
     axis: int | None = None,
 ) -> Candidate:
-    """Without a pattern scores compete along the axis, or all of them do."""
+    """Keeps the largest scores; without a pattern, those along the axis or of the whole matrix."""
     if isinstance(pattern, Unstructured):
         competing = scores.size if axis is None else scores.shape[axis]
         mask = largest_mask(scores, pattern.kept(competing), axis)

@@ -66,41 +66,44 @@ def solve(
 ) -> Solution:
     """Prunes one layer: finds a mask and weights, then refits the kept weights.
 
-    Minimises tr((W - W0) G (W - W0)^T), the squared error of a linear layer's output, over W of the
-    pattern. Works under `jax.jit` and `jax.vmap`, as over the experts of a layer: there the status
-    is an integer array, the statistics are arrays, and numbers raise nothing.
+    It minimises tr((W - W0) G (W - W0)^T), the squared error of a linear layer's output, over all W
+    of the pattern. It works under `jax.jit` and `jax.vmap`, for example over the experts of a
+    layer. The status is then an integer array, the statistics are arrays, and numerical failures
+    raise no error.
 
-    Rows are independent: a weight whose rows are sharded over a mesh, its axes automatic or
-    explicit, gives a weight and a mask that are sharded alike, and devices exchange one number
-    for each look at the stop test. If the columns of the weight and of the Gram are sharded, so are
-    those of the result: devices then exchange the weight in every step, and with solvers and refits
-    that share columns they never exchange the Gram (docs/accelerators.md).
+    Rows are independent. If the rows of the weight are sharded over a mesh, with automatic or
+    explicit axes, the results are sharded alike. Devices then exchange one number at each stop
+    test. If the columns of the weight and of the Gram are sharded, the columns of the results are
+    sharded too. Devices then exchange the weight in every step. They never exchange the Gram if the
+    solver and the refit share columns (docs/accelerators.md).
 
     Args:
-      weight: W0, shape (out, in), floating; the layer computes x -> W0 x. Other layouts by `axis`.
+      weight: W0, shape (out, in), floating-point; the layer computes x -> W0 x. For other layouts
+        give `axis`.
       gram: G = sum over calibration tokens of x x^T, or its mean, shape (in, in), symmetric and
-        positive semidefinite. Solutions do not depend on its scale. The work is done in float32, or
-        in float64 when the Gram is float64.
-      solver: how the mask is found; an object of hyperparameters, whose numbers are traced.
-      refit: how the kept weights are updated afterwards, or None to keep the solver's.
-      pattern: (N, M) along the axis, M a divisor of its length, or `Pattern` with units of several
-        entries; or `Unstructured`.
-      damping: added to the diagonal of the Gram, relative to its mean. It makes a singular Gram
-        definite. Solvers and refits that need one raise it, to at most 1, where it is not enough,
-        and the statistics say so (`prox24._solvers.damping.inverse_factor`).
+        positive semidefinite. Solutions do not depend on its scale. The work is done in float64 if
+        the Gram is float64, else in float32.
+      solver: the method that finds the mask, an object of hyperparameters. Its numbers are traced.
+      refit: the method that then updates the kept weights, or None to keep the solver's weights.
+      pattern: (N, M) along the axis, `Pattern` with units of several entries, `Unstructured`, or a
+        text such as "2:4". M must divide the length of the axis.
+      damping: number added to the diagonal of the Gram, relative to the mean of the diagonal. It
+        makes a singular Gram definite. If it is too small, solvers and refits that need a definite
+        Gram raise it, to at most 1, and the statistics say so
+        (`prox24._solvers.damping.inverse_factor`).
       axis: the axis of the weight that the layer sums over: -1 for (out, in), 0 for the kernel
         (in, out) of a Flax layer.
-      throw: whether a failure raises; else its status tells.
+      throw: whether a failure raises an error. Otherwise only the status tells it.
 
     Returns:
       A `Solution`.
 
     Raises:
-      SolverError: there is no finite solution, or the Gram is none; says why. Not where the call is
-        traced, nor with `throw=False`.
-      ValueError: the shapes do not fit, the weight has no entries, M does not divide the length of
-        the axis, an array is not floating-point, damping is negative or infinite, or the solver or
-        the refit does not support the pattern, or is none.
+      SolverError: there is no finite solution, or the Gram is not symmetric and positive
+        semidefinite. The message says why. Traced calls and `throw=False` do not raise it.
+      ValueError: the shapes do not fit, an array is not floating-point, the weight has no entries,
+        or M does not divide the length of the axis. Also if damping is negative or infinite, if the
+        solver or the refit does not support the pattern, or if it is no solver or no refit.
 
     Example:
       >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
@@ -140,7 +143,7 @@ def solve(
 
 
 def explain(status: Status, problem: LayerProblem, damping: float, name: str = "the weight") -> str:
-    """Why `problem` has no solution with the damping that was asked for, in a sentence."""
+    """A sentence that says why `problem` has no solution with the given damping."""
     if status is Status.INDEFINITE:
         return f"the Gram of {name} is not positive semidefinite"
     if status is Status.ASYMMETRIC:
@@ -201,16 +204,16 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
 def check_supported(
     solver: Solver, refit: Refit | None, pattern: PatternLike | Unstructured
 ) -> None:
-    """Raises ValueError where `solve` would for the pattern, and computes nothing."""
+    """Raises ValueError if `solve` would for the pattern, and computes nothing."""
     width = as_any_pattern(pattern).width
     arrays = (jax.ShapeDtypeStruct((rows, width), jnp.float32) for rows in (1, width))
     jax.eval_shape(functools.partial(solve, solver=solver, refit=refit, pattern=pattern), *arrays)
 
 
 def check_shares_columns(solver: Solver, refit: Refit | None) -> None:
-    """Raises ValueError unless devices that share the columns of a Gram never need all of it.
+    """Raises ValueError if a device needs the whole Gram although devices share its columns.
 
-    Others factor it, or take its powers for the size of their steps.
+    Such methods factor the Gram, or take its powers for the size of their steps.
     """
     for method, known in ((solver, SOLVERS), (refit, REFITS)):
         if method is not None and not method.shares_columns:
@@ -229,7 +232,7 @@ def solve_program(
     damping: Array,
     pattern: AnyPattern,
 ) -> Program:
-    """What `solve` compiles; to it explicit axes of a mesh are what automatic ones are."""
+    """The program that `solve` compiles; it treats explicit axes of a mesh like automatic ones."""
     program = functools.partial(_solve, pattern=pattern)
     placed = jax.typeof(given.weight).sharding
     if placed.mesh.explicit_axes:
@@ -299,6 +302,6 @@ def _solve(
         (candidate.dense_blocks > 0, Status.MAX_STEPS),
     ]
     status = jnp.asarray(Status.SPARSE, jnp.int32)
-    for holds, one in reversed(found):  # The first that holds counts.
+    for holds, one in reversed(found):  # The first true one counts.
         status = jnp.where(holds, jnp.asarray(one, jnp.int32), status)
     return weight, mask, status, Statistics(**figures), candidate.history

@@ -1,4 +1,4 @@
-"""SparseGPT: one sweep over the columns that prunes, and spreads each error over later columns."""
+"""SparseGPT: one sweep over the columns that prunes, and corrects later columns for each error."""
 
 import dataclasses
 from typing import NamedTuple
@@ -19,16 +19,19 @@ from prox24._solvers.protocol import Patterns
 class SparseGPT:
     """The optimal-brain-surgeon sweep of SparseGPT. Any N:M, and unstructured sparsity.
 
-    With U upper triangular and U^T U the inverse of the damped Gram, columns are visited in order.
-    At each block of M the N entries of largest w^2 / U_jj^2 are kept; a pruned entry's error
-    w / U_jj times row j of U is taken off the columns that follow. A unit's score is the sum of its
-    entries' scores, each after the errors of the earlier ones: the loss of pruning it. Without a
-    pattern, scores are compared within `block_size` columns of all rows.
+    Let U be upper triangular, and U^T U the inverse of the damped Gram. The sweep visits the
+    columns in order. In each block of M it keeps the N entries with the largest score w^2 / U_jj^2.
+    A pruned entry of column j has the error w / U_jj. This error times row j of U is subtracted
+    from the later columns.
+
+    The score of a unit is the loss of pruning it. It is the sum of the scores of its entries, each
+    after the errors of the earlier entries. Without a pattern, scores compete within `block_size`
+    columns of all rows.
 
     Attributes:
-      block_size: the columns updated together before the rest of the matrix; a pattern's result
-        does not depend on it but for rounding. The largest divisor of the width that is not above
-        it is taken.
+      block_size: number of columns updated together, before the rest of the matrix. The sweep takes
+        the largest divisor of the width up to this number. With a pattern, the result depends on it
+        only by rounding.
 
     References:
       "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
@@ -50,13 +53,13 @@ class SparseGPT:
 
 
 def columns_at_once(width: int, group: int, largest: int) -> int:
-    """The largest divisor of the width that is whole groups: at most `largest`, or one group."""
+    """The largest divisor of the width in whole groups: at most `largest`, or one group."""
     candidates = range(group, max(largest, group) + 1, group)
     return max(block for block in candidates if width % block == 0)
 
 
 class _Sweep(NamedTuple):
-    """Transposed, (in, out): the entries of one column are contiguous, as the sweep needs them."""
+    """Transposed arrays (in, out): the sweep needs the entries of a column to be contiguous."""
 
     weight: Array
     mask: Array
@@ -71,8 +74,8 @@ def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sw
         factor_rows = lax.dynamic_slice(factor, (start, 0), (block, width))
         local_factor = lax.dynamic_slice(factor_rows, (0, start), (block, block))
         kept, mask, errors = _prune_columns(columns, local_factor, pattern)
-        # The factor is upper triangular: earlier columns get zero; the block's own are replaced.
-        # A sum of what there is and a product is one call of a library on GPUs.
+        # The factor is upper triangular, so earlier columns get zero. The block's own columns are
+        # replaced. On GPUs, adding a product to an array is one call of a library.
         updated = state.weight + jnp.matmul(-factor_rows.T, errors, precision=PRECISION)
         return _Sweep(
             lax.dynamic_update_slice(updated, kept, (start, 0)),

@@ -1,4 +1,4 @@
-"""Local search: block after block takes the best of all its masks while the others stay."""
+"""Local search: each block in turn takes the best of all its masks, with the others fixed."""
 
 import itertools
 import math
@@ -19,21 +19,22 @@ from prox24._solvers.sparsegpt import columns_at_once
 
 MOST_MASKS = 1000
 COLUMNS = 128
-"""Columns whose residuals are kept up to date block by block; the rest follow after them."""
+"""Number of columns whose residuals are updated after each block; the other columns follow
+later."""
 
 
 @hyperparameters
 class Swaps:
     """Sweeps over the blocks that exchange kept for pruned weights, then conjugate gradients.
 
-    With all other weights fixed, the loss of one block is a quadratic in its M weights, and the
-    best of its masks, with the best weights on it, is found by trying all of them. The damped loss
-    never rises, and a sweep costs about as much as SparseGPT's. All rows go at once. A sweep that
-    exchanges nothing is the last.
+    With all other weights fixed, the loss of one block is a quadratic in its M weights. A sweep
+    tries all masks of the block, each with its best weights, and takes the best mask. All rows go
+    at once. The damped loss never rises, and a sweep costs about as much as a sweep of SparseGPT. A
+    sweep without an exchange is the last.
 
     Attributes:
-      sweeps: over all blocks at most, each followed by the conjugate gradients.
-      refit: updates all kept weights after a sweep.
+      sweeps: maximal number of sweeps over all blocks, each followed by conjugate gradients.
+      refit: updates all kept weights, before the first sweep and after each sweep.
 
     Raises:
       ValueError: the pattern has more than 1,000 masks.
@@ -82,7 +83,10 @@ class _Swapping(NamedTuple):
 
 
 class _Choices(NamedTuple):
-    """What the unconstrained minimiser t leads to, for every block H of the Gram and every mask."""
+    """Matrices of the losses and weights, for every block H of the Gram and every mask.
+
+    They apply to the unconstrained minimiser t of a block.
+    """
 
     inverse: Array  # H^-1, shape (blocks, M, M).
     masks: Array  # Bool, shape (masks, M).
@@ -98,7 +102,8 @@ def _choices(gram: Array, pattern: Pattern) -> _Choices:
     blocks = len(gram) // pattern.width
     square = gram.reshape(blocks, pattern.width, blocks, pattern.width)
     inverse = jnp.linalg.inv(jnp.moveaxis(jnp.diagonal(square, axis1=0, axis2=2), -1, 0))
-    # With P pruned, (H^-1)_PP^-1 t_P is what holds P at zero; 1 stands in for the kept.
+    # With the entries P pruned, (H^-1)_PP^-1 t_P holds P at zero. Kept entries have 1 on the
+    # diagonal.
     pruned = ~masks[None]
     both = pruned[..., :, None] & pruned[..., None, :]
     identity = jnp.eye(pattern.width, dtype=gram.dtype)
@@ -126,7 +131,7 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
         images = jnp.matmul(choices.losses[block], t[None], precision=PRECISION)
         losses = jnp.sum(images * t[None], axis=1)
         present = jnp.all(choices.masks[:, :, None] == kept[None], axis=1)
-        # Ties, up to rounding, leave the mask as it is.
+        # Ties, up to rounding, do not change the mask.
         numbers = jnp.finfo(w.dtype)
         slack = 100 * numbers.eps * jnp.max(losses, axis=0) + numbers.tiny
         best = jnp.argmin(jnp.where(present, losses - slack[None], losses), axis=0)
