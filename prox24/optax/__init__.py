@@ -1,8 +1,8 @@
 """optax transforms that prune to N:M while training, and keep the pattern while fine-tuning.
 
-`proximal` ends a chain with the proximal step of the penalty, and `check` finds a chain that undoes
-it. `keep_pattern` wraps an optimizer so that the zeros of pruned
-parameters stay. `describe` lists which parameters are pruned, along which axis, and why.
+`proximal` ends a chain with the proximal step of the penalty. `check` finds chains that undo this
+step. `keep_pattern` wraps an optimizer so that the zeros of pruned parameters stay zero. `describe`
+lists which parameters are pruned, along which axis, and why.
 """
 
 from prox24.optax._check import check

@@ -15,21 +15,21 @@ PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
 Axis = int | Callable[[str], int]
 
-# The axis along which a layer sums, by the end of the path; the first match counts. Flax keeps
-# kernels as (in, out), (height, width, in, out), and those of attention as (in, heads, width) and
-# (heads, width, out); PyTorch and Equinox keep weights as (out, in) and (out, in, height, width).
+# The axis along which a layer sums, by the end of the path. The first match counts. Flax has
+# kernels (in, out) and (height, width, in, out). Its attention has kernels (in, heads, width) and
+# (heads, width, out). PyTorch and Equinox have weights (out, in) and (out, in, height, width).
 SUMMED_AXIS = (
     (re.compile(r"(.*/)?(query|key|value)/kernel"), 0),
     (re.compile(r"(.*[/_])?kernel"), -2),  # Keras has recurrent_kernel and pointwise_kernel
     (re.compile(r".*"), 1),
 )
 
-# Components of a path that mark a leaf to leave dense.
+# Components of a path that mark a dense leaf.
 DENSE_NAMES = (
     (re.compile(r".*embed.*|wte|wpe"), "embedding"),
     (re.compile(r"(.*_)?heads?|classifier|logits|score|output_projection"), "head"),
     (re.compile(r"bias|scale|.*norm.*|ln\d*|ln_.*"), "bias or normalization"),
-    (re.compile(r".*depthwise.*"), "depthwise"),  # which sums over no channels
+    (re.compile(r".*depthwise.*"), "depthwise"),  # it sums over no channels
 )
 
 
@@ -37,11 +37,12 @@ class Leaf(NamedTuple):
     """One leaf of a parameter tree, and whether it is pruned.
 
     Attributes:
-      path: its path, components joined by "/".
-      shape: its shape, () for what is not an array.
-      axis: the axis along which its blocks run, counted from the first if the leaf has it.
+      path: path of the leaf, with components joined by "/".
+      shape: shape of the leaf, () if it is no array.
+      axis: the axis along which its blocks run. If the leaf has this axis, it is counted from the
+        first.
       pruned: whether it is pruned.
-      reason: why, or why not.
+      reason: why the leaf is pruned or not.
     """
 
     path: str
@@ -53,7 +54,7 @@ class Leaf(NamedTuple):
     def __str__(self) -> str:
         verdict = "pruned" if self.pruned else "dense"
         axis = f"axis {self.axis}" if self.pruned else ""
-        # The path comes last, since its length has no bound that columns could be aligned to.
+        # The path comes last, since its length has no bound.
         return f"{verdict:6}  {self.shape!s:18}  {axis:6}  {self.reason:34}  {self.path}"
 
 
@@ -64,29 +65,37 @@ def describe(
     axis: Axis | None = None,
     mask: Mask | None = None,
 ) -> tuple[Leaf, ...]:
-    """Lists the leaves of `params`, which of them are pruned, along which axis, and why.
+    """Lists the leaves of `params`, whether they are pruned, along which axis, and why.
 
-    By default a leaf is pruned if it is a floating array of two or more dimensions, M divides its
-    length along the axis, and its path names no embedding, head, bias or normalization. The axis is
-    the one along which the layer sums, as the pattern's hardware needs it: -2 for Flax kernels, 0
-    for the query, key and value kernels of Flax attention, and 1 for all else, such as the weights
-    of Equinox and PyTorch. Where `optax.masked` or `optax.partition` have chosen leaves, by a label
-    say, names leave none of these dense.
+    By default a leaf is pruned under three conditions:
+
+    - It is a floating-point array of two or more dimensions.
+    - M divides its length along the axis.
+    - Its path names no embedding, head, bias, normalization or depthwise convolution.
+
+    The default axis is the one along which the layer sums, since hardware needs the pattern there:
+
+    - axis 0 for the query, key and value kernels of Flax attention,
+    - axis -2 for all other Flax kernels,
+    - axis 1 for all other leaves, such as the weights of Equinox and PyTorch.
+
+    If `optax.masked` or `optax.partition` has chosen the leaves, for example by a label, no leaf is
+    dense because of its name.
 
     Args:
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
       pattern: (N, M).
-      axis: the axis along which blocks of M run: one for all leaves, or a function of the path;
-        None for the default.
-      mask: bool pytree like `params` or a prefix of it, True for the leaves to prune, or a function
-        of `params` that returns one (see `by_path`); None for the default.
+      axis: the axis along which blocks of M run. It is one axis for all leaves, a function of the
+        path, or None for the default.
+      mask: bool pytree like `params` or a prefix, with True for the leaves to prune. It can also be
+        a function of `params` that returns such a tree (see `by_path`). None is the default.
 
     Returns:
-      One `Leaf` for each leaf, in the order of `jax.tree.leaves`; printed, each is one line.
+      One `Leaf` for each leaf, in the order of `jax.tree.leaves`. A `Leaf` prints as one line.
 
     Raises:
-      ValueError: the pattern is not N:M; `mask` is True for a leaf that is not floating, lacks the
-        axis, or has a length along it that M does not divide.
+      ValueError: the pattern is not N:M, or `mask` is True for a leaf that cannot be pruned. Such a
+        leaf is not floating-point, lacks the axis, or has a length along it that M does not divide.
 
     Example:
       >>> params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
@@ -105,7 +114,7 @@ def describe(
 
 
 def nonzeros(params: PyTree, leaves: Sequence[Leaf]) -> PyTree:
-    """Of leaves that are pruned the nonzeros, of the others a scalar True."""
+    """Marks the nonzeros of pruned leaves; other leaves get a scalar True."""
     weights, structure = jax.tree.flatten(params)
     return jax.tree.unflatten(
         structure,
@@ -117,11 +126,11 @@ def nonzeros(params: PyTree, leaves: Sequence[Leaf]) -> PyTree:
 
 
 def by_path(predicate: Callable[[str], object]) -> Callable[[PyTree], PyTree]:
-    """Makes a mask of a predicate on paths.
+    """Makes a mask from a predicate on paths.
 
     Args:
-      predicate: from a path such as "encoder/layers/0/kernel" to whether the leaf is chosen,
-        something true or false.
+      predicate: function of a path such as "encoder/layers/0/kernel". It returns something true for
+        the chosen leaves.
 
     Returns:
       A function from a pytree to the bool pytree of the same structure.
@@ -139,13 +148,13 @@ def by_path(predicate: Callable[[str], object]) -> Callable[[PyTree], PyTree]:
 
 
 def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
-    """The leaves in the order of `jax.tree.leaves`, each after its path, joined by "/"."""
-    # With nodes that are empty, as optax leaves them where a leaf was that it masks.
+    """Pairs of path and leaf, in the order of `jax.tree.leaves`; "/" joins the parts of a path."""
+    # Empty nodes too: optax puts them in the place of masked leaves.
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_empty)[0]
     within = collections.Counter(path[:n] for path, _ in leaves for n in range(len(path)))
 
     def name(path: tuple[Any, ...]) -> str:
-        # A Flax NNX variable holds its array, alone, in an attribute that is no part of the name.
+        # A Flax NNX variable holds only its array, in an attribute outside of the name.
         if path and path[-1] == jax.tree_util.GetAttrKey("value") and within[path[:-1]] == 1:
             path = path[:-1]
         return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -154,7 +163,7 @@ def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
 
 
 def check_values(params: PyTree, caller: str) -> None:
-    """Raises ValueError where a leaf is traced, or none is an array, for a caller of values."""
+    """Raises ValueError if a leaf is traced, or no leaf is an array; `caller` needs values."""
     if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
         raise ValueError(
             "params has no arrays: give a pytree of arrays, of a Keras model "
@@ -166,7 +175,7 @@ def check_values(params: PyTree, caller: str) -> None:
 
 
 def check_array(path: str, leaf: Any) -> None:
-    """Raises ValueError for a leaf that no optimizer has a state for."""
+    """Raises ValueError for a leaf that no optimizer can have a state for."""
     if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise ValueError(
             f"{path} is no array of numbers: give the parameters alone, as "
@@ -175,7 +184,7 @@ def check_array(path: str, leaf: Any) -> None:
 
 
 def map_named(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:
-    """`jax.tree.map` of a function whose first argument is the path of the leaf."""
+    """`jax.tree.map` with the path of the leaf as the first argument of the function."""
     paths = iter([path for path, _ in named_leaves(params)])
     return jax.tree.map(lambda *leaves: function(next(paths), *leaves), params, *trees)
 
@@ -185,8 +194,8 @@ def _is_empty(node: Any) -> bool:
 
 
 def spread(tree: Mask, params: PyTree) -> PyTree:
-    """Gives each leaf of `params` its entry of `tree`, a prefix, or a function that makes one."""
-    # A tree of bools may itself be callable, as an Equinox module is; a function is its own leaf.
+    """Gives each leaf of `params` its entry of `tree`, a prefix or a function that makes one."""
+    # A tree of bools may be callable, like an Equinox module. A function is its own leaf.
     is_function = callable(tree) and all(map(callable, jax.tree.leaves(tree)))
     prefix = tree(params) if is_function else tree
     return jax.tree.broadcast(prefix, params)
@@ -229,7 +238,7 @@ def _axis(path: str, axis: Axis | None) -> int:
 
 
 def _obstacle(leaf: Any, shape: tuple[int, ...], axis: int, pattern: Pattern) -> str | None:
-    """What keeps a leaf from being pruned along the axis at all."""
+    """The reason why a leaf cannot be pruned along the axis, or None."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         return "it is not a floating array"
@@ -241,7 +250,7 @@ def _obstacle(leaf: Any, shape: tuple[int, ...], axis: int, pattern: Pattern) ->
 
 
 def _exception(path: str, shape: tuple[int, ...]) -> str | None:
-    """What makes the default leave a leaf dense, even if it could be pruned."""
+    """The reason why the default leaves a leaf dense that could be pruned, or None."""
     if len(shape) < 2:
         return "fewer than two dimensions"
     for names, kind in DENSE_NAMES:

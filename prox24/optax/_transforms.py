@@ -35,7 +35,7 @@ class ProximalState(NamedTuple):
 
     Attributes:
       count: int32 scalar, the number of updates so far.
-      penalty: float scalar, that of the last update.
+      penalty: float scalar, the penalty of the last update.
     """
 
     count: Array  # type: ignore[assignment]  # optax's name, and a method of tuples
@@ -46,8 +46,8 @@ class KeepPatternState(NamedTuple):
     """State of `keep_pattern`.
 
     Attributes:
-      trainable: bool pytree like the parameters, True where they are trained; an entry is an array
-        of the leaf's shape, or a scalar for the whole leaf.
+      trainable: bool pytree like the parameters, True for trained entries. Each leaf is an array of
+        the parameter's shape, or a scalar for the whole parameter.
       inner: state of the wrapped optimizer.
     """
 
@@ -65,38 +65,39 @@ def proximal(
 ) -> optax.GradientTransformationExtraArgs:
     """Ends a chain of transforms with the proximal step, which prunes to N:M as `lam` grows.
 
-    Where the chain would step to y = params + updates, `optax.apply_updates` now lands on
+    The chain before it would step to y = params + updates. With it, `optax.apply_updates` lands on
 
-        prox_{learning_rate lam R}(y) = argmin_w  1/2 |w - y|^2 + learning_rate lam R(w),
+        prox_{learning_rate lam R}(y) = argmin_w  1/2 |w - y|^2 + learning_rate lam R(w).
 
-    so that sgd followed by `proximal` is proximal gradient descent. It must be the last transform:
-    whatever follows moves the zeros. `check` finds such a chain.
+    So sgd followed by `proximal` is proximal gradient descent. `proximal` must be the last
+    transform, since a later one would move the zeros; `check` finds this.
 
-    The zeros are exact in every dtype, and entries that the operator leaves alone keep their
-    update. Any other entry lands within eps (|params| + |w|) of w, with eps that of the parameters,
-    since the update itself is rounded. Updates leave in the dtype of params + updates: their own,
-    unless it holds fewer digits than that of the parameters, whose negative must be exact.
+    Zeros are exact in every dtype, and entries that the operator does not change keep their update.
+    Any other entry lands within eps (|params| + |w|) of its value w, since the update itself is
+    rounded. Here eps belongs to the dtype of the parameters. The updates get the dtype of params +
+    updates. It differs from their own only if the parameters have more digits: a zero needs the
+    exact negative of its parameter.
 
     Args:
-      lam: nonnegative scalar, or a schedule: a function of the number of updates so far, such as
-        `prox24.Exponential`, or `optax.exponential_decay` with a rate above 1. The product
-        learning_rate * lam is the lam of `prox24.prox`; weights are NaN where it is negative.
+      lam: nonnegative scalar, or a schedule: a function of the number of updates so far. Examples
+        are `prox24.Exponential`, and `optax.exponential_decay` with a rate above 1. The product
+        learning_rate * lam is the lam of `prox24.prox`. If it is negative, weights become NaN.
       pattern: (1, M) or (2, M), or `prox24.Pattern` with units of several entries.
-      axis: the axis along which blocks of M run: one for all leaves, or a function of the path;
-        None to choose by name, see `describe`.
-      learning_rate: that of the optimizer, scalar or schedule, if lam is to be a penalty on the
-        loss; with the default, lam is the penalty of one step.
-      mask: bool pytree like the parameters or a prefix of it, True for the leaves to prune, or a
-        function of the parameters that returns one; None to choose by name, see `describe`. Others
-        pass through.
+      axis: the axis along which blocks of M run. It is one axis for all leaves, a function of the
+        path, or None to choose by name, see `describe`.
+      learning_rate: learning rate of the optimizer, scalar or schedule, which makes lam a penalty
+        on the loss. With the default, lam is the penalty of one step.
+      mask: bool pytree like the parameters or a prefix, with True for the leaves to prune. It can
+        also be a function of the parameters that returns such a tree. None chooses by name, see
+        `describe`. Updates of other leaves pass through.
 
     Returns:
-      A transform whose `update` needs params, and takes the extra argument `penalty`: a scalar that
+      A transform whose `update` needs params. It takes the extra argument `penalty`, a scalar that
       replaces learning_rate * lam in this step.
 
     Raises:
-      ValueError: another pattern, or a negative number; in `update`, if params is missing, or
-        `mask` selects a leaf that cannot be pruned.
+      ValueError: the pattern is neither 1:M nor 2:M, or a number is negative. In `update`: params
+        is missing, or `mask` selects a leaf that cannot be pruned.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, for R and its operator.
@@ -153,25 +154,26 @@ def proximal(
 def keep_pattern(
     inner: optax.GradientTransformation, trainable: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that it trains the kept entries and leaves the others as they are.
+    """Wraps an optimizer: it trains only the kept entries, and the others do not move.
 
-    Gradients are masked before `inner` and its updates after it, so that neither momenta nor weight
-    decay nor an optimizer that mixes entries, such as Muon, moves a pruned weight from zero.
+    Gradients are masked before `inner`, and its updates after it. So pruned weights stay zero under
+    momentum, under weight decay, and under optimizers that mix entries, such as Muon.
 
     Args:
       inner: a whole optimizer.
-      trainable: bool pytree like the parameters or a prefix of it, True for entries to train, or a
-        function of the parameters that returns one, called by `init`; None for `kept_entries`, the
-        nonzeros of the leaves that `proximal` prunes by default. For those of other leaves it is
-        `kept_entries` with their mask, not the mask itself, which would train them whole; what
-        `prox24.prune_params` pruned has `trainable` of its own.
+      trainable: bool pytree like the parameters or a prefix, with True for the entries to train. It
+        can also be a function of the parameters that returns such a tree; `init` calls it. None is
+        `kept_entries`: the nonzeros of the leaves that `proximal` prunes by default, and all other
+        leaves. If you pruned other leaves, give `kept_entries` with their mask, since the mask
+        alone would train them whole. The result of `prox24.prune_params` has its own `trainable`.
 
     Returns:
-      A transform whose state holds the kept entries and that of `inner`; extra arguments of
-      `update` go to `inner`.
+      A transform whose state holds the trainable entries and the state of `inner`. Extra arguments
+      of `update` go to `inner`.
 
     Raises:
-      ValueError: in `init`, if an entry of `trainable` has neither the shape of its leaf nor ().
+      ValueError: in `init`, an entry of `trainable` has neither the shape of its leaf nor (), or a
+        leaf is no array of numbers.
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]])}
@@ -185,7 +187,7 @@ def keep_pattern(
         inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> KeepPatternState:
-        # What optax maps states with is a placeholder without leaves, which no tree fits.
+        # optax maps states with a placeholder without leaves, which no tree fits.
         chosen = trainable if trainable is not None and jax.tree.leaves(params) else kept_entries
         entries = map_named(_checked_entries, params, spread(chosen, params))
         return KeepPatternState(entries, inner.init(params))
@@ -208,11 +210,11 @@ def kept_entries(
     axis: Axis | None = None,
     mask: Mask | None = None,
 ) -> PyTree:
-    """Marks the entries of pruned parameters to train: the nonzeros of pruned leaves, and all else.
+    """Marks the entries to train: the nonzeros of pruned leaves, and all entries of other leaves.
 
     To choose other leaves, give `keep_pattern` this function with its arguments, for example
-    `functools.partial(kept_entries, mask=by_path(lambda path: "mlp" in path))`. A leaf that is
-    wholly zero, as adapters begin, stays zero unless `mask` leaves it out.
+    `functools.partial(kept_entries, mask=by_path(lambda path: "mlp" in path))`. A leaf of zeros,
+    such as a new adapter, stays zero unless `mask` leaves it out.
 
     Args:
       params: pytree of arrays.
@@ -236,7 +238,7 @@ def kept_entries(
 
 
 def takes_extra_arguments(optimizer: optax.GradientTransformation) -> bool:
-    """Whether its update does, as those of `optax.MultiSteps` do, of whatever class it is."""
+    """Whether the optimizer's update takes extra arguments, as in `optax.MultiSteps`."""
     parameters = inspect.signature(optimizer.update).parameters.values()
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -250,7 +252,7 @@ def _is_none(node: Any) -> bool:
 
 
 LOOPED = 2**24
-"""Entries of equal leaves in one loop, at most."""
+"""Maximal number of entries of equal leaves in one loop."""
 
 
 def _landing(
@@ -260,10 +262,10 @@ def _landing(
     penalty: ArrayLike,
     pattern: PatternLike,
 ) -> list[Any]:
-    """The updates, those of pruned leaves landing where the operator does.
+    """The updates; with them, pruned leaves land on the result of the operator.
 
-    Equal leaves go through a loop, so that XLA compiles the operator once for them. It would
-    compile a copy for each. A loop takes copies of its leaves, so that large leaves have their own.
+    Equal leaves go through a loop, so that XLA compiles the operator once, and not once for each
+    leaf. A loop copies its leaves, so large leaves do not share a loop.
     """
     alike = collections.defaultdict[Any, list[int]](list)
     for i, leaf in enumerate(leaves):
@@ -293,8 +295,8 @@ def _landing_updates(
         own, update = (x.astype(dtype) for x in pair)
         target = own + update
         w = prox(target, penalty, pattern, axis)
-        # Where nothing changes the update stays, since w - own would round it once more. Where w
-        # is zero, w - own is exact.
+        # An unchanged entry keeps its update, since w - own would round it once more. For w = 0,
+        # w - own is exact.
         return jnp.where(w == target, update, w - own)
 
     if len(params) == 1:
@@ -304,7 +306,7 @@ def _landing_updates(
 
 def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
     check_array(path, leaf)
-    # A copy of its own for each leaf, since the state may be donated.
+    # Each leaf gets its own copy, since the state may be donated.
     entries = jnp.array(entries, bool)
     if entries.shape not in ((), leaf.shape):
         raise ValueError(
