@@ -1,8 +1,9 @@
-"""Training what pruning kept: layer by layer, or the whole model on what the dense one predicts.
+"""Training of kept weights: layer by layer, or the whole model on the dense model's predictions.
 
-The squared error of one linear is not what matters of it. Here all kept weights of a block, its
-norms and biases are trained together on the block's output, or those of a whole model on the dense
-model's predictions, by any optax optimizer, and the zeros stay zeros.
+Solvers minimise the squared error of a single linear. Here an optax optimizer trains the kept
+weights of many linears together, with norms and biases. `train_block` trains a block on the output
+of the dense block. `train_model` trains a whole model on the dense model's predictions. Zeros stay
+zero.
 """
 
 from prox24.refine._blocks import BlockRefinement, relative_error, train_block

@@ -1,4 +1,4 @@
-"""Training what is kept of a block of layers to reproduce the output of the dense block."""
+"""Training of a block's kept weights to reproduce the output of the dense block."""
 
 import dataclasses
 import functools
@@ -32,22 +32,25 @@ OutputLoss = Callable[[Array, Array], Array]
 class BlockRefinement(Passes):
     """How the pruning loop refines a layer after its linears are pruned.
 
-    Adam with a rate that falls to zero along a cosine. The steps of each tensor are multiplied by
-    the root mean square of its entries, at least 0.001: one rate serves weights of any size.
+    It uses Adam with a rate that falls to zero along a cosine. The steps of each tensor are
+    multiplied by the root mean square of its entries, at least 0.001. So one rate serves weights of
+    any size.
 
     Attributes:
       rate: first rate of Adam, relative to the size of each tensor's entries.
-      passes: passes over the calibration windows that are not held out.
-      held_out: share of the steps' windows, the last ones, by which the best pass is chosen; at
-        least one step's. Shuffle windows that are in the order of a text.
-      step_tokens: tokens of a step, about; a window, or devices that share windows, may need more.
-      linears_only: leaves norms, biases and routers as they are.
-      compute_dtype: dtype in which products with linears are computed, "float32" or "bfloat16".
-        bfloat16 is for accelerators and for CPUs with instructions for it.
+      passes: number of passes over the training windows.
+      held_out: share of the calibration windows held out to choose the best pass. They are the last
+        windows, at least as many as one step has. All others are training windows. If windows
+        follow the order of a text, shuffle them.
+      step_tokens: approximate number of tokens of a step. A window, or devices that share windows,
+        may need more.
+      linears_only: whether only linears are trained. Norms, biases and routers then do not change.
+      compute_dtype: dtype of products with linears, "float32" or "bfloat16". The dtype bfloat16 is
+        for accelerators, and for CPUs with instructions for it.
 
     Raises:
       ValueError: the rate, the passes or the tokens of a step are not positive, the share is not
-        from 0 to 1, or it is another dtype.
+        from 0 to 1, or the dtype is another one.
 
     References:
       "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235, section 8,
@@ -65,15 +68,17 @@ class BlockRefinement(Passes):
         check_settings(self, ("rate", "passes", "step_tokens"), ("held_out",))
 
     def step_windows(self, windows: int, length: int, devices: int = 1) -> int:
-        """Windows of a step: of `step_tokens`, less where a pass would have fewer than eight steps.
+        """Number of windows of a step, so that a pass has eight steps or more if possible.
+
+        A step then has at most about `step_tokens` tokens.
 
         Args:
-          windows: of all steps, a multiple of the devices.
-          length: of a window, in tokens.
-          devices: that share the windows of a step, and so divide them.
+          windows: number of windows of all steps, a multiple of the devices.
+          length: number of tokens of a window.
+          devices: number of devices that share the windows of a step. It divides these windows.
 
         Raises:
-          CalibrationError: there is no second step, which decides what was best.
+          CalibrationError: the windows do not make two steps. One of the two is held out.
         """
         most = max(1, min(self.step_tokens // length, windows // 8))
         enough = max(size for size in range(1, most + 1) if windows % size == 0)
@@ -83,7 +88,10 @@ class BlockRefinement(Passes):
         return min((n for n in shared if n >= enough), default=shared[-1])
 
     def optimizer(self, groups: int) -> optax.GradientTransformation:
-        """The same object for the same number of groups of windows, to be compiled once."""
+        """The optimizer for a number of groups of windows; equal numbers get the same object.
+
+        So a program with it is compiled once.
+        """
         return _relative_adam(self.rate, self.steps(groups))
 
 
@@ -99,8 +107,9 @@ def _relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
 def relative_error(output: Array, target: Array) -> Array:
     """Mean over tokens of |output - target|^2 / |target|^2, for arrays (..., features).
 
-    The plain squared error is that of a few tokens whose activations are huge. A target of zero
-    has the mean of |target|^2 in its place. Computed in float32, or float64 if an array is.
+    A few tokens with huge activations would dominate the plain squared error. A target of zero is
+    divided by the mean of |target|^2 instead. The work is done in float64 if an array is float64,
+    else in float32.
 
     Example:
       >>> float(relative_error(jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 1.0]])))
@@ -126,26 +135,29 @@ def train_block(
     trainable: PyTree | Callable[[PyTree], PyTree] | None = None,
     loss: OutputLoss = relative_error,
 ) -> Refined:
-    """Trains the kept parameters of a block so that it reproduces targets.
+    """Trains the kept parameters of a block to reproduce targets.
 
-    Minimises the mean of loss(apply(params, x), t) over batches x, t, in the given order, a step of
-    the optimizer for each `micro_batches` of them. The last batches are held out: after each pass
-    the loss is measured on them, with the parameters rounded to their dtypes, and the best
-    parameters are returned, which are those that were given if no others are better.
+    It minimises the mean of loss(apply(params, x), t) over batches x and targets t, in the given
+    order. The optimizer takes a step after every `micro_batches` batches.
+
+    The last batches are held out, and the others are for training. After each pass the loss is
+    measured on the held-out batches, with the parameters rounded to their own dtypes. The result
+    has the best parameters: the given ones if no others are better.
 
     Args:
-      apply: the block; compiled once for each function object, so give equal blocks the same.
+      apply: the block, a function of params and inputs. It is compiled once for each function
+        object, so give equal blocks the same one.
       params: pytree of floating-point arrays; trained in float32.
       inputs: batches, all of one shape.
-      targets: what `apply` should return for each.
-      optimizer: compiled once for each object, too.
-      passes: over the batches that are not held out.
-      held_out: batches, from the end.
-      micro_batches: so many batches, in memory one after the other, make one step, by the mean of
-        their gradients.
-      trainable: which entries are trained, see `prox24.optax.keep_pattern`; None for nonzeros of
+      targets: the outputs that `apply` should return, one for each batch.
+      optimizer: compiled once for each object.
+      passes: number of passes over the training batches.
+      held_out: number of batches held out, from the end.
+      micro_batches: number of batches of one step. They are in memory one after the other, and the
+        step uses the mean of their gradients.
+      trainable: the entries to train, see `prox24.optax.keep_pattern`. None trains the nonzeros of
         the leaves that `prox24.optax.proximal` prunes, and all other leaves.
-      loss: of an output and its target, a scalar.
+      loss: function of an output and its target. It returns a scalar.
 
     Returns:
       A `Refined`.
@@ -188,7 +200,7 @@ def block_step(
     refinement: BlockRefinement,
     micro_batches: int,
 ) -> jax.stages.Lowered:
-    """The program of the last batch of a step of `train_block`; arrays may be specs."""
+    """The program of the last batch of a step of `train_block`; arrays may be only specs."""
     optimizer = refinement.optimizer(8)  # The program is the same for any number of steps.
 
     def begun(params: PyTree) -> tuple[PyTree, PyTree]:

@@ -1,4 +1,4 @@
-"""Training what is kept of a whole model to predict what the dense model predicts."""
+"""Training of a model's kept weights on the predictions of the dense model."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def divergence(logits: Array, target: Array) -> Array:
     logits, target = at_least_float32(logits), at_least_float32(target)
     probabilities = jax.nn.softmax(target, axis=-1)
     surprise = jax.nn.log_softmax(target, axis=-1) - jax.nn.log_softmax(logits, axis=-1)
-    # What the target excludes by -inf adds nothing, whatever the logits say.
+    # An entry with a target of -inf adds nothing, for any logits.
     surprise = jnp.where(probabilities > 0, surprise, 0)
     # XLA's CPU backend takes several times as long for a sum of products.
     return jnp.einsum("...v,...v->...", probabilities, surprise, precision=lax.Precision.HIGHEST)
@@ -65,49 +65,52 @@ def train_model(
 ) -> Refined:
     """Trains the kept parameters of a model on the predictions of the dense one.
 
-    Minimises, over the tokens of batches,
+    It minimises the mean over tokens of
 
         (1 - c) KL(softmax(logits(teacher, t)) || softmax(logits(outer, h))) - c log p(next token),
 
-    with h = features(params, outer, tokens), t the target and c the share of cross-entropy. Only
-    the last hidden states of the teacher are kept: they are far fewer numbers than its logits. The
-    logits of `CHUNK` tokens of each window are in memory at a time, and computed again for the
+    with h = features(params, outer, tokens), the target t, and the share c of cross-entropy.
+    Targets are the teacher's last hidden states, which are far fewer numbers than its logits. The
+    logits of 128 tokens of each window are in memory at a time. They are computed again for the
     gradient.
 
-    The last batches are held out: the loss is measured on them with the parameters as they would be
-    used, rounded to their dtypes, and the best are returned, which are those that were given if no
-    others are better.
+    The last batches are held out, and the others are for training. The loss is measured on the
+    held-out batches, with the parameters rounded to their own dtypes. The result has the best
+    parameters: the given ones if no others are better.
 
     Args:
-      features: hidden states (windows, length, hidden), of tokens (windows, length).
-      logits: of outer and hidden states.
+      features: function of params, outer and tokens (windows, length). It returns hidden states
+        (windows, length, hidden).
+      logits: function of outer and hidden states. It returns logits.
       params: pytree of floating-point arrays; trained in float32.
-      outer: what is not trained, such as embeddings and the head.
+      outer: pytree of untrained parameters, such as embeddings and the head.
       tokens: batches of windows, int32, all of one shape.
-      targets: hidden states of the dense model for each; with a share of 1 not looked at.
+      targets: hidden states of the dense model for each batch. With a share of 1 they are not used.
       optimizer: compiled once for each object, and for each pair of functions.
-      teacher: what `outer` is in the dense model; None if it is the same.
-      cross_entropy: the share c, from 0 to 1; with 1 the teacher is not asked, with 0 the next
-        tokens are not looked at.
-      passes: over the batches that are not held out.
-      held_out: batches, from the end.
-      micro_batches: so many batches, in memory one after the other, make one step, by the mean of
-        their gradients.
-      trainable: which entries are trained, see `prox24.optax.keep_pattern`; None for nonzeros of
+      teacher: `outer` of the dense model; None if it is the same.
+      cross_entropy: the share c, from 0 to 1. With 1 the teacher is not used, and with 0 the next
+        tokens are not used.
+      passes: number of passes over the training batches.
+      held_out: number of batches held out, from the end.
+      micro_batches: number of batches of one step. They are in memory one after the other, and the
+        step uses the mean of their gradients.
+      trainable: the entries to train, see `prox24.optax.keep_pattern`. None trains the nonzeros of
         the leaves that `prox24.optax.proximal` prunes, and all other leaves.
-      measured_every: this many steps, and after the last; None for every pass.
-      resume: the state to begin with, given the one before the first step; one that `on_measured`
-        got, to go on with it.
-      on_measured: called after each measurement. The master parameters and the optimizer's state
-        are overwritten by the next step: copy what is to be kept.
+      measured_every: number of steps between measurements; None measures after every pass. The last
+        step is always measured.
+      resume: function of the state before the first step. It returns the state to begin with. To
+        continue a training, return a state that `on_measured` got.
+      on_measured: function of the state, called after each measurement. The next step overwrites
+        the master parameters and the optimizer's state, so copy them to keep them.
 
     Returns:
       A `Refined`.
 
     Raises:
-      ValueError: there are not as many targets as batches; the share is not from 0 to 1; no batch
-        is left to train on, or none held out; those left are no whole number of steps; a number is
-        not positive; or the shape of an entry of `trainable` does not fit.
+      ValueError: the numbers of targets and batches differ, the share is not from 0 to 1, or
+        another number is not positive. Also if no batch is left to train on or to hold out, or if
+        the batches make no whole number of steps. Also if an entry of `trainable` has another shape
+        than its parameter.
 
     Example:
       >>> keys = jax.random.split(jax.random.key(0), 3)
@@ -147,13 +150,13 @@ def train_model(
 
 @functools.lru_cache(maxsize=16)
 def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) -> Loss:
-    """With or without the teacher, and the text's next tokens."""
+    """The loss of a batch, with or without the teacher and the next tokens of the text."""
 
     def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
         (outer, teacher, share), (tokens, targets) = constants, batch
         windows, length = tokens.shape
 
-        # Chunks run along the windows, which devices may share.
+        # Chunks run along the windows, since devices may share the windows.
         @jax.checkpoint
         def of_chunk(chunk: list[Array]) -> tuple[Array, Array]:
             hidden, following, seen, predicts, *target = chunk
@@ -172,7 +175,7 @@ def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) ->
         parts += [targets] if taught else []
         gaps, entropies = lax.map(of_chunk, jax.tree.map(_chunks, parts))
         gap = jnp.sum(gaps) / (windows * length)
-        # A window of one token has no next one.
+        # A window of one token has no next token.
         return (1 - share) * gap + share * jnp.sum(entropies) / (windows * max(length - 1, 1))
 
     return of_batch

@@ -1,4 +1,4 @@
-"""How all kept weights of a model are trained together."""
+"""Settings for training all kept weights of a model together."""
 
 import dataclasses
 import math
@@ -11,29 +11,31 @@ from prox24.refine._training import Passes, check_settings
 
 @dataclasses.dataclass(frozen=True)
 class ModelRefinement(Passes):
-    """How `prox24.distill` trains: Adam on gradients of norm 1 at the most.
+    """How `prox24.distill` trains: Adam on gradients of norm 1 at most.
 
-    The rate rises along a line, from 1/n of the highest in the first of n steps, and falls to zero
-    along a cosine.
+    The rate rises linearly over the first n steps, from 1/n of the highest rate. It then falls to
+    zero along a cosine.
 
     Attributes:
       rate: highest rate of Adam.
-      passes: passes over the windows that are not held out.
-      step_windows: windows of a step.
-      held_out: share of the steps' windows, the last ones, by which the best weights are chosen; at
-        least one step's. Shuffle windows that are in the order of a text.
-      cross_entropy: share of the loss that is the text's own next tokens, from 0 to 1; the rest is
-        the divergence from the dense model's predictions.
+      passes: number of passes over the training windows.
+      step_windows: number of windows of a step.
+      held_out: share of the windows held out to choose the best weights. They are the last windows,
+        at least as many as one step has. All others are training windows. If windows follow the
+        order of a text, shuffle them.
+      cross_entropy: share of the cross-entropy of the text's next tokens in the loss, from 0 to 1.
+        The rest is the divergence from the dense model's predictions.
       measurements: number of measurements of the held-out loss, evenly over the steps.
-      warmup: share of the steps in which the rate rises, from 0 to 1.
-      micro_batches: number of parts in which a step's windows are computed, for less memory.
-      compute_dtype: dtype in which products with linears and the head are computed, "float32" or
-        "bfloat16". bfloat16 is for accelerators and for CPUs with instructions for it.
+      warmup: share of the steps with a rising rate, from 0 to 1.
+      micro_batches: number of parts of a step's windows. They are computed one after the other, for
+        less memory.
+      compute_dtype: dtype of products with linears and the head, "float32" or "bfloat16". The dtype
+        bfloat16 is for accelerators, and for CPUs with instructions for it.
 
     Raises:
       Prox24Error: the micro-batches do not divide the windows of a step.
-      ValueError: the rate, the passes, the measurements or the windows of a step are not positive,
-        a share is not from 0 to 1, or the dtype is another one.
+      ValueError: the rate, the passes, the measurements or the windows of a step are not positive.
+        Also if a share is not from 0 to 1, or the dtype is another one.
     """
 
     rate: float = 2e-4
@@ -57,17 +59,17 @@ class ModelRefinement(Passes):
 
     @property
     def micro_batch(self) -> int:
-        """Windows that are in memory together."""
+        """Number of windows in memory together."""
         return self.step_windows // self.micro_batches
 
     def schedule(self, steps: int) -> optax.Schedule:
-        """The rate by the number of steps before, of so many in all."""
+        """The rate as a function of the number of steps so far, for a number of steps in all."""
         rising = min(round(self.warmup * steps), steps - 1)
         first = self.rate / max(1, rising)
         return optax.warmup_cosine_decay_schedule(first, self.rate, rising, steps)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """The optimizer, for so many steps."""
+        """The optimizer for a number of steps in all."""
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.schedule(steps)))
 
     def measured_every(self, steps: int) -> int:

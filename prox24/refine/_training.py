@@ -1,4 +1,4 @@
-"""One loop for all training of what pruning kept: masked steps, and the best that was measured."""
+"""The training loop of all refinements: masked steps, and the best parameters measured."""
 
 import enum
 import functools
@@ -17,11 +17,11 @@ from prox24.optax import keep_pattern
 
 PyTree = Any
 Loss = Callable[[PyTree, PyTree, PyTree], Array]
-"""Of parameters, of what is not trained, and of a batch: a scalar, to be minimised."""
+"""Function of trained parameters, constants and a batch. It returns a scalar to minimise."""
 
 
 def check_settings(settings: Any, positive: Sequence[str], shares: Sequence[str]) -> None:
-    """Raises ValueError, naming the first field that is not positive, a share, or a dtype."""
+    """Raises ValueError, and names the first field with a wrong value."""
     for name in positive:
         if not getattr(settings, name) > 0:
             raise ValueError(f"{name} {getattr(settings, name)} is not positive")
@@ -34,22 +34,22 @@ def check_settings(settings: Any, positive: Sequence[str], shares: Sequence[str]
 
 
 def at_least_float32(x: Array) -> Array:
-    """The array in float32, or in float64 if it is: what a loss is computed in."""
+    """The array in float32, or in float64 if it is float64: the dtype of losses."""
     return x.astype(working_dtype(x.dtype))
 
 
 class Passes:
-    """What both refinements do with groups of windows, each of which makes a step of a pass."""
+    """Numbers of steps of both refinements; a group of windows makes one step of a pass."""
 
     passes: int
     held_out: float
 
     def held_out_of(self, groups: int) -> int:
-        """The number of groups that are held out."""
+        """The number of groups held out; the others are training groups."""
         return max(1, round(self.held_out * groups))
 
     def steps(self, groups: int) -> int:
-        """Steps of the optimizer, in all passes over the other groups."""
+        """Number of steps of the optimizer, in all passes over the training groups."""
         return self.passes * (groups - self.held_out_of(groups))
 
 
@@ -71,12 +71,12 @@ class Refined(NamedTuple):
     """Parameters after a refinement, and how it went.
 
     Attributes:
-      params: the best that were measured, in the dtypes that were given.
+      params: the best parameters measured, in the given dtypes.
       outcome: an `Outcome`.
-      losses: on held-out batches, before the first step and at each measurement; NaN where a
-        parameter was not finite any more.
-      steps: of the optimizer.
-      resumed_steps: the part of these steps that was taken before the state that it began with.
+      losses: losses on held-out batches, before the first step and at each measurement. A loss is
+        NaN if a parameter was no longer finite.
+      steps: number of steps of the optimizer.
+      resumed_steps: number of the steps that a resumed state had already taken.
     """
 
     params: PyTree
@@ -87,12 +87,12 @@ class Refined(NamedTuple):
 
 
 class Training(NamedTuple):
-    """A training between two steps, from which it can go on.
+    """The state of a training between two steps, from where it can continue.
 
     Attributes:
       master: the parameters, in float32.
       optimizer: the state of the optimizer.
-      best: the parameters of the lowest loss so far, in the dtypes that were given.
+      best: the parameters of the lowest loss so far, in the given dtypes.
       losses: as in `Refined`.
       steps: as in `Refined`.
     """
@@ -136,10 +136,10 @@ def refine(
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
 ) -> Refined:
-    """Minimises the mean of a loss over batches, by the arguments of `train_model`.
+    """Minimises the mean of a loss over batches; `train_model` describes the arguments.
 
     Programs are compiled once for each function object of the loss and each optimizer object. The
-    constants are what the loss needs besides, which is not trained.
+    constants are further, untrained arguments of the loss.
     """
     counts = {"passes": passes, "micro_batches": micro_batches, "measured_every": measured_every}
     for name, count in counts.items():
@@ -165,13 +165,13 @@ def refine(
         losses = [float(jax.jit(loss)(candidate, constants, batch)) for batch in measured]
         return sum(losses) / held_out
 
-    # A copy also of what is float32 already: steps overwrite the master.
+    # Float32 parameters are copied too, since steps overwrite the master.
     master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-    # Some optimizers keep the parameters that they begin with: not the arrays that steps overwrite.
+    # Some optimizers store the first parameters. They get copies, since steps overwrite the master.
     memory = _each_its_own(keep_pattern(optimizer, trainable).init(jax.tree.map(jnp.copy, master)))
     memory = _placed_like(master, memory)
     begun = Training(master, memory, params, [measure(params)], 0)
-    del master, memory  # Where a state goes on, these are not needed any more.
+    del master, memory  # If another state is resumed, these are not needed.
     state = resume(begun)
     resumed_steps = state.steps
     del begun
@@ -195,9 +195,9 @@ def refine(
 
 
 def _placed_like(params: PyTree, tree: PyTree) -> PyTree:
-    """The tree, with what is on no device by choice on those of the parameters.
+    """Puts arrays without a chosen device on the devices of the parameters.
 
-    There a step leaves it; else the second step would be compiled anew.
+    A step leaves its results there. Otherwise the second step would be compiled again.
     """
     placed = jax.tree.leaves(params)[0].sharding
     if not isinstance(placed, NamedSharding):
@@ -211,7 +211,7 @@ def _placed_like(params: PyTree, tree: PyTree) -> PyTree:
 
 
 def _each_its_own(tree: PyTree) -> PyTree:
-    """The tree without an array that is in it twice: each is donated."""
+    """Copies arrays that occur twice in the tree, since each is donated."""
     seen: set[int] = set()
 
     def own(leaf: Any) -> Any:
@@ -244,12 +244,14 @@ def _add_gradient(loss: Loss) -> Callable[[PyTree, PyTree, PyTree, PyTree], PyTr
 def step_program(
     loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int
 ) -> jax.stages.Wrapped:
-    """A step of what is kept, given the gradients of all micro-batches but the last.
+    """The program of a step on the kept weights, run with the last micro-batch of the step.
 
-    The arguments are the parameters and the state of `keep_pattern`, both of which it overwrites,
-    the sum of those gradients or None, the constants of the loss, and the last micro-batch.
+    It takes the parameters and the state of `keep_pattern`, and overwrites both. Its other
+    arguments are the sum of the gradients of the earlier micro-batches (or None), the constants of
+    the loss, and the last micro-batch.
     """
-    # The state holds what is kept, so that the transform's own choice is never asked for here.
+    # The state holds the trainable entries, so the default choice of the transform is not used
+    # here.
     transform = keep_pattern(optimizer)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
