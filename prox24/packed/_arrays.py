@@ -32,8 +32,8 @@ def to_arrays(name: str, w: Packed24) -> dict[str, NDArray[Any]]:
     """Host arrays that hold a packed weight, by name.
 
     Args:
-      name: of the weight; the names of its arrays begin with it.
-      w: the weight.
+      name: name of the weight. The names of its arrays begin with it.
+      w: the packed weight.
 
     Returns:
       NAME.values and NAME.codes as in `Packed24`, and NAME.axis, int32 of shape (1,).
@@ -56,15 +56,15 @@ def from_arrays(name: str, arrays: Mapping[str, ArrayLike]) -> Packed24:
     """The packed weight that `to_arrays` wrote; checks every code.
 
     Args:
-      name: of the weight.
-      arrays: by name, those of other weights too.
+      name: name of the weight.
+      arrays: arrays by name. There may be arrays of other weights too.
 
     Returns:
       `Packed24` on JAX's default device.
 
     Raises:
-      CheckpointError: an array is missing or has another dtype or shape, or a code is invalid, or
-        unused bits of the last word are set, or JAX would round the values.
+      CheckpointError: an array is missing or has another dtype or shape, or JAX would round the
+        values. Also if a code is invalid, or unused bits of the last word are set.
 
     Example:
       >>> from prox24.packed import pack, unpack
@@ -101,19 +101,22 @@ def from_arrays(name: str, arrays: Mapping[str, ArrayLike]) -> Packed24:
 
 
 def to_cutlass(w: Packed24) -> tuple[Array, Array]:
-    """Values and metadata of a weight (out, in) as CUTLASS's sparse products read them.
+    """Values and metadata of a weight (out, in), in the format of CUTLASS's sparse products.
 
-    PyTorch's `SparseSemiStructuredTensorCUTLASS` holds the two side by side, `torch.cat` of the
-    values and of the metadata viewed in the weight's dtype. cuSPARSELt compresses a dense weight
-    by itself: `unpack` is its input.
+    PyTorch's `SparseSemiStructuredTensorCUTLASS` holds both in one tensor: `torch.cat` of the
+    values and of the metadata, viewed in the weight's dtype. cuSPARSELt compresses a dense weight
+    by itself, so give it the result of `unpack`.
 
-    A code is the same four bits there. Four make an int16, the first in its lowest bits, and the
-    int16 are reordered: within every 32 rows, row 8 i + j comes to 4 j + i; every square of two
-    rows and two columns is transposed; and pairs of columns are stored one after the other.
+    A code has the same four bits in CUTLASS. Four codes make an int16, the first in its lowest
+    bits. The int16 are then reordered:
+
+    - Within every 32 rows, row 8 i + j comes to 4 j + i.
+    - Every square of two rows and two columns is transposed.
+    - Pairs of columns are stored one after the other.
 
     Args:
-      w: packed along the last axis of (out, in), out a multiple of 32 and in of 64; float16 or
-        bfloat16.
+      w: a float16 or bfloat16 weight (out, in), packed along its last axis. Here out is a multiple
+        of 32, and in is a multiple of 64.
 
     Returns:
       values (out, in / 2) as in `w`, and metadata (out, in / 16), int16.

@@ -1,4 +1,4 @@
-"""The implementations of the product with a packed weight, and which of them runs."""
+"""The implementations of the product with a packed weight, and the choice between them."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ AUTO = "auto"
 
 
 class Case(NamedTuple):
-    """A product x W^T, as far as an implementation depends on it; W is (outputs, inputs)."""
+    """The facts about a product x W^T that an implementation depends on; W is (outputs, inputs)."""
 
     platform: str
     dtype: str
@@ -27,16 +27,16 @@ class Case(NamedTuple):
 class Implementation(NamedTuple):
     """A way to compute some products.
 
-    `run` takes x (..., in), values (out, in / 2) of the same dtype and codes (out, words) to
-    (..., out) of that dtype; it is traceable, and its sums are in float32.
+    `run` takes x (..., in), values (out, in / 2) of the same dtype, and codes (out, words). It
+    returns (..., out) of that dtype. It is traceable, and its sums are in float32.
     """
 
     run: Callable[[Array, Array, Array], Array]
     platform: str
     dtypes: tuple[str, ...]
-    multiples: tuple[int, int, int]  # That outputs, inputs and batch must be.
+    multiples: tuple[int, int, int]  # Divisors of outputs, inputs, batch.
     largest_batch: float = 64
-    row_bytes: float = math.inf  # Of a dense row of W, at most.
+    row_bytes: float = math.inf  # Maximal bytes of a dense row of W.
     library: native.Library | None = None  # It has to be built first.
 
     def problem(self, case: Case) -> str | None:
@@ -72,16 +72,18 @@ IMPLEMENTATIONS = {
         row_bytes=tpu.LARGEST_ROW,
     ),
 }
-"""All but `UNPACK`."""
+"""All implementations but `UNPACK`."""
 AUTOMATIC = {("cpu", "float32"): ("cpu", 64), ("cpu", "bfloat16"): ("cpu", 32)}
-"""For a platform and a dtype, what runs unasked up to which batch: what was measured to be faster
-than `UNPACK` (docs/packed.md). No GPU and no TPU has run the other kernels."""
+"""For a platform and a dtype: the implementation that `AUTO` runs, and its largest batch. Up to
+this batch it was measured to be faster than `UNPACK` (docs/packed.md). No GPU and no TPU has run
+the other kernels."""
 
 
 def choose(implementation: str, case: Case) -> Callable[[Array, Array, Array], Array]:
-    """What computes a product: the one that is named; for `AUTO` that of `AUTOMATIC`, or `UNPACK`.
+    """The function that computes a product with the named implementation.
 
-    Raises ValueError if the one that is named cannot compute it.
+    `AUTO` takes the implementation of `AUTOMATIC` if it can compute the product, and `UNPACK` if
+    not. Raises ValueError if a named implementation cannot compute the product.
     """
     if implementation == AUTO:
         name, largest_batch = AUTOMATIC.get((case.platform, case.dtype), (UNPACK, 0))

@@ -1,8 +1,8 @@
 """Blocks of four entries as two values and a code: the arithmetic of the packed format.
 
-A code has four bits: the place of the first kept entry in its two low bits, and the place of the
-second, which comes later, in its two high bits. Eight codes make a word, the first in its lowest
-bits, so a word describes 32 entries. Unused bits of the last word are zero.
+A code has four bits. The two low bits are the place of the first kept entry. The two high bits are
+the place of the second kept entry, which comes later. Eight codes make a word, the first in its
+lowest bits, so a word describes 32 entries. Unused bits of the last word are zero.
 """
 
 from typing import Any
@@ -31,12 +31,13 @@ def words_of(entries: int) -> int:
 
 @jax.custom_jvp
 def compress(w: Array) -> tuple[Array, Array, Array]:
-    """Values and codes of every block, and which blocks have more than two nonzeros.
+    """The values and codes of all blocks, and whether each block has more than two nonzeros.
 
-    An entry is zero if its bits, but for the sign, are: a NaN is not, nor is a subnormal number,
-    which arithmetic may take for zero. Where a block has fewer than two nonzeros, places are given
-    to the entries -0.0 first, which would lose their sign, and then to the earliest. Values are NaN
-    in blocks with more than two nonzeros.
+    An entry is zero if all its bits except the sign are zero. So NaN is nonzero, and so is a
+    subnormal number, which arithmetic may treat as zero.
+
+    A block with fewer than two nonzeros first keeps entries -0.0, which would lose their sign, and
+    then its earliest zeros. In a block with more than two nonzeros, the values are NaN.
 
     Example:
       >>> values, codes, excess = compress(jnp.array([0.0, 2.0, 0.0, 3.0]))
@@ -85,7 +86,7 @@ def place(values: Array, codes: Array) -> Array:
     rest = words * VALUES_PER_WORD - count
     if rest:
         values = jnp.pad(values, [(0, 0)] * len(shape) + [(0, rest)])
-    # By broadcasting, not by planes: one loop, in which XLA's CPU backend is twice as fast.
+    # Broadcasting makes one loop. In XLA's CPU backend it is twice as fast as planes.
     pairs = values.reshape(*shape, words, CODES_PER_WORD, KEPT)
     code = _split_words(codes)[..., None]
     lane = np.arange(BLOCK, dtype=np.uint32).reshape(*[1] * codes.ndim, 1, BLOCK)
@@ -122,7 +123,7 @@ def _to_words(code: Array) -> Array:
 
 
 def _bits(x: Array) -> Array:
-    """As unsigned integers, which are moved as they are: XLA moves bfloat16 by way of float32."""
+    """The bits as unsigned integers, which XLA moves unchanged; it moves bfloat16 as float32."""
     return lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 

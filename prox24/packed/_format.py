@@ -1,4 +1,4 @@
-"""A 2:4 weight as its kept values and where they are: 9/16 of the bytes in 16-bit types."""
+"""A 2:4 weight as its kept values and their places: 9/16 of the bytes in 16-bit types."""
 
 import dataclasses
 import functools
@@ -20,17 +20,17 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 class Packed24:
     """A 2:4 array, packed along the axis of its blocks; `pack` makes one.
 
-    The packed axis of the weight is the last axis of both arrays: the entries of a dot product lie
-    together. All else follows from the shapes of the arrays, so a slice, a shard or a stack of
-    packed weights is a packed weight. Both arrays shard by the same `PartitionSpec`; a shard of
-    columns must have whole words, 32 inputs.
+    The packed axis of the weight is the last axis of both arrays, so the entries of a dot product
+    lie together. All else follows from the shapes of the arrays. So a slice, a shard or a stack of
+    packed weights is a packed weight. Both arrays shard by the same `PartitionSpec`. A shard of
+    columns must have whole words, each of 32 inputs.
 
     Attributes:
       values: shape (..., in / 2), the two kept entries of every block.
       codes: shape (..., ceil(in / 32)), uint32, see `prox24.packed._codes`.
       axis: negative, the axis of the weight along which blocks run.
-      remainder: in modulo 32, the entries of a last word that is not full. It shows that an axis
-        without whole words was cut.
+      remainder: in modulo 32, the number of entries of an incomplete last word. It shows whether an
+        axis without whole words was cut.
     """
 
     values: Array
@@ -59,11 +59,11 @@ class Packed24:
 def pack(w: ArrayLike, axis: int = -1) -> Packed24:
     """Packs a 2:4 weight; `unpack` gives it back bit for bit.
 
-    A NaN or a subnormal number is a nonzero, -0.0 is not. A block with fewer than two nonzeros
-    keeps entries -0.0 first, and then its earliest zeros. Only the sign of a zero can be lost, in a
-    block without a place for it: `unpack` gives +0.0.
+    NaN and subnormal numbers are nonzero, and -0.0 is zero. A block with fewer than two nonzeros
+    first keeps entries -0.0, and then its earliest zeros. Only a -0.0 that is not kept loses its
+    sign: `unpack` gives +0.0.
 
-    Differentiable in `w`. Blocks are independent: the result is sharded as `w` is.
+    It is differentiable in `w`. Blocks are independent, so the result is sharded like `w`.
 
     Args:
       w: float64, float32, float16 or bfloat16, its length along `axis` a multiple of four.
@@ -75,9 +75,9 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
       block with more than two nonzeros become NaN.
 
     Raises:
-      ValueError: a block has more than two nonzeros (the message has the index of the first such
-        block); another dtype, or one that JAX would round; there is no such axis; or four does not
-        divide its length.
+      ValueError: a block has more than two nonzeros; the message has the index of the first such
+        block. Also if the dtype is another one or JAX would round it, if the axis does not exist,
+        or if four does not divide its length.
 
     Example:
       >>> w = pack(jnp.array([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 0.0]]))
@@ -99,16 +99,16 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
 
 
 def unpack(w: Packed24) -> Array:
-    """The weight that was packed, differentiable in its values.
+    """The weight before packing, differentiable in its values.
 
     Args:
-      w: packed; its codes must be valid, as `pack` and `from_arrays` see to.
+      w: a packed weight. Its codes must be valid, as from `pack` and `from_arrays`.
 
     Returns:
       Array of shape `w.shape` and dtype `w.dtype`.
 
     Raises:
-      ValueError: the arrays do not fit each other, as after a cut within a word.
+      ValueError: the arrays do not fit each other, for example after a cut within a word.
 
     Example:
       >>> unpack(pack(jnp.array([0.0, 1.0, 0.0, 2.0]))).tolist()

@@ -22,31 +22,33 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def matmul(x: ArrayLike, w: Packed24, *, implementation: str = AUTO) -> Array:
-    """x W^T for a packed W (out, in), without W in memory where an implementation can do that.
+    """x W^T for a packed W (out, in); some implementations never have the whole W in memory.
 
-    "auto" runs the kernel for CPUs where it can, and "unpack" everywhere else: XLA unpacks the
-    weight and multiplies. Every other implementation runs by its name alone; docs/packed.md says
-    which products it can compute. Kernels are for programs of one device and for the inside of
-    `shard_map`. XLA does not partition them: "auto" unpacks in programs of several devices, and in
-    exported programs, which run elsewhere.
+    "unpack" lets XLA unpack the weight and multiply. "auto" runs the kernel for CPUs where it can,
+    and "unpack" everywhere else. Every other implementation runs only by its name. The page
+    docs/packed.md says which products it can compute.
 
-    Differentiable in `x` and in the values of `w`, in reverse mode, once or more. Sums are of
-    float32 products at the highest precision, in float64 where `x` is; the result is rounded once.
-    Where an entry of `x` is not finite, implementations differ: "unpack" multiplies the pruned
-    zeros as well, and then returns NaN.
+    Kernels are for programs of one device and for the inside of `shard_map`, since XLA does not
+    partition them. "auto" unpacks in programs of several devices, and in exported programs, which
+    run elsewhere.
+
+    The product is differentiable in `x` and in the values of `w`, in reverse mode, once or more.
+    Sums are of float32 products at the highest precision, or of float64 products if `x` is float64.
+    The result is rounded once. If an entry of `x` is not finite, implementations differ: "unpack"
+    also multiplies the pruned zeros, and then returns NaN.
 
     Args:
       x: shape (..., in), of the dtype of `w`.
-      w: two axes, packed along the one that is summed over: a weight (out, in) along -1, or a Flax
-        kernel (in, out) along -2. More axes are for `jax.vmap` or `jax.lax.scan`.
+      w: a packed weight with two axes: (out, in) packed along -1, or a Flax kernel (in, out) packed
+        along -2. For more axes use `jax.vmap` or `jax.lax.scan`.
       implementation: "auto", "unpack", "cpu", "cuda", "cusparselt" or "tpu".
 
     Returns:
       Array (..., out) of that dtype.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or the implementation that is named is unknown or
-        cannot compute this product, which is found when the program is compiled.
+      ValueError: shapes or dtypes do not fit, or the implementation is unknown. If a named
+        implementation cannot compute the product, the error comes when the program is compiled.
 
     Example:
       >>> from prox24.packed import pack
@@ -78,7 +80,7 @@ def _matmul(implementation: str, x: Array, values: Array, codes: Array) -> Array
 def _forward(
     implementation: str, x: Array, values: Array, codes: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    # Not _product, which has no derivative: this one may be differentiated again.
+    # Not `_product`, which has no derivative. `_matmul` can be differentiated again.
     return _matmul(implementation, x, values, codes), (x, values, codes)
 
 
@@ -96,9 +98,10 @@ _matmul.defvjp(_forward, _backward)
 
 
 def _varying_alike(*arrays: Array) -> list[Array]:
-    """In shard_map, has every array vary over the axes over which any does, as the result will.
+    """Makes every array vary, inside shard_map, over all axes over which any array varies.
 
-    Arithmetic does that by itself, and then knows to sum the derivatives; a primitive does not.
+    The result will vary over these axes. Arithmetic does this by itself, and then sums the
+    derivatives, but a primitive does not.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return list(arrays)
@@ -131,7 +134,8 @@ def _shape_of_product(*operands: Any, implementation: str) -> Any:
 def _lower(platform: str, context: Any, *operands: Any, implementation: str) -> Any:
     x, values, _ = context.avals_in
     run: Callable[..., Array] = functools.partial(_by_xla, implementation=implementation)
-    # Exported programs run elsewhere, and have no kernel of this process; some have no one shape.
+    # Exported programs run elsewhere, without the kernels of this process. Some have symbolic
+    # shapes.
     exported = context.module_context.lowering_parameters.for_export
     known = all(isinstance(size, int) for size in (*x.shape, *values.shape))
     if known and not exported and is_on_one_device(context):

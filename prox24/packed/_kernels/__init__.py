@@ -1,1 +1,1 @@
-"""Implementations of the product with a packed weight, one a file, and what builds them."""
+"""Implementations of the product with a packed weight, one in each file, and their build."""

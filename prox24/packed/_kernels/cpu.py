@@ -6,7 +6,7 @@ from jax import Array
 from prox24.packed._kernels import native
 
 INSTRUCTIONS = ("portable", "avx2", "avx512")
-"""The forms of the kernel, each with wider registers than the one before."""
+"""The forms of the kernel. Each has wider registers than the one before."""
 LIBRARY = native.Library(
     target="prox24_matmul",
     platform="cpu",
@@ -19,7 +19,7 @@ LIBRARY = native.Library(
 def run(x: Array, values: Array, codes: Array, instructions: str = INSTRUCTIONS[-1]) -> Array:
     """x W^T, see `prox24.packed._choice.Implementation`.
 
-    Of `INSTRUCTIONS` it takes the widest that the CPU has, up to those that are named.
+    It takes the widest of `INSTRUCTIONS` that the CPU has, up to the named one.
     """
     widest = np.int32(INSTRUCTIONS.index(instructions))
     return native.call(LIBRARY, x, values, codes, instructions=widest)

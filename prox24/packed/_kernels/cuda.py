@@ -1,6 +1,7 @@
 """The product on GPUs from Ampere on, by their sparse tensor cores, for a small batch.
 
-No GPU has run it: it was compiled, and a test multiplies on a CPU what its threads hold.
+No GPU has run it. It was compiled, and a test multiplies on a CPU the numbers that its threads
+hold.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from prox24.packed._kernels import native
 
 
 def flags_for(capabilities: Iterable[str]) -> list[str]:
-    """The compiler's, for GPUs of compute capabilities such as "9.0"."""
+    """The compiler's flags for GPUs of compute capabilities such as "9.0"."""
     numbers = [capability.replace(".", "") for capability in capabilities]
     generated = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     return ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", *generated]

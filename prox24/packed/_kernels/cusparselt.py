@@ -1,6 +1,7 @@
 """The product on GPUs from Ampere on by cuSPARSELt, for a large batch.
 
-No GPU has run it: it was compiled against the library, and a test runs it on a CPU with a stand-in.
+No GPU has run it. It was compiled against the library, and a test runs it on a CPU with a stand-in
+for the library.
 """
 
 import importlib.metadata
@@ -32,7 +33,7 @@ def _flags() -> list[str]:
     folder, release = installed()
     headers = [f"-I{folder}/include", "-I/usr/local/cuda/include"]
     library = [f"{folder}/{SHARED_OBJECT}", f"-Wl,-rpath,{folder}/lib"]
-    # The release has a part in the name of the compiled file, as every flag has.
+    # Flags are part of the compiled file's name, and so the release is, too.
     release = f'-DPROX24_CUSPARSELT_RELEASE="{release}"'
     return ["-O2", *native.CPP_FLAGS, release, *headers, "-Wl,--no-as-needed", *library]
 

@@ -22,7 +22,7 @@ from jax import Array
 from prox24._core.cache import cache_folder
 
 logger = logging.getLogger("prox24.packed")
-"""Says, once and in one line, why a kernel is not used; silenced by its level."""
+"""Logs once, in one line, why a kernel is not used. Its level can silence it."""
 FOLDER = Path(__file__).parent
 CPP_COMPILERS = ("g++", "clang++", "c++")
 CPP_FLAGS = ("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -33,16 +33,16 @@ class NoKernelError(Exception):
 
 
 class Library(NamedTuple):
-    """A kernel in a language of its own."""
+    """A kernel in another language, such as C++."""
 
-    target: str  # The function, and what XLA calls it.
+    target: str  # The function's name, also for XLA.
     platform: str  # As XLA spells it.
-    sources: tuple[str, ...]  # The file that is compiled, and those that it includes.
-    compilers: tuple[str, ...]  # The first that is installed compiles it.
+    sources: tuple[str, ...]  # The compiled file, then the files that it includes.
+    compilers: tuple[str, ...]  # The first installed one is used.
     flags: Callable[[], list[str]]  # For this machine; may raise NoKernelError.
 
     def command(self, compiler: str, output: Path) -> list[str]:
-        """What compiles it into a file."""
+        """The command that compiles the kernel into a file."""
         source = str(FOLDER / self.sources[0])
         include = f"-I{jax.ffi.include_dir()}"
         return [compiler, *self.flags(), include, source, "-o", str(output)]
@@ -63,7 +63,7 @@ _loading = threading.Lock()
 
 def problem(library: Library) -> str | None:
     """Why XLA cannot call a kernel, or None; the first call builds, loads and logs."""
-    with _loading:  # XLA takes the name of a function once.
+    with _loading:  # XLA accepts the name of a function only once.
         return _load(library)
 
 
@@ -75,7 +75,7 @@ def _load(library: Library) -> str | None:
             target = jax.ffi.pycapsule(ctypes.CDLL(str(path))[library.target])
         except (OSError, AttributeError) as error:
             raise NoKernelError(f"delete {path}, which cannot be loaded: {error}") from error
-    # A RuntimeError is JAX's, where there is no device of the platform.
+    # JAX raises RuntimeError if there is no device of the platform.
     except (NoKernelError, OSError, RuntimeError) as error:
         found = f"{library.target} cannot run on {library.platform.upper()}: {error}"
         logger.warning(found)
@@ -85,9 +85,9 @@ def _load(library: Library) -> str | None:
 
 
 def call(library: Library, x: Array, *weight: Array, **attributes: Any) -> Array:
-    """x W^T by a kernel that has no `problem`, for x (..., in) and arrays of the weight (out, ...).
+    """x W^T by a kernel without a `problem`, for x (..., in) and arrays of the weight (out, ...).
 
-    Its attributes are of numpy's types.
+    The attributes have NumPy's types.
     """
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     outputs = len(weight[0])
@@ -97,7 +97,7 @@ def call(library: Library, x: Array, *weight: Array, **attributes: Any) -> Array
 
 
 def _built(library: Library) -> Path:
-    """The file, compiled unless the cache has it."""
+    """The kernel's file, compiled unless the cache has it."""
     compiler = next(filter(None, map(shutil.which, library.compilers)), None)
     if compiler is None:
         raise NoKernelError(f"there is no compiler; install one of {', '.join(library.compilers)}")
@@ -105,14 +105,14 @@ def _built(library: Library) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Beside its place, so that the renaming is atomic and a process never sees half of a file.
+    # A temporary file in the same folder makes renaming atomic, so no process sees half of a file.
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".building")
     os.close(handle)
     partial = Path(name)
     try:
         _output(library.command(compiler, partial))
         with partial.open("rb") as file:
-            os.fsync(file.fileno())  # Half of a library would never be built again.
+            os.fsync(file.fileno())  # Half of a file would never be built again.
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

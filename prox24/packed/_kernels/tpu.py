@@ -1,6 +1,6 @@
 """The product on TPUs, by a Pallas kernel that reads every packed weight once for a small batch.
 
-It was compiled for v5e and v6e and interpreted for its numbers; no TPU has run it.
+It was compiled for v5e and v6e, and its numbers were tested in interpreted mode. No TPU has run it.
 """
 
 import math
@@ -18,22 +18,22 @@ OUTPUTS = 128
 BLOCKS = 128
 """Blocks of every row that are unpacked at once."""
 INPUTS = BLOCKS * BLOCK
-"""A multiple of these is multiplied."""
+"""The number of inputs must be a multiple of this."""
 LARGEST_ROW = 2 * 28672
-"""Bytes of a dense row, so that the rows of a tile fit into on-chip memory."""
+"""Maximal bytes of a dense row, so that the rows of a tile fit into on-chip memory."""
 ROWS = 16
-"""Vectors of x are padded to a multiple of these, the rows of a tile in 16-bit types."""
+"""The vectors of x are padded to a multiple of this: the rows of a tile in 16-bit types."""
 
 
 def run(x: Array, values: Array, codes: Array, interpret: bool = False) -> Array:
     """x W^T, see `prox24.packed._choice.Implementation`.
 
-    A tile of the weight is turned, so that its rows lie along lanes and a block's two values in
-    neighbouring rows of registers. Place p of all blocks is then a plane, made by comparing codes
-    with p, and the product is the sum over p of the planes' products with x[p::4]. With `interpret`
-    it runs as ordinary JAX, on any device.
+    A tile of the weight is transposed. Its rows then lie along lanes, and the two values of a block
+    lie in neighbouring rows of registers. Plane p has the entries in place p of all blocks, and is
+    made by comparing codes with p. The product is the sum over p of the products of plane p with
+    x[p::4]. With `interpret` it runs as ordinary JAX, on any device.
     """
-    # Here, since no other device needs them, and they take a while to import.
+    # Imported here, since only TPUs need these modules, and their import is slow.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -76,7 +76,7 @@ def run(x: Array, values: Array, codes: Array, interpret: bool = False) -> Array
         total = lax.fori_loop(0, words // step, add_blocks, jnp.zeros(y_ref.shape, jnp.float32))
         y_ref[...] = total.astype(y_ref.dtype)
 
-    # Mosaic has no 64-bit integers, which the indices of a grid would be.
+    # The indices of a grid would be 64-bit integers, which Mosaic does not have.
     with jax.enable_x64(False):
         y = pl.pallas_call(
             tile,
@@ -87,7 +87,7 @@ def run(x: Array, values: Array, codes: Array, interpret: bool = False) -> Array
                 pl.BlockSpec((OUTPUTS, words), lambda i: (i, 0)),
             ],
             out_specs=pl.BlockSpec((rows, OUTPUTS), lambda i: (0, i)),
-            # Inside of shard_map this says over which axes the result varies, as well.
+            # Inside shard_map this also says over which axes the result varies.
             out_shape=jax.eval_shape(xla.run, flat, values, codes),
             scratch_shapes=[
                 pltpu.VMEM((inputs // KEPT, OUTPUTS), jnp.float32),

@@ -8,14 +8,14 @@ from prox24.packed._codes import expand
 
 
 def run(x: Array, values: Array, codes: Array) -> Array:
-    """x W^T; sums are in float32, or in float64 where x is."""
+    """x W^T, with sums in float32, or in float64 if x is float64."""
     return multiply(x, expand(values, codes))
 
 
 def multiply(x: Array, dense: Array) -> Array:
-    """x W^T with a dense W (out, in), in sums of the same precision."""
+    """x W^T with a dense W (out, in), with sums in the same dtypes as `run`."""
     sums = working_dtype(x.dtype)
-    # As W x^T: with one vector, XLA's CPU backend takes ten times as long for x W^T.
+    # It computes W x^T. With one vector, XLA's CPU backend takes ten times as long for x W^T.
     found = jnp.tensordot(
         dense, x, ((1,), (x.ndim - 1,)), precision=PRECISION, preferred_element_type=sums
     )
