@@ -32,7 +32,7 @@ from prox24._solvers.problem import check_arrays, quadratic_loss
 __all__ = ["Part", "learn", "objective", "orthogonal", "places_of", "turned"]
 
 RATE = 0.02
-"""Of Adam at the first step; it falls to zero as a cosine."""
+"""Adam's learning rate at the first step. It falls to zero along a cosine."""
 
 AnyArray = TypeVar("AnyArray", Array, NDArray[np.floating])
 
@@ -40,7 +40,7 @@ Places = NDArray[np.integer]
 """Rows or columns of a weight, shape (heads, members, d): the members of a head share its R."""
 
 Side = tuple[int, Pattern]
-"""The axis that is turned, and the pattern along the other: what is static of a part."""
+"""The static fields of a part: the axis that is turned, and the pattern along the inputs."""
 
 
 class Part(NamedTuple):
@@ -48,12 +48,12 @@ class Part(NamedTuple):
 
     Attributes:
       weight: shape (out, in), floating.
-      gram: the sum of x x^T over its inputs x, shape (in, in); the identity where every weight
+      gram: the sum of x x^T over its inputs x, shape (in, in). Use the identity if every weight
         costs its square.
       axis: 0 if its outputs are turned, 1 if its inputs are.
-      places: the outputs or inputs that are turned, shape (heads, members, d); with axis 1, all
-        inputs in order.
-      pattern: N:M along the inputs, to which the linear is pruned.
+      places: indices of the turned outputs or inputs, shape (heads, members, d). With axis 1 they
+        are all inputs in order.
+      pattern: N:M along the inputs, the pattern for pruning the linear.
     """
 
     weight: Array
@@ -64,12 +64,13 @@ class Part(NamedTuple):
 
 
 def places_of(heads: int, width: int, members: int = 1, start: int = 0) -> Places:
-    """Consecutive places: of each head, its members one after the other.
+    """Consecutive places, sorted by head and then by member.
 
     Args:
       heads: the number of heads that have their own R, such as key-value heads.
       width: d, the width of a head.
-      members: the number of members that share it, such as the query heads of a key-value head.
+      members: number of members that share the R of a head, such as the query heads of a key-value
+        head.
       start: the first place.
 
     Returns:
@@ -85,13 +86,13 @@ def places_of(heads: int, width: int, members: int = 1, start: int = 0) -> Place
 def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArray:
     """Turns one axis of an array: R^T V for axis 0, O R for axis 1, R^T b for a bias.
 
-    A Gram is turned along both axes. NumPy turns its own arrays, in float64 too. JAX turns its own,
-    in true float32.
+    A Gram is turned along both axes. NumPy turns its own arrays, also in float64. JAX turns its
+    own, in true float32.
 
     Args:
       array: weight (out, in), Gram (in, in) or bias (out,).
       turn: R, shape (heads, d, d).
-      places: the entries of the axis that are turned, shape (heads, members, d).
+      places: indices of the turned entries of the axis, shape (heads, members, d).
       axis: 0 or 1.
 
     Returns:
@@ -139,23 +140,24 @@ def learn(
 ) -> Array:
     """Learns an orthogonal R for each head, from the identity.
 
-    Minimises, over all parts, the sum of w^2 s over the M - N smallest of each block of M, relative
-    to tr(W G W^T). G is the damped Gram of the part's inputs, and is turned with them. A weight of
-    column j costs s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the orthogonal factor of a free
-    matrix. Adam moves that matrix, with a rate that falls from 0.02 to 0 as a cosine.
+    It minimises, over all parts, the sum of w^2 s over the M - N smallest of each block of M,
+    relative to tr(W G W^T). G is the damped Gram of the part's inputs, and is turned with them. A
+    weight of column j costs s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the orthogonal factor of a
+    free matrix. Adam moves that matrix, with a rate that falls from 0.02 to 0 along a cosine.
 
     Args:
       parts: the linears that make or read the same hidden vectors.
-      damping: of Grams, in units of the mean of their diagonals.
-      exponent: how far the kept weights of a row correct the loss of a pruned one: 0 not at all, 1
-        as far as they can.
-      steps: of Adam.
+      damping: damping of the Grams, relative to the mean of their diagonals.
+      exponent: how far the kept weights of a row correct the loss of a pruned weight: 0 not at all,
+        1 as far as they can.
+      steps: number of Adam's steps.
 
     Returns:
-      R, shape (heads, d, d), float32 or float64 as the Grams; NaN where a Gram or a weight is.
+      R, shape (heads, d, d), float32 or float64 like the Grams. It is NaN if a Gram or a weight
+      holds NaN.
 
     Raises:
-      ValueError: shapes, places, dtypes or patterns do not fit; names the part.
+      ValueError: shapes, places, dtypes or patterns do not fit. The message names the part.
 
     References:
       docs/theory.md, section 16. The place of R is that of R2 in "SpinQuant: LLM Quantization with
@@ -202,7 +204,7 @@ def objective(
 
 
 def _checked(parts: Sequence[Part]) -> tuple[list[Part], tuple[Side, ...]]:
-    """The parts in the dtype in which they are computed, and what is static of them."""
+    """The parts in their dtype of computation, and their static fields."""
     if not parts:
         raise ValueError("there are no parts")
     checked, sides = [], []
@@ -242,14 +244,14 @@ def _checked_part(part: Part) -> Part:
 
 
 class _Prepared(NamedTuple):
-    """A part in the shape of its heads.
+    """A part in the shape of its heads; a maker has axis 0, and a reader has axis 1.
 
     Attributes:
-      weight: shape (heads, members, d, others); the others are inputs of a maker, outputs of a
+      weight: shape (heads, members, d, others). The others are inputs of a maker, or outputs of a
         reader.
-      gram: of a maker, the diagonal (1, 1, 1, others) of its damped Gram; of a reader, the blocks
-        of a head, shape (heads, members, d, d).
-      inverse: the same of its inverse.
+      gram: for a maker, the diagonal of its damped Gram, shape (1, 1, 1, others). For a reader, the
+        blocks of a head, shape (heads, members, d, d).
+      inverse: the same parts of the inverse of the damped Gram.
       scale: 1 / tr(W G W^T).
     """
 
@@ -292,7 +294,7 @@ def _objective(
                 jnp.einsum("hij,hmik,hkj->hmj", turn, blocks, turn, precision=PRECISION)[..., None]
                 for blocks in (gram, inverse)
             )
-        # At least 1 by the inequality of Cauchy and Schwarz, but for rounding.
+        # At least 1 by the Cauchy-Schwarz inequality, except for rounding.
         freedom = jnp.maximum(gram * inverse, 1)
         costs = jnp.square(new) * gram * freedom**-exponent
         costs = costs.reshape(-1, costs.shape[-1])
@@ -318,7 +320,7 @@ def _learn(
     def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
         free, moments = state
         found = gradient(free)
-        # Optax raises a float to an integer, which strict promotion would refuse.
+        # Optax raises a float to an integer power, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = optimizer.update(found, moments)
         return optax.apply_updates(free, updates), moments
