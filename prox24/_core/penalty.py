@@ -24,8 +24,7 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       axis: the axis along which the blocks run.
 
     Returns:
-      Scalar, float64 if `w` is float64, else float32. For 2:4 its unit is the cube of the unit of
-      w.
+      Scalar, float64 if `w` is float64, else float32. Its unit is the unit of w to the power N + 1.
 
     Raises:
       ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.

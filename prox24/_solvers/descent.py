@@ -113,9 +113,9 @@ def proximal_gradient(
       A `Descended`.
 
     Raises:
-      ValueError: a number is out of range, `prox` has another convention, or `fun` is no
-        floating-point scalar, or not finite at the start. In a traced call, only the outcome tells
-        that `fun` was not finite.
+      ValueError: a number is out of range, `prox` has another convention, or `fun` is not a finite
+        floating-point scalar at the start. In a traced call, only the outcome tells that `fun` was
+        not finite.
 
     References:
       "A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems", 2009,

@@ -75,8 +75,8 @@ def proximal(
     Zeros are exact in every dtype, and entries that the operator does not change keep their update.
     Any other entry lands within eps (|params| + |w|) of its value w, since the update itself is
     rounded. Here eps belongs to the dtype of the parameters. The updates get the dtype of params +
-    updates. It differs from their own only if the parameters have more digits: a zero needs the
-    exact negative of its parameter.
+    updates. This dtype is their own unless the parameters have more digits: a zero needs the exact
+    negative of its parameter.
 
     Args:
       lam: nonnegative scalar, or a schedule: a function of the number of updates so far. Examples
@@ -223,7 +223,7 @@ def kept_entries(
       mask: as in `describe`.
 
     Returns:
-      Bool pytree like `params`: params != 0 on pruned leaves, a scalar True for the others.
+      Bool pytree like `params`, with params != 0 on pruned leaves and a scalar True for the others.
 
     Raises:
       ValueError: `mask` is True for a leaf that cannot be pruned.
