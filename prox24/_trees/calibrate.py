@@ -19,14 +19,15 @@ from prox24.optax._leaves import PyTree
 
 
 class InputGram(NamedTuple):
-    """What calibration knows of a weight's inputs.
+    """The Grams of the inputs of one weight.
 
     Attributes:
-      gram: sum of x x^T over the rows x, float32, shape (problems, in, in). There is one problem,
-        but for grouped convolutions, batched products and weights that `lax.scan` runs over.
-      rows: how many rows each problem has seen that were not all zero.
-      layout: which axes of the weight make the matrices (out, in) of the problems.
-      cross: sum of x' x^T, with x' the same rows in the dense model; None where they are the same.
+      gram: sum of x x^T over the rows x, float32, shape (problems, in, in). Grouped convolutions,
+        batched products and weights that `lax.scan` runs over have several problems. Any other
+        weight has one.
+      rows: for each problem, the number of rows with a nonzero entry.
+      layout: the axes of the weight that make the matrices (out, in) of the problems.
+      cross: sum of x' x^T, where x' is the same row in the dense model. None if x' = x.
     """
 
     gram: Array
@@ -41,11 +42,11 @@ class InputGram(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """What calibration knows of a model.
+    """The result of `calibrate`.
 
     Attributes:
-      grams: by path of the weight, in the order of the calls.
-      left_out: by path, why other weights have none.
+      grams: an `InputGram` for each weight, by its path, in the order of the calls.
+      left_out: why a weight has no Gram, by its path.
     """
 
     grams: dict[str, InputGram]
@@ -53,14 +54,14 @@ class Calibration(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What the shapes of one batch say about the weights, in the order of their first calls."""
+    """The products of a model, traced on one batch; weights in the order of their first calls."""
 
     layouts: dict[str, Layout]
-    shapes: dict[str, tuple[int, int]]  # Of the inputs: problems, in.
-    groups: list[list[str]]  # Those side by side that see nothing but one common input.
-    left_out: dict[str, str]  # Why others have no products.
-    products: list[str]  # The weights of all products, whose inputs the jaxpr returns.
-    jaxpr: Any  # Of the arrays of the parameters and the batch; no calls are left in it.
+    shapes: dict[str, tuple[int, int]]  # For each path: problems, input width.
+    groups: list[list[str]]  # Neighbours in this order whose only input is the same array.
+    left_out: dict[str, str]  # For each path: why the weight has no products.
+    products: list[str]  # The path of each product. The jaxpr returns its inputs at this index.
+    jaxpr: Any  # Takes the arrays of the parameters and the batch. Its calls are inlined.
 
 
 def calibrate(
@@ -72,33 +73,33 @@ def calibrate(
 ) -> Calibration:
     """Gathers the Gram sum x x^T of the inputs x of every weight of a model, for `prune_params`.
 
-    The model is any function of JAX. Its weights are found where they meet activations in a matrix
-    product or a convolution, of whatever layer: Flax's `Dense`, `DenseGeneral`, `Einsum`, `Conv`
-    and attention, linen or NNX, Equinox's layers, or `x @ w`; inside `jax.jit`, `jax.checkpoint`,
-    `jax.vmap` and `lax.scan` too. Elsewhere `tap` says what a weight is multiplied with. A weight
-    that is used twice has the sum of both Grams.
+    The model is any function of JAX. A weight is found where it meets activations in a matrix
+    product or a convolution. The layer may be Flax's `Dense`, `DenseGeneral`, `Einsum`, `Conv` or
+    attention, in linen or NNX, a layer of Equinox, or `x @ w`. It may be inside `jax.jit`,
+    `jax.checkpoint`, `jax.vmap` or `lax.scan`. For any other use, `tap` gives the inputs of a
+    weight. A weight used twice has the sum of both Grams.
 
-    A convolution's input is the patch that the kernel sees, with channels as the fastest axis, so
-    that N:M blocks run over consecutive input channels at each place of the kernel.
+    A convolution's input is the patch under the kernel, with channels as the fastest axis. So N:M
+    blocks run over consecutive input channels at each place of the kernel.
 
     Grams are float32 sums of products at the highest precision, compensated from batch to batch.
     Each takes 4 in^2 bytes, and as much again while it is summed. One program is compiled for each
     shape of a batch.
 
     Args:
-      apply: from parameters and a batch to anything; `lambda p, x: model.apply({"params": p}, x)`
-        for linen, `lambda p, x: nnx.merge(graph, p)(x)` for NNX. It should compute what the model
-        computes when it is used, without dropout.
+      apply: maps parameters and a batch to any value: `lambda p, x: model.apply({"params": p}, x)`
+        for linen, `lambda p, x: nnx.merge(graph, p)(x)` for NNX. It should compute the model as in
+        use, without dropout.
       params: pytree; its arrays are the weights, named by their paths.
-      batches: pytrees of arrays, which are looked at one by one.
-      names: the weights to calibrate; all that can be if None.
+      batches: pytrees of arrays, read one at a time.
+      names: paths of the weights to calibrate; None for every weight with products.
 
     Returns:
       A `Calibration`.
 
     Raises:
-      CalibrationError: there is no batch, or one array in their place; a name has no
-        products, a tap does not fit the parameters, or inputs are not finite; names the weight.
+      CalibrationError: there is no batch, `batches` is a single array, a name has no products, a
+        tap does not fit the parameters, or inputs are not finite. The message names the weight.
 
     Example:
       >>> def apply(params, x):
@@ -127,8 +128,8 @@ def gather(
 ) -> Calibration:
     """`calibrate`, with the cross-Grams of the inputs in the dense model, if one is given.
 
-    The dense model runs on the same data. Where an input of it is zero, as that of a token that it
-    sends to other experts, the pruned model's takes its place.
+    The dense model runs on the same data. A dense input of zeros, as for a token routed to other
+    experts, is replaced by the pruned model's input.
     """
     batches = iter(_no_array(stream.batches))
     first = next(batches, None)
@@ -174,7 +175,7 @@ def add_products(
     grams: Sums,
     crosses: Sums,
 ) -> tuple[Sums, Sums]:
-    """Adds inputs to the Grams of their keys, and to cross-Grams with those of the dense model."""
+    """Adds inputs to the Grams of their keys; with dense inputs, adds to the cross-Grams too."""
     add, grams, crosses = jax.vmap(add_tokens), dict(grams), dict(crosses)
     for key, own in rows:
         if key in grams:
@@ -187,7 +188,7 @@ def add_products(
 
 
 def found_grams(grams: Sums, crosses: Sums, layouts: Mapping[str, Layout]) -> dict[str, InputGram]:
-    """The Grams that were summed; raises CalibrationError where one is not finite."""
+    """The finished Grams by path; raises CalibrationError if one is not finite."""
     found = {}
     for path, own in grams.items():
         totals = [sums[path].total for sums in (grams, crosses) if sums]
@@ -202,7 +203,7 @@ NO_BATCH = "there is no batch to calibrate on"
 
 
 def check_batches(batches: Iterable[PyTree]) -> list[PyTree]:
-    """The batches as a list; raises CalibrationError for none, or one array in their place."""
+    """The batches as a list; raises CalibrationError if there is none, or for a single array."""
     found = list(_no_array(batches))
     if not found:
         raise CalibrationError(NO_BATCH)
@@ -234,7 +235,7 @@ def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:
             problems, _, width = product.rows.shape
             survey.layouts[path] = product.layout
             survey.shapes[path] = (problems, width)
-            # A later use may depend on what shares the input of the first.
+            # A weight used twice is a group alone: its later use may depend on its neighbours.
             source_alone = None if paths.count(path) > 1 else product.source
             if source is None or source_alone is not source:
                 survey.groups.append([])
@@ -248,7 +249,7 @@ def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:
 
 
 def empty_grams(shape: tuple[int, int]) -> GramSum:
-    """As many Grams of no rows as there are problems."""
+    """A Gram of zeros for each problem; `shape` is (problems, input width)."""
     problems, width = shape
     return jax.tree.map(
         lambda part: jnp.zeros((problems, *part.shape), part.dtype), empty_gram(width)

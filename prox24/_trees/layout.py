@@ -9,9 +9,9 @@ from jax import Array
 
 
 class Layout(NamedTuple):
-    """Which axes of a weight its product sums over, and what the others are."""
+    """The axes of a weight, by their role in its product."""
 
-    # They number independent matrices, as of a batched product or under `lax.scan`.
+    # They number independent matrices, as in a batched product or under `lax.scan`.
     stacked: tuple[int, ...]
     outputs: tuple[int, ...]
     # In the order of the flattened input: the last varies fastest, and blocks of M run along it.
@@ -28,7 +28,7 @@ def to_matrices(weight: Array, layout: Layout) -> Array:
 
 
 def from_matrices(matrices: Array, layout: Layout, shape: Sequence[int]) -> Array:
-    """The weight of that shape whose matrices these are."""
+    """The weight of the given shape, made of its matrices; the inverse of `to_matrices`."""
     order = _order(layout)
     return matrices.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 

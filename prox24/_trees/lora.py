@@ -1,8 +1,8 @@
-"""Low-rank adapters of pruned weights, which keep the zeros in training and when they are merged.
+"""Low-rank adapters for pruned weights: the zeros stay zero in training and after the merge.
 
-The update of a weight is a product of two thin matrices, cut to the entries that pruning kept. It
-is cut in the forward pass too: what was trained is what is merged. `init` starts adapters, `merge`
-adds them to the parameters, in the loss and at the end; any optax optimizer trains them between.
+The update of a weight is the product of two thin matrices, masked to the kept entries. The forward
+pass uses the same mask, so the merged weights are exactly the trained ones. `init` makes adapters.
+`merge` adds them to the parameters, in the loss and at the end. Any optax optimizer trains them.
 """
 
 import dataclasses
@@ -47,31 +47,31 @@ def init(
 ) -> PyTree:
     """Starts an adapter for each leaf that `prox24.optax.describe` prunes; merging it is no change.
 
-    A is normal of variance 1 / n, and B is zero, so that `merge` gives the parameters back.
+    A is normal of variance 1 / n, and B is zero, so `merge` returns the parameters unchanged.
 
-    Only shapes are looked at: zeros are found by `merge`. A leaf that is dense stays dense, and one
-    that is wholly zero stays zero.
+    Only shapes are read; `merge` finds the zeros. A dense leaf stays dense, and a leaf of zeros
+    stays zero.
 
-    A leaf with more than two axes is adapted as the matrix whose columns run along its axis and
-    whose rows along all others. So A is a 1x1 convolution to rank channels in front of a Flax or
-    PyTorch convolution, and (rank, inputs) for an attention's query, key and value; heads share it
-    in an attention's `out` kernel, and so do layers or experts that are stacked.
+    A leaf with more than two axes is adapted as a matrix: its columns run along its axis, and its
+    rows along all other axes. So A is a 1x1 convolution to rank channels in front of a Flax or
+    PyTorch convolution. For an attention's query, key and value, A has shape (rank, inputs). In an
+    attention's `out` kernel the heads share A. Stacked layers or experts share A too.
 
     Args:
       key: of `jax.random`.
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
-      rank: of each update, at most the lesser side of that matrix.
+      rank: of each update; at most the smaller side of each leaf's matrix.
       pattern: (N, M), see `prox24.optax.describe`.
       axis: see `prox24.optax.describe`.
       mask: see `prox24.optax.describe`.
 
     Returns:
-      Pytree like `params`, with an `Adapter` of float32 in the place of each pruned leaf, and None
-      in that of the others.
+      Pytree like `params`, with a float32 `Adapter` in place of each pruned leaf, and None in place
+      of each other leaf.
 
     Raises:
-      ValueError: no leaf is pruned, `mask` selects one that cannot be, or the rank is less than 1
-        or too large for one, which the message names.
+      ValueError: no leaf is pruned, `mask` selects a leaf that cannot be pruned, or the rank is
+        less than 1 or too large for a leaf; the message names that leaf.
 
     References:
       "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, without the masks.
@@ -94,31 +94,31 @@ def init(
 
 
 def merge(params: PyTree, adapters: PyTree, scale: ArrayLike) -> PyTree:
-    """Adds to every adapted weight what its adapter says of its nonzeros: W + scale (W != 0) (B A).
+    """Adds the adapters to the nonzeros of the adapted weights: W + scale (W != 0) (B A).
 
-    This is the forward pass of training, as in loss(apply(merge(params, adapters, scale), batch)),
-    and the final merge: they compute the same. Zeros stay exactly zero, so a weight stays N:M. It
-    is differentiable in all its arguments; the gradients at zeros of W are zero.
+    Training and the final merge both call this function: the loss is
+    loss(apply(merge(params, adapters, scale), batch)). Zeros stay exactly zero, so a weight stays
+    N:M. The function is differentiable in all its arguments. The gradients at zeros of W are zero.
 
-    The product B A is taken at full precision and added in float32 (in float64 to such a weight),
-    and the sum is rounded once, to the weight's dtype. The adapters of a bfloat16 model are
-    therefore trained on the weights that it will have, rounding included; the gradient of the
-    rounding is taken as that of the identity.
+    The product B A is computed at full precision. It is added in float32, or in float64 to a
+    float64 weight. The sum is rounded once, to the weight's dtype. So the adapters of a bfloat16
+    model are trained on its final, rounded weights. The gradient passes through the rounding
+    unchanged.
 
-    For each adapted leaf it makes an array of the leaf's shape. Nothing more of that size is kept
-    for the gradient than the merged weights, as a model of plain weights keeps its own. To have
-    those of one layer at a time, put the merge and the layer into one `jax.checkpoint`.
+    For each adapted leaf it makes an array of the leaf's shape. For the gradient only these merged
+    weights are kept, as a model of plain weights keeps its own. To keep the merged weights of one
+    layer at a time, put the merge and the layer into one `jax.checkpoint`.
 
     Args:
       params: pytree of arrays, with the zeros to keep.
-      adapters: of `init`, for the same pytree or, subtree by subtree, for a part of it.
-      scale: scalar, alpha / rank in the terms of LoRA. Merge with the one of training.
+      adapters: from `init`, for the same pytree; or the same subtree of both.
+      scale: scalar, alpha / rank in the terms of LoRA. Merge with the scale of the training.
 
     Returns:
       Pytree like `params`, in its dtypes.
 
     Raises:
-      ValueError: the adapters are those of other parameters.
+      ValueError: the adapters do not fit the parameters.
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]])}

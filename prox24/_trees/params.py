@@ -40,9 +40,9 @@ class PrunedParams(NamedTuple):
     """A pruned parameter tree.
 
     Attributes:
-      params: the tree that was given, in its containers, with the pruned weights in their places,
-        shapes and dtypes.
-      leaves: which leaves are pruned, along which axis, and why others are not; each prints as one
+      params: the given tree with pruned weights, in the same containers and shapes. Dtypes are the
+        same unless the recipe sets one.
+      leaves: for each leaf, whether it is pruned, its axis, and the reason. Each prints as one
         line.
       reports: one for each pruned matrix, in the order of pruning.
     """
@@ -53,7 +53,7 @@ class PrunedParams(NamedTuple):
 
     @property
     def trainable(self) -> PyTree:
-        """For `prox24.optax.keep_pattern`: the nonzeros of what was pruned, and all else."""
+        """For `prox24.optax.keep_pattern`: the nonzeros of pruned leaves, and all other leaves."""
         return nonzeros(self.params, self.leaves)
 
 
@@ -69,43 +69,45 @@ def prune_params(
 ) -> PrunedParams:
     """Prunes the weights of any JAX model, along the axes that their products sum over.
 
-    For a weight of matrices W0 (out, in) and their Grams G it minimises tr((W - W0) G (W - W0)^T)
-    over W of the pattern, by `prox24.solve`. Blocks of M run along the last summed axis, which is
-    the input channel of a convolution and `head_dim` of an attention's output.
+    A weight consists of matrices W0 (out, in) with Grams G. For each matrix, `prox24.solve`
+    minimises tr((W - W0) G (W - W0)^T) over all W with the pattern. Blocks of M run along the last
+    summed axis: the input channel of a convolution, `head_dim` of an attention's output.
 
     "one-shot" takes all Grams from the dense model. "sequential" prunes weights in the order of
-    their first calls, each on the inputs that it has in the pruned model. Weights that see one
-    common input, such as an attention's query, key and value, are pruned together, and so are the
-    layers that `lax.scan` runs over. The model stops at each such group and goes on from there:
-    activations of all batches are in memory, and only one group's Grams. Equal layers are compiled
-    once. Dense targets of the recipe matter in this order alone: in the other one a weight's inputs
-    are the dense model's.
+    their first calls, each on its inputs in the pruned model. Weights with one common input, such
+    as an attention's query, key and value, are pruned together. So are the layers that `lax.scan`
+    runs over. The model stops at each such group, and continues there when the group is pruned.
+    Memory holds the activations of all batches, and the Grams of one group. Equal layers are
+    compiled once. The recipe's dense targets change this order only: in "one-shot" all inputs are
+    the dense model's.
 
-    A matrix that no row has met, as an expert may, is pruned as if its Gram were the identity; its
-    loss is relative to that.
+    A matrix without input rows, such as an unused expert, is pruned as if its Gram were the
+    identity. Its reported loss is relative to that Gram.
 
     Args:
       apply: see `calibrate`.
       params: pytree: dicts, `FrozenDict`, `nnx.State`, NNX or Equinox modules, lists, tuples.
-      batches: see `calibrate`; in the sequential order all are kept.
-      recipe: how the weights are pruned; its names are the paths of leaves. `refine` is not for
-        this function, see `prox24.refine.train_block`. `dtype` None keeps each leaf's.
-      grams: of `calibrate`, in place of batches; for the "one-shot" order.
+      batches: see `calibrate`; the sequential order keeps all batches in memory.
+      recipe: how to prune the weights. Its regular expressions match the paths of leaves. `refine`
+        must be None; see `prox24.refine.train_block`. `dtype` None keeps each leaf's dtype.
+      grams: from `calibrate`, in place of batches; for the "one-shot" order.
       order: "one-shot" or "sequential".
-      mask: bool pytree like `params` or a prefix of it, False for weights to leave dense, or a
-        function of `params` that returns one, such as `prox24.optax.by_path`. By default embeddings
-        and heads are left dense, by their names (`prox24.optax.describe`).
+      mask: bool pytree like `params` or a prefix of it: False leaves a weight dense. Or a function
+        that makes such a pytree of `params`, such as `prox24.optax.by_path`. By default,
+        embeddings and heads stay dense, by their names (`prox24.optax.describe`).
 
     Returns:
-      The parameters, of the same structure; what was done with each leaf; and a report on each
-      matrix that was pruned.
+      A `PrunedParams`: the parameters in the same structure, a `Leaf` for each leaf, and a report
+      for each pruned matrix.
 
     Raises:
-      CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has one.
-      RecipeError: the recipe refines or prunes no leaf, or the solver does not support its pattern.
-      SolverError: a solution is not finite; names the weight.
-      ValueError: params has no arrays, or traced ones; a Gram does not fit its weight, the order is
-        unknown, or Grams are given for the sequential order.
+      CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has a
+        Gram.
+      RecipeError: the recipe has `refine`, prunes no leaf, or its solver does not support a
+        pattern.
+      SolverError: a solution is not finite. The message names the weight.
+      ValueError: `params` has no arrays, or has traced ones. A Gram does not fit its weight, the
+        order is unknown, or Grams are given for the sequential order.
 
     Example:
       >>> kernel = jax.random.normal(jax.random.key(0), (8, 3))
@@ -166,7 +168,7 @@ BY_RECIPE = "dense by the recipe"
 
 
 def _check_paths(params: PyTree, grams: Calibration) -> None:
-    """Raises CalibrationError where no path of the tree is one of the Grams'."""
+    """Raises CalibrationError if no leaf of the tree has a Gram."""
     paths = [path for path, _ in named_leaves(params)]
     if not grams.grams.keys() & set(paths):
         raise CalibrationError(
@@ -181,7 +183,7 @@ def _some(paths: Collection[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FunctionRunner(Runner[Any]):
-    """A function of JAX as a `prox24._pruning.runner.Runner`: one stage, whose Grams are given."""
+    """A function of JAX as a `prox24._pruning.runner.Runner`, with Grams computed before."""
 
     params: PyTree
     leaves: tuple[Leaf, ...]
@@ -191,7 +193,7 @@ class FunctionRunner(Runner[Any]):
 
     @property
     def stages(self) -> int:
-        """Groups of weights."""
+        """The number of groups."""
         return len(self.groups)
 
     def linears(self, index: int) -> list[Linear]:
@@ -209,27 +211,27 @@ class FunctionRunner(Runner[Any]):
         return {path: jnp.asarray(leaf) for path, leaf in named if path in own}
 
     def enter(self, streams: Streams) -> tuple[int, Any]:
-        """Nothing, since nothing runs."""
+        """Stage 0 and no state: the model does not run."""
         return 0, None
 
     def observe(
         self, index: int, weights: Mapping[str, Array], state: Any, wanted: Collection[str]
     ) -> tuple[dict[str, list[Inputs]], Any]:
-        """The Grams that are given."""
+        """The given Grams."""
         return {path: self.grams[path].inputs() for path in wanted}, state
 
     def advance(self, index: int, weights: Mapping[str, Array], state: Any) -> Any:
-        """Nothing."""
+        """The same state."""
         return state
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
-        """The leaf's own."""
+        """The leaf's dtype."""
         return next(
             jnp.asarray(leaf).dtype for path, leaf in named_leaves(self.params) if path == tensor
         )
 
     def matrices(self, linear: Linear, weight: Array) -> list[Array]:
-        """One for each problem."""
+        """One matrix for each problem."""
         return list(to_matrices(weight, self.layouts[linear.tensor]))
 
     def joined(self, linear: Linear, matrices: list[Array]) -> Array:
@@ -238,12 +240,12 @@ class FunctionRunner(Runner[Any]):
         return from_matrices(jnp.stack(matrices), self.layouts[linear.tensor], shape)
 
     def stored(self, tensor: str, weight: Array) -> Array:
-        """On its device."""
+        """The weight itself, on its device."""
         return weight
 
 
 class Progress(NamedTuple):
-    """The next segment, and the streams before it: the pruned model's, perhaps the dense one's."""
+    """The next segment, and the streams before it: the pruned model's, then any dense model's."""
 
     segment: int
     streams: list[Values]
@@ -251,30 +253,30 @@ class Progress(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SequentialRunner(FunctionRunner):
-    """The same in stages, groups of weights that share an input, each after the pruned ones."""
+    """Runs the model group by group: the inputs of each group come from the pruned groups."""
 
     walk: Walk
 
     def enter(self, streams: Streams) -> tuple[int, Progress]:
-        """The dense parameters, and nothing of the batches computed."""
+        """Stage 0, with the dense parameters before the first segment."""
         return 0, Progress(0, [self.walk.start] * (1 + streams.crosses))
 
     def observe(
         self, index: int, weights: Mapping[str, Array], state: Progress, wanted: Collection[str]
     ) -> tuple[dict[str, list[Inputs]], Progress]:
-        """Runs the segment before the group, and those before groups that stay dense."""
+        """Runs every segment up to the group, also the segments of dense groups before it."""
         streams, found = state.streams, dict[str, InputGram]()
         for number in range(state.segment, index + 1):
             own = wanted if number == index else ()
             if number:
                 found, streams = self.walk.step(number, streams, own)
-            else:  # Nothing is pruned: both streams are one.
+            else:  # Nothing is pruned yet: both streams are equal.
                 found, (stream,) = self.walk.step(number, streams[:1], own)
                 streams = [stream] * len(streams)
         return {path: found[path].inputs() for path in wanted}, Progress(index + 1, streams)
 
     def advance(self, index: int, weights: Mapping[str, Array], state: Progress) -> Progress:
-        """The weights of a group in their places, in the dtypes of the model."""
+        """Puts the weights of a group into the pruned stream, in the dtypes of the model."""
         own = {path: weight.astype(self.dtype(path)) for path, weight in weights.items()}
         pruned, *dense = state.streams
         return state._replace(streams=[self.walk.replaced(pruned, own), *dense])
@@ -287,7 +289,7 @@ def _choose(
     recipe: Recipe,
     mask: Mask | None,
 ) -> tuple[Leaf, ...]:
-    # Every length is a multiple of 1: by itself, this says what names and shapes say.
+    # A block of 1 divides every length, so only names and numbers of axes decide here.
     by_name = describe(params, (1, 1), axis=0)
     wanted = [None] * len(by_name) if mask is None else jax.tree.leaves(spread(mask, params))
 

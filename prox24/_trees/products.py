@@ -1,10 +1,9 @@
-"""Finds where a model multiplies its weights with activations, whatever library it is written in.
+"""Finds where a model multiplies its weights with activations, in any library.
 
-The model is traced to a jaxpr, which is evaluated equation by equation. A value that still is a
-weight, cast or transposed at most, carries its path along. Where such a value meets activations in
-a matrix product or a convolution, the activations are kept as rows: the layer computes
-rows @ matrix^T, with the matrices of the weight's `Layout`. Nothing here knows Flax or any other
-library.
+The model is traced to a jaxpr, which is evaluated equation by equation. A value keeps its weight's
+path while it is only cast or transposed. When such a value meets activations in a matrix product or
+a convolution, the activations are kept as rows. The layer computes rows @ matrix^T, with the
+matrices of the weight's `Layout`. The code depends on no library of layers.
 """
 
 import dataclasses
@@ -28,9 +27,9 @@ Apply = Callable[[Any, Any], Any]
 class Product(NamedTuple):
     """A weight's inputs in one of its uses.
 
-    The matrices of the weight's layout are multiplied with the rows, shape (problems, rows, in).
-    The rows were made of `source`, the same object for weights that share it, or `prox24.tap` gave
-    them.
+    The matrices of the weight's layout are multiplied with `rows`, shape (problems, rows, in).
+    The rows are made from `source`. Weights with one common input have the same object there. With
+    `tapped`, the rows are from `prox24.tap`.
     """
 
     path: str
@@ -41,9 +40,9 @@ class Product(NamedTuple):
 
 
 class View(NamedTuple):
-    """A value that is a weight, or a slice of one within a scan.
+    """A weight as a value of the jaxpr, or a slice of it within a scan.
 
-    For each axis of the value it has that of the weight; scans run over the stacked ones.
+    `axes` has the weight's axis for each axis of the value. Scans run over the `stacked` axes.
     """
 
     path: str
@@ -52,7 +51,7 @@ class View(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """A value, and what it has to do with a weight if it is one."""
+    """A value, with its `View` if it is a weight."""
 
     value: Any
     view: View | None = None
@@ -60,9 +59,9 @@ class Operand(NamedTuple):
 
 @dataclasses.dataclass
 class Found:
-    """What the evaluation has met so far: products in the order of the calls, the rest by path.
+    """The products so far, in the order of the calls, and the other uses of weights, by path.
 
-    Of other uses it has the first operation that is no product.
+    `other_uses` has the name of the first operation that uses the weight without being a product.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -75,10 +74,11 @@ def find_products(
 ) -> tuple[list[Product], dict[str, str]]:
     """Evaluates `apply(params, batch)`, and returns the inputs of its weights instead of its value.
 
-    These are the products in the order of the calls, and why weights have none, by path. A weight
-    that is tapped has the products that its taps say. A weight that is used in any other way as
-    well, or summed over other axes in another call, has none: its Gram would not say what pruning
-    costs. Raises CalibrationError if a tap does not fit the parameters.
+    Returns the products in the order of the calls, and by path why a weight has none. A tapped
+    weight has the products of its taps only. A weight has no products if they sum over different
+    axes. A weight without a tap also has none if another operation uses it. In both cases its Gram
+    would not measure the cost of pruning. Raises CalibrationError if a tap does not fit the
+    parameters.
 
     Example:
       >>> def apply(params, x):
@@ -112,12 +112,12 @@ def find_products(
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf of a tree is an array; modules hold functions and numbers besides."""
+    """Whether a leaf of a tree is an array; modules also hold functions and numbers."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def split_arrays(params: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
-    """The arrays of a tree, and the function that puts others of their kind in their places."""
+    """The arrays of a tree, and a function that makes the tree again with other arrays."""
 
     def join(arrays: list[Array]) -> PyTree:
         remaining = iter(arrays)
@@ -143,8 +143,8 @@ def _evaluate(closed: Any, arguments: list[Operand], found: Found) -> list[Opera
 
 
 def opened(closed: Any) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr without its constants, and these."""
-    # JAX 0.12 has one class for both, earlier ones have two.
+    """A jaxpr without its constants, and its constants."""
+    # JAX 0.12 has one class for open and closed jaxprs, earlier versions have two.
     return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
@@ -171,7 +171,7 @@ def _other(equation: Any, operands: list[Operand], found: Found) -> list[Operand
 
 
 def _inline(name: str) -> Callable[[Any, list[Operand], Found], list[Operand]]:
-    """The rule of a call whose jaxpr is the parameter of that name."""
+    """The rule of a call, where `name` is the parameter that holds its jaxpr."""
     return lambda equation, operands, found: _evaluate(equation.params[name], operands, found)
 
 
@@ -213,7 +213,7 @@ def _matrix_product(equation: Any, operands: list[Operand], found: Found) -> lis
     assert view is not None
 
     def pairs(dimensions: Any) -> list[tuple[int, int]]:
-        """Axes of the weight, in their order, with the axes of the source that go with them."""
+        """Pairs of an axis of the weight and its axis of the source, sorted by the weight's."""
         of_weight = (view.axes[i] for i in dimensions[own])
         return sorted(zip(of_weight, dimensions[1 - own], strict=True))
 
@@ -240,7 +240,7 @@ def _convolution(equation: Any, operands: list[Operand], found: Found) -> list[O
     image_axes, kernel_axes, _ = params["dimension_numbers"]
     outputs, inputs, *places = (kernel.view.axes[i] for i in kernel_axes)
     groups, window = params["feature_group_count"], [kernel.value.shape[i] for i in kernel_axes[2:]]
-    # Copies of the input, exact only at the highest precision.
+    # The patches are copies of the input, and exact only at the highest precision.
     patches = lax.conv_general_dilated_patches(
         image.value.transpose(image_axes),
         window,
@@ -250,8 +250,8 @@ def _convolution(equation: Any, operands: list[Operand], found: Found) -> list[O
         params["rhs_dilation"],
         precision=lax.Precision.HIGHEST,
     )
-    # From (images, channels * window, ...) to channels as the fastest axis of a row, so that blocks
-    # of M consecutive channels are consecutive in it.
+    # From (images, channels * window, ...) to rows with channels as the fastest axis. So M
+    # consecutive channels are M consecutive entries of a row.
     count, size = patches.shape[0], math.prod(window)
     channels = patches.shape[1] // (groups * size)
     split = patches.reshape(count, groups, channels, size, -1)
@@ -262,9 +262,9 @@ def _convolution(equation: Any, operands: list[Operand], found: Found) -> list[O
 
 
 def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
-    """A scan whose body is evaluated in the same way, and returns its rows besides.
+    """A scan whose body is evaluated by the same rules, and also returns its rows.
 
-    A weight that the scan runs over is one problem for each step; a weight that every step uses has
+    A weight that the scan runs over has a problem for each step. A weight that every step uses has
     the rows of all steps.
     """
     body = equation.params["jaxpr"]
@@ -304,15 +304,15 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
 
 
 def _count_scanned(outside: list[Any], inside: list[Any]) -> int:
-    """How many variables a scan runs over: those that have an axis less inside."""
+    """The number of variables that a scan runs over: they have one axis less inside."""
     pairs = zip(outside, inside, strict=True)
     return sum(len(out.aval.shape) != len(within.aval.shape) for out, within in pairs)
 
 
 def _merge(product: Product, stack: Array, run_over: int | None) -> Product:
-    """The product with its rows of all steps, shape (steps, problems, rows, in).
+    """The product with the rows of all steps; `stack` has shape (steps, problems, rows, in).
 
-    A weight whose axis `run_over` numbers the steps has problems of its own for each of them.
+    If the steps run over the axis `run_over` of the weight, each step has its own problems.
     """
     _, problems, _, width = stack.shape
     if run_over is None:
@@ -323,7 +323,7 @@ def _merge(product: Product, stack: Array, run_over: int | None) -> Product:
 
 
 def _stacked(path: str, layout: Layout, axis: int) -> Layout:
-    """The layout of a tap, which knows no stacked axes, in a scan over an axis of the weight."""
+    """The layout of a tap within a scan over an axis of the weight; a tap has no stacked axes."""
     if axis in layout.summed:
         raise CalibrationError(
             f"tap of {path} sums over axis {axis}, which a scan runs over: count the axes of the "
@@ -333,7 +333,7 @@ def _stacked(path: str, layout: Layout, axis: int) -> Layout:
     return layout._replace(stacked=(axis, *layout.stacked), outputs=outputs)
 
 
-# What other primitives do with a weight is no product with inputs.
+# Any other primitive counts as another use of the weight.
 RULES: dict[str, Callable[[Any, list[Operand], Found], list[Operand]]] = {
     "dot_general": _matrix_product,
     "conv_general_dilated": _convolution,

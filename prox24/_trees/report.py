@@ -1,4 +1,4 @@
-"""What is pruned in a parameter tree, and along which axis: for trees of anybody's making."""
+"""Reports on the zeros of any parameter tree: which leaves have the pattern, along which axis."""
 
 from typing import NamedTuple
 
@@ -18,9 +18,9 @@ class LeafReport(NamedTuple):
 
     Attributes:
       leaf: its path, shape and axis, and whether it should be pruned.
-      zeros: share of exact zeros; 0 for a scalar, and for what is no array.
-      violations: blocks along its axis with more than N nonzeros; 0 for a leaf that is dense.
-      other_axes: where the axis has violations, the axes along which the leaf has the pattern.
+      zeros: share of exact zeros, from 0 to 1; 0 for a scalar and for other objects.
+      violations: blocks along its axis with more than N nonzeros; 0 for a leaf to leave dense.
+      other_axes: other axes along which the leaf has the pattern; empty without violations.
     """
 
     leaf: Leaf
@@ -42,7 +42,7 @@ class TreeReport(NamedTuple):
     """A parameter tree; printed, it is a table.
 
     Attributes:
-      pattern: that is looked for.
+      pattern: the pattern that each leaf to prune should have.
       leaves: a `LeafReport` for each leaf, in the order of `jax.tree.leaves`.
     """
 
@@ -51,7 +51,7 @@ class TreeReport(NamedTuple):
 
     @property
     def sparse(self) -> bool:
-        """Whether there are leaves to prune, and each of them has the pattern."""
+        """Whether there are leaves to prune, and each has the pattern."""
         chosen = [each for each in self.leaves if each.leaf.pruned]
         return bool(chosen) and not any(each.violations for each in chosen)
 
@@ -69,10 +69,10 @@ def report(
     axis: Axis | None = None,
     mask: Mask | None = None,
 ) -> TreeReport:
-    """Looks at every leaf of a parameter tree: its zeros, and whether it is N:M along its axis.
+    """Reports on every leaf of a parameter tree: its zeros, and whether it is N:M along its axis.
 
-    Hardware multiplies faster only where blocks run along the axis that the layer sums over. A leaf
-    that has the pattern along another axis, as other libraries prune, is reported with that axis.
+    Hardware multiplies faster only if blocks run along the axis that the layer sums over. Some
+    libraries prune along another axis; the report then names that axis.
 
     Args:
       params: pytree of arrays.
@@ -109,9 +109,9 @@ def mask_of(
     axis: Axis | None = None,
     mask: Mask | None = None,
 ) -> PyTree:
-    """The mask of a pruned parameter tree, as other libraries take it.
+    """The mask of a pruned parameter tree, in the form that other libraries take.
 
-    `prox24.optax.kept_entries` has a scalar for a dense leaf; here each leaf has its shape.
+    Each mask has the shape of its leaf. `prox24.optax.kept_entries` has a scalar for a dense leaf.
 
     Args:
       params: pytree of arrays.

@@ -1,7 +1,7 @@
-"""A model that stops at each group of weights to be pruned, and goes on from there.
+"""A model that runs segment by segment, and stops before each group of weights to prune.
 
-Its jaxpr, with all calls inlined, is cut into segments. Each goes on from the values that were kept
-of every batch to the inputs of the next group. Equal segments, as those of equal layers, are one
+Its jaxpr, with all calls inlined, is cut into segments. For every batch, a segment starts from kept
+values and computes the inputs of the next group. Equal segments, as in equal layers, share one
 program.
 """
 
@@ -26,14 +26,14 @@ from prox24._trees.products import Apply, bind, is_array, opened
 from prox24.optax._leaves import PyTree, named_leaves
 
 Values = list[dict[Any, Array]]
-"""For each batch the values of variables, those of the parameters included."""
+"""For each batch the values of variables; the parameters are variables too."""
 
 
 class Segment(NamedTuple):
     """Equations that compute the inputs of a group's weights from kept values.
 
-    `rows` holds these inputs by path. Earlier segments, or the start, make the variables that this
-    segment `reads`. Later segments read its `writes`.
+    `rows` holds these inputs by path. The start or an earlier segment makes the variables in
+    `reads`. Later segments read the variables in `writes`.
     """
 
     equations: list[Any]
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
     rows: list[tuple[str, Any]]
 
     def run(self, given: Sequence[Array]) -> tuple[list[Array], list[tuple[str, Array]]]:
-        """What is written, and the inputs of the weights."""
+        """The values of `writes`, and the inputs of the weights."""
         values = dict(zip(self.reads, given, strict=True))
 
         def read(atom: Any) -> Any:
@@ -55,14 +55,14 @@ class Segment(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """The segments before each group, and what they need.
+    """A model cut into segments.
 
     Attributes:
-      segments: one for each group.
-      last: by variable, the last segment that reads it.
+      segments: one for each group, which ends before the group.
+      last: for each variable, the last segment that reads it.
       weights: the variables of the parameters, by path.
-      batch: those of a batch.
-      constants: the values of all others that no equation makes.
+      batch: the variables of a batch.
+      constants: the values of the jaxpr's constants, by variable.
     """
 
     segments: list[Segment]
@@ -73,11 +73,11 @@ class Cut(NamedTuple):
 
 
 def cut(survey: Survey, paths: Collection[str], groups: list[list[str]]) -> Cut:
-    """Cuts a model at groups of weights; its arrays have these paths.
+    """Cuts a model before each group of weights; `paths` are the paths of its arrays.
 
-    A segment computes the inputs of its group, except what earlier segments have written. It does
-    not write values that depend on weights of its own or a later group, such as the second input
-    of a weight that is used twice.
+    A segment computes the inputs of its group from values of earlier segments. It does not write
+    values that depend on weights of its own or a later group. The second input of a weight used
+    twice is such a value.
     """
     jaxpr, constants = opened(survey.jaxpr)
     weights, batch = dict(zip(paths, jaxpr.invars, strict=False)), jaxpr.invars[len(paths) :]
@@ -115,7 +115,7 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
 
 
 class Walk:
-    """A run of a model over batches, segment after segment.
+    """Runs a model over batches, one segment after the other.
 
     `first` is the survey of the first batch. `start` is the stream of the dense model before the
     first segment.
@@ -146,7 +146,7 @@ class Walk:
             self.start.append(own.constants | given)
 
     def replaced(self, stream: Values, weights: Mapping[str, Array]) -> Values:
-        """The stream of a model that goes on with other weights."""
+        """The stream with other weights for the segments that follow."""
         return [
             values | {own.weights[path]: weight for path, weight in weights.items()}
             for own, values in zip(self._cuts, stream, strict=True)
@@ -155,9 +155,9 @@ class Walk:
     def step(
         self, index: int, streams: list[Values], wanted: Collection[str]
     ) -> tuple[dict[str, InputGram], list[Values]]:
-        """Runs a segment; returns the Grams of its weights, and the streams behind it.
+        """Runs a segment; returns the Grams of its weights, and the streams after it.
 
-        A second stream is the dense model's, for cross-Grams.
+        A second stream is the dense model's. It adds the cross-Grams.
         """
         names = [path for path in self._groups[index] if path in wanted]
         shapes = {number: self._first.shapes[path] for number, path in enumerate(names)}
@@ -178,7 +178,7 @@ class Walk:
         return found_grams(by_path[0], by_path[1], self._first.layouts), behind
 
     def _program(self, segment: Segment, names: list[str], *arguments: Any) -> Callable[..., Any]:
-        """The compiled program of a segment; equal ones share it, as it has no weight names."""
+        """The compiled program of a segment; it has no weight names, so equal segments share it."""
 
         def run(given: list[list[Array]], grams: Sums, crosses: Sums) -> Any:
             written, found = zip(*map(segment.run, given), strict=True)
@@ -186,6 +186,6 @@ class Walk:
             return written, *add_products(rows[0], rows[-1], grams, crosses)
 
         program = jax.jit(run, donate_argnames=("grams", "crosses"))
-        # The text of a jaxpr is no key: it leaves out arrays that calls within it hold.
+        # The text of a jaxpr cannot be the key: it omits the arrays that inner calls hold.
         key = jax.tree.structure(arguments), program.lower(*arguments).as_text()
         return self._programs.setdefault(key, program)

@@ -1,4 +1,4 @@
-"""An identity that says which weight an array is multiplied with."""
+"""An identity that tells calibration which weight an array is multiplied with."""
 
 from typing import Any
 
@@ -7,29 +7,29 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-# A primitive of its own stays in the jaxpr of whatever is traced: nothing is listened to, and
-# functions that were compiled before calibration are calibrated like others.
+# A primitive stays in the jaxpr of any traced function. So calibration needs no hooks, and also
+# works for functions compiled before it.
 tap_p = Primitive("prox24_tap")
 
 
 def tap(name: str, x: Array, axis: int | tuple[int, ...] = 0) -> Array:
     """Returns x, and tells `prox24.calibrate` that the weight called `name` is multiplied with it.
 
-    Needed only where `prox24.calibrate` cannot see the product by itself: the weight is reshaped,
-    sliced, masked or unpacked before, or enters a kernel written by hand. A weight that `lax.scan`
-    runs over has a Gram for each of its slices; all other rows, those of every index that
-    `jax.vmap` maps over too, belong to the weight as a whole. Outside of a calibration
-    it costs nothing, and `jax.jit`, `jax.grad` and `jax.vmap` see an identity.
+    It is needed only if `prox24.calibrate` cannot see the product: the weight is reshaped, sliced,
+    masked or unpacked before, or enters a kernel written by hand. A weight that `lax.scan` runs
+    over has a Gram for each slice. All other rows are summed in one Gram, also the rows of all
+    indices under `jax.vmap`. Outside of a calibration `tap` costs nothing, and `jax.jit`,
+    `jax.grad` and `jax.vmap` see an identity.
 
     Args:
       name: the weight's path in the parameters, components joined by "/": "layers/0/kernel".
-      x: what the weight is multiplied with, shape (..., in): any number of rows. For k summed axes
-        its last k are their features.
-      axis: the axis of the weight that is summed over, counted from the first, or several in the
-        order of x's last axes: 0 for a weight (in, out), 1 for (out, in).
+      x: the inputs of the weight, shape (..., in), any number of rows. For k summed axes, the last
+        k axes of x are the features.
+      axis: the axis of the weight that the product sums over, counted from 0. It is 0 for a weight
+        (in, out) and 1 for (out, in). Or several axes, in the order of x's last axes.
 
     Returns:
-      x, which the model must go on with.
+      x. The model must use this value in place of its argument.
 
     Example:
       >>> weight = jnp.ones((4, 2))
@@ -41,7 +41,7 @@ def tap(name: str, x: Array, axis: int | tuple[int, ...] = 0) -> Array:
 
 
 def _batch(arguments: Any, dimensions: Any, **params: Any) -> tuple[Array, int]:
-    # In front, so that the features stay last.
+    # The batch axis comes first, so that the features stay last.
     return tap_p.bind(jnp.moveaxis(arguments[0], dimensions[0], 0), **params), 0
 
 
