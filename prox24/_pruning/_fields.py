@@ -15,7 +15,7 @@ from prox24.errors import RecipeError
 
 
 def encode(value: Any, place: str) -> Any:
-    """As JSON holds it: a plain value, a pattern, a tuple of such values, or a registered class."""
+    """The JSON form of a plain value, a pattern, a tuple of such values, or a registered class."""
     if isinstance(value, Pattern):
         return str(value)
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
@@ -37,7 +37,7 @@ def encode(value: Any, place: str) -> Any:
 
 
 def decode(value: Any, expected: Any, place: str) -> Any:
-    """The value of a field of that type, from JSON."""
+    """The value of a field of type `expected`, from its JSON form."""
     options = _options(expected)
     if value is None and type(None) in options:
         return None
@@ -71,7 +71,7 @@ def _decode_object(value: Mapping[str, Any], options: tuple[Any, ...], place: st
 
 
 def build(cls: type[Any], given: Mapping[str, Any], place: str) -> Any:
-    """An object of a dataclass, whose fields that are not given have their defaults."""
+    """An object of a dataclass; a missing field has its default."""
     hints = typing.get_type_hints(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
     for key in given:

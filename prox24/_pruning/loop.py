@@ -1,4 +1,4 @@
-"""The one loop: observe, solve, round, refine, hand out, advance; stage after stage."""
+"""The loop over stages: observe, solve, round, refine, yield, advance."""
 
 import math
 import time
@@ -25,17 +25,16 @@ from prox24.refine._blocks import BlockRefinement, train_block
 
 
 class Readable(Protocol):
-    """A tensor that was written before."""
+    """A tensor written before."""
 
     def read(self) -> Any:
         """Its values."""
 
 
 class PrunedTensor(NamedTuple):
-    """The new values of a tensor, as they are to be written, in the layout of the runner.
+    """The new values of a tensor, ready to be written in the layout of the runner.
 
-    There is a report for each matrix of a linear, and none for a norm or a bias that was changed
-    with it.
+    A linear has a report for each matrix. A norm or a bias has no report.
     """
 
     name: str
@@ -51,19 +50,20 @@ def prune_stages(
     dense: Collection[str] = (),
     lap: Callable[[str], None] = lambda part: None,
 ) -> Iterator[PrunedTensor]:
-    """Prunes every linear of every stage, but for those that are in `dense`.
+    """Prunes every linear of every stage, except the tensors in `dense`.
 
-    For each stage the Grams of its linears are gathered while it is dense, from the outputs of the
-    pruned stages before it. Heads are turned to the basis that is learnt for them. Each linear is
-    solved, and the stage runs again, pruned, to feed the next. A linear that saw no token, as an
-    expert may, is pruned as if its Gram were the identity.
+    For each stage, the dense stage runs on the outputs of the pruned stages before it, and its
+    linears gather their Grams. Attention heads are turned to their learnt basis. Each linear is
+    solved. Then the pruned stage runs to feed the next. A linear without tokens, such as an unused
+    expert, is pruned as if its Gram were the identity.
 
-    Tensors in `finished` were pruned and written before: they are run, not yielded. Each other
-    linear is yielded when it is solved; with a refinement every trained tensor of a stage is
-    yielded afterwards. Yielded tensors are not kept. `keep_dense` is for `most_lossy`.
+    Tensors in `finished` were pruned and written before: they are used, and not yielded. Any other
+    linear is yielded once it is solved. With a refinement, the trained tensors of a stage are
+    yielded after the training. Yielded tensors are not kept. The recipe's `keep_dense` has no
+    effect here; see `most_lossy`.
 
     `lap` is called at the end of each part of the work with its name: "gather", "basis", "solve",
-    "refine", "run" the pruned stage, and "write" for what the caller does with a tensor.
+    "refine", "run" (the pruned stage) or "write" (the caller's work with a tensor).
     """
     chosen = {tensor: own for tensor, own in check(runner, recipe).items() if tensor not in dense}
     crosses, refine = recipe.targets is not None, recipe.refine
@@ -81,14 +81,14 @@ def prune_stages(
         written = {name: runner.loaded(name, finished[name].read()) for name in names}
         weights = given | written
         remaining = [linear for linear in linears if linear.tensor not in written]
-        # The dense model moves on by the same program in a run that goes on, to the last bit.
+        # A resumed run advances the dense model by the same program, so that all bits are equal.
         inputs: dict[str, list[Inputs]] = {}
         if remaining or streams.dense:
             wanted = {linear.input for linear in linears}
             observed, state = runner.observe(index, given, state, wanted)
             inputs = dict(observed)
             del observed
-        del given  # of which `weights` holds what is needed
+        del given  # `weights` holds the arrays that are still needed
         lap("gather")
         if anew and recipe.basis is not None:
             turn(runner, index, recipe, chosen, weights, inputs)
@@ -106,7 +106,7 @@ def prune_stages(
                 lap("write")
         del inputs
         if anew:
-            # In the order of the stage, which is that of every process.
+            # In the order of the stage, which is the same on every process.
             handed_out = set[str]() if refine is not None else reports.keys()
             rest = [name for name in weights if name in together - handed_out]
             weights |= {name: _rounded(runner, recipe, name, weights[name]) for name in rest}
@@ -126,7 +126,7 @@ def prune_stages(
 
 
 def check(runner: Runner[State], recipe: Recipe) -> dict[str, AnyPattern]:
-    """The patterns of the tensors that a recipe prunes; an error where it does not fit them."""
+    """The patterns of the tensors that a recipe prunes; raises an error if it does not fit them."""
     recipe.check_supported()
     linears = [linear for index in range(runner.stages) for linear in runner.linears(index)]
     patterns = {linear.tensor: recipe.pattern_of(linear.tensor) for linear in linears}
@@ -138,9 +138,9 @@ def check(runner: Runner[State], recipe: Recipe) -> dict[str, AnyPattern]:
 
 
 def most_lossy(runner: Runner[State], recipe: Recipe) -> dict[str, float]:
-    """The tensors that `keep_dense` of a recipe leaves dense, with the losses that this avoids.
+    """The tensors that a recipe's `keep_dense` leaves dense, with their relative losses.
 
-    One pass of the dense model ranks them by the relative loss of Wanda's mask.
+    One pass of the dense model ranks all tensors by the relative loss of Wanda's mask.
     """
     if not recipe.keep_dense:
         return {}
@@ -167,10 +167,10 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> dict[str, float]:
 
 
 def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProblem:
-    # Columns of the weight are where those of the Gram are, if these are not everywhere.
+    # If devices share the columns of the Gram, they share the columns of the weight as well.
     axis = 0 if inputs.gram.sharding.is_fully_replicated else 1
     gram = inputs.gram
-    if not inputs.tokens:  # With a Gram of zeros all scores of Wanda are equal.
+    if not inputs.tokens:  # With a Gram of zeros, all scores of Wanda would be equal.
         gram = jnp.fill_diagonal(gram, 1, inplace=False)
     return LayerProblem(apart(matrix.astype(working_dtype(gram.dtype)), runner.mesh, axis), gram)
 
@@ -216,7 +216,7 @@ def _pruned(
                 statistics=solution.statistics,
             )
         )
-        del problem, solution  # before the next matrix needs their place
+        del problem, solution  # frees memory for the next matrix
     rounded = _rounded(runner, recipe, linear.tensor, runner.joined(linear, pruned))
     return rounded, tuple(reports)
 
@@ -232,16 +232,16 @@ def _rounded(runner: Runner[State], recipe: Recipe, tensor: str, values: Array) 
 def pruned_together(
     runner: Runner[State], index: int, recipe: Recipe, chosen: Mapping[str, AnyPattern]
 ) -> set[str]:
-    """The tensors of a stage that are pruned anew where one of them is missing.
+    """The tensors of a stage that are all pruned again if any is not finished.
 
-    A refinement trains a stage as a whole, and a basis is learnt for linears that share it.
+    A refinement trains a stage as a whole, and several linears share one learnt basis.
     """
     trained = trained_tensors(runner, index, recipe.refine)
     return trained | tied_tensors(ties_of(runner, index, recipe, chosen))
 
 
 def trained_tensors(runner: Runner[State], index: int, refine: BlockRefinement | None) -> set[str]:
-    """The tensors of a stage that a refinement trains; none without one."""
+    """The tensors of a stage that a refinement trains; empty without a refinement."""
     if refine is None:
         return set()
     if refine.linears_only:

@@ -1,4 +1,4 @@
-"""`Recipe`: the one object that says how a model is pruned."""
+"""`Recipe`: all settings of how a model is pruned."""
 
 import dataclasses
 import json
@@ -22,20 +22,20 @@ from prox24.errors import RecipeError
 from prox24.refine._blocks import BlockRefinement
 
 VERSION = 1
-"""Of the JSON form."""
+"""The version of the JSON form."""
 
 DENSE = "dense"
-"""In a pattern by tensor: these tensors stay dense."""
+"""The pattern of tensors that stay dense, in a pattern by tensor."""
 
 TRAINED_TOKENS = 163_840
-"""Of a block refinement: five passes over 32,768 tokens, as measured in docs/results.md."""
+"""The tokens of a block refinement: five passes over 32,768 tokens, as in docs/results.md."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseTargets:
     """Each linear reproduces the dense model's output, not its own.
 
-    The dense model runs alongside. See `prox24.correct_inputs` for the mathematics.
+    The dense model runs next to the pruned one. See `prox24.correct_inputs` for the mathematics.
 
     Attributes:
       pull: strength of the pull towards the dense weight, in units of trace(G). Positive.
@@ -53,12 +53,12 @@ class DenseTargets:
 
 @dataclasses.dataclass(frozen=True)
 class HeadBasis:
-    """A basis is learnt for each attention head, in which the pattern costs less.
+    """Learns a basis for each attention head, to lower the loss from pruning.
 
-    An orthogonal matrix turns the rows of its values and the columns that read them. Where no
-    positions stand between, another turns its queries and keys. The dense model computes the same,
-    and the pruned one takes no more time. A head is turned only if all its linears are pruned to
-    N:M. See `prox24.basis.learn` for the mathematics.
+    An orthogonal matrix turns the rows of a head's values, and the columns that read them. A second
+    matrix turns the entries of queries and keys that no rotary position and no norm changes. The
+    dense model computes the same function, and the pruned model takes no more time. A head is
+    turned only if all its linears are pruned to N:M. See `prox24.basis.learn` for the mathematics.
 
     Attributes:
       steps: of Adam, for values and for queries and keys.
@@ -81,8 +81,8 @@ PatternsByTensor = tuple[tuple[str, Pattern | Unstructured | str], ...]
 class Recipe:
     """How a model is pruned. Frozen, comparable, printable; to JSON and back without a loss.
 
-    `Recipe()` is the best that is known without training. `best` adds training of what is kept.
-    `magnitude`, `wanda`, `sparsegpt` and `paper` are what their papers describe.
+    `Recipe()` is the best known recipe without training. `best` adds training of the kept weights.
+    `magnitude`, `wanda`, `sparsegpt` and `paper` follow their papers.
 
     Attributes:
       solver: finds the mask and the weights of a linear.
@@ -95,7 +95,7 @@ class Recipe:
         linear's own output on the pruned model's activations.
       basis: `HeadBasis` to turn attention heads before they are pruned; None leaves them. Models
         that run by torchax, and `prune_params`, ignore it.
-      refine: trains what is kept of each layer after it is pruned; None does not.
+      refine: trains the kept weights of each layer after it is pruned; None does not.
       only: regular expression; only tensors in whose names it is found are pruned.
       skip: regular expression; tensors in whose names it is found stay dense.
       keep_dense: the linears that lose most stay dense: a count, or a share below 1.
@@ -137,10 +137,10 @@ class Recipe:
 
     @classmethod
     def best(cls, tokens: int = 32_768) -> Self:
-        """The default, and then training of what is kept of each layer.
+        """The default recipe, with training of the kept weights of each layer.
 
         Args:
-          tokens: of the calibration text. With more of them each is passed over fewer times.
+          tokens: number of tokens of the calibration text. More tokens mean fewer passes over each.
         """
         passes = max(1, round(TRAINED_TOKENS / tokens))
         return cls(refine=BlockRefinement(passes=passes))
@@ -167,11 +167,11 @@ class Recipe:
 
     @classmethod
     def magnitude(cls) -> Self:
-        """The largest weights are kept."""
+        """Keeps the largest weights."""
         return cls(Magnitude(), None, targets=None, basis=None)
 
     def pattern_of(self, tensor: str) -> AnyPattern | None:
-        """The pattern of a tensor by its name; None where it stays dense.
+        """The pattern of a tensor by its name; None if it stays dense.
 
         Example:
           >>> recipe = Recipe(pattern=(("mlp", (2, 4)), ("v_proj", "dense"), ("attn", (4, 8))))
@@ -192,7 +192,7 @@ class Recipe:
 
     @property
     def expressions(self) -> list[str]:
-        """The regular expressions of patterns by tensor; none for one pattern."""
+        """The regular expressions of patterns by tensor; empty for a single pattern."""
         return [expression for expression, _ in self._pairs if expression]
 
     @property
@@ -202,7 +202,7 @@ class Recipe:
         return [(expression, None if own == DENSE else own) for expression, own in pairs]
 
     def check_supported(self) -> None:
-        """Raises RecipeError where the solver or the refit cannot make a pattern."""
+        """Raises RecipeError if the solver or the refit does not support a pattern."""
         try:
             for pattern in self.patterns:
                 check_supported(self.solver, self.refit, pattern)
@@ -210,11 +210,11 @@ class Recipe:
             raise RecipeError(str(error)) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON holds it.
+        """The recipe as a dict that JSON can hold.
 
         Raises:
-          RecipeError: a part is no registered class of plain fields, as an optax transformation
-            in a refit; names it.
+          RecipeError: a part has no JSON form, such as an optax transformation in a refit. The
+            message names the part.
         """
         return {"recipe": VERSION} | {
             field.name: encode(getattr(self, field.name), f"recipe.{field.name}")
@@ -222,7 +222,7 @@ class Recipe:
         }
 
     def to_json(self) -> str:
-        """JSON text, from which `from_json` makes an equal recipe.
+        """The recipe as JSON text; `from_json` reads it back without a loss.
 
         Raises:
           RecipeError: see `to_dict`.
@@ -231,10 +231,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        """A recipe from what JSON holds. Fields that are not given have their defaults.
+        """A recipe from the dict of `to_dict`. A missing field has its default.
 
         Raises:
-          RecipeError: the version or a field is unknown, or a value does not fit; names it.
+          RecipeError: the version or a field is unknown, or a value does not fit. The message names
+            the version or the field.
         """
         if not isinstance(given, Mapping):
             raise RecipeError(f"a recipe is an object of fields, not {given!r}")
@@ -250,7 +251,7 @@ class Recipe:
         """A recipe from JSON text.
 
         Raises:
-          RecipeError: it is no JSON, or see `from_dict`.
+          RecipeError: the text is not JSON; or see `from_dict`.
         """
         try:
             given = json.loads(text)
@@ -260,10 +261,10 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a recipe from a .json file, or from a .yaml file where PyYAML is installed.
+        """Reads a recipe from a .json file, or from a .yaml or .yml file if PyYAML is installed.
 
         Raises:
-          RecipeError: the file cannot be read, or see `from_dict`; names the file.
+          RecipeError: the file cannot be read; or see `from_dict`. The message names the file.
         """
         path = Path(path)
         try:
@@ -285,10 +286,10 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the recipe, as `load` reads it.
+        """Writes the recipe to a file that `load` reads.
 
         Raises:
-          RecipeError: see `to_dict`; or PyYAML is not installed and the name ends in .yaml.
+          RecipeError: see `to_dict`; or the file is YAML and PyYAML is not installed.
         """
         path, text = Path(path), self.to_json() + "\n"
         if path.suffix in (".yaml", ".yml"):
@@ -309,7 +310,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "wanda": Recipe.wanda,
     "magnitude": Recipe.magnitude,
 }
-"""Recipes by the names that the command line has for them."""
+"""Recipes by their names on the command line."""
 
 
 def _checked_pattern(pattern: Any) -> Any:
@@ -329,7 +330,7 @@ def _checked_pattern(pattern: Any) -> Any:
 
 
 def _one_pattern(place: str, pattern: Any) -> AnyPattern:
-    if isinstance(pattern, Mapping):  # a share of zeros, as JSON holds it
+    if isinstance(pattern, Mapping):  # a share of zeros, in its JSON form
         return decode(pattern, Unstructured, "recipe.pattern")
     try:
         return as_any_pattern(pattern)
@@ -353,7 +354,7 @@ def _yaml() -> Any:
 
 
 def _json_numbers(yaml: Any) -> Any:
-    """A safe loader for which 1e-2 is a number and 2:4 is text; for YAML 1.1 it is 124."""
+    """A safe loader that reads 1e-2 as a number and 2:4 as text; YAML 1.1 reads 2:4 as 124."""
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         pass

@@ -1,4 +1,4 @@
-"""Reports on what was pruned: of a linear, as one line and as one flat object."""
+"""The reports of pruning: one for each linear, as a line of text or a flat object."""
 
 import math
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ class BlockReport(NamedTuple):
     """How a layer was refined.
 
     Attributes:
-      outcome: how it ended.
-      error_before: of the layer's output on held-out windows, see `prox24.refine.relative_error`.
-      error: after.
-      steps: of the optimizer.
+      outcome: how the refinement ended.
+      error_before: relative error of the layer's output on held-out windows before the refinement,
+        see `prox24.refine.relative_error`.
+      error: the same error after the refinement.
+      steps: number of steps of the optimizer.
       seconds: wall-clock time, compilation included.
     """
 
@@ -30,13 +31,13 @@ class LinearReport(NamedTuple):
     """How one matrix was pruned; printed, it is one line.
 
     Attributes:
-      name: the tensor, followed by [i] where it consists of several matrices.
+      name: the tensor, followed by [i] if it consists of several matrices.
       status: how the solver ended.
       sparsity: fraction of exact zeros.
-      parameters: number of weights, zeros among them.
-      inputs: the input width. A Gram of fewer tokens is singular: damping alone says how far
-        weights may move where nothing was seen.
-      tokens: calibration tokens that the matrix saw; an expert sees those that are routed to it.
+      parameters: number of weights, zeros included.
+      inputs: the input width. With fewer tokens the Gram is singular. Then damping alone limits
+        the change of a weight in directions without data.
+      tokens: number of calibration tokens of the matrix. An expert sees only its routed tokens.
       seconds: wall-clock time of the solver and the refit, compilation included.
       statistics: the losses and other figures of `prox24.solve`.
       refinement: how the layer was refined afterwards, or None.
@@ -60,7 +61,7 @@ class LinearReport(NamedTuple):
         )
 
     def figures(self) -> dict[str, Any]:
-        """The report as JSON holds it; a number that is not finite is None."""
+        """The report as a flat dict for JSON; a NaN or an infinite number becomes None."""
         own = {key: value for key, value in self._asdict().items() if key != "statistics"}
         trained = self.refinement
         own["refinement"] = trained and trained._asdict() | {"outcome": trained.outcome.value}
@@ -70,7 +71,7 @@ class LinearReport(NamedTuple):
 
     @classmethod
     def of_figures(cls, figures: Mapping[str, Any]) -> Self:
-        """The report that `figures` made them of."""
+        """The report, from the result of its `figures`."""
         numbers = {name: figures[name] for name in Statistics._fields}
         losses = {key: math.inf for key, value in numbers.items() if value is None}
         own = {name: figures[name] for name in cls._fields if name != "statistics"}

@@ -1,4 +1,4 @@
-"""The protocol that a model follows to be pruned: stages with weights, linears and inputs."""
+"""The protocol of a model that can be pruned: stages with weights, linears and inputs."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ Apply = Callable[[dict[str, Array], Array], Array]
 
 
 class Linear(NamedTuple):
-    """A weight that can be pruned: its name, its input's, and the width that M has to divide.
+    """A weight that can be pruned: its name, its input's name, and the width that M must divide.
 
     Linears that share an input share its Gram.
     """
@@ -41,10 +41,10 @@ class Side(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What one matrix was multiplied with: the Gram, sum of x x^T, of so many tokens.
+    """The inputs x of one matrix: the Gram, sum of x x^T, and its number of tokens.
 
-    The cross-Gram is the sum of x' x^T, with x' the same tokens' inputs in the dense model; None
-    where they are the same.
+    The cross-Gram is the sum of x' x^T, where x' is the input of the same token in the dense model.
+    It is None if x' = x.
     """
 
     gram: Array
@@ -53,23 +53,23 @@ class Inputs(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """Whether the dense model runs alongside the pruned one, and whether it makes cross-Grams."""
+    """Whether the dense model runs next to the pruned one, and whether it makes cross-Grams."""
 
     dense: bool
     crosses: bool
 
 
 class Runner(Protocol[State]):
-    """A model, as the loop prunes it: in stages, each one seeing the pruned ones before it.
+    """A model in stages: the inputs of each stage come from the pruned stages before it.
 
-    A stage is a layer of a decoder, or the weights of a function that share an input. `State` is
-    what a runner takes from one stage to the next, such as hidden states. Only the runner looks
-    into it. Methods with a body serve a runner whose weights are matrices (out, in).
+    A stage is a layer of a decoder, or the weights of a function that share an input. A runner
+    passes a `State`, such as hidden states, from one stage to the next. Only the runner reads it.
+    Methods with a body serve a runner whose weights are matrices (out, in).
     """
 
     @property
     def stages(self) -> int:
-        """Their number."""
+        """The number of stages."""
 
     @property
     def mesh(self) -> Mesh | None:
@@ -85,7 +85,7 @@ class Runner(Protocol[State]):
     def ties(self, index: int) -> Sequence[Sequence[Side]]:
         """The linears of a stage that may be turned together.
 
-        Each consists of one matrix, and no other linear reads the inputs that are turned.
+        Each consists of one matrix. No other linear reads their turned inputs.
         """
         return []
 
@@ -98,37 +98,36 @@ class Runner(Protocol[State]):
     def observe(
         self, index: int, weights: Mapping[str, Array], state: State, wanted: Collection[str]
     ) -> tuple[Mapping[str, list[Inputs]], State]:
-        """The inputs of a stage's linears; the dense model, if it runs, moves on to the next stage.
+        """The inputs of a stage's linears; also moves the dense model, if any, to the next stage.
 
-        The weights are the dense ones. For each name that is wanted there is one `Inputs` for each
-        matrix.
+        The weights are dense. Each name in `wanted` gets a list with one `Inputs` for each matrix.
         """
 
     def advance(self, index: int, weights: Mapping[str, Array], state: State) -> State:
-        """The state after a stage that has these weights; the dense model has moved on before."""
+        """The state after a stage with these weights; `observe` has moved the dense model on."""
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
-        """The dtype of a tensor of a stage where the recipe has none."""
+        """The dtype of a tensor of a stage; used if the recipe has none."""
 
     def matrices(self, linear: Linear, weight: Array) -> list[Array]:
         """The matrices (out, in) that a weight consists of."""
         return [weight]
 
     def joined(self, linear: Linear, matrices: list[Array]) -> Array:
-        """The weight that consists of these matrices."""
+        """The weight made of its matrices; the inverse of `matrices`."""
         (weight,) = matrices
         return weight
 
     def loaded(self, tensor: str, stored: Any) -> Array:
-        """A weight from the array that `stored` made of it."""
+        """A weight from its stored array; the inverse of `stored`."""
         return jnp.asarray(stored)
 
     def stored(self, tensor: str, weight: Array) -> Any:
-        """A weight as it is handed out, in its own layout."""
+        """A weight in its own layout, for the caller of the loop."""
         return np.asarray(weight)
 
     def in_memory(self) -> Self:
-        """The same runner, which leaves nothing on disk."""
+        """The same runner without files on disk."""
         return self
 
     def trainable_stage(self, index: int, state: State) -> "TrainableStage":
@@ -137,14 +136,14 @@ class Runner(Protocol[State]):
 
 
 class TrainableStage(NamedTuple):
-    """A stage that is trained.
+    """A stage to train.
 
     Attributes:
-      apply: the stage; the same object for equal stages, which are then compiled once.
-      names: the tensors' names, by those that `apply` has for them.
-      inputs: micro-batches of the pruned model.
-      targets: the dense stage's outputs for the dense model's inputs.
-      micro_batches: of a step.
+      apply: the stage as a function. Equal stages have the same object, and are compiled once.
+      names: the name of each tensor, by its name in `apply`.
+      inputs: micro-batches of the pruned model's inputs to the stage.
+      targets: the dense stage's outputs on the dense model's inputs.
+      micro_batches: number of micro-batches of a step.
     """
 
     apply: Apply
@@ -155,7 +154,7 @@ class TrainableStage(NamedTuple):
 
 
 def check_found(tensors: Collection[str], recipe: Recipe) -> None:
-    """Raises RecipeError where an expression of a recipe is found in no linear's name."""
+    """Raises RecipeError if an expression of a recipe matches no linear's name."""
     given = [("only", recipe.only), ("skip", recipe.skip)]
     given += [("pattern", expression) for expression in recipe.expressions]
     for field, expression in given:
@@ -172,13 +171,13 @@ def check_found(tensors: Collection[str], recipe: Recipe) -> None:
 
 
 def _kinds(tensors: Collection[str]) -> str:
-    """Names with a star for the number of a layer; the first ten of them."""
+    """The first ten names, with a star in place of the number of a layer."""
     kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor) for tensor in tensors))
     return ", ".join(kinds[:10]) + ", and others" * (len(kinds) > 10)
 
 
 def check_widths(widths: Mapping[str, int], recipe: Recipe) -> None:
-    """Raises CheckpointError where M does not divide the input width of a tensor that is pruned."""
+    """Raises CheckpointError if M does not divide the input width of a tensor to prune."""
     for tensor, width in widths.items():
         pattern = recipe.pattern_of(tensor)
         block = 1 if pattern is None else pattern.width

@@ -22,7 +22,7 @@ from prox24._solvers.protocol import n_of_m
 def ties_of(
     runner: Runner[Any], index: int, recipe: Recipe, chosen: Mapping[str, AnyPattern]
 ) -> list[Sequence[Side]]:
-    """The ties of a stage whose linears are all pruned to N:M; none without a basis."""
+    """The ties of a stage whose linears are all pruned to N:M; empty without a basis."""
     if recipe.basis is None:
         return []
     return [
@@ -46,7 +46,7 @@ def turn(
     weights: dict[str, Array],
     inputs: dict[str, list[Inputs]],
 ) -> None:
-    """Turns weights, biases and Grams of a stage in place; the function of the stage stays.
+    """Turns weights, biases and Grams of a stage in place; the stage computes the same function.
 
     Weights and biases are merged with R in float64 on the host, and rounded to float32.
     """
@@ -88,10 +88,10 @@ def _turned_inputs(own: Inputs, turn: Array) -> Inputs:
 def _turned_gram(
     gram: Array, turn: Array, columns: NamedSharding | None, symmetric: bool = False
 ) -> Array:
-    """R^T G R, with its columns on the devices of the columns of G.
+    """R^T G R, with its columns on the same devices as the columns of G.
 
-    `prox24.basis.turned` would gather, and so send a whole Gram to every device. A symmetric Gram
-    is made symmetric again after rounding.
+    `prox24.basis.turned` would send a whole Gram to every device. A symmetric Gram is made
+    symmetric again after rounding.
     """
 
     def placed(matrix: Array) -> Array:
