@@ -1,7 +1,7 @@
-"""The decoder that every family is a setting of, as pure functions of its weights.
+"""The decoder of every family, as pure functions of its weights.
 
-A layer's weights are a dict under the names of `prox24._models.spec`. Everything is computed in
-float32, but for products with weights that are `Packed24` or `InBfloat16`.
+A layer's weights are a dict with the names of `prox24._models.spec`. All computation is in float32,
+except products with `Packed24` or `InBfloat16` weights.
 """
 
 import functools
@@ -38,22 +38,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-"""By HF's names."""
+"""The activations by their HF names."""
 
 
 class Past(NamedTuple):
     """The text before the tokens of a pass.
 
-    `join` gets their keys and values, each (batch, key heads, length, head_dim), and returns those
-    of all positions from 0. Positions behind the tokens are not seen.
+    `join` takes the keys and values of the tokens, each (batch, key heads, length, head_dim). It
+    returns the keys and values of all positions from 0. Positions after the tokens are masked.
     """
 
-    length: Array | int  # tokens before them; an int32 scalar if traced
+    length: Array | int  # number of tokens before; an int32 scalar if traced
     join: Callable[[Array, Array], tuple[Array, Array]]
 
 
 NO_PAST = Past(0, lambda keys, values: (keys, values))
-"""For whole texts."""
+"""The past of whole texts: none."""
 
 
 def embed(config: Config, weights: Weights, tokens: Array, start: Array | int = 0) -> Array:
@@ -79,8 +79,8 @@ def embed(config: Config, weights: Weights, tokens: Array, start: Array | int = 
 def layer(spec: Layer, weights: Weights, hidden: Array, tap: Tap, past: Past = NO_PAST) -> Array:
     """One decoder layer: hidden states (batch, length, hidden), float32, to the same shape.
 
-    `tap` is called with the name and the value (batch, length, in) of every input of a linear, as
-    `linear_inputs` names them; tokens that an expert does not get are zero in its inputs.
+    `tap` is called for every input of a linear, with its name in `linear_inputs` and its value
+    (batch, length, in). The inputs of an expert are zero for tokens routed to other experts.
     """
     residual = spec.residual
 
@@ -115,13 +115,13 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
 
 
 class InBfloat16(NamedTuple):
-    """A weight of a linear that is multiplied in bfloat16, forwards and backwards."""
+    """A weight of a linear with bfloat16 products, forwards and backwards."""
 
     weight: Array  # shape (out, in), bfloat16
 
 
 def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) -> dict[str, Any]:
-    """Weights of which, with "bfloat16", those of the named linears are `InBfloat16`."""
+    """The weights; for "bfloat16", each weight named in `linears` becomes `InBfloat16`."""
     if compute_dtype == "float32":
         return dict(weights)
     return {
@@ -133,9 +133,9 @@ def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) 
 def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
     """x W^T of x (batch, length, in) and W (out, in), in float32.
 
-    Nothing else multiplies with the weight of a linear. With a packed one `x` is rounded to its
-    dtype, and so is the product: kernels read both in one dtype. With an `InBfloat16` operands are
-    rounded to bfloat16, those of the gradients too, and sums are float32.
+    All products with the weight of a linear are computed here. A packed weight needs `x` in its own
+    dtype: `x` and the product are rounded to it. With an `InBfloat16` weight, operands are rounded
+    to bfloat16, also for the gradients, and sums are float32.
     """
     if isinstance(weight, Packed24):
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
@@ -148,8 +148,8 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
 def _in_bfloat16(x: Array, weight: Array) -> Array:
     """x W^T of a bfloat16 W.
 
-    JAX's own gradients would multiply float32 cotangents with bfloat16 operands, which is done in
-    float32.
+    JAX's own gradients would multiply float32 cotangents with bfloat16 operands, and XLA does this
+    in float32.
     """
     return _sums("bti,oi->bto", x, weight)
 
@@ -213,7 +213,7 @@ def _mlp(mlp: MLP, weights: Weights, x: Array, tap: Tap, name: str = "mlp") -> A
 
 
 def _mixture(mlp: MLP, weights: Weights, x: Array, tap: Tap) -> Array:
-    """Every expert computes every token: simple, at experts / per_token times the least work."""
+    """Every expert computes every token: simple, but experts / per_token times the needed work."""
     experts = mlp.experts
     assert experts is not None
     probabilities = jax.nn.softmax(_affine(weights, "mlp.router", x), axis=-1)

@@ -1,7 +1,7 @@
-"""From HF's config.json to the setting of the decoder that computes it: a function for a family.
+"""From HF's config.json to the settings of the decoder: a function for each family.
 
-`docs/adding-a-model.md` adds one. A field that changes the computation and has no counterpart in
-`prox24._models.spec` raises; it is never ignored.
+`docs/adding-a-model.md` shows how to add a family. A field may change the computation and have no
+counterpart in `prox24._models.spec`. Such a field raises an error and is never ignored.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,7 +23,7 @@ LIMITS = {
 }
 
 MLPS = 2**14
-"""Beyond any model, and its experts in all; a small config.json should not take more memory."""
+"""The most MLPs of a model, experts included: above any known model. It bounds the memory."""
 
 WRONG_VALUE = (
     ArithmeticError,
@@ -34,10 +34,10 @@ WRONG_VALUE = (
     TypeError,
     ValueError,
 )
-"""The errors of transformers, and of a family, where a field has a value of another kind."""
+"""The errors of transformers and of families for a field with a value of the wrong kind."""
 
 UNUSED = ("dtype", "torch_dtype", "id2label", "label2id", "num_labels")
-"""Fields for which transformers imports torch, or makes as many entries as they say."""
+"""Unused fields that make transformers import torch, or create as many entries as they say."""
 
 FAMILIES: dict[str, Callable[[PreTrainedConfig], Config]] = {
     "bloom": gpt.bloom,
@@ -61,11 +61,11 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Config]] = {
     "qwen3_moe": llama.qwen3_moe,
     "smollm3": llama.smollm3,
 }
-"""By HF's model_type."""
+"""The families by HF's model_type."""
 
 
 def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Config:
-    """The decoder of HF's config.json, whose missing fields are as transformers has them.
+    """The decoder of HF's config.json; a missing field has the default of transformers.
 
     The names of the checkpoint's tensors may lack the prefix that transformers expects.
     """
@@ -86,9 +86,9 @@ def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> 
 
 
 def with_names_of(config: Config, tensors: Collection[str]) -> Config:
-    """The decoder with the prefix that a checkpoint's names have.
+    """The decoder with the prefix of a checkpoint's names.
 
-    OPT's larger models have "decoder." alone for "model.decoder.".
+    OPT's larger models have the prefix "decoder." instead of "model.decoder.".
     """
     parts = config.names.base.split(".")
     names = [config.names._replace(base=".".join(parts[start:])) for start in range(len(parts))]

@@ -1,9 +1,9 @@
-"""Text generation: one token after the other, with the keys and values of all before in a cache.
+"""Text generation, token by token; a cache holds the keys and values of the tokens before.
 
 A pass of `advance` runs a few compiled functions: the embedding, one for each kind of layer, the
 head. They are compiled for the prompt and for single tokens, and serve any number of tokens and of
-equal layers. A loop over tokens or layers within one program would take as many times longer to
-compile as there are layers, and XLA would convert the weights of all layers to float32 at once.
+equal layers. One program with a loop over tokens or layers has two costs. Its compile time grows
+with the number of layers, and XLA converts the weights of all layers to float32 at once.
 """
 
 import functools
@@ -24,7 +24,7 @@ from prox24.errors import PromptError, Prox24Error
 
 
 class ModelWeights(NamedTuple):
-    """All weights of a decoder, in any floating dtypes; linears of layers may be packed."""
+    """All weights of a decoder, in any floating dtype; linears of layers may be packed."""
 
     outer: dict[str, Array]  # see `spec.embedding_shapes` and `spec.head_shapes`
     layers: list[dict[str, Any]]  # see `spec.layer_shapes`
@@ -42,7 +42,7 @@ Cache = list[KeysValues]
 
 
 def empty_cache(config: Config, batch: int, capacity: int) -> Cache:
-    """The cache before the first token of texts of at most `capacity` tokens."""
+    """An empty cache for texts of at most `capacity` tokens."""
     heads = [layer.attention for layer in config.layers]
     shapes = [(batch, own.key_value_heads, capacity, own.head_dim) for own in heads]
     return [KeysValues(*(jnp.zeros(shape, jnp.float32) for _ in range(2))) for shape in shapes]
@@ -53,9 +53,9 @@ def advance(
 ) -> tuple[Array, Cache]:
     """The logits (batch, vocabulary) after the next tokens (batch, length), and the longer cache.
 
-    `start` tokens, an int32 scalar, are in the cache before; it is donated, and must not be used
-    again. The config is that of texts of its capacity, see `spec.at_length`. All can be compiled as
-    one program, with `jax.jit(advance, static_argnums=0, donate_argnums=2)`.
+    `start`, an int32 scalar, is the number of tokens in the cache. The cache is donated: do not use
+    it again. `config` must be fixed to the capacity of the cache by `spec.at_length`. To compile
+    everything as one program, use `jax.jit(advance, static_argnums=0, donate_argnums=2)`.
     """
     hidden = _embed(config, weights.outer, tokens, start)
     extended: Cache = []
@@ -91,9 +91,9 @@ def _layer(
 def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array | float) -> Array:
     """The next token of each text, int32 of shape (batch,); -1 where logits are NaN.
 
-    The most probable token at temperature 0. Otherwise one that is drawn with the probabilities
-    softmax(logits / temperature), from the nucleus: the fewest of the most probable tokens whose
-    probabilities sum to `top_p`, and those as probable as the last of them.
+    At temperature 0 it is the most probable token. Otherwise it is drawn from the nucleus with the
+    probabilities softmax(logits / temperature). The nucleus is the smallest set of most probable
+    tokens with a total probability of at least `top_p`. Ties with its last token belong to it.
 
     References:
       "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1.
@@ -103,7 +103,7 @@ def choose(logits: Array, key: Array, temperature: Array | float, top_p: Array |
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def drawn() -> Array:
-        # The largest becomes 0, so that no temperature is too small.
+        # The largest logit becomes 0, so that no temperature is too small.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
         kept = lax.cond(top_p < 1, lambda: _nucleus(scaled, top_p), lambda: scaled)
         return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
@@ -134,16 +134,16 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
 ) -> Iterator[NDArray[np.int32]]:
-    """Goes on from prompts (batch, length), and yields the next token of each, int32 (batch,).
+    """Continues prompts (batch, length), and yields the next token of each, int32 (batch,).
 
-    A `stop` token ends a text, which repeats it until all have ended. Products are computed in
-    float32 whatever the dtypes of the weights, but for those of packed linears, whose inputs and
-    results are rounded to the weight's.
+    A `stop` token ends a text. The text repeats it until all texts have ended. Products are
+    computed in float32 for every dtype of the weights. A packed linear rounds its inputs and
+    results to the dtype of its weight.
 
     Raises:
-      PromptError: the model cannot go on from the prompts, see `check_prompts`.
+      PromptError: the model cannot continue the prompts, see `check_prompts`.
       Prox24Error: logits are NaN.
-      ValueError: a number is out of its range, or the prompts are not of one length.
+      ValueError: a number is out of its range, or the prompts differ in length.
     """
     given = np.asarray(prompts)
     check_prompts(config, given, tokens)
@@ -178,7 +178,7 @@ def generate(
 
 
 def check_prompts(config: Config, prompts: NDArray[Any], tokens: int) -> None:
-    """Raises PromptError unless a model can go on from prompts by so many tokens."""
+    """Raises PromptError unless a model can continue the prompts by `tokens` tokens."""
     if tokens < 1:
         raise ValueError(f"{tokens} tokens to generate are fewer than one")
     if prompts.ndim != 2:
@@ -198,5 +198,5 @@ def check_prompts(config: Config, prompts: NDArray[Any], tokens: int) -> None:
 
 
 def _capacities(config: Config, first: int, last: int) -> list[int]:
-    """Up to which length each cache serves: beyond a switch of `Rope` all keys are others."""
+    """The lengths of the caches, one after the other: past a switch of `Rope` all keys change."""
     return [*(switch for switch in spec.switches(config) if first <= switch < last), last]

@@ -29,7 +29,7 @@ BLOOM = Names(
         ("norm", "ln_f"),
     ),
 )
-"""BLOOM's and Falcon's, which has no norm of the embedding."""
+"""The names of BLOOM and Falcon; Falcon has no norm after the embedding."""
 
 
 def gpt2(hf: PreTrainedConfig) -> Config:

@@ -1,4 +1,4 @@
-"""The linears of attention that can be turned, head by head, and keep its function."""
+"""The linears of attention that can be turned, head by head, without a change of its function."""
 
 import numpy as np
 
@@ -6,14 +6,15 @@ from prox24._models.spec import Attention
 from prox24.basis import Places, places_of
 
 Ties = list[list[tuple[str, int, Places]]]
-"""Linears that make or read the same vectors: name, axis that is turned, and its places."""
+"""Groups of linears that make or read the same vectors: name, turned axis, places on the axis."""
 
 
 def attention_ties(attention: Attention) -> Ties:
-    """The values with what reads them, and the queries with the keys where positions allow it.
+    """The values with the output projection, and the queries with the keys if positions allow it.
 
-    A head's values are only summed over tokens. Its queries and keys meet in a product. A rope, a
-    norm or a bound may stand before it; entries that a rope leaves are free.
+    A head's values are only summed over tokens. Its queries and keys meet in a product. A norm
+    before this product forbids a turn. A rope forbids it for the rotated entries. A bound on
+    queries, keys and values forbids all turns.
     """
     if attention.clip is not None:
         return []

@@ -1,4 +1,4 @@
-"""Rotary frequencies from HF's config: the variants that differ in data only."""
+"""Rotary frequencies from HF's config, for the variants that differ in their numbers only."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,10 +22,10 @@ def read_rope(
     *,
     partly_rotated: bool = False,
 ) -> Rope:
-    """The rotary positions of a config, whose rope_parameters may be a set for each layer type.
+    """The rotary positions of a config; its rope_parameters may have a set for each layer type.
 
-    A family that is `partly_rotated` has a part of each head rotate with frequencies that are not
-    scaled; the others rotate a part only with scaled ones.
+    For a `partly_rotated` family, partial_rotary_factor applies to every rope type. For other
+    families it applies to every type but "default".
     """
     given: Parameters = hf.rope_parameters
     given = given.get(layer_type) or given if layer_type else given
@@ -54,7 +54,7 @@ def _rope(frequencies: Frequencies, scale: float = 1.0) -> Rope:
 
 
 def _llama3(frequencies: Frequencies, given: Parameters, hf: PreTrainedConfig) -> Rope:
-    """Keeps short wavelengths, divides long ones by the factor, blends between."""
+    """Keeps high frequencies, divides low ones by the factor, and blends between."""
     del hf
     low, high = given["low_freq_factor"], given["high_freq_factor"]
     turns = given["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -63,7 +63,9 @@ def _llama3(frequencies: Frequencies, given: Parameters, hf: PreTrainedConfig) -
 
 
 def _yarn(frequencies: Frequencies, given: Parameters, hf: PreTrainedConfig) -> Rope:
-    """Blends by the number of turns in the original context, linearly in the index.
+    """Blends kept and divided frequencies by their turns in the original context.
+
+    The blend is linear in the index of the frequency.
 
     References:
       "YaRN: Efficient Context Window Extension of Large Language Models", arXiv 2309.00071.
@@ -95,7 +97,7 @@ def _yarn_scale(given: Parameters, factor: float) -> float:
 
 
 def _longrope(frequencies: Frequencies, given: Parameters, hf: PreTrainedConfig) -> Rope:
-    """A divisor for each frequency, another one beyond the original context.
+    """Divides each frequency by a number, and by another number beyond the original context.
 
     References:
       "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens", arXiv 2402.13753.

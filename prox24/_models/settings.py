@@ -1,4 +1,4 @@
-"""The parts that every family takes from HF's config: heads, positions, windows, MLPs."""
+"""The parts of HF's config that all families read: heads, positions, windows, MLPs."""
 
 import functools
 import math
@@ -36,7 +36,7 @@ def decoder(
     head: Head | None = None,
     names: Names = Names(),
 ) -> Config:
-    """A decoder with the attention and the MLP of each layer by its number; Llama's by default."""
+    """A decoder; `attentions` and `mlps` give each layer's parts by its number, default Llama's."""
     attentions, mlps = attentions or attention(hf), mlps or gated(hf)
     norm, head = norm or Norm("rms", hf.rms_norm_eps), head or Head(hf.tie_word_embeddings)
     layers = tuple(
@@ -52,9 +52,10 @@ def decoder(
 def attention(
     hf: PreTrainedConfig, *, partly_rotated: bool = False, **changes: Any
 ) -> Callable[[int], Attention]:
-    """Grouped heads, biases, rotary positions and windows of the config, but for the changes.
+    """The attention of each layer, from the config's heads, biases, rotary positions and windows.
 
-    The output projection has a bias where q, k and v have one, unless the changes say otherwise.
+    `changes` replace fields of `Attention`. By default the output projection has a bias if q, k and
+    v have one.
     """
     heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
@@ -89,7 +90,7 @@ def attention(
 
 
 def _declared(hf: PreTrainedConfig, field: str) -> Any:
-    """A field of the family's config class; others may stand in a config, and mean nothing."""
+    """A field that the family's config class declares; None for any other field of a config."""
     return getattr(hf, field) if hasattr(type(hf), field) else None
 
 
@@ -103,7 +104,7 @@ def _layer_type(hf: PreTrainedConfig, index: int) -> str | None:
 
 
 def mlp(width: int, activation: str, **settings: Any) -> Callable[[int], MLP]:
-    """An MLP for every layer; refuses an activation that the decoder does not compute."""
+    """An MLP for every layer; raises UnsupportedModelError for an unknown activation."""
     if activation not in ACTIVATIONS:
         supported = ", ".join(map(repr, ACTIVATIONS))
         raise UnsupportedModelError(
@@ -113,20 +114,20 @@ def mlp(width: int, activation: str, **settings: Any) -> Callable[[int], MLP]:
 
 
 def gated(hf: PreTrainedConfig, **settings: Any) -> Callable[[int], MLP]:
-    """An MLP with a gate, of the width, the activation and the biases of the config."""
+    """An MLP with a gate, with the width, activation and biases of the config."""
     bias = _declared(hf, "mlp_bias") or False
     return mlp(hf.intermediate_size, hf.hidden_act, bias=bias, **settings)
 
 
 def experts(number: int, per_token: int, normalised: bool) -> Experts:
-    """The experts of a mixture; refuses more experts for a token than there are, and none."""
+    """The experts of a mixture; `per_token` must be between 1 and `number`."""
     if not 1 <= per_token <= number:
         raise UnsupportedModelError(f"{per_token} of {number} experts for each token do not exist")
     return Experts(number, per_token, normalised)
 
 
 def must_be(hf: PreTrainedConfig, **settings: Any) -> None:
-    """Raises UnsupportedModelError unless the fields that a config has are as given."""
+    """Raises UnsupportedModelError if a field of the config differs from its given value."""
     for name, value in settings.items():
         given = getattr(hf, name, value)
         if (given or None) != (value or None):

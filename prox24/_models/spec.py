@@ -1,8 +1,8 @@
-"""What a decoder is: the settings of its parts, and the names and shapes of its tensors.
+"""The settings of a decoder's parts, and the names and shapes of its tensors.
 
-Every family is a setting of one decoder. A layer's tensors have the names of this module, whatever
-the checkpoint calls them (`Names` translates): linears in (out, in) layout as
-"self_attn.q_proj.weight", norms as "input_layernorm.weight".
+Every family is a setting of one decoder. A layer's tensors have the names of this module, such as
+"self_attn.q_proj.weight" for a linear (out, in) and "input_layernorm.weight" for a norm. `Names`
+translates them to the checkpoint's names.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,11 @@ class Norm(NamedTuple):
 
     kind: str  # "rms" or "layer"
     epsilon: float  # added to the mean square or the variance
-    offset: float = 0.0  # 1 where the checkpoint holds weight - 1, as Gemma's do
+    offset: float = 0.0  # 1 if the checkpoint holds weight - 1, as for Gemma
 
 
 class Rope(NamedTuple):
-    """Rotary positions of the first 2 len(frequencies) entries of a head, in HF's halves."""
+    """Rotary positions of the first 2 len(frequencies) entries of a head, paired as in HF."""
 
     frequencies: tuple[float, ...]  # radians per position
     scale: float = 1.0  # of the cosines and sines
@@ -25,27 +25,27 @@ class Rope(NamedTuple):
     switch: int = 0
 
     def at_length(self, length: int) -> "Rope":
-        """The frequencies for a text of so many tokens, whatever the length of a pass."""
+        """The frequencies for a text of `length` tokens; a pass may have fewer tokens."""
         if self.long is None or length <= self.switch:
             return Rope(self.frequencies, self.scale)
         return Rope(self.long, self.scale)
 
 
 class Alibi(NamedTuple):
-    """scale slope_h j is added to the score of a key at position j in head h."""
+    """Adds scale * slope_h * j to the score of a key at position j in head h."""
 
     slopes: tuple[float, ...]  # one for each head
     scale: float = 1.0  # applied after rounding
-    dtype: str = "float32"  # in which slopes times positions are rounded
+    dtype: str = "float32"  # of the rounded products of slopes and positions
 
 
 class Attention(NamedTuple):
     """Causal attention with grouped heads.
 
-    `fused` is None for separate q, k and v; "rows" for one linear of all queries, then all keys,
-    then all values; "groups" for one in which the queries of a key head are followed by its key and
-    its value. `norm` is "heads" to normalise each head of q and k, "rows" to normalise all heads
-    together.
+    `fused` is None for separate q, k and v. "rows" is one linear with all queries, then all keys,
+    then all values. "groups" is one linear with a group of rows for each key head: its queries, its
+    key and its value. `norm` is "heads" to normalise each head of q and k, "rows" to normalise all
+    heads together.
     """
 
     heads: int  # of the queries
@@ -64,11 +64,11 @@ class Attention(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """A mixture: each token goes to the `per_token` experts of largest router probability."""
+    """A mixture: each token goes to the `per_token` experts with the largest router probability."""
 
     number: int
     per_token: int
-    normalised: bool  # whether their probabilities are divided by their sum
+    normalised: bool  # whether the probabilities of the chosen experts are divided by their sum
 
 
 class MLP(NamedTuple):
@@ -77,9 +77,9 @@ class MLP(NamedTuple):
     width: int  # between the linears
     activation: str  # a key of `prox24._models.decoder.ACTIVATIONS`
     gated: bool = True
-    fused: bool = False  # one linear has the rows of the gate, then those of up
+    fused: bool = False  # one linear has the rows of gate, then the rows of up
     bias: bool = False  # of every linear
-    experts: Experts | None = None  # the mixture of which this is one expert
+    experts: Experts | None = None  # for a mixture; the other fields describe one expert
 
 
 class Residual(NamedTuple):
@@ -94,7 +94,7 @@ class Residual(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """All that a layer's computation depends on; hashable. Equal layers share one program."""
+    """All settings of a layer's computation; hashable. Equal layers share one program."""
 
     hidden: int
     norm: Norm
@@ -122,10 +122,10 @@ class Head(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The checkpoint's names of the weights; what is not listed has the name it has here.
+    """The checkpoint's names of the weights; unlisted names are equal in both.
 
-    `layer` has pairs of a name here and the checkpoint's, within a layer, with "{}" for the number
-    of an expert; `outer` has the same outside the layers.
+    `layer` has pairs (name in this module, name in the checkpoint) within a layer, with "{}" for
+    the number of an expert. `outer` has such pairs for tensors outside the layers.
     """
 
     base: str = "model."  # prefix of all but the head; a checkpoint may lack it, or its first part
@@ -149,13 +149,13 @@ class Config(NamedTuple):
 
 
 def switches(config: Config) -> list[int]:
-    """The lengths beyond which a `Rope` has other frequencies, in order."""
+    """The lengths past which the frequencies of a `Rope` change, in increasing order."""
     ropes = (layer.attention.rope for layer in config.layers)
     return sorted({rope.switch for rope in ropes if rope is not None and rope.long is not None})
 
 
 def at_length(config: Config, length: int) -> Config:
-    """The decoder of texts of so many tokens, however many of them a pass has; see `Rope`."""
+    """The decoder for texts of `length` tokens, see `Rope`; a pass may have fewer tokens."""
 
     def fixed(layer: Layer) -> Layer:
         rope = layer.attention.rope
@@ -166,9 +166,9 @@ def at_length(config: Config, length: int) -> Config:
 
 
 def linear_inputs(layer: Layer) -> dict[str, str]:
-    """The linears of a layer in order of use, each with the name under which `tap` sees its input.
+    """The linears of a layer in order of use, each with the name of its input for `tap`.
 
-    The router of a mixture is not among them: it is not pruned.
+    The router of a mixture is left out: it is not pruned.
     """
     parts = ["qkv_proj"] if layer.attention.fused else ["q_proj", "k_proj", "v_proj"]
     inputs = {f"self_attn.{part}": "attention_input" for part in parts}

@@ -1,4 +1,4 @@
-"""All layers of a decoder as one differentiable function, equal neighbours compiled once."""
+"""All layers of a decoder as one differentiable function; equal neighbours are compiled once."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from prox24._models.spec import Config, Layer, layer_shapes
 Tensor = TypeVar("Tensor")
 
 Stacked = list[Weights]
-"""For each run of equal layers its tensors, shape (layers of the run, ...)."""
+"""For each run of equal layers, its tensors of shape (layers of the run, ...)."""
 
 
 def stacked(
@@ -25,7 +25,7 @@ def stacked(
 ) -> Stacked:
     """Stacks the tensors of each run of equal layers, one name after the other.
 
-    `tensor` gets the index of a layer and a name there; `stack` gets a name and its tensors.
+    `tensor` takes the index of a layer and a name. `stack` takes a name and a list of tensors.
     """
     return [
         {
@@ -52,9 +52,9 @@ def features(
 ) -> Array:
     """The last layer's output (batch, length, hidden), float32, for ids (batch, length).
 
-    For the gradient only the input of each layer is kept, and the layer runs again. `layers` are
-    the weights of each run, or other pytrees; `enter` makes the weights and the input of a layer
-    from its part of them and its input.
+    The gradient keeps only the input of each layer, and runs the layer again. `layers` has a
+    stacked pytree for each run, such as its weights. `enter` takes a layer's slice of the pytree
+    and the layer's input. It returns the layer's weights and input.
     """
     hidden = decoder.embed(config, outer, tokens)
     for run, stack in zip(_runs(config), layers, strict=True):
@@ -70,7 +70,7 @@ def features(
 
 @functools.lru_cache(maxsize=16)
 def _runs(config: Config) -> tuple[range, ...]:
-    """The indices of neighbours that are equal."""
+    """The index ranges of equal neighbours."""
     indices = range(len(config.layers))
     runs = (list(run) for _, run in itertools.groupby(indices, config.layers.__getitem__))
     return tuple(range(run[0], run[-1] + 1) for run in runs)
