@@ -1,4 +1,4 @@
-"""A model of any format: its config, tensors that are read when asked for, its tokenizer."""
+"""A model in any format: its config, its tensors, which are read on demand, and its tokenizer."""
 
 import dataclasses
 import functools
@@ -31,30 +31,30 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes that checkpoints are written in, by HF's names."""
+"""The dtypes of written checkpoints, by HF's names."""
 
 FORMATS = (safetensors_file.FILES, pickle_file.FILES, flax_file.FILES)
-"""The weights that an HF folder may have, the preferred ones first."""
+"""The formats of weights in an HF folder, the preferred format first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A model on disk.
 
-    Nothing is computed with `buffers`, where they are known: what they hold is not looked at, such
-    as the -inf that -1e9 is in float16.
+    The model does not compute with the tensors in `buffers`. Their values are not checked: a mask
+    of -1e9 is -inf in float16.
     """
 
-    path: Path  # the folder or file that was opened
+    path: Path  # the opened folder or file
     config: dict[str, Any]  # HF's config.json
     tensors: Mapping[str, TensorSource]  # by HF's names
     shards: list[list[str]]  # names of tensors in the order of writing, file by file
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
-    carried: list[Path]  # files of the source that are copied to an output as they are
+    carried: list[Path]  # files of the source to copy to an output without a change
     buffers: frozenset[str] = frozenset()
     decoder: Config | None = None  # for models with a forward pass here
-    described_by: str | None = None  # where names and shapes come from if there are no weights
-    pruned_dtype: str | None = None  # what `prune` writes by default; None for each tensor's own
+    described_by: str | None = None  # the source of names and shapes if there are no weights
+    pruned_dtype: str | None = None  # default dtype of `prune`; None for each tensor's own
 
     def read(self, name: str) -> NDArray[Any]:
         """The values of a tensor, in the dtype of the file; finite unless it is a buffer."""
@@ -67,15 +67,15 @@ class Checkpoint:
 def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint:
     """Opens a model and checks names, shapes and dtypes.
 
-    The path is a folder with config.json and weights as safetensors, PyTorch's .bin or Flax's
-    msgpack, in one file or with an index of shards; a file that ends in .gguf; or an id of the hub,
-    "owner/name" or "owner/name@revision". With `any_family`, a folder may hold a model without a
-    forward pass here, whose tensors are not checked.
+    The path is a folder, a file that ends in .gguf, or an id of the hub: "owner/name" or
+    "owner/name@revision". A folder has config.json and weights as safetensors, PyTorch's .bin or
+    Flax's msgpack, in one file or with an index of shards. With `any_family`, a model in a folder
+    needs no forward pass here. Its tensors are then not checked.
 
     Raises:
       CheckpointError: something is missing, truncated, of a wrong shape or of an unsupported
         dtype; the message names the file or the tensor.
-      UnsupportedModelError: the architecture, or a setting of it, has no forward pass here.
+      UnsupportedModelError: the architecture, or one of its settings, has no forward pass here.
     """
     path = Path(path)
     if path.suffix == ".gguf" and path.is_file():
@@ -90,10 +90,10 @@ def open_checkpoint(path: str | Path, *, any_family: bool = False) -> Checkpoint
 def open_described(path: str | Path) -> Checkpoint:
     """Opens a model for its names, shapes and dtypes; no weights are downloaded.
 
-    It is as `open_checkpoint`, with two exceptions. A hub's model that is not in the local cache is
-    known by the headers of its safetensors files. A folder without weights, or a hub's model
-    without such files, is known by its config.json; the dtype is float32 if that says none. Reading
-    a tensor then raises CheckpointError.
+    Without weights on this machine it differs from `open_checkpoint`. A model of the hub outside
+    the local cache is described by the headers of its safetensors files. A folder without weights,
+    or a model of the hub without safetensors files, is described by its config.json. The dtype is
+    float32 if config.json has none. Reading a tensor then raises CheckpointError.
     """
     path = Path(path)
     if path.is_dir() and not any(files.are_in(path) for files in FORMATS):
@@ -107,7 +107,7 @@ def open_described(path: str | Path) -> Checkpoint:
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:
-    """The ids that end a text: of generation_config.json, or else of config.json; often one."""
+    """The ids that end a text, from generation_config.json, or else from config.json."""
     path = checkpoint.path / "generation_config.json"
     found = hf_folder.read_json(path).get("eos_token_id") if path.exists() else None
     given = checkpoint.config.get("eos_token_id") if found is None else found
@@ -125,7 +125,7 @@ def _open_folder(
     describe: Callable[[], list[dict[str, TensorSource]]] | None = None,
 ) -> Checkpoint:
     config = hf_folder.read_json(path / "config.json")
-    # An unknown model says so before its files are opened.
+    # An unknown model raises its error before its files are opened.
     model = None if any_family else config_from_hf(config)
     _check_quantization(path, config)
     described_by = None
@@ -138,14 +138,14 @@ def _open_folder(
     tensors = {name: source for shard in shards for name, source in shard.items()}
     model = None if model is None else with_names_of(model, tensors)
     shapes = tensor_shapes(model) if model else {}
-    # The other names of a tensor that the model computes with are left out: those of a tied head.
+    # A tensor of the computation may have a second name, such as a tied head. It is left out.
     used = {id(source) for name, source in tensors.items() if name in shapes}
     tensors = {name: x for name, x in tensors.items() if name in shapes or id(x) not in used}
     own = DTYPES.get(_dtype_of(config), DTYPES["bfloat16"])
     tensors = float8.dequantise(path, config, tensors, own)
     buffers: frozenset[str] = frozenset()
     if model:
-        # A tied head that is also stored is a copy of the embedding, and has to stay one.
+        # A stored tied head is a copy of the embedding, and must remain equal to it.
         head = outer_tensor(model.names, "lm_head.weight")
         buffers = frozenset(tensors.keys() - shapes.keys() - {head})
 
@@ -154,11 +154,11 @@ def _open_folder(
         from transformers import AutoTokenizer
 
         try:
-            # Not asked whether to trust code in the folder: it is not run.
+            # Code in the folder is never run, and transformers does not ask about it.
             return AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # transformers raises a different type for each missing file
+        except Exception as error:  # its type depends on the missing file
             raise CheckpointError(
                 f"{path}: the tokenizer cannot be loaded: {first_line(error)}"
             ) from error
@@ -183,9 +183,9 @@ def _dtype_of(config: Mapping[str, Any]) -> str:
 
 
 def _of_config(path: Path, config: Mapping[str, Any]) -> dict[str, TensorSource]:
-    """The tensors that the model computes with, in the dtype of its config."""
+    """The tensors of the model's computation, in the dtype of its config."""
     name = _dtype_of(config)
-    # What is dequantised without a dtype becomes bfloat16, see `_open_folder`.
+    # A dequantised tensor becomes bfloat16 if the config has no dtype, see `_open_folder`.
     default = "float32" if config.get("quantization_config") is None else "bfloat16"
     dtype = DTYPES.get(default if name == "None" else name)
     if dtype is None:

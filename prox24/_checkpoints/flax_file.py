@@ -1,8 +1,8 @@
 """The msgpack files of the Flax classes that transformers had until version 4.
 
-They hold a tree of arrays whose paths are PyTorch's names, but for the leaf: a linear's weight is
-`kernel`, transposed, an embedding's is `embedding`, and a norm's is `scale`, or `weight` where the
-class had a norm of its own.
+They hold a tree of arrays. Its paths are PyTorch's names, except for the last part: the weight of a
+linear is `kernel`, transposed, and the weight of an embedding is `embedding`. The weight of a norm
+is `scale`, or `weight` for classes with their own norm.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ NORM_LEAVES = {
 """The name of a norm's weight in the Flax class of a model_type."""
 
 EMBEDDINGS = ("embed_positions", "embed_tokens", "word_embeddings", "wpe", "wte")
-"""Modules whose matrix is an embedding; that of any other is a linear."""
+"""Modules whose matrix is an embedding; the matrix of any other module is a linear."""
 
 DTYPE_NAMES = {dtype.name: dtype for dtype in DTYPES.values()}
 ARRAY = 1
-"""Flax's code for an extension of msgpack that holds shape, dtype and bytes of an array."""
+"""Flax's code of the msgpack extension with the shape, dtype and bytes of an array."""
 CHUNKED = "__msgpack_chunked_array__"
-"""Marks a dict that holds an array in pieces, since msgpack has no extension beyond 4 GiB."""
+"""Marks a dict with an array in pieces: a msgpack extension holds at most 4 GiB."""
 
 
 def tensor_name(path: str) -> str:
@@ -47,7 +47,7 @@ def tensor_name(path: str) -> str:
 
 
 def norm_leaf(model_type: str) -> str:
-    """The name that the Flax class of a model has for the weight of a norm."""
+    """The name of a norm's weight in the Flax class of a model."""
     if model_type not in NORM_LEAVES:
         raise UnsupportedModelError(
             f"there is no Flax class to write model_type {model_type!r} for; "
@@ -67,16 +67,16 @@ def leaf_path(name: str, dimensions: int, norm: str) -> str:
 
 
 def open_file(path: Path) -> dict[str, TensorSource]:
-    """The tensors of a file by PyTorch's names and in its layout; the file is read at once."""
+    """The tensors of a file by PyTorch's names, in PyTorch's layout; reads the whole file."""
     from flax.traverse_util import flatten_dict  # slow to import, and for few checkpoints
 
     try:
-        # Not by Flax, which believes what a list says of its length, and knows more than arrays.
+        # Flax's reader trusts the length that a list claims, and decodes more than arrays.
         tree = msgpack.unpackb(
             path.read_bytes(), ext_hook=_array, object_hook=_joined, raw=False, max_array_len=0
         )
         leaves = flatten_dict(tree, sep="/")
-    except Exception as error:  # msgpack, flax and numpy have no exception in common
+    except Exception as error:  # msgpack, flax and numpy share no type of exception
         raise CheckpointError(f"{path} cannot be read as msgpack: {first_line(error)}") from error
     return {tensor_name(leaf): _source(path, leaf, values) for leaf, values in leaves.items()}
 
@@ -91,7 +91,7 @@ def _array(code: int, data: bytes) -> NDArray[Any] | None:
 
 
 def _joined(tree: dict[str, Any]) -> Any:
-    """An array that Flax cut into chunks, or the dict as it is."""
+    """The array, if the dict holds its chunks; otherwise the dict."""
     if CHUNKED not in tree:
         return tree
     parts = (tree["shape"], tree["chunks"])
@@ -120,9 +120,9 @@ def _source(path: Path, leaf: str, values: Any) -> TensorSource:
 
 @contextlib.contextmanager
 def create_file(path: Path, norm: str) -> Iterator[Put]:
-    """A file as the Flax classes wrote it, which is written when all its tensors are there.
+    """A file in the format of the Flax classes, written when the block ends.
 
-    Yields a function that takes a tensor by PyTorch's name and in its layout.
+    Yields a function that takes PyTorch's name of a tensor, and its values in PyTorch's layout.
     """
     from flax.serialization import msgpack_serialize
     from flax.traverse_util import unflatten_dict

@@ -1,4 +1,4 @@
-"""float8 weights and their scales, read as the values that they stand for."""
+"""float8 weights, read as their products with their scales."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from prox24.errors import CheckpointError
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 SCALE = "_scale_inv"
-"""HF's end for the name of a weight's scale, which despite this name multiplies the weight."""
+"""HF's suffix for a weight's scale. Despite this name, the scale multiplies the weight."""
 
 
 def dequantise(
@@ -22,12 +22,12 @@ def dequantise(
 ) -> dict[str, TensorSource]:
     """Replaces each float8 weight by its product with its scale; scales are left out.
 
-    A scale is one number, or one for each block of `weight_block_size` of the
-    `quantization_config`, with incomplete blocks at the end, as in DeepSeek-V3. The products have
-    the dtype that is given.
+    A scale is one number for the weight, or one number for each block, as in DeepSeek-V3. The
+    `quantization_config` has the size of a block as `weight_block_size`. Blocks at the end may be
+    incomplete. The products have the given dtype.
     """
     weights = {name for name, source in tensors.items() if source.dtype in FLOAT8}
-    # The scales of activations, which a static scheme stores, describe float8 arithmetic.
+    # A static scheme also stores scales of activations. Only float8 arithmetic needs them.
     modules = {name.removesuffix(".weight") for name in weights}
     dropped = {f"{name}{SCALE}" for name in weights}
     dropped |= {f"{module}.activation_scale" for module in modules}
@@ -67,10 +67,10 @@ def _product(
             factors = factors.reshape(())
         else:
             for axis, length in enumerate(weight.shape):
-                # A block may be larger than the weight, however large.
+                # A block may be much larger than the weight.
                 factors = np.repeat(factors, min(block[axis], length), axis)
             factors = factors[: weight.shape[0], : weight.shape[1]]
-        with np.errstate(all="ignore"):  # who reads it looks for NaN and Inf
+        with np.errstate(all="ignore"):  # the caller checks for NaN and Inf
             return (weight.read().astype(np.float32) * factors).astype(dtype)
 
     return TensorSource(weight.shape, dtype, read)

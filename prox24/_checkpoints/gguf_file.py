@@ -1,4 +1,4 @@
-"""Reading GGUF files: HF's names, layout and config out of llama.cpp's."""
+"""Reads GGUF files: from llama.cpp's names, layout and metadata to HF's."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ from prox24._models.spec import Config, tensor_shapes
 from prox24.errors import CheckpointError, UnsupportedModelError
 
 EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
-"""Tensors of other kinds lost digits before they came into a file."""
+"""The encodings without loss. Any other encoding has rounded the weights."""
 
 ATTENTION_BIASES = {"attn": "attention_bias"}
 
@@ -31,10 +31,10 @@ class Architecture(NamedTuple):
 
     model_type: str  # HF's
     hf_class: str
-    settings: dict[str, Any]  # of HF's config that follow from the architecture
-    biases: Mapping[str, str] = ATTENTION_BIASES  # the setting for a bias of these linears
-    pairs: bool = False  # the rows of q and k are in the order in which neighbours rotate together
-    norm_offset: float = 0.0  # what was added to the weights of norms
+    settings: dict[str, Any]  # HF's fields with one value for the architecture
+    biases: Mapping[str, str] = ATTENTION_BIASES  # HF's field for a bias, by kind of linear
+    pairs: bool = False  # rotary pairs of q and k are neighbouring rows
+    norm_offset: float = 0.0  # added to the weights of norms in the file
 
 
 SILU = {"hidden_act": "silu"}
@@ -51,7 +51,7 @@ ARCHITECTURES = {
         norm_offset=1.0,
     ),
 }
-"""By general.architecture."""
+"""The supported architectures, by general.architecture."""
 
 
 class Opened(NamedTuple):
@@ -59,13 +59,13 @@ class Opened(NamedTuple):
 
     config: dict[str, Any]  # as in config.json
     decoder: Config
-    tensors: dict[str, TensorSource]  # in HF's layout, float32 but for those stored as float16
+    tensors: dict[str, TensorSource]  # in HF's layout, float16 if stored as float16, else float32
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
-    pruned_dtype: str | None  # bfloat16 where float32 would hold no more than a rounded weight
+    pruned_dtype: str | None  # bfloat16 if the encoding of a tensor is not in `EXACT`, else None
 
 
 def open_gguf(path: Path) -> Opened:
-    """Opens a file of one of the `ARCHITECTURES`; tensors are dequantised when they are read."""
+    """Opens a file with one of the `ARCHITECTURES`; a tensor is dequantised when it is read."""
     try:
         metadata, stored = read_header(path)
     except (OSError, ValueError) as error:
@@ -118,7 +118,7 @@ def _config(
             raise CheckpointError(f"{path}: the metadata field {kind}.{name} is {value}")
         return value
 
-    # Older files have the factor alone, and mean it to be linear; 0 is none.
+    # Older files have only the factor of a linear scaling, where 0 means no scaling.
     factors = (metadata.get(f"{kind}.rope.{n}", 1) for n in ("scaling.factor", "scale_linear"))
     unsaid = "none" if all(factor in (0, 1) for factor in factors) else "linear"
     scaling = metadata.get(f"{kind}.rope.scaling.type", unsaid)
@@ -158,7 +158,7 @@ def _config(
             config[architecture.biases[bias[1]]] = True
     if kind == "gemma3":
         config["sliding_window"] = number("attention.sliding_window")
-        # The model of 62 layers is the one that does not scale by the width of its heads.
+        # Only the model of 62 layers does not scale scores by the width of its heads.
         is_27b = config["num_hidden_layers"] == 62
         config["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
     for theirs, own in {"bos": "bos", "eos": "eos", "padding": "pad"}.items():
@@ -182,12 +182,12 @@ def _source(
         content = read_entries(path, tensor.start, tensor.size, np.dtype(np.uint8))
         rows = content.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
         try:
-            with np.errstate(all="ignore"):  # who reads it looks for NaN and Inf
+            with np.errstate(all="ignore"):  # the caller checks for NaN and Inf
                 values = dequantize(rows, tensor.kind).reshape(tensor.shape)
         except NotImplementedError as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         if heads is not None:
-            # llama.cpp rotates neighbouring pairs, HF halves of a head: the rows have two orders.
+            # llama.cpp pairs neighbouring rows, and HF pairs the two halves of a head.
             pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
             values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
         if module.endswith("norm"):

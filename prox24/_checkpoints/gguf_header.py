@@ -1,8 +1,8 @@
-"""The head of a GGUF file: metadata, and the place of each tensor.
+"""The header of a GGUF file: metadata, and the place of each tensor.
 
-The reader of the gguf package is not used. A file of 50 bytes makes it fill the memory, since it
-follows any count beyond the end of the file. It also makes two arrays of each entry of a list,
-which takes seconds for the tokens of a model.
+The reader of the gguf package is not used. It trusts a count that exceeds the file, so a file of 50
+bytes can fill the memory. It also makes two arrays for each entry of a list, which takes seconds
+for the tokens of a model.
 """
 
 import math
@@ -28,7 +28,7 @@ NUMBERS = {
 
 
 class StoredTensor(NamedTuple):
-    """The encoding and the shape of a tensor, contiguous axis last, and where its bytes lie."""
+    """The encoding, shape (contiguous axis last), first byte and number of bytes of a tensor."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ def _text(file: mmap.mmap) -> str:
 
 
 def _value(file: mmap.mmap) -> Any:
-    """A type and a value of it."""
+    """A value, stored after its type."""
     kind = GGUFValueType(*_unpack(file, "<I"))
     if kind != GGUFValueType.ARRAY:
         return _list(file, kind, 1)[0]
@@ -69,7 +69,7 @@ def _list(file: mmap.mmap, kind: GGUFValueType, count: int) -> list[Any]:
 
 
 def _tensor(file: mmap.mmap) -> tuple[str, StoredTensor]:
-    """The name of a tensor, and where it lies behind the header."""
+    """The name of a tensor, and its place; `start` counts from the end of the header."""
     name = _text(file)
     [dimensions] = _unpack(file, "<I")
     if dimensions > MAX_DIMENSIONS:

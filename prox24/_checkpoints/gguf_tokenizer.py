@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prox24.errors import CheckpointError, first_line
 
-# How a byte-level vocabulary cuts text before merging, by tokenizer.ggml.pre.
+# The cuts of a text before merges, for a byte-level vocabulary, by tokenizer.ggml.pre.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,7 +30,7 @@ PRE_TOKENIZERS: dict[str, pre_tokenizers.PreTokenizer] = {
 }
 
 MAX_TOKEN = 1024
-"""Characters of a token; the time to find the merges of a longer one grows with its square."""
+"""The most characters of a token: the time to find its merges grows with their square."""
 CONTROL_TOKEN = 3
 USER_DEFINED_TOKEN = 4
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -42,14 +42,14 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF's metadata: "gpt2" for byte-level BPE, "llama" for SentencePiece.
 
-    A text begins with `<bos>` where the metadata say so, or, as in llama.cpp, say nothing and the
-    vocabulary is SentencePiece or Llama 3.
+    The field add_bos_token of the metadata says whether a text begins with `<bos>`. Without this
+    field a SentencePiece or Llama 3 text begins with it, as in llama.cpp.
     """
     try:
         return _build(metadata, context_length, path)
     except CheckpointError:
         raise
-    except Exception as error:  # tokenizers has no exceptions of its own
+    except Exception as error:  # tokenizers has no types of exceptions
         raise CheckpointError(
             f"{path}: the tokenizer cannot be built: {first_line(error)}"
         ) from error
@@ -101,12 +101,12 @@ def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
 
 def _byte_level(metadata: dict[str, Any], split: str) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    # Llama 3 takes a word that is a token as it is, whatever the merges make of it.
+    # If a whole word is a token, Llama 3 uses this token and no merges.
     model = models.BPE(
         vocab=_vocabulary(metadata), merges=merges, ignore_merges=split == "llama-bpe"
     )
     tokenizer = Tokenizer(model)
-    # Where digits alone are cut, the expression of GPT-2 cuts the rest.
+    # "smollm" cuts only digits. The expression of GPT-2 cuts the rest.
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split == "smollm")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([PRE_TOKENIZERS[split], bytewise])
     tokenizer.decoder = decoders.ByteLevel()
@@ -114,7 +114,7 @@ def _byte_level(metadata: dict[str, Any], split: str) -> Tokenizer:
 
 
 def _sentence_piece(metadata: dict[str, Any]) -> Tokenizer:
-    """BPE whose merges are the ways to make a piece of two others, pieces of high scores first."""
+    """BPE with a merge for each pair of pieces that makes another piece, by falling score."""
     vocabulary = _vocabulary(metadata)
     scores = metadata["tokenizer.ggml.scores"]
     unknown = metadata["tokenizer.ggml.tokens"][metadata["tokenizer.ggml.unknown_token_id"]]

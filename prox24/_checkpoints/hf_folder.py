@@ -1,4 +1,4 @@
-"""The files of an HF folder: config.json, weights with or without an index, and the others."""
+"""The files of an HF folder: config.json, weights with or without an index, and other files."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from prox24._checkpoints.tensors import TensorSource
 from prox24.errors import CheckpointError
 
 MANIFEST = "prox24.json"
-"""A file that `prox24 prune` writes, see `prox24._checkpoints.manifest`."""
+"""The manifest of `prox24 prune`, see `prox24._checkpoints.manifest`."""
 
 # Weights in other formats would contradict the pruned ones.
 NOT_CARRIED = (
@@ -19,13 +19,13 @@ NOT_CARRIED = (
 )
 
 MAX_DEPTH = 100
-"""Levels of a JSON file; a much deeper one can be neither compared nor printed nor written."""
+"""The most levels of a JSON file. Python cannot compare, print or write much deeper ones."""
 
 
 class WeightFiles(NamedTuple):
     """The names of a format's files, and the function that reads one."""
 
-    stem: str  # of a file's name; the number of a shard follows
+    stem: str  # of a file's name, before the number of the shard
     suffix: str
     open_file: Callable[[Path], dict[str, TensorSource]]  # the tensors by HF's names
     tensor_name: Callable[[str], str] = str  # HF's name for a name in the index
@@ -37,11 +37,11 @@ class WeightFiles(NamedTuple):
 
     @property
     def index_file(self) -> str:
-        """Name of the file that says which shard holds a tensor."""
+        """Name of the file with the shard of each tensor."""
         return f"{self.single_file}.index.json"
 
     def names(self, count: int) -> list[str]:
-        """Names of that many files."""
+        """Names of `count` files."""
         if count == 1:
             return [self.single_file]
         return [f"{self.stem}-{i:05d}-of-{count:05d}{self.suffix}" for i in range(1, count + 1)]
@@ -52,7 +52,7 @@ class WeightFiles(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Decodes a JSON object of a file that is no link to outside its folder."""
+    """Decodes a file with a JSON object; raises CheckpointError for a link out of its folder."""
     if not path.is_file():
         raise CheckpointError(f"cannot read {path}: there is no such file")
     check_inside(path)
@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(text)
         depth = _depth(value)
         if "\\u" in text and depth <= MAX_DEPTH:
-            json.dumps(value, ensure_ascii=False).encode()  # not of halves of characters
+            json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for lone surrogates
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except RecursionError:
@@ -82,7 +82,7 @@ def _depth(value: Any) -> int:
 
 
 def open_shards(folder: Path, formats: Sequence[WeightFiles]) -> list[dict[str, TensorSource]]:
-    """The tensors of a folder, file by file, in the first of the formats that it has."""
+    """The tensors of a folder, file by file, in the first format with weights there."""
     files = next((files for files in formats if files.are_in(folder)), None)
     if files is None:
         names = ", ".join(files.single_file for files in formats)
@@ -104,7 +104,7 @@ def open_shards(folder: Path, formats: Sequence[WeightFiles]) -> list[dict[str, 
 
 
 def weight_files(folder: Path, formats: Sequence[WeightFiles]) -> list[str]:
-    """Names of the files that `open_shards` reads of a folder that it has opened."""
+    """Names of the files that `open_shards` reads in a folder."""
     files = next(files for files in formats if files.are_in(folder))
     if (folder / files.single_file).is_file():
         return [files.single_file]
@@ -118,7 +118,7 @@ def is_whole(folder: Path, formats: Sequence[WeightFiles]) -> bool:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The name of a shard by the tensor's."""
+    """The name of the shard of each tensor."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
@@ -129,16 +129,16 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _open_file(path: Path, files: WeightFiles) -> dict[str, TensorSource]:
-    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
+    if not os.path.isfile(path):  # Path.is_file raises an error for a very long name
         raise CheckpointError(f"shard {path} is missing")
     check_inside(path)
     return files.open_file(path)
 
 
 def check_inside(path: Path) -> None:
-    """Refuses a link to outside a file's folder, but for those of a hub cache.
+    """Raises CheckpointError for a link out of a file's folder, except in a cache of the hub.
 
-    There snapshots/REVISION/FILE is a link to blobs/HASH.
+    In this cache snapshots/REVISION/FILE is a link to blobs/HASH.
     """
     if not path.is_symlink():
         return
@@ -149,10 +149,10 @@ def check_inside(path: Path) -> None:
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The files that go with a model whatever its weights: tokenizer, generation config, licence.
+    """The files of a model that do not depend on its weights, such as tokenizer and licence.
 
-    config.json is written anew, the manifest tells of this model alone: they are not among them.
-    Links to outside the folder are refused: their targets would be copied.
+    config.json is left out: it is written anew. The manifest is left out: it describes this model
+    only. A link out of the folder raises CheckpointError: its target would be copied.
     """
     carried = sorted(
         path

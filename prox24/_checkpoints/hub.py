@@ -16,12 +16,12 @@ from prox24.errors import CheckpointError, Prox24Error, first_line
 
 ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\S+)?")
 
-# What stands beside the weights: configs, tokenizers, licences, the model card. No code.
+# The files next to the weights: configs, tokenizers, licences, the model card. No code.
 OTHER_FILES = ("*.json", "*.jinja", "*.md", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
 
 
 def is_id(text: str) -> bool:
-    """Whether a text has the form of a model's id, with a revision or without.
+    """Whether a text has the form of a model's id, with or without a revision.
 
     Example:
       >>> is_id("owner/name"), is_id("owner/name@v1.0"), is_id("../name"), is_id("a/b/c")
@@ -31,10 +31,10 @@ def is_id(text: str) -> bool:
 
 
 def download(text: str, formats: Iterable[WeightFiles]) -> Path:
-    """The folder of a model in the local cache of the hub, downloaded where it is not there.
+    """The folder of a model in the local cache of the hub; downloads missing files.
 
-    It has weights in the first of the formats that the model has. The environment variables of
-    `huggingface_hub` hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and others.
+    Its weights are in the first format that the model has. The environment variables of
+    `huggingface_hub` apply: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and others.
     """
     for files in formats:
         folder = _snapshot(text, [*OTHER_FILES, f"{files.stem}*{files.suffix}"])
@@ -45,12 +45,12 @@ def download(text: str, formats: Iterable[WeightFiles]) -> Path:
 
 
 def config_folder(text: str) -> Path:
-    """The folder of a model in the local cache; config.json is downloaded if it is not there."""
+    """The folder of a model in the local cache; downloads config.json if it is missing."""
     return _snapshot(text, ["config.json"])
 
 
 def headers(text: str, revision: str) -> list[dict[str, TensorSource]]:
-    """The tensors of a model's safetensors files, of which the headers are downloaded.
+    """The tensors of a model's safetensors files; downloads only the headers of the files.
 
     The list is empty if the model has no such files.
     """
@@ -80,7 +80,7 @@ def _snapshot(text: str, patterns: list[str]) -> Path:
 def _errors_of(text: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the hub has a different type for each failure
+    except Exception as error:  # each failure of the hub has another type
         raise CheckpointError(
             f"{text} is no folder or .gguf file, and cannot be had from the hub: "
             f"{first_line(error)}"
@@ -88,7 +88,7 @@ def _errors_of(text: str) -> Iterator[None]:
 
 
 def check_upload(name: str) -> None:
-    """Raises Prox24Error where `upload` would fail for what is known without the network."""
+    """Raises Prox24Error if `upload` will fail for a reason known without the network."""
     try:
         validate_repo_id(name)
     except ValueError as error:
@@ -104,18 +104,18 @@ def check_upload(name: str) -> None:
 
 
 def upload(folder: Path, name: str) -> str:
-    """Uploads a folder that is complete as a model of the hub, and returns its address.
+    """Uploads a complete folder as a model of the hub, and returns its address.
 
-    A model that is not there is made, public unless the settings of its owner say otherwise.
+    A new model is public unless the settings of its owner say otherwise.
 
     Raises:
-      Prox24Error: whatever fails; says how to upload the folder again.
+      Prox24Error: the upload fails. The message says how to repeat it.
     """
     api = HfApi()
     try:
         address = str(api.create_repo(name, exist_ok=True))
         api.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # the hub has a different type for each failure
+    except Exception as error:  # each failure of the hub has another type
         raise Prox24Error(
             f"{folder} is complete, but was not uploaded: {first_line(error)}; "
             f"to try again: hf upload {name} {folder} ."

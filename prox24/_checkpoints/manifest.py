@@ -1,4 +1,4 @@
-"""The manifest of a pruned folder: how it was made, and the dtype and hash of every tensor."""
+"""The manifest of a pruned folder: its job, and the dtype and hash of every tensor."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -19,11 +19,11 @@ def write_manifest(
     pruned: Iterable[Mapping[str, Any]],
     refined: Collection[str],
 ) -> None:
-    """Writes the manifest, which depends on nothing but the result.
+    """Writes the manifest. Equal results have equal manifests.
 
-    It has the job, without the times of change of its "source" and "dense" files; the tensors as
-    `fill_folder` returns them; the figures of each pruned linear; and marks of the tensors that
-    were changed but not pruned: norms that were trained, biases that were turned.
+    It has the job, without the modification times of its "source" and "dense" files. It has the
+    tensors that `fill_folder` returns, and the figures of each pruned linear. Trained norms and
+    turned biases changed without pruning: they have the mark "refined".
     """
     marks: dict[str, dict[str, Any]] = {name: {"refined": True} for name in refined}
     for linear in pruned:
@@ -40,7 +40,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, if it has one, whose "tensors" have an entry each."""
+    """The manifest of a folder, or None; its "tensors" has an entry for each tensor."""
     path = folder / MANIFEST
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""The model card of an output, README.md: the source's, and what became of the model."""
+"""The model card of an output, README.md: the card of the source, and a section on the job."""
 
 import re
 from collections.abc import Iterable
@@ -20,14 +20,14 @@ NO_METADATA = "---\n\n---\n"
 
 
 def source_card(source: str | Path, checkpoint: Checkpoint) -> ModelCard:
-    """The card of a source, or an empty one, with the metadata that hold for its outputs.
+    """The card of a source, or an empty card, with the metadata of an output.
 
-    The base model is the source if it is an id of the hub, or else what its card or its config
-    names. Evaluation results are those of the source, and the relation is the one to its own base
-    model: they are left out. The hub has no relation for a pruned model.
+    The base model is the source if it is an id of the hub. Otherwise it is the base model in the
+    source's card or config. Evaluation results are left out, since they hold for the source only.
+    `base_model_relation` is left out too: the hub has no relation for a pruned model.
 
     Raises:
-      CheckpointError: the metadata cannot be read; names the file.
+      CheckpointError: the metadata cannot be read. The message names the file.
       DiskError: the file cannot be read.
     """
     file = next((path for path in checkpoint.carried if path.name == CARD), None)
@@ -35,12 +35,12 @@ def source_card(source: str | Path, checkpoint: Checkpoint) -> ModelCard:
         content = b"" if file is None else file.read_bytes()
     except OSError as error:
         raise DiskError(f"cannot read {file}: {error.strerror}") from error
-    text = content.decode("utf-8-sig", "surrogateescape")  # whatever it holds, it is kept
+    text = content.decode("utf-8-sig", "surrogateescape")  # keeps all bytes, also invalid UTF-8
     if not text.lstrip().startswith("---"):
         text = NO_METADATA + text
     try:
-        card = ModelCard(text, ignore_metadata_errors=True)  # of results, which are left out
-    except Exception as error:  # of PyYAML, or of keys that are no names
+        card = ModelCard(text, ignore_metadata_errors=True)  # errors of results do not matter here
+    except Exception as error:  # by PyYAML, or for keys that are not names
         raise CheckpointError(
             f"the metadata of {file} cannot be read ({first_line(error)}); mend or remove the file"
         ) from error
@@ -68,7 +68,7 @@ def _base_model(source: str | Path, config: dict[str, Any], of_card: Any) -> Any
     if not given.exists() and hub.is_id(given.as_posix()):
         return given.as_posix().partition("@")[0]
     names = of_card if isinstance(of_card, list) else [of_card]
-    # Training scripts write paths of their machines there.
+    # Training scripts may write local paths there.
     if names and all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
         return of_card
     own = config.get("_name_or_path")
@@ -76,7 +76,7 @@ def _base_model(source: str | Path, config: dict[str, Any], of_card: Any) -> Any
 
 
 def _with_norwegian(language: Any) -> Any:
-    """YAML 1.1 reads the code of Norwegian, no, as false."""
+    """The languages with "no" for False: YAML 1.1 reads no, the code of Norwegian, as false."""
     if isinstance(language, list):
         return [_with_norwegian(each) for each in language]
     return "no" if language is False else language

@@ -1,8 +1,8 @@
-"""PyTorch's .bin and .pt files, read without torch and without running what they say.
+"""PyTorch's .bin and .pt files, read without torch and without running their code.
 
 torch.save writes a pickle, a program that can call any function of Python. `_Unpickler` has only
-the instructions that a state dict needs, and knows three functions, all of this module. The values
-of the tensors lie outside the pickle and are read when they are asked for.
+the instructions of a state dict, and three functions, all from this module. The values of the
+tensors are outside the pickle, and are read on demand.
 """
 
 import io
@@ -44,7 +44,7 @@ LEGACY_PROTOCOL = 1001
 
 
 class _Storage(NamedTuple):
-    """An array in the file, `length` entries under a key."""
+    """An array in the file: `length` entries with a key."""
 
     key: str
     dtype: np.dtype[Any]
@@ -52,7 +52,7 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor: entries of a storage; the offset and the strides are numbers of entries."""
+    """A tensor in a storage; `offset` and `strides` count entries."""
 
     storage: _Storage
     offset: int
@@ -61,7 +61,7 @@ class _View(NamedTuple):
 
 
 INSTRUCTIONS = (
-    # Values, and the collections that hold them.
+    # Values and collections.
     (pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT)
     + (pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1)
     + (pickle.BINUNICODE + pickle.SHORT_BINUNICODE)
@@ -72,10 +72,10 @@ INSTRUCTIONS = (
     + (pickle.BINPERSID + pickle.GLOBAL + pickle.STACK_GLOBAL + pickle.REDUCE)
     + (pickle.PROTO + pickle.FRAME + pickle.STOP)
 )
-"""Those of a state dict that pickle executes; SETITEM, SETITEMS and BUILD have versions here."""
+"""A state dict's instructions that pickle executes; this module has SETITEM, SETITEMS and BUILD."""
 
 
-# The numbers of arguments are fixed: a long tuple, passed again and again, would take forever.
+# The number of arguments is fixed: a long tuple of arguments, used many times, would take too long.
 def _rebuild_tensor(
     storage: Any,
     offset: Any,
@@ -105,7 +105,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 def _fill(unpickler: Any, keys_and_values: list[Any]) -> None:
     target, keys, values = unpickler.stack[-1], keys_and_values[::2], keys_and_values[1::2]
-    # No tuple: one of the same tuple twice, and so on, takes forever to hash or to print.
+    # No tuples as keys: a deep nest of one tuple in itself takes too long to hash or to print.
     if type(target) is not dict or not all(type(key) in (str, int) for key in keys):
         raise ValueError("it fills a dict by a key that is neither text nor a number")
     target.update(zip(keys, values, strict=True))
@@ -132,12 +132,12 @@ class _Instructions(dict[int, Callable[[Any], None]]):
         raise ValueError(f"it has the instruction {name}, which no state dict needs")
 
 
-# Not pickle.Unpickler, which is in C: its instructions cannot be replaced, and it allocates memory
-# for as many entries or bytes as a file says, before it looks whether the file has them.
+# The base is not pickle.Unpickler, which is in C. Its instructions cannot be replaced. It also
+# allocates the memory that a file claims to need before it checks the size of the file.
 class _Unpickler(pickle._Unpickler):
-    """Runs the pickle that comes next in a file, which is in memory or mapped.
+    """Runs the next pickle in a file, which is in memory or mapped.
 
-    Such a file gives no more bytes than it has, however much a pickle asks for.
+    Such a file never returns more bytes than it has.
     """
 
     dispatch = _Instructions(
@@ -153,7 +153,7 @@ class _Unpickler(pickle._Unpickler):
         return FUNCTIONS.get(full, full)
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """A storage; the legacy format adds None, which could be a part of another storage."""
+        """A storage. The legacy format adds None; a view of another storage is not supported."""
         match pid:
             case ("storage", str(kind), str(key), _, int(length), *part):
                 if kind in STORAGES and 0 <= length < 2**63 and part in ([], [None]):
@@ -166,9 +166,9 @@ def _load(file: mmap.mmap | io.BytesIO) -> Any:
 
 
 def open_file(path: Path) -> dict[str, TensorSource]:
-    """The tensors of a state dict that torch.save wrote, by name.
+    """The tensors of a state dict from torch.save, by name.
 
-    Names of one and the same tensor share one `TensorSource`.
+    All names of one tensor share one `TensorSource`.
     """
     try:
         with (
@@ -178,14 +178,14 @@ def open_file(path: Path) -> dict[str, TensorSource]:
             is_zip = file[: len(ZIP_START)] == ZIP_START
             views, ranges = _open_zip(file) if is_zip else _open_legacy(file)
             sources = {view: _source(path, view, ranges, len(file)) for view in views.values()}
-    except Exception as error:  # a pickle raises whatever its content runs into
+    except Exception as error:  # a damaged pickle can raise any exception
         reason = first_line(error)
         raise CheckpointError(f"{path} cannot be read as a state dict: {reason}") from error
     return {name: sources[view] for name, view in views.items()}
 
 
 def _open_zip(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, slice]]:
-    """The format since torch 1.6: an archive of a pickle, data.pkl, and a file for each storage."""
+    """The format since torch 1.6: an archive with a pickle, data.pkl, and a file per storage."""
     with zipfile.ZipFile(cast(BinaryIO, file)) as archive:
         records = {info.filename: _record(file, info) for info in archive.infolist()}
     [root] = {name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")}
@@ -211,7 +211,7 @@ def _record(file: mmap.mmap, info: zipfile.ZipInfo) -> slice:
 
 
 def _open_legacy(file: mmap.mmap) -> tuple[dict[str, _View], dict[str, slice]]:
-    """The format before torch 1.6: five pickles, then each storage behind its length."""
+    """The format before torch 1.6: five pickles, then each storage after its length."""
     if _load(file) != LEGACY_MAGIC or _load(file) != LEGACY_PROTOCOL:
         raise ValueError("it was not written by torch.save")
     if not _load(file)["little_endian"]:
@@ -238,7 +238,7 @@ def _views(state: Any) -> dict[str, _View]:
 
 
 def _source(path: Path, view: _View, ranges: Mapping[str, slice], file_size: int) -> TensorSource:
-    """Checks that a tensor lies within its storage, and that within the file."""
+    """Checks that a tensor is within its storage, and the storage within the file."""
     storage, entries = view.storage, math.prod(view.shape)
     if storage.key not in ranges:
         raise ValueError(f"the storage {storage.key} is missing")
@@ -256,7 +256,7 @@ def _source(path: Path, view: _View, ranges: Mapping[str, slice], file_size: int
     def read() -> NDArray[Any]:
         first = record.start + view.offset * width
         values = read_entries(path, first, span, storage.dtype)
-        # A stride along one entry or none is of no effect, and may be any number.
+        # Along an axis of one entry or none, the stride has no effect and may be any number.
         steps = [step * width if n > 1 and entries else 0 for n, step in places]
         return np.asarray(as_strided(values, view.shape, steps), order="C")
 

@@ -37,9 +37,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def open_file(path: Path) -> dict[str, TensorSource]:
-    """The tensors of a file by name; a dtype that is not in `DTYPES` becomes void."""
+    """The tensors of a file by name; a dtype outside `DTYPES` becomes void."""
     try:
-        with safe_open(path, "numpy"):  # which checks that the header describes the file
+        with safe_open(path, "numpy"):  # checks that the header fits the file
             pass
         with path.open("rb") as file:
             [length] = struct.unpack("<Q", file.read(8))
@@ -53,7 +53,7 @@ def open_file(path: Path) -> dict[str, TensorSource]:
 
 
 def described(path: Path, name: str, entry: Mapping[str, Any]) -> TensorSource:
-    """A tensor of a file that is elsewhere, by its entry in the header."""
+    """A tensor of a remote file, from its entry in the header; its values cannot be read."""
     return TensorSource(*_source(path, 0, name, entry)[:2])
 
 
@@ -63,7 +63,7 @@ def _source(path: Path, start: int, name: str, entry: Mapping[str, Any]) -> Tens
     if not is_possible(shape, dtype):
         raise CheckpointError(f"shard {path}: tensor {name} has shape {shape}, as no array has")
 
-    # Not by safe_open, which has no float8 for numpy.
+    # safe_open has no float8 for numpy.
     def read() -> NDArray[Any]:
         if not dtype.itemsize:
             raise CheckpointError(f"{path}: dtype {entry['dtype']} is not supported")
@@ -75,10 +75,10 @@ def _source(path: Path, start: int, name: str, entry: Mapping[str, Any]) -> Tens
 
 @contextlib.contextmanager
 def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
-    """A file of tensors whose values are written one by one, in any order.
+    """A file for tensors; their values are written one by one, in any order.
 
-    Values that were written to such a file before stay. It is open only while a tensor is written:
-    a model may have more files than may be open.
+    Values from an earlier run stay in the file. The file is open only while a tensor is written,
+    since a model may have too many files to keep open.
     """
     stored = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

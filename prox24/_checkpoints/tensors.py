@@ -1,4 +1,4 @@
-"""A tensor in a file, known by shape and dtype before it is read."""
+"""Tensors in files, with shape and dtype before the values are read."""
 
 import contextlib
 import math
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from prox24.errors import CheckpointError, DiskError
 
 Put = Callable[[str, NDArray[Any]], None]
-"""Writes the values of a tensor, by name, to the place that a file has for it."""
+"""Writes the values of a tensor, by name, to its place in a file."""
 
 MAX_DIMENSIONS = 64  # numpy's
 
 FINITE_CHECK = 2**22
-"""Entries that are checked at a time, so that the copies which that takes stay small."""
+"""The number of entries in one check, so that the copies of a check stay small."""
 
 
 class Spec(NamedTuple):
@@ -32,7 +32,7 @@ def _unread() -> NDArray[Any]:
 
 
 class TensorSource(NamedTuple):
-    """A tensor to read; without a function for that, it is known by shape and dtype alone."""
+    """A tensor to read; without a `read` function, only its shape and dtype are known."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -40,25 +40,25 @@ class TensorSource(NamedTuple):
 
 
 def byte_count(tensor: Spec | TensorSource) -> int:
-    """Bytes of the values."""
+    """The number of bytes of the values."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def is_possible(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether numpy has arrays of a shape; it has none of some that are empty.
+    """Whether numpy can have an array of a shape; some empty shapes are impossible.
 
     Example:
       >>> is_possible((0, 2**40), np.dtype(np.int8)), is_possible((0, 2**63), np.dtype(np.int8))
       (True, False)
     """
     width = max(dtype.itemsize, 1)
-    if any(n < 0 for n in shape):  # as in a header that no library has checked
+    if any(n < 0 for n in shape):  # possible in an unchecked header
         return False
     return len(shape) <= MAX_DIMENSIONS and math.prod(n or 1 for n in shape) * width < 2**63
 
 
 def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Reads consecutive entries of a file, the first of which begins at byte `start`."""
+    """Reads `count` consecutive entries of a file from byte `start`."""
     size = count * dtype.itemsize
     try:
         content = np.fromfile(path, np.uint8, count=size, offset=start)
@@ -74,7 +74,7 @@ def read_entries(path: Path, start: int, count: int, dtype: np.dtype[Any]) -> ND
 
 @contextlib.contextmanager
 def writing(destination: Path) -> Iterator[None]:
-    """Makes a DiskError that names the destination of an OSError."""
+    """Turns an OSError into a DiskError that names the destination."""
     try:
         yield
     except OSError as error:
@@ -85,6 +85,6 @@ def is_finite(values: NDArray[Any]) -> bool:
     """Whether no entry is NaN or Inf, in any dtype of numpy or ml_dtypes."""
     entries = values.reshape(-1)
     parts = (entries[i : i + FINITE_CHECK] for i in range(0, entries.size, FINITE_CHECK))
-    if values.dtype.kind not in "biuf":  # ml_dtypes's, which float32 holds
+    if values.dtype.kind not in "biuf":  # of ml_dtypes; float32 holds their values
         parts = (part.astype(np.float32) for part in parts)
     return all(np.isfinite(part).all() for part in parts)

@@ -1,4 +1,4 @@
-"""The state of a training on disk, written by orbax: complete or absent, the last one kept."""
+"""The state of a training on disk, written by orbax: complete or absent; only the last is kept."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ class States(NamedTuple):
     """A folder of states."""
 
     manager: ocp.CheckpointManager
-    job: Mapping[str, Any]  # what decides the result
+    job: Mapping[str, Any]  # all inputs that decide the result
     losses: list[float]  # so far
 
     def save(self, state: Training) -> None:
-        """Writes a state; when it returns, the arrays may be overwritten."""
+        """Writes a state; after the call the arrays may be overwritten."""
         arrays = (state.master, state.optimizer, state.best)
         about = {"job": self.job, "losses": state.losses}
         both = ocp.args.Composite(
@@ -34,13 +34,13 @@ class States(NamedTuple):
         try:
             self.manager.save(state.steps, args=both)
             self.manager.wait_until_finished()
-        except (OSError, ValueError) as error:  # tensorstore raises this one for a full disk
+        except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
             raise DiskError(
                 f"cannot write the state in {self.manager.directory}: {first_line(error)}"
             ) from error
 
     def resume(self, begun: Training) -> Training:
-        """The state that was saved last, in the shapes and places of this one; or this one."""
+        """The last saved state, with the shapes and devices of `begun`; without one, `begun`."""
         step = self.manager.latest_step()
         if step is None:
             return begun
@@ -55,8 +55,8 @@ class States(NamedTuple):
 
 @contextlib.contextmanager
 def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
-    """Opens a folder of states, or makes it; refuses states of another job."""
-    with writing(folder):  # Found out before there is a state to be lost.
+    """Opens or makes a folder of states; raises CheckpointError for states of another job."""
+    with writing(folder):  # Finds errors before there is a state to lose.
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
@@ -87,11 +87,11 @@ def _reading(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def _numbered(arrays: Any) -> dict[str, Any]:
-    """The leaves by their place, since orbax has names of its own for what optax keeps."""
+    """The leaves by their number, since orbax renames the parts of an optax state."""
     return {str(place): leaf for place, leaf in enumerate(jax.tree.leaves(arrays))}
 
 
 def _like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    # A count that is on no device in particular would be bound to one.
+    # A sharding would bind an uncommitted count to one device.
     sharding = leaf.sharding if leaf.committed else None
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,14 +1,14 @@
-"""A folder that is being written: its destination is complete or absent, and done work is kept.
+"""An unfinished folder: its destination is complete or absent, and finished work is kept.
 
-Beside a destination DST stands DST.unfinished while it is written:
+The folder DST.unfinished is next to a destination DST while DST is written:
 
-    lock            held by the process that writes
-    job.json        what decides the bytes of the result
-    journal.jsonl   a line for each tensor that is safely on disk
-    activations/    hidden states, where they are kept on disk, by process
-    model/          the files of the result, which is renamed to DST in the end
-    replaced/       what stood at DST before, for the moment of the renaming
-    old/            the same afterwards, until it is deleted
+    lock            held by the writing process
+    job.json        all inputs that decide the bytes of the result
+    journal.jsonl   a line for each tensor on disk
+    activations/    hidden states on disk, if any, by process
+    model/          the files of the result, renamed to DST at the end
+    replaced/       the previous DST, during the renaming
+    old/            the previous DST, until it is deleted
 """
 
 import contextlib
@@ -36,7 +36,7 @@ OF_A_RUN = {"lock", "job.json", "journal.jsonl", "activations", "model", "replac
 
 
 class Written(NamedTuple):
-    """A tensor that was written."""
+    """A written tensor."""
 
     name: str
     file: Path
@@ -44,14 +44,14 @@ class Written(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """A folder that is being written.
+    """A folder with unfinished work.
 
-    `record` notes that a tensor is done, with what else is to be known of it.
+    `record` notes in the journal that a tensor is finished, with any further facts about it.
     """
 
-    folder: Path  # where its files go
-    entries: dict[str, dict[str, Any]]  # what `record` noted before, by tensor, in that order
-    finished: dict[str, TensorSource]  # the tensors that were noted, as they were written
+    folder: Path  # for the files of the result
+    entries: dict[str, dict[str, Any]]  # the journal's entries by tensor, in order
+    finished: dict[str, TensorSource]  # the tensors in `entries`, in their written form
     record: Callable[[Written, Mapping[str, Any]], None]
 
 
@@ -61,9 +61,9 @@ def unfinished_folder(
 ) -> Iterator[Unfinished]:
     """Makes a folder that becomes the destination when the block ends without an error.
 
-    The job is what decides the result, as JSON has it. What `record` noted outlives the end of the
-    process, and the same job goes on where it ended. An error that is the input's would come again:
-    it ends the job, and nothing is kept.
+    `job` has all inputs that decide the result, in the form of JSON. The entries of `record`
+    survive the end of the process, and the same job continues after them. An error of the input
+    would occur again: it ends the job, and nothing is kept.
     """
     work = work_folder(destination)
     if work.exists() and not work.is_dir():
@@ -72,7 +72,7 @@ def unfinished_folder(
         work.mkdir(exist_ok=True)
         names = {file.name for file in work.iterdir()}
     others = names - OF_A_RUN
-    # What locks and network file systems leave for a moment lies beside a lock or a job.
+    # Locks and network file systems may leave temporary files next to a lock or a job.
     if others and not names & {"lock", "job.json"}:
         raise CheckpointError(
             f"{work}, where {destination} would be made, holds {min(others)}; move it away"
@@ -100,11 +100,11 @@ def unfinished_folder(
                 for part in ("model", "activations"):
                     shutil.rmtree(work / part, ignore_errors=True)
                 (work / "model").mkdir()
-                # It may be cut off: no run goes on with it before there is a line in the journal.
+                # It may be incomplete: a run continues it only if the journal has a line.
                 (work / "job.json").write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
                 synchronise(work / "job.json")
         finished = _tensors(work / "model", done)
-        # Each is read once, to see whether it is what was written.
+        # Each tensor is read once to check its hash.
         for name, entry in done.items():
             if name not in finished or sha256(finished[name].read()) != entry["sha256"]:
                 raise CheckpointError(f"{work}/model: tensor {name} is damaged; delete {work}")
@@ -139,7 +139,7 @@ def unfinished_folder(
 
 
 def opened_by_another(destination: Path) -> Unfinished:
-    """The folder that another process of the same run has open, for what is finished in it."""
+    """The finished tensors in a folder that another process of the same run has open."""
     work = work_folder(destination)
     entries = _entries(work)
     tensors = _tensors(work / "model", entries)
@@ -150,7 +150,7 @@ def opened_by_another(destination: Path) -> Unfinished:
 
 
 def check_replaceable(destination: Path, overwrite: bool) -> None:
-    """Raises CheckpointError where something stands at the destination and has to stay."""
+    """Raises CheckpointError if the destination exists and must not be overwritten."""
     if destination.exists() and not overwrite:
         raise CheckpointError(
             f"{destination} exists; pass overwrite=True, or --overwrite, to replace it"
@@ -158,10 +158,10 @@ def check_replaceable(destination: Path, overwrite: bool) -> None:
 
 
 def source_files(path: Path) -> dict[str, list[int]]:
-    """Size and time of change, in ns, of a model's weights and config, by which to know it again.
+    """Size in bytes and modification time in ns of each file of a model's weights and config.
 
-    What its other files hold goes into the result as well, or decides the tokens of a text, which
-    have a hash of their own: no work is lost when they change.
+    They identify the model. A change in another file loses no finished work. The result has the
+    changed file. The tokens of a text have their own hash.
     """
     if path.is_file():
         return {path.name: _size_and_time(path)}
@@ -170,7 +170,7 @@ def source_files(path: Path) -> dict[str, list[int]]:
 
 
 def check_unchanged(path: Path, files: Mapping[str, list[int]]) -> None:
-    """Raises CheckpointError unless every file is what `source_files` said; new ones may come."""
+    """Raises CheckpointError if a file changed since `source_files`; new files are allowed."""
     for name, before in files.items():
         file = path if path.is_file() else path / name
         if not file.is_file() or _size_and_time(file) != before:
@@ -188,12 +188,12 @@ def sha256(values: NDArray[Any]) -> str:
 
 
 def work_folder(destination: Path) -> Path:
-    """Where a destination is written before it is complete."""
+    """The folder of the unfinished work on a destination."""
     return destination.absolute().with_name(destination.name + ".unfinished")
 
 
 def _entries(work: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a journal, whose last line may be cut off; none where its files are gone."""
+    """The complete lines of a journal, by tensor; empty if its files are missing."""
     journal = work / "journal.jsonl"
     if not journal.exists() or not (work / "model").is_dir():
         journal.unlink(missing_ok=True)
@@ -213,7 +213,7 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _intact(path: Path) -> Iterator[None]:
-    """Names a file of the folder that does not hold what was written to it."""
+    """Turns an error of a damaged file into a CheckpointError that names the file."""
     try:
         yield
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -249,7 +249,7 @@ def difference(before: Any, now: Any, name: str = "") -> str | None:
 
 
 def _tensors(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSource]:
-    """The tensors of the journal that the files hold."""
+    """The tensors of the journal, if a file holds them."""
     tensors: dict[str, TensorSource] = {}
     for path in sorted(folder.glob("*.safetensors")) if entries else []:
         tensors |= safetensors_file.open_file(path)
@@ -275,9 +275,9 @@ def _move_into_place(work: Path, destination: Path, overwrite: bool) -> None:
 
 
 def _put_back(work: Path, destination: Path) -> None:
-    """Undoes half of a replacement, which an end of the process may have left, or ends a whole one.
+    """Repairs an interrupted replacement: undoes half of one, or completes a whole one.
 
-    Between the two, where something else came to stand at the destination, both stay.
+    If another program has made the destination between the two renames, both folders stay.
     """
     replaced = work / "replaced"
     if replaced.exists() and not destination.exists():

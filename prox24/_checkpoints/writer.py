@@ -1,4 +1,4 @@
-"""Writing HF folders that are complete or absent."""
+"""Writes HF folders, complete or not at all."""
 
 import contextlib
 import shutil
@@ -33,10 +33,10 @@ class Output(NamedTuple):
     """A format to write."""
 
     files: WeightFiles
-    names: Collection[str]  # HF's, of the tensors that it holds
-    stored_name: Callable[[str, int], str]  # in the index, by HF's name and the number of axes
+    names: Collection[str]  # HF's names of its tensors
+    stored_name: Callable[[str, int], str]  # from HF's name and the number of axes to the index's
     create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
-    remark: str  # what runs faster for it
+    remark: str  # on the speed of a model in this format
 
 
 ZEROS_ARE_STORED = "zeros are stored like other weights: no runtime skips them by itself"
@@ -65,13 +65,13 @@ def _flax(source: Checkpoint) -> Output:
 
 
 OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {"safetensors": _safetensors, "flax": _flax}
-"""The formats to write in: safetensors, and the msgpack files of transformers' Flax classes."""
+"""The output formats: safetensors, and the msgpack files of transformers' Flax classes."""
 
 
 def check_destination(
     destination: Path, inputs: Iterable[str | Path | None], overwrite: bool
 ) -> None:
-    """Raises CheckpointError where writing a folder would fail or lose one of the inputs."""
+    """Raises CheckpointError if writing the folder would fail or overwrite one of the inputs."""
     if destination.name in ("", ".."):
         raise CheckpointError(f"{destination} has no name of its own; choose another destination")
     for path in (Path(given) for given in inputs if given is not None):
@@ -87,9 +87,9 @@ def check_destination(
 
 
 def check_outside(destination: Path, path: Path) -> None:
-    """Raises CheckpointError where a path is, or lies in, the destination or what becomes it.
+    """Raises CheckpointError if a path is, or is in, the destination or its unfinished folder.
 
-    None of them need exist.
+    The path and both folders may be missing.
     """
     whole, work = path.resolve(), work_folder(destination)
     places = {destination: f"{destination}", work: f"{work}, where {destination} is made,"}
@@ -109,10 +109,10 @@ def write_checkpoint(
     overwrite: bool = False,
     **options: Any,
 ) -> list[str]:
-    """Writes an HF folder as `fill_folder` does, with its options, and returns the tensors' names.
+    """Writes an HF folder by `fill_folder`, with its options, and returns the tensors' names.
 
-    The folder is written beside the destination, synchronised to disk and renamed, so that the
-    destination is complete or absent, whatever happens.
+    The folder is written next to the destination, synchronised to disk and renamed. So the
+    destination is always complete or absent.
     """
     check_destination(destination, [source.path], overwrite)
     files = source_files(source.path)
@@ -127,16 +127,17 @@ def fill_folder(
     unfinished: Unfinished,
     replaced: Iterable[Replacement] = (),
     *,
-    dtype: str | None = None,  # of all but buffers and integers; None for each tensor's own
-    max_shard_bytes: int | None = None,  # unless one tensor is larger; None for the source's files
+    dtype: str | None = None,  # of all tensors except buffers and integers; None keeps each dtype
+    max_shard_bytes: int | None = None,  # a larger tensor gets its own file; None: as the source
     file_format: str = "safetensors",  # a key of `OUTPUTS`
     on_replaced: Callable[[Written, Replacement], None] = lambda written, replacement: None,
 ) -> dict[str, dict[str, str]]:
     """Writes the files of an HF folder; returns "dtype" and "sha256" of their tensors by name.
 
-    A replacement is a tuple of the name of a tensor, its new values, and more that is not looked
-    at. It is written, and `on_replaced` is called with it, before the next one is asked for. Other
-    tensors are copied bit for bit; those that are finished there stay. Flax files lack buffers.
+    A replacement is a tuple: the name of a tensor, its new values, and any further items, which
+    are ignored. It is written, and `on_replaced` is called with it, before the next replacement is
+    read. Finished tensors stay. All other tensors are copied, and converted only to `dtype`. Flax
+    files have no buffers.
     """
     folder = unfinished.folder
     output = OUTPUTS[file_format](source)
@@ -192,8 +193,8 @@ def fill_folder(
 
 
 def _write_companions(source: Checkpoint, folder: Path, dtype: str | None) -> None:
-    """Everything but the weights."""
-    for left in carried_files(folder):  # by a run before this, from which the source may differ
+    """Writes all files except the weights."""
+    for left in carried_files(folder):  # from an earlier run, perhaps with other source files
         left.unlink()
     for carried in source.carried:
         try:
@@ -202,12 +203,12 @@ def _write_companions(source: Checkpoint, folder: Path, dtype: str | None) -> No
             raise DiskError(f"cannot read {carried}: {error.strerror}") from error
         with file, (folder / carried.name).open("wb") as copy:
             shutil.copyfileobj(file, copy)
-    if source.path.is_file():  # which holds the tokenizer as well
+    if source.path.is_file():  # a GGUF file, which also holds the tokenizer
         tokenizer = source.load_tokenizer()
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:
-            if type(error) is not Exception:  # tokenizers's for a disk that is full
+            if type(error) is not Exception:  # tokenizers raises a plain Exception for a full disk
                 raise
             raise DiskError(f"cannot write {folder}: {first_line(error)}") from error
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
@@ -217,7 +218,7 @@ def _write_companions(source: Checkpoint, folder: Path, dtype: str | None) -> No
 
 
 def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
-    """Shape and dtype of a tensor in the output; buffers and integers keep theirs."""
+    """Shape and dtype of a tensor in the output; buffers and integers keep their dtype."""
     own = source.tensors[name]
     if not own.dtype.itemsize:
         raise CheckpointError(f"{source.path}: tensor {name} has a dtype that is not supported")
@@ -227,7 +228,7 @@ def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
 
 
 def _allocated(folder: Path) -> int:
-    """Bytes on disk that the files of a folder have already."""
+    """The bytes on disk that the files of a folder already occupy."""
     # Windows does not count blocks.
     return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in folder.iterdir())
 
