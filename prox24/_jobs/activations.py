@@ -1,4 +1,4 @@
-"""Hidden states in files: memory for the layers, and a place from which a run can go on."""
+"""Hidden states in files: this frees memory for the layers, and a run can resume from them."""
 
 import errno
 import math
@@ -16,7 +16,7 @@ from prox24._jobs.processes import latest, meet
 
 
 class Mapped(list[NDArray[np.float32]]):
-    """Micro-batches that are views into a file; what is assigned to one is written there."""
+    """Micro-batches as views into a file; an assignment writes into the file."""
 
     def __setitem__(self, index: Any, values: Any) -> None:
         self[index][...] = values
@@ -26,12 +26,12 @@ class ActivationFiles:
     """Streams of hidden states in memory-mapped files of a folder.
 
     A stream has two files: the input of a layer is read from one while its output is written to the
-    other. A third names the layer that all streams are complete for. Each of several processes
-    has a folder of its own.
+    other. A further file has the number of the layer whose input is complete in all streams. Each
+    process has its own folder.
 
     Attributes:
-      layer: that every stream was complete for when the folder was opened; None at the start, or
-        where a file is missing, damaged or of another length.
+      layer: the layer whose input was complete in every stream when the folder was opened. None at
+        the start, or if a file is missing, damaged or of another length.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ActivationFiles:
         streams: Iterable[str],
         layers: int,
     ):
-        """Opens a folder, or makes it; a stream has the shape (windows, length, hidden)."""
+        """Opens or makes a folder; a stream has the shape (windows, length, hidden)."""
         self._folder, self._shape, self._micro_batch = folder, shape, micro_batch
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,12 +54,12 @@ class ActivationFiles:
             whole = self.layer <= layers and all(
                 path.is_file() and path.stat().st_size == self._size for path in paths
             )
-            # A process that lacks a file sends all of them back to the start.
+            # If one process lacks a file, all processes start again.
             if latest(None if whole else self.layer) is not None:
                 self.layer = None
         if self.layer is None:
             with writing(folder):
-                # What it says is true no more when the first file is written.
+                # The first write to a file makes the note wrong.
                 note.unlink(missing_ok=True)
                 synchronise(folder)
             meet("the activations begin anew")
@@ -72,7 +72,7 @@ class ActivationFiles:
         return self._folder / f"{stream}-{layer % 2}"
 
     def micro_batches(self, stream: str, layer: int) -> Mapped:
-        """The input of a layer, to be read or written."""
+        """The input of a layer, to read or to write."""
         path, size = self._path(stream, layer), self._micro_batch
         with writing(path):
             path.touch()
@@ -81,22 +81,22 @@ class ActivationFiles:
         return Mapped(whole[i : i + size] for i in range(0, len(whole), size))
 
     def complete(self, layer: int, streams: Iterable[str]) -> None:
-        """Notes that the input of a layer is written; when it returns, it is on disk."""
+        """Notes that the input of a layer is complete; after the call it is on disk."""
         new = self._folder / "layer.new"
         with writing(self._folder):
             new.write_text(str(layer))
             for path in [*(self._path(stream, layer) for stream in streams), new]:
                 synchronise(path)
-            # When one process has noted the layer, all have written it.
+            # Before one process notes the layer, all processes have written it.
             meet(f"layer {layer} is complete")
             new.replace(self._folder / "layer")
             synchronise(self._folder)
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Takes a file's place on the disk: where there is none later, a mapped file ends the process.
+    """Reserves a file's bytes on the disk: a full disk would later kill the process.
 
-    Some systems and file systems cannot.
+    Some systems and file systems cannot do this.
     """
     if not hasattr(os, "posix_fallocate"):
         return

@@ -1,4 +1,4 @@
-"""The whole job of training a pruned model on the dense model's predictions."""
+"""The job of training a pruned model on the dense model's predictions."""
 
 import contextlib
 import dataclasses
@@ -46,21 +46,21 @@ class DistillReport(Report):
     """How a model was trained; printed, it is a table.
 
     Attributes:
-      dense: the model that was pruned.
-      pruned: the model that was trained.
-      destination: the folder that was written.
-      refinement: how it was trained, by field of `ModelRefinement`.
+      dense: the dense model.
+      pruned: the pruned model before the training.
+      destination: the written folder.
+      refinement: the settings of the training, by field of `ModelRefinement`.
       text: the text, its windows and tokens.
       outcome: "improved", "unchanged" or "diverged".
-      losses: on held-out windows, before the first step and at each measurement; None where one is
-        not finite.
-      steps: of the optimizer.
-      resumed_steps: the steps that a run before had taken.
-      tokens: that were trained on, counted once for each pass.
+      losses: the loss on held-out windows, before the first step and at each measurement; None for
+        NaN or infinity.
+      steps: number of steps of the optimizer.
+      resumed_steps: number of steps of an earlier, interrupted run.
+      tokens: number of training tokens, counted once for each pass.
       seconds: wall-clock time of the job.
-      peak_memory_bytes: the largest resident memory; None where it is not known.
+      peak_memory_bytes: the largest resident memory; None if it is not known.
       versions: of Python and packages.
-      remark: what a runtime makes of the zeros.
+      remark: the effect of the zeros on the speed of a runtime.
     """
 
     dense: str
@@ -105,21 +105,21 @@ def distill(
     overwrite: bool = False,
     quiet: bool = True,
 ) -> DistillReport:
-    """Trains the weights that pruning kept on the dense model's predictions, and writes the result.
+    """Trains the kept weights on the dense model's predictions, and writes the result.
 
-    The zeros stay zeros. Norms and biases are trained, too; embeddings and head are not.
+    The zeros stay zeros. Norms and biases are trained too; embeddings and head are not.
 
     Args:
-      dense: the model that was pruned: an HF folder, a GGUF file, or the hub's
-        OWNER/NAME[@REVISION].
-      pruned: the pruned model.
+      dense: the dense model: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
+      pruned: the pruned model, in the same forms.
       destination: the HF folder to write; complete or absent.
-      refinement: how it is trained.
-      text: to train on; or token ids, shape (windows, length). The last windows are held out; those
-        of a text are shuffled before.
-      state: a folder for the state of the training at each measurement; the same call goes on from
+      refinement: the settings of the training.
+      text: the text to train on; or token ids, shape (windows, length). The windows of a text are
+        shuffled first. Then the last windows are held out.
+      state: a folder for the state of the training at each measurement; the same call resumes from
         there.
-      tensor_parallel: devices that share heads and widths; the others share the windows.
+      tensor_parallel: number of devices that share heads and widths; all such groups of devices
+        share the windows.
       overwrite: replaces the destination.
       quiet: shows no progress bar.
 
@@ -166,7 +166,7 @@ def distill(
     steps = refinement.steps(len(windows) // refinement.step_windows)
     measurements = math.ceil(steps / refinement.measured_every(steps))
     keeping = contextlib.nullcontext() if state is None else states(Path(state), job)
-    # Opened before hours are spent.
+    # Errors of the folder come before the long training.
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
         with progress_bar("distill", measurements, quiet) as advance, keeping as kept:
 
@@ -219,7 +219,7 @@ def distill(
 def _card_section(
     windows: NDArray[np.int32], refinement: ModelRefinement, losses: Sequence[float]
 ) -> str:
-    """Markdown that tells a model's users how it was trained."""
+    """A section of Markdown about the training, for the model card."""
     return f"""## Distillation
 
 prox24 {versions()["prox24"]} trained the weights that pruning kept, in {refinement.passes} passes

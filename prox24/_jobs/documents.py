@@ -1,6 +1,6 @@
-"""The documents of a source: of a text file, of records, of a folder, or of a dataset of the hub.
+"""The documents of a source: a text file, records, a folder, or a dataset of the hub.
 
-Nothing here knows a tokenizer but by `chat`, which makes a text of a record's messages.
+Only the function `chat` depends on a tokenizer. It makes a text of a record's messages.
 """
 
 import bz2
@@ -20,7 +20,7 @@ Chat = Callable[[list[dict[str, Any]]], str]
 """The text of a conversation, by the chat template of a tokenizer."""
 
 FIELDS = ("text", "messages")
-"""The fields of a record that are read where none is named."""
+"""The default fields of a record: the first of them in the record is read."""
 
 DATASET = re.compile(
     r"hf:(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:#(?P<config>[^:#]+))?(?::(?P<split>[^:#]+))?"
@@ -44,13 +44,15 @@ def is_dataset(source: str) -> bool:
 def documents(source: str, field: str | None, chat: Chat) -> Iterator[str]:
     """Yields the documents of a source, in its order.
 
-    A text file is one document. A record of a .jsonl, .json, .csv or .parquet file, or of a dataset
-    of the hub, has one in its field: a text, or the messages of a conversation. A folder has those
-    of the files in it that end so, by name. Files may be compressed, as .gz, .bz2 or .xz.
+    A text file is one document. A .jsonl, .json, .csv or .parquet file has records, and so has a
+    dataset of the hub. A field of each record has one document: a text, or the messages of a
+    conversation. A folder has the documents of its files with these suffixes and of its .txt files,
+    by name. Files may be compressed as .gz, .bz2 or .xz.
 
     Raises:
-      CalibrationError: a file cannot be read, or a record has no text; names the file and the line.
-      MissingPackageError: what reads it is not installed.
+      CalibrationError: a file cannot be read, or a record has no text. The message names the file
+        and the line.
+      MissingPackageError: a package that reads the source is not installed.
     """
     if is_dataset(source):
         for number, record in enumerate(_hub_records(source)):
@@ -66,7 +68,7 @@ def documents(source: str, field: str | None, chat: Chat) -> Iterator[str]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file, or the files of a folder that hold text, in the order of their names."""
+    """The file itself, or the text files of a folder in the order of their names."""
     if not path.is_dir():
         return [path]
     kinds = (".txt", *RECORDS)
@@ -94,7 +96,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def plain_text(path: Path) -> str:
-    """The text of a file, with its line ends; refused if it is JSON by another name."""
+    """The text of a file, with its line ends; raises CalibrationError if it is JSON."""
     text = "".join(_lines(path))
     if _is_json(text.lstrip().partition("\n")[0]):
         raise CalibrationError(f"{path} holds JSON: give it a name that ends in .jsonl or .json")
@@ -170,11 +172,11 @@ RECORDS = {
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
 }
-"""What yields the records of a file, each with its place for an error."""
+"""Functions that yield the records of a file, each with its place for an error message."""
 
 
 def _hub_records(source: str) -> Iterator[Any]:
-    """The records of a dataset of the hub, downloaded as they are asked for."""
+    """The records of a dataset of the hub, downloaded on demand."""
     found = DATASET.fullmatch(source)
     if found is None:
         raise CalibrationError(f"{source} is not of the form hf:OWNER/NAME[#CONFIG][:SPLIT]")
@@ -186,7 +188,7 @@ def _hub_records(source: str) -> Iterator[Any]:
         yield from datasets.load_dataset(
             found["id"], found["config"], split=found["split"] or "train", streaming=True
         )
-    except Exception as error:  # a different type for each failure
+    except Exception as error:  # each failure has another type
         raise CalibrationError(
             f"{source} cannot be had from the hub: {first_line(error)}; check its name and the "
             "network, or give a file"
@@ -209,7 +211,7 @@ def _text_of(record: Any, field: str | None, place: str, chat: Chat) -> str:
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         try:
             return chat(value)
-        except Exception as error:  # of the template, or that there is none
+        except Exception as error:  # by the template, or for a missing template
             raise CalibrationError(
                 f"{place}: the chat template fails: {first_line(error)}; give records with "
                 "text, or a model with a template"

@@ -16,11 +16,11 @@ class PerplexityReport(Report):
     """exp of the mean negative log-likelihood; printed, it is a table.
 
     Attributes:
-      model: that predicts.
-      text: its name.
+      model: the model.
+      text: the name of the text.
       perplexity: per predicted token.
-      context_length: tokens of a window; the first of each is given, the others are predicted.
-      windows: their number.
+      context_length: tokens of a window. The first token is given, and the others are predicted.
+      windows: the number of windows.
       predicted_tokens: windows (context_length - 1).
     """
 
@@ -47,12 +47,13 @@ def perplexity(
 ) -> PerplexityReport:
     """exp(-mean log p(token t | tokens 0..t-1 of its window)), on windows that do not overlap.
 
-    In float32, with one layer's weights in memory; the losses of windows are added in float64.
+    It is computed in float32, with one layer's weights in memory. A model that runs by torchax is
+    in memory as a whole. The losses of windows are added in float64.
 
     Args:
       model: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
-      text: whose first windows are taken; a novel of the package by default. Or token ids, of shape
-        (windows, length).
+      text: a text, whose first windows are used, by default a novel of the package. Or token ids,
+        shape (windows, length).
       quiet: shows no progress bar.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Running a checkpoint's layers one after the other over windows of tokens."""
+"""Runs a checkpoint's layers one after the other over windows of tokens."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -21,16 +21,19 @@ from prox24.errors import CheckpointError
 from prox24.packed import Packed24
 
 BATCH_TOKENS = 2048
-"""Tokens of a micro-batch: enough to keep the matrix products busy, few enough for the memory."""
+"""Tokens of a micro-batch: enough for fast matrix products, few enough for the memory."""
 
 AnyArray = TypeVar("AnyArray", Array, NDArray[Any])
 
 HiddenStates = NDArray[np.float32]
-"""Of a micro-batch, on the host: shape (windows, length, hidden), this process's own windows."""
+"""Hidden states of a micro-batch on the host, shape (windows, length, hidden).
+
+A process has only its own windows.
+"""
 
 
 class Model(NamedTuple):
-    """A checkpoint, the decoder that computes it, and the devices that share its windows."""
+    """A checkpoint, its decoder, and the devices that share its windows."""
 
     checkpoint: Checkpoint
     config: Config
@@ -38,7 +41,7 @@ class Model(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear (out, in): the checkpoint's name, the decoder's, and that of its input in `tap`."""
+    """A linear (out, in): its name in the checkpoint and in the decoder, and its input's name."""
 
     tensor: str
     weight: str
@@ -48,7 +51,7 @@ class Linear(NamedTuple):
 
 def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None) -> Model:
     """Finds the decoder of a checkpoint; it runs on the devices of a mesh, or on one."""
-    # Parsed when the checkpoint was opened; where there is none, this raises the reason.
+    # Opening has read the decoder. If there is none, this call raises the reason.
     config = checkpoint.decoder or config_from_hf(checkpoint.config, checkpoint.tensors)
     return Model(checkpoint, config, one_axis(mesh))
 
@@ -79,7 +82,7 @@ def all_linears(config: Config) -> list[Linear]:
 
 
 def oriented(config: Config, weight: AnyArray) -> AnyArray:
-    """A tensor of a layer from the checkpoint's layout to (out, in), or back."""
+    """Converts a tensor of a layer from the checkpoint's layout to (out, in), or back."""
     return weight.T if config.names.transposed else weight
 
 
@@ -104,7 +107,7 @@ def embedding_weights(model: Model) -> dict[str, Array]:
 
 
 def head_weights(model: Model) -> dict[str, Array]:
-    """Reads the tensors behind the layers: the final norm and the head."""
+    """Reads the tensors after the layers: the final norm and the head."""
     return _outer_weights(model, spec.head_shapes(model.config))
 
 
@@ -119,9 +122,9 @@ def all_weights(
     *,
     pack_linear: Callable[[Array], Array | Packed24] | None = None,
 ) -> ModelWeights:
-    """Reads every tensor that the model computes with, in one dtype or the checkpoint's.
+    """Reads every tensor of the computation, in `dtype`, or in the checkpoint's dtypes for None.
 
-    `pack_linear`, as `prox24.packed.pack`, packs the weight of each pruned linear when it is read.
+    `pack_linear`, such as `prox24.packed.pack`, packs the weight of each linear of a layer.
     """
 
     def cast(weights: dict[str, Array]) -> dict[str, Array]:
@@ -142,13 +145,13 @@ def all_weights(
 
 
 def batch_size(windows: int, length: int, mesh: Mesh | None = None) -> int:
-    """Windows per micro-batch: a divisor of their number, so that one shape is compiled."""
+    """Windows of a micro-batch: a divisor of their number, so that one shape is compiled."""
     devices = 1 if mesh is None else mesh.size
     return devices * micro_batches_of(windows // devices, max(1, BATCH_TOKENS // length))[0]
 
 
 def micro_batches_of(windows: int, most: int) -> list[int]:
-    """The sizes of micro-batches that divide a number of windows, the largest first."""
+    """The divisors of a number of windows up to `most`, the largest first."""
     return [size for size in range(min(most, windows), 0, -1) if windows % size == 0]
 
 
@@ -157,8 +160,7 @@ def embed_windows(
 ) -> Iterator[HiddenStates]:
     """Embeds windows (count, length), a micro-batch at a time.
 
-    The table of the tokens stays on the host, where it is read: on the device are the rows of a
-    micro-batch.
+    The table of token embeddings stays on the host. The device has only the rows of a micro-batch.
     """
     config, tokens = model.config, "embed_tokens.weight"
     table = model.checkpoint.read(outer_names(config)[tokens])
@@ -184,7 +186,7 @@ def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
 def layer_function(
     layer: Layer, mesh: Mesh | None = None, compute_dtype: str = "float32"
 ) -> Callable[[dict[str, Array], Array], Array]:
-    """One function for equal layers, which is compiled once; devices share the windows.
+    """A function of a layer, compiled once for all equal layers; devices share the windows.
 
     See `prox24.refine.BlockRefinement` for `compute_dtype`.
     """
@@ -206,7 +208,7 @@ def run_into(
 ) -> None:
     """Assigns the outputs of a layer to `results`, one micro-batch after the other.
 
-    In place, where `results` is `hidden`, few micro-batches are there twice.
+    `results` may be `hidden`: then few micro-batches are in memory twice.
     """
     layer = model.config.layers[index]
     for i, batch in enumerate(hidden):

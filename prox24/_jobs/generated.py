@@ -1,4 +1,4 @@
-"""Windows of tokens that a model writes itself, for those who have no text to calibrate on."""
+"""Windows of tokens that the model itself writes, for calibration without a text."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ from prox24._jobs.progress import progress_bar
 from prox24._models.generate import generate
 
 BATCH_TOKENS = 2**13
-"""Tokens of the windows that are written together: their keys and values are in memory."""
+"""Tokens of the windows in one batch: their keys and values are in memory."""
 
 
 def generated_windows(
@@ -23,7 +23,7 @@ def generated_windows(
 ) -> NDArray[np.int32]:
     """Windows of shape (count, length), drawn from the model's own probabilities.
 
-    Each begins with the token `first`, and goes on behind the end of a text.
+    Each window begins with the token `first`, and continues after the end of a text.
 
     Raises:
       UnsupportedModelError: the model has no forward pass here.

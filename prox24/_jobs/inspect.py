@@ -23,12 +23,12 @@ class Entry(NamedTuple):
     """A tensor of a checkpoint.
 
     Attributes:
-      name: the checkpoint's.
-      shape: as stored.
-      dtype: by numpy's name.
-      decision: "pruned", or "dense: " and why.
+      name: the checkpoint's name.
+      shape: the stored shape.
+      dtype: numpy's name of the dtype.
+      decision: "pruned", or "dense: " and the reason.
       size: bytes of the values in that dtype; a quantised file has fewer.
-      sparse_size: bytes without the zeros that pruning makes, see `sparse_bytes`.
+      sparse_size: bytes without the zeros from pruning, see `sparse_bytes`.
     """
 
     name: str
@@ -44,15 +44,15 @@ class Inspection(Report):
     """The tensors of a checkpoint, and the decision of a recipe on each; it prints as two tables.
 
     Attributes:
-      model: that was looked at.
-      model_type: of its config.
-      layers: their number.
-      pattern: of the recipe, as text.
-      tensors: an `Entry` for each.
+      model: the inspected model.
+      model_type: from its config.
+      layers: the number of layers.
+      pattern: the patterns of the recipe, as text.
+      tensors: an `Entry` for each tensor.
       parameters: the number of entries of all tensors.
       bytes: of all tensors.
-      sparse_bytes: of all tensors, without the zeros.
-      described_by: where names and shapes come from if there are no weights here, or None.
+      sparse_bytes: of all tensors, without the zeros from pruning.
+      described_by: the source of names and shapes if there are no weights here, else None.
     """
 
     model: str
@@ -66,7 +66,7 @@ class Inspection(Report):
     described_by: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """The report as a dict for JSON."""
         return super().to_dict() | {"tensors": [entry._asdict() for entry in self.tensors]}
 
     def __str__(self) -> str:
@@ -110,9 +110,10 @@ def inspect_model(source: str | Path, recipe: Recipe = Recipe()) -> Inspection:
 
 
 def sparse_bytes(size: int, width: int, pattern: AnyPattern) -> int:
-    """Bytes of the kept values and of their places: for N:M, N numbers below M in each block.
+    """Bytes of the kept values and of their places.
 
-    Without a pattern, a place is one bit for each weight, kept or not.
+    For N:M the places are N numbers below M in each block. Without a pattern they are one bit for
+    every weight.
     """
     weights = size // width
     if isinstance(pattern, Unstructured):
@@ -143,7 +144,7 @@ def _role(name: str) -> str:
 
 
 def _grouped(entries: list[Entry]) -> list[list[str]]:
-    """One row for tensors that differ in a number of their names only."""
+    """One row for all tensors that differ only in a number in their names."""
     names = (re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name) for entry in entries)
     groups = collections.Counter(
         (name, " x ".join(map(str, entry.shape)), entry.dtype, entry.decision)

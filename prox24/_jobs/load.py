@@ -21,7 +21,7 @@ class Loaded(NamedTuple):
     """A model.
 
     Attributes:
-      apply: from parameters and tokens, int32 of shape (batch, length), to logits, float32 of shape
+      apply: maps parameters and tokens, int32 of shape (batch, length), to logits, float32 of shape
         (batch, length, vocabulary). Products are float32 at the highest precision.
       params: arrays by HF's names, in the dtypes and layouts of the checkpoint.
       tokenizer: of transformers.
@@ -43,7 +43,7 @@ def load(model: str | Path) -> Loaded:
 
     Raises:
       CheckpointError: the model cannot be read.
-      UnsupportedModelError: it has no forward pass here, and torchax cannot run it.
+      UnsupportedModelError: the model has no forward pass here, and torchax cannot run it.
     """
     checkpoint, native = torchax.open_any(model)
     if not native:

@@ -1,4 +1,4 @@
-"""The memory and the operations that pruning a model takes, before it starts."""
+"""Estimates the memory and the operations of pruning a model, before it starts."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -30,11 +30,11 @@ Spec = jax.ShapeDtypeStruct
 
 
 class Memory(NamedTuple):
-    """Bytes on a device while one layer is pruned: of its weights and of its Grams, once each.
+    """Bytes on a device while one layer is pruned.
 
-    `gather` is the most while Grams are gathered: weights, Grams and a micro-batch. `solve` is the
-    most while a linear is solved, which is most for `widest`: weights twice, Grams, and what the
-    solver needs.
+    `weights` and `grams` are the sizes of one copy. `gather` is the peak while Grams are gathered:
+    weights, Grams and a micro-batch. `solve` is the peak while a linear is solved: weights twice,
+    Grams, and the memory of the solver. The solver needs the most for the linear `widest`.
     """
 
     weights: int
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """The recipe and the devices, which share rows of weights, or columns as in `prox24.prune`."""
+    """The recipe and the devices, which share rows of weights; with `shard_grams`, columns."""
 
     recipe: Recipe
     devices: int = 1
@@ -56,14 +56,14 @@ class Setup(NamedTuple):
         return self.devices if self.shard_grams and width % self.devices == 0 else 1
 
     def rows(self, shape: tuple[int, ...]) -> int:
-        """The number of rows that a device solves: what the devices do not divide is for each."""
+        """The number of rows that a device solves; all rows if the devices do not share them."""
         outputs, width = shape
         shared = self.sharing(width) == 1 and outputs % self.devices == 0
         return outputs // self.devices if shared else outputs
 
 
 def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool) -> Setup:
-    """The setup; raises an error where a pattern does not fit, or Grams cannot be shared."""
+    """The setup; raises an error if a pattern does not fit, or if Grams cannot be shared."""
     widths = {linear.tensor: linear.shape[1] for linear in forward.all_linears(model.config)}
     check_found(widths, recipe)
     check_widths(widths, recipe)
@@ -78,17 +78,17 @@ def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool)
 
 
 def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: Setup) -> Memory:
-    """Bytes that XLA's compiler reserves for the programs of one layer, which are not run.
+    """Bytes that XLA's compiler reserves for the programs of one layer, without running them.
 
-    It is asked about one device, on which a micro-batch has the shape (windows, length). Where
-    devices share columns, the bytes of each are estimated from its answer.
+    The programs are compiled for one device and a micro-batch of shape (windows, length). If
+    devices share columns, the bytes of each device are estimated from this result.
     """
     linears = _pruned_linears(model, index, setup.recipe)
     held = _held(_weights(model, index))
     pruned = _held(_weights(model, index, setup.recipe.dtype))
     grams = sum(4 * width**2 // setup.sharing(width) for width in _widths(linears).values())
     largest = _largest(linears, setup)
-    with ThreadPoolExecutor() as pool:  # XLA compiles the programs beside each other.
+    with ThreadPoolExecutor() as pool:  # XLA compiles the programs in parallel.
         solving_each = pool.map(partial(_solving, setup=setup), largest)
         correcting_each = pool.map(partial(_correcting, setup=setup), largest)
         gather = pool.submit(_gathering, model, index, micro_batch, setup)
@@ -108,10 +108,10 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
 
 
 def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, budget: int) -> int:
-    """The most windows that may go through a layer together within a budget of bytes a device.
+    """The largest micro-batch, in windows, within a budget of bytes for each device.
 
-    The windows have the shape (count, length), and the devices divide them. The result is a divisor
-    of their number; one window, or the solver, that needs more than the budget is an error.
+    `windows` is the shape (count, length); the number of devices divides the count. The result
+    divides the count too. Raises Prox24Error if the solver or one window exceeds the budget.
     """
     (count, length), devices, refine = windows, setup.devices, setup.recipe.refine
     whole = count // devices
@@ -140,16 +140,16 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
 
 
 def distinct_layers(model: Model) -> list[int]:
-    """The first layer of each kind; equal ones have equal programs."""
+    """The first layer of each kind; equal layers have equal programs."""
     layers = model.config.layers
     return sorted({layer: index for index, layer in reversed(list(enumerate(layers)))}.values())
 
 
 def operations(model: Model, tokens: int, recipe: Recipe) -> dict[str, float]:
-    """Multiplications and additions; attention, norms and the solver are left out.
+    """Counts of multiplications and additions, without attention, norms and the solver.
 
-    "forward" has the passes through every layer: two, or three with the dense model alongside.
-    "grams" has Grams and cross-Grams.
+    "forward" counts the passes through every layer: two, or three if the dense model runs too.
+    "grams" counts Grams and cross-Grams.
     """
     passes = grams = 0.0
     for index in range(len(model.config.layers)):
@@ -164,12 +164,12 @@ def operations(model: Model, tokens: int, recipe: Recipe) -> dict[str, float]:
 
 
 def streams(recipe: Recipe) -> int:
-    """The number of models whose activations make Grams: two with dense targets."""
+    """The number of models with activations for Grams: two with dense targets, else one."""
     return 1 if recipe.targets is None else 2
 
 
 def _weights(model: Model, index: int, dtype: str | None = None) -> dict[str, Spec]:
-    """The tensors of a layer, in their own dtypes; linears in another one if it is given."""
+    """The tensors of a layer in their own dtypes; linears in `dtype` if it is given."""
     tensors, names = model.checkpoint.tensors, forward.layer_names(model.config, index)
     shapes = spec.layer_shapes(model.config.layers[index])
     weights = {name: Spec(shape, tensors[names[name]].dtype) for name, shape in shapes.items()}
@@ -198,7 +198,7 @@ def _gathering(model: Model, index: int, micro_batch: tuple[int, int], setup: Se
     needed = _needed(observe_layer.lower(layer, weights, hidden, alongside, sums, crosses))
     if not setup.shard_grams or setup.devices == 1 or not widths:
         return needed
-    # A device has a part of what the Grams take, and the tokens that another one sends.
+    # A device has a part of the memory of the Grams, and the tokens from another device.
     inputs = [hidden] * streams(recipe)
 
     @jax.jit
@@ -213,7 +213,7 @@ def _gathering(model: Model, index: int, micro_batch: tuple[int, int], setup: Se
 
 
 def _largest(linears: Iterable[Linear], setup: Setup) -> list[Linear]:
-    """The linears whose solver may need most: it needs more for more entries and wider Grams."""
+    """The linears that may need the most memory: with more entries and wider Grams than others."""
     asked: dict[Any, Linear] = {}
     for linear in linears:
         kind = setup.recipe.pattern_of(linear.tensor), setup.sharing(linear.shape[1])
@@ -231,7 +231,7 @@ def _largest(linears: Iterable[Linear], setup: Setup) -> list[Linear]:
 
 
 def _solving(linear: Linear, setup: Setup) -> int:
-    """Beside the Gram, to solve."""
+    """Bytes to solve a linear, without its Gram."""
     recipe, problem = setup.recipe, _problem(linear, setup)
     pattern = recipe.pattern_of(linear.tensor)
     assert pattern is not None
@@ -245,7 +245,7 @@ def _solving(linear: Linear, setup: Setup) -> int:
 
 
 def _correcting(linear: Linear, setup: Setup) -> int:
-    """Beside the Gram and the cross-Gram, to correct the weight for dense targets; or 0."""
+    """Bytes to correct a weight for dense targets, without its two Grams; 0 without targets."""
     if setup.recipe.targets is None:
         return 0
     problem = _problem(linear, setup)
@@ -260,13 +260,13 @@ def _problem(linear: Linear, setup: Setup) -> Any:
 
 
 def _on_a_device(linear: Linear, needed: int, setup: Setup) -> int:
-    """Of what one device would need, where several share the columns."""
+    """Bytes on each device if devices share the columns; one device would need `needed`."""
     (outputs, width), recipe = linear.shape, setup.recipe
     sharing = setup.sharing(width)
     if sharing == 1:
         return needed
-    # Each holds a whole weight, for its product with a Gram, and the rows of a block of an inverse,
-    # before and after the product with its pivot.
+    # Each device holds a whole weight, for its product with a Gram. It also holds the rows of a
+    # block of an inverse, before and after the product with the block's pivot.
     inverts = recipe.solver.needs_definite or recipe.targets is not None
     swept = 2 * min(WIDEST_BLOCK, width) if inverts else 0
     return needed // sharing + 4 * (outputs + swept) * width
@@ -275,23 +275,23 @@ def _on_a_device(linear: Linear, needed: int, setup: Setup) -> int:
 def refining_memory(
     model: Model, index: int, micro_batch: tuple[int, int], recipe: Recipe, micro_batches: int
 ) -> int:
-    """Bytes of all that is there while a layer is trained, by steps of micro-batches; or 0."""
+    """Bytes in memory while a layer is trained by steps of micro-batches; 0 if it is not."""
     if recipe.refine is None:
         return 0
     weights, layer = _weights(model, index, recipe.dtype), model.config.layers[index]
     hidden = Spec((*micro_batch, layer.hidden), jnp.float32)
     apply = forward.layer_function(layer, None, recipe.refine.compute_dtype)
     step = block_step(apply, weights, hidden, hidden, recipe.refine, micro_batches)
-    # The weights to begin with and the best ones are kept besides.
+    # The first weights and the best weights are also in memory.
     return 2 * _held(weights) + _needed(step)
 
 
 TURNING = 8
-"""Copies of the weights of one basis that learning it takes; a test asks XLA for their number."""
+"""The memory to learn one basis, in copies of its weights; a test compares it with XLA's figure."""
 
 
 def _turning(model: Model, index: int, recipe: Recipe) -> int:
-    """Beside the weights and Grams, while a basis is learnt."""
+    """Bytes to learn a basis, without weights and Grams."""
     if recipe.basis is None:
         return 0
     pruned = {linear.weight: linear for linear in _pruned_linears(model, index, recipe)}
@@ -310,7 +310,7 @@ def _held(weights: Mapping[str, Spec]) -> int:
 
 
 def _needed(lowered: Any) -> int:
-    # Buffers are assigned before LLVM optimises.
+    # Quick options suffice: XLA assigns buffers before LLVM optimises.
     memory = lowered.compile(quick_options()).memory_analysis()
     return int(
         memory.argument_size_in_bytes

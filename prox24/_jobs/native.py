@@ -1,4 +1,4 @@
-"""A checkpoint with a decoder of prox24's own, as the loop prunes it."""
+"""A `Runner` for a checkpoint whose decoder is prox24's own."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ from prox24.errors import CalibrationError
 class Hidden(NamedTuple):
     """The input of a layer: micro-batches of hidden states, in memory or in files.
 
-    They are replaced, one after the other, when a layer has run.
+    The output of a layer replaces them, one micro-batch after the other.
     """
 
     pruned: list[HiddenStates]
@@ -40,7 +40,7 @@ class Hidden(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NativeRunner(Runner[Hidden]):
-    """A decoder, whose stages are its layers; see `native_runner`."""
+    """A decoder; its stages are its layers. See `native_runner`."""
 
     model: Model
     windows: NDArray[np.int32]
@@ -68,7 +68,7 @@ class NativeRunner(Runner[Hidden]):
         return list(self._names(index).values())
 
     def ties(self, index: int) -> list[list[Side]]:
-        """What may be turned in attention."""
+        """The groups of linears in attention that may be turned together."""
         config, names = self.model.config, self._names(index)
         linears = {linear.weight: linear for linear in forward.layer_linears(config, index)}
 
@@ -80,7 +80,7 @@ class NativeRunner(Runner[Hidden]):
         return [[side(*each) for each in tie] for tie in ties]
 
     def weights(self, index: int) -> dict[str, Array]:
-        """The tensors of a layer as the checkpoint has them; linears are (out, in)."""
+        """The tensors of a layer by the checkpoint's names; linears are (out, in)."""
         names = self._names(index)
         return {names[key]: w for key, w in forward.layer_weights(self.model, index).items()}
 
@@ -91,7 +91,7 @@ class NativeRunner(Runner[Hidden]):
         return {key: weights[name] for key, name in self._names(index).items()}
 
     def enter(self, streams: Streams) -> tuple[int, Hidden]:
-        """Embeds the windows, or opens what a run before has left on disk."""
+        """Embeds the windows, or opens the hidden states of an earlier run on disk."""
         embedded = forward.embed_windows(self.model, self.windows, self.micro_batch)
         if self.activations is None:
             hidden = list(embedded)
@@ -112,7 +112,7 @@ class NativeRunner(Runner[Hidden]):
     def observe(
         self, index: int, weights: Mapping[str, Array], state: Hidden, wanted: Collection[str]
     ) -> tuple[dict[str, list[Inputs]], Hidden]:
-        """Runs the dense layer once on each stream, for Grams and for the dense model's output."""
+        """Runs the dense layer once on each stream, for Grams and the dense model's output."""
         layer, own = self.model.config.layers[index], self._own(index, weights)
         columns = self.mesh if self.shard_grams else None
         devices = None if columns is None else columns.size
@@ -130,12 +130,12 @@ class NativeRunner(Runner[Hidden]):
         if columns is None:
             for sums in (grams, crosses):
                 for name in list(sums):
-                    # One after the other, so that few are there twice.
+                    # One after the other, so that few Grams are in memory twice.
                     sums[name] = over_devices(sums.pop(name), self.mesh)
         for name, gram in [*grams.items(), *crosses.items()]:
             if not jnp.isfinite(jnp.trace(gram.total)):
                 raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")
-        # Without what compensates for rounding, which is as large.
+        # The compensation of rounding errors is as large as the total. It is dropped.
         totals = {name: cross.total for name, cross in crosses.items()}
         inputs = {
             name: [Inputs(gram.total, int(gram.tokens), totals.get(name))]
@@ -151,7 +151,7 @@ class NativeRunner(Runner[Hidden]):
         return {name: empty_gram(width, self.mesh) for name, width in widths.items()}
 
     def advance(self, index: int, weights: Mapping[str, Array], state: Hidden) -> Hidden:
-        """Runs the pruned layer, and notes on disk that both streams have passed it."""
+        """Runs the pruned layer, and notes on disk that the streams are complete."""
         own, files = self._own(index, weights), state.files
         results = state.pruned if files is None else files.micro_batches("pruned", index + 1)
         forward.run_into(self.model, index, own, state.pruned, results)
@@ -163,12 +163,12 @@ class NativeRunner(Runner[Hidden]):
         return self.model.checkpoint.tensors[tensor].dtype
 
     def loaded(self, tensor: str, stored: NDArray[Any]) -> Array:
-        """On every device, (out, in)."""
+        """The weight on every device, in the layout (out, in)."""
         weight = forward.oriented(self.model.config, jnp.asarray(stored))
         return everywhere(weight, self.mesh)
 
     def stored(self, tensor: str, weight: Array) -> NDArray[Any]:
-        """On the host, in the checkpoint's layout."""
+        """The weight on the host, in the checkpoint's layout."""
         return np.asarray(forward.oriented(self.model.config, weight))
 
     def in_memory(self) -> Self:
@@ -194,14 +194,15 @@ def native_runner(
     mesh: Mesh | None = None,
     shard_grams: bool = False,
 ) -> NativeRunner:
-    """A checkpoint as the loop prunes it, calibrated on tokens of shape (windows, length).
+    """A `Runner` for a checkpoint, calibrated on tokens of shape (windows, length).
 
-    The size of a micro-batch divides the number of windows; None takes about `forward.BATCH_TOKENS`
-    tokens. With a refinement it is the largest size, and a step has several. Each process has its
-    own folder of `activations`; None keeps hidden states in memory. The devices of the mesh share
-    the windows and the rows of every weight, process after process; its axes count as one. Their
-    number divides windows and micro-batches. With `shard_grams` they share columns; they share rows
-    where they do not divide a width.
+    `micro_batch` divides the number of windows; None takes about `forward.BATCH_TOKENS` tokens.
+    With a refinement it is the largest size, and a step has several micro-batches. Each process has
+    its own folder of `activations`; None keeps hidden states in memory.
+
+    All devices of the mesh share the windows and the rows of every weight. Their number divides
+    windows and micro-batches. With `shard_grams` they share columns instead. They still share rows
+    if their number does not divide a width.
     """
     model, refine = forward.load_model(checkpoint, mesh), recipe.refine
     count, length = windows.shape

@@ -12,7 +12,7 @@ from prox24._pruning.grams import Sums, add_in_turn, add_tokens, is_sent
 
 
 def layer_inputs(layer: Layer, weights: dict[str, Array], hidden: Array) -> dict[str, Array]:
-    """What the linears of a layer see, shape (batch, length, in), by the names of `tap`."""
+    """The inputs of the linears of a layer, shape (batch, length, in), by the names of `tap`."""
     seen: dict[str, Array] = {}
     decoder.layer(layer, weights, hidden, seen.__setitem__)
     return seen
@@ -32,10 +32,10 @@ def observe_layer(
 ) -> tuple[Sums, Sums, Array | None]:
     """Runs one dense layer on a micro-batch and adds the inputs of its linears to their Grams.
 
-    Inputs have the names of `tap`; those that `grams` and `crosses` have are added to. The Grams
-    are sums of x' x'^T, the cross-Grams of x x'^T, for x' in the pruned and x in the dense model.
-    Where x is zero, as it is for a token that the dense model sends to other experts, x' takes its
-    place. If devices share the columns of every sum, `devices` is their number.
+    Inputs have the names of `tap`. Only the names in `grams` and `crosses` are summed. Let x' be an
+    input in the pruned model, and x in the dense model. The Grams are sums of x' x'^T, and the
+    cross-Grams are sums of x x'^T. If x is zero, as for a token routed to other experts, x' takes
+    its place. If devices share the columns of every sum, `devices` is their number.
 
     Returns:
       The updated Grams and cross-Grams, and the layer's output for `dense_hidden`, or None.
@@ -49,7 +49,7 @@ def observe_layer(
     output = decoder.layer(layer, weights, dense_hidden, dense.__setitem__)
     for name in crosses:
         x, given = pruned[name], dense[name]
-        # What only the pruned model sends to an expert has the expert's own output as target.
+        # For a token that only the pruned model routes here, the target is the expert's own output.
         target = jnp.where(is_sent(given)[..., None], given, x)
         crosses = crosses | {name: put(crosses[name], target, x)}
     return grams, crosses, output

@@ -1,4 +1,4 @@
-"""What jobs show: reports as tables, JSON and HTML."""
+"""The output of jobs: reports as tables, JSON and HTML."""
 
 import argparse
 import dataclasses
@@ -27,27 +27,27 @@ class Report:
     """The result of a job. It prints as a table, and has JSON and HTML forms."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """The report as a dict for JSON."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def to_json(self) -> str:
-        """JSON text."""
+        """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
-        """One self-contained HTML page."""
+        """The report as one self-contained HTML page."""
         return page.page("prox24", page.code(str(self)))
 
 
 def show(report: Report, arguments: argparse.Namespace) -> None:
-    """Prints a report as --json and --quiet say, and writes it where --report says."""
+    """Prints a report in the form of --json and --quiet, and writes it to the file of --report."""
     path: Path | None = getattr(arguments, "report", None)
-    try:  # prints first: what was measured is not lost where the disk is full
+    try:  # prints first: a full disk then loses no figures
         if arguments.json:
             print_json(report.to_dict())
         elif not arguments.quiet:
             print(report)
-    finally:  # even by a closed pipe
+    finally:  # even after a closed pipe
         if path is not None:
             text = report.to_html() if path.suffix == ".html" else report.to_json() + "\n"
             with writing(path):
@@ -55,17 +55,17 @@ def show(report: Report, arguments: argparse.Namespace) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
+    """Prints one JSON object on standard output."""
     print(json.dumps(value, allow_nan=False))
 
 
 def check_file(
     path: Path | None, inputs: Iterable[str | Path | None] = (), destination: Path | None = None
 ) -> None:
-    """Raises CheckpointError where a file could not be written, before hours are spent.
+    """Raises CheckpointError if a file cannot be written, before a long job starts.
 
-    It must replace no input, neither a file nor what is in a folder, and would be lost in the
-    destination.
+    The file must not replace an input, or a file in an input folder. It must not be in the
+    destination, where it would be lost.
     """
     if path is None:
         return
@@ -94,7 +94,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     for row in rows:
         drawn.add_row(*row)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
-    # A path is no markup.
+    # A path must not be read as markup.
     console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as captured:
         console.print(drawn)
@@ -102,12 +102,12 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def gigabytes(count: int | None) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as text, in GB of 10^9 bytes."""
     return "unknown" if count is None else f"{count / 1e9:.2f} GB"
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output."""
+    """Prints a table on standard output."""
     print(table(columns, rows))
 
 
@@ -118,7 +118,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int | None:
-    """The largest resident memory of this process so far; None where no system call tells."""
+    """The largest resident memory of this process so far; None on a system without this figure."""
     try:
         import resource
     except ImportError:  # on Windows

@@ -37,12 +37,12 @@ def section(title: str, *parts: str) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Plain text."""
+    """A paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def code(text: str) -> str:
-    """Lines to copy."""
+    """Lines of plain text to copy."""
     return f"<pre>{html.escape(text)}</pre>"
 
 

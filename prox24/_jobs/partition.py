@@ -1,10 +1,12 @@
-"""Which part of a decoder's tensors each device has, and which it computes with, in a training.
+"""The parts of a decoder's tensors that each device stores, and computes with, in a training.
 
-The mesh has two axes. Devices along `AXIS` share the windows, and each keeps a part of every tensor
-that is gathered from the others when its layer runs (fully sharded data parallelism). Devices along
-`TENSOR` share the heads and the widths: what enters attention and MLP is divided by rows, what
-leaves them by columns (tensor parallelism). If query, key and value are linears of their own, as
-gate and up, they send the sums of what leaves; else parts of the activations too.
+The mesh has two axes. Devices along `AXIS` share the windows (fully sharded data parallelism). Each
+keeps a part of every tensor. When a layer runs, its tensors are gathered from the parts.
+
+Devices along `TENSOR` share the heads and the widths (tensor parallelism). The input linears of
+attention and MLP are divided by rows, the output linears by columns. These devices send each other
+the sums of the outputs. If query, key and value, or gate and up, are one linear, they also send
+parts of the activations.
 """
 
 import functools
@@ -21,13 +23,13 @@ from prox24.errors import Prox24Error
 
 
 def training_mesh(mesh: Mesh) -> Mesh:
-    """The devices of a mesh of one axis or two along both."""
+    """The devices of a mesh of one or two axes, as a mesh of both axes."""
     devices = mesh.devices
     return Mesh(devices.reshape(len(devices), -1), (AXIS, TENSOR))
 
 
 def check_divides(config: Config, mesh: Mesh, windows: int) -> None:
-    """Raises Prox24Error where devices do not divide windows in memory, or heads or width."""
+    """Raises Prox24Error if devices do not divide the windows of a micro-batch, heads or widths."""
     if windows % mesh.shape[AXIS]:
         raise Prox24Error(f"{mesh.shape[AXIS]} devices do not divide {windows} windows")
     devices = mesh.shape[TENSOR]
@@ -45,20 +47,20 @@ def check_divides(config: Config, mesh: Mesh, windows: int) -> None:
 
 
 def stored(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Of a tensor of all layers, shape (layers, ...): a part for every device."""
+    """The stored form of a tensor of all layers, shape (layers, ...): a part on every device."""
     return NamedSharding(mesh, _spec(mesh, name, shape, (TENSOR, AXIS)))
 
 
 def outer(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Of a tensor before or behind the layers: rows of a table along `TENSOR`."""
+    """The stored form of a tensor before or after the layers: rows of a table along `TENSOR`."""
     divided = len(shape) == 2 and shape[0] % mesh.shape[TENSOR] == 0
     return NamedSharding(mesh, PartitionSpec(TENSOR) if divided else PartitionSpec())
 
 
 def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weights, Array]:
-    """The weights of a layer, of parts as `stored` has them, and each device's own windows.
+    """A layer's weights, gathered from their `stored` parts, and each device's own windows.
 
-    For the inside of a program.
+    It is for use inside a program.
     """
     if mesh is None:
         return weights, hidden
@@ -67,7 +69,7 @@ def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weight
         return jax.lax.with_sharding_constraint(tensor, NamedSharding(mesh, spec))
 
     def common(name: str, weight: Array) -> Array:
-        # The first is for the gradient: it would be whole on each device that has its own windows.
+        # The first constraint keeps the gradient in parts: a device never holds a whole gradient.
         for axes in ((TENSOR, AXIS), (TENSOR,)):
             spec = [*_spec(mesh, name, (1, *weight.shape), axes)]
             weight = divided(weight, PartitionSpec(*spec[1:]))
@@ -81,10 +83,11 @@ def gathered(mesh: Mesh | None, weights: Weights, hidden: Array) -> tuple[Weight
 
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> PartitionSpec:
-    """Without the axes that do not divide their dimension: those devices have copies.
+    """The partition along `axes`. An axis that does not divide its dimension is left out.
 
-    As programs write it, without axes of one device and what is whole at the end: arrays that come
-    out of a step are then placed as those that went in, and it is compiled once.
+    The devices of such an axis have copies. Axes of one device and undivided last dimensions are
+    left out too, as in the outputs of programs. So the outputs of a step have the same placement as
+    its inputs, and the step is compiled once.
     """
     dimensions = {AXIS: 1, TENSOR: _shared_dimension(name)}
     parts: list[tuple[str, ...]] = [()] * len(shape)
@@ -101,7 +104,7 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) 
 
 
 def _shared_dimension(name: str) -> int | None:
-    """Of a tensor of all layers, the one that belongs to heads or to the width of the MLP."""
+    """The dimension of heads or of the MLP's width, in a tensor of all layers; None without it."""
     *_, module, kind = name.split(".")
     if module in ("o_proj", "down_proj"):
         return 2 if kind == "weight" else None

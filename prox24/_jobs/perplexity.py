@@ -28,7 +28,7 @@ def native_perplexity(
     windows: NDArray[np.int32],
     on_step: Callable[[int], None] = lambda index: None,
 ) -> float:
-    """`prox24.perplexity`; `on_step` is called after each layer."""
+    """`prox24.perplexity` of a native decoder; `on_step` is called after each layer."""
     model = forward.load_model(checkpoint)
     hidden = list(forward.embed_windows(model, windows))
     for index in range(len(model.config.layers)):
@@ -55,7 +55,7 @@ def from_losses(path: Path, windows: NDArray[np.int32], losses: NDArray[np.float
 def window_losses(config: Config, weights: dict[str, Array], hidden: Array, tokens: Array) -> Array:
     """Summed negative log-likelihood of each window, shape (batch,).
 
-    Windows go one at a time: the logits of one are as large as its length times the vocabulary.
+    Windows run one at a time: the logits of a window have length * vocabulary entries.
     """
 
     def loss(window: tuple[Array, Array]) -> Array:

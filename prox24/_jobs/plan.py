@@ -1,4 +1,4 @@
-"""What pruning a model takes, before it starts."""
+"""Estimates the memory and the work of pruning a model, before it starts."""
 
 import contextlib
 import dataclasses
@@ -26,24 +26,25 @@ class Plan(Report):
     """Bytes and operations; printed, it is a table.
 
     Attributes:
-      model: that would be pruned.
-      devices: that would share the work.
-      shard_grams: whether they share the columns of Grams.
-      micro_batch_windows: windows that go through a layer together on a device.
+      model: the model to prune.
+      devices: number of devices that would share the work.
+      shard_grams: whether they would share the columns of Grams.
+      micro_batch_windows: windows of a micro-batch on a device.
       sequence_length: tokens of a window.
-      checkpoint_bytes: of the weights, which are read twice and written once.
-      activation_bytes: of hidden states, on the host.
-      layer_weight_bytes: of the largest layer, once.
-      layer_gram_bytes: of its Grams.
-      gather_bytes: the most on a device while Grams are gathered.
-      solve_bytes: the most on a device while a linear is solved.
-      widest_linear: the linear that takes it.
-      peak_bytes: the larger of the two.
-      memory_bytes: the device's, or None.
-      fits: whether the job fits into it, or None.
-      fitting_micro_batch_windows: windows on a device that fit, or None.
+      checkpoint_bytes: bytes of the weights, which are read twice and written once.
+      activation_bytes: bytes of hidden states on the host.
+      layer_weight_bytes: bytes of the weights of the largest layer, counted once.
+      layer_gram_bytes: bytes of the Grams of a layer, for the layer with the largest Grams.
+      gather_bytes: peak bytes on a device while Grams are gathered.
+      solve_bytes: peak bytes on a device while a linear is solved.
+      widest_linear: the linear with the peak `solve_bytes`.
+      peak_bytes: the larger of `gather_bytes` and `solve_bytes`.
+      memory_bytes: the given memory of a device, or None.
+      fits: whether the job fits into `memory_bytes`, or None.
+      fitting_micro_batch_windows: windows of the largest micro-batch that fits on a device, or
+        None.
       operations: multiplications and additions of forward passes and Grams.
-      described_by: where names and shapes come from if there are no weights here, or None.
+      described_by: the source of names and shapes if there are no weights here, else None.
     """
 
     model: str
@@ -98,17 +99,18 @@ def plan(
 ) -> Plan:
     """Estimates the memory and the operations of `prune`, from names and shapes.
 
-    XLA's compiler says what the programs of each kind of layer need; none of them is run. No weight
-    is read.
+    XLA's compiler reports the memory of the programs for each kind of layer. The programs do not
+    run, and no weight is read.
 
     Args:
-      source: see `prune`; no weights are downloaded. A hub's model that is not in the local cache
-        is known by its config.json and the headers of its safetensors files. A model without
-        weights is known by its config.json; the dtype is float32 if that says none.
+      source: see `prune`; no weights are downloaded. A model of the hub outside the local cache is
+        described by its config.json and the headers of its safetensors files. A model without
+        weights is described by its config.json, with dtype float32 if it has none.
       recipe: how the model would be pruned.
-      samples: windows of calibration text.
+      samples: number of windows of calibration text.
       sequence_length: tokens of a window.
-      devices: that could share the work; as many as divide the windows do.
+      devices: number of devices. The plan uses the largest number up to this that divides the
+        windows.
       memory: bytes of a device; the plan then says whether the job fits.
       shard_grams: see `prune`.
 
@@ -123,7 +125,7 @@ def plan(
     """
     checkpoint = open_described(source)
     model = load_model(checkpoint)
-    # As many as divide the windows, as `prune` uses.
+    # The largest number of devices that divides the windows, as in `prune`.
     used = max(n for n in range(1, min(devices, samples) + 1) if samples % n == 0)
     setup = checked_setup(model, recipe, used, shard_grams)
     check_length(checkpoint, sequence_length)

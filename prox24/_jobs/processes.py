@@ -1,6 +1,6 @@
-"""Several processes that do one job: how they meet, agree, and end together.
+"""Several processes that do one job: they wait for each other, compare values, and end together.
 
-`jax.distributed` is the engine. A single process meets nobody, and everything here does nothing.
+It is built on `jax.distributed`. With a single process these functions do nothing.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from jax.experimental import multihost_utils
 from prox24.errors import Prox24Error, first_line
 
 PATIENCE = 60
-"""Seconds without a sign of life after which a process counts as dead, and at the end as late."""
+"""Seconds without a heartbeat until a process counts as dead; also the wait at the end."""
 
 
 @contextlib.contextmanager
 def connected(coordinator: str | None, count: int | None, index: int | None) -> Iterator[None]:
     """Joins the processes of a run, before JAX has touched a device.
 
-    The coordinator, HOST:PORT, is where process 0 listens. What is not given, JAX finds in its
-    environment: that of Slurm, Open MPI, TPU VMs, or GKE with TPUs.
+    The coordinator, HOST:PORT, is the address of process 0. JAX finds missing arguments in the
+    environment of Slurm, Open MPI, GKE or TPU VMs.
     """
-    # Its handler would take SIGTERM from the command line's.
+    # This service would replace the command line's handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -61,13 +61,13 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
         for note in getattr(error, "__notes__", ()):
             ended.add_note(note)
         raise ended from error
-    else:  # Nobody waits for what the first process does afterwards.
+    else:  # The first process may still have work, and no other process waits for it.
         jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
 def _own_output() -> Iterator[None]:
-    """Has the lines that Gloo prints go to standard error: ours alone are on standard output."""
+    """Sends the lines of Gloo to standard error, so that standard output has only our lines."""
     given = sys.stdout
     with os.fdopen(os.dup(1), "w", encoding=given.encoding, buffering=1) as own:
         os.dup2(2, 1)
@@ -81,9 +81,9 @@ def _own_output() -> Iterator[None]:
 
 
 def is_broken_off(error: Exception) -> bool:
-    """Whether a program was broken off: by a device, or by the end of another process.
+    """Whether a program was interrupted by a device, or by the end of another process.
 
-    What XLA says begins with a status, and comes as a ValueError where a program starts.
+    XLA's messages begin with a status. At the start of a program they come as a ValueError.
 
     Example:
       >>> is_broken_off(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
@@ -97,12 +97,12 @@ def is_broken_off(error: Exception) -> bool:
 
 
 def is_missing_device(error: Exception) -> bool:
-    """Whether JAX could not start on the devices that it was told of, or found."""
+    """Whether JAX could not start on its devices."""
     return isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend")
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this is the first process: only this process writes and prints."""
     return jax.process_index() == 0
 
 
@@ -113,7 +113,7 @@ def meet(place: str) -> None:
 
 
 def latest(number: int | None) -> int | None:
-    """The largest of the processes' numbers, None being less than all."""
+    """The largest number of all processes; None is smaller than any number."""
     if jax.process_count() == 1:
         return number
     largest = int(multihost_utils.process_allgather(-1 if number is None else number).max())
@@ -121,7 +121,7 @@ def latest(number: int | None) -> int | None:
 
 
 def agree(value: Any, error: Prox24Error) -> None:
-    """Raises an error, in every process, where their values are not the same, as JSON has them."""
+    """Raises an error in every process if their values differ as JSON."""
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
@@ -131,10 +131,10 @@ def agree(value: Any, error: Prox24Error) -> None:
 
 
 def leave(code: int) -> None:
-    """Ends a process at once where others may wait for it, so that they notice; else returns."""
+    """Ends the process at once if other processes may wait for it; otherwise returns."""
     if jax.distributed.is_initialized():
         if is_first():
-            time.sleep(1)  # The others end with it, and may have an error of their own to print.
+            time.sleep(1)  # The others end with it, and may first print their own error.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

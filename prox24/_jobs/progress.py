@@ -1,7 +1,7 @@
 """Progress: a bar in a terminal, lines of a log, and figures for programs.
 
-Lines go to the logger `prox24`, a JSON object for each figure to the logger `prox24.metrics`, both
-at the level INFO. The command line attaches handlers; a program may attach its own.
+The logger `prox24` gets the lines. The logger `prox24.metrics` gets a JSON object for each figure.
+Both use the level INFO. The command line attaches handlers; a program may attach its own.
 """
 
 import collections
@@ -19,7 +19,7 @@ from typing import Any
 
 LOG = logging.getLogger("prox24")
 METRICS = logging.getLogger("prox24.metrics")
-METRICS.propagate = False  # JSON is no line of a log.
+METRICS.propagate = False  # JSON must not appear between the lines of a log.
 
 Advance = Callable[[str, float | None], None]
 """Called after each step, with its name and its relative loss."""
@@ -36,9 +36,9 @@ def progress_bar(
     done: Collection[str] = (),
     log: bool = True,
 ) -> Iterator[Advance]:
-    """A bar on standard error, of the names of steps or of their number, without those `done`.
+    """A bar on standard error. `steps` has their names, or their number; `done` has finished ones.
 
-    Steps of one layer, by the first number in their names, are one line of the log. Inside
+    The steps of one layer are one line of the log; the first number in a name is the layer. Inside
     `whole_bar` the steps move that bar.
     """
     total = steps if isinstance(steps, int) else len(steps)
@@ -69,7 +69,7 @@ def whole_bar(title: str, parts: int, quiet: bool) -> Iterator[None]:
 
 
 def metric(event: str, figures: Mapping[str, Any]) -> None:
-    """Hands one object to the logger of figures: the event, the time in seconds, the figures."""
+    """Logs one object to `prox24.metrics`: the event, the Unix time in seconds, the figures."""
     if METRICS.isEnabledFor(logging.INFO):
         METRICS.info(json.dumps({"event": event, "time": time.time(), **figures}))
 
@@ -81,7 +81,7 @@ def log_to(
     line: str = "%(asctime)s %(message)s",
     is_writer: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
-    """Hands what is logged in the block to a handler, in the process that writes."""
+    """Sends the log of the block to a handler, in the process that writes."""
     handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S"))
     handler.addFilter(lambda record: is_writer())
     before = logger.level
@@ -99,7 +99,7 @@ def log_to(
 def written_logs(
     lines: Path | None, figures: Path | None, is_writer: Callable[[], bool] = lambda: True
 ) -> Iterator[None]:
-    """Appends lines, and JSON objects, to files while the block runs."""
+    """Appends the log and the figures of the block to two files."""
     with contextlib.ExitStack() as stack:
         for path, logger, line in (
             (lines, LOG, "%(asctime)s %(message)s"),
@@ -112,7 +112,7 @@ def written_logs(
 
 
 def layer_of(name: str) -> str:
-    """What the steps of one line have in common.
+    """The layer in the name of a step, or the name itself.
 
     Example:
       >>> layer_of("model.layers.12.mlp.up_proj.weight"), layer_of("step 3 of 9"), layer_of("head")
@@ -123,7 +123,7 @@ def layer_of(name: str) -> str:
 
 
 def short(name: str) -> str:
-    """The end of a tensor's name, from its layer on.
+    """The short form of a tensor's name, from the number of its layer.
 
     Example:
       >>> short("model.layers.12.mlp.up_proj.weight"), short("lm_head.weight")
@@ -133,7 +133,7 @@ def short(name: str) -> str:
 
 
 def _log_lines(title: str, steps: int | Collection[str], done: Collection[str]) -> Advance:
-    """Logs a line after the last step of each layer, or after each where no names are given."""
+    """Logs a line after the last step of each layer, or after each step without names."""
     names = [] if isinstance(steps, int) else [name for name in steps if name not in done]
     left = collections.Counter(map(layer_of, names))
     lines = steps if isinstance(steps, int) else len({layer_of(name) for name in steps})

@@ -1,4 +1,4 @@
-"""The whole job of pruning: a checkpoint in, a sparse one out, and a report."""
+"""The job of pruning: reads a checkpoint, writes a sparse one, and returns a report."""
 
 import contextlib
 import dataclasses
@@ -62,24 +62,24 @@ def prune(
     overwrite: bool = False,
     quiet: bool = True,
 ) -> PruneReport:
-    """Prunes a checkpoint, layer after layer, and writes one that `transformers` loads.
+    """Prunes a checkpoint, layer after layer, and writes a checkpoint that `transformers` loads.
 
-    The destination is complete or absent. An interrupted run goes on where it ended when the
-    function is called again with the same arguments. All local devices that divide the windows
-    share the work.
+    The destination is complete or absent. After an interruption, a call with the same arguments
+    continues the run. The local devices share the work; their number must divide the windows, so
+    some devices may stay unused.
 
     Args:
       source: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
       destination: the HF folder to write.
       recipe: how the model is pruned.
-      calibration: the text whose tokens make the Grams; or token ids, shape (windows, length). A
-        refinement holds the last windows out; those of a text are shuffled before.
-      memory: bytes of a device; the largest micro-batch that fits is used. None for one of about
-        2,048 tokens.
-      activations: where hidden states are between layers, "memory" or "disk". On disk, a run that
-        goes on does not run the finished layers again.
-      shard_grams: devices share the columns of Grams and weights, not the rows of weights: for
-        Grams of which a device cannot hold several.
+      calibration: the text for the Grams; or token ids, shape (windows, length). With a refinement,
+        the windows of a text are shuffled, and the last windows are held out.
+      memory: bytes of a device; the largest micro-batch that fits is used. None uses micro-batches
+        of about 2,048 tokens on each device.
+      activations: the place of hidden states between layers, "memory" or "disk". With "disk", a
+        resumed run does not run the finished layers again.
+      shard_grams: devices share the columns of Grams and weights instead of the rows of weights.
+        Use it if a device cannot hold several Grams.
       shard_size: bytes of the largest file; None keeps the source's files.
       overwrite: replaces the destination.
       quiet: shows no progress bar.
@@ -91,7 +91,7 @@ def prune(
       CheckpointError: the source cannot be read, or the destination cannot be written.
       CalibrationError: the text is too short, or activations are not finite.
       RecipeError: the recipe does not fit the model, or JSON cannot hold it.
-      SolverError: a linear has no finite solution; names the tensor.
+      SolverError: a linear has no finite solution. The message names the tensor.
       UnsupportedModelError: the model has no forward pass here, and torchax cannot run it.
 
     Example:
@@ -104,7 +104,7 @@ def prune(
     source, destination = Path(source), Path(destination)
     check_destination(destination, [source, *files_of_text(calibration)], overwrite)
     recipe.check_supported()
-    recipe.to_dict()  # A manifest holds it.
+    recipe.to_dict()  # Raises an error early: the manifest needs the dict.
     checkpoint, native = torchax.open_any(source)
     card = source_card(source, checkpoint)
     if recipe.dtype is None:
@@ -117,7 +117,7 @@ def prune(
     if recipe.refine is not None and isinstance(calibration, Text):
         windows = shuffled(windows)
     text = described(calibration, windows, published=True)
-    text["text"].encode()  # The model card and the summary hold it.
+    text["text"].encode()  # Raises an error early: the model card and the summary need the name.
     mesh = common_mesh(len(windows)) if native else None
     devices = 1 if mesh is None else mesh.size
     micro_batch = None
@@ -168,7 +168,7 @@ def prune(
             names = [x.tensor for i in range(runner.stages) for x in runner.linears(i)]
             check_found(names, recipe)
         chosen = loop.check(runner, recipe)
-        if not unfinished.entries:  # else the run before has looked
+        if not unfinished.entries:  # otherwise the earlier run has checked them
             _check_tensors(checkpoint, recipe.dtype, quiet)
         dense = loop.most_lossy(runner.in_memory(), recipe)
         pruned = {tensor: own for tensor, own in chosen.items() if tensor not in dense}
@@ -211,7 +211,7 @@ def prune(
                     note(None, tensor)
         reports = [LinearReport.of_figures(figure) for figure in figures]
         check_unchanged(checkpoint.path, files)
-        meet("nothing has changed")  # for any of them
+        meet("nothing has changed")  # on any process
         if is_first():
             refined = written - {figure["name"] for figure in figures}
             write_manifest(unfinished.folder, job, stored, figures, refined)
@@ -237,7 +237,7 @@ def prune(
 
 
 def _check_tensors(checkpoint: Checkpoint, dtype: str | None, quiet: bool) -> None:
-    """Reads every tensor once, before hours are spent on some of them."""
+    """Reads and checks every tensor once, before the long work on them."""
     with progress_bar("check", checkpoint.tensors, quiet, log=False) as advance:
         for name in checkpoint.tensors:
             check_tensor(checkpoint, name, dtype)
@@ -248,7 +248,7 @@ def _check_tensors(checkpoint: Checkpoint, dtype: str | None, quiet: bool) -> No
 def _common_folder(
     destination: Path, job: Mapping[str, Any], overwrite: bool
 ) -> Iterator[Unfinished]:
-    """`unfinished_folder` of the first process, in which the others see what is finished."""
+    """The `unfinished_folder` of the first process; the others read its finished tensors."""
     with contextlib.ExitStack() as stack:
         if is_first():
             folder = unfinished_folder(destination, job, overwrite=overwrite)
@@ -256,7 +256,7 @@ def _common_folder(
         meet("opened")
         if not is_first():
             unfinished = opened_by_another(destination)
-        # Not an error of the input, which would end the job.
+        # A DiskError keeps the finished work; an error of the input would end the job.
         differ = DiskError(f"the processes do not find the same files beside {destination}")
         agree(list(unfinished.entries), differ)
         yield unfinished
@@ -266,7 +266,7 @@ def _common_folder(
 def _whole_layers(
     unfinished: Unfinished, runner: Runner[Any], recipe: Recipe, chosen: Mapping[str, AnyPattern]
 ) -> Unfinished:
-    """Without the tensors of which only some are there that are pruned together."""
+    """Drops finished tensors if others that must be pruned together with them are missing."""
     stages = range(runner.stages)
     together = [loop.pruned_together(runner, index, recipe, chosen) for index in stages]
     there = unfinished.entries.keys()
@@ -278,7 +278,7 @@ def _whole_layers(
 
 
 def _stopwatch() -> tuple[dict[str, float], Callable[[str], None]]:
-    """Seconds by part, and a function that adds the time since its last call to a part."""
+    """Seconds by part, and a function that adds the time since its last call to one part."""
     seconds, last = dict[str, float](), time.perf_counter()
 
     def lap(part: str) -> None:
@@ -291,7 +291,7 @@ def _stopwatch() -> tuple[dict[str, float], Callable[[str], None]]:
 
 
 def _card_section(recipe: Recipe, text: Mapping[str, Any], linears: Sequence[LinearReport]) -> str:
-    """Markdown that tells a model's users how it was pruned; the same for every run of a job."""
+    """A section of Markdown about the pruning, for the model card; equal in all runs of a job."""
     found = totals(linears)
     losses = [found["mean_relative_loss"], found["largest_relative_loss"]]
     mean, largest = ("not known" if loss is None else f"{loss:.4f}" for loss in losses)

@@ -40,23 +40,23 @@ class PruneReport(Report):
     """How a model was pruned; printed, it is a table.
 
     Attributes:
-      source: the model that was pruned.
-      destination: the folder that was written.
-      recipe: how it was pruned.
+      source: the dense model.
+      destination: the written folder.
+      recipe: the recipe of the job.
       calibration: the text, its windows and tokens.
-      linears: one `LinearReport` for each linear that was pruned, in the order of pruning.
+      linears: one `LinearReport` for each pruned linear, in the order of pruning.
       kept_dense: the tensors that `keep_dense` of the recipe left dense, the worst first, each
-        with the relative loss that Wanda's mask would have cost.
-      turned_layers: the number whose attention heads were turned to a learnt basis; see
+        with the relative loss of Wanda's mask.
+      turned_layers: the number of layers with attention heads in a learnt basis; see
         `prox24.HeadBasis`.
-      resumed_linears: the number that the run before had done.
+      resumed_linears: the number of linears that an earlier, interrupted run has pruned.
       seconds: wall-clock time of the job.
-      stages: the same by parts: "check" the arguments and the source, "gather" Grams, learn a
+      stages: seconds by part: "check" the arguments and the source, "gather" Grams, learn a
         "basis", "solve", "refine", "run" the pruned layers, "write". A device may still compute
-        when a part ends: the part that waits for the result has the rest of the time.
-      peak_memory_bytes: the largest resident memory; None where it is not known.
+        at the end of a part. Then the part that waits for the result includes the rest of the time.
+      peak_memory_bytes: the largest resident memory; None if it is not known.
       versions: of Python and packages.
-      remark: what a runtime makes of the zeros.
+      remark: the effect of the zeros on the speed of a runtime.
     """
 
     source: str
@@ -75,20 +75,20 @@ class PruneReport(Report):
 
     @property
     def mean_relative_loss(self) -> float:
-        """The mean over linears; NaN where there is none, or where it is not finite."""
+        """The mean over linears; NaN without linears, or if a loss is not finite."""
         mean = self.totals["mean_relative_loss"]
         return math.nan if mean is None else float(mean)
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Of all linears: their number, parameters and zeros, mean and largest relative loss.
+        """The number of all linears, their parameters, zeros, mean and largest relative loss.
 
-        A loss is None where there is no linear, or where it is not finite.
+        Both losses are None without linears, or if a loss is not finite.
         """
         return totals(self.linears)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """The report as a dict for JSON."""
         linears = [linear.figures() for linear in self.linears]
         own = {"recipe": self.recipe.to_dict(), "totals": self.totals, "linears": linears}
         return super().to_dict() | own
@@ -146,7 +146,7 @@ class PruneReport(Report):
         return rows
 
     def to_html(self) -> str:
-        """One self-contained HTML page: figures, losses by layer, a mask, and what to do next."""
+        """One self-contained HTML page: figures, losses by layer, a mask, and next commands."""
         return page.page(f"{self.source}, pruned", *self.html_sections())
 
     def html_sections(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Text to windows of token ids."""
+"""Makes windows of token ids from text."""
 
 import dataclasses
 import re
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text, and the windows of tokens that are taken from it.
+    """A text, and how windows of tokens are taken from it.
 
     Attributes:
-      source: a file, a folder, "hf:OWNER/NAME[#CONFIG][:SPLIT]" for a dataset of the hub, or
-        several of them; or "generate:N" for N windows that the dense model writes. Files are UTF-8
-        text, records (.jsonl, .json, .csv, .parquet), or token ids (.npy) of shape (windows,
-        length). None for a text of the package: speeches to calibrate or train on, a novel to
+      source: a file, a folder, or "hf:OWNER/NAME[#CONFIG][:SPLIT]" for a dataset of the hub; or a
+        sequence of such sources. Files are UTF-8 text, records (.jsonl, .json, .csv, .parquet), or
+        token ids (.npy) of shape (windows, length). "generate:N" lets the dense model write N
+        windows. None is a text of the package: speeches to calibrate or train on, a novel to
         evaluate on.
-      samples: windows; None for 64 to calibrate or train on, for all of a text to evaluate on, and
-        for all of a file of token ids. Not for "generate:N".
+      samples: number of windows; not for "generate:N". None takes 64 windows to calibrate or train
+        on, all windows of a text to evaluate on, and all windows of a file of token ids.
       sequence_length: tokens of a window.
-      field: of a record, with a text or the messages of a conversation; None for "text", or else
-        "messages". The tokenizer's chat template makes a text of messages.
+      field: the field of a record with a text or with the messages of a conversation. None reads
+        "text", or else "messages". The tokenizer's chat template makes a text of messages.
       sampling: how windows to calibrate or train on are taken. "even" and "random" join the
         documents and cut them into windows: "even" takes windows at equal distances, "random"
-        draws them. "documents" takes the beginnings of documents that are long enough. From a
+        draws them. "documents" takes the beginning of each document with enough tokens. From a
         dataset of the hub, only as many documents are read as the windows need.
-      seed: of the random draws, and of the model that writes.
+      seed: of the random draws, and of "generate:N".
 
     Raises:
-      CalibrationError: a field is out of range, or sources do not go together.
+      CalibrationError: a field is out of range, or sources cannot be joined.
 
     Example:
       >>> Text(("a.txt", "b.jsonl"), samples=128).sequence_length
@@ -73,22 +73,22 @@ class Text:
 
     @property
     def sources(self) -> list[str]:
-        """The sources as a list; none for a text of the package."""
+        """The sources as a list; empty for a text of the package."""
         if isinstance(self.source, str | Path):
             return [str(self.source)]
         return [str(source) for source in self.source or ()]
 
     @property
     def files(self) -> list[Path]:
-        """The sources that are files or folders."""
+        """The files and folders among the sources."""
         return [Path(x) for x in self.sources if not is_dataset(x) and not is_generated(x)]
 
     def called(self, packaged: str) -> str:
-        """Its name for people on this machine."""
+        """The name of the text for users of this machine."""
         return ", ".join(self.sources) or f"{packaged} of prox24"
 
     def published(self, packaged: str) -> str:
-        """Its name without folders, which mean nothing elsewhere."""
+        """The name of the text without local folders."""
         files = set(map(str, self.files))
         names = (Path(x).name if x in files else x for x in self.sources)
         return ", ".join(names) or self.called(packaged)
@@ -111,16 +111,16 @@ def is_tokens(source: str) -> bool:
 
 
 def files_of_text(text: Windows) -> list[Path]:
-    """The files and folders that a text is read from."""
+    """The files and folders of a text."""
     return text.files if isinstance(text, Text) else []
 
 
 def calibration_windows(
     checkpoint: Checkpoint, text: Windows, *, quiet: bool = True
 ) -> NDArray[np.int32]:
-    """Windows to calibrate or train on; tokens that are given stay as they are.
+    """Windows to calibrate or train on; given token ids are checked and returned.
 
-    What the model writes takes time, and shows a progress bar unless it is `quiet`.
+    A text that the model writes takes time. It shows a progress bar unless it is `quiet`.
     """
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
@@ -152,7 +152,7 @@ def calibration_windows(
 
 
 def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
-    """The first windows of a text; tokens that are given stay as they are."""
+    """The first windows of a text; given token ids are checked and returned."""
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
     samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
@@ -170,10 +170,10 @@ def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int3
 def described(
     text: Windows, windows: NDArray[np.int32], *, published: bool = False
 ) -> dict[str, Any]:
-    """The text of windows to calibrate or train on: its name, numbers and hash.
+    """A description of a calibration or training text: its name, numbers and hash.
 
-    A report has its name on this machine; what is `published`, the manifest and the card, has none
-    of its folders.
+    A report has the name on this machine. With `published`, for the manifest and the card, the name
+    has no folders.
     """
     name = "tokens"
     if isinstance(text, Text):
@@ -189,16 +189,15 @@ def described(
 
 
 def shuffled(windows: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Windows in an order that has nothing to do with the text's, the same every time.
+    """Windows in a fixed random order.
 
-    A training ends with the last windows and is measured on them: they should not be one end of
-    the text.
+    The last windows are held out to measure a training. They should come from the whole text.
     """
     return np.random.default_rng(0).permutation(windows)
 
 
 def prompt_tokens(checkpoint: Checkpoint, text: str) -> NDArray[np.int32]:
-    """A prompt behind the tokens that the tokenizer puts before a text, shape (1, length)."""
+    """The ids of a prompt, after the tokenizer's start tokens, shape (1, length)."""
     ids = tokenize(checkpoint.load_tokenizer(), text, _vocabulary(checkpoint))
     if not ids.size:
         raise PromptError("the prompt is empty")
@@ -219,8 +218,8 @@ def _tokens(
 ) -> list[NDArray[np.int32]]:
     """The ids of each document, without start tokens.
 
-    Of a dataset of the hub there are as many as have the needed number of tokens; or, with `least`,
-    the needed number of documents of so many tokens.
+    A dataset of the hub is read only until its documents have `needed` tokens. With `least`, it is
+    read until `needed` documents have `least` tokens or more.
     """
     tokenizer, vocabulary = checkpoint.load_tokenizer(), _vocabulary(checkpoint)
 
@@ -234,7 +233,7 @@ def _tokens(
         found = 0
         for document in documents(source, text.field, chat):
             ids = tokenize(tokenizer, document, vocabulary)
-            if start and ids[: len(start)].tolist() == list(start):  # of a chat template
+            if start and ids[: len(start)].tolist() == list(start):  # from a chat template
                 ids = ids[len(start) :]
             every.append(ids)
             found += ids.size if least is None else ids.size >= least
@@ -244,7 +243,7 @@ def _tokens(
 
 
 def _joined(checkpoint: Checkpoint, every: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """Documents one behind the other, with the token that ends a text between them."""
+    """The documents in one array, with the end token between them."""
     end = end_token(checkpoint)
     between = np.asarray([] if end is None else [end], np.int32)
     parts = [part for ids in every for part in (between, ids)]
@@ -252,13 +251,13 @@ def _joined(checkpoint: Checkpoint, every: Sequence[NDArray[np.int32]]) -> NDArr
 
 
 def begin_token(checkpoint: Checkpoint) -> int | None:
-    """The token that begins a text, or else the one that ends it."""
+    """The token that begins a text, or else the end token."""
     own: int | None = checkpoint.load_tokenizer().bos_token_id
     return end_token(checkpoint) if own is None else own
 
 
 def end_token(checkpoint: Checkpoint) -> int | None:
-    """The token that ends a text, by the tokenizer or else by the configs."""
+    """The token that ends a text, from the tokenizer, or else from the configs."""
     own: int | None = checkpoint.load_tokenizer().eos_token_id
     return next(iter(stop_tokens(checkpoint)), None) if own is None else own
 
@@ -271,7 +270,7 @@ def _sampled(available: NDArray[np.int32], samples: int, text: Text) -> NDArray[
 
 
 def _of_file(checkpoint: Checkpoint, source: str, samples: int | None) -> NDArray[np.int32]:
-    """The windows of a file of token ids, which are as many as are asked for or more."""
+    """All windows of a file of token ids; raises CalibrationError for fewer than `samples`."""
     found = _checked(checkpoint, _array(source), source)
     if len(found) < (samples or 1):
         raise CalibrationError(f"{source} has {len(found)} windows, fewer than {samples or 1}")
@@ -290,7 +289,7 @@ def _array(path: str) -> NDArray[Any]:
 
 
 def check_length(checkpoint: Checkpoint, length: int) -> None:
-    """Raises CalibrationError where windows are longer than the model's positions."""
+    """Raises CalibrationError if windows are longer than the model's positions."""
     positions = checkpoint.config.get("max_position_embeddings")
     if checkpoint.decoder is not None:
         positions = checkpoint.decoder.positions
@@ -325,7 +324,7 @@ def _checked(
 
 
 SAMPLES = 64
-"""Windows to calibrate or train on, by default."""
+"""The default number of windows to calibrate or train on."""
 
 SPEECHES, NOVEL = "speeches.txt", "austen.txt"
 """Texts of the package's data folder."""
@@ -344,7 +343,7 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, vocab_size: int) -
 
 
 def start_tokens(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[int]:
-    """The ids that the tokenizer puts before a text, as `<bos>` of Llama and Gemma; often none."""
+    """The tokenizer's ids before a text, such as `<bos>` of Llama and Gemma; often empty."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for i in range(len(whole)):
@@ -355,7 +354,7 @@ def start_tokens(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[
 
 
 def check_ids(ids: ArrayLike, vocab_size: int) -> None:
-    """Raises CalibrationError for an id that a model of so many embeddings does not know."""
+    """Raises CalibrationError for an id of `vocab_size` or more."""
     largest = np.max(ids, initial=0)
     if largest >= vocab_size:
         raise CalibrationError(
@@ -366,9 +365,9 @@ def check_ids(ids: ArrayLike, vocab_size: int) -> None:
 def first_windows(
     ids: NDArray[np.int32], windows: int | None, length: int, start: Sequence[int] = ()
 ) -> NDArray[np.int32]:
-    """The first windows that do not overlap, shape (windows, length); all that are whole if None.
+    """The first windows without overlap, shape (windows, length); None takes all whole windows.
 
-    Each begins with the `start` tokens, which count towards its length.
+    Each window begins with the `start` tokens. They count towards its length.
     """
     own = length - len(start)
     needed = own * (windows or 1)
@@ -386,6 +385,6 @@ def first_windows(
 def available_windows(
     ids: NDArray[np.int32], windows: int, length: int, start: Sequence[int] = ()
 ) -> NDArray[np.int32]:
-    """All windows that do not overlap; raises CalibrationError where they are fewer than asked."""
+    """All windows without overlap; raises CalibrationError for fewer than `windows`."""
     enough = ids.size >= windows * (length - len(start))
     return first_windows(ids, None if enough else windows, length, start)

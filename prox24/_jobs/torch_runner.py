@@ -1,4 +1,4 @@
-"""A PyTorch decoder, by torchax, as the loop prunes it."""
+"""A `Runner` for a PyTorch decoder, by torchax."""
 
 import functools
 from collections.abc import Collection, Mapping
@@ -25,17 +25,17 @@ class Hidden(NamedTuple):
 
 
 class TorchRunner(Runner[Hidden]):
-    """Any HF decoder, whose stages are its layers.
+    """Any HF decoder; its stages are its layers.
 
-    They are transformers' own modules, each run as a function of JAX. They may depend on the hidden
-    states, and otherwise only on what is the same for all windows: positions, masks.
+    A layer is a module of transformers, run as a function of JAX. It may depend on the hidden
+    states. Its other inputs, such as positions and masks, must be equal for all windows.
     """
 
     def __init__(self, checkpoint: Checkpoint, windows: NDArray[np.int32]):
         self._checkpoint = checkpoint
         layers, self._first_inputs = layers_and_inputs(checkpoint, windows)
         self._layers = layers
-        # A layer's is made once, and only one layer's is kept.
+        # The function of a layer is made once, and only the last one is kept.
         self._function = functools.lru_cache(maxsize=1)(lambda index: layers[index].function())
 
     @property
@@ -43,7 +43,7 @@ class TorchRunner(Runner[Hidden]):
         return len(self._layers)
 
     def linears(self, index: int) -> list[Linear]:
-        """The linears of a layer; each has a Gram of its own."""
+        """The linears of a layer; each has its own Gram."""
         layer, shapes = self._layers[index], self._layers[index].shapes()
         return [Linear(name, name, shapes[name][axis]) for name, axis in layer.axes().items()]
 
@@ -61,7 +61,7 @@ class TorchRunner(Runner[Hidden]):
     def observe(
         self, index: int, weights: Mapping[str, Array], state: Hidden, wanted: Collection[str]
     ) -> tuple[dict[str, list[Inputs]], Hidden]:
-        """Runs the dense layer on each stream; without a refinement both make cross-Grams."""
+        """Runs the dense layer on each stream; two streams make cross-Grams."""
         apply = self._function(index).apply
         inputs: dict[str, list[Inputs]] = {}
         if wanted:

@@ -1,7 +1,7 @@
-"""HF's PyTorch models as functions of JAX, by torchax: what has no native forward pass.
+"""HF's PyTorch models as functions of JAX, by torchax, for models without a native forward pass.
 
-torch and torchax are imported when a function of this module is called; the rest of prox24 does
-without them.
+torch and torchax are imported when a function of this module is called. The rest of prox24 does not
+need them.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class TorchModel(NamedTuple):
     """A PyTorch module as a function of its parameters, by name, and a batch.
 
-    A tied parameter is there once. The result is the module's first output.
+    A tied parameter has one entry. The result is the module's first output.
     """
 
     apply: Apply
@@ -36,14 +36,14 @@ class TorchModel(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a module was called with."""
+    """The further arguments of a module's call, after its first argument."""
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
 
 
 def require() -> tuple[Any, Any]:
-    """The modules torch and torchax, or an error where one is missing or does not fit the other."""
+    """The modules torch and torchax; raises Prox24Error if one is missing or they do not fit."""
     try:
         import torch
         import torchax
@@ -51,7 +51,7 @@ def require() -> tuple[Any, Any]:
         raise Prox24Error(
             f"{error.name or first_line(error)} is not installed: pip install 'prox24[torchax]'"
         ) from error
-    except AttributeError as error:  # how torchax 0.0.13 ends with torch 2.13
+    except AttributeError as error:  # torchax 0.0.13 raises this error with torch 2.13
         raise Prox24Error(
             f"torchax does not work with torch {torch.__version__} ({first_line(error)}): "
             "pip install --upgrade 'prox24[torchax]'"
@@ -60,7 +60,7 @@ def require() -> tuple[Any, Any]:
 
 
 def open_any(path: str | Path) -> tuple[Checkpoint, bool]:
-    """Opens a model, and says whether it has a forward pass here; if not, torchax must run it."""
+    """Opens a model, and returns whether it has a forward pass here; otherwise torchax runs it."""
     try:
         return open_checkpoint(path), True
     except UnsupportedModelError as error:
@@ -77,15 +77,15 @@ def from_torch(model: "torch.nn.Module") -> TorchModel:
     """An HF model as a function of JAX, for `prox24.calibrate` and `prune_params`.
 
     Args:
-      model: in evaluation mode; it is not changed.
+      model: an HF model in evaluation mode; it is not changed.
 
     Returns:
-      `apply(params, tokens)`, which computes the logits of a language model, or the last hidden
-      states of an encoder, from tokens of shape (batch, length), with every matrix product at the
-      highest precision. `params` are copies of the parameters in their dtypes.
+      `apply` and `params`. `apply(params, tokens)` takes tokens of shape (batch, length). It
+      returns the logits of a language model, or the last hidden states of an encoder. All matrix
+      products have the highest precision. `params` are copies of the parameters in their dtypes.
 
     Raises:
-      Prox24Error: torch or torchax is missing, or their releases do not go together. `apply` raises
+      Prox24Error: torch or torchax is missing, or their releases do not fit. `apply` raises
         `UnsupportedModelError` if torchax cannot run the model.
     """
     return _as_function(model)
@@ -125,7 +125,7 @@ class TorchLayer(NamedTuple):
     call: Call = Call((), {})
 
     def axes(self) -> dict[str, int]:
-        """The weights of its linears, with the axis that each sums over."""
+        """The weights of its linears, each with the axis of its sum."""
         torch, _ = require()
         from transformers.pytorch_utils import Conv1D
 
@@ -137,7 +137,7 @@ class TorchLayer(NamedTuple):
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of its parameters."""
+        """The shapes of its parameters, by name."""
         named = self.module.named_parameters()
         return {self.prefix + name: tuple(values.shape) for name, values in named}
 
@@ -147,7 +147,7 @@ class TorchLayer(NamedTuple):
 
 
 def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
-    """The weights of the linears that are pruned, with the axis that each sums over."""
+    """The weights of all linears to prune, each with the axis of its sum."""
     _, layers = _decoder_layers(checkpoint)
     axes = {name: axis for layer in layers for name, axis in layer.axes().items()}
     if not axes:
@@ -160,7 +160,7 @@ def torch_perplexity(
     windows: NDArray[np.int32],
     on_step: Callable[[int], None] = lambda index: None,
 ) -> float:
-    """`native_perplexity` of any HF decoder, all of which is in memory, window by window."""
+    """`native_perplexity` for any HF decoder: the whole model is in memory, and runs by window."""
     apply, params = loaded(checkpoint)
 
     @jax.jit
@@ -191,27 +191,27 @@ def _load(path: Path) -> "torch.nn.Module":
             trust_remote_code=False,
             output_loading_info=True,
         )
-    if loading["missing_keys"]:  # which transformers would leave at random
+    if loading["missing_keys"]:  # transformers fills them with random values
         raise CheckpointError(f"{path}: tensor {min(loading['missing_keys'])} is missing")
     return model.eval()
 
 
 @contextlib.contextmanager
 def _unsupported(said: str) -> Iterator[None]:
-    """Makes one error of the many types that other packages raise for a model.
+    """Turns the many errors of other packages into UnsupportedModelError.
 
-    An error of memory is no fault of the model, and may not come again.
+    A lack of memory raises MemoryError: it is no fault of the model, and may not occur again.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as torch says
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's message
             raise MemoryError(first_line(error)) from error
         raise UnsupportedModelError(f"{said}: {first_line(error)}") from error
 
 
 def _decoder_layers(checkpoint: Checkpoint) -> tuple[Any, list[TorchLayer]]:
-    """The model, and its layers without their calls, all of whose linears the files have."""
+    """The model, and its layers without their calls; checks that the files have all linears."""
     torch, _ = require()
     model: Any = _load(checkpoint.path)
     count = getattr(model.config, "num_hidden_layers", None)
@@ -232,7 +232,7 @@ def _decoder_layers(checkpoint: Checkpoint) -> tuple[Any, list[TorchLayer]]:
 def layers_and_inputs(
     checkpoint: Checkpoint, windows: NDArray[np.int32]
 ) -> tuple[list[TorchLayer], list[Array]]:
-    """The layers of a decoder with their calls, and the input of the first one, batch by batch."""
+    """The layers of a decoder with their calls, and the first layer's input, batch by batch."""
     torch, torchax = require()
     model, layers = _decoder_layers(checkpoint)
     kind, size = type(model).__name__, batch_size(*windows.shape)

@@ -1,4 +1,4 @@
-"""Training all kept weights of a pruned checkpoint together, on what the dense one predicts."""
+"""Trains all kept weights of a pruned checkpoint together, on the dense model's predictions."""
 
 import functools
 import math
@@ -36,22 +36,25 @@ def train_checkpoint(
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
 ) -> tuple[Refined, Iterator[tuple[str, NDArray[Any]]]]:
-    """Trains the nonzeros of every linear, norms and biases; embeddings and head stay.
+    """Trains the nonzeros of every linear, norms and biases; embeddings and head do not change.
 
-    The dense model runs once, layer by layer, and the hidden states that it ends with are kept on
-    the host: hidden width * 4 bytes for a token. With cross-entropy alone it does not run. The
-    pruned model is in memory as a whole: its weights as they were given and the best ones, in
-    float32 the trained ones, two moments of Adam and a gradient, and a byte for each entry, whether
-    it is trained; embeddings and head besides, of both models where they differ.
+    The dense model runs once, layer by layer. Its last hidden states stay on the host, with hidden
+    width * 4 bytes for each token. With cross-entropy alone the dense model does not run.
 
-    The first axis of the mesh shares the windows of a micro-batch and the parts of every weight. A
-    second axis, if there is one, shares heads and widths.
+    Memory holds several copies of the pruned model's layers. In the dtype of the checkpoint these
+    are the given weights and the best weights. In float32 these are the trained weights, two
+    moments of Adam and a gradient. A mask of the trained entries has one byte for each entry.
+    Memory also holds embeddings and head, for both models if they differ.
+
+    Devices along the first axis of the mesh share the windows of a micro-batch and the parts of
+    every weight. Devices along a second axis, if any, share heads and widths.
 
     Returns:
-      How it went; and names and values of every tensor of every layer, in the checkpoint's layout.
+      The outcome of the training, and an iterator over the name and values of every tensor of every
+      layer, in the checkpoint's layout.
     """
     mesh = None if mesh is None else partition.training_mesh(mesh)
-    # Devices of the second axis would compute the same.
+    # The dense model uses the first axis only: devices along the second would repeat its work.
     teacher = forward.load_model(dense, None if mesh is None else Mesh(mesh.devices[:, 0], (AXIS,)))
     student = forward.load_model(pruned)
     config = student.config
@@ -84,7 +87,7 @@ def train_checkpoint(
         of_teacher = _shared(
             _head(config, dtype, _placed(forward.head_weights(teacher), mesh)), outer.head
         )
-    else:  # Not looked at.
+    else:  # The targets are not used.
         targets, of_teacher = [np.zeros(0, np.float32)] * len(batches), outer.head
     trained = refine.train_model(
         *_functions(config, mesh, dtype),
@@ -109,7 +112,7 @@ def train_checkpoint(
 
 
 def _params(model: forward.Model, mesh: Mesh | None) -> stacks.Stacked:
-    """The tensors of all layers; on the host are those of one name at a time."""
+    """The tensors of all layers; the host holds the tensors of one name at a time."""
 
     def stack(name: str, tensors: list[NDArray[Any]]) -> Array:
         values = np.stack(tensors)
@@ -120,7 +123,7 @@ def _params(model: forward.Model, mesh: Mesh | None) -> stacks.Stacked:
 
 
 class _Outer(NamedTuple):
-    """What a training computes with besides the layers."""
+    """The tensors outside the layers."""
 
     embedding: Weights
     head: Weights
@@ -139,13 +142,13 @@ def _placed(weights: Weights, mesh: Mesh | None) -> Weights:
 
 
 def _head(config: Config, compute_dtype: str, weights: Weights) -> Weights:
-    """What is behind the layers, rounded once for all steps."""
+    """The tensors after the layers, rounded once for all steps."""
     behind = {name: weights[name] for name in spec.head_shapes(config)}
     return decoder.computed_in(compute_dtype, behind, {spec.head_weight(config.head)})
 
 
 def _shared(weights: Weights, others: Weights) -> Weights:
-    """The weights; one that equals the other model's is in memory once."""
+    """The weights; a weight that equals the other model's is in memory once."""
 
     def shared(weight: Array, other: Array) -> Array:
         equal = weight.dtype == other.dtype and bool(jnp.all(weight == other))
@@ -169,11 +172,11 @@ def _targets(
 
 @functools.lru_cache(maxsize=4)
 def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[Features, Logits]:
-    """Objects that are the same for the same model, so that they are compiled once."""
+    """The same function objects for equal arguments: they are compiled once."""
     linears = _linears(config)
 
     def enter(weights: Weights, hidden: Array) -> tuple[Weights, Array]:
-        # In that dtype already when devices send them to each other.
+        # Weights are rounded first, so that devices send them in the smaller dtype.
         return partition.gathered(
             mesh, decoder.computed_in(compute_dtype, weights, linears), hidden
         )
@@ -188,7 +191,7 @@ def _functions(config: Config, mesh: Mesh | None, compute_dtype: str) -> tuple[F
 
 
 _optimizer = functools.lru_cache(maxsize=4)(ModelRefinement.optimizer)
-"""The same object for the same numbers, so that it is compiled once."""
+"""The same optimizer object for equal arguments, so that it is compiled once."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -198,13 +201,13 @@ def _linears(config: Config) -> frozenset[str]:
 
 
 def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bool:
-    """Whether a linear has more than the same one of the dense model, which may have a few."""
+    """Whether a linear has more zeros than in the dense model, which may also have some."""
     names = (linear.tensor for linear in forward.all_linears(config))
     return any(np.sum(pruned.read(name) == 0) > np.sum(dense.read(name) == 0) for name in names)
 
 
 def _is_pruned(config: Config, params: stacks.Stacked) -> bool:
-    """Whether a linear has so many zeros as no dense or quantised one has: a quarter."""
+    """Whether a linear is a quarter zeros or more; dense and quantised linears have fewer."""
     linears = _linears(config)
     return any(
         bool(jnp.max(jnp.mean(leaf == 0, axis=(1, 2), dtype=jnp.float32)) >= 0.25)

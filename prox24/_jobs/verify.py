@@ -1,4 +1,4 @@
-"""Whether a pruned model is what it should be, tensor by tensor."""
+"""Checks a pruned model, tensor by tensor: its pattern, its hashes and its values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,21 +24,23 @@ from prox24._pruning.runner import check_widths
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport(Report):
-    """Whether a model is as it should be; printed, it is a table and a line for each problem.
+    """The result of `verify`; printed, it is a table and a line for each problem.
 
     Attributes:
-      model: that was looked at.
-      source: that it was compared with, or None.
-      manifest: whether the folder has one.
-      pattern: of the linears, as text; those of a recipe are one after the other.
-      tensors: their number.
-      linears: the number that should have the pattern.
-      refined: tensors that were trained or turned without being pruned, and are not compared.
-      blocks: of the linears; weights where there is no N:M.
-      sparsity: share of exact zeros in the linears.
-      violations: by tensor, the blocks that break the pattern.
-      problems: by tensor, what is wrong.
-      others: tensors that are neither linears nor refined.
+      model: the checked model.
+      source: the model of the comparison, or None.
+      manifest: whether the folder has a manifest.
+      pattern: the pattern of the linears, as text; the patterns of a recipe are separated by
+        commas.
+      tensors: the number of tensors.
+      linears: the number of linears that should have the pattern.
+      refined: trained or turned tensors outside the pruned linears; they are not compared with the
+        source.
+      blocks: the number of blocks of the linears; the number of weights without N:M.
+      sparsity: share of exact zeros in the linears, from 0 to 1.
+      violations: by tensor, the number of blocks that break the pattern.
+      problems: by tensor, the problem.
+      others: the number of tensors outside the linears and `refined`.
       versions: of Python and packages.
     """
 
@@ -93,17 +95,18 @@ def verify(
 
     Args:
       model: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
-      source: the model that it was pruned from; tensors that were not pruned must equal its.
-      pattern: that every linear must have. None for that of the recipe in the folder's manifest, of
-        the tensors that were pruned; and 2:4 of every linear where there is no recipe.
+      source: the dense model. All unpruned tensors must equal its tensors.
+      pattern: the pattern that every linear must have. None checks the pruned tensors for the
+        pattern of the recipe in the folder's manifest. Without a recipe, None checks every linear
+        for 2:4.
       quiet: shows no progress bar.
 
     Returns:
-      A `VerifyReport`; its `ok` says whether all is well.
+      A `VerifyReport`; its `ok` is True without a problem.
 
     Raises:
       CheckpointError: a model cannot be read, or an input width is not divisible by M.
-      RecipeError: the pattern is none.
+      RecipeError: the pattern is not valid.
     """
     checkpoint, native = torchax.open_any(model)
     manifest = read_manifest(checkpoint.path)
@@ -172,7 +175,7 @@ def verify(
 
 
 def native_axes(checkpoint: Checkpoint) -> dict[str, int]:
-    """The pruned tensors of a native model, with the axis that each sums over."""
+    """The linears of a native model, each with the axis of its sum."""
     config = load_model(checkpoint).config
     axis = 0 if config.names.transposed else 1
     return {linear.tensor: axis for linear in all_linears(config)}
@@ -181,7 +184,7 @@ def native_axes(checkpoint: Checkpoint) -> dict[str, int]:
 def _missing(
     checkpoint: Checkpoint, source: Checkpoint | None, manifest: Mapping[str, Any] | None
 ) -> dict[str, str]:
-    """What is wrong without reading a tensor: names and shapes."""
+    """The problems of names and shapes; no tensor is read."""
     problems: dict[str, str] = {}
     own = checkpoint.tensors
     if manifest is not None:
@@ -199,6 +202,6 @@ def _missing(
 
 
 def _differ(values: NDArray[Any], source: TensorSource) -> bool:
-    """In a bit, after the change of dtype that a user may have asked for; `_missing` has shapes."""
+    """Whether any bit differs, after a cast of the source; `_missing` reports other shapes."""
     same_shape = values.shape == source.shape
     return same_shape and sha256(values) != sha256(source.read().astype(values.dtype, copy=False))
