@@ -1,9 +1,9 @@
 """prox24: prunes models to 2:4 sparsity in JAX, by the exact proximal operator of a penalty.
 
-`prune` and its companions work on checkpoints of Hugging Face; `prune_params` on the parameters of
-any JAX model; `solve` on one layer; `prox` is the operator. `prox24.optax` has the operator as a
-gradient transformation, `prox24.refine` trains what is kept, `prox24.packed` multiplies with 2:4
-weights. A name is imported when it is used first: `import prox24` imports no other package.
+`prune` works on checkpoints of Hugging Face, `prune_params` on the parameters of any JAX model, and
+`solve` on one layer. `prox` is the operator. `prox24.optax` has the operator as a gradient
+transformation, `prox24.refine` trains the kept weights, and `prox24.packed` multiplies with 2:4
+weights. A name is imported at its first use: `import prox24` imports no other package.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Models for lm-evaluation-harness, which knows `Prox24LM` as "prox24" once this is imported.
+"""Models for lm-evaluation-harness: importing this module registers `Prox24LM` as "prox24".
 
-Texts are padded on the right to a few lengths, so that few programs are compiled. No result depends
-on it: attention is causal, and a token sees nothing behind it.
+Texts are padded on the right to a few lengths, so that few programs are compiled. The padding
+changes no result: attention is causal, so no token attends to tokens after it.
 """
 
 import bisect
@@ -51,27 +51,27 @@ class Continued:
     """A prompt and its continuation so far."""
 
     tokens: list[int]
-    prompt: int  # how many of them are given
-    most: int  # how many may come
-    until: list[str]  # any of these ends it
+    prompt: int  # number of tokens of the prompt
+    most: int  # largest number of new tokens
+    until: list[str]  # strings that end it
     draw: tuple[float, float]  # temperature and top_p
     ended: bool
 
 
 @register_model("prox24")
 class Prox24LM(TemplateLM):  # type: ignore[misc]
-    """A model as lm-evaluation-harness takes it, computed in float32 by JAX.
+    """A model for lm-evaluation-harness, computed in float32 by JAX.
 
     Args:
       pretrained: an HF folder, a GGUF file, or the hub's OWNER/NAME[@REVISION].
-      batch_size: texts of a pass; "auto" takes about 2048 tokens.
-      max_length: the most tokens of a text, whose start is lost; the model's positions if None.
-        Attention takes memory by its square.
-      dtype: of the weights in memory: "float32", "bfloat16" or "float16"; the model's if None.
+      batch_size: number of texts of a pass; "auto" takes about 2048 tokens.
+      max_length: the most tokens of a text; a longer text loses its start. None takes the model's
+        positions. The memory of attention grows with the square of this length.
+      dtype: of the weights in memory: "float32", "bfloat16" or "float16"; None keeps the model's.
 
     Raises:
       CheckpointError: the model cannot be read.
-      UnsupportedModelError: it has no forward pass here.
+      UnsupportedModelError: the model has no forward pass here.
       Prox24Error: an argument is out of its range.
     """
 
@@ -97,7 +97,8 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         self.max_length: int = (
             max_length or positions or model_utils.resolve_max_length(None, self.tokenizer)
         )
-        # Padding does not take a text over a length at which the frequencies of a Rope change.
+        # The padded lengths include each length at which the frequencies of a Rope change. So
+        # padding never takes a text over such a length.
         self._switches = spec.switches(self.config)
         lengths = [16 << k for k in range(self.max_length.bit_length())] + self._switches
         self._lengths = sorted({n for n in lengths if n < self.max_length} | {self.max_length})
@@ -125,7 +126,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the text that the model was trained on."""
+        """The text of a conversation, by the tokenizer's chat template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -136,7 +137,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The tokens of a text, behind the tokenizer's own; a start token is not doubled."""
+        """The tokens of a text, after the tokenizer's start tokens; none is added twice."""
         if add_special_tokens is None:
             start = self.tokenizer.bos_token
             add_special_tokens = start is None or not string.startswith(start)
@@ -149,7 +150,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
     ) -> list[tuple[float, bool]]:
-        # Requests that differ in the last token share a pass, as choices of one token do.
+        # Requests that differ only in their last token share a pass, such as one-token choices.
         passes: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
@@ -186,7 +187,10 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     def _score(
         self, tokens: NDArray[np.int32], places: Sequence[tuple[int, int, int]]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """log p of each token at (row, position before it), and whether no token is likelier."""
+        """log p of each token, and whether it is the most probable token.
+
+        `places` has (row, position before the token, token).
+        """
         hidden = _embed(self.config, self._weights.outer, jnp.asarray(tokens))
         for layer, own in zip(self.config.layers, self._weights.layers, strict=True):
             hidden = run_layer(layer, own, hidden)
@@ -215,7 +219,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues prompts, each until one of its strings or an end token comes."""
+        """Continues each prompt until one of its stop strings, an end token, or its limit."""
         texts = [self._prompt(*request.args) for request in requests]
         with tqdm(total=len(requests), desc="generation", disable=disable_tqdm) as bar:
             while running := [text for text in texts if not text.ended]:
@@ -242,7 +246,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         return Continued(tokens, len(tokens), most, until, draw, ended=most < 1)
 
     def _caches(self, text: Continued) -> tuple[Any, ...]:
-        """The texts of a batch share this: the lengths of cache and first pass, and the draw."""
+        """The key of a batch: lengths of the cache and of the first pass, temperature, top_p."""
         length, last = len(text.tokens), text.prompt + text.most - 1
         capacity = next((s for s in self._switches if length <= s < last), self._padded(last))
         return (capacity, self._padded(length), *text.draw)
@@ -252,7 +256,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         """Continues texts until each has ended or its cache is full.
 
-        Padding also fills cache entries behind each prompt. New tokens overwrite these entries
+        Padding also fills cache entries after each prompt. New tokens overwrite these entries
         before any token attends to them.
         """
         rows, config = self._rows(capacity), spec.at_length(self.config, capacity)
@@ -292,7 +296,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     def _batches(
         self, items: Iterable[Item], key: Callable[[Item], tuple[Any, ...]]
     ) -> Iterator[tuple[tuple[Any, ...], list[Item]]]:
-        """Items of one key, which begins with a length; the longest first, for their memory."""
+        """Batches of items with one key, which begins with a length; the longest batches first."""
         groups: dict[tuple[Any, ...], list[Item]] = defaultdict(list)
         for item in items:
             groups[key(item)].append(item)
@@ -309,7 +313,7 @@ _embed = jax.jit(decoder.embed, static_argnums=0)
 def _scores(
     config: spec.Config, weights: dict[str, Array], hidden: Array, places: Array
 ) -> tuple[Array, Array]:
-    """Some hundred places at a time: the logits of one are as many as there are tokens."""
+    """Scores of places, at most 256 at a time: one place has a logit for each vocabulary entry."""
 
     def some(places: Array) -> tuple[Array, Array]:
         row, position, token = places.T
@@ -322,7 +326,7 @@ def _scores(
 
 
 def _array(texts: Sequence[Sequence[int]], rows: int, length: int) -> NDArray[np.int32]:
-    """Texts as rows, with zeros behind them and below."""
+    """Texts as rows of shape (rows, length), padded with zeros on the right and below."""
     padded = np.zeros((rows, length), np.int32)
     for row, text in zip(padded, texts, strict=False):
         row[: len(text)] = text

@@ -1,4 +1,4 @@
-"""Programs that XLA compiled, kept for the next command."""
+"""Keeps the programs that XLA compiles for the next command."""
 
 import contextlib
 import functools
@@ -15,16 +15,16 @@ from prox24._core.cache import cache_folder
 
 OFF = "PROX24_NO_COMPILATION_CACHE"
 MOST_BYTES = 2**29
-"""Of the programs for one processor and one release of JAX."""
+"""The most bytes of programs for one processor and one release of JAX."""
 MOST_FOLDERS = 4
 
 
 def keep_programs() -> None:
-    """Has JAX keep what it compiles in a folder of the cache, and read it from there.
+    """Lets JAX keep compiled programs in a folder of the cache, and read them from there.
 
-    Each processor and each release has a folder of its own, so that a home folder that machines
-    share never gives one a program of another. The folders that were used last stay. Nothing is
-    done without a folder that can be written, or where the user has set JAX's own cache.
+    Each processor and each release of JAX has its own folder. So a machine never reads a program
+    for another processor, even if machines share a home folder. Only the last used folders are
+    kept. The function does nothing if no folder can be written, or if the user has set JAX's cache.
     """
     import jax
 
@@ -38,12 +38,12 @@ def keep_programs() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         _keep_latest(cache)
-    except (OSError, RuntimeError):  # a folder may go while another process looks at it
+    except (OSError, RuntimeError):  # another process may delete a folder at the same time
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # A full disk or a damaged entry costs a compilation, and is no news.
+    # A full disk or a damaged entry only costs a compilation. No warning is needed.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
@@ -54,7 +54,7 @@ def _keep_latest(cache: Path) -> None:
 
 
 def _key() -> str:
-    """A name for the processor and the releases of JAX, which JAX's own keys leave out."""
+    """A name for the processor and the releases of JAX, for the folder of their programs."""
     releases = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
     said = repr([_processor(), platform.machine(), platform.system(), releases])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -62,7 +62,7 @@ def _key() -> str:
 
 @functools.cache
 def _processor() -> str:
-    """Its model and its instruction sets."""
+    """The model of the processor and its instruction sets."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Feat")))

@@ -1,4 +1,4 @@
-"""`prox24 convert`: a checkpoint from one format, dtype or size of shards into another."""
+"""`prox24 convert`: writes a checkpoint in another format, dtype or size of shards."""
 
 import argparse
 from pathlib import Path

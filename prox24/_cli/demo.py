@@ -1,4 +1,4 @@
-"""`prox24 demo`: a real model of 135M parameters, pruned by the baselines and the default."""
+"""`prox24 demo`: prunes a model of 135M parameters by baselines and by the default recipe."""
 
 import argparse
 import dataclasses
@@ -18,9 +18,9 @@ METHODS = {
     "no-basis": ("default, heads not turned", dataclasses.replace(Recipe(), basis=None)),
     "admm": ("default", Recipe()),
 }
-"""Recipes, with what the table calls them."""
+"""Recipes, each with its name in the table."""
 LEFT_OUT = ("wanda", "no-basis")
-"""By the demo in its short form."""
+"""Methods that only the full demo runs."""
 COLUMNS = ["method", "perplexity", "mean relative loss", "solver s", "total s"]
 
 
@@ -54,7 +54,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carries the command out; the exit code."""
+    """Runs the command; returns the exit code."""
     from prox24._checkpoints.checkpoint import open_checkpoint
     from prox24._checkpoints.tensors import writing
     from prox24._cli.demo_model import fetch_model
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         name: given for name, given in METHODS.items() if arguments.full or name not in LEFT_OUT
     }
     rows: list[dict[str, Any]] = []
-    # A job of pruning has a bar for its check and one for its layers; then the model is measured.
+    # Each method has three bars: the check and the layers of pruning, and the measurement.
     with whole_bar("demo", 1 + 3 * len(methods), quiet):
         for method, (shown, recipe) in {"dense": ("dense", None), **methods}.items():
             began = time.perf_counter()
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "solver_seconds": sum(linear.seconds for linear in report.linears),
                     "folder": str(folder),
                 }
-            # What was written is read back and measured.
+            # The written model is read back and measured.
             measured = perplexity(folder, evaluation, quiet=quiet).to_dict()
             seconds = time.perf_counter() - began
             rows.append({"method": shown, **measured, **figures, "seconds": seconds})
@@ -136,7 +136,7 @@ def _meaning(rows: list[dict[str, Any]]) -> str:
 
 
 def _page(rows: list[dict[str, Any]], of_last: list[str]) -> str:
-    """The rows, and the sections about the last one."""
+    """The HTML page of the rows, with sections about the last row."""
     from prox24._jobs import page
 
     perplexities = {row["method"]: row["perplexity"] for row in rows}

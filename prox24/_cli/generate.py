@@ -1,4 +1,4 @@
-"""`prox24 generate`: what models make of prompts."""
+"""`prox24 generate`: continues prompts by models."""
 
 import argparse
 import time
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         for row in _continuations(model, arguments):
             rows.append(row)
             if not arguments.json:
-                # Printed at once: the next model takes its time.
+                # Printed at once, since the next model takes time.
                 title = "" if single else f"--- {row['model']}\n"
                 print(f"{title}{row['prompt']}{row['text']}", flush=True)
     if arguments.json:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _continuations(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What a model makes of each prompt, with its figures."""
+    """A model's continuation of each prompt, with its figures."""
     from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
     from prox24._jobs.forward import all_weights, load_model
     from prox24._jobs.output import peak_memory_bytes
@@ -102,7 +102,7 @@ def _continuations(name: str, arguments: argparse.Namespace) -> Iterator[dict[st
                 tokens.append(int(token))
                 times.append(time.perf_counter())
                 advance("", None)
-        # Some tokenizers drop the space before a first word: the prompt is decoded with the rest.
+        # Some tokenizers drop the space before a first word, so the prompt is decoded too.
         before = prompt[0].tolist()
         yield {
             "model": str(name),

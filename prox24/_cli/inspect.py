@@ -1,4 +1,4 @@
-"""`prox24 inspect`: the tensors of a model, and what a recipe would prune."""
+"""`prox24 inspect`: lists the tensors of a model, and a recipe's decision on each."""
 
 import argparse
 

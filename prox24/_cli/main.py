@@ -29,16 +29,16 @@ COMMANDS = {
     "convert": "write a checkpoint in another format",
     "demo": "prune SmolLM2-135M by four methods and compare them",
 }
-"""Each one is a module of this package with `add_arguments` and `run`."""
+"""The commands. Each is a module of this package with `add_arguments` and `run`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs one command.
 
     Returns:
-      0, or 1 where `verify` finds a tensor that is not as it should be; or, with one line on
-      standard error, 2 on an error, or 128 and the number of the signal that ended it, SIGINT or
-      SIGTERM. After a closed pipe it is 128 and the number of SIGPIPE, without a line.
+      The exit code: 0 on success, and 1 if `verify` finds a problem. With one line on standard
+      error it is 2 after an error. After SIGINT or SIGTERM it is 128 plus the signal's number, also
+      with one line. After a closed pipe it is 128 plus the number of SIGPIPE, without a line.
     """
     given = sys.argv[1:] if arguments is None else arguments
     if arguments is None and set(given) & set(COMMANDS) and not set(given) & {"-h", "--help"}:
@@ -51,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
             code = int(parsed.run(parsed))
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # whoever read what was printed has ended
+    except BrokenPipeError:  # the reader of standard output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # SIGPIPE, which not every system has
+        return 128 + 13  # SIGPIPE; some systems lack its name
     except Terminated as error:
         return _end("ended by SIGTERM", error, 128 + signal.SIGTERM)
     except KeyboardInterrupt as error:
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser(arguments: list[str]) -> argparse.ArgumentParser:
-    """The parser of every command; only the one that is named has its options."""
+    """The parser of all commands; only the given command gets its options."""
     top = argparse.ArgumentParser(
         prog="prox24", description="Prunes language models to N:M sparsity, in JAX."
     )
@@ -83,7 +83,7 @@ def parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def _said(error: Exception) -> str | None:
-    """The line of an error that a user can mend; None for an error of the program."""
+    """The message of an error that a user can correct; None for an error of the program."""
     if isinstance(error, Prox24Error | OSError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
@@ -91,7 +91,7 @@ def _said(error: Exception) -> str | None:
         return None if missing is None else str(missing)
     if isinstance(error, MemoryError):
         return f"out of memory: {error}"
-    if isinstance(error, UnicodeError):  # of a name or an argument that is not UTF-8
+    if isinstance(error, UnicodeError):  # from a name or an argument without valid UTF-8
         return f"text that is no Unicode: {error}"
     import jax
 
@@ -104,7 +104,7 @@ def _said(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _lines_without_a_terminal(parsed: argparse.Namespace) -> Iterator[None]:
-    """Logs a line for each layer on standard error, where a bar would only fill a file."""
+    """Logs a line for each layer if standard error is no terminal: a bar would fill a file."""
     quiet = vars(parsed).get("quiet", True)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -127,18 +127,18 @@ def _lines_without_a_terminal(parsed: argparse.Namespace) -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """The process received SIGTERM."""
 
 
 @contextlib.contextmanager
 def _ended_by(number: signal.Signals) -> Iterator[None]:
-    """Has a signal end the block as Ctrl-C does, so that files and progress are left in order."""
+    """Lets a signal end the block as Ctrl-C does, so that files and progress stay in order."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # which alone receives signals
+        yield  # only the main thread receives signals
         return
     before = signal.signal(number, end)
     try:

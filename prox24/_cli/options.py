@@ -1,4 +1,4 @@
-"""Options that commands share, and those that are made from the fields of a recipe."""
+"""Options that commands share, and options for the fields of a recipe."""
 
 import argparse
 import dataclasses
@@ -19,14 +19,14 @@ MODEL = "HF folder, GGUF file, or the hub's OWNER/NAME[@REVISION]"
 DTYPES = ("float32", "float16", "bfloat16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 OF_RECIPE = ("pattern", "damping", "only", "skip", "keep_dense", "dtype")
-"""Fields of a recipe that are options by themselves."""
+"""Fields of a recipe with an option of the same name."""
 
 PARTS: dict[str, tuple[str, str, type, str]] = {
     "targets": ("pruned", "dense", DenseTargets, ""),
     "basis": ("none", "heads", HeadBasis, "basis_"),
     "refine": ("none", "block", BlockRefinement, "refine_"),
 }
-"""Parts of a recipe that are off or on, with their classes and the prefixes of their options."""
+"""Parts of a recipe: the choices for off and on, the class, and the prefix of its options."""
 
 PARTS_HELP = {
     "targets": "each linear reproduces its own output in the pruned model, or the dense model's",
@@ -55,7 +55,7 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a method or a file, with the options that were given."""
+    """The recipe of a method or a file, changed by the given options."""
     if arguments.recipe is not None:
         recipe = Recipe.load(arguments.recipe)
     else:
@@ -84,7 +84,7 @@ def option(name: str) -> str:
 
 
 def add_field(group: Any, cls: type, name: str, prefix: str = "") -> None:
-    """Adds an option for a field of a dataclass, with the help of the class's docstring."""
+    """Adds an option for a field of a dataclass; the class's docstring has the help text."""
     default, help_text = getattr(cls, name), attribute_help(cls)[name]
     if isinstance(default, bool):
         group.add_argument(option(prefix + name), action="store_const", const=True, help=help_text)
@@ -150,7 +150,7 @@ def add_windows(
 
 
 def add_training_windows(command: argparse.ArgumentParser, name: str, what: str) -> None:
-    """Adds what `add_windows` does, --sampling and --seed."""
+    """Adds the options of `add_windows`, --sampling and --seed."""
     add_windows(command, name, f"{what} (default: speeches of the package)")
     command.add_argument(
         "--sampling",
@@ -165,7 +165,7 @@ def add_training_windows(command: argparse.ArgumentParser, name: str, what: str)
 
 
 def text_of(arguments: argparse.Namespace, source: Any) -> Any:
-    """The `Text` of a source, with the options that were given."""
+    """The `Text` of a source and the given options."""
     from prox24._jobs.text import Text
 
     sizes = arguments.samples, arguments.sequence_length, arguments.text_field
@@ -255,7 +255,7 @@ KINDS: dict[Any, Callable[[str], Any]] = {
     float: positive_number,
     int: positive,
 }
-"""How an option is read, by the name of its field or by its type."""
+"""Functions that read the value of an option, by the name or the type of its field."""
 
 CHOICES = {"dtype": DTYPES, "compute_dtype": ("float32", "bfloat16")}
 

@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         first = is_first()
         if first:
             show(report, arguments)
-    if first and name is not None:  # The other processes need not wait for it.
+    if first and name is not None:  # The other processes do not wait for the upload.
         address = hub.upload(arguments.destination, name)
         if not (arguments.json or arguments.quiet):
             print(f"uploaded to {address}")
