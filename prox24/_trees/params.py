@@ -97,8 +97,8 @@ def prune_params(
         embeddings and heads stay dense, by their names (`prox24.optax.describe`).
 
     Returns:
-      A `PrunedParams`: the parameters in the same structure, a `Leaf` for each leaf, and a report
-      for each pruned matrix.
+      A `PrunedParams` with the parameters in the same structure, a `Leaf` for each leaf, and a
+      report for each pruned matrix.
 
     Raises:
       CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has a
