@@ -1,0 +1,162 @@
+"""The site: Sphinx reads the pages of this folder, and the reference comes from docstrings.
+
+`make docs` builds it into build/docs. Every warning is an error, and nothing is downloaded.
+"""
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+from sphinx.util import logging
+
+import prox24
+
+HERE = Path(__file__).parent
+REPORTS = ("DistillReport", "Loaded", "PerplexityReport", "Plan", "PruneReport", "VerifyReport")
+
+project = "prox24"
+author = "The prox24 authors"
+version = release = prox24.__version__
+project_copyright = author
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+]
+
+# Pages. GitHub shows them too: links are relative paths, and anchors are GitHub's.
+myst_heading_anchors = 4
+highlight_language = "none"
+
+# The reference.
+nitpicky = True
+nitpick_ignore_regex = [
+    # `code` of docstrings becomes a link where it names something of the reference.
+    ("py:obj", ".*"),
+    # Other packages have sites of their own, and these would have to be downloaded.
+    ("py:.*", r"(jax|jaxlib|numpy|optax|flax|transformers|collections|lm_eval|pathlib)\b.*"),
+]
+default_role = "py:obj"
+autosummary_generate = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_mock_imports = ["lm_eval"]
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+
+html_theme = "sphinx_book_theme"
+html_title = f"prox24 {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_theme_options = {
+    "home_page_in_toc": True,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
+
+
+def public_names():
+    """The full name of everything that the reference has to hold."""
+    names = {f"prox24.{name}" for name in prox24.__all__ if name != "planes"}
+    for module in [*prox24._SUBMODULES, "lm_eval"]:
+        found = import_module(f"prox24.{prox24._SUBMODULES.get(module, module)}")
+        members = getattr(found, "__all__", None) or [
+            name
+            for name, member in vars(found).items()
+            if not name.startswith("_") and getattr(member, "__module__", "") == found.__name__
+        ]
+        names |= {f"prox24.{module}.{name}" for name in members}
+    return names
+
+
+SECTIONS = ("Args:", "Attributes:", "Example:", "Raises:", "References:", "Returns:")
+CODE = re.compile(r"(``.*?``|`[^`]*`)", re.DOTALL)
+PAGE = re.compile(r"docs/([a-z-]+)\.md")
+
+
+def escaped(text):
+    """Prose of a docstring as reStructuredText that shows the same characters."""
+    parts = CODE.split(text)
+    for i in range(0, len(parts), 2):  # code is at the odd places
+        parts[i] = re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", parts[i])
+        parts[i] = PAGE.sub(r":doc:`docs/\1.md </\1>`", parts[i])
+    return "".join(parts)
+
+
+def paragraphs(lines):
+    """Runs of lines without a blank one, with their places."""
+    start = None
+    for place, line in enumerate([*lines, ""]):
+        if line.strip() and start is None:
+            start = place
+        elif not line.strip() and start is not None:
+            yield start, lines[start:place]
+            start = None
+
+
+def to_markup(app, what, name, obj, options, lines):
+    """Makes reStructuredText of the plain text of a docstring, before napoleon has its sections.
+
+    Indented text is a formula: it keeps its lines. Examples stay as they are.
+    """
+    made, section, literal = [], None, False
+    for _, paragraph in paragraphs(lines):
+        indented = paragraph[0].startswith(" ")
+        if paragraph[0] in SECTIONS:
+            section, indented = paragraph[0], False
+        elif not indented:
+            section = None
+        literal = indented and (literal or made[-2].endswith("::"))
+        if literal or any(line.lstrip().startswith(">>>") for line in paragraph):
+            made += paragraph
+        elif indented and section is None:
+            made += ["::", "", *paragraph]
+        else:
+            text = "\n".join(paragraph)
+            head = re.compile(r"(?m)^(  \*{0,2}\w+:)") if section in SECTIONS[:2] else None
+            parts = head.split(text) if head else [text]
+            made += "".join(
+                part if head and head.fullmatch(part) else escaped(part) for part in parts
+            ).split("\n")
+        made.append("")
+    lines[:] = made
+
+
+def without_counts(app, what, name, obj, skip, options):
+    """Leaves out what Python itself says of the fields of a named tuple."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def to_public(app, env, node, contnode):
+    """Links a class by the public name of it, where a signature has the module of its code."""
+    name = node.get("reftarget", "").rpartition(".")[2]
+    inventory = env.domains.python_domain.objects
+    for module in ("prox24", *(f"prox24.{module}" for module in prox24._SUBMODULES)):
+        if f"{module}.{name}" in inventory:
+            return env.domains.python_domain.resolve_xref(
+                env, node["refdoc"], app.builder, "obj", f"{module}.{name}", node, contnode
+            )
+    return None
+
+
+def nothing_missing(app, env):
+    """Warns of public names that are on no page."""
+    missing = public_names() - set(env.domains.python_domain.objects)
+    for name in sorted(missing):
+        logging.getLogger(__name__).warning("%s is on no page of docs/api", name)
+
+
+def setup(app):
+    """Connects the functions above."""
+    app.connect("autodoc-process-docstring", to_markup, priority=400)  # napoleon has 500
+    app.connect("autodoc-skip-member", without_counts)
+    app.connect("missing-reference", to_public)
+    app.connect("env-check-consistency", nothing_missing)
