@@ -27,7 +27,7 @@ define run-isa
 
 endef
 
-.PHONY: demo demo-full test test-all lint docs test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-cuda test-package clean
+.PHONY: demo demo-full test test-all lint docs site test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-cuda test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -50,10 +50,15 @@ lint: .venv/test.stamp
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-# The Python of the pages, and the examples of docstrings.
-docs: .venv/test.stamp
-	.venv/bin/python -m pytest -m "" tests/test_doctests.py tests/test_readme.py tests/contracts \
-	  tests/test_examples.py -k "page or docstring or readme or example"
+# The site; the examples of docstrings, and the Python of the pages. `make test-all` has the scripts.
+docs: site
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -m "not optimized" \
+	  tests/test_doctests.py tests/test_readme.py tests/test_examples.py -k "doctests or python_of"
+
+# build/docs/index.html. Warnings are errors: broken links, and public names without a page.
+site: .venv/test.stamp
+	.venv/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet \
+	  --doctree-dir build/doctrees docs build/docs
 
 # The newest JAX, without PyTorch: parity is held against the golden files.
 test-newest: .venv-newest/test.stamp
@@ -113,7 +118,7 @@ test-package: .venv/test.stamp
 	touch $@
 
 .venv/test.stamp: .venv/demo.stamp
-	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	.venv/bin/python -m pip install --quiet --editable '.[test,docs]'
 	touch $@
 
 .venv-newest/test.stamp: pyproject.toml

@@ -5,14 +5,13 @@
 
 import re
 from importlib import import_module
-from pathlib import Path
 
+from jax.typing import ArrayLike
 from sphinx.util import logging
+from sphinx.util.typing import stringify_annotation
 
 import prox24
 
-HERE = Path(__file__).parent
-REPORTS = ("DistillReport", "Loaded", "PerplexityReport", "Plan", "PruneReport", "VerifyReport")
 
 project = "prox24"
 author = "The prox24 authors"
@@ -28,6 +27,7 @@ extensions = [
 # Pages. GitHub shows them too: links are relative paths, and anchors are GitHub's.
 myst_heading_anchors = 4
 highlight_language = "none"
+smartquotes = False  # of mathematics in plain text
 
 # The reference.
 nitpicky = True
@@ -35,14 +35,18 @@ nitpick_ignore_regex = [
     # `code` of docstrings becomes a link where it names something of the reference.
     ("py:obj", ".*"),
     # Other packages have sites of their own, and these would have to be downloaded.
-    ("py:.*", r"(jax|jaxlib|numpy|optax|flax|transformers|collections|lm_eval|pathlib)\b.*"),
+    ("py:.*", r"(collections|jax|numpy|optax|pathlib|torch|typing)\..*"),
+    ("py:.*", "ArrayLike|ArrayTree|PreTrainedTokenizerBase"),
+    ("py:.*", r"prox24\.(_.*|basis\.AnyArray)"),  # type variables, and what is private
 ]
 default_role = "py:obj"
 autosummary_generate = False
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autodoc_mock_imports = ["lm_eval"]
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 80
@@ -64,7 +68,7 @@ html_theme_options = {
 
 
 def public_names():
-    """The full name of everything that the reference has to hold."""
+    """The full name of everything that the reference has to hold, each object once."""
     names = {f"prox24.{name}" for name in prox24.__all__ if name != "planes"}
     for module in [*prox24._SUBMODULES, "lm_eval"]:
         found = import_module(f"prox24.{prox24._SUBMODULES.get(module, module)}")
@@ -73,7 +77,11 @@ def public_names():
             for name, member in vars(found).items()
             if not name.startswith("_") and getattr(member, "__module__", "") == found.__name__
         ]
-        names |= {f"prox24.{module}.{name}" for name in members}
+        names |= {
+            f"prox24.{module}.{name}"
+            for name in members
+            if getattr(found, name) is not getattr(prox24, name, None)
+        }
     return names
 
 
@@ -107,7 +115,9 @@ def to_markup(app, what, name, obj, options, lines):
 
     Indented text is a formula: it keeps its lines. Examples stay as they are.
     """
-    made, section, literal = [], None, False
+    # With a comment first, napoleon takes nothing that stands before a colon for a type.
+    made = ["..", ""] if what in ("attribute", "property") else []
+    section, literal = None, False
     for _, paragraph in paragraphs(lines):
         indented = paragraph[0].startswith(" ")
         if paragraph[0] in SECTIONS:
@@ -130,6 +140,19 @@ def to_markup(app, what, name, obj, options, lines):
     lines[:] = made
 
 
+INTEGERS = re.compile(r"~numpy\.ndarray\[tuple\[[^]]*\], ~numpy\.dtype\[[^]]*\]\]")
+
+
+def shorter(app, what, name, obj, options, signature, returned):
+    """Writes the names of the types of arrays, which Python has replaced by what they stand for."""
+
+    def short(text):
+        text = text and text.replace(stringify_annotation(ArrayLike, "smart"), "ArrayLike")
+        return text and INTEGERS.sub("~numpy.ndarray", text)
+
+    return short(signature), short(returned)
+
+
 def without_counts(app, what, name, obj, skip, options):
     """Leaves out what Python itself says of the fields of a named tuple."""
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
@@ -149,14 +172,14 @@ def to_public(app, env, node, contnode):
 
 def nothing_missing(app, env):
     """Warns of public names that are on no page."""
-    missing = public_names() - set(env.domains.python_domain.objects)
-    for name in sorted(missing):
+    for name in sorted(public_names() - set(env.domains.python_domain.objects)):
         logging.getLogger(__name__).warning("%s is on no page of docs/api", name)
 
 
 def setup(app):
     """Connects the functions above."""
     app.connect("autodoc-process-docstring", to_markup, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-signature", shorter)
     app.connect("autodoc-skip-member", without_counts)
     app.connect("missing-reference", to_public)
     app.connect("env-check-consistency", nothing_missing)

@@ -24,16 +24,14 @@ HALVINGS = 40
 
 
 class Descent(enum.IntEnum):
-    """How a descent ended.
-
-    CONVERGED: the error is at most the tolerance.
-    MAX_STEPS: it is larger after the last step.
-    NONFINITE: the function or its gradient was not finite; the result is the last point before.
-    """
+    """How a descent ended."""
 
     CONVERGED = 0
+    """The error is at most the tolerance."""
     MAX_STEPS = 1
+    """The error is above the tolerance after the last step."""
     NONFINITE = 2
+    """The function or its gradient was not finite; the result is the last point before."""
 
 
 class Descended(NamedTuple):

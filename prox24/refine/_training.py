@@ -54,17 +54,14 @@ class Passes:
 
 
 class Outcome(enum.Enum):
-    """How a refinement ended.
-
-    IMPROVED: the loss on held-out batches is lower than before.
-    UNCHANGED: it never was; the parameters are those that were given.
-    DIVERGED: a loss was not finite, or a parameter that was before, which a loss may hide; they are
-      the best before that.
-    """
+    """How a refinement ended."""
 
     IMPROVED = "improved"
+    """The loss on held-out batches is lower than before."""
     UNCHANGED = "unchanged"
+    """It never was lower; the parameters are those that were given."""
     DIVERGED = "diverged"
+    """A loss or a parameter was no longer finite; the parameters are the best before that."""
 
 
 class Refined(NamedTuple):
