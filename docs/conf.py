@@ -12,7 +12,6 @@ from sphinx.util.typing import stringify_annotation
 
 import prox24
 
-
 project = "prox24"
 author = "The prox24 authors"
 version = release = prox24.__version__
