@@ -50,6 +50,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
 
 html_theme = "sphinx_book_theme"
 html_title = f"prox24 {release}"
@@ -60,6 +61,7 @@ html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search is in the sidebar
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
@@ -143,11 +145,13 @@ INTEGERS = re.compile(r"~numpy\.ndarray\[tuple\[[^]]*\], ~numpy\.dtype\[[^]]*\]\
 
 
 def shorter(app, what, name, obj, options, signature, returned):
-    """Writes the names of the types of arrays, which Python has replaced by what they stand for."""
+    """Writes short names of types of arrays, and of defaults with many fields."""
 
     def short(text):
-        text = text and text.replace(stringify_annotation(ArrayLike, "smart"), "ArrayLike")
-        return text and INTEGERS.sub("~numpy.ndarray", text)
+        text = (text or "").replace(stringify_annotation(ArrayLike, "smart"), "ArrayLike")
+        for default in (prox24.ADMM(), prox24.ConjugateGradients()):
+            text = text.replace(repr(default), f"{type(default).__name__}()")
+        return INTEGERS.sub("~numpy.ndarray", text) or None
 
     return short(signature), short(returned)
 

@@ -48,15 +48,24 @@ def test_pruning_one_layer():
     assert sorted(losses, key=losses.get)[:2] == ["ADMM", "ProximalGradient"]
 
 
+SMALL = {  # in place of what a page has for a real model
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "DIR",
+    "samples=64, sequence_length=512": "samples=8, sequence_length=32",
+    'perplexity("smol-2of4")': 'perplexity("smol-2of4", prox24.Text(None, 4, 32))',
+}
+
+
 @pytest.mark.parametrize(
     "page",
-    ["packed", "solvers", "refine", "optax", "generate", "whole-job"],
+    ["getting-started", "packed", "solvers", "refine", "optax", "generate", "whole-job"],
 )
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     write_tiny(tmp_path / "DIR")  # tests/test_readme.py has the README
     monkeypatch.chdir(tmp_path)
     text = (ROOT / f"docs/{page}.md").read_text()
+    for real, small in SMALL.items():
+        text = text.replace(real, small)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     names: dict = {"__name__": "__main__"}
@@ -64,6 +73,9 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
         exec("\n".join(blocks), names)
     if page == "refine":
         assert prox24.is_sparse(names["merged"]["first"], axis=0)
+    if page == "getting-started":
+        assert "\n2 of 2 leaves to prune are 2:4" in capsys.readouterr().out
+        assert prox24.report(names["trained"]).sparse
     if page == "optax":
         printed = "".join(re.findall(r"```text\n(.*?)```", text, re.DOTALL))
         assert capsys.readouterr().out == printed
