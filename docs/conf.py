@@ -5,6 +5,7 @@
 
 import re
 from importlib import import_module
+from pathlib import Path
 
 from jax.typing import ArrayLike
 from sphinx.util import logging
@@ -84,6 +85,17 @@ def public_names():
             if getattr(found, name) is not getattr(prox24, name, None)
         }
     return names
+
+
+INCLUDE = re.compile(r"```{include} (\.\./\S+)")
+PAGES = {path.name: INCLUDE.search(path.read_text()) for path in Path(__file__).parent.glob("*.md")}
+
+
+def to_pages(app, name, source):
+    """Makes of a link to a file of the repository one to the page of the site that includes it."""
+    for page, include in PAGES.items():
+        if include:
+            source[0] = source[0].replace(f"]({include[1]}", f"]({page}")
 
 
 SECTIONS = ("Args:", "Attributes:", "Example:", "Raises:", "References:", "Returns:")
@@ -181,6 +193,7 @@ def nothing_missing(app, env):
 
 def setup(app):
     """Connects the functions above."""
+    app.connect("source-read", to_pages)
     app.connect("autodoc-process-docstring", to_markup, priority=400)  # napoleon has 500
     app.connect("autodoc-process-signature", shorter)
     app.connect("autodoc-skip-member", without_counts)
