@@ -519,6 +519,7 @@ def main() -> None:
         worse = list(compare(rows, common.read_rows(arguments.check, list(rows[0]))))
         print("\n".join(worse) or "nothing has become worse")
         sys.exit(bool(worse))
+    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "compiled-cuda.csv"
     path.unlink(missing_ok=True)
     for row in rows:
