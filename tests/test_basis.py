@@ -145,7 +145,7 @@ def test_low_precision_is_computed_in_float32():
         ({"places": places_of(1, WIDTH)}, r"differ in \(heads, width\): \[\(1, 8\), \(2, 8\)\]"),
         ({"places": MADE + 20}, "part 0: places are not 16 different ones of 24"),
         ({"places": MADE.ravel()}, r"part 0: places \(16,\) int64 are not \(heads, members"),
-        ({"pattern": (2, 5)}, "part 0: M = 5 does not divide the input width 16"),
+        ({"pattern": (2, 5)}, "part 0: blocks of 5 do not divide the input width 16"),
         ({"axis": -1}, "part 0: axis -1 is neither 0"),
         ({"axis": 1, "places": places_of(2, 8)[::-1]}, "part 0: with axis=1, places are all of"),
         ({"gram": jnp.eye(24)}, r"part 0: weight \(24, 16\) and gram \(24, 24\) do not fit"),

@@ -139,7 +139,8 @@ def test_a_registered_class_of_others_goes_by_its_module():
 def test_a_tensor_has_the_first_pattern_that_is_found():
     recipe = Recipe(pattern=[("mlp.up", "1:4"), ("mlp", (2, 4)), ("o_proj", "dense")])
     names = ["0.mlp.up.weight", "0.mlp.down.weight", "0.o_proj.weight", "0.q_proj.weight"]
-    assert [recipe.pattern_of(name) for name in names] == [(1, 4), (2, 4), None, None]
+    found = [Pattern(1, 4), Pattern(2, 4), None, None]
+    assert [recipe.pattern_of(name) for name in names] == found
     chosen = Recipe(only="mlp", skip="down")
     assert [chosen.pattern_of(name) for name in names] == [(2, 4), None, None, None]
 
