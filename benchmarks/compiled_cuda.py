@@ -40,13 +40,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import common
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from common import llama
 from jax import Array
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import prox24
+from prox24 import packed
 from prox24._jobs.forward import layer_function, run_layer
 from prox24._jobs.observe import observe_layer
 from prox24._models import spec
@@ -56,6 +58,7 @@ from prox24._solvers.damping import inverse
 from prox24._solvers.problem import LayerProblem
 from prox24._solvers.solve import solve_program
 from prox24.optax import proximal
+from prox24.packed import Packed24
 
 SPECS = Path(__file__).parent / "gpus"
 LAUNCH, LOOK = 2.5e-6, 10e-6
@@ -86,6 +89,7 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     turns: tuple[int, ...] = ()
     static: Mapping[str, Any] = MappingProxyType({})
+    devices: int = 1  # They share the rows of the first argument's first array.
 
 
 def float32(*shape: int) -> Any:
@@ -190,11 +194,37 @@ def of_layers() -> dict[str, Program]:
     }
 
 
+def of_packed() -> dict[str, Program]:
+    """Products in bfloat16 with a weight (4096, 4096), dense and packed."""
+    weight = Packed24(bfloat16(4096, 2048), jax.ShapeDtypeStruct((4096, 128), jnp.uint32))
+
+    def dense(x: Array, weight: Array) -> Array:
+        return jnp.matmul(x, weight.T)
+
+    return {
+        f"{name} product, batch {batch}": Program(jax.jit(function), (bfloat16(batch, 4096), w))
+        for batch in (1, 512)
+        for name, function, w in (
+            ("dense", dense, bfloat16(4096, 4096)),
+            ("packed", packed.matmul, weight),
+        )
+    }
+
+
+def of_eight() -> dict[str, Program]:
+    """Programs whose rows eight devices share; the counts are of one device."""
+    whole = of_prox() | of_solvers()
+    return {
+        f"{name}, 8 devices": whole[name]._replace(devices=8)
+        for name in ("prox", "default, (4096, 4096)")
+    }
+
+
 # What XLA wrote
 
 
 SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
-SIZES |= {"f64": 8, "s64": 8, "u64": 8, "c64": 8}
+SIZES |= {"u16": 2, "s16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 FREE |= {"opt-barrier", "partition-id", "replica-id", "copy-done", "async-done"}
@@ -428,21 +458,29 @@ class Gpu:
         text = (SPECS / f"{name}.txtpb").read_text(encoding="utf-8")
         try:
             topology = topologies.get_topology_desc(
-                platform="cuda", target_config=text, topology="1x1x1"
+                platform="cuda", target_config=text, topology="1x1x8"
             )
         except (NotImplementedError, RuntimeError, ValueError) as error:
             sys.exit(f"no compiler for CUDA ({error}): run make .venv-cuda/test.stamp")
-        self.machine, self.sharding = MACHINES[name], SingleDeviceSharding(topology.devices[0])
+        self.machine, self.devices = MACHINES[name], topology.devices
+
+    def placed(self, program: Program) -> tuple[Any, ...]:
+        """The arguments with shardings."""
+        mesh = Mesh(np.array(self.devices[: program.devices]), "d")
+        rows, copies = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("d",), ()))
+        if program.devices == 1:
+            rows = copies = SingleDeviceSharding(self.devices[0])
+        leaves, structure = jax.tree.flatten(program.arguments)
+        first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct))
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                sharding = rows if i == first else copies
+                leaves[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return tuple(jax.tree.unflatten(structure, leaves))
 
     def count(self, program: Program) -> dict[str, Any]:
         """The columns of a line, see above."""
-
-        def placed(leaf: Any) -> Any:
-            if not isinstance(leaf, jax.ShapeDtypeStruct):
-                return leaf
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding)
-
-        arguments = jax.tree.map(placed, program.arguments)
+        arguments = self.placed(program)
         with tempfile.TemporaryDirectory() as name:
             options: dict[str, Any] = {"xla_dump_to": name, "xla_dump_hlo_as_text": True}
             options |= {"xla_gpu_enable_triton_gemm": False}
@@ -489,7 +527,7 @@ def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
 
 
 def main() -> None:
-    programs = of_prox() | of_optax() | of_solvers() | of_layers()
+    programs = of_prox() | of_optax() | of_solvers() | of_layers() | of_packed() | of_eight()
     parser = common.parser_of(__doc__)
     parser.add_argument("--gpus", nargs="+", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--programs", nargs="+", choices=programs, default=list(programs))
