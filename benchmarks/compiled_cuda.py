@@ -227,7 +227,7 @@ SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "
 SIZES |= {"u16": 2, "s16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
-FREE |= {"opt-barrier", "partition-id", "replica-id", "copy-done", "async-done"}
+FREE |= {"opt-barrier", "partition-id", "replica-id"}
 
 
 @dataclasses.dataclass
@@ -277,7 +277,7 @@ def parsed(text: str) -> tuple[dict[str, Computation], str]:
             rest = right[cut:].strip()[len(opcode) :]
             inside, attributes = rest[: balanced(rest)], rest[balanced(rest) :]
             name = left.removeprefix("ROOT ").lstrip("%")
-            operands = re.findall(r"%([\w.\-]+)", inside)
+            operands = re.findall(r"%([\w.\-]+(?:#\d+)?)", inside)
             root = left.startswith("ROOT ")
             current[name] = Instruction(name, right[:cut], opcode, operands, attributes, root)
     return computations, entry
@@ -290,6 +290,13 @@ def bytes_of(shape: str) -> int:
     )
 
 
+def shape_of(computation: Computation, operand: str) -> str:
+    """Newer releases write an entry of a tuple as %tuple#1."""
+    name, _, place = operand.partition("#")
+    shape = computation[name].shape if name in computation else ""
+    return [found.group() for found in ARRAY.finditer(shape)][int(place)] if place else shape
+
+
 def sizes_of(shape: str) -> list[int]:
     found = ARRAY.search(shape)
     return [int(n) for n in found.group(2).split(",") if n] if found else []
@@ -300,7 +307,7 @@ def fusion_bytes(computation: Computation) -> int:
     users = collections.defaultdict(list)
     for each in computation.values():
         for place, operand in enumerate(each.operands):
-            users[operand].append((each, place))
+            users[operand.partition("#")[0]].append((each, place))
 
     def read(name: str, whole: int) -> int:
         total = 0
@@ -318,7 +325,7 @@ def fusion_bytes(computation: Computation) -> int:
         if each.opcode in ("bitcast", "tuple"):
             return sum(map(written, each.operands))
         if each.opcode == "dynamic-update-slice":
-            return bytes_of(computation[each.operands[1]].shape)
+            return bytes_of(shape_of(computation, each.operands[1]))
         return bytes_of(each.shape)
 
     inputs = (each for each in computation.values() if each.opcode == "parameter")
@@ -340,7 +347,7 @@ class Kernel:
 
 def product(each: Instruction, computation: Computation) -> tuple[float, str, bool]:
     """The operations of a product, its precision, and whether its operands have 16 bits."""
-    left = computation[each.operands[0]].shape
+    left = shape_of(computation, each.operands[0])
     summed = re.search(
         r'lhs_contracting_(?:dimensions":\[|dims=\{)([\d," ]*)[\]}]', each.attributes
     )
@@ -381,11 +388,11 @@ class Walk:
                 self._visit(first, times)
             elif each.opcode in ("call", "async-start"):
                 self._visit(each.called("to_apply") or each.called("calls"), times)
-            elif each.opcode not in FREE:
+            elif each.opcode not in FREE and not each.opcode.endswith("-done"):
                 self.kernels.append(self._kernel(each, computation, times))
 
     def _kernel(self, each: Instruction, computation: Computation, times: int) -> Kernel:
-        shapes = [computation[name].shape for name in each.operands if name in computation]
+        shapes = [shape_of(computation, operand) for operand in each.operands]
         kernel = Kernel(each.name, times, bytes_of(each.shape) + sum(map(bytes_of, shapes)))
         if each.opcode.startswith("fusion"):
             kernel.moved = fusion_bytes(self.computations[str(each.called("calls"))])
