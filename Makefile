@@ -158,7 +158,8 @@ test-package: .venv/test.stamp
 # 4.4 GB: XLA's compiler for GPUs, and NVIDIA's assembler.
 .venv-cuda/test.stamp: pyproject.toml
 	$(call make-venv,$(PYTHON),.venv-cuda)
-	.venv-cuda/bin/python -m pip install --quiet --editable '.[examples]' 'jax[cuda13]==0.10.2' 	  nvidia-cuda-nvdisasm
+	.venv-cuda/bin/python -m pip install --quiet --editable '.[examples]' 'jax[cuda13]==0.10.2' \
+	  nvidia-cuda-nvdisasm
 	touch $@
 
 .venv-oldest/test.stamp: pyproject.toml

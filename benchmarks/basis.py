@@ -1,14 +1,16 @@
-"""What a learnt basis of the attention heads is worth: layer losses, perplexity, seconds.
+"""Measures the basis of the attention heads: layer losses, perplexity, seconds.
 
     python benchmarks/basis.py --calibration calib_mix.txt --texts austen.txt sotu.txt
     python benchmarks/basis.py --models gemma.gguf gpt2 --rows default sparsegpt ...
 
-Every method prunes every model with the basis and without it, which is a line of no steps.
-Calibration windows are drawn at random by the seed; evaluation is on the first windows of each
-text. Losses are geometric means over the layers: of the linear that makes the values, a fused one
-where they are a part of it, and of the linear that reads them. "refined" trains what is kept of
-each layer. Models are written in float32. A line is appended to FOLDER/basis.csv after each run,
-and a run that is there already is skipped: give another FOLDER for other texts and lengths.
+Every method prunes every model with the basis, and without it: a line of 0 steps. "refined" also
+trains the kept weights of each layer. Calibration windows are drawn at random by the seed.
+Evaluation is on the first windows of each text. Models are written in float32.
+
+Losses are geometric means over the layers. "v" is the linear that makes the values, or the fused
+linear that they are a part of. "o" is the linear that reads them. Each run appends a line to
+FOLDER/basis.csv. A run that has its line is skipped: give another FOLDER for other texts and
+lengths.
 """
 
 import dataclasses

@@ -1,23 +1,28 @@
-"""Compiles prox24's programs for NVIDIA GPUs, without a GPU, and counts what became of them.
+"""Compiles the programs of prox24 for NVIDIA GPUs, without a GPU, and counts their kernels.
 
-    make .venv-cuda/test.stamp
+    make test-cuda
     .venv-cuda/bin/python benchmarks/compiled_cuda.py --output docs/figures
-    .venv-cuda/bin/python benchmarks/compiled_cuda.py --check docs/figures/compiled-cuda.csv
     .venv-cuda/bin/python benchmarks/compiled_cuda.py --gpus h100 --programs prox "prox, bfloat16"
 
-Nothing is run. Counts are of the program that XLA makes of one call, loops multiplied out. A loop
-that ends by a condition takes its usual number of turns. XLA cannot time alternatives without the
-GPU, so products are calls of cuBLAS. The columns:
+Nothing is run. XLA cannot time alternatives without the GPU, so products are calls of cuBLAS. A row
+is one call of a program. Its loops are multiplied out. A loop that ends by a condition takes its
+usual number of turns.
 
-launches: kernels and library calls. MB: operands and results of each, of slices only what is
-sliced. least: arguments read once and results written once. temporary: XLA's buffers. ms: an
-estimate, for each kernel the largest of its bytes over the bandwidth, the operations of its
-products over their rate, its instructions over the issue rate, and 2.5 microseconds of a launch.
-No estimate was compared with a GPU. products: of the estimate, the operations of products alone.
-precision: of the products; float32 at HIGHEST is not TF32.
+launches     kernels and library calls
+MB           bytes of operands and results of every kernel; of a slice, the bytes of the slice
+least        MB of the arguments, read once, and of the results, written once
+temporary    MB of XLA's buffers
+ms           an estimate: the sum over the kernels of their longest time
+products     the part of the estimate that the operations of products take
+precision    of the products; float32 at HIGHEST is not TF32
 
---check compares with the lines of an earlier run, and ends with 1 where launches or MB have grown
-by more than a tenth, or products have another precision.
+The times of a kernel are its bytes over the bandwidth, the operations of its products over their
+rate, its instructions over the issue rate, and 2.5 microseconds for a launch. No estimate was
+compared with a GPU.
+
+`--check FILE` compares with the rows of an earlier run. The exit code is 1 if launches or MB of a
+program have grown by more than a tenth, or if its products have another precision. `make test-cuda`
+checks against docs/figures/compiled-cuda.csv.
 """
 
 import collections
@@ -303,7 +308,7 @@ def sizes_of(shape: str) -> list[int]:
 
 
 def fusion_bytes(computation: Computation) -> int:
-    """What a fusion reads and writes; of what it slices, the slices."""
+    """The bytes that a fusion reads and writes; of a sliced operand, those of the slices."""
     users = collections.defaultdict(list)
     for each in computation.values():
         for place, operand in enumerate(each.operands):

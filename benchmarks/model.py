@@ -6,13 +6,16 @@
     python benchmarks/model.py growth --windows 16 ...
     python benchmarks/model.py patterns --windows 16 ...
 
-main: every method, with and without a refit. samples: 1 to 2,048 calibration windows. refit:
-gradient steps after masking. growth: of lambda, with and without a refit. patterns: 2:4, in pairs
-and in larger blocks, and no pattern, by three methods. Calibration windows are drawn at random from
-the text by the seed, without overlap. Evaluation is on the first windows of 512 tokens of each
-text. Models are written in float32. A line is appended to FOLDER/model-TABLE.csv after each run,
-and a run that is there already is skipped, so that an interrupted command can be given again. All
-lines of the file together are drawn in FOLDER/model-TABLE.png.
+main        every method, with and without a refit
+samples     1 to 2,048 calibration windows
+refit       gradient steps after masking
+growth      growth of lambda, with and without a refit
+patterns    2:4, pairs, larger blocks and no pattern, by three methods
+
+Calibration windows are drawn at random from the text by the seed, without overlap. Evaluation is on
+the first windows of 512 tokens of each text. Models are written in float32. Each run appends a line
+to FOLDER/model-TABLE.csv. A run that has its line is skipped, so the same command continues an
+interrupted one. FOLDER/model-TABLE.png shows all lines of the file.
 """
 
 import dataclasses

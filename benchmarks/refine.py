@@ -149,7 +149,7 @@ def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[P
     """The model of a run, and how it was made: what is `MEASURED`, of the last job alone."""
     if run.base == "dense":
         return dense, [0, 0.0, 0, math.nan]
-    recipe, folder = BASES[run.base], cache / "models"
+    recipe, folder = replace(BASES[run.base], dtype="float32"), cache / "models"
     pruned, report = made(prox24.prune, [dense], recipe, windows[:WINDOWS], folder / run.base)
     if run.refinement is not None:
         given, text = [dense, pruned], windows[: run.windows]

@@ -38,13 +38,15 @@ def prox(
 
     Raises:
       ValueError: `kept` is not 1 or 2, the dtype is not floating-point, or `lam` does not
-        broadcast.
+        broadcast, or the planes are not whole units.
 
     Example:
       >>> planes = [jnp.full((1,), y) for y in (1.0, 0.8, 0.6, 0.4)]
       >>> [round(float(w[0]), 3) for w in prox(planes, 0.3)]
       [0.911, 0.681, 0.404, 0.021]
     """
+    if len(planes) % unit:
+        raise ValueError(f"{len(planes)} planes are not whole units of {unit} entries")
     check_kept(kept, len(planes) // unit)
     given = planes[0].dtype
     if not jnp.issubdtype(given, jnp.floating):
