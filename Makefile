@@ -56,7 +56,7 @@ docs: site
 	  tests/test_doctests.py tests/test_readme.py tests/test_examples.py -k "doctests or python_of"
 
 # build/docs/index.html. Warnings are errors: broken links, and public names without a page.
-site: .venv/test.stamp
+site: .venv/docs.stamp
 	.venv/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet \
 	  --doctree-dir build/doctrees docs build/docs
 
@@ -118,7 +118,11 @@ test-package: .venv/test.stamp
 	touch $@
 
 .venv/test.stamp: .venv/demo.stamp
-	.venv/bin/python -m pip install --quiet --editable '.[test,docs]'
+	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/docs.stamp: .venv/test.stamp
+	.venv/bin/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 .venv-newest/test.stamp: pyproject.toml

@@ -338,6 +338,12 @@ def fusion_bytes(computation: Computation) -> int:
     return sum(read(each.name, bytes_of(each.shape)) for each in inputs) + written(root)
 
 
+def named(attributes: str) -> str:
+    """The function that a custom call runs, or nothing."""
+    found = re.search(r'custom_call_target="([^"]*)"', attributes)
+    return found.group(1) if found else ""
+
+
 @dataclasses.dataclass
 class Kernel:
     """A launch, how often it happens, and what it does."""
@@ -375,6 +381,8 @@ class Walk:
         self.turns, self.looks = list(turns), 0
         self.kernels: list[Kernel] = []
         self._visit(entry, 1)
+        if self.turns:
+            raise ValueError(f"the program has fewer loops that end by a condition: {self.turns}")
 
     def _visit(self, name: str | None, times: int) -> None:
         assert name is not None
@@ -382,7 +390,7 @@ class Walk:
         for each in computation.values():
             if each.opcode == "while":
                 known = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.attributes)
-                turns = int(known.group(1)) if known else self.turns.pop(0) if self.turns else 1
+                turns = int(known.group(1)) if known else self.turns.pop(0)
                 self._visit(each.called("body"), times * turns)
                 if not known:
                     self.looks += times * (turns + 1)
@@ -403,7 +411,7 @@ class Walk:
             kernel.moved = fusion_bytes(self.computations[str(each.called("calls"))])
         elif each.opcode == "dynamic-slice":
             kernel.moved = 2 * bytes_of(each.shape)
-        elif "matmul" in (target := str(re.search('target="([^"]*)"', each.attributes))):
+        elif "matmul" in (target := named(each.attributes)):
             kernel.operations, kernel.precision, kernel.low = product(each, computation)
         elif "riangular" in target:
             kernel.operations = sizes_of(shapes[0])[-1] * math.prod(sizes_of(shapes[1]))
@@ -530,7 +538,10 @@ def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
     """What has become worse than in earlier lines."""
     before = {(row["gpu"], row["program"]): row for row in earlier}
     for row in rows:
-        name, old = f"{row['program']} on {row['gpu']}", before[row["gpu"], row["program"]]
+        name, old = f"{row['program']} on {row['gpu']}", before.get((row["gpu"], row["program"]))
+        if old is None:
+            yield f"{name}: there is no earlier line"
+            continue
         for column in ("launches", "MB"):
             if float(row[column]) > 1.1 * float(old[column]):
                 yield f"{name}: {column} {float(old[column]):.0f} -> {float(row[column]):.0f}"

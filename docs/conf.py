@@ -113,13 +113,13 @@ def escaped(text):
 
 
 def paragraphs(lines):
-    """Runs of lines without a blank one, with their places."""
+    """Runs of lines without a blank one."""
     start = None
     for place, line in enumerate([*lines, ""]):
         if line.strip() and start is None:
             start = place
         elif not line.strip() and start is not None:
-            yield start, lines[start:place]
+            yield lines[start:place]
             start = None
 
 
@@ -131,7 +131,7 @@ def to_markup(app, what, name, obj, options, lines):
     # With a comment first, napoleon takes nothing that stands before a colon for a type.
     made = ["..", ""] if what in ("attribute", "property") else []
     section, literal = None, False
-    for _, paragraph in paragraphs(lines):
+    for paragraph in paragraphs(lines):
         indented = paragraph[0].startswith(" ")
         if paragraph[0] in SECTIONS:
             section, indented = paragraph[0], False

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from prox24._core.pattern import PatternLike, as_pattern
+from prox24._core.precision import working_dtype
 
 
 def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[Array]:
@@ -154,7 +155,10 @@ def unit_norms(planes: Sequence[Array], unit: int) -> list[Array]:
     Squares neither overflow nor vanish, and the derivative at zero is zero.
     """
     magnitudes = [jnp.abs(plane) for plane in planes]
-    return magnitudes if unit == 1 else [_norm(each) for each in units(magnitudes, unit)]
+    if unit == 1:
+        return magnitudes
+    dtype = working_dtype(magnitudes[0].dtype)
+    return [_norm([each.astype(dtype) for each in own]) for own in units(magnitudes, unit)]
 
 
 def _norm(magnitudes: Sequence[Array]) -> Array:
@@ -163,7 +167,8 @@ def _norm(magnitudes: Sequence[Array]) -> Array:
     scale = jnp.where(nonzero, largest, 1)
     # In a unit of zeros the sum is of ones, so that the root has a derivative.
     squares = [jnp.square(jnp.where(nonzero, each / scale, 1)) for each in magnitudes]
-    return jnp.where(nonzero, scale * jnp.sqrt(functools.reduce(jnp.add, squares)), 0)
+    norm = jnp.where(nonzero, scale * jnp.sqrt(functools.reduce(jnp.add, squares)), 0)
+    return jnp.where(jnp.isinf(largest), largest, norm)
 
 
 def ranks(planes: Sequence[Array]) -> list[Array]:

@@ -27,7 +27,7 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
       bool array of the shape of `scores`. Each block without NaN has exactly N units True.
 
     Raises:
-      ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.
+      ValueError: the pattern is not N:M, the axis does not exist, or has no whole blocks.
 
     Example:
       >>> top_mask(jnp.array([1.0, 3.0, 2.0, 0.0])).tolist()
@@ -56,7 +56,7 @@ def count_violations(
       int32 scalar.
 
     Raises:
-      ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.
+      ValueError: the pattern is not N:M, the axis does not exist, or has no whole blocks.
 
     Example:
       >>> int(count_violations(jnp.array([1.0, 2.0, 3.0, 0.0, 1.0, 0.0, 0.0, 2.0])))
@@ -84,14 +84,14 @@ def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Ar
 
     Args:
       w: array whose length along `axis` is a multiple of M units; NaN counts as nonzero.
-      pattern: (N, M).
+      pattern: (N, M), or `prox24.Pattern`.
       axis: the axis along which the blocks run.
 
     Returns:
       bool scalar.
 
     Raises:
-      ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.
+      ValueError: the pattern is not N:M, the axis does not exist, or has no whole blocks.
 
     Example:
       >>> bool(is_sparse(jnp.array([0.0, 2.0, 3.0, 0.0])))

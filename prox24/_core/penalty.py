@@ -27,7 +27,7 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       Scalar, float64 if `w` is float64, else float32. Its unit is the unit of w to the power N + 1.
 
     Raises:
-      ValueError: the pattern is not N:M, the axis does not exist, or M does not divide its length.
+      ValueError: the pattern is not N:M, the axis does not exist, or has no whole blocks.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, the regulariser of its

@@ -63,14 +63,17 @@ def prox(
 
 def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list[Array]:
     """Each unit keeps its direction; the operator on the norms gives its norm (docs/theory.md)."""
-    norms = unit_norms(y, unit)
+    # The norm of finite entries may be too large for a number.
+    norms = [jnp.minimum(norm, jnp.finfo(lam.dtype).max) for norm in unit_norms(y, unit)]
     shrunk = _prox(tuple(norms), lam, kept)
 
     def scaled(entry: Array, norm: Array, short: Array) -> Array:
+        # Exactly 1 where nothing shrinks, with the derivative of the ratio.
+        safe = jnp.where(norm == 0, 1, norm)
+        ratio = jnp.where(short == norm, 1 + (short - norm) / safe, short / safe)
         # A unit of zeros has no direction. It has the derivative of a pruned unit.
-        same = (short == norm) & ((norm > 0) | (lam == 0))
-        moved = entry * (short / jnp.where(norm == 0, 1, norm))
-        return jnp.where(same, entry, jnp.where(short == 0, 0, moved))
+        zero = jnp.where((lam == 0) & (short == norm), entry, short)
+        return jnp.where(norm == 0, zero, jnp.where(short == 0, 0, entry * ratio))
 
     return [scaled(y[i], norms[i // unit], shrunk[i // unit]) for i in range(len(y))]
 

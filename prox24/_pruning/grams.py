@@ -105,15 +105,17 @@ def add_in_turn(gram: GramSum, x: Array, y: Array | None = None, *, devices: int
 
     The tokens of one device after the other are sent to all; each adds them to its columns.
     """
-    x, y = (tokens.reshape(devices, -1, tokens.shape[-1]) for tokens in (x, x if y is None else y))
+    both = [
+        tokens.reshape(devices, -1, tokens.shape[-1]) for tokens in (x, y) if tokens is not None
+    ]
     places = jnp.arange(devices)[:, None, None]
 
     def add_part(place: Array, gram: GramSum) -> GramSum:
         # The sum of one part and zeros: so the device that has the part sends it to the others.
-        sent = (
-            replicated(jnp.sum(jnp.where(places == place, tokens, 0), axis=0)) for tokens in (x, y)
-        )
-        return add_tokens(gram, *sent)
+        sent = [
+            replicated(jnp.sum(jnp.where(places == place, tokens, 0), axis=0)) for tokens in both
+        ]
+        return add_tokens(gram, sent[0], sent[-1])  # Shared columns are whole ones.
 
     return lax.fori_loop(0, devices, add_part, gram)
 

@@ -86,7 +86,7 @@ def solve(
       solver: the method that finds the mask, an object of hyperparameters. Its numbers are traced.
       refit: the method that then updates the kept weights, or None to keep the solver's weights.
       pattern: (N, M) along the axis, `Pattern` with units of several entries, `Unstructured`, or a
-        text such as "2:4". M must divide the length of the axis.
+        text such as "2:4". The axis must be whole blocks.
       damping: number added to the diagonal of the Gram, relative to the mean of the diagonal. It
         makes a singular Gram definite. If it is too small, solvers and refits that need a definite
         Gram raise it, to at most 1, and the statistics say so
@@ -102,7 +102,7 @@ def solve(
       SolverError: there is no finite solution, or the Gram is not symmetric and positive
         semidefinite. The message says why. Traced calls and `throw=False` do not raise it.
       ValueError: the shapes do not fit, an array is not floating-point, the weight has no entries,
-        or M does not divide the length of the axis. Also if damping is negative or infinite, if the
+        or the axis is not whole blocks. Also if damping is negative or infinite, if the
         solver or the refit does not support the pattern, or if it is no solver or no refit.
 
     Example:

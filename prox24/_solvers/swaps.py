@@ -27,7 +27,7 @@ later."""
 class Swaps:
     """Sweeps over the blocks that exchange kept for pruned weights, then conjugate gradients.
 
-    With all other weights fixed, the loss of one block is a quadratic in its M weights. A sweep
+    With all other weights fixed, the loss of one block is a quadratic in its weights. A sweep
     tries all masks of the block, each with its best weights, and takes the best mask. All rows go
     at once. The damped loss never rises, and a sweep costs about as much as a sweep of SparseGPT. A
     sweep without an exchange is the last.
@@ -85,7 +85,7 @@ class _Swapping(NamedTuple):
 class _Choices(NamedTuple):
     """Matrices of the losses and weights, for every block H of the Gram and every mask.
 
-    They apply to the unconstrained minimiser t of a block.
+    They apply to the unconstrained minimiser t of a block. M is the number of its entries.
     """
 
     inverse: Array  # H^-1, shape (blocks, M, M).

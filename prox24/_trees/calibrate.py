@@ -179,7 +179,8 @@ def add_products(
     add, grams, crosses = jax.vmap(add_tokens), dict(grams), dict(crosses)
     for key, own in rows:
         if key in grams:
-            grams[key] = add(grams[key], own)
+            # Its features may be shared among devices, so that its blocks are not.
+            grams[key] = add(grams[key], own, own)
     for (key, own), (_, given) in zip(rows, of_dense, strict=True) if crosses else ():
         if key in crosses:
             given = jnp.where(is_sent(given)[..., None], given, own)

@@ -61,7 +61,7 @@ def init(
       key: of `jax.random`.
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
       rank: of each update; at most the smaller side of each leaf's matrix.
-      pattern: (N, M), see `prox24.optax.describe`.
+      pattern: (N, M) or `prox24.Pattern`, see `prox24.optax.describe`.
       axis: see `prox24.optax.describe`.
       mask: see `prox24.optax.describe`.
 

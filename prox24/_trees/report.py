@@ -76,7 +76,7 @@ def report(
 
     Args:
       params: pytree of arrays.
-      pattern: (N, M).
+      pattern: (N, M), or `prox24.Pattern`.
       axis: as in `prox24.optax.describe`.
       mask: as in `prox24.optax.describe`.
 
@@ -115,7 +115,7 @@ def mask_of(
 
     Args:
       params: pytree of arrays.
-      pattern: (N, M).
+      pattern: (N, M), or `prox24.Pattern`.
       axis: as in `prox24.optax.describe`.
       mask: as in `prox24.optax.describe`.
 

@@ -64,7 +64,7 @@ def check(
     Args:
       optimizer: a transform that contains `proximal`.
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`; values matter for the penalty alone.
-      pattern: (N, M), as given to `proximal`.
+      pattern: (N, M) or `prox24.Pattern`, as given to `proximal`.
       axis: as given to `proximal`.
       mask: as given to `proximal`.
       penalty: the largest value that you pass to `update` as `penalty`; None if the schedule of

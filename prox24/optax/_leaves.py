@@ -84,7 +84,7 @@ def describe(
 
     Args:
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
-      pattern: (N, M).
+      pattern: (N, M), or `prox24.Pattern`.
       axis: the axis along which blocks of M run. It is one axis for all leaves, a function of the
         path, or None for the default.
       mask: bool pytree like `params` or a prefix, with True for the leaves to prune. It can also be

@@ -218,7 +218,7 @@ def kept_entries(
 
     Args:
       params: pytree of arrays.
-      pattern: (N, M).
+      pattern: (N, M), or `prox24.Pattern`.
       axis: as in `describe`.
       mask: as in `describe`.
 

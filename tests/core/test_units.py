@@ -66,8 +66,8 @@ def test_units_keep_their_direction_and_norms_are_the_operator_of_the_norms(dtyp
     rng = np.random.default_rng(1)
     y, lam, _ = drawn(rng, 200, PAIRS)
     y = jnp.asarray(y, dtype)
-    own, exact = (np.asarray(y, d) for d in ("float64", "float64"))
-    norms = norms_of(exact, PAIRS)
+    own = np.asarray(y, "float64")
+    norms = norms_of(own, PAIRS)
     shrunk = np.asarray(prox(jnp.asarray(norms), jnp.asarray(lam)[:, None]))
     ratio = np.repeat(shrunk / norms, 2, axis=1)
     w = prox(y, jnp.asarray(lam)[:, None], PAIRS)
@@ -91,6 +91,16 @@ def test_zero_penalty_is_the_identity_and_a_large_one_the_projection():
     assert np.array_equal(projected, jnp.where(top_mask(jnp.abs(y), PAIRS), y, 0))
     assert is_sparse(projected, PAIRS)
     assert not np.any(np.signbit(projected) & (np.asarray(projected) == 0) & (np.asarray(y) != 0))
+
+
+def test_the_largest_numbers_and_infinity_have_norms():
+    y = jnp.full((1, 8), 3e38, jnp.float32)
+    assert np.array_equal(prox(y, 0.0, PAIRS), y)
+    scores = jnp.asarray([1, 2, 0, 0, jnp.inf, 1, 3, 0], jnp.float32)
+    assert top_mask(scores, PAIRS).tolist() == [False] * 4 + [True] * 4
+    assert (
+        top_mask(jnp.asarray([1, 2, 0, 0, 5, 1, 3, 0]), PAIRS).tolist() == [False] * 4 + [True] * 4
+    )
 
 
 def test_nan_stays_in_its_block():
@@ -122,6 +132,16 @@ def test_the_penalty_is_that_of_the_norms_and_has_a_derivative_at_zero():
     assert_close(penalty(jnp.asarray(w), PAIRS), expected, 1000)
     slope = jax.grad(lambda w: penalty(w, PAIRS))(jnp.asarray(w).at[:, :2].set(0))
     assert np.isfinite(slope).all()
+
+
+def test_the_derivative_by_the_penalty_is_there_at_none():
+    y = jnp.asarray(np.random.default_rng(7).normal(size=(32, 8)))
+    norms = jnp.asarray(norms_of(np.asarray(y), PAIRS))
+    for lam in (0.0, 1e-9):
+        _, slope = jax.jvp(lambda lam: prox(y, lam, PAIRS), (lam,), (1.0,))
+        _, of_norms = jax.jvp(lambda lam: prox(norms, lam), (lam,), (1.0,))
+        direction = y / jnp.repeat(norms, 2, axis=1)
+        assert_close(slope, direction * jnp.repeat(of_norms, 2, axis=1), 100)
 
 
 def test_derivatives_are_those_of_finite_differences_and_none_at_zero():
@@ -167,10 +187,15 @@ def test_text_names_the_unit(text, pattern):
     assert as_any_pattern(pattern) == pattern
 
 
-@pytest.mark.parametrize("wrong", ["2:4x0", "2:4x", "x2", "2:4x2x2", Pattern(2, 4, 0)], ids=str)
-def test_what_is_no_unit_is_refused(wrong):
-    with pytest.raises(ValueError, match="unit"):
+@pytest.mark.parametrize("wrong", ["2:4x0", "2:4x", "x2", "2:4x2x2"])
+def test_a_text_with_a_wrong_unit_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{wrong!r} is neither N:M"):
         as_any_pattern(wrong)
+
+
+def test_a_unit_of_no_entries_is_refused():
+    with pytest.raises(ValueError, match="the unit of a pattern is 0"):
+        as_any_pattern(Pattern(2, 4, 0))
 
 
 def test_a_length_without_whole_units_is_refused():

@@ -25,7 +25,7 @@ test "$1" = --kill-on-bad-exit=1 || exit 64
 shift
 export SLURM_JOB_ID=$JOB SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
-SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $!
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $! || { kill $!; exit 1; }
 """
 
 
@@ -97,5 +97,9 @@ def test_the_job_of_kubernetes(tmp_path, small, environment):
     for index in range(spec["completions"]):
         environment.setenv("JOB_COMPLETION_INDEX", str(index))
         pods.append(subprocess.Popen([*container["command"], line]))
-    assert [pod.wait(300) for pod in pods] == [0] * spec["parallelism"]
+    try:
+        assert [pod.wait(300) for pod in pods] == [0] * spec["parallelism"]
+    finally:
+        for pod in pods:
+            pod.kill()
     assert_pruned_by_two(tmp_path)
