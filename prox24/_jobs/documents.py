@@ -5,6 +5,7 @@ Only the function `chat` depends on a tokenizer. It makes a text of a record's m
 
 import bz2
 import csv
+import functools
 import gzip
 import json
 import lzma
@@ -28,6 +29,17 @@ DATASET = re.compile(
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
+UNREAD = re.compile(
+    r"\.(ya?ml|toml|xml|html?|arrow|feather|avro|orc|xlsx|pdf|docx|epub|zst|lz4|zip|tar|tgz|7z)"
+)
+"""Suffixes of files that are no plain text and have no reader."""
+
+OBJECT = re.compile(r'[\s\[]*\{\s*"[^"\n]*"\s*:')
+"""The beginning of a JSON object with a key, also in lists."""
+
+HEADER = re.compile(r'"?[\w.-]+"?(?:[,\t]"?[\w.-]+"?)+')
+"""A line of names without spaces, between commas or tabs."""
+
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error)
 
 
@@ -44,10 +56,10 @@ def is_dataset(source: str) -> bool:
 def documents(source: str, field: str | None, chat: Chat) -> Iterator[str]:
     """Yields the documents of a source, in its order.
 
-    A text file is one document. A .jsonl, .json, .csv or .parquet file has records, and so has a
-    dataset of the hub. A field of each record has one document: a text, or the messages of a
-    conversation. A folder has the documents of its files with these suffixes and of its .txt files,
-    by name. Files may be compressed as .gz, .bz2 or .xz.
+    A text file is one document. A file with a suffix of `RECORDS` has records, and so has a dataset
+    of the hub. A field of each record has one document: a text, or the messages of a conversation.
+    A folder has the documents of its files with these suffixes and of its .txt files, by name.
+    Files other than .parquet may be compressed as .gz, .bz2 or .xz.
 
     Raises:
       CalibrationError: a file cannot be read, or a record has no text. The message names the file
@@ -59,9 +71,15 @@ def documents(source: str, field: str | None, chat: Chat) -> Iterator[str]:
             yield _text_of(record, field, f"{source}, record {number}", chat)
         return
     for path in files_of(Path(source)):
-        read = RECORDS.get(_kind(path))
+        kind = _kind(path)
+        if UNREAD.fullmatch(kind) or (kind == ".parquet" and path.suffix in COMPRESSED):
+            raise CalibrationError(
+                f"{path} has a suffix that is not read: decompress it, or convert it to .txt, "
+                ".jsonl or .parquet"
+            )
+        read = RECORDS.get(kind)
         if read is None:
-            yield plain_text(path)
+            yield plain_text(path, field)
             continue
         for place, record in read(path, field):
             yield _text_of(record, field, f"{path}, {place}", chat)
@@ -95,20 +113,27 @@ def _lines(path: Path) -> Iterator[str]:
         raise CalibrationError(f"cannot read {path}: {reason}") from error
 
 
-def plain_text(path: Path) -> str:
-    """The text of a file, with its line ends; raises CalibrationError if it is JSON."""
+def plain_text(path: Path, field: str | None = None) -> str:
+    """The text of a file, with its line ends; raises CalibrationError if it has records."""
     text = "".join(_lines(path))
-    if _is_json(text.lstrip().partition("\n")[0]):
+    if _is_json(text):
         raise CalibrationError(f"{path} holds JSON: give it a name that ends in .jsonl or .json")
+    header = text.partition("\n")[0].strip()
+    names = {field} if field else set(FIELDS)
+    if HEADER.fullmatch(header) and names.intersection(re.split(r'[,\t"]+', header)):
+        raise CalibrationError(f"{path} holds a table: give it a name that ends in .csv or .tsv")
     return text
 
 
-def _is_json(line: str) -> bool:
-    if not line.startswith(("{", "[{")):
+def _is_json(text: str) -> bool:
+    """Whether a text begins with a JSON object, or is a JSON object or list as a whole."""
+    if OBJECT.match(text):
+        return True
+    if not text.lstrip().startswith(("{", "[")):
         return False
     try:
-        json.loads(line)
-    except ValueError:
+        json.loads(text)
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -135,14 +160,16 @@ def _json_list(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     yield from ((f"record {number}", record) for number, record in enumerate(found))
 
 
-def _csv_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+def _table_rows(path: Path, field: str | None, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # the largest that every system takes
-    rows = csv.DictReader(_lines(path))
+    rows = csv.DictReader(_lines(path), delimiter=delimiter)
     try:
         for row in rows:
             yield f"line {rows.line_num}", row
     except csv.Error as error:
-        raise CalibrationError(f"{path}, line {rows.line_num}, is not CSV: {error}") from error
+        raise CalibrationError(
+            f"{path}, line {rows.line_num}, is no row of a table: {error}"
+        ) from error
 
 
 def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
@@ -166,10 +193,12 @@ def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
         raise CalibrationError(f"{path} is no parquet file: {first_line(error)}") from error
 
 
-RECORDS = {
+RECORDS: dict[str, Callable[[Path, str | None], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json_list,
-    ".csv": _csv_rows,
+    ".csv": _table_rows,
+    ".tsv": functools.partial(_table_rows, delimiter="\t"),
     ".parquet": _parquet_rows,
 }
 """Functions that yield the records of a file, each with its place for an error message."""

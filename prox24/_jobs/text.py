@@ -26,10 +26,10 @@ class Text:
 
     Attributes:
       source: a file, a folder, or "hf:OWNER/NAME[#CONFIG][:SPLIT]" for a dataset of the hub; or a
-        sequence of such sources. Files are UTF-8 text, records (.jsonl, .json, .csv, .parquet), or
-        token ids (.npy) of shape (windows, length). "generate:N" lets the dense model write N
-        windows. None is a text of the package: speeches to calibrate or train on, a novel to
-        evaluate on.
+        sequence of such sources. Files are UTF-8 text, records (.jsonl, .json, .csv, .tsv,
+        .parquet), or token ids (.npy) of shape (windows, length). "generate:N" lets the dense model
+        write N windows. None is a text of the package: speeches to calibrate or train on, a novel
+        to evaluate on.
       samples: number of windows; not for "generate:N". None takes 64 windows to calibrate or train
         on, all windows of a text to evaluate on, and all windows of a file of token ids.
       sequence_length: tokens of a window.

@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import sys
@@ -31,18 +32,24 @@ def write_records(path, name="text"):
     records = [{"id": i, name: text} for i, text in enumerate(TEXTS)]
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8-sig") as file:
-            writer = csv.DictWriter(file, ["id", name])
+        return
+    kind = path.suffixes[0]
+    opener = {".gz": gzip, ".xz": lzma}.get(path.suffix, io)
+    with opener.open(path, "wt", encoding="utf-8-sig", newline="") as file:
+        if kind in (".csv", ".tsv"):
+            delimiter = "\t" if kind == ".tsv" else ","
+            writer = csv.DictWriter(file, ["id", name], delimiter=delimiter)
             writer.writeheader()
             writer.writerows(records)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(records, indent=1))
-    else:
-        path.write_text("\n\n".join(map(json.dumps, records)))
+        elif kind == ".json":
+            json.dump(records, file, indent=1)
+        else:
+            file.write("\n\n".join(map(json.dumps, records)))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "jsonl.gz", "csv.xz"]
+)
 def test_records_of_every_kind_of_file(tmp_path, kind):
     write_records(tmp_path / f"a.{kind}")
     assert read(tmp_path / f"a.{kind}") == TEXTS
@@ -93,6 +100,15 @@ def test_messages_go_through_the_chat_template(tmp_path):
         ("a.csv", "id,text\n1\n", r"line 2: 'text' is empty"),
         ("a.parquet", "PAR1", r"a.parquet is no parquet file"),
         ("a.txt", '{"text": "a"}\n{"text": "b"}', r"a.txt holds JSON: give it a name"),
+        ("a.txt", '{\n "text": "a"\n}\n', r"a.txt holds JSON"),
+        ("a.txt", '[\n {"text": "cut', r"a.txt holds JSON"),
+        ("a.txt", '[\n "a",\n "b"\n]\n', r"a.txt holds JSON"),
+        ("a.txt", 'id,"text"\r\n1,a', r"a.txt holds a table: give it a name that ends in .csv"),
+        ("a", "text\tlabel\na\t1", r"a holds a table"),
+        ("a.yaml", "text: a", r"a.yaml has a suffix that is not read: decompress it, or convert"),
+        ("a.HTML.gz", "", r"a.HTML.gz has a suffix that is not read"),
+        ("a.jsonl.zst", "", r"a.jsonl.zst has a suffix that is not read"),
+        ("a.parquet.gz", "", r"a.parquet.gz has a suffix that is not read"),
         ("a.txt", b"a\xff", r"a.txt is not UTF-8 text"),
         ("a.jsonl", b"a\xff", r"a.jsonl is not UTF-8 text"),
         ("a.txt.gz", "a", r"cannot read .*a.txt.gz: Not a gzipped file"),
@@ -103,6 +119,29 @@ def test_a_file_that_has_no_text_says_where(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CalibrationError, match=said):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[Illustration]\n{1} Of JSON:",
+        "[1]\nAusten, J.",
+        "[" * 10**5,
+        "Images, text\nand sound",
+        "text\nOne column.",
+        "id,body\n1,a",
+    ],
+    ids=range(6),
+)
+def test_text_without_a_sure_sign_of_records_is_read(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert read(tmp_path / "a.txt") == [text]
+
+
+def test_a_table_is_known_by_the_field_asked_for(tmp_path):
+    (tmp_path / "a.txt").write_text("id,body\n1,a")
+    with pytest.raises(CalibrationError, match=r"a.txt holds a table"):
+        read(tmp_path / "a.txt", "body")
 
 
 @pytest.mark.parametrize("source", ["/no/such.txt", "/no/such.jsonl", "/no/such.parquet"])
