@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import jax
@@ -34,11 +36,13 @@ from tiny import (
 )
 
 import prox24
+from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._cli import eval as eval_command
 from prox24._cli.main import parser
-from prox24._cli.options import recipe_of
+from prox24._cli.options import recipe_of, text_of
 from prox24._cli.options import size as parse_size
 from prox24._jobs.output import print_table
+from prox24._jobs.text import calibration_windows
 
 
 @pytest.fixture
@@ -272,9 +276,13 @@ def test_verify_exits_1_and_names_the_tensor(workspace, capsys):
 
 
 def test_every_command_prints_for_people_or_is_quiet(workspace, capfd):
-    rows = ("mean relative loss", "calibration tokens", "peak memory", "no runtime skips them")
+    file = workspace / "text.txt"
+    windows = calibration_windows(open_checkpoint(workspace / "model"), prox24.Text(file, 8, 32))
+    sha256 = hashlib.sha256(windows.tobytes()).hexdigest()[:16]
+    rows = ["mean relative loss", str(file), "256, 8 windows of 32", sha256, "peak memory"]
+    rows.append("no runtime skips them")
     wanda = ["--method", "wanda", "--overwrite"]
-    text = ["--text", workspace / "text.txt", "--sequence-length", "32"]
+    text = ["--text", file, "--sequence-length", "32"]
     for command, said in (
         (lambda *quiet: prune(workspace, *wanda, *quiet), rows),
         (lambda *quiet: run("verify", workspace / "out", *quiet), ["50.00%"]),
@@ -285,6 +293,13 @@ def test_every_command_prints_for_people_or_is_quiet(workspace, capfd):
         assert all(row in printed for row in said)
         assert command("--quiet") == 0
         assert capfd.readouterr() == ("", "")
+
+
+def test_the_model_may_write_the_text_to_calibrate_on():
+    given = ["prune", "model", "out", "--calibration", "generate:2", "--seed", "3"]
+    arguments = parser(given).parse_args(given)
+    text = text_of(arguments, arguments.calibration)
+    assert text == prox24.Text(["generate:2"], seed=3)
 
 
 def test_to_flax_and_back_and_what_was_left_out(tmp_path, capsys):
@@ -343,6 +358,15 @@ def refused(tmp_path_factory):
         "recipe.json": '{"dampen": 1}',
         "recipe.yaml": "a: [",
         "mamba/config.json": '{"model_type": "mamba"}',
+        "pattern.json": '{"pattern": [["mlp.nothing", "dense"], ["", "2:4"]]}',
+        "body.jsonl": '{"id": 1, "body": "a"}',
+        "null.jsonl": '{"text": "a"}\n{"text": null}',
+        "broken.jsonl": '{"text": "a"}\n\n{"text": ',
+        "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}]}',
+        "model/chat_template.jinja": "{{ raise_exception('roles must alternate') }}",
+        "records.txt": '[\n {"text": "a"}\n]',
+        "a.yaml": "text: a",
+        "a.parquet": "",
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -394,6 +418,32 @@ REFUSED = [
     (f"{PRUNE} --recipe none", "cannot read none: No such file"),
     (f"{PRUNE} --recipe recipe.json", "recipe.json: recipe has no field 'dampen'; its fields are"),
     (f"{PRUNE} --recipe recipe.yaml", "recipe.yaml: the recipe is not YAML: "),
+    (f"{PRUNE} --recipe pattern.json", "pattern 'mlp.nothing' is found in none of the 14 linears"),
+    # Texts
+    (
+        f"{PRUNE} --calibration body.jsonl",
+        "body.jsonl, line 1, has no field 'text' or 'messages'; it has id, body: name one by",
+    ),
+    (
+        f"{PRUNE} --calibration body.jsonl --text-field nothing",
+        "body.jsonl, line 1, has no field 'nothing'; it has id, body: name one by --text-field",
+    ),
+    (f"{PRUNE} --calibration null.jsonl", "null.jsonl, line 2: 'text' is empty"),
+    (f"{PRUNE} --calibration broken.jsonl", "broken.jsonl, line 3, is not JSON: Expecting value"),
+    (
+        f"{PRUNE} --calibration chat.jsonl",
+        "chat.jsonl, line 1: the chat template fails: roles must alternate; give records with text",
+    ),
+    (f"{PRUNE} --calibration records.txt", "records.txt holds JSON: give it a name that ends in"),
+    (f"{PRUNE} --calibration a.yaml", "a.yaml has a suffix that is not read"),
+    (
+        f"{PRUNE} --calibration a.parquet",
+        "a.parquet needs the package pyarrow: pip install 'prox24[data]'",
+    ),
+    (
+        f"{PRUNE} --calibration hf:owner/name",
+        "hf:owner/name cannot be had from the hub: offline; check its name and the network",
+    ),
     ("eval model --text none.txt --sequence-length 64", "none.txt"),
     ("eval model --text binary --sequence-length 64", "not UTF-8"),
     ("eval model", "windows of 512 tokens are longer than the model's 128 positions"),
@@ -451,6 +501,11 @@ REFUSED = [
 def test_what_is_refused_is_one_line_and_changes_nothing(
     refused, monkeypatch, capsys, command, said
 ):
+    def load_dataset(*place, **options):
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(refused)
