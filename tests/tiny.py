@@ -200,6 +200,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """With a start token, 256, an end token, 257, and a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
 def write_tiny(
     folder: Path, variant: str = "llama1", dtype: str = "float32", shards: int = 1, **changes
 ):

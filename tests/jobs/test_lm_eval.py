@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import ROOT
-from tiny import LONG_ROPE, byte_tokenizer, rounding, write_tiny
+from tiny import LONG_ROPE, TEMPLATE, byte_tokenizer, chat_tokenizer, rounding, write_tiny
 
 from prox24._models.generate import generate
 from prox24.errors import CalibrationError, MissingPackageError, PromptError, Prox24Error
@@ -30,16 +30,12 @@ PAIRS = [
 # Frequencies change at a length that is no power of two.
 SWITCH = {"original_max_position_embeddings": 24}
 LONG = {"rope_parameters": LONG_ROPE | SWITCH, **SWITCH}
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
 def write(folder, variant="llama1", **changes):
     """A tiny model whose tokenizer has a start and an end token, and its folder."""
     write_tiny(folder, variant, bos_token_id=256, eos_token_id=257, **changes)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
     return folder
 
 

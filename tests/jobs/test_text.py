@@ -1,12 +1,14 @@
 """Windows of tokens from texts."""
 
 import dataclasses
+import json
 import sys
 import types
 
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, tokens, write_tiny
+from tiny import TEMPLATE, byte_tokenizer, chat_tokenizer, tokens, write_tiny
+from tokenizers.processors import TemplateProcessing
 
 from prox24 import Text
 from prox24._checkpoints.checkpoint import open_checkpoint
@@ -28,6 +30,20 @@ IDS = np.arange(103, dtype=np.int32)
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text") / "model"
     write_tiny(folder)
+    return open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def chat_checkpoint(tmp_path_factory):
+    """A model whose tokenizer begins texts with a start token, and so does its chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    write_tiny(folder, bos_token_id=256, eos_token_id=257)
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    tokenizer.save_pretrained(folder)
     return open_checkpoint(folder)
 
 
@@ -121,6 +137,21 @@ def test_documents_are_joined_by_the_token_that_ends_a_text(checkpoint, tmp_path
     assert np.array_equal(calibration_windows(checkpoint, text), np.reshape(joined, (2, 7)))
 
 
+def test_messages_have_one_start_token_in_each_window(chat_checkpoint, checkpoint, tmp_path):
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    path.write_text(f"{json.dumps({'messages': turns})}\n" * 2)
+    ids = tokenize(byte_tokenizer(), "[user]Hi[assistant]Ho", 260).tolist()
+    one = Text(path, 2, 1 + len(ids), sampling="documents")
+    assert calibration_windows(chat_checkpoint, one).tolist() == [[256, *ids]] * 2
+    joined = Text(path, 1, 2 + 2 * len(ids))
+    assert calibration_windows(chat_checkpoint, joined).tolist() == [[256, *ids, 257, *ids]]
+    with pytest.raises(
+        CalibrationError, match=r"^\S+a.jsonl, line 1: the chat template fails: .*; give records"
+    ):
+        calibration_windows(checkpoint, one)  # whose tokenizer has none
+
+
 def test_samplings(checkpoint, tmp_path):
     digits = [str(i % 10) * (5 + i % 3) for i in range(30)]
     path = tmp_path / "a.jsonl"
@@ -178,6 +209,11 @@ def test_tokens_of_a_file(checkpoint, tmp_path):
     path.write_text("a")
     with pytest.raises(CalibrationError, match=r"cannot read .*a.npy"):
         calibration_windows(checkpoint, Text(path))
+
+
+def test_a_model_writes_from_its_start_token(chat_checkpoint):
+    windows = calibration_windows(chat_checkpoint, Text(["generate:2"], sequence_length=4))
+    assert windows[:, 0].tolist() == [256, 256]
 
 
 def test_a_model_writes_its_own_windows(checkpoint, monkeypatch):
