@@ -52,15 +52,18 @@ def features(
 ) -> Array:
     """The last layer's output (batch, length, hidden), float32, for ids (batch, length).
 
-    The gradient keeps only the input of each layer, and runs the layer again. `layers` has a
-    stacked pytree for each run, such as its weights. `enter` takes a layer's slice of the pytree
+    The gradient keeps the outputs of linears, and computes the rest of a layer again. `layers` has
+    a stacked pytree for each run, such as its weights. `enter` takes a layer's slice of the pytree
     and the layer's input. It returns the layer's weights and input.
     """
     hidden = decoder.embed(config, outer, tokens)
     for run, stack in zip(_runs(config), layers, strict=True):
         spec = config.layers[run.start]
 
-        @jax.checkpoint
+        # Products with weights take most of the time, attention's scores most of the memory.
+        @functools.partial(
+            jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        )
         def step(hidden: Array, layer: Any, spec: Layer = spec) -> tuple[Array, None]:
             return decoder.layer(spec, *enter(layer, hidden), decoder.no_tap), None
 

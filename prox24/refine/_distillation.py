@@ -71,8 +71,8 @@ def train_model(
 
     with h = features(params, outer, tokens), the target t, and the share c of cross-entropy.
     Targets are the teacher's last hidden states, which are far fewer numbers than its logits. The
-    logits of 128 tokens of each window are in memory at a time. They are computed again for the
-    gradient.
+    logits of 128 tokens of each window are in memory at a time, and their gradient is computed with
+    them.
 
     The last batches are held out, and the others are for training. The loss is measured on the
     held-out batches, with the parameters rounded to their own dtypes. The result has the best
@@ -156,29 +156,55 @@ def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) ->
         (outer, teacher, share), (tokens, targets) = constants, batch
         windows, length = tokens.shape
 
-        # Chunks run along the windows, since devices may share the windows.
-        @jax.checkpoint
-        def of_chunk(chunk: list[Array]) -> tuple[Array, Array]:
-            hidden, following, seen, predicts, *target = chunk
+        def of_chunk(hidden: Array, chunk: list[Array]) -> Array:
+            following, seen, predicts, *target = chunk
             own = at_least_float32(logits(outer, hidden))
-            gap = entropy = jnp.zeros(following.shape, own.dtype)
+            loss = jnp.zeros((), own.dtype)
             if taught:
-                gap = divergence(own, logits(teacher, *target))
+                gap = jnp.where(seen, divergence(own, logits(teacher, *target)), 0)
+                loss += (1 - share) * jnp.sum(gap) / (windows * length)
             if reads_text:
                 entropy = optax.softmax_cross_entropy_with_integer_labels(own, following)
-            return jnp.sum(jnp.where(seen, gap, 0)), jnp.sum(jnp.where(predicts, entropy, 0))
+                # A window of one token has no next token.
+                of_text = jnp.sum(jnp.where(predicts, entropy, 0))
+                loss += share * of_text / (windows * max(length - 1, 1))
+            return loss
 
         place = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
         following = jnp.roll(tokens, -1, axis=1)
         hidden = features(params, outer, tokens)
-        parts = [hidden, following, place < length, place < length - 1]
+        parts = [following, place < length, place < length - 1]
         parts += [targets] if taught else []
-        gaps, entropies = lax.map(of_chunk, jax.tree.map(_chunks, parts))
-        gap = jnp.sum(gaps) / (windows * length)
-        # A window of one token has no next token.
-        return (1 - share) * gap + share * jnp.sum(entropies) / (windows * max(length - 1, 1))
+        # Chunks run along the windows, since devices may share the windows.
+        losses = lax.map(
+            lambda chunk: _with_gradient(of_chunk)(*chunk),
+            (_chunks(hidden), jax.tree.map(_chunks, parts)),
+        )
+        return jnp.sum(losses)
 
     return of_batch
+
+
+def _with_gradient(
+    loss: Callable[[Array, PyTree], Array],
+) -> Callable[[Array, PyTree], Array]:
+    """The loss, whose gradient with respect to its first argument is computed with its value.
+
+    The logits are then in memory once, and are not computed again for the gradient.
+    """
+
+    @jax.custom_vjp
+    def value(x: Array, rest: PyTree) -> Array:
+        return loss(x, rest)
+
+    def forward(x: Array, rest: PyTree) -> tuple[Array, Array]:
+        return jax.value_and_grad(loss)(x, rest)
+
+    def backward(gradient: Array, cotangent: Array) -> tuple[Array, None]:
+        return (cotangent * gradient).astype(gradient.dtype), None
+
+    value.defvjp(forward, backward)
+    return value
 
 
 def _chunks(x: Array) -> Array:
