@@ -170,7 +170,7 @@ def prune(
         chosen = loop.check(runner, recipe)
         if not unfinished.entries:  # otherwise the earlier run has checked them
             _check_tensors(checkpoint, recipe.dtype, quiet)
-        dense = loop.most_lossy(runner.in_memory(), recipe)
+        dense, effect = loop.most_lossy(runner.in_memory(), recipe)
         pruned = {tensor: own for tensor, own in chosen.items() if tensor not in dense}
         unfinished = _whole_layers(unfinished, runner, recipe, pruned)
         stages = range(runner.stages)
@@ -226,6 +226,7 @@ def prune(
         calibration=described(calibration, windows),
         linears=reports,
         kept_dense=dense,
+        kept_dense_effect=effect,
         turned_layers=turned_layers,
         resumed_linears=len(finished),
         seconds=sum(seconds.values()),

@@ -47,6 +47,10 @@ class PruneReport(Report):
       linears: one `LinearReport` for each pruned linear, in the order of pruning.
       kept_dense: the tensors that `keep_dense` of the recipe left dense, the worst first, each
         with the relative loss of Wanda's mask.
+      kept_dense_effect: what they cost and save, over all tensors that the recipe selects; empty
+        without `keep_dense`. "share_of_weights" is the share of their weights left dense.
+        "mean_loss_all_pruned" is their mean relative loss by Wanda's mask, and "mean_loss" the same
+        with zero for the dense ones.
       turned_layers: the number of layers with attention heads in a learnt basis; see
         `prox24.HeadBasis`.
       resumed_linears: the number of linears that an earlier, interrupted run has pruned.
@@ -65,6 +69,7 @@ class PruneReport(Report):
     calibration: dict[str, Any]
     linears: list[LinearReport]
     kept_dense: dict[str, float]
+    kept_dense_effect: dict[str, float]
     turned_layers: int
     resumed_linears: int
     seconds: float
@@ -123,7 +128,11 @@ class PruneReport(Report):
         if self.kept_dense:
             most, least = max(self.kept_dense.values()), min(self.kept_dense.values())
             spared = f"{len(self.kept_dense)} linears, of losses {least:.4f} to {most:.4f} by Wanda"
-            rows.append(["kept dense", spared])
+            bought = (
+                "{mean_loss_all_pruned:.4f} to {mean_loss:.4f}, for {share_of_weights:.1%} of the "
+                "weights".format(**self.kept_dense_effect)
+            )
+            rows += [["kept dense", spared], ["mean loss by Wanda, with them dense", bought]]
         if self.recipe.basis is not None:
             why = "" if self.turned_layers else ", see docs/solvers.md"
             rows.append(["learnt bases of heads", f"{self.turned_layers} layers{why}"])

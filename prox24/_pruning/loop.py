@@ -42,6 +42,18 @@ class PrunedTensor(NamedTuple):
     reports: tuple[LinearReport, ...]
 
 
+class KeptDense(NamedTuple):
+    """The tensors that a recipe's `keep_dense` leaves dense.
+
+    Attributes:
+      losses: their relative losses by name, the worst first.
+      effect: a share and two means, as in `PruneReport.kept_dense_effect`.
+    """
+
+    losses: dict[str, float]
+    effect: dict[str, float]
+
+
 def prune_stages(
     runner: Runner[State],
     recipe: Recipe,
@@ -137,14 +149,14 @@ def check(runner: Runner[State], recipe: Recipe) -> dict[str, AnyPattern]:
     return chosen
 
 
-def most_lossy(runner: Runner[State], recipe: Recipe) -> dict[str, float]:
-    """The tensors that a recipe's `keep_dense` leaves dense, with their relative losses.
+def most_lossy(runner: Runner[State], recipe: Recipe) -> KeptDense:
+    """Chooses the tensors that a recipe's `keep_dense` leaves dense.
 
     One pass of the dense model ranks all tensors by the relative loss of Wanda's mask.
     """
     if not recipe.keep_dense:
-        return {}
-    chosen, losses = check(runner, recipe), dict[str, float]()
+        return KeptDense({}, {})
+    chosen, losses, sizes = check(runner, recipe), dict[str, float](), dict[str, int]()
     first, state = runner.enter(Streams(False, False))
     for index in range(first, runner.stages):
         weights = runner.weights(index)
@@ -153,6 +165,7 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> dict[str, float]:
         inputs, state = runner.observe(index, weights, state, wanted)
         for linear in linears:
             name, pattern = linear.tensor, chosen[linear.tensor]
+            sizes[name] = weights[name].size
             matrices = runner.matrices(linear, weights[name])
             pairs = zip(matrices, inputs[linear.input], strict=True)
             problems = (_problem(runner, matrix, own) for matrix, own in pairs)
@@ -163,7 +176,14 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> dict[str, float]:
         state = runner.advance(index, weights, state)
     share = recipe.keep_dense
     count = share if isinstance(share, int) else round(share * len(losses))
-    return dict(sorted(losses.items(), key=lambda pair: pair[1], reverse=True)[:count])
+    dense = dict(sorted(losses.items(), key=lambda pair: pair[1], reverse=True)[:count])
+    rest = [loss for name, loss in losses.items() if name not in dense]
+    effect = {
+        "share_of_weights": sum(sizes[name] for name in dense) / sum(sizes.values()),
+        "mean_loss_all_pruned": math.fsum(losses.values()) / len(losses),
+        "mean_loss": math.fsum(rest) / len(losses),
+    }
+    return KeptDense(dense, effect)
 
 
 def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProblem:

@@ -151,7 +151,7 @@ def prune_params(
     else:
         walk = Walk(apply, params, batches, groups, survey)
         runner = SequentialRunner(params, leaves, groups, layouts, {}, walk)
-    dense = loop.most_lossy(runner, recipe)
+    dense = loop.most_lossy(runner, recipe).losses
     pruned = list(loop.prune_stages(runner, recipe, dense=dense))
     leaves = tuple(
         leaf._replace(pruned=False, reason="among those that lose most")

@@ -217,7 +217,14 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
     ],
 )
 def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pattern, linears):
-    assert prune(workspace, *choices, "--quiet") == 0
+    assert prune(workspace, *choices, "--report", workspace / "report.json") == 0
+    effect = json.loads((workspace / "report.json").read_text())["kept_dense_effect"]
+    rows = [row for row in capsys.readouterr().out.splitlines() if "with them dense" in row]
+    assert len(rows) == bool(effect) == ("--keep-dense" in choices)
+    for row in rows:
+        assert effect["mean_loss_all_pruned"] > effect["mean_loss"] > 0
+        assert all(f"{value:.4f}" in row for name, value in effect.items() if "loss" in name)
+        assert f"{effect['share_of_weights']:.1%} of the weights" in row
     verify = ["verify", workspace / "out"]
     verified = printed_json(capsys, *verify, "--source", workspace / "model")
     assert (verified["pattern"], verified["linears"]) == (pattern, linears)

@@ -129,11 +129,18 @@ def test_those_that_lose_most_in_the_dense_model_stay_dense(source, weights, sha
     chosen = [name for name in losses if "gate_proj" not in name]
     count = 3 if share == 3 else round(0.2 * len(chosen))
     runner = runner_of(source, recipe)
-    dense = loop.most_lossy(runner, recipe)
+    dense, effect = loop.most_lossy(runner, recipe)
     worst = sorted(chosen, key=losses.get, reverse=True)[:count]
     assert list(dense) == worst
     rel = 2 * (WINDOWS.size + 64 + 2 * 7 * 64) * eps_of("float32")
     np.testing.assert_allclose(list(dense.values()), [losses[name] for name in worst], rtol=rel)
+    of_all, of_worst = (sum(losses[name] for name in names) for names in (chosen, worst))
+    sizes = [sum(weights[name].size for name in names) for names in (worst, chosen)]
+    assert effect == {
+        "share_of_weights": sizes[0] / sizes[1],
+        "mean_loss_all_pruned": pytest.approx(of_all / len(chosen), rel=rel),
+        "mean_loss": pytest.approx((of_all - of_worst) / len(chosen), rel=rel),
+    }
     assert pruned_by(runner, recipe, dense=dense).tensors.keys() == set(chosen) - dense.keys()
 
 
