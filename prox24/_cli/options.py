@@ -126,7 +126,7 @@ def add_logs(command: argparse.ArgumentParser) -> None:
         "--metrics",
         type=Path,
         metavar="FILE",
-        help="append a JSON object for each linear, and for each measurement of a training",
+        help="append a JSON object for each linear, and each step and measurement of a training",
     )
 
 

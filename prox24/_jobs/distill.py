@@ -179,10 +179,12 @@ def distill(
             def on_measured(training: Training) -> None:
                 step, loss = training.steps, training.losses[-1]
                 advance(f"step {step} of {steps}", loss)
-                known = loss if math.isfinite(loss) else None
-                metric("training", {"step": step, "steps": steps, "loss": known})
+                metric("training", {"step": step, "steps": steps, "loss": loss})
                 if kept is not None:
                     kept.save(training)
+
+            def on_step(step: int, loss: float) -> None:
+                metric("step", {"step": step, "steps": steps, "loss": loss})
 
             refined, tensors = train_checkpoint(
                 teacher,
@@ -192,6 +194,7 @@ def distill(
                 mesh=mesh,
                 resume=resume,
                 on_measured=on_measured,
+                on_step=on_step,
             )
         written = fill_folder(student, unfinished, tensors, on_replaced=note)
         write_card(unfinished.folder, card, [], _card_section(windows, refinement, refined.losses))

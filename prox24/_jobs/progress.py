@@ -8,6 +8,7 @@ import collections
 import contextlib
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -69,9 +70,14 @@ def whole_bar(title: str, parts: int, quiet: bool) -> Iterator[None]:
 
 
 def metric(event: str, figures: Mapping[str, Any]) -> None:
-    """Logs one object to `prox24.metrics`: the event, the Unix time in seconds, the figures."""
+    """Logs one object to `prox24.metrics`: the event, the Unix time in seconds, the figures.
+
+    JSON has no NaN and no infinite numbers; such a figure becomes None.
+    """
     if METRICS.isEnabledFor(logging.INFO):
-        METRICS.info(json.dumps({"event": event, "time": time.time(), **figures}))
+        unknown = [k for k, v in figures.items() if isinstance(v, float) and not math.isfinite(v)]
+        known = {**figures, **dict.fromkeys(unknown)}
+        METRICS.info(json.dumps({"event": event, "time": time.time(), **known}))
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from prox24._jobs.memory import checked_setup, fitting_micro_batch
 from prox24._jobs.native import native_runner
 from prox24._jobs.output import peak_memory_bytes, versions
 from prox24._jobs.processes import agree, is_first, meet
-from prox24._jobs.progress import metric, progress_bar
+from prox24._jobs.progress import layer_of, metric, progress_bar
 from prox24._jobs.reports import PruneReport, totals
 from prox24._jobs.text import (
     Text,
@@ -194,8 +194,17 @@ def prune(
                     losses = [report.statistics.relative_loss for report in tensor.reports]
                     advance(tensor.name, sum(losses) / len(losses))
 
+            def on_step(stage: int, steps: int, step: int, loss: float) -> None:
+                layer = layer_of(runner.linears(stage)[0].tensor)
+                metric("step", {"layer": layer, "step": step, "steps": steps, "loss": loss})
+
             tensors = loop.prune_stages(
-                runner, recipe, finished=unfinished.finished, dense=dense, lap=lap
+                runner,
+                recipe,
+                finished=unfinished.finished,
+                dense=dense,
+                lap=lap,
+                on_step=on_step,
             )
             if is_first():
                 stored = fill_folder(

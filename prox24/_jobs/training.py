@@ -23,7 +23,7 @@ from prox24.errors import CalibrationError, CheckpointError
 from prox24.refine import Refined, Training
 from prox24.refine._distillation import Features, Logits
 from prox24.refine._model import ModelRefinement
-from prox24.refine._training import Resume
+from prox24.refine._training import OnStep, Resume
 
 
 def train_checkpoint(
@@ -35,6 +35,7 @@ def train_checkpoint(
     mesh: Mesh | None = None,
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
+    on_step: OnStep | None = None,
 ) -> tuple[Refined, Iterator[tuple[str, NDArray[Any]]]]:
     """Trains the nonzeros of every linear, norms and biases; embeddings and head do not change.
 
@@ -105,6 +106,7 @@ def train_checkpoint(
         measured_every=refinement.measured_every(steps),
         resume=resume,
         on_measured=on_measured,
+        on_step=on_step,
     )
     if not math.isfinite(trained.losses[0]):
         raise CalibrationError(f"{pruned.path}: the loss on the text is {trained.losses[0]}")

@@ -1,5 +1,6 @@
 """The loop over stages: observe, solve, round, refine, yield, advance."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +23,9 @@ from prox24._solvers.scores import Wanda
 from prox24._solvers.solve import explain, solve
 from prox24.errors import CalibrationError, CheckpointError, SolverError
 from prox24.refine._blocks import BlockRefinement, train_block
+
+OnLayerStep = Callable[[int, int, int, float], None]
+"""Function of a stage, its number of steps, the number of a step, and the step's loss."""
 
 
 class Readable(Protocol):
@@ -61,6 +65,7 @@ def prune_stages(
     finished: Mapping[str, Readable] = MappingProxyType({}),
     dense: Collection[str] = (),
     lap: Callable[[str], None] = lambda part: None,
+    on_step: OnLayerStep | None = None,
 ) -> Iterator[PrunedTensor]:
     """Prunes every linear of every stage, except the tensors in `dense`.
 
@@ -76,6 +81,7 @@ def prune_stages(
 
     `lap` is called at the end of each part of the work with its name: "gather", "basis", "solve",
     "refine", "run" (the pruned stage) or "write" (the caller's work with a tensor).
+    `on_step` is called after each step of a refinement.
     """
     chosen = {tensor: own for tensor, own in check(runner, recipe).items() if tensor not in dense}
     crosses, refine = recipe.targets is not None, recipe.refine
@@ -123,7 +129,7 @@ def prune_stages(
             rest = [name for name in weights if name in together - handed_out]
             weights |= {name: _rounded(runner, recipe, name, weights[name]) for name in rest}
             if refine is not None:
-                outcome = _refine(runner, index, weights, state, refine, trained, chosen)
+                outcome = _refine(runner, index, weights, state, refine, trained, chosen, on_step)
                 reports = {
                     name: tuple(report._replace(refinement=outcome) for report in own)
                     for name, own in reports.items()
@@ -277,6 +283,7 @@ def _refine(
     refine: BlockRefinement,
     trained: Collection[str],
     pruned: Collection[str],
+    on_step: OnLayerStep | None,
 ) -> BlockReport:
     """Trains the weights of a stage, in place."""
     began = time.perf_counter()
@@ -295,6 +302,7 @@ def _refine(
             key: weights[name] != 0 if name in pruned else name in trained
             for key, name in stage.names.items()
         },
+        on_step=on_step and functools.partial(on_step, index, refine.steps(groups)),
     )
     weights |= {stage.names[key]: values for key, values in refined.params.items()}
     seconds = time.perf_counter() - began

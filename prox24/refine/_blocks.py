@@ -15,6 +15,7 @@ from prox24.errors import CalibrationError
 from prox24.optax import keep_pattern
 from prox24.refine._training import (
     Loss,
+    OnStep,
     Passes,
     PyTree,
     Refined,
@@ -134,6 +135,7 @@ def train_block(
     micro_batches: int = 1,
     trainable: PyTree | Callable[[PyTree], PyTree] | None = None,
     loss: OutputLoss = relative_error,
+    on_step: OnStep | None = None,
 ) -> Refined:
     """Trains the kept parameters of a block to reproduce targets.
 
@@ -158,6 +160,8 @@ def train_block(
       trainable: the entries to train, see `prox24.optax.keep_pattern`. None trains the nonzeros of
         the leaves that `prox24.optax.proximal` prunes, and all other leaves.
       loss: function of an output and its target. It returns a scalar.
+      on_step: function of the number of a step and its loss on training batches, before the step
+        changes the parameters. Each call is one step late, or at a measurement.
 
     Returns:
       A `Refined`.
@@ -189,6 +193,7 @@ def train_block(
         held_out=held_out,
         micro_batches=micro_batches,
         trainable=trainable,
+        on_step=on_step,
     )
 
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from prox24.refine._training import (
     Loss,
+    OnStep,
     PyTree,
     Refined,
     Resume,
@@ -62,6 +63,7 @@ def train_model(
     measured_every: int | None = None,
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
+    on_step: OnStep | None = None,
 ) -> Refined:
     """Trains the kept parameters of a model on the predictions of the dense one.
 
@@ -102,6 +104,8 @@ def train_model(
         continue a training, return a state that `on_measured` got.
       on_measured: function of the state, called after each measurement. The next step overwrites
         the master parameters and the optimizer's state, so copy them to keep them.
+      on_step: function of the number of a step and its loss on training batches, before the step
+        changes the parameters. Each call is one step late, or at a measurement.
 
     Returns:
       A `Refined`.
@@ -145,6 +149,7 @@ def train_model(
         measured_every=measured_every,
         resume=resume,
         on_measured=on_measured,
+        on_step=on_step,
     )
 
 

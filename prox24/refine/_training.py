@@ -116,6 +116,8 @@ class Training(NamedTuple):
 
 
 Resume = Callable[[Training], Training]
+OnStep = Callable[[int, float], None]
+"""Function of the number of a step and its loss on training batches."""
 
 
 def refine(
@@ -132,6 +134,7 @@ def refine(
     measured_every: int | None = None,
     resume: Resume = lambda state: state,
     on_measured: Callable[[Training], None] = lambda state: None,
+    on_step: OnStep | None = None,
 ) -> Refined:
     """Minimises the mean of a loss over batches; `train_model` describes the arguments.
 
@@ -153,6 +156,11 @@ def refine(
     steps = passes * steps_of_pass
     advance = step_program(loss, optimizer, micro_batches)
 
+    def tell(late: list[tuple[int, list[Array]]]) -> None:
+        if on_step is not None:
+            for step, parts in late:
+                on_step(step, sum(map(float, parts)) / micro_batches)
+
     def candidate(master: PyTree) -> PyTree:
         return jax.tree.map(
             lambda leaf, given: jnp.array(leaf, given.dtype, copy=True), master, params
@@ -172,16 +180,23 @@ def refine(
     state = resume(begun)
     resumed_steps = state.steps
     del begun
+    untold: list[tuple[int, list[Array]]] = []
     while state.steps < steps and not state.diverged():
         begin = state.steps % steps_of_pass * micro_batches
         *before, batch = training[begin : begin + micro_batches]
         total = jax.tree.map(jnp.zeros_like, state.master) if before else None
+        parts = []
         for other in before:
-            total = _add_gradient(loss)(total, state.master, constants, other)
-        master, memory = advance(state.master, state.optimizer, total, constants, batch)
+            total, part = _add_gradient(loss)(total, state.master, constants, other)
+            parts.append(part)
+        master, memory, part = advance(state.master, state.optimizer, total, constants, batch)
         taken = state.steps + 1
+        tell(untold)  # One step late: this waits while the device already has its next step.
+        untold = [(taken, [*parts, part])]
         state = state._replace(master=master, optimizer=memory, steps=taken)
         if taken % (measured_every or steps_of_pass) == 0 or taken == steps:
+            tell(untold)
+            untold = []
             found = candidate(master)
             finite = _still_finite(params, master) and _still_finite(params, found)
             losses = [*state.losses, measure(found) if finite else math.nan]
@@ -229,10 +244,13 @@ def _still_finite(before: PyTree, params: PyTree) -> Array:
 
 
 @functools.lru_cache(maxsize=16)
-def _add_gradient(loss: Loss) -> Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]:
+def _add_gradient(loss: Loss) -> Callable[..., tuple[PyTree, Array]]:
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(total: PyTree, params: PyTree, constants: PyTree, batch: PyTree) -> PyTree:
-        return jax.tree.map(jnp.add, total, jax.grad(loss)(params, constants, batch))
+    def add(
+        total: PyTree, params: PyTree, constants: PyTree, batch: PyTree
+    ) -> tuple[PyTree, Array]:
+        value, gradient = jax.value_and_grad(loss)(params, constants, batch)
+        return jax.tree.map(jnp.add, total, gradient), value
 
     return add
 
@@ -245,7 +263,7 @@ def step_program(
 
     It takes the parameters and the state of `keep_pattern`, and overwrites both. Its other
     arguments are the sum of the gradients of the earlier micro-batches (or None), the constants of
-    the loss, and the last micro-batch.
+    the loss, and the last micro-batch. It also returns the loss of that micro-batch.
     """
     # The state holds the trainable entries, so the default choice of the transform is not used
     # here.
@@ -254,11 +272,11 @@ def step_program(
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def advance(
         params: PyTree, state: PyTree, total: PyTree | None, constants: PyTree, batch: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        gradient = jax.grad(loss)(params, constants, batch)
+    ) -> tuple[PyTree, PyTree, Array]:
+        value, gradient = jax.value_and_grad(loss)(params, constants, batch)
         if total is not None:
             gradient = jax.tree.map(lambda a, b: (a + b) / micro_batches, total, gradient)
         updates, state = transform.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), state, value
 
     return advance

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import sys
 
 import pytest
@@ -51,7 +52,7 @@ def test_without_names_each_step_is_a_line_and_some_jobs_have_none(caplog):
 def test_figures_are_one_object_a_line_and_only_the_writer_has_them(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with written_logs(None, path):
-        metric("linear", {"name": "a", "loss": None})
+        metric("linear", {"name": "a", "loss": math.nan})
     with written_logs(None, path, lambda: False):
         metric("linear", {"name": "b"})
     metric("linear", {"name": "c"})

@@ -134,6 +134,25 @@ def test_the_loss_falls_and_the_zeros_stay(student):
     np.testing.assert_array_equal(refined.params["kernel"] == 0, student[1]["kernel"] == 0)
 
 
+def test_each_step_tells_its_loss_before_the_measurement_after_it(student):
+    _, pruned, outer, ids, targets = student
+    told = []
+    distil(
+        student,
+        optax.sgd(0.0),
+        passes=2,
+        held_out=2,
+        micro_batches=2,
+        on_step=lambda step, loss: told.append((step, loss)),
+        on_measured=lambda state: told.append(state.steps),
+    )
+    pairs = zip(ids, targets, strict=True)
+    batches = [expected_loss(pruned, outer, outer, *pair, 0.0) for pair in pairs]
+    atol = 2 * rounding(logits(outer, targets[-1]), layers=0, width=WIDTH)
+    means = [pytest.approx(np.mean(batches[i : i + 2]), rel=0, abs=atol) for i in (0, 2)]
+    assert told == [(1, means[0]), (2, means[1]), 2, (3, means[0]), (4, means[1]), 4]
+
+
 def test_a_training_goes_on_with_the_same_bits(student):
     states = []
 
@@ -265,11 +284,19 @@ def untrained(monkeypatch):
 
 
 def test_the_command_trains_every_tensor_of_the_layers(workspace, capsys):
-    options = ["--passes", 3, "--step-windows", 2]
+    options = ["--passes", 3, "--step-windows", 2, "--metrics", workspace / "metrics.jsonl"]
     report = printed_json(capsys, *distilling(workspace, "out", *options))
     assert report["outcome"] == "improved"
     assert min(report["losses"]) < 0.9 * report["losses"][0]
     assert (report["steps"], report["tokens"]) == (3 * 7, 3 * 7 * 2 * 32)
+    lines = (workspace / "metrics.jsonl").read_text().splitlines()
+    events = {"step": [], "training": []}
+    for figures in map(json.loads, lines):
+        assert figures["steps"] == 3 * 7
+        events[figures["event"]].append((figures["step"], figures["loss"]))
+    assert [step for step, _ in events["step"]] == list(range(1, 3 * 7 + 1))
+    assert all(0 < loss < 2 * report["losses"][0] for _, loss in events["step"])
+    assert [loss for _, loss in events["training"]] == report["losses"][1:]
     card = (workspace / "out" / "README.md").read_text()
     assert card.count("---\n") == 2
     assert "\n- '2:4'\n" in card  # as the pruned model's

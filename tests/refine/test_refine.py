@@ -1,6 +1,7 @@
 """Training the kept weights of a block on its output."""
 
 import itertools
+import json
 import re
 
 import jax
@@ -382,8 +383,16 @@ def test_a_refined_run_goes_on_with_the_same_bytes(
 
 def test_the_tokens_and_the_held_out_share_of_a_step_are_chosen(folder, capsys):
     more = ["--refine-step-tokens", "32", "--refine-held-out", "0.25", "--refine-passes", "1"]
-    report = printed_json(capsys, *refining(folder, "out", *more, "--samples", "16"))
+    more += ["--samples", "16", "--metrics", folder / "metrics.jsonl"]
+    report = printed_json(capsys, *refining(folder, "out", *more))
     assert {linear["refinement"]["steps"] for linear in report["linears"]} == {12}
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [each for each in events if each.pop("event") == "step"]
+    assert len(events) - len(steps) == len(report["linears"])
+    assert [(each["layer"], each["step"]) for each in steps] == [
+        (f"layers.{layer}", step) for layer in range(2) for step in range(1, 13)
+    ]
+    assert all(each["steps"] == 12 and 0 < each["loss"] < 1 for each in steps)
 
 
 def test_windows_are_held_out_from_all_of_the_text(folder, monkeypatch):
