@@ -25,6 +25,12 @@ EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 
 ATTENTION_BIASES = {"attn": "attention_bias"}
 
+HUB = "https://huggingface.co/"
+# Metadata can be any text of any length. A model card gets short names only.
+LICENSE, TAG = re.compile(r"\w[\w.-]{0,63}"), re.compile(r"\w[\w .:+/-]{0,63}")
+BASE_MODEL = re.compile(rf"({re.escape(HUB)})?\w[\w.-]{{0,95}}/\w[\w.-]{{0,95}}")
+MOST_TAGS = 64
+
 
 class Architecture(NamedTuple):
     """How llama.cpp stores a family."""
@@ -62,6 +68,7 @@ class Opened(NamedTuple):
     tensors: dict[str, TensorSource]  # in HF's layout, float16 if stored as float16, else float32
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     pruned_dtype: str | None  # bfloat16 if the encoding of a tensor is not in `EXACT`, else None
+    card: dict[str, Any]  # metadata of a model card
 
 
 def open_gguf(path: Path) -> Opened:
@@ -96,7 +103,25 @@ def open_gguf(path: Path) -> Opened:
     def load_tokenizer() -> PreTrainedTokenizerBase:
         return build_tokenizer(metadata, length, path)
 
-    return Opened(config, decoder, tensors, load_tokenizer, pruned_dtype)
+    return Opened(config, decoder, tensors, load_tokenizer, pruned_dtype, _card(metadata))
+
+
+def _card(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The licence, the base model and the tags, by their names in a model card."""
+
+    def texts(name: str, form: re.Pattern[str]) -> list[str]:
+        value = metadata.get(f"general.{name}")
+        given = value if isinstance(value, list) else [value]
+        return [each for each in given if isinstance(each, str) and form.fullmatch(each)]
+
+    # The name is mostly a title, such as "Base 1B", and rarely an id of the hub.
+    base = texts("base_model.0.repo_url", BASE_MODEL) or texts("base_model.0.name", BASE_MODEL)
+    found = {
+        "license": "".join(texts("license", LICENSE)[:1]).lower(),
+        "base_model": "".join(base[:1]).removeprefix(HUB),
+        "tags": texts("tags", TAG)[:MOST_TAGS],
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _config(

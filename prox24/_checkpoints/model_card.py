@@ -20,7 +20,7 @@ NO_METADATA = "---\n\n---\n"
 
 
 def source_card(source: str | Path, checkpoint: Checkpoint) -> ModelCard:
-    """The card of a source, or an empty card, with the metadata of an output.
+    """The card of a source, or a card of the metadata in a GGUF, with the metadata of an output.
 
     The base model is the source if it is an id of the hub. Otherwise it is the base model in the
     source's card or config. Evaluation results are left out, since they hold for the source only.
@@ -45,6 +45,8 @@ def source_card(source: str | Path, checkpoint: Checkpoint) -> ModelCard:
             f"the metadata of {file} cannot be read ({first_line(error)}); mend or remove the file"
         ) from error
     data: Any = card.data
+    for name, value in checkpoint.card.items():  # Only a GGUF has them, and it has no other card.
+        data[name] = value
     if data.eval_results is not None:
         data.eval_results = data.model_name = None
     data.pop("base_model_relation")

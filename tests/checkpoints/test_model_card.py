@@ -2,11 +2,15 @@
 
 import json
 
+import gguf
 import pytest
 from huggingface_hub import ModelCard
-from tiny import write_tiny
+from test_gguf import write_gguf
+from tiny import config_dict, random_weights, write_tiny
 
+from prox24._checkpoints import gguf_file
 from prox24._checkpoints.checkpoint import open_checkpoint
+from prox24._checkpoints.gguf_header import read_header
 from prox24._checkpoints.model_card import source_card, write_card
 from prox24.errors import CheckpointError
 
@@ -70,6 +74,48 @@ def test_a_source_without_metadata_gets_some(folder, caplog, card):
     tags = ["prox24", "sparse", "2:4"]
     assert metadata(content) == {"tags": tags, "library_name": "transformers"}
     assert not caplog.records
+
+
+FIELDS = gguf.Keys.General
+REPO_URL, NAME = (key.format(id=0) for key in (FIELDS.BASE_MODEL_REPO_URL, FIELDS.BASE_MODEL_NAME))
+OF_GGUF = {
+    "all": (
+        {
+            FIELDS.LICENSE: "Apache-2.0",
+            REPO_URL: "https://huggingface.co/owner/base-1B",
+            NAME: "Base 1B",
+            FIELDS.TAGS: ["text-generation", "no"],
+        },
+        {"license": "apache-2.0", "base_model": "owner/base-1B", "tags": ["text-generation", "no"]},
+    ),
+    "an id": ({NAME: "owner/base-1B"}, {"base_model": "owner/base-1B"}),
+    "a title": ({NAME: "Base 1B"}, {}),
+    "elsewhere": ({REPO_URL: "https://example.org/owner/base-1B"}, {}),
+    "many": ({FIELDS.TAGS: [f"t{i}" for i in range(1000)]}, {"tags": [f"t{i}" for i in range(64)]}),
+    "hostile": (
+        {
+            FIELDS.LICENSE: "mit\n---\n# A model",
+            REPO_URL: f"owner/{'a' * 1000}",
+            FIELDS.TAGS: ["a" * 65, "b: [", "c\n---\n", "\u2028", "", "---", 5, "sparse"],
+        },
+        {"tags": ["sparse"]},
+    ),
+    "types": ({FIELDS.LICENSE: 5, REPO_URL: True, NAME: [1.5], FIELDS.TAGS: 0}, {}),
+}
+
+
+@pytest.mark.parametrize(("stored", "expected"), OF_GGUF.values(), ids=OF_GGUF)
+def test_the_short_names_of_a_gguf_are_metadata(tmp_path, monkeypatch, stored, expected):
+    config, path = config_dict("grouped_heads", num_hidden_layers=1), tmp_path / "model.gguf"
+    write_gguf(path, "llama", config, random_weights(config))
+    fields, tensors = read_header(path)
+    monkeypatch.setattr(gguf_file, "read_header", lambda path: (fields | stored, tensors))
+    expected = expected | {"library_name": "transformers"}
+    content = written(path)
+    assert content.endswith(b"\n---\n" + SECTION.encode())
+    assert content.count(b"---") == 2
+    tags = list(dict.fromkeys([*expected.get("tags", []), "prox24", "sparse", "2:4"]))
+    assert metadata(content) == expected | {"tags": tags}
 
 
 PLACE = "/home/somebody/model"
