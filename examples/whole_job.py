@@ -1,4 +1,4 @@
-"""A whole job as commands: text of three kinds, an interruption, one table, and what loads it.
+"""A whole job as commands: text of three kinds, an interruption, an export, and one table.
 
     python examples/whole_job.py MODEL FOLDER
 
@@ -21,49 +21,41 @@ import prox24
 
 
 def write_texts(folder):
-    """The speeches of the package in three files: records, rows and plain text."""
-    speeches = (resources.files("prox24") / "data" / "speeches.txt").read_text(encoding="utf-8")
-    parts = speeches.split("\n\n")
-    third = len(parts) // 3
-    records = [json.dumps({"id": i, "text": part}) for i, part in enumerate(parts[:third])]
+    """Speeches in three files: records, rows and plain text; more speeches, and a novel."""
+    data = resources.files("prox24") / "data"
+    parts = (data / "speeches.txt").read_text(encoding="utf-8").split("\n\n")
+    size = len(parts) // 4
+    records = [json.dumps({"id": i, "text": part}) for i, part in enumerate(parts[:size])]
     (folder / "a.jsonl").write_text("\n".join(records))
     with (folder / "b.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["id", "text"])
-        rows.writerows(enumerate(parts[third : 2 * third]))
-    (folder / "c.txt").write_text("\n\n".join(parts[2 * third :]))
-    return [folder / name for name in ("a.jsonl", "b.csv", "c.txt")]
+        csv.writer(file).writerows([("id", "text"), *enumerate(parts[size : 2 * size])])
+    (folder / "c.txt").write_text("\n\n".join(parts[2 * size : 3 * size]))
+    (folder / "speeches.txt").write_text("\n\n".join(parts[3 * size :]))
+    (folder / "novel.txt").write_text((data / "austen.txt").read_text(encoding="utf-8"))
 
 
-def run(*arguments, until=None):
-    """Runs a command, or ends it when a file has a line; the exit code."""
+def start(*arguments, **how):
+    """Prints a command and starts it."""
     command = ["prox24", *map(str, arguments)]
     print("$", shlex.join(command), flush=True)
-    process = subprocess.Popen([sys.executable, "-m", *command])
-    while until is not None and process.poll() is None:
-        if until.exists() and "\n" in until.read_text():
-            process.send_signal(signal.SIGTERM)
-            break
-        time.sleep(0.02)
-    return process.wait()
+    return subprocess.Popen([sys.executable, "-m", *command], **how)
 
 
-def check(code, expected=0):
-    """Ends the example where a command did not end as it should."""
-    if code != expected:
-        sys.exit(f"the command ended with {code}, not {expected}")
+def check(process, expected=0):
+    """Ends the example if a command does not end as it should."""
+    if process.wait() != expected:
+        sys.exit(f"the command ended with {process.returncode}, not {expected}")
 
 
 def ask(models, folder, questions):
-    """Has lm-evaluation-harness ask each model which of four sentences comes next."""
+    """The share of sentences after which a model finds the next of four, by lm-eval."""
     try:
         from lm_eval import simple_evaluate
 
         from prox24.lm_eval import Prox24LM
     except ImportError:
-        print("Questions are left out: they need pip install 'prox24[eval]'")
-        return
-    novel = (resources.files("prox24") / "data" / "austen.txt").read_text(encoding="utf-8")
+        return ["needs prox24[eval]"] * len(models)
+    novel = (folder / "novel.txt").read_text()
     sentences = [" ".join(each.split()) for each in novel.split(". ")]
     sentences = [each for each in sentences if 30 < len(each) < 120]
     lines = []
@@ -84,9 +76,11 @@ def ask(models, folder, questions):
         "target_delimiter": "",
         "metric_list": [{"metric": "acc_norm"}],
     }
-    for model in models:
-        found = simple_evaluate(Prox24LM(model, max_length=128), tasks=[task], bootstrap_iters=0)
-        print(f"{model}: {found['results']['next_sentence']['acc_norm,none']:.1%} of sentences")
+    found = [
+        simple_evaluate(Prox24LM(model, max_length=128), tasks=[task], bootstrap_iters=0)
+        for model in models
+    ]
+    return [f"{each['results']['next_sentence']['acc_norm,none']:.1%}" for each in found]
 
 
 def main():
@@ -98,30 +92,39 @@ def main():
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--questions", type=int, default=100)
     arguments = parser.parse_args()
-    folder, model = arguments.folder, arguments.model
+    folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
 
+    write_texts(folder)
     sizes = ["--samples", arguments.samples, "--sequence-length", arguments.sequence_length]
-    text = [word for file in write_texts(folder) for word in ("--calibration", file)]
-    recipe, metrics, report = (folder / f"{name}.json" for name in ("recipe", "metrics", "report"))
+    text = [f"--calibration={folder / name}" for name in ("a.jsonl", "b.csv", "c.txt")]
+    names = "recipe.json", "metrics.jsonl", "report.json"
+    recipe, metrics, report = (folder / name for name in names)
     prox24.Recipe().save(recipe)
-    rival, pruned = folder / "sparsegpt", folder / "default"
+    model, rival, pruned = models = [arguments.model, folder / "sparsegpt", folder / "default"]
 
-    check(run("plan", model, "--recipe", recipe, *sizes))
-    check(run("prune", model, rival, "--method", "sparsegpt", *text, *sizes, "--quiet"))
-    command = ["prune", model, pruned, "--recipe", recipe, *text, *sizes]
+    check(start("plan", model, "--recipe", recipe, *sizes))
+    check(start("prune", model, rival, "--method", "sparsegpt", *text, *sizes))
     logs = ["--log-file", folder / "log.txt", "--metrics", metrics, "--report", report]
-    # The first linear is written; the second run goes on behind it.
-    check(run(*command, *logs, "--quiet", until=metrics), 128 + signal.SIGTERM)
-    check(run(*command, *logs))
-    resumed = json.loads(report.read_text())["resumed_linears"]
-    print(f"{resumed} linears were there from the run that was ended")
-    check(run("verify", pruned, "--source", model, "--quiet"))
-    check(run("eval", model, rival, pruned, *sizes))
-    prompt = ["--prompt", "It is a truth universally acknowledged, that", "--tokens", 12]
-    check(run("generate", model, rival, pruned, *prompt))
-    ask([model, rival, pruned], folder, arguments.questions)
-    check(run("convert", pruned, folder / "flax", "--format", "flax"))
+    command = ["prune", model, pruned, "--recipe", recipe, *text, *sizes, *logs]
+    first = start(*command)
+    while first.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)  # until one linear is written
+    first.terminate()
+    check(first, 128 + signal.SIGTERM)
+    check(start(*command))
+    check(start("verify", pruned, "--source", model))
+    check(start("generate", *models, "--prompt", "It is a truth", "--tokens", 12))
+    check(start("convert", pruned, folder / "flax", "--format", "flax"))
+    texts = [f"--text={folder / name}" for name in ("novel.txt", "speeches.txt")]
+    evaluation = start("eval", *models, *texts, *sizes, "--json", stdout=subprocess.PIPE)
+    found = [each["perplexity"] for each in json.load(evaluation.stdout)["rows"]]
+    check(evaluation)
+    answers = ask(models, folder, arguments.questions)
+    print(f"{'':9}  {'novel':>10}  {'speeches':>10}  next sentence")
+    rows = zip(("dense", "sparsegpt", "default"), found[::2], found[1::2], answers, strict=True)
+    for name, novel, speeches, answer in rows:
+        print(f"{name:9}  {novel:10.2f}  {speeches:10.2f}  {answer:>13}")
 
 
 if __name__ == "__main__":

@@ -302,14 +302,32 @@ def test_converted_linears_reach_the_sparse_product(deployed, monkeypatch):
 
 
 def whole_job(model, folder, *sizes):
+    """What the example prints, after a check of its commands, its files and its table."""
     printed = run("examples/whole_job.py", model, folder, *sizes)
-    resumed = int(re.search(r"^(\d+) linears were there", printed, re.MULTILINE)[1])
-    metrics = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    page = (ROOT / "docs/whole-job.md").read_text()
+    block = re.search(r"^```console\n(\$ prox24 plan.*?)```", page, re.DOTALL | re.MULTILINE)[1]
+    block = re.sub(r" \\\n +", " ", block)
+    for shown, given in (
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", str(model)),
+        ("--samples 16 --sequence-length 512", " ".join(sizes)),
+        ("job/", f"{folder}/"),
+    ):
+        block = block.replace(shown, given)
+    commands = [line for line in printed.splitlines() if line.startswith("$")]
+    assert block.splitlines() == list(dict.fromkeys(commands))  # one of them runs twice
+
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     report = json.loads((folder / "report.json").read_text())
-    assert 0 < resumed < len(metrics) == len(report["linears"])
+    assert 0 < report["resumed_linears"] < len(metrics) == len(report["linears"])
     assert all(name in report["calibration"]["text"] for name in ("a.jsonl", "b.csv", "c.txt"))
-    shown = [line for line in printed.splitlines() if line.startswith("│") and "default" in line]
-    assert any(re.search(r"\d+\.\d{3}", line) for line in shown)  # the table of perplexities
+    layers = [re.search(r"layers\.\d+", each["name"])[0] for each in report["linears"]]
+    logged = (folder / "log.txt").read_text().splitlines()
+    assert [re.search(r"layers\.\d+", line)[0] for line in logged] == list(dict.fromkeys(layers))
+
+    header, *table = rows("\n".join(printed.splitlines()[-4:]))
+    assert header == ["novel", "speeches", "next sentence"]
+    assert [row[0] for row in table] == ["dense", "sparsegpt", "default"]
+    assert all(float(perplexity) > 1 for row in table for perplexity in row[1:3])
     AutoModelForCausalLM.from_pretrained(folder / "default", local_files_only=True)
     return printed
 
@@ -324,4 +342,4 @@ def test_a_whole_job_with_a_real_model(tmp_path):
     cache = ROOT / ".cache"
     cache.mkdir(exist_ok=True)
     printed = whole_job(fetch_model(cache), tmp_path, "--samples", "2", "--sequence-length", "64")
-    assert "truth universally acknowledged, that" in printed
+    assert printed.count("It is a truth") == 4  # the command and three continuations
