@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 
@@ -34,7 +35,13 @@ def processes() -> Iterator[Callable[..., multiprocessing.Process]]:
 
 
 def _run(arguments: list[str], cache: str, errors: str, devices: int) -> None:
-    """The command line, with programs compiled by an earlier process, and its standard error."""
+    """The command line, with programs compiled by an earlier process.
+
+    The file `errors` gets standard error. Standard output, which native code writes to as well,
+    gets a file of the same name with the suffix .out.
+    """
+    output = os.open(Path(errors).with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
     # A shell has what it runs in the background ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     jax.config.update("jax_num_cpu_devices", devices)

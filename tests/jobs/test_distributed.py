@@ -143,3 +143,10 @@ def test_processes_with_different_commands_are_refused(workspace, start):
     for index in range(2):
         assert "the processes differ in arguments" in said(workspace, "different", index)
     assert not (workspace / "different").exists()
+
+
+def test_the_first_process_prints_json_and_the_others_print_nothing(workspace, start):
+    assert ended(start("printed", "wanda", ["--json"], ["--json"])) == [0, 0]
+    first, second = ((workspace / f"printed-{index}.out").read_text() for index in range(2))
+    assert json.loads(first) == json.loads((workspace / "printed.json").read_text())
+    assert second == ""
