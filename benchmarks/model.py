@@ -5,12 +5,14 @@
     python benchmarks/model.py refit --windows 16 ...
     python benchmarks/model.py growth --windows 16 ...
     python benchmarks/model.py patterns --windows 16 ...
+    python benchmarks/model.py kept --windows 16 ...
 
 main        every method, with and without a refit
 samples     1 to 2,048 calibration windows
 refit       gradient steps after masking
 growth      growth of lambda, with and without a refit
 patterns    2:4, pairs, larger blocks and no pattern, by three methods
+kept        shares of the linears that stay dense, by keep_dense
 
 Calibration windows are drawn at random from the text by the seed, without overlap. Evaluation is on
 the first windows of 512 tokens of each text. Models are written in float32. Each run appends a line
@@ -41,6 +43,7 @@ VARIED = {
     "samples": ("windows", "calibration windows"),
     "refit": ("gradient_steps", "gradient steps"),
     "growth": ("growth", "growth of lambda per step"),
+    "kept": ("keep_dense", "share of the linears that stay dense"),
 }
 """What an ablation varies: a column of its lines, and how a figure calls it."""
 MEASURED = ("mean_relative_loss", "solver_seconds", "seconds")
@@ -145,12 +148,21 @@ def patterns_table() -> list[Run]:
     ]
 
 
+def kept_table() -> list[Run]:
+    """The linears that lose most stay dense."""
+    return [
+        Run("default", Recipe(keep_dense=share), {"keep_dense": share})
+        for share in (0, 0.05, 0.1, 0.2)
+    ]
+
+
 TABLES = {
     "main": main_table,
     "samples": samples_table,
     "refit": refit_table,
     "growth": growth_table,
     "patterns": patterns_table,
+    "kept": kept_table,
 }
 
 
