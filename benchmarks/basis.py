@@ -1,7 +1,7 @@
 """Measures the basis of the attention heads: layer losses, perplexity, seconds.
 
-    python benchmarks/basis.py --calibration calib_mix.txt --texts austen.txt sotu.txt
-    python benchmarks/basis.py --models gemma.gguf gpt2 --rows default sparsegpt ...
+    python benchmarks/basis.py
+    python benchmarks/basis.py --models gemma.gguf gpt2 --rows default sparsegpt
 
 Every method prunes every model with the basis, and without it: a line of 0 steps. "refined" also
 trains the kept weights of each layer. Calibration windows are drawn at random by the seed.
@@ -70,12 +70,8 @@ def main() -> None:
     path, rows = arguments.output / "basis.csv", []
     for model in arguments.models or [common.dense_model()]:
         every = common.windows_of(model, arguments.calibration, None, arguments.length)
-        texts = {
-            text.stem: common.windows_of(
-                model, text, arguments.evaluation_windows, arguments.length
-            )
-            for text in arguments.texts
-        }
+        count, length = arguments.evaluation_windows, arguments.length
+        texts = common.windows_of_texts(model, arguments.texts, count, length)
         titles = ("model", "method", "steps", "windows", "seed")
         figures = ("values_loss", "readers_loss", "mean_loss", "seconds", *texts)
         for seed in arguments.seeds:

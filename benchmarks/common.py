@@ -32,6 +32,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CACHE = Path(".cache")
+CALIBRATION, *TEXTS = (
+    Path(__file__).with_name("data") / f"{name}.txt.gz" for name in ("calib_mix", "austen", "sotu")
+)
+"""What the tables of README.md are calibrated on, and what they measure perplexity on."""
 WITHOUT_BASIS = dataclasses.replace(Recipe(), basis=None)
 """The default, but that heads are not turned: what was measured before they were."""
 CONVERGED = ConjugateGradients(100, 1e-6)
@@ -61,9 +65,15 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """The calibration text, and the texts that perplexity is measured on."""
-    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE")
+    add_calibration(parser)
+    parser.add_argument("--texts", type=Path, nargs="+", default=TEXTS, metavar="FILE")
     parser.add_argument("--evaluation-windows", type=positive, default=16)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration", type=Path, default=CALIBRATION, metavar="FILE", help="UTF-8 text"
+    )
 
 
 def positive(text: str) -> int:
@@ -226,6 +236,18 @@ def dense_model(cache: Path = CACHE) -> Path:
 def windows_of(model: Path, text: Path | None, count: int | None, length: int) -> np.ndarray:
     """The first windows of a text or of the packaged novel; all whole ones if `count` is None."""
     return evaluation_windows(open_checkpoint(model), Text(text, count, length))
+
+
+def name_of(text: Path) -> str:
+    """How rows call a text: its file without suffixes."""
+    return text.name.partition(".")[0]
+
+
+def windows_of_texts(
+    model: Path, texts: Sequence[Path], count: int, length: int
+) -> dict[str, np.ndarray]:
+    """The first windows of each text, by its name."""
+    return {name_of(text): windows_of(model, text, count, length) for text in texts}
 
 
 def drawn_windows(windows: np.ndarray, count: int, seed: int) -> np.ndarray:

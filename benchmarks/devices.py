@@ -1,6 +1,6 @@
 """Prunes the first linears of SmolLM2-135M on one, two and eight CPU devices, and compares them.
 
-    python benchmarks/devices.py --calibration calib_mix.txt
+    python benchmarks/devices.py
 
 The two layers' 14 linears are pruned on two devices, the 4 of the first attention on eight; once
 by devices that share the rows of weights, and once with `shard_grams`. The masks are compared block
@@ -8,11 +8,10 @@ by block, and so are the losses.
 """
 
 import itertools
-from pathlib import Path
 
 import jax
 import numpy as np
-from common import dense_model, own_targets, parser_of, positive, show
+from common import add_calibration, dense_model, own_targets, parser_of, positive, show
 
 from prox24 import ADMM, ConjugateGradients, Text
 from prox24._checkpoints.checkpoint import open_checkpoint
@@ -33,7 +32,7 @@ def compare(found: PrunedTensor, expected: PrunedTensor) -> tuple[int, float]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
+    add_calibration(parser)
     parser.add_argument("--samples", type=positive, default=64, help="calibration windows")
     parser.add_argument("--length", type=positive, default=256, help="tokens of a window")
     arguments = parser.parse_args()

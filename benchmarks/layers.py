@@ -20,6 +20,7 @@ import numpy as np
 from baselines import ALPS, Boza
 from common import (
     CONVERGED,
+    add_calibration,
     add_output,
     dense_model,
     medians,
@@ -174,7 +175,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--layers", default="0,15,29", help="comma-separated")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text")
+    add_calibration(parser)
     parser.add_argument("--samples", type=positive, default=64, help="windows of 512 tokens")
     parser.add_argument("--only", help="contenders, separated by semicolons")
     add_output(parser)

@@ -1,7 +1,7 @@
 """llm-compressor against prox24: perplexity, seconds and peak memory of the same job.
 
     python -m venv ENV && ENV/bin/pip install llmcompressor
-    python benchmarks/llm_compressor.py --python ENV/bin/python --calibration a.txt --texts b.txt
+    python benchmarks/llm_compressor.py --python ENV/bin/python
 
 Both prune every linear but the head to 2:4, on the same token ids and with their own default
 settings. Windows are drawn at random from the calibration text. Each run is a process of its own.
@@ -138,10 +138,8 @@ def main() -> None:
     versions = {"llm-compressor": version_of(arguments.python), "prox24": prox24.__version__}
     pythons = {"llm-compressor": arguments.python, "prox24": sys.executable}
     every = common.windows_of(model, arguments.calibration, None, arguments.length)
-    texts = {
-        text.stem: common.windows_of(model, text, arguments.evaluation_windows, arguments.length)
-        for text in arguments.texts
-    }
+    count, length = arguments.evaluation_windows, arguments.length
+    texts = common.windows_of_texts(model, arguments.texts, count, length)
     titles = ("model", "row", "version", "windows", "length")
     figures = ("seconds", "peak_bytes", "zeros", *texts)
     rows = []

@@ -1,11 +1,11 @@
 """Perplexity of SmolLM2-135M-Instruct pruned to 2:4, and the ablations of the method.
 
-    python benchmarks/model.py main --calibration calib_mix.txt --texts austen.txt sotu.txt
-    python benchmarks/model.py samples --length 64 ...
-    python benchmarks/model.py refit --windows 16 ...
-    python benchmarks/model.py growth --windows 16 ...
-    python benchmarks/model.py patterns --windows 16 ...
-    python benchmarks/model.py kept --windows 16 ...
+    python benchmarks/model.py main
+    python benchmarks/model.py samples --length 64
+    python benchmarks/model.py refit --windows 16
+    python benchmarks/model.py growth --windows 16
+    python benchmarks/model.py patterns --windows 16
+    python benchmarks/model.py kept --windows 16
 
 main        every method, with and without a refit
 samples     1 to 2,048 calibration windows
@@ -270,16 +270,13 @@ def main() -> None:
         parser.error(f"--only: no row is {', '.join(sorted(unknown))}; there are {sorted(names)}")
     model = common.dense_model()
     calibration = common.windows_of(model, arguments.calibration, None, arguments.length)
-    texts = {
-        path.stem: common.windows_of(model, path, count, EVALUATION_LENGTH)
-        for path in arguments.texts
-    }
+    texts = common.windows_of_texts(model, arguments.texts, count, EVALUATION_LENGTH)
 
     def key_of(run: Run, seed: int) -> dict[str, object]:
         return {
             "run": run.method,
             "seed": seed,
-            "calibration": arguments.calibration.stem,
+            "calibration": common.name_of(arguments.calibration),
             "windows": arguments.windows,
             "length": arguments.length,
             "evaluation_windows": count,

@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M-Instruct pruned to 2:4 and then refined, against tokens and seconds.
 
-    python benchmarks/refine.py --calibration calib_mix.txt --texts austen.txt sotu.txt
+    python benchmarks/refine.py
 
 Every mask is found on the first 64 windows of 512 tokens of the calibration text, in an order drawn
 by the seed; the refinements see those and the windows that follow. Each job runs in a process of
@@ -286,18 +286,18 @@ def main() -> None:
     count = arguments.evaluation_windows
     setting = {
         "seed": str(arguments.seed),
-        "calibration": calibration.stem,
+        "calibration": common.name_of(calibration),
         "evaluation_windows": f"{count} unseen" if unseen else str(count),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path, texts = arguments.output / "refine.csv", [text.stem for text in arguments.texts]
+    path, texts = arguments.output / "refine.csv", list(map(common.name_of, arguments.texts))
     answers = [] if arguments.bigbench is None else ["right_answers"]
     titles = ["run", "distinct_tokens", *setting, *MEASURED, *texts, *answers]
     rows = common.read_rows(path, titles)
     questions = read_questions(arguments.bigbench, QUESTIONS) if answers else None
     dense = common.dense_model(cache)
     evaluated = {
-        text.stem: evaluated_windows(dense, text, count, calibration, unseen)
+        common.name_of(text): evaluated_windows(dense, text, count, calibration, unseen)
         for text in arguments.texts
     }
     available = common.windows_of(dense, calibration, None, LENGTH)

@@ -1,6 +1,6 @@
 """Trains a small GPT-2, a family without rotary positions, and writes it as an HF folder.
 
-    python benchmarks/train_gpt2.py gpt2 --texts calib_mix.txt austen.txt sotu.txt
+    python benchmarks/train_gpt2.py gpt2
 
 It has 6 layers of 256 features and a vocabulary of 4,096 pieces, and is trained on all but the
 first tenth of each text, so that the first windows are free for an evaluation.
@@ -21,6 +21,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from prox24._checkpoints.safetensors_file import create_file
 from prox24._checkpoints.tensors import Spec
+from prox24._jobs.documents import plain_text
 from prox24._models import decoder, spec
 from prox24._models.families import config_from_hf
 
@@ -70,10 +71,11 @@ def loss_of(config: spec.Config, weights: Mapping[str, jax.Array], tokens: jax.A
 def main() -> None:
     parser = common.parser_of(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE")
+    every = [common.CALIBRATION, *common.TEXTS]
+    parser.add_argument("--texts", type=Path, nargs="+", default=every, metavar="FILE")
     parser.add_argument("--steps", type=positive, default=1000)
     arguments = parser.parse_args()
-    texts = [path.read_text(encoding="utf-8") for path in arguments.texts]
+    texts = list(map(plain_text, arguments.texts))
     texts = [text[len(text) // 10 :] for text in texts]
     tokenizer = tokenizer_of(texts)
     tokens = np.concatenate([np.array(tokenizer(text)["input_ids"], np.int32) for text in texts])

@@ -2,6 +2,8 @@
 
 import csv
 import functools
+import gzip
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -37,9 +39,9 @@ def benchmark(tmp_path, monkeypatch, capsys):
     """Imports a benchmark and runs it on a tiny model, two texts and an output folder."""
     config = config_dict(max_position_embeddings=512)  # the length of their windows
     write_folder(tmp_path / "model", config, random_weights(config))
-    calibration, text = tmp_path / "calibration.txt", tmp_path / "text.txt"
+    calibration, text = tmp_path / "calibration.txt", tmp_path / "text.txt.gz"
     calibration.write_text("Text of which a model reads the bytes. " * 60)
-    text.write_text("And what it never read, is this text. " * 60)
+    text.write_bytes(gzip.compress(b"And what it never read, is this text. " * 60))
     monkeypatch.syspath_prepend(BENCHMARKS)
     common = importlib.import_module("common")
     monkeypatch.setattr(common, "fetch_model", lambda cache: tmp_path / "model")
@@ -65,7 +67,7 @@ def benchmark(tmp_path, monkeypatch, capsys):
         "--calibration",
         "calibration.txt",
         "--texts",
-        "text.txt",
+        "text.txt.gz",
         "--evaluation-windows",
         2,
     ]
@@ -223,6 +225,19 @@ def test_memory_is_measured_in_a_process_of_its_own(benchmark):
 
 
 # Layers and models
+
+
+def test_the_texts_of_a_clone_are_those_of_the_tables(benchmark):
+    common = benchmark("common")
+    parser = common.parser_of("")
+    common.add_texts(parser)
+    given = parser.parse_args([])
+    said = (BENCHMARKS / "data/README.md").read_text()
+    for text in (given.calibration, *given.texts):
+        assert hashlib.sha256(gzip.decompress(text.read_bytes())).hexdigest() in said
+    for row in table(ROOT / "docs/figures/model-main.csv"):
+        assert row["calibration"] == common.name_of(given.calibration)
+        assert [*row][-2:] == [common.name_of(text) for text in given.texts]
 
 
 def test_windows_of_a_seed_do_not_overlap_and_fewer_are_a_subset_of_more(benchmark):
