@@ -2,7 +2,7 @@
 
 The digits are scikit-learn's. Every kernel whose input channels come in fours is pruned to 2:4
 along them, by the Gram of its inputs on the training images. Nothing is trained afterwards. Losses
-are those of the layers' outputs, relative to the outputs; they and the accuracies are means over
+are those of the weights' outputs, relative to the outputs; they and the accuracies are means over
 seeds, which choose the initial weights, the batches and the images that are held out.
 """
 
@@ -90,7 +90,7 @@ def main():
             losses[name] += [report.statistics.relative_loss for report in pruned.reports]
 
     print(*(leaf for leaf in pruned.leaves if leaf.path.endswith("kernel")), sep="\n")
-    print(f"\n{'method':26}  accuracy  spread  layers' loss")
+    print(f"\n{'method':26}  accuracy  spread     mean loss")
     for name, values in accuracies.items():
         loss = f"{np.mean(losses[name]):12.4f}" if name in losses else ""
         print(

@@ -142,7 +142,7 @@ def main():
     shown = [leaf for leaf in leaves if "layer." not in leaf.path or "layer.0." in leaf.path]
     print(*(leaf for leaf in shown if len(leaf.shape) == 2), sep="\n")
     dense = embeddings(params)
-    print(f"\n{'method':26}  rank correlation  same neighbour  layers' loss")
+    print(f"\n{'method':26}  rank correlation  same neighbour     mean loss")
     for name, result in pruned.items():
         correlation, same = compare(dense, embeddings(result.params))
         loss = np.mean([report.statistics.relative_loss for report in result.reports])
