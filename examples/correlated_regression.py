@@ -1,11 +1,19 @@
 """How far the masks of each method are from the best ones, as features become correlated.
 
-One linear layer with random weights, and the Gram of features with correlation rho. Each method
-finds a mask, and the same conjugate gradients refit the kept weights. The regret of a row is its
-loss divided by that of the best of all masks, minus 1; the layer is small enough to try them all.
-At rho = 0 the loss is a sum over weights and all but ADMM find the best mask. Nothing is added to
-the diagonal of the Gram (damping 0), so that the losses of all methods are of the same problem.
-"prox, slower" is the same solver with a penalty that grows by 1.01 per step, "ADMM" the default.
+The layer has random rows of width 12. Its features have correlation rho. Each method finds a mask,
+and the same conjugate gradients refit the kept weights. The regret of a row is its loss, divided by
+the least loss of all 216 masks, minus 1. The table has the mean over 256 rows.
+
+- Without correlation, all methods but ADMM find the best mask.
+- With correlation, Wanda and SparseGPT lose. The prox and ADMM stay near the best mask.
+- At rho = 0.99 the schedule of the prox costs most. Its penalty grows by 1.05 per step. With 1.01
+  ("prox, slower") the prox loses less than half as much.
+- ADMM is the default of `prox24.solve`, with 24 steps. At high correlation it beats the prox. At
+  low correlation it is mostly behind.
+
+Equicorrelated features have the Gram (1 - rho) I + rho 11^T. Toeplitz features have the Gram
+rho^|i-j|. The diagonal is 1, so Wanda and magnitude choose the same mask. Losses are computed in
+float64. The damping is 0, so the losses of all methods are of the same problem.
 """
 
 import argparse
@@ -76,7 +84,7 @@ def main():
 
     jax.config.update("jax_enable_x64", True)
     matplotlib.rcParams["svg.hashsalt"] = "prox24"  # the same file from every run
-    figure, panels = plt.subplots(1, len(GRAMS), figsize=(9, 3.5), sharey=True, layout="tight")
+    figure, panels = plt.subplots(len(GRAMS), figsize=(5, 7), sharex=True, layout="tight")
     print("mean regret in percent")
     print(f"{'features':14}  {'rho':>4}  {'  '.join(f'{name:>12}' for name in SOLVERS)}")
     for axes, (features, gram) in zip(panels, GRAMS.items(), strict=True):
@@ -85,9 +93,9 @@ def main():
             print(f"{features:14}  {rho:4.2f}  {'  '.join(f'{regret:12.3f}' for regret in row)}")
         axes.plot(CORRELATIONS, regrets, marker="o", markersize=4, label=list(SOLVERS))
         axes.set_title(f"{features} features", fontsize=10)
-        axes.set_xlabel(r"correlation $\rho$ (no units)")
+        axes.set_ylabel("mean regret (%)")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("mean regret (%)")
+    panels[-1].set_xlabel(r"correlation $\rho$ (no units)")
     panels[0].legend(frameon=False)
     figure.savefig(output, metadata={"Date": None})
 

@@ -1,11 +1,21 @@
 """Three ways to a 2:4 network on scikit-learn's digits, at the same number of epochs.
 
-A small perceptron is trained dense, for all seeds at the same time. Then: "one-shot" keeps the two
-largest of every four weights and stops; "fine-tuned" does so after half of the epochs and trains
-the kept weights for the other half; "prox" instead ends every step of the second half with the
-proximal step of a growing penalty, which makes all blocks 2:4, and trains the kept weights for the
-last epochs. Every kernel is pruned, along its inputs. The seed chooses the initial weights, the
-batches and the images that are held out.
+The network is a perceptron with two hidden layers of 8 units. All kernels are pruned, along their
+inputs. Each method has 80 epochs:
+
+- "one-shot": all are dense. Then the two largest of every four weights are kept.
+- "fine-tuned": half are dense. Then the same cut, and the kept weights are trained.
+- "prox": half are dense. Then every step ends with the proximal step of a growing penalty, which
+  makes all blocks 2:4. In the last 10 epochs the kept weights are trained.
+
+One-shot loses more than half of the accuracy. Fine-tuning recovers most of the loss. Training with
+the proximal step ends above fine-tuning. With 16 units both are near the dense accuracy, and the
+difference is smaller.
+
+The accuracy is on the held-out third of the images: the mean over 20 seeds. The spread is the
+standard deviation. A seed chooses the initial weights, the batches and the held-out images. The
+first 40 epochs of "fine-tuned" and "prox" are the same, so the last line compares them seed by
+seed.
 """
 
 import argparse
@@ -122,7 +132,7 @@ def print_method(name, params, test_set):
 def draw(curves, output):
     """Draws the accuracies, (seeds, epochs) of each method, averaged over seeds."""
     matplotlib.rcParams["svg.hashsalt"] = "prox24"  # the same file from every run
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="tight")
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="tight")
     for method, curve in curves.items():
         epochs = np.arange(1, curve.shape[1] + 1)
         shown = epochs > DENSE_EPOCHS // 2

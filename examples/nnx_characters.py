@@ -1,23 +1,34 @@
-"""Prunes a small transformer of Flax NNX, trained for a minute to predict the characters of a text.
+"""Prunes a small transformer of Flax NNX that predicts the characters of a text.
 
-The text is that of the speeches packaged with prox24; the last tenth is held out. Every kernel of
-attention and of the feed-forward layers is pruned to 2:4, by the Grams of its inputs on some of
-the training text; embeddings and the head stay dense. Nothing is trained afterwards. In the last
-two rows of the table the default calibrates each layer on the outputs of the pruned layers before
-it. The targets are the layer's own outputs there, or the dense model's.
+The transformer has 245,000 weights. It is trained on the speeches packaged with prox24; the last
+tenth of the text is held out. All kernels of attention and of the feed-forward layers are pruned,
+by the Grams of their inputs. The kernels of attention have three axes: (in, heads, head_dim) and
+(heads, head_dim, out). Embeddings and the head stay dense. Nothing is trained afterwards.
+
+The loss is for the next character, on the held-out text. In the last two rows the default
+calibrates each layer on the outputs of the pruned layers before it. The targets are the layer's own
+outputs there, or the dense model's. Calibration in order gains nothing here. The figure has the
+loss above the dense model's.
 """
 
+import argparse
 import functools
 from importlib import resources
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from flax import nnx
 
 import prox24
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FIGURE = Path(__file__).parents[1] / "docs/figures/nnx_characters.svg"
 LAYERS, WIDTH, HEADS, LENGTH = 2, 96, 4, 64
 STEPS, BATCH, RATE = 600, 32, 3e-3
 CALIBRATION, TEST = 128, 256  # windows
@@ -93,8 +104,23 @@ def train(apply, params, tokens):
     return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
 
+def draw(increases, output):
+    """Draws a bar for each method."""
+    matplotlib.rcParams["svg.hashsalt"] = "prox24"  # the same file from every run
+    figure, axes = plt.subplots(figsize=(5, 3), layout="tight")
+    axes.barh(list(increases), list(increases.values()))
+    axes.invert_yaxis()
+    axes.set_xlabel("loss above dense (nats per character)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, metadata={"Date": None})
+
+
 def main():
-    """Trains, prunes by every method and prints the table."""
+    """Trains, prunes by every method, prints the table and writes the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=FIGURE, help="where the figure is written")
+    output = parser.parse_args().output
+
     text = (resources.files("prox24") / "data/speeches.txt").read_text(encoding="utf-8")
     characters = sorted(set(text))
     tokens = np.searchsorted(characters, list(text)).astype(np.int32)
@@ -124,10 +150,15 @@ def main():
     leaves = pruned["wanda"].leaves
     print(*(leaf for leaf in leaves if leaf.path.endswith(("kernel", "embedding"))), sep="\n")
     print(f"\n{'method':26}  nats per character  layers' loss")
-    print(f"{'dense':26}  {test(params):18.4f}")
+    dense = test(params)
+    print(f"{'dense':26}  {dense:18.4f}")
+    increases = {}
     for name, result in pruned.items():
+        found = test(result.params)
+        increases[name] = found - dense
         relative = np.mean([report.statistics.relative_loss for report in result.reports])
-        print(f"{name:26}  {test(result.params):18.4f}  {relative:12.4f}")
+        print(f"{name:26}  {found:18.4f}  {relative:12.4f}")
+    draw(increases, output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""The path of prox_{lam R}(y) on one block of four as lam grows: when each entry leaves, and how.
+"""How the entries of a block leave under the proximal operator, one after the other.
 
-With y = (1, 0.8, 0.6, 0.4) the two smallest entries shrink to zero one after the other. Entries
-that are nearly equal leave before they reach zero, and the others grow at once: the objective has
-two minima there, and the deeper one changes. The table lists the values of lam at which an entry
-becomes zero, and how far the entry that moves most jumps there.
+The script follows the minimiser prox_{lam R}(y) on one block of four. lam grows from 0 until two
+entries are left.
+
+- Distinct entries shrink to zero one after the other.
+- Nearly equal entries leave before they reach zero, and the other entries jump up. The objective
+  has two minima there, and the deeper one changes.
+- Equal entries go from three to two at lam = (1 + sqrt 2) / 2.
+
+y1 is the largest entry. lam is in units of 1 / y1. The jump is the largest change of an entry, in
+units of y1.
 """
 
 import argparse
@@ -59,7 +65,6 @@ def draw(axes, name, path):
     for penalty in PENALTIES[switches]:
         axes.axvline(penalty, color="0.5", linestyle="--", linewidth=1, zorder=0)
     axes.set_title(f"{name}: {BLOCKS[name]}", fontsize=10)
-    axes.set_xlabel(r"$\lambda$ (in units of $1 / y_1$)")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -71,13 +76,14 @@ def main():
 
     jax.config.update("jax_enable_x64", True)
     matplotlib.rcParams["svg.hashsalt"] = "prox24"  # the same file from every run
-    figure, panels = plt.subplots(1, len(BLOCKS), figsize=(11, 3.3), sharey=True, layout="tight")
+    figure, panels = plt.subplots(len(BLOCKS), figsize=(5, 8), sharex=True, layout="tight")
     print(f"{'block':12}  {'lam':>6}  nonzeros  {'jump':>6}")
     for axes, (name, block) in zip(panels, BLOCKS.items(), strict=True):
         path = path_of(block)
         print_switches(name, path)
         draw(axes, name, path)
-    panels[0].set_ylabel("entries of the minimiser (in units of $y_1$)")
+    panels[1].set_ylabel("entries of the minimiser (in units of $y_1$)")
+    panels[-1].set_xlabel(r"$\lambda$ (in units of $1 / y_1$)")
     panels[0].legend(frameon=False)
     figure.savefig(output, metadata={"Date": None})
 

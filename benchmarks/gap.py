@@ -1,0 +1,62 @@
+"""How much of the cost of pruning is left after training on more tokens.
+
+The model is SmolLM2-135M-Instruct, pruned to 2:4. The gap is in log-perplexity to the dense model,
+on *Emma* and the addresses together. SparseGPT's gap is 1. Tokens are counted in
+all training steps.
+
+- "blocks": the kept weights are trained block by block, in 1, 5 or 18 passes over 64 windows.
+- "model": all are trained together, in one pass over 64, 256 or 1,024 windows.
+- "blocks, model": five passes over the blocks, and then the model.
+
+`benchmarks/refine.py` measured these lines, and more, in hours on two CPU cores. This script only
+draws them.
+"""
+
+import argparse
+from pathlib import Path
+
+import common
+import matplotlib
+from common import plt
+from refine import MEASURED, lines_of
+
+FIGURE = Path(__file__).parents[1] / "docs/figures/gap.svg"
+TEXTS = ["austen", "sotu"]
+SHOWN = {
+    "SparseGPT and refit, blocks": "sparsegpt + refit + block, bfloat16",
+    "SparseGPT and refit, model": "sparsegpt + refit + model, rate 0.0005, bfloat16",
+    "default, blocks": "admm, dense targets + block, bfloat16",
+    "default, model": "admm, dense targets + model, rate 0.0005, bfloat16",
+    "default, blocks, model": (
+        "admm, dense targets + block, passes: 5 + model, rate 0.0005, bfloat16"
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="refine.csv")
+    parser.add_argument("--output", type=Path, default=FIGURE, help="where the figure is written")
+    arguments = parser.parse_args()
+
+    setting = ["seed", "calibration", "evaluation_windows"]
+    titles = ["run", "distinct_tokens", *setting, *MEASURED, *TEXTS, "right_answers"]
+    lines = lines_of(common.read_rows(arguments.source, titles), TEXTS)
+    matplotlib.rcParams["svg.hashsalt"] = "prox24"  # the same file from every run
+    figure, axes = plt.subplots(figsize=(5, 5), layout="tight")
+    print(f"{'trained':28}  {'tokens':>7}  {'gap':>4}")
+    for shown, label in SHOWN.items():
+        for tokens, _, gap in lines[label]:
+            print(f"{shown:28}  {tokens:7.0f}  {gap:4.2f}")
+        tokens, _, gaps = zip(*lines[label], strict=True)
+        axes.plot([each / 1000 for each in tokens], gaps, marker="o", markersize=4, label=shown)
+    axes.set_xlabel("tokens trained on (thousands)")
+    axes.set_ylabel("gap in log-perplexity (SparseGPT's is 1)")
+    axes.set_ylim(0, 1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left")
+    figure.savefig(arguments.output, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
