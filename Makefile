@@ -27,7 +27,7 @@ define run-isa
 
 endef
 
-.PHONY: demo demo-full test test-all lint docs site test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-cuda test-package clean
+.PHONY: demo demo-full test test-all lint docs site gallery test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-cuda test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -59,6 +59,10 @@ docs: site
 site: .venv/docs.stamp
 	.venv/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet \
 	  --doctree-dir build/doctrees docs build/docs
+
+# The pages of the gallery: runs its scripts, and keeps what they print and draw.
+gallery: .venv/test.stamp
+	.venv/bin/python docs/gallery.py
 
 # The newest JAX, without PyTorch: parity is held against the golden files.
 test-newest: .venv-newest/test.stamp

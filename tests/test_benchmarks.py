@@ -315,6 +315,13 @@ def test_refined_models_are_made_once_and_evaluated_again(benchmark, tmp_path, m
     assert tokens == 2 * [0, 0, 5 * 7 * 64, 7 * 64]  # of 8 windows one is held out
 
 
+def test_the_gap_is_drawn_from_the_measured_lines(tmp_path):
+    figure = tmp_path / "gap.svg"
+    printed = run("benchmarks/gap.py", ROOT / "docs/figures/refine.csv", "--output", figure)
+    assert printed in (ROOT / "docs/gallery/gap.md").read_text()
+    assert figure.read_text().startswith("<?xml")
+
+
 def test_windows_that_are_in_the_calibration_are_left_out(benchmark, tmp_path):
     refine, dense = benchmark("refine", LENGTH=64), tmp_path / "model"
     seen, other = ("so many words that " * 10)[:180], ("and others that it has not, " * 10)[:180]

@@ -13,6 +13,7 @@ from programs import ROOT
 from reference import assert_close
 
 PAGE = (ROOT / "docs/own-model.md").read_text()
+GALLERY = (ROOT / "docs/gallery/nnx_characters.md").read_text()
 # They train for longer than they compile.
 run = functools.partial(programs.run, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
 
@@ -43,9 +44,11 @@ def test_a_linen_network_keeps_more_of_its_accuracy_by_the_default_than_by_wanda
 
 
 @pytest.mark.slow
-def test_an_nnx_transformer_loses_less_by_the_default_than_by_wanda():
-    leaves, table = figures(run("examples/nnx_characters.py"))
-    assert leaves in PAGE
+def test_an_nnx_transformer_loses_less_by_the_default_than_by_wanda(tmp_path):
+    output = run("examples/nnx_characters.py", "--output", tmp_path / "losses.svg")
+    leaves, table = figures(output)
+    assert leaves in GALLERY
+    assert (tmp_path / "losses.svg").read_text().startswith("<?xml")
     loss = {name: cells[0] for name, cells in table.items()}
     dense, default = loss["dense"], loss["admm with the prox + refit"]
     assert dense < 2.0
@@ -109,5 +112,7 @@ def test_the_python_of_the_page_runs_and_prints_what_it_says():
 
 
 def test_the_page_shows_the_examples():
-    for name in ("linen_digits.py", "nnx_characters.py", "minilm.py"):
+    for name in ("linen_digits.py", "minilm.py"):
         assert f"python examples/{name}" in PAGE
+    assert "python examples/nnx_characters.py" in GALLERY
+    assert "](gallery/nnx_characters.md)" in PAGE
