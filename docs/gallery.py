@@ -20,7 +20,7 @@ GALLERY = {
         "Correlated features",
         "python examples/correlated_regression.py",
     ],
-    "prune_a_layer": ["A layer by every solver", "python examples/prune_a_layer.py"],
+    "prune_a_layer": ["A linear by every solver", "python examples/prune_a_layer.py"],
     "digits": [
         "Digits",
         "python examples/digits.py",

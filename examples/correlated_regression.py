@@ -1,6 +1,6 @@
 """How far the masks of each method are from the best ones, as features become correlated.
 
-The layer has random rows of width 12. Its features have correlation rho. Each method finds a mask,
+The linear has random rows of width 12. Its features have correlation rho. Each method finds a mask,
 and the same conjugate gradients refit the kept weights. The regret of a row is its loss, divided by
 the least loss of all 216 masks, minus 1. The table has the mean over 256 rows.
 

@@ -1,4 +1,4 @@
-"""Prunes one linear layer to 2:4 by every solver.
+"""Prunes one linear to 2:4 by every solver.
 
 The loss is the squared error of the outputs, divided by the squared outputs. The weights are
 random. The inputs are correlated: the strength of the features falls like a power law.
