@@ -228,6 +228,26 @@ def test_arguments_that_do_not_fit_are_refused(pruned, targets, given, said):
         trained((params, inputs, outputs[:targets]), optax.sgd(0.1), **given)
 
 
+def test_divergence_is_that_of_float64():
+    target, logits = 8 * jax.random.normal(jax.random.key(0), (2, 64, 512), "float32")
+
+    def log_softmax(x):
+        x = np.asarray(x, np.float64)
+        return x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
+
+    of_target, of_logits = log_softmax(target), log_softmax(logits)
+    parts = np.exp(of_target) * (of_target - of_logits)
+    # Each number has a few roundings of its size, which is that of the logits.
+    sizes = np.sum(np.abs(parts), axis=-1) + np.max(np.abs([target, logits]), axis=(0, 2))
+    error = np.abs(refine.divergence(logits, target) - np.sum(parts, axis=-1))
+    assert np.all(error <= 12 * UNIT * sizes)
+    expected = np.exp(of_logits) - np.exp(of_target)
+    gradient = jax.grad(lambda x: jnp.sum(refine.divergence(x, target)))(logits)
+    # The derivative of an exponential multiplies the rounding of its argument.
+    scale = (np.exp(of_logits) + np.exp(of_target)) * np.max(sizes)
+    assert np.all(np.abs(gradient - expected) <= 12 * UNIT * scale)
+
+
 def test_no_divergence_where_both_exclude_a_token():
     target, logits = jnp.array([0.0, 1.0, -jnp.inf]), jnp.array([1.0, 0.0, -jnp.inf])
     found, gradient = jax.value_and_grad(refine.divergence)(logits, target)
