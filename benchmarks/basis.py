@@ -4,7 +4,8 @@
     python benchmarks/basis.py --models gemma.gguf gpt2 --rows default sparsegpt
 
 Every method prunes every model with the basis, and without it: a line of 0 steps. "refined" also
-trains the kept weights of each layer. Calibration windows are drawn at random by the seed.
+trains the kept weights of each layer. "distilled" is the default, and then trains all kept weights
+together on 64 windows. Calibration windows are drawn at random by the seed.
 Evaluation is on the first windows of each text. Models are written in float32.
 
 Losses are geometric means over the layers. "v" is the linear that makes the values, or the fused
@@ -22,7 +23,7 @@ import numpy as np
 from common import positive
 
 import prox24
-from prox24 import HeadBasis, Recipe
+from prox24 import HeadBasis, ModelRefinement, Recipe
 
 MAKERS = ("v_proj", "qkv_proj", "query_key_value", "c_attn")
 READERS = ("o_proj", "out_proj", "self_attn.dense", "attention.dense", "attn.c_proj")
@@ -32,7 +33,10 @@ RECIPES = {
     "sparsegpt": Recipe.sparsegpt(),
     "default": Recipe(),
     "refined": Recipe.best(),
+    "distilled": Recipe(),
 }
+DISTILLED = ModelRefinement(rate=5e-4)
+DISTILLED_WINDOWS = 64
 
 
 def mean_loss(losses: dict[str, float], parts: tuple[str, ...]) -> float:
@@ -41,19 +45,27 @@ def mean_loss(losses: dict[str, float], parts: tuple[str, ...]) -> float:
 
 
 def measure(
-    recipe: Recipe, model: Path, windows: np.ndarray, texts: dict[str, np.ndarray]
+    recipe: Recipe,
+    model: Path,
+    windows: np.ndarray,
+    texts: dict[str, np.ndarray],
+    training: np.ndarray | None,
 ) -> dict[str, object]:
-    """Prunes, and evaluates on every text."""
+    """Prunes, trains on other windows if there are any, and evaluates on every text."""
     with tempfile.TemporaryDirectory() as folder:
-        pruned = Path(folder) / "pruned"
+        pruned, trained = Path(folder) / "pruned", Path(folder) / "trained"
         report = prox24.prune(model, pruned, recipe, calibration=windows, quiet=True)
+        seconds = report.seconds
+        if training is not None:
+            seconds += prox24.distill(model, pruned, trained, DISTILLED, text=training).seconds
+            pruned = trained
         found = {name: prox24.perplexity(pruned, w).perplexity for name, w in texts.items()}
     losses = {linear.name: linear.statistics.relative_loss for linear in report.linears}
     return {
         "values_loss": mean_loss(losses, MAKERS),
         "readers_loss": mean_loss(losses, READERS),
         "mean_loss": report.mean_relative_loss,
-        "seconds": report.seconds,
+        "seconds": seconds,
     } | found
 
 
@@ -85,7 +97,10 @@ def main() -> None:
                         continue
                     basis = HeadBasis() if steps else None
                     recipe = dataclasses.replace(RECIPES[method], basis=basis, dtype="float32")
-                    rows = common.add_row(path, key | measure(recipe, model, windows, texts))
+                    more = None
+                    if method == "distilled":
+                        more = common.drawn_windows(every, DISTILLED_WINDOWS, seed)
+                    rows = common.add_row(path, key | measure(recipe, model, windows, texts, more))
     lines = [
         [row["model"], row["method"], row["steps"], row["seed"]]
         + [f"{float(row[name]):.4f}" for name in figures[:3]]

@@ -442,15 +442,20 @@ def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(benchmark, tmp_
 
 def test_the_basis_is_a_line_beside_the_same_method_without_it(benchmark, tmp_path):
     module = benchmark("basis")
-    given = [*benchmark.given, "--windows", 4, "--length", 32, "--rows", "wanda"]
+    module.RECIPES["distilled"] = module.RECIPES["wanda"]  # whose programs are there
+    module.DISTILLED_WINDOWS = 4
+    given = [*benchmark.given, "--windows", 4, "--length", 32, "--rows", "wanda", "distilled"]
     printed = benchmark.main(module, *given)
-    without, turned = table(tmp_path / "basis.csv")
+    without, turned, *trained = table(tmp_path / "basis.csv")
     assert (without["steps"], turned["steps"]) == ("0", "100")
     assert float(turned["values_loss"]) < float(without["values_loss"])
     assert f"{float(turned['text']):.2f}" in printed
+    # The weights are trained after the losses of layers were measured.
+    assert trained[1]["values_loss"] == turned["values_loss"]
+    assert trained[1]["text"] != turned["text"]
     # What was measured is not measured again.
     assert benchmark.main(module, *given) == printed
-    assert len(table(tmp_path / "basis.csv")) == 2
+    assert len(table(tmp_path / "basis.csv")) == 4
 
 
 @pytest.fixture
