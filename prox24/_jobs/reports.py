@@ -129,10 +129,10 @@ class PruneReport(Report):
             most, least = max(self.kept_dense.values()), min(self.kept_dense.values())
             spared = f"{len(self.kept_dense)} linears, of losses {least:.4f} to {most:.4f} by Wanda"
             bought = (
-                "{mean_loss_all_pruned:.4f} to {mean_loss:.4f}, for {share_of_weights:.1%} of the "
-                "weights".format(**self.kept_dense_effect)
+                "mean loss by Wanda {mean_loss_all_pruned:.4f} to {mean_loss:.4f}, for "
+                "{share_of_weights:.1%} of the weights".format(**self.kept_dense_effect)
             )
-            rows += [["kept dense", spared], ["mean loss by Wanda, with them dense", bought]]
+            rows += [["kept dense", spared], ["their effect", bought]]
         if self.recipe.basis is not None:
             why = "" if self.turned_layers else ", see docs/solvers.md"
             rows.append(["learnt bases of heads", f"{self.turned_layers} layers{why}"])

@@ -219,7 +219,7 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
 def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pattern, linears):
     assert prune(workspace, *choices, "--report", workspace / "report.json") == 0
     effect = json.loads((workspace / "report.json").read_text())["kept_dense_effect"]
-    rows = [row for row in capsys.readouterr().out.splitlines() if "with them dense" in row]
+    rows = [row for row in capsys.readouterr().out.splitlines() if "their effect" in row]
     assert len(rows) == bool(effect) == ("--keep-dense" in choices)
     for row in rows:
         assert effect["mean_loss_all_pruned"] > effect["mean_loss"] > 0
