@@ -88,12 +88,18 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    names = max(len(name) for name, *_ in [columns, *rows])
+    # A long path beside the names does not cut them. 7 characters are borders.
+    most = width - names - 7 if len(columns) == 2 and names < width / 2 else None
     drawn = Table()
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if index else "left", no_wrap=True)
+        if index == 0:
+            drawn.add_column(column, no_wrap=True)
+        else:
+            drawn.add_column(column, justify="right", no_wrap=True, max_width=most)
     for row in rows:
         drawn.add_row(*row)
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     # A path must not be read as markup.
     console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as captured:

@@ -10,6 +10,7 @@ from tiny import config_dict, random_weights, write_folder, write_tiny
 
 from prox24._core.pattern import Pattern, Unstructured
 from prox24._jobs.inspect import inspect_model, sparse_bytes
+from prox24._jobs.output import table
 from prox24._pruning.recipe import Recipe
 
 
@@ -61,6 +62,13 @@ def test_every_decision_has_its_reason(tmp_path):
         "buffer": "dense: not used by the computation",
     }
     assert {name: decisions[name] for name in expected} == expected
+
+
+def test_a_long_path_does_not_cut_the_names_beside_it():
+    name = "cut to the pattern at the last step"
+    lines = table(["written", "/" + "folder/" * 40], [[name, "none"]]).splitlines()
+    assert {len(line) for line in lines} == {120}
+    assert any(name in line and "none" in line for line in lines)
 
 
 def test_tables_are_for_people_and_list_tensors_of_unknown_dtypes(tmp_path, capsys):
