@@ -48,7 +48,7 @@ def parts(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
         "layers, forward": (jax.jit(features), params, outer, tokens),
         "layers, with gradient": (jax.jit(jax.grad(pulled)), params, outer, tokens),
         "head and loss, forward": (jax.jit(of_head), moved, constants, batch),
-        "head and loss, forward and gradient": (
+        "head and loss, with gradient": (
             jax.jit(jax.grad(of_head)),
             moved,
             constants,
