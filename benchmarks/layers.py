@@ -2,12 +2,12 @@
 
     python benchmarks/layers.py [--layers 0,15,29] [--calibration FILE] [--output FOLDER]
 
-The model is SmolLM2-135M-Instruct, its Grams are those of the dense model on the calibration text.
-Losses are tr((W - W0) G (W - W0)^T) / tr(W0 G W0^T) with G undamped. Every contender is compiled
-first, by a call with one step; the time is that of `prox24.solve` after that, the median of three
-where one takes less than two seconds. Writes layers.csv, one line per linear and contender, and
-layers.png, the loss against the time as the budget of each solver grows: both relative to the
-default solver and to SparseGPT, as geometric means over the linears.
+The Grams are those of the dense SmolLM2-135M-Instruct on the calibration text. Losses are
+tr((W - W0) G (W - W0)^T) / tr(W0 G W0^T) with G undamped. A call with one step compiles each
+contender. Then `prox24.solve` is timed: once, or three times for the median if it takes less than
+two seconds. layers.csv has a line for each linear and contender. layers.png shows loss against time
+for growing budgets. Both are relative to the default solver and to SparseGPT, and are geometric
+means over the linears.
 """
 
 import dataclasses

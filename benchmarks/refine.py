@@ -211,7 +211,7 @@ def share_seen(text: str, calibration: str) -> float:
 def evaluated_windows(
     dense: Path, text: Path, count: int, calibration: Path, unseen: bool
 ) -> np.ndarray:
-    """The first of a text; or of those of which no piece is in the calibration text."""
+    """The first windows of a text; if `unseen`, without windows that share a piece with the mix."""
     if not unseen:
         return common.windows_of(dense, text, count, LENGTH)
     windows, seen = common.windows_of(dense, text, None, LENGTH), plain_text(calibration)

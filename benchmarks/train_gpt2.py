@@ -2,8 +2,8 @@
 
     python benchmarks/train_gpt2.py gpt2
 
-It has 6 layers of 256 features and a vocabulary of 4,096 pieces, and is trained on all but the
-first tenth of each text, so that the first windows are free for an evaluation.
+It has 6 layers of 256 features and a vocabulary of 4,096 pieces. The first tenth of each text is
+left out of the training, and serves for evaluation.
 """
 
 import json

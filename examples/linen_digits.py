@@ -1,9 +1,9 @@
 """Prunes a small convolutional network of Flax linen, trained on digits, in one shot.
 
 The digits are scikit-learn's. Every kernel whose input channels come in fours is pruned to 2:4
-along them, by the Gram of its inputs on the training images. Nothing is trained afterwards. Losses
-are those of the weights' outputs, relative to the outputs; they and the accuracies are means over
-seeds, which choose the initial weights, the batches and the images that are held out.
+along them, by the Gram of its inputs on the training images. Nothing is trained afterwards. A loss
+is the squared error of a weight's output, relative to the output. Losses and accuracies are means
+over seeds. A seed chooses the initial weights, the batches and the held-out images.
 """
 
 import functools
