@@ -64,7 +64,12 @@ def printed_by(command):
     """The command and its output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command.split(), cwd=ROOT, env=os.environ | {"PATH": path}, stdout=-1, text=True, check=True
+        command.split(),
+        cwd=ROOT,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return f"$ {command}\n{done.stdout}"
 

@@ -118,8 +118,9 @@ def main():
     check(start("convert", pruned, folder / "flax", "--format", "flax"))
     texts = [f"--text={folder / name}" for name in ("novel.txt", "speeches.txt")]
     evaluation = start("eval", *models, *texts, *sizes, "--json", stdout=subprocess.PIPE)
-    found = [each["perplexity"] for each in json.load(evaluation.stdout)["rows"]]
+    printed = evaluation.stdout.read()  # before the wait, which a full pipe would block
     check(evaluation)
+    found = [each["perplexity"] for each in json.loads(printed)["rows"]]
     answers = ask(models, folder, arguments.questions)
     print(f"{'':9}  {'novel':>10}  {'speeches':>10}  next sentence")
     rows = zip(("dense", "sparsegpt", "default"), found[::2], found[1::2], answers, strict=True)

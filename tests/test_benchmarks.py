@@ -440,6 +440,19 @@ def test_an_answer_is_chosen_by_the_likelihood_of_its_text_alone(benchmark, tmp_
     assert choice.accuracies(tmp_path / "model", questions) == dict.fromkeys(questions, right)
 
 
+def test_a_step_computes_no_product_of_the_head_again(benchmark, tmp_path, standard_promotion):
+    cost = benchmark("step_cost")
+    model = cost.forward.load_model(cost.open_checkpoint(tmp_path / "model"))
+    counts = {
+        name: cost.operations(program.trace(*given).jaxpr.jaxpr)
+        for name, (program, *given) in cost.parts(model, 256, "float32").items()
+    }
+    # Forward: the logits of both models. The gradient adds one product of the same size.
+    assert counts["head and loss, with gradient"] == 1.5 * counts["head and loss, forward"] > 0
+    whole = counts["layers, with gradient"] + counts["head and loss, with gradient"]
+    assert counts["both, with gradient"] == counts["step"] == whole
+
+
 def test_the_basis_is_a_line_beside_the_same_method_without_it(benchmark, tmp_path):
     module = benchmark("basis")
     module.RECIPES["distilled"] = module.RECIPES["wanda"]  # whose programs are there

@@ -55,7 +55,7 @@ class Checkpoint:
     decoder: Config | None = None  # for models with a forward pass here
     described_by: str | None = None  # the source of names and shapes if there are no weights
     pruned_dtype: str | None = None  # default dtype of `prune`; None for each tensor's own
-    card: dict[str, Any] = dataclasses.field(default_factory=dict)  # a GGUF's, for a model card
+    card_metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # stored in a GGUF
 
     def read(self, name: str) -> NDArray[Any]:
         """The values of a tensor, in the dtype of the file; finite unless it is a buffer."""

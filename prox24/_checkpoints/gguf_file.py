@@ -68,7 +68,7 @@ class Opened(NamedTuple):
     tensors: dict[str, TensorSource]  # in HF's layout, float16 if stored as float16, else float32
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     pruned_dtype: str | None  # bfloat16 if the encoding of a tensor is not in `EXACT`, else None
-    card: dict[str, Any]  # metadata of a model card
+    card_metadata: dict[str, Any]
 
 
 def open_gguf(path: Path) -> Opened:
@@ -103,10 +103,10 @@ def open_gguf(path: Path) -> Opened:
     def load_tokenizer() -> PreTrainedTokenizerBase:
         return build_tokenizer(metadata, length, path)
 
-    return Opened(config, decoder, tensors, load_tokenizer, pruned_dtype, _card(metadata))
+    return Opened(config, decoder, tensors, load_tokenizer, pruned_dtype, _card_metadata(metadata))
 
 
-def _card(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _card_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The licence, the base model and the tags, by their names in a model card."""
 
     def texts(name: str, form: re.Pattern[str]) -> list[str]:

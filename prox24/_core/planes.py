@@ -37,8 +37,8 @@ def prox(
       As many arrays as `planes`, of the same shape and dtype.
 
     Raises:
-      ValueError: `kept` is not 1 or 2, the dtype is not floating-point, or `lam` does not
-        broadcast, or the planes are not whole units.
+      ValueError: `kept` is not 1 or 2, the dtype is not floating-point, `lam` does not broadcast,
+        or the planes are not whole units.
 
     Example:
       >>> planes = [jnp.full((1,), y) for y in (1.0, 0.8, 0.6, 0.4)]

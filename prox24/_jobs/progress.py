@@ -75,8 +75,10 @@ def metric(event: str, figures: Mapping[str, Any]) -> None:
     JSON has no NaN and no infinite numbers; such a figure becomes None.
     """
     if METRICS.isEnabledFor(logging.INFO):
-        unknown = [k for k, v in figures.items() if isinstance(v, float) and not math.isfinite(v)]
-        known = {**figures, **dict.fromkeys(unknown)}
+        known = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in figures.items()
+        }
         METRICS.info(json.dumps({"event": event, "time": time.time(), **known}))
 
 

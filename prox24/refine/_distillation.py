@@ -31,6 +31,13 @@ CHUNK = 128
 def divergence(logits: Array, target: Array) -> Array:
     """KL(softmax(target) || softmax(logits)) in nats, over the last axis, in float32 or float64.
 
+    Args:
+      logits: floating-point, shape (..., vocabulary).
+      target: floating-point, of that shape; -inf excludes an entry.
+
+    Returns:
+      Array of shape (...), float32; float64 for float64 arrays.
+
     Example:
       >>> uniform, certain = jnp.zeros(2), jnp.array([0.0, 100.0])
       >>> round(float(divergence(uniform, certain)), 6)  # log 2
@@ -166,6 +173,7 @@ def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) ->
         (outer, teacher, share), (tokens, targets) = constants, batch
         windows, length = tokens.shape
 
+        @_with_gradient
         def of_chunk(hidden: Array, chunk: list[Array]) -> Array:
             following, seen, predicts, *target = chunk
             own = at_least_float32(logits(outer, hidden))
@@ -186,10 +194,7 @@ def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) ->
         parts = [following, place < length, place < length - 1]
         parts += [targets] if taught else []
         # Chunks run along the windows, since devices may share the windows.
-        losses = lax.map(
-            lambda chunk: _with_gradient(of_chunk)(*chunk),
-            (_chunks(hidden), jax.tree.map(_chunks, parts)),
-        )
+        losses = lax.map(lambda chunk: of_chunk(*chunk), jax.tree.map(_chunks, (hidden, parts)))
         return jnp.sum(losses)
 
     return of_batch
