@@ -138,8 +138,9 @@ def add_windows(
         option(name),
         action="append",
         metavar="TEXT",
-        help=f"{what}: a file or folder of .txt, .jsonl, .json, .csv, .tsv or .parquet, token ids "
-        "as .npy, or hf:OWNER/NAME[#CONFIG][:SPLIT] of the hub; may be given several times",
+        help=f"{what}: a file or folder of .txt, .jsonl, .ndjson, .json, .csv, .tsv or .parquet, "
+        "token ids as .npy, or hf:OWNER/NAME[#CONFIG][:SPLIT] of the hub; may be given several "
+        "times",
     )
     command.add_argument(
         "--text-field",

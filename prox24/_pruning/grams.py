@@ -115,7 +115,8 @@ def add_in_turn(gram: GramSum, x: Array, y: Array | None = None, *, devices: int
         sent = [
             replicated(jnp.sum(jnp.where(places == place, tokens, 0), axis=0)) for tokens in both
         ]
-        return add_tokens(gram, sent[0], sent[-1])  # Shared columns are whole ones.
+        # One whole product, not by blocks, since devices share the columns.
+        return add_tokens(gram, sent[0], sent[-1])
 
     return lax.fori_loop(0, devices, add_part, gram)
 

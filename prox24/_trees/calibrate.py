@@ -179,7 +179,7 @@ def add_products(
     add, grams, crosses = jax.vmap(add_tokens), dict(grams), dict(crosses)
     for key, own in rows:
         if key in grams:
-            # Its features may be shared among devices, so that its blocks are not.
+            # Twice: one whole product, not by blocks, since devices may share the features.
             grams[key] = add(grams[key], own, own)
     for (key, own), (_, given) in zip(rows, of_dense, strict=True) if crosses else ():
         if key in crosses:
