@@ -149,7 +149,7 @@ def main():
 
     leaves = pruned["wanda"].leaves
     print(*(leaf for leaf in leaves if leaf.path.endswith(("kernel", "embedding"))), sep="\n")
-    print(f"\n{'method':26}  nats per character  layers' loss")
+    print(f"\n{'method':26}  nats per character     mean loss")
     dense = test(params)
     print(f"{'dense':26}  {dense:18.4f}")
     increases = {}
