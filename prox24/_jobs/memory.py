@@ -1,14 +1,14 @@
 """Estimates the memory and the operations of pruning a model, before it starts."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.stages import Lowered
 
 from prox24._checkpoints.checkpoint import DTYPES
 from prox24._core.compiling import quick_options
@@ -88,20 +88,28 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
     pruned = _held(_weights(model, index, setup.recipe.dtype))
     grams = sum(4 * width**2 // setup.sharing(width) for width in _widths(linears).values())
     largest = _largest(linears, setup)
-    with ThreadPoolExecutor() as pool:  # XLA compiles the programs in parallel.
-        solving_each = pool.map(partial(_solving, setup=setup), largest)
-        correcting_each = pool.map(partial(_correcting, setup=setup), largest)
-        gather = pool.submit(_gathering, model, index, micro_batch, setup)
+    # XLA compiles the programs in threads, while Python traces the next one.
+    with ThreadPoolExecutor() as pool:
+        compiled = {
+            linear: [
+                (pool.submit(_needed, program), bytes_of_grams)
+                for program, bytes_of_grams in _programs(linear, setup)
+            ]
+            for linear in largest
+        }
+        gather = _gathering(model, index, micro_batch, setup)
     solving = {
-        linear.tensor: _on_a_device(linear, max(needed), setup)
-        for linear, *needed in zip(largest, solving_each, correcting_each, strict=True)
+        linear.tensor: _on_a_device(
+            linear, max(needed.result() - of_grams for needed, of_grams in programs), setup
+        )
+        for linear, programs in compiled.items()
     }
     widest = max(solving, key=solving.__getitem__, default="")
     turning = _turning(model, index, setup.recipe)
     return Memory(
         weights=held,
         grams=grams,
-        gather=gather.result(),
+        gather=gather,
         solve=held + pruned + grams * streams(setup.recipe) + max(solving.get(widest, 0), turning),
         widest=widest,
     )
@@ -230,27 +238,24 @@ def _largest(linears: Iterable[Linear], setup: Setup) -> list[Linear]:
     ]
 
 
-def _solving(linear: Linear, setup: Setup) -> int:
-    """Bytes to solve a linear, without its Gram."""
+def _programs(linear: Linear, setup: Setup) -> Iterator[tuple[Lowered, int]]:
+    """The programs that solve a linear, each with the bytes of the Grams in its arguments.
+
+    The first program solves. With dense targets, the second one corrects the weight before.
+    """
     recipe, problem = setup.recipe, _problem(linear, setup)
     pattern = recipe.pattern_of(linear.tensor)
     assert pattern is not None
-    methods = recipe.solver, recipe.refit
+    methods, damping = (recipe.solver, recipe.refit), Spec((), jnp.float32)
     try:
         check_traits(*methods, pattern)
-        program = solve_program.lower(problem, *methods, Spec((), jnp.float32), pattern=pattern)
+        solves = solve_program.lower(problem, *methods, damping, pattern=pattern)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    return _needed(program) - _bytes(problem.gram)
-
-
-def _correcting(linear: Linear, setup: Setup) -> int:
-    """Bytes to correct a weight for dense targets, without its two Grams; 0 without targets."""
-    if setup.recipe.targets is None:
-        return 0
-    problem = _problem(linear, setup)
-    program = corrected_weight.lower(*problem, problem.gram, Spec((), jnp.float32))
-    return _needed(program) - 2 * _bytes(problem.gram)
+    yield solves, _bytes(problem.gram)
+    if recipe.targets is not None:
+        corrects = corrected_weight.lower(*problem, problem.gram, damping)
+        yield corrects, 2 * _bytes(problem.gram)
 
 
 def _problem(linear: Linear, setup: Setup) -> Any:
@@ -309,9 +314,9 @@ def _held(weights: Mapping[str, Spec]) -> int:
     return sum(map(_bytes, weights.values()))
 
 
-def _needed(lowered: Any) -> int:
+def _needed(lowered: Lowered) -> int:
     # Quick options suffice: XLA assigns buffers before LLVM optimises.
-    memory = lowered.compile(quick_options()).memory_analysis()
+    memory: Any = lowered.compile(quick_options()).memory_analysis()  # type: ignore[arg-type]
     return int(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
