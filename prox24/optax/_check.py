@@ -1,13 +1,13 @@
 """Finds an optimizer that undoes the proximal step."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 from jax.typing import ArrayLike
 
 from prox24._core.compiling import quick_options
@@ -102,23 +102,30 @@ def check(
     @functools.partial(jax.jit, compiler_options=quick_options())
     def step(
         gradients: PyTree, state: PyTree, params: PyTree, penalty: ArrayLike
-    ) -> tuple[PyTree, PyTree, Array, Array]:
+    ) -> tuple[PyTree, PyTree, PyTree]:
         updates, state = optimizer.update(gradients, state, params, penalty=penalty, **extra_args)
-        steps, after = jax.tree.leaves(updates), optax.apply_updates(params, updates)
-        landed = jax.tree.leaves(after)
-        moved = jnp.stack([jnp.any(steps[i] != 0) for i in pruned])
-        sparse = jnp.stack([is_sparse(landed[i], pattern, leaves[i].axis) for i in pruned])
-        return state, after, moved, sparse
+        return state, updates, optax.apply_updates(params, updates)
+
+    # Outside of the step, since equal leaves then share a program.
+    has_pattern = jax.jit(
+        is_sparse, static_argnames=("pattern", "axis"), compiler_options=quick_options()
+    )
+
+    def dense_leaves(params: PyTree) -> Iterator[int]:
+        """The pruned leaves that are not N:M."""
+        landed = jax.tree.leaves(params)
+        return (i for i in pruned if not has_pattern(landed[i], pattern, leaves[i].axis))
 
     state = optimizer.init(_random_like(params, seed=0))
     taken = 0
     for seed in range(STEPS_GIVEN):
         before, gradients = _random_like(params, 2 * seed), _random_like(params, 2 * seed + 1)
-        next_state, after, moved, sparse = step(gradients, state, before, HARD_PENALTY)
-        if np.any(moved):
-            if not np.all(sparse):
-                first = pruned[int(np.argmin(sparse))]
-                _, without_penalty, *_ = step(gradients, state, before, 0.0)
+        next_state, updates, after = step(gradients, state, before, HARD_PENALTY)
+        steps = jax.tree.leaves(updates)
+        if any(np.any(np.asarray(steps[i]) != 0) for i in pruned):
+            first = next(dense_leaves(after), None)
+            if first is not None:
+                *_, without_penalty = step(gradients, state, before, 0.0)
                 landings = (jax.tree.leaves(tree)[first] for tree in (after, without_penalty))
                 leaf, reached = leaves[first], not np.array_equal(*landings)
                 raise ValueError(
@@ -138,12 +145,13 @@ def check(
     if late is None:
         late = _late_penalty(optimizer, still, state, own, extra_args)
     for _ in range(STEPS_GIVEN):
-        state, own, _, sparse = step(still, state, own, late)
-        if np.all(sparse):
+        state, _, own = step(still, state, own, late)
+        dense = next(dense_leaves(own), None)
+        if dense is None:
             return
-    dense = leaves[pruned[int(np.argmin(sparse))]]
+    assert dense is not None
     raise ValueError(
-        f"the penalty, {late:.3g} after {LATE:,} updates, is too small for {dense.path}: "
+        f"the penalty, {late:.3g} after {LATE:,} updates, is too small for {leaves[dense].path}: "
         f"{STEPS_GIVEN} steps without a gradient leave it dense; let it grow, as "
         "prox24.Exponential.between(1e-3, 1e6, steps) does"
     )
@@ -193,7 +201,7 @@ def _random_like(tree: PyTree, seed: int) -> PyTree:
 
     def random(leaf: Any) -> np.ndarray[Any, Any]:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return (SCALE * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+            return (SCALE * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
         return np.zeros(leaf.shape, leaf.dtype)
 
     return jax.tree.map(random, tree)
