@@ -210,10 +210,15 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
 @pytest.mark.parametrize(
     ("choices", "pattern", "linears"),
     [
-        (["--pattern", "4:8", "--method", "wanda", "--shard-size", "20KB"], "4:8", 14),
+        pytest.param(
+            ["--pattern", "4:8", "--method", "wanda", "--shard-size", "20KB"],
+            "4:8",
+            14,
+            marks=pytest.mark.slow,
+        ),
         (["--method", "wanda", "--skip", r"layers\.0\.", "--keep-dense", "1"], "2:4", 6),
         (["--method", "sparsegpt", "--pattern", "50%"], "50%", 14),
-        (["--pattern", "2:4x2"], "2:4x2", 14),
+        pytest.param(["--pattern", "2:4x2"], "2:4x2", 14, marks=pytest.mark.slow),
     ],
 )
 def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pattern, linears):

@@ -1,5 +1,6 @@
 """Every solver and every refit of prox24 keeps the contract that those of others are held to."""
 
+import pytest
 from refit_contract import RefitContract
 from solver_contract import SolverContract
 
@@ -27,6 +28,7 @@ class TestADMM(SolverContract):
     solver = prox24.ADMM()
 
 
+@pytest.mark.slow  # beside ADMM with a penalty
 class TestADMMWithoutPenalty(SolverContract):
     solver = prox24.ADMM(penalty=None)
 

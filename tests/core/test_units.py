@@ -48,10 +48,14 @@ def searched(rng, y, lam, pattern):
     return min(objective(end, y, lam, pattern) for end in (*starts, *ends))
 
 
-@pytest.mark.parametrize("pattern", [PAIRS, TRIPLES], ids=str)
-def test_no_search_over_all_entries_finds_less(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "blocks"),
+    [(PAIRS, 3), *(pytest.param(each, 12, marks=pytest.mark.slow) for each in (PAIRS, TRIPLES))],
+    ids=str,
+)
+def test_no_search_over_all_entries_finds_less(pattern, blocks):
     rng = np.random.default_rng(0)
-    y, lam, _ = drawn(rng, 12, pattern)
+    y, lam, _ = drawn(rng, blocks, pattern)
     w = np.asarray(prox(jnp.asarray(y), jnp.asarray(lam)[:, None], pattern))
     for block in zip(w, y, lam, strict=True):
         best = searched(rng, *block[1:], pattern)

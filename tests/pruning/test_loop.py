@@ -94,6 +94,7 @@ def test_every_linear_is_pruned_and_the_solver_compiled_once_for_each_shape(
             assert written[name].tobytes() == values.tobytes()
 
 
+@pytest.mark.slow  # beside a layer's in test_admm.py
 def test_the_default_has_the_lowest_losses_after_the_same_refit(source):
     mean = {}
     for method, solver in SOLVERS.items():

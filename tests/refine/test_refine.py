@@ -287,7 +287,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("variant", "linears_only"), [("qwen2", False), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("variant", "linears_only"),
+    [("qwen2", False), pytest.param("gpt2", True, marks=pytest.mark.slow)],
+)
 def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears_only):
     write_tiny(tmp_path / "model", variant)
     model, windows = load_model(open_checkpoint(tmp_path / "model")), tokens(batch=32, length=32)
@@ -323,6 +326,7 @@ def test_a_linear_that_stays_dense_is_trained_with_all_of_its_entries(tmp_path):
     assert all(prox24.is_sparse(tensors[report.name]) for report in reports)
 
 
+@pytest.mark.slow  # beside shorter trainings
 def test_the_best_recipe_refines_every_layer(folder):
     assert Recipe.best(32_768).refine.passes == 5
     model, out = folder / "model", folder / "out"
@@ -380,7 +384,12 @@ def interrupted_after(count):
     ("dtype", "more", "count"),  # in the middle of the first layer, and of the second
     [
         ("bfloat16", "--refine-compute-dtype bfloat16", 3),
-        ("float32", "--refine-linears-only --dtype bfloat16 --skip v_proj --activations disk", 10),
+        pytest.param(
+            "float32",
+            "--refine-linears-only --dtype bfloat16 --skip v_proj --activations disk",
+            10,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_refined_run_goes_on_with_the_same_bytes(

@@ -76,6 +76,7 @@ def test_a_layer_under_the_penalty_has_the_least_loss_of_its_mask():
     assert float(loss(found.params)) == pytest.approx(float(loss(best)), rel=1e-9)
 
 
+@pytest.mark.slow  # beside a convex one
 def test_derivatives_of_a_penalty_that_is_not_convex_are_those_of_the_point_that_was_found():
     gram = X[:, :4].T @ X[:, :4]
     origin = jnp.asarray([1.0, -0.9, 0.3, 0.2])

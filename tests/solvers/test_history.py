@@ -21,7 +21,7 @@ ROUNDINGS = WEIGHT.size * np.linalg.cond(GRAM) * eps_of("float64")
     ("steps", "solver"),
     [
         ("steps", prox24.ADMM()),
-        ("steps", prox24.ADMM(penalty=None)),
+        pytest.param("steps", prox24.ADMM(penalty=None), marks=pytest.mark.slow),
         ("max_steps", prox24.ProximalGradient()),
     ],
     ids=str,

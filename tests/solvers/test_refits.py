@@ -53,8 +53,8 @@ def swept(weight, mask, original, gram, kept, group, unit=1):
     ("kind", "pattern"),
     [
         ("low_rank", (2, 4)),
-        ("power_law", (2, 8)),
-        ("few_tokens", (3, 4)),
+        pytest.param("power_law", (2, 8), marks=pytest.mark.slow),
+        pytest.param("few_tokens", (3, 4), marks=pytest.mark.slow),
         ("low_rank", Pattern(2, 4, unit=2)),
     ],
 )
@@ -72,7 +72,11 @@ def test_a_sweep_takes_the_best_mask_of_every_block(kind, pattern):
 
 @pytest.mark.parametrize(
     ("kind", "solver"),
-    [("low_rank", Magnitude()), ("power_law", Wanda()), ("few_tokens", SparseGPT())],
+    [
+        ("low_rank", Magnitude()),
+        pytest.param("power_law", Wanda(), marks=pytest.mark.slow),
+        pytest.param("few_tokens", SparseGPT(), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_swaps_never_raise_the_loss_and_help_the_weaker_masks(kind, solver):

@@ -265,7 +265,12 @@ def proximal_gradients(problem, solver, kept, group):
     [
         ("low_rank", ProximalGradient(), (2, 4)),
         ("power_law", ProximalGradient.paper(), (1, 4)),
-        ("few_tokens", ProximalGradient(Exponential(0.05, 1.1), 0.7), (2, 8)),
+        pytest.param(
+            "few_tokens",
+            ProximalGradient(Exponential(0.05, 1.1), 0.7),
+            (2, 8),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_prox_equals_the_reference_in_float64(kind, solver, pattern):
