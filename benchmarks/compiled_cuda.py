@@ -16,6 +16,8 @@ ms           an estimate: the sum over the kernels of their longest time
 products     the part of the estimate that the operations of products take
 precision    of the products; float32 at HIGHEST is not TF32
 
+"three TF32" are products in three passes, the recipe's products="tf32x3".
+
 The times of a kernel are its bytes over the bandwidth, the operations of its products over their
 rate, its instructions over the issue rate, and 2.5 microseconds for a launch. No estimate was
 compared with a GPU.
@@ -54,6 +56,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import prox24
 from prox24 import packed
+from prox24._core.precision import products
 from prox24._jobs.forward import layer_function, run_layer
 from prox24._jobs.observe import observe_layer
 from prox24._models import spec
@@ -71,10 +74,11 @@ LAUNCH, LOOK = 2.5e-6, 10e-6
 
 
 class Machine(NamedTuple):
-    """Rates a second: bytes, operations of float32 and bfloat16 products; multiprocessors."""
+    """Rates a second: bytes, operations of products by their operands; multiprocessors."""
 
     bandwidth: float
     float32: float
+    tf32: float
     bfloat16: float
     multiprocessors: int
     clock: float
@@ -82,8 +86,8 @@ class Machine(NamedTuple):
 
 
 MACHINES = {
-    "h100": Machine(3.35e12, 60e12, 800e12, 132, 1.755e9, "sm_90a"),
-    "a100": Machine(2.04e12, 18e12, 280e12, 108, 1.41e9, "sm_80"),
+    "h100": Machine(3.35e12, 60e12, 400e12, 800e12, 132, 1.755e9, "sm_90a"),
+    "a100": Machine(2.04e12, 18e12, 140e12, 280e12, 108, 1.41e9, "sm_80"),
 }
 
 
@@ -94,6 +98,7 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     turns: tuple[int, ...] = ()
     static: Mapping[str, Any] = MappingProxyType({})
+    products: str = "float32"  # of a recipe
     devices: int = 1  # They share the rows of the first argument's first array.
 
 
@@ -196,6 +201,16 @@ def of_layers() -> dict[str, Program]:
             observe_layer, (layer, weights, hidden, hidden, sums, sums)
         ),
         "layer, gradient": Program(jax.jit(jax.grad(loss)), (weights, hidden, hidden)),
+    }
+
+
+def of_three_passes() -> dict[str, Program]:
+    """Programs with float32 products in three TF32 passes."""
+    whole = of_solvers() | of_layers()
+    return {
+        f"{name}, three TF32": program._replace(products="tf32x3")
+        for name, program in whole.items()
+        if name.startswith(("default, ", "inverse, 4096", "layer and", "layer, dense"))
     }
 
 
@@ -353,11 +368,10 @@ class Kernel:
     moved: int
     operations: float = 0.0
     precision: str = ""
-    low: bool = False
 
 
-def product(each: Instruction, computation: Computation) -> tuple[float, str, bool]:
-    """The operations of a product, its precision, and whether its operands have 16 bits."""
+def product(each: Instruction, computation: Computation) -> tuple[float, str]:
+    """The operations of a product, and its precision."""
     left = shape_of(computation, each.operands[0])
     summed = re.search(
         r'lhs_contracting_(?:dimensions":\[|dims=\{)([\d," ]*)[\]}]', each.attributes
@@ -369,8 +383,10 @@ def product(each: Instruction, computation: Computation) -> tuple[float, str, bo
     precision = said.group(1).replace('"', "").upper() if said else "DEFAULT,DEFAULT"
     kind = ARRAY.search(left)
     assert kind is not None
-    low = SIZES[kind.group(1)] < 4
-    return operations, kind.group(1) + " " + ("" if low else precision.split(",")[0]), low
+    if SIZES[kind.group(1)] < 4:
+        return operations, kind.group(1)
+    tf32 = '"algorithm":"ALG_DOT_TF32_TF32_F32"' in each.attributes
+    return operations, f"{kind.group(1)} {'TF32' if tf32 else precision.split(',')[0]}"
 
 
 class Walk:
@@ -412,7 +428,7 @@ class Walk:
         elif each.opcode == "dynamic-slice":
             kernel.moved = 2 * bytes_of(each.shape)
         elif "matmul" in (target := named(each.attributes)):
-            kernel.operations, kernel.precision, kernel.low = product(each, computation)
+            kernel.operations, kernel.precision = product(each, computation)
         elif "riangular" in target:
             kernel.operations = sizes_of(shapes[0])[-1] * math.prod(sizes_of(shapes[1]))
         elif "potrf" in target:
@@ -506,27 +522,29 @@ class Gpu:
             options |= {"xla_gpu_enable_triton_gemm": False}
             if jax.__version_info__ >= (0, 11):  # Older ones write PTX without being asked.
                 options["xla_dump_emitter_re"] = ".*"
-            lowered = program.function.lower(*arguments, **program.static)
+            with products(program.products):
+                lowered = program.function.lower(*arguments, **program.static)
             compiled = lowered.compile(compiler_options=options)
             issued = instructions(Path(name), self.machine.architecture)
         walk, memory = Walk(compiled.as_text(), program.turns), compiled.memory_analysis()
         least = memory.argument_size_in_bytes + memory.output_size_in_bytes
         times = [(each, self.seconds(each, issued.get(each.name, 0))) for each in walk.kernels]
-        products = sum(each.times * self.rate(each) for each in walk.kernels)
-        precisions = {each.precision.strip() for each in walk.kernels if each.precision}
+        multiplying = sum(each.times * self.rate(each) for each in walk.kernels)
+        precisions = {each.precision for each in walk.kernels if each.precision}
         return {
             "launches": sum(each.times for each in walk.kernels),
             "MB": sum(each.times * each.moved for each in walk.kernels) / 1e6,
             "least": least / 1e6,
             "temporary": memory.temp_size_in_bytes / 1e6,
             "ms": 1e3 * (sum(e.times * seconds for e, seconds in times) + walk.looks * LOOK),
-            "products": 1e3 * products,
+            "products": 1e3 * multiplying,
             "precision": " ".join(sorted(precisions)),
         }
 
     def rate(self, kernel: Kernel) -> float:
         """Seconds of the operations of a product."""
-        return kernel.operations / (self.machine.bfloat16 if kernel.low else self.machine.float32)
+        rates = {"bf16": self.machine.bfloat16, "f32 TF32": self.machine.tf32}
+        return kernel.operations / rates.get(kernel.precision, self.machine.float32)
 
     def seconds(self, kernel: Kernel, issued: int) -> float:
         lanes = self.machine.multiprocessors * 128 * self.machine.clock
@@ -550,7 +568,8 @@ def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
 
 
 def main() -> None:
-    programs = of_prox() | of_optax() | of_solvers() | of_layers() | of_packed() | of_eight()
+    programs = of_prox() | of_optax() | of_solvers() | of_layers()
+    programs |= of_three_passes() | of_packed() | of_eight()
     parser = common.parser_of(__doc__)
     parser.add_argument("--gpus", nargs="+", choices=MACHINES, default=list(MACHINES))
     parser.add_argument("--programs", nargs="+", choices=programs, default=list(programs))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from prox24._core.masks import top_mask
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
 from prox24._core.placement import replicated
-from prox24._core.precision import PRECISION, working_dtype
+from prox24._core.precision import einsum, working_dtype
 from prox24._solvers.damping import damped_gram, damped_inverse
 from prox24._solvers.problem import check_arrays, quadratic_loss
 
@@ -108,7 +108,7 @@ def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArr
         moved[..., places] = np.einsum("...hmi,hij->...hmj", moved[..., places], turn)
         return np.moveaxis(moved, -1, axis)
     moved = jnp.moveaxis(array, axis, -1).astype(turn.dtype)
-    new = jnp.einsum("...hmi,hij->...hmj", moved[..., places], turn, precision=PRECISION)
+    new = einsum("...hmi,hij->...hmj", moved[..., places], turn)
     return jnp.moveaxis(moved.at[..., places].set(new), -1, axis)
 
 
@@ -287,11 +287,11 @@ def _objective(
 ) -> Array:
     def lost(part: _Prepared, side: Side) -> Array:
         axis, pattern = side
-        new = jnp.einsum("hij,hmik->hmjk", turn, part.weight, precision=PRECISION)
+        new = einsum("hij,hmik->hmjk", turn, part.weight)
         gram, inverse = part.gram, part.inverse
         if axis == 1:
             gram, inverse = (
-                jnp.einsum("hij,hmik,hkj->hmj", turn, blocks, turn, precision=PRECISION)[..., None]
+                einsum("hij,hmik,hkj->hmj", turn, blocks, turn)[..., None]
                 for blocks in (gram, inverse)
             )
         # At least 1 by the Cauchy-Schwarz inequality, except for rounding.

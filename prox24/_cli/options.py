@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prox24._core.pattern import AnyPattern, as_any_pattern
+from prox24._core.precision import PRODUCTS
 from prox24._pruning.recipe import PRESETS, DenseTargets, HeadBasis, Recipe
 from prox24._solvers.solve import REFITS
 from prox24.errors import RecipeError
@@ -18,7 +19,7 @@ from prox24.refine._blocks import BlockRefinement
 MODEL = "HF folder, GGUF file, or the hub's OWNER/NAME[@REVISION]"
 DTYPES = ("float32", "float16", "bfloat16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-OF_RECIPE = ("pattern", "damping", "only", "skip", "keep_dense", "dtype")
+OF_RECIPE = ("pattern", "damping", "only", "skip", "keep_dense", "dtype", "products")
 """Fields of a recipe with an option of the same name."""
 
 PARTS: dict[str, tuple[str, str, type, str]] = {
@@ -258,6 +259,6 @@ KINDS: dict[Any, Callable[[str], Any]] = {
 }
 """Functions that read the value of an option, by the name or the type of its field."""
 
-CHOICES = {"dtype": DTYPES, "compute_dtype": ("float32", "bfloat16")}
+CHOICES = {"dtype": DTYPES, "compute_dtype": ("float32", "bfloat16"), "products": tuple(PRODUCTS)}
 
 METAVARS = {"pattern": "N:M", "only": "REGEX", "skip": "REGEX", "keep_dense": "COUNT"}

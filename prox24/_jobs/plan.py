@@ -17,7 +17,7 @@ from prox24._jobs.memory import (
 )
 from prox24._jobs.output import Report, gigabytes, table
 from prox24._jobs.text import check_length
-from prox24._pruning.recipe import Recipe
+from prox24._pruning.recipe import Recipe, with_products
 from prox24.errors import Prox24Error
 
 
@@ -87,6 +87,7 @@ class Plan(Report):
         return table([title + ", Grams shared" * self.shard_grams, self.model], rows)
 
 
+@with_products
 def plan(
     source: str | Path,
     recipe: Recipe = Recipe(),
@@ -120,7 +121,7 @@ def plan(
     Raises:
       CalibrationError: windows are longer than the model's positions.
       CheckpointError: the model cannot be read, or M does not divide an input width.
-      RecipeError: the solver does not support the pattern.
+      RecipeError: the solver does not support the pattern, or this machine the products.
       UnsupportedModelError: the model has no forward pass here.
     """
     checkpoint = open_described(source)

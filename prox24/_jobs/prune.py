@@ -42,13 +42,14 @@ from prox24._jobs.text import (
 from prox24._jobs.torch_runner import TorchRunner
 from prox24._pruning import loop
 from prox24._pruning.loop import PrunedTensor
-from prox24._pruning.recipe import Recipe
+from prox24._pruning.recipe import Recipe, with_products
 from prox24._pruning.report import LinearReport
 from prox24._pruning.runner import Runner, check_found
 from prox24._pruning.turns import ties_of
 from prox24.errors import DiskError, Prox24Error, RecipeError
 
 
+@with_products
 def prune(
     source: str | Path,
     destination: str | Path,
@@ -90,7 +91,7 @@ def prune(
     Raises:
       CheckpointError: the source cannot be read, or the destination cannot be written.
       CalibrationError: the text is too short, or activations are not finite.
-      RecipeError: the recipe does not fit the model, or JSON cannot hold it.
+      RecipeError: the recipe does not fit the model or the device, or JSON cannot hold it.
       SolverError: a linear has no finite solution. The message names the tensor.
       UnsupportedModelError: the model has no forward pass here, and torchax cannot run it.
 

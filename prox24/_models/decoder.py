@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prox24._core.precision import PRECISION
+from prox24._core.precision import einsum
 from prox24._models.spec import (
     MLP,
     Alibi,
@@ -141,7 +141,7 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
     if isinstance(weight, InBfloat16):
         return _in_bfloat16(x, weight.weight)
-    return jnp.einsum("bti,oi->bto", x, weight.astype(jnp.float32), precision=PRECISION)
+    return einsum("bti,oi->bto", x, weight.astype(jnp.float32))
 
 
 @jax.custom_vjp
@@ -255,13 +255,13 @@ def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array, pas
     # The queries that share a key head are rows of one matrix product.
     shared = (batch, key_heads, heads // key_heads * length)
     queries = queries.reshape(*shared, width) * attention.scale
-    scores = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, precision=PRECISION)
+    scores = einsum("bhqd,bhkd->bhqk", queries, keys)
     scores = _softcap(scores.reshape(batch, heads, length, seen), attention.softcap)
     if attention.alibi is not None:
         scores = scores + _alibi(attention.alibi, seen)
     scores = jnp.where(_visible(positions, seen, attention.window), scores, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).reshape(*shared, seen)
-    mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, values, precision=PRECISION)
+    mixed = einsum("bhqk,bhkd->bhqd", probabilities, values)
     mixed = mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
     return mixed.reshape(batch, length, heads * width)
 

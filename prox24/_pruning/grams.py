@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from prox24._core.placement import apart, everywhere, parts, parts_or_copies, replicated
-from prox24._core.precision import PRECISION
+from prox24._core.precision import matmul
 
 
 class GramSum(NamedTuple):
@@ -57,9 +57,8 @@ def add_tokens(gram: GramSum, x: Array, y: Array | None = None) -> GramSum:
 
     Where there is a Gram for each device, its tokens are an equal share of the leading axes.
 
-    The product runs in float32 at the highest precision; the default on accelerators, one bfloat16
-    pass or TF32, has errors of 1e-3 and is not enough. Within a micro-batch the rounding error is
-    that of a float32 product; across micro-batches it does not grow, thanks to the compensation.
+    Within a micro-batch the rounding error is that of a float32 product; across micro-batches it
+    does not grow, thanks to the compensation.
     """
     # One device has an axis of length 1 for the others, so that XLA makes the same product of it.
     shape = (*(gram.tokens.shape or (1,)), -1, x.shape[-1])
@@ -68,7 +67,7 @@ def add_tokens(gram: GramSum, x: Array, y: Array | None = None) -> GramSum:
         y, product = x, _with_itself(x)
     else:
         y = y.reshape(shape).astype(jnp.float32)
-        product = jnp.matmul(x.mT, y, precision=PRECISION)
+        product = matmul(x.mT, y)
     product = product.reshape(gram.total.shape)
     tokens = jnp.sum(is_sent(y), axis=-1, dtype=jnp.int32)
     return add(gram, GramSum(product, jnp.zeros_like(product), tokens.reshape(gram.tokens.shape)))
@@ -84,8 +83,7 @@ def _with_itself(x: Array) -> Array:
     blocks = BLOCKS if width % BLOCKS == 0 and width >= NARROW else 1
     columns = jnp.split(x, blocks, axis=-1)
     products = [
-        [jnp.matmul(columns[i].mT, columns[j], precision=PRECISION) for j in range(i, blocks)]
-        for i in range(blocks)
+        [matmul(columns[i].mT, columns[j]) for j in range(i, blocks)] for i in range(blocks)
     ]
     return jnp.block(
         [

@@ -1,14 +1,16 @@
 """`Recipe`: all settings of how a model is pruned."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 from prox24._core.pattern import AnyPattern, Pattern, PatternLike, Unstructured, as_any_pattern
+from prox24._core.precision import PRODUCTS, check_products, products
 from prox24._pruning._fields import build, decode, encode
 from prox24._solvers.admm import ADMM
 from prox24._solvers.hyperparameters import REGISTERED
@@ -101,6 +103,7 @@ class Recipe:
       keep_dense: the linears that lose most stay dense: a count, or a share below 1.
       dtype: of the written weights, "float32", "float16" or "bfloat16"; None keeps each tensor's
         own.
+      products: of float32 matrices: "float32", or "tf32x3" for three TF32 products on NVIDIA GPUs.
 
     Raises:
       RecipeError: a field has a wrong type or is out of range; names the field.
@@ -122,6 +125,7 @@ class Recipe:
     skip: str | None = None
     keep_dense: int | float = 0
     dtype: str | None = None
+    products: str = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", _checked_pattern(self.pattern))
@@ -134,6 +138,8 @@ class Recipe:
             raise RecipeError(f"keep_dense {count} is neither a count nor a share below 1")
         if self.dtype not in (None, "float32", "float16", "bfloat16"):
             raise RecipeError(f"dtype {self.dtype!r} is not float32, float16 or bfloat16")
+        if self.products not in PRODUCTS:
+            raise RecipeError(f"products {self.products!r} is not {' or '.join(PRODUCTS)}")
 
     @classmethod
     def best(cls, tokens: int = 32_768) -> Self:
@@ -311,6 +317,24 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "magnitude": Recipe.magnitude,
 }
 """Recipes by their names on the command line."""
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def with_products(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function of a recipe, run with the products that the recipe names."""
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        given = (each for each in (*args, *kwargs.values()) if isinstance(each, Recipe))
+        chosen = next(given, Recipe()).products
+        check_products(chosen)
+        with products(chosen):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _checked_pattern(pattern: Any) -> Any:

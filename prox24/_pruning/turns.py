@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from prox24 import basis
 from prox24._core.pattern import AnyPattern, Pattern
 from prox24._core.placement import everywhere
-from prox24._core.precision import PRECISION
+from prox24._core.precision import einsum
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import Inputs, Runner, Side
 from prox24._solvers.protocol import n_of_m
@@ -99,9 +99,9 @@ def _turned_gram(
 
     heads, width, _ = turn.shape
     shape = (heads, -1, width, len(gram))
-    rows = jnp.einsum("hij,hmik->hmjk", turn, gram.reshape(shape), precision=PRECISION)
+    rows = einsum("hij,hmik->hmjk", turn, gram.reshape(shape))
     rows = placed(rows.reshape(gram.shape))
     shape = (len(gram), heads, -1, width)
-    both = jnp.einsum("khmi,hij->khmj", rows.reshape(shape), turn, precision=PRECISION)
+    both = einsum("khmi,hij->khmj", rows.reshape(shape), turn)
     both = placed(both.reshape(gram.shape))
     return placed((both + both.T) / 2) if symmetric else both

@@ -10,7 +10,7 @@ from jax import Array, lax
 from prox24._core import planes
 from prox24._core.masks import top_mask
 from prox24._core.pattern import AnyPattern, Pattern
-from prox24._core.precision import PRECISION
+from prox24._core.precision import matmul
 from prox24._solvers.damping import damped_gram, damped_inverse
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import Candidate, LayerProblem, Normalized, normalize, relative_loss
@@ -137,7 +137,7 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         total = state.weight + state.dual
         sparsified = sparse(total, state.penalty)
         dual = total - sparsified
-        pulled = jnp.matmul(start - sparsified + dual, response, precision=PRECISION)
+        pulled = matmul(start - sparsified + dual, response)
         weight, history = start - pulled, state.history
         if solver.history:
             total = weight + dual

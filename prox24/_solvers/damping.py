@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from prox24._core.placement import replicated
-from prox24._core.precision import PRECISION
+from prox24._core.precision import matmul
 
 DEAD = 1e-6
 
@@ -144,10 +144,10 @@ def _swept(negated: Array, blocks: Sequence[int]) -> Array:
         rows = replicated(
             lax.dynamic_update_slice(rows, jnp.eye(block, dtype=rows.dtype), (0, start))
         )
-        scaled = jnp.matmul(inverted, rows, precision=PRECISION)
+        scaled = matmul(inverted, rows)
         swept = replicated(block_of == index)
         rest = jnp.where(swept[:, None] | swept[None, :], 0, matrix)
-        return rest + jnp.matmul(rows.T, scaled, precision=PRECISION)
+        return rest + matmul(rows.T, scaled)
 
     return lax.fori_loop(0, width // block, sweep, negated)
 
@@ -169,4 +169,4 @@ def _by_cholesky(negated: Array) -> Array:
     factor = jnp.linalg.cholesky(upper + jnp.triu(upper, 1).T, symmetrize_input=False)
     identity = jnp.eye(len(negated), dtype=negated.dtype)
     inverse = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-    return jnp.matmul(inverse.T, inverse, precision=PRECISION)
+    return matmul(inverse.T, inverse)

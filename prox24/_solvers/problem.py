@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from prox24._core.blocks import split, unit_norms
 from prox24._core.pattern import Pattern
-from prox24._core.precision import PRECISION, working_dtype
+from prox24._core.precision import matmul, working_dtype
 from prox24._solvers.damping import damped_inverse
 
 
@@ -230,7 +230,7 @@ def normalize(
 
 def quadratic_loss(difference: Array, gram: Array) -> Array:
     """tr(D G D^T) for a difference D of shape (out, in), a scalar."""
-    image = jnp.matmul(difference, gram, precision=PRECISION)
+    image = matmul(difference, gram)
     # The selection does not change the result. It keeps XLA's CPU backend from fusing the product
     # with the sum, which is three times slower than a product by itself.
     return jnp.sum(jnp.where(difference != 0, image, 0) * difference)
@@ -269,8 +269,8 @@ def is_symmetric(gram: Array, eps: float) -> Array:
     # An additive sequence has no short period. With one, a shifted Gram could pass.
     phases = jnp.arange(gram.shape[0], dtype=gram.dtype) * 0.6180339887
     signs = jnp.where(phases % 1 < 0.5, 1, -1).astype(gram.dtype)
-    rows = jnp.matmul(gram, signs, precision=PRECISION)
-    columns = jnp.matmul(signs, gram, precision=PRECISION)
+    rows = matmul(gram, signs)
+    columns = matmul(signs, gram)
     deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
     most = 2 * ROUNDINGS * eps * deviation * jnp.sum(deviation)
     return ~jnp.any(jnp.abs(rows - columns) > most)
@@ -337,5 +337,5 @@ def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | flo
     weight, gram = weight.astype(dtype), gram.astype(dtype)
     # Damping is relative to the mean of the diagonal.
     inverse = damped_inverse(gram, gram.shape[0] * jnp.asarray(pull, dtype)).matrix
-    surplus = jnp.matmul(weight, cross.astype(dtype) - gram, precision=PRECISION)
-    return weight + jnp.matmul(surplus, inverse, precision=PRECISION)
+    surplus = matmul(weight, cross.astype(dtype) - gram)
+    return weight + matmul(surplus, inverse)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from prox24._core import planes
 from prox24._core.masks import nonzero_units, top_mask
 from prox24._core.pattern import AnyPattern, Pattern
-from prox24._core.precision import PRECISION
+from prox24._core.precision import matmul
 from prox24._solvers.damping import damped_gram
 from prox24._solvers.descent import following_nesterov
 from prox24._solvers.hyperparameters import hyperparameters
@@ -109,7 +109,7 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
 
     def advance(state: _State) -> _State:
         difference = state.extrapolated - state.origin
-        gradient = jnp.matmul(difference, gram, precision=PRECISION)
+        gradient = matmul(difference, gram)
         target = jnp.split(state.extrapolated - step_size * gradient, pattern.width, axis=1)
         blocks = planes.prox(target, state.penalty * step_size, pattern.kept, pattern.unit)
         weight = jnp.concatenate(blocks, axis=1)
@@ -203,7 +203,7 @@ def eigenvalue_bound(gram: Array) -> Array:
         # power is G^exponent / exp(log_norm), kept at norm 1 so that squaring cannot overflow.
         norm = jnp.linalg.norm(power)
         power = power / jnp.where(norm > 0, norm, 1)
-        power = jnp.matmul(power, power, precision=PRECISION)
+        power = matmul(power, power)
         log_norm = 2 * (log_norm + jnp.log(norm))
         exponent *= 2
     bound = jnp.exp((log_norm + jnp.log(jnp.linalg.norm(power))) / exponent)

@@ -9,7 +9,7 @@ import optax
 from jax import Array, lax
 
 from prox24._core.pattern import AnyPattern
-from prox24._core.precision import PRECISION
+from prox24._core.precision import matmul
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import Normalized, Refitted
 from prox24._solvers.protocol import Patterns
@@ -43,7 +43,7 @@ class ConjugateGradients:
         del pattern
 
         def apply(direction: Array) -> Array:
-            return jnp.matmul(direction, problem.gram, precision=PRECISION)
+            return matmul(direction, problem.gram)
 
         def dot(a: Array, b: Array) -> Array:
             return jnp.sum(a * b, axis=1, keepdims=True)
@@ -147,7 +147,7 @@ class GradientSteps:
         def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
             weight, memory = state
             difference = weight - problem.weight
-            gradient = jnp.matmul(difference, problem.gram, precision=PRECISION)
+            gradient = matmul(difference, problem.gram)
             updates, memory = transform.update(jnp.where(mask, gradient, 0), memory, weight)
             stepped = optax.apply_updates(weight, updates)
             return jnp.where(mask, stepped, 0), memory
@@ -183,7 +183,7 @@ class LeastSquares:
             factor = jnp.linalg.cholesky(inner)
             return jax.scipy.linalg.cho_solve((factor, True), jnp.where(kept, target, 0))
 
-        targets = jnp.matmul(problem.weight, problem.gram, precision=PRECISION)
+        targets = matmul(problem.weight, problem.gram)
         solved = lax.map(solve_row, (targets, mask))
         exhausted = jnp.zeros(len(mask), bool)
         return Refitted(jnp.where(mask, solved, 0), mask, jnp.zeros((), jnp.int32), exhausted)

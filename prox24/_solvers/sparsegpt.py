@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from prox24._core.masks import largest_mask, top_mask
 from prox24._core.pattern import AnyPattern, Unstructured
-from prox24._core.precision import PRECISION
+from prox24._core.precision import matmul
 from prox24._solvers.damping import inverse_factor
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import Candidate, LayerProblem
@@ -76,7 +76,7 @@ def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sw
         kept, mask, errors = _prune_columns(columns, local_factor, pattern)
         # The factor is upper triangular, so earlier columns get zero. The block's own columns are
         # replaced. On GPUs, adding a product to an array is one call of a library.
-        updated = state.weight + jnp.matmul(-factor_rows.T, errors, precision=PRECISION)
+        updated = state.weight + matmul(-factor_rows.T, errors)
         return _Sweep(
             lax.dynamic_update_slice(updated, kept, (start, 0)),
             lax.dynamic_update_slice(state.mask, mask, (start, 0)),
@@ -117,7 +117,7 @@ def _prune_columns(
             group_errors.append(error)
         stacked = jnp.stack(group_errors)
         return (
-            columns + jnp.matmul(-factor_rows.T, stacked, precision=PRECISION),
+            columns + matmul(-factor_rows.T, stacked),
             lax.dynamic_update_slice(mask, group_mask, (start, 0)),
             lax.dynamic_update_slice(errors, stacked, (start, 0)),
         )

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from prox24._core.pattern import AnyPattern, Pattern
-from prox24._core.precision import PRECISION
+from prox24._core.precision import matmul
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import Normalized, Refitted
 from prox24._solvers.protocol import Patterns, n_of_m
@@ -109,7 +109,7 @@ def _choices(gram: Array, pattern: Pattern) -> _Choices:
     identity = jnp.eye(pattern.width, dtype=gram.dtype)
     inner = jnp.linalg.inv(jnp.where(both, inverse[:, None], identity[None, None]))
     losses = jnp.where(both, inner, 0)
-    minimisers = identity[None, None] - jnp.matmul(inverse[:, None], losses, precision=PRECISION)
+    minimisers = identity[None, None] - matmul(inverse[:, None], losses)
     return _Choices(inverse, jnp.asarray(masks), losses, minimisers)
 
 
@@ -127,8 +127,8 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
         w = lax.dynamic_slice(weight, (start, 0), (group, rows))
         kept = lax.dynamic_slice(mask, (start, 0), (group, rows))
         r = lax.dynamic_slice(slope, (start, 0), (group, rows))
-        t = w - jnp.matmul(choices.inverse[block], r, precision=PRECISION)
-        images = jnp.matmul(choices.losses[block], t[None], precision=PRECISION)
+        t = w - matmul(choices.inverse[block], r)
+        images = matmul(choices.losses[block], t[None])
         losses = jnp.sum(images * t[None], axis=1)
         present = jnp.all(choices.masks[:, :, None] == kept[None], axis=1)
         # Ties, up to rounding, do not change the mask.
@@ -136,7 +136,7 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
         slack = 100 * numbers.eps * jnp.max(losses, axis=0) + numbers.tiny
         best = jnp.argmin(jnp.where(present, losses - slack[None], losses), axis=0)
         chosen = jax.nn.one_hot(best, len(choices.masks), axis=0, dtype=w.dtype)
-        minimisers = jnp.matmul(choices.minimisers[block], t[None], precision=PRECISION)
+        minimisers = matmul(choices.minimisers[block], t[None])
         better = jnp.sum(minimisers * chosen[:, None], axis=0)
         better_mask = choices.masks[best].T
         better = jnp.where(better_mask, better, 0)
@@ -144,7 +144,7 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
         return (
             lax.dynamic_update_slice(weight, better, (start, 0)),
             lax.dynamic_update_slice(mask, better_mask, (start, 0)),
-            slope + jnp.matmul(gram_rows.T, better - w, precision=PRECISION),
+            slope + matmul(gram_rows.T, better - w),
             gram,
             first,
         )
@@ -160,14 +160,14 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
         first = index * (columns // group)
         local = (*part, local_gram, first)
         better, better_mask, *_ = lax.fori_loop(0, columns // group, improve_group, local)
-        moved = jnp.matmul(gram_rows.T, better - part[0], precision=PRECISION)
+        moved = matmul(gram_rows.T, better - part[0])
         return (
             lax.dynamic_update_slice(weight, better, (start, 0)),
             lax.dynamic_update_slice(mask, better_mask, (start, 0)),
             slope + moved,
         )
 
-    slope = jnp.matmul(problem.gram, (state.weight - problem.weight).T, precision=PRECISION)
+    slope = matmul(problem.gram, (state.weight - problem.weight).T)
     start = (state.weight.T, state.mask.T, slope)
     weight, mask, _ = lax.fori_loop(0, width // columns, improve_columns, start)
     return state._replace(weight=weight.T, mask=mask.T)

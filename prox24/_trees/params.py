@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from prox24._pruning import loop
-from prox24._pruning.recipe import Recipe
+from prox24._pruning.recipe import Recipe, with_products
 from prox24._pruning.report import LinearReport
 from prox24._pruning.runner import Inputs, Linear, Runner, Streams, check_found
 from prox24._trees.calibrate import (
@@ -57,6 +57,7 @@ class PrunedParams(NamedTuple):
         return nonzeros(self.params, self.leaves)
 
 
+@with_products
 def prune_params(
     apply: Apply,
     params: PyTree,
@@ -104,7 +105,7 @@ def prune_params(
       CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has a
         Gram.
       RecipeError: the recipe has `refine`, prunes no leaf, or its solver does not support a
-        pattern.
+        pattern, or the device does not have its products.
       SolverError: a solution is not finite. The message names the weight.
       ValueError: `params` has no arrays, or has traced ones. A Gram does not fit its weight, the
         order is unknown, or Grams are given for the sequential order.

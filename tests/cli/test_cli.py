@@ -188,6 +188,7 @@ OPTIONS = [
     ("--refit none", DEFAULT, {"refit": None}),
     ("--skip q_proj --keep-dense 0.1", DEFAULT, {"skip": "q_proj", "keep_dense": 0.1}),
     ("--keep-dense 3 --dtype float16", DEFAULT, {"keep_dense": 3, "dtype": "float16"}),
+    ("--products tf32x3", DEFAULT, {"products": "tf32x3"}),
     ("--refine block", DEFAULT, {"refine": REFINEMENT()}),
     (
         "--refine-rate 0.5 --refine-linears-only --method best",

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import jax
 import optax
 import pytest
 
 import prox24
 from prox24 import DenseTargets, Recipe
 from prox24._core.pattern import Pattern, Unstructured
-from prox24._pruning.recipe import PRESETS
+from prox24._core.precision import products
+from prox24._pruning.recipe import PRESETS, with_products
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24._solvers.schedules import Exponential
@@ -27,6 +30,7 @@ RECIPES = {
         pattern=(("mlp.*", (1, 4)), ("o_proj", "dense"), ("", Unstructured(1 / 3)))
     ),
     "choice": Recipe(only="mlp", skip=r"layers\.0\.", keep_dense=0.1, dtype="bfloat16"),
+    "three passes": Recipe(products="tf32x3"),
     "turned": Recipe(basis=prox24.HeadBasis(3)),
     "refined": Recipe(refine=BlockRefinement(rate=0.1, linears_only=True)),
 }
@@ -85,6 +89,7 @@ def test_fields_that_are_not_given_have_their_defaults():
         ({"only": "["}, r"only '\[' is no regular expression"),
         ({"keep_dense": 1.5}, "keep_dense 1.5 is neither a count nor a share"),
         ({"keep_dense": -1}, "keep_dense -1 is neither"),
+        ({"products": "tf32"}, "products 'tf32' is not float32 or tf32x3"),
         ({"dtype": "int8"}, "dtype 'int8' is not float32, float16 or bfloat16"),
         ([], r"a recipe is an object of fields, not \[\]"),
     ],
@@ -162,3 +167,31 @@ def test_a_solver_that_cannot_make_a_pattern_says_so():
 def test_a_recipe_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().damping = 1.0  # type: ignore[misc]
+
+
+JOBS = {
+    "prune": lambda folder, recipe: prox24.prune(folder / "source", folder / "pruned", recipe),
+    "plan": lambda folder, recipe: prox24.plan(folder / "source", recipe=recipe),
+    "prune_params": lambda folder, recipe: prox24.prune_params(len, {}, (), recipe),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_products_that_the_device_lacks_are_refused_before_the_work(monkeypatch, tmp_path, job):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="cpu")])
+    with pytest.raises(RecipeError, match=r"^products 'tf32x3' need .* and this is cpu: choose"):
+        JOBS[job](tmp_path, Recipe(products="tf32x3"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_function_runs_with_the_products_of_its_recipe(monkeypatch):
+    device = SimpleNamespace(device_kind="NVIDIA H100", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+    @with_products
+    def chosen(model, recipe=Recipe()):
+        return products.value
+
+    recipe = Recipe(products="tf32x3")
+    assert [chosen(0), chosen(0, recipe), chosen(0, recipe=recipe)] == ["float32", *["tf32x3"] * 2]
+    assert products.value == "float32"
