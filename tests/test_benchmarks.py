@@ -188,6 +188,16 @@ def test_inverses_are_inverses(benchmark):
     assert max(float(row[4]) for row in rows[1:4]) <= 24 * 5 * eps_of("float32")  # as above
 
 
+def test_three_tf32_passes_are_nearly_float32_and_three_bfloat16_passes_are_not(benchmark):
+    module = benchmark("products")
+    given = ["--layer", 0, "--samples", 1, "--calibration", "calibration.txt"]
+    lines = [line.split("│") for line in benchmark.main(module, *given).splitlines()]
+    grams = {line[2].strip(): float(line[3]) for line in lines if line[1:2] == [" k_proj    "]}
+    assert list(grams) == list(module.KINDS)
+    assert grams["tf32x3"] < 2 * grams["float32"] < grams["bf16x3"]
+    assert grams["tf32x3"] < grams["tf32x3, tensor cores"]
+
+
 def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(benchmark, tmp_path):
     shapes = {"one": (64, 64), "other": (64, 96)}
     matmul = benchmark("matmul", SHAPES=shapes, NEGATED_BYTES=1 << 12, PEAK_WIDTH=16)
@@ -518,6 +528,9 @@ def test_launches_bytes_and_products_of_a_program_are_counted(compiled_cuda):
     product, cut = walk.kernels[0], walk.kernels[-1]
     assert (product.operations, product.precision) == (2 * 8**3, "f32 HIGHEST")
     assert product.moved == 3 * 8 * 8 * 4
+    said = '["DEFAULT","DEFAULT"],"algorithm":"ALG_DOT_TF32_TF32_F32"'
+    one_pass = compiled_cuda.Walk(PROGRAM.replace('["HIGHEST","HIGHEST"]', said), (3,)).kernels[0]
+    assert one_pass.precision == "f32 TF32"
     assert cut.moved == 2 * 2 * 8 * 4, "of a slice, what is sliced"
     # Five turns are known; three are given, after which the host looks at the condition again.
     assert [kernel.times for kernel in walk.kernels] == [5, 3, 4, 1]

@@ -14,7 +14,7 @@ PRECISION = "highest"
 1e-3. That is too much for Grams, for quadratic losses, and for activations that are compared."""
 
 PRODUCTS = {"float32": PRECISION, "tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3}
-"""Precisions of JAX that are good enough for float32 matrices, by their names in a recipe."""
+"""Precisions of JAX for products of float32 matrices, by their names in a recipe."""
 
 products = jax.make_user_context("float32")
 """`with products(name):` chooses the `PRODUCTS` that a thread traces. JAX's own default precision
@@ -44,7 +44,7 @@ def check_products(name: str) -> None:
     if name == "float32":
         return
     device = jax.devices()[0]
-    # Of an NVIDIA GPU it is a number, as "9.0"; of an AMD GPU it is a name, as "gfx942".
+    # NVIDIA GPUs have a number, such as "9.0". AMD GPUs have a name, such as "gfx942".
     capability = str(getattr(device, "compute_capability", ""))
     if not (capability[:1].isdigit() and float(capability) >= 8):
         raise RecipeError(
