@@ -4,12 +4,16 @@ import os
 import tracemalloc
 from importlib.metadata import version
 
+# Two test processes keep two cores busy. Threads of BLAS and PyTorch would wait for each other, and
+# take ten times as long for a factorization. NumPy reads these names when it is imported.
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
 import jax
 import pytest
 from hypothesis import settings
 
-# Two test processes keep two cores busy, and compile faster without threads of their own. The older
-# code generator, which jaxlib 0.10 still has, takes half the time where programs may be slow.
+# They also compile faster without threads of their own. The older code generator, which jaxlib 0.10
+# still has, takes half the time where programs may be slow.
 XLA_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
 if QUICK and version("jaxlib").startswith("0.10."):
