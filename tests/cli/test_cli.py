@@ -377,8 +377,6 @@ def refused(tmp_path_factory):
         "broken.jsonl": '{"text": "a"}\n\n{"text": ',
         "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}]}',
         "model/chat_template.jinja": "{{ raise_exception('roles must alternate') }}",
-        "records.txt": '[\n {"text": "a"}\n]',
-        "a.yaml": "text: a",
         "a.parquet": "",
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -447,8 +445,6 @@ REFUSED = [
         f"{PRUNE} --calibration chat.jsonl",
         "chat.jsonl, line 1: the chat template fails: roles must alternate; give records with text",
     ),
-    (f"{PRUNE} --calibration records.txt", "records.txt holds JSON: give it a name that ends in"),
-    (f"{PRUNE} --calibration a.yaml", "a.yaml has a suffix that is not read"),
     (
         f"{PRUNE} --calibration a.parquet",
         "a.parquet needs the package pyarrow: pip install 'prox24[data]'",
