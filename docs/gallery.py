@@ -99,8 +99,8 @@ The script is [{script}](../../{script}):
 """)
 
 
-def write_index():
-    """Writes the page with all figures."""
+def index():
+    """The page with all figures."""
     page = """# Gallery
 
 Each page shows a script with its output and its figure. A script takes less than two minutes on
@@ -117,8 +117,7 @@ elsewhere.
 [![{title}](figures/{name}.svg)](gallery/{name}.md)
 """
     toctree = "\n".join(f"gallery/{name}" for name in GALLERY)
-    page += f"\n```{{toctree}}\n:hidden:\n\n{toctree}\n```\n"
-    (ROOT / "docs/gallery.md").write_text(page)
+    return page + f"\n```{{toctree}}\n:hidden:\n\n{toctree}\n```\n"
 
 
 def main():
@@ -127,7 +126,7 @@ def main():
     fetch_model(ROOT / ".cache")
     for name in sys.argv[1:] or GALLERY:
         write_page(name)
-    write_index()
+    (ROOT / "docs/gallery.md").write_text(index())
 
 
 if __name__ == "__main__":
