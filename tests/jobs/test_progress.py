@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +24,21 @@ def test_a_line_for_each_layer_after_its_last_linear(tmp_path):
     stamp, clock, *said = written[1].split()
     assert (len(stamp), len(clock)) == (10, 8)
     assert " ".join(said[:6]) == "prune 2/3 layers.1, loss 0.2500, 0:00:00"
-    assert written[-1].endswith("0:00:00 elapsed, 0:00:00 left")
+
+
+def test_a_line_says_what_has_passed_and_what_is_left(monkeypatch, caplog):
+    seconds = iter([0, 60, 90, 180])  # at the start, and at the end of each layer
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr("prox24._jobs.progress.time", clock)
+    caplog.set_level(logging.INFO, "prox24")
+    with progress_bar("prune", NAMES, True) as advance:
+        for name in NAMES:
+            advance(name, None)
+    assert [line.partition(", ")[2] for line in caplog.messages] == [
+        "0:01:00 elapsed, 0:02:00 left",
+        "0:01:30 elapsed, 0:00:45 left",
+        "0:03:00 elapsed, 0:00:00 left",
+    ]
 
 
 def test_a_run_that_goes_on_counts_the_layers_before(tmp_path):
