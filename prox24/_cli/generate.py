@@ -50,12 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     from prox24._jobs.output import print_json
 
     single = len(arguments.models) == len(arguments.prompt) == 1
+    # One model at a time is in memory. The texts of the last one are printed at once.
+    *before, last = [_continuations(model, arguments) for model in arguments.models]
     rows = []
-    for model in arguments.models:
-        for row in _continuations(model, arguments):
+    for of_prompt in zip(*map(list, before), last, strict=True):
+        for row in of_prompt:
             rows.append(row)
             if not arguments.json:
-                # Printed at once, since the next model takes time.
                 title = "" if single else f"--- {row['model']}\n"
                 print(f"{title}{row['prompt']}{row['text']}", flush=True)
     if arguments.json:

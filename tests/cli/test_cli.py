@@ -133,7 +133,10 @@ def test_prune_verify_and_eval(workspace, capsys):
     assert all(f"{row['perplexity']:.3f}" in table for row in several)
     prompts = ["--prompt", "Once", "--prompt", "Two", "--tokens", "3"]
     rows = printed_json(capsys, "generate", *models, *prompts)["rows"]
-    assert [row["prompt"] for row in rows] == ["Once", "Two"] * 2
+    # The continuations of a prompt stand together.
+    assert [(row["prompt"], row["model"]) for row in rows] == [
+        (prompt, str(model)) for prompt in ("Once", "Two") for model in models
+    ]
     assert run("generate", *models, *prompts) == 0
     shown = [f"--- {row['model']}\n{row['prompt']}{row['text']}\n" for row in rows]
     assert capsys.readouterr().out == "".join(shown)
