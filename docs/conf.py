@@ -105,6 +105,7 @@ PAGE = re.compile(r"docs/([a-z-]+)\.md")
 
 def escaped(text):
     """Prose of a docstring as reStructuredText that shows the same characters."""
+    text = re.sub(r"^(\s*[A-Za-z])\.(?=\s|$)", r"\1\\.", text)  # else the first item of a list
     parts = CODE.split(text)
     for i in range(0, len(parts), 2):  # code is at the odd places
         parts[i] = re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", parts[i])
