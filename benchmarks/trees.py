@@ -1,10 +1,10 @@
 """What trees of many leaves cost: the optax transforms, and `prune_params` in both orders.
 
-    python benchmarks/trees.py --leaves 1 16 64 256 --layers 24
+    python benchmarks/trees.py --leaves 1 16 64 256 --layers 2 24
 
 The leaves are kernels of about 256 x 256, of one shape or of eight. The first step compiles. A
-transformer has six matrices of width 64 in each layer, and is pruned on 4 x 4 windows of 64 tokens;
-its seconds are those of the whole. Each row is a process of its own, so that no program is there
+transformer has six matrices of width 64 in each layer, and is pruned on 4 x 4 windows of 64 tokens.
+Its seconds are those of the whole. Each row is a process of its own, so that no program is there
 before. A line is appended to FOLDER/trees.csv after each row, and a row that is there already is
 skipped.
 """
@@ -27,7 +27,7 @@ import prox24
 from prox24.optax import check, keep_pattern, proximal
 
 WIDTH, TURNS = 256, 9
-ORDERS = ("one-shot", "sequential")
+OF_A_MODEL = ("check a model", "one-shot", "sequential")
 OPTIMIZERS = {
     "adam": lambda: optax.adam(1e-3),
     "keep_pattern": lambda: keep_pattern(optax.adam(1e-3)),
@@ -98,8 +98,8 @@ def transformer(layers: int) -> tuple[Any, Any]:
     return apply, params
 
 
-def measure_order(order: str, layers: int) -> dict[str, float]:
-    """Seconds of pruning a transformer, and the number of programs that were compiled."""
+def measure_model(name: str, layers: int) -> dict[str, float]:
+    """Seconds of pruning a transformer or of its check, and the number of compiled programs."""
     apply, params = transformer(layers)
     batches = [jax.random.randint(jax.random.key(i), (4, 64), 0, 64) for i in range(4)]
     compiled = []
@@ -110,8 +110,10 @@ def measure_order(order: str, layers: int) -> dict[str, float]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     began = time.perf_counter()
-    pruned = prox24.prune_params(apply, params, batches, order=order)
-    jax.block_until_ready(pruned.params)
+    if name == "check a model":
+        check(OPTIMIZERS["proximal"](), params)
+    else:
+        jax.block_until_ready(prox24.prune_params(apply, params, batches, order=name).params)
     return {"first": time.perf_counter() - began, "programs": len(compiled)}
 
 
@@ -126,8 +128,8 @@ def main() -> None:
     if arguments.one:
         name, *sizes = arguments.one
         found = (
-            measure_order(name, int(sizes[0]))
-            if name in ORDERS
+            measure_model(name, int(sizes[0]))
+            if name in OF_A_MODEL
             else measure(name, *map(int, sizes))
         )
         print(json.dumps(found))
@@ -137,7 +139,7 @@ def main() -> None:
     figures = (*titles, "first", "step", "scratch_bytes", "programs")
     sizes = itertools.product(arguments.leaves, arguments.shapes, (*OPTIMIZERS, "check"))
     keys = [(name, leaves, shapes) for leaves, shapes, name in sizes if shapes <= leaves]
-    keys += [(order, layers, 3) for layers in arguments.layers for order in ORDERS]
+    keys += [(name, layers, 3) for layers in arguments.layers for name in OF_A_MODEL]
     for own in keys:
         key, rows = dict(zip(titles, own, strict=True)), common.read_rows(path, figures)
         if not common.has_row(rows, key):

@@ -173,7 +173,8 @@ def test_transforms_are_timed_on_trees_and_a_row_that_is_there_is_skipped(benchm
     found = trees.measure("proximal", 3, 2)
     assert min(found["first"], found["step"]) > 0
     assert trees.measure("check", 2, 1)["first"] > 0
-    assert trees.measure_order("sequential", 3)["programs"] > 0
+    assert trees.measure_model("sequential", 3)["programs"] > 0
+    assert trees.measure_model("check a model", 1)["programs"] > 0
     line = {"row": "", "leaves": 1, "shapes": 1, "first": 1, "step": 1, "scratch_bytes": 0}
     for name in (*trees.OPTIMIZERS, "check"):
         trees.common.add_row(tmp_path / "trees.csv", line | {"row": name, "programs": ""})
