@@ -34,7 +34,8 @@ class LeafReport(NamedTuple):
             note = f"  {self.violations} blocks break the pattern"
         if self.other_axes:
             axes = " and ".join(map(str, self.other_axes))
-            note += f"; it has the pattern along axis {axes}, which helps only if the layer sums over it"
+            note += f"; it has the pattern along axis {axes}"
+            note += ", which helps only if the layer sums over it"
         return f"{self.zeros:6.1%} zeros  {self.leaf}{note}"
 
 
