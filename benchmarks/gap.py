@@ -1,12 +1,13 @@
-"""How much of the cost of pruning is left after training on more tokens.
+"""How much of the cost of pruning is left after training on more tokens and for more seconds.
 
 The model is SmolLM2-135M-Instruct, pruned to 2:4. The gap is in log-perplexity to the dense model,
 on *Emma* and the addresses together. SparseGPT's gap is 1. Tokens are counted in
-all training steps.
+all training steps. Seconds are of pruning and training, on two CPU cores that also had other work.
 
 - "blocks": the kept weights are trained block by block, in 1, 5 or 18 passes over 64 windows.
 - "model": all are trained together, in one pass over 64, 256 or 1,024 windows.
-- "blocks, model": five passes over the blocks, and then the model.
+- "blocks, model": five passes over the blocks in shorter steps, as `Recipe.best` takes them, and
+  then the model.
 
 `benchmarks/refine.py` measured these lines, and more, in hours on two CPU cores. This script only
 draws them.
@@ -28,7 +29,8 @@ SHOWN = {
     "default, blocks": "admm, dense targets + block, bfloat16",
     "default, model": "admm, dense targets + model, rate 0.0005, bfloat16",
     "default, blocks, model": (
-        "admm, dense targets + block, passes: 5 + model, rate 0.0005, bfloat16"
+        "admm, dense targets + block, bfloat16, short steps, passes: 5"
+        " + model, rate 0.0005, bfloat16"
     ),
 }
 
@@ -43,18 +45,21 @@ def main() -> None:
     titles = ["run", "distinct_tokens", *setting, *MEASURED, *TEXTS, "right_answers"]
     lines = lines_of(common.read_rows(arguments.source, titles), TEXTS)
     matplotlib.rcParams["svg.hashsalt"] = "prox24"  # the same file from every run
-    figure, axes = plt.subplots(figsize=(5, 5), layout="tight")
-    print(f"{'trained':28}  {'tokens':>7}  {'gap':>4}")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 5), layout="tight", sharey=True)
+    print(f"{'trained':28}  {'tokens':>7}  {'seconds':>7}  {'gap':>4}")
     for shown, label in SHOWN.items():
-        for tokens, _, gap in lines[label]:
-            print(f"{shown:28}  {tokens:7.0f}  {gap:4.2f}")
-        tokens, _, gaps = zip(*lines[label], strict=True)
-        axes.plot([each / 1000 for each in tokens], gaps, marker="o", markersize=4, label=shown)
-    axes.set_xlabel("tokens trained on (thousands)")
-    axes.set_ylabel("gap in log-perplexity (SparseGPT's is 1)")
-    axes.set_ylim(0, 1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
+        for tokens, seconds, gap in lines[label]:
+            print(f"{shown:28}  {tokens:7.0f}  {seconds:7.0f}  {gap:4.2f}")
+        tokens, seconds, gaps = zip(*lines[label], strict=True)
+        for axes, places in zip(panels, (tokens, seconds), strict=True):
+            thousands = [each / 1000 for each in places]
+            axes.plot(thousands, gaps, marker="o", markersize=4, label=shown)
+    for axes, title in zip(panels, ("tokens trained on", "seconds"), strict=True):
+        axes.set_xlabel(f"{title} (thousands)")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("gap in log-perplexity (SparseGPT's is 1)")
+    panels[0].set_ylim(0, 1)
+    panels[0].legend(frameon=False, loc="lower left")
     figure.savefig(arguments.output, metadata={"Date": None})
 
 

@@ -7,10 +7,9 @@ by the seed; the refinements see those and the windows that follow. Each job run
 its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
 is there already is skipped, so that an interrupted command can be given again. Pruned and refined
 models are kept in FOLDER/models of the cache, from which --unseen and --evaluation-windows evaluate
-them again. FOLDER/refine.png shows the gap in log-perplexity to the dense model against the tokens
-trained on and the seconds, pruning included. With --bigbench FILE every model answers the questions
-of multiple_choice.py, too. Printed are the table, and how much of what is evaluated is in the
-calibration text word for word. Table and figure have the lines of the same texts, windows and seed.
+them again. With --bigbench FILE every model answers the questions of multiple_choice.py, too.
+Printed are the table, for the same texts, windows and seed, and how much of the evaluated text is
+in the calibration text word for word. gap.py draws the lines of the file.
 """
 
 import concurrent.futures
@@ -26,10 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
-import matplotlib
 import numpy as np
-from common import CONVERGED, WITHOUT_BASIS, Result, Rows, own_targets, plt, positive
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from common import CONVERGED, WITHOUT_BASIS, Result, Rows, own_targets, positive
 from multiple_choice import Question, accuracies, read_questions
 
 import prox24
@@ -245,29 +242,6 @@ def lines_of(rows: Rows, texts: list[str]) -> dict[str, list[tuple[float, float,
     return {label: sorted(map(tuple, found)) for label, found in lines.items()}
 
 
-def draw(rows: Rows, texts: list[str], path: Path) -> None:
-    """The gap against tokens and seconds, a line from what was pruned through its refinements."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 6), layout="constrained", sharey=True)
-    for place, title in enumerate(("tokens trained on", "seconds")):
-        axes = panels[place]
-        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
-        for label, points in lines_of(rows, texts).items():
-            columns = list(zip(*points, strict=True))
-            axes.plot(columns[place], columns[2], marker="o", markersize=4, label=label)
-        axes.set_xlabel(title)
-    panels[0].set_xscale("symlog", linthresh=1e4)
-    panels[1].set_xscale("log")
-    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panels[1].xaxis.set_major_formatter(ScalarFormatter())
-    panels[1].xaxis.set_minor_formatter(NullFormatter())
-    panels[0].set_ylabel("gap in log-perplexity, SparseGPT's is 1")
-    if panels[0].lines:
-        handles = panels[0].get_legend_handles_labels()
-        where = {"loc": "outside lower center", "ncols": 2}
-        figure.legend(*handles, **where, frameon=False, fontsize=8)
-    common.save(figure, path)
-
-
 def main() -> None:
     parser = common.parser_of(__doc__)
     common.add_texts(parser)
@@ -319,7 +293,6 @@ def main() -> None:
     for name, windows in evaluated.items():
         share = share_seen(tokenizer.decode(windows.ravel()), plain_text(calibration))
         print(f"{share:.0%} of what is evaluated of {name} is in {calibration.name}")
-    draw(rows, texts, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
