@@ -1,8 +1,12 @@
-"""Compiles the programs of prox24 for NVIDIA GPUs, without a GPU, and counts their kernels.
+"""Compiles the programs of prox24 for chips that are not there, and counts their kernels.
 
     make test-cuda
     .venv-cuda/bin/python benchmarks/compiled_cuda.py --output docs/figures
-    .venv-cuda/bin/python benchmarks/compiled_cuda.py --gpus h100 --programs prox "prox, bfloat16"
+    .venv-cuda/bin/python benchmarks/compiled_cuda.py --chips h100 --programs prox "prox, bfloat16"
+    pip install libtpu && python benchmarks/compiled_cuda.py --chips v5e --output docs/figures
+
+The chips are NVIDIA GPUs and one TPU. A line of the file takes the place of the line with the same
+chip and program.
 
 Nothing is run. XLA cannot time alternatives without the GPU, so products are calls of cuBLAS. A row
 is one call of a program. Its loops are multiplied out. A loop that ends by a condition takes its
@@ -20,13 +24,18 @@ precision    of the products; float32 at HIGHEST is not TF32
 
 The times of a kernel are its bytes over the bandwidth, the operations of its products over their
 rate, its instructions over the issue rate, and 2.5 microseconds for a launch. No estimate was
-compared with a GPU.
+compared with a chip.
+
+On a TPU, launches are the instructions on arrays, and MB those of HBM: arrays in the memory beside
+the cores are not in it. Instructions are the cycles that libtpu gives to a kernel. It gives none to
+copies and to kernels of Pallas. What a launch costs is not known, and left out.
 
 `--check FILE` compares with the rows of an earlier run. The exit code is 1 if launches or MB of a
 program have grown by more than a tenth, or if its products have another precision. `make test-cuda`
 checks against docs/figures/compiled-cuda.csv.
 """
 
+import base64
 import collections
 import dataclasses
 import functools
@@ -37,7 +46,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -49,6 +58,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tpu_compiler
 from common import llama
 from jax import Array
 from jax.experimental import topologies
@@ -70,25 +80,50 @@ from prox24.packed import Packed24
 
 SPECS = Path(__file__).parent / "gpus"
 LAUNCH, LOOK = 2.5e-6, 10e-6
-"""Seconds of a launch, and of the host's look at the condition of a loop."""
+"""Seconds of a launch on a GPU, and of the host's look at the condition of a loop."""
 
 
 class Machine(NamedTuple):
-    """Rates a second: bytes, operations of products by their operands; multiprocessors."""
+    """Rates a second: bytes, operations of products by their precision, instructions."""
 
+    platform: str
     bandwidth: float
-    float32: float
-    tf32: float
-    bfloat16: float
-    multiprocessors: int
-    clock: float
-    architecture: str
+    products: Mapping[str, float]
+    issued: float
+    launch: float = 0.0
+    look: float = 0.0
+    architecture: str = ""
 
 
 MACHINES = {
-    "h100": Machine(3.35e12, 60e12, 400e12, 800e12, 132, 1.755e9, "sm_90a"),
-    "a100": Machine(2.04e12, 18e12, 140e12, 280e12, 108, 1.41e9, "sm_80"),
+    "h100": Machine(
+        "cuda",
+        3.35e12,
+        {"f32 HIGHEST": 60e12, "f32 TF32": 400e12, "bf16": 800e12},
+        132 * 128 * 1.755e9,
+        LAUNCH,
+        LOOK,
+        "sm_90a",
+    ),
+    "a100": Machine(
+        "cuda",
+        2.04e12,
+        {"f32 HIGHEST": 18e12, "f32 TF32": 140e12, "bf16": 280e12},
+        108 * 128 * 1.41e9,
+        LAUNCH,
+        LOOK,
+        "sm_80",
+    ),
+    # libtpu cuts a float32 array into three in bfloat16, and leaves out three of nine products.
+    # The clock follows from four units of 128 x 128.
+    "v5e": Machine(
+        "tpu",
+        819e9,
+        {"f32 HIGHEST": 197e12 / 6, "f32 x bf16 HIGHEST": 197e12 / 3, "bf16": 197e12},
+        197e12 / (4 * 2 * 128**2),
+    ),
 }
+GPUS = [name for name, machine in MACHINES.items() if machine.platform == "cuda"]
 
 
 class Program(NamedTuple):
@@ -245,14 +280,14 @@ def of_eight() -> dict[str, Program]:
 
 SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 SIZES |= {"u16": 2, "s16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
-ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
+ARRAY = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\](?:\{{[^{{}}]*\}})?")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 FREE |= {"opt-barrier", "partition-id", "replica-id"}
 
 
 @dataclasses.dataclass
 class Instruction:
-    """A line of a computation of HLO."""
+    """A line of a computation of HLO. The operand of a constant is its value."""
 
     name: str
     shape: str
@@ -298,16 +333,24 @@ def parsed(text: str) -> tuple[dict[str, Computation], str]:
             inside, attributes = rest[: balanced(rest)], rest[balanced(rest) :]
             name = left.removeprefix("ROOT ").lstrip("%")
             operands = re.findall(r"%([\w.\-]+(?:#\d+)?)", inside)
+            operands = [inside[1:-1]] if opcode == "constant" else operands
             root = left.startswith("ROOT ")
             current[name] = Instruction(name, right[:cut], opcode, operands, attributes, root)
     return computations, entry
 
 
 def bytes_of(shape: str) -> int:
+    """Of arrays in the main memory: a TPU's layouts name other memory, such as S(1)."""
     return sum(
-        SIZES[kind] * math.prod(int(n) for n in sizes.split(",") if n)
-        for kind, sizes in ARRAY.findall(shape)
+        SIZES[found.group(1)] * math.prod(sizes_of(found.group()))
+        for found in ARRAY.finditer(shape)
+        if "S(" not in found.group()
     )
+
+
+def size_of(shape: str) -> int:
+    """The bytes of arrays in any memory."""
+    return bytes_of(shape.replace("S(", ""))
 
 
 def shape_of(computation: Computation, operand: str) -> str:
@@ -335,7 +378,7 @@ def fusion_bytes(computation: Computation) -> int:
             if user.opcode == "bitcast":
                 total += read(user.name, whole)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-                total += bytes_of(user.shape)
+                total += size_of(user.shape)
             elif not (user.opcode == "dynamic-update-slice" and place == 0):
                 return whole
         return min(total, whole)
@@ -345,7 +388,7 @@ def fusion_bytes(computation: Computation) -> int:
         if each.opcode in ("bitcast", "tuple"):
             return sum(map(written, each.operands))
         if each.opcode == "dynamic-update-slice":
-            return bytes_of(shape_of(computation, each.operands[1]))
+            return min(bytes_of(shape_of(computation, each.operands[1])), bytes_of(each.shape))
         return bytes_of(each.shape)
 
     inputs = (each for each in computation.values() if each.opcode == "parameter")
@@ -359,6 +402,14 @@ def named(attributes: str) -> str:
     return found.group(1) if found else ""
 
 
+def is_free(each: Instruction, computation: Computation) -> bool:
+    """Whether nothing is launched. A TPU computes single numbers beside its work on arrays."""
+    shapes = [each.shape, *(shape_of(computation, operand) for operand in each.operands)]
+    scalar = ":T(" in each.shape and all(math.prod(sizes_of(shape)) == 1 for shape in shapes)
+    free = each.opcode in FREE or each.opcode.endswith("-done")
+    return free or scalar or named(each.attributes) == "ConcatBitcast"
+
+
 @dataclasses.dataclass
 class Kernel:
     """A launch, how often it happens, and what it does."""
@@ -370,8 +421,33 @@ class Kernel:
     precision: str = ""
 
 
+def product_of_tpu(each: Instruction, computation: Computation) -> tuple[float, str]:
+    """The operations of a product of libtpu, and its precision.
+
+    It is a convolution, or the second product of an attention in a kernel that libtpu brings along.
+    (b, m, k) times (b, k, n) is (b, m, n). Digits in labels are axes along which a window moves.
+    They are axes of b if all three arrays have them.
+    """
+    shapes = [*(shape_of(computation, operand) for operand in each.operands[:2]), each.shape]
+    said = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
+    labels = said.groups() if said else ("0bf", "0io", "0bf")
+    x, y, xy = (
+        dict(zip(label, sizes_of(shape), strict=True))
+        for label, shape in zip(labels, shapes, strict=True)
+    )
+    products = math.prod(n for axis, n in x.items() if axis.isdigit() and n == y[axis] == xy[axis])
+    elements = math.prod(math.prod(array.values()) for array in (x, y, xy))
+    body = re.search(r'"body":"([^"]*)"', each.attributes)
+    full = "operand_precision={highest,highest}" in each.attributes or (
+        body and b"contract_precision<fp32>" in base64.b64decode(body.group(1))
+    )
+    kinds = sorted({kind for shape in shapes[:2] for kind, _ in ARRAY.findall(shape)}, reverse=True)
+    precision = "" if kinds == ["bf16"] else " HIGHEST" if full else " DEFAULT"
+    return 2.0 * math.sqrt(elements / products), " x ".join(kinds) + precision
+
+
 def product(each: Instruction, computation: Computation) -> tuple[float, str]:
-    """The operations of a product, and its precision."""
+    """The operations of a product of cuBLAS, and its precision."""
     left = shape_of(computation, each.operands[0])
     summed = re.search(
         r'lhs_contracting_(?:dimensions":\[|dims=\{)([\d," ]*)[\]}]', each.attributes
@@ -405,10 +481,10 @@ class Walk:
         computation = self.computations[name]
         for each in computation.values():
             if each.opcode == "while":
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.attributes)
-                turns = int(known.group(1)) if known else self.turns.pop(0)
+                known = self._known_turns(each)
+                turns = self.turns.pop(0) if known is None else known
                 self._visit(each.called("body"), times * turns)
-                if not known:
+                if known is None:
                     self.looks += times * (turns + 1)
                     self._visit(each.called("condition"), times * (turns + 1))
             elif each.opcode == "conditional":
@@ -417,16 +493,37 @@ class Walk:
                 self._visit(first, times)
             elif each.opcode in ("call", "async-start"):
                 self._visit(each.called("to_apply") or each.called("calls"), times)
-            elif each.opcode not in FREE and not each.opcode.endswith("-done"):
+            elif not is_free(each, computation):
                 self.kernels.append(self._kernel(each, computation, times))
+
+    def _known_turns(self, loop: Instruction) -> int | None:
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known.group(1))
+        # libtpu does not write it. Its counters begin at zero.
+        condition = self.computations[str(loop.called("condition"))]
+        root = next(each for each in condition.values() if each.root)
+        limit = condition.get(root.operands[-1]) if root.operands else None
+        counted = root.opcode == "compare" and "direction=LT" in root.attributes
+        return int(limit.operands[0]) if counted and limit and limit.opcode == "constant" else None
 
     def _kernel(self, each: Instruction, computation: Computation, times: int) -> Kernel:
         shapes = [shape_of(computation, operand) for operand in each.operands]
         kernel = Kernel(each.name, times, bytes_of(each.shape) + sum(map(bytes_of, shapes)))
         if each.opcode.startswith("fusion"):
-            kernel.moved = fusion_bytes(self.computations[str(each.called("calls"))])
-        elif each.opcode == "dynamic-slice":
-            kernel.moved = 2 * bytes_of(each.shape)
+            fused = self.computations[str(each.called("calls"))]
+            kernel.moved = fusion_bytes(fused)
+            for inner in fused.values():
+                if inner.opcode == "convolution":
+                    kernel.operations, kernel.precision = product_of_tpu(inner, fused)
+        elif each.opcode in ("dynamic-slice", "slice"):
+            kernel.moved = bytes_of(each.shape) + min(size_of(each.shape), bytes_of(shapes[0]))
+        elif each.opcode in ("copy-start", "slice-start"):
+            # From one memory of a TPU to the other.
+            kernel.moved = min(
+                size_of(found.group()) for found in [*ARRAY.finditer(each.shape)][:2]
+            )
+        elif each.opcode == "convolution" or each.name.startswith("online-softmax"):
+            kernel.operations, kernel.precision = product_of_tpu(each, computation)
         elif "matmul" in (target := named(each.attributes)):
             kernel.operations, kernel.precision = product(each, computation)
         elif "riangular" in target:
@@ -487,18 +584,51 @@ def instructions(folder: Path, architecture: str) -> dict[str, int]:
     }
 
 
-class Gpu:
-    """A GPU to compile for."""
+def gpu_devices(name: str) -> Sequence[Any]:
+    text = (SPECS / f"{name}.txtpb").read_text(encoding="utf-8")
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=text, topology="1x1x8"
+        )
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        sys.exit(f"no compiler for CUDA ({error}): run make .venv-cuda/test.stamp")
+    return topology.devices
+
+
+def compiled_for_gpu(lowered: Any, machine: Machine) -> tuple[Any, dict[str, int]]:
+    """The program, and `instructions` of its kernels."""
+    with tempfile.TemporaryDirectory() as name:
+        options: dict[str, Any] = {"xla_dump_to": name, "xla_dump_hlo_as_text": True}
+        options |= {"xla_gpu_enable_triton_gemm": False}
+        if jax.__version_info__ >= (0, 11):  # Older ones write PTX without being asked.
+            options["xla_dump_emitter_re"] = ".*"
+        compiled = lowered.compile(compiler_options=options)
+        return compiled, instructions(Path(name), machine.architecture)
+
+
+def tpu_devices(name: str) -> Sequence[Any]:
+    if not tpu_compiler.is_installed():
+        sys.exit(2)
+    return tpu_compiler.devices(name)
+
+
+def compiled_for_tpu(lowered: Any, machine: Machine) -> tuple[Any, dict[str, int]]:
+    """The program, and the cycles of its kernels."""
+    compiled = lowered.compile()
+    cycles = re.findall(r'%([\w.\-]+) = .*"estimated_cycles":"(\d+)"', compiled.as_text())
+    return compiled, {name: int(number) for name, number in cycles}
+
+
+COMPILERS = {"cuda": (gpu_devices, compiled_for_gpu), "tpu": (tpu_devices, compiled_for_tpu)}
+
+
+class Chip:
+    """A chip to compile for."""
 
     def __init__(self, name: str) -> None:
-        text = (SPECS / f"{name}.txtpb").read_text(encoding="utf-8")
-        try:
-            topology = topologies.get_topology_desc(
-                platform="cuda", target_config=text, topology="1x1x8"
-            )
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            sys.exit(f"no compiler for CUDA ({error}): run make .venv-cuda/test.stamp")
-        self.machine, self.devices = MACHINES[name], topology.devices
+        self.machine = MACHINES[name]
+        devices, self.compiled = COMPILERS[self.machine.platform]
+        self.devices = devices(name)
 
     def placed(self, program: Program) -> tuple[Any, ...]:
         """The arguments with shardings."""
@@ -517,46 +647,40 @@ class Gpu:
     def count(self, program: Program) -> dict[str, Any]:
         """The columns of a line, see above."""
         arguments = self.placed(program)
-        with tempfile.TemporaryDirectory() as name:
-            options: dict[str, Any] = {"xla_dump_to": name, "xla_dump_hlo_as_text": True}
-            options |= {"xla_gpu_enable_triton_gemm": False}
-            if jax.__version_info__ >= (0, 11):  # Older ones write PTX without being asked.
-                options["xla_dump_emitter_re"] = ".*"
-            with products(program.products):
-                lowered = program.function.lower(*arguments, **program.static)
-            compiled = lowered.compile(compiler_options=options)
-            issued = instructions(Path(name), self.machine.architecture)
+        with products(program.products):
+            lowered = program.function.lower(*arguments, **program.static)
+        compiled, issued = self.compiled(lowered, self.machine)
         walk, memory = Walk(compiled.as_text(), program.turns), compiled.memory_analysis()
         least = memory.argument_size_in_bytes + memory.output_size_in_bytes
         times = [(each, self.seconds(each, issued.get(each.name, 0))) for each in walk.kernels]
         multiplying = sum(each.times * self.rate(each) for each in walk.kernels)
+        looking = walk.looks * self.machine.look
         precisions = {each.precision for each in walk.kernels if each.precision}
         return {
             "launches": sum(each.times for each in walk.kernels),
             "MB": sum(each.times * each.moved for each in walk.kernels) / 1e6,
             "least": least / 1e6,
             "temporary": memory.temp_size_in_bytes / 1e6,
-            "ms": 1e3 * (sum(e.times * seconds for e, seconds in times) + walk.looks * LOOK),
+            "ms": 1e3 * (sum(e.times * seconds for e, seconds in times) + looking),
             "products": 1e3 * multiplying,
             "precision": " ".join(sorted(precisions)),
         }
 
     def rate(self, kernel: Kernel) -> float:
         """Seconds of the operations of a product."""
-        rates = {"bf16": self.machine.bfloat16, "f32 TF32": self.machine.tf32}
-        return kernel.operations / rates.get(kernel.precision, self.machine.float32)
+        rates = self.machine.products
+        return kernel.operations / rates.get(kernel.precision, rates["f32 HIGHEST"])
 
     def seconds(self, kernel: Kernel, issued: int) -> float:
-        lanes = self.machine.multiprocessors * 128 * self.machine.clock
-        moved = kernel.moved / self.machine.bandwidth
-        return max(LAUNCH, moved, self.rate(kernel), issued / lanes)
+        moved, issuing = kernel.moved / self.machine.bandwidth, issued / self.machine.issued
+        return max(self.machine.launch, moved, self.rate(kernel), issuing)
 
 
 def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
     """What has become worse than in earlier lines."""
-    before = {(row["gpu"], row["program"]): row for row in earlier}
+    before = {(row["chip"], row["program"]): row for row in earlier}
     for row in rows:
-        name, old = f"{row['program']} on {row['gpu']}", before.get((row["gpu"], row["program"]))
+        name, old = f"{row['program']} on {row['chip']}", before.get((row["chip"], row["program"]))
         if old is None:
             yield f"{name}: there is no earlier line"
             continue
@@ -571,23 +695,25 @@ def main() -> None:
     programs = of_prox() | of_optax() | of_solvers() | of_layers()
     programs |= of_three_passes() | of_packed() | of_eight()
     parser = common.parser_of(__doc__)
-    parser.add_argument("--gpus", nargs="+", choices=MACHINES, default=list(MACHINES))
+    parser.add_argument("--chips", nargs="+", choices=MACHINES, default=GPUS)
     parser.add_argument("--programs", nargs="+", choices=programs, default=list(programs))
     parser.add_argument("--check", type=Path, metavar="FILE")
     common.add_output(parser)
     arguments = parser.parse_args()
     rows = []
-    for name in arguments.gpus:
-        gpu = Gpu(name)
+    for name in arguments.chips:
+        chip = Chip(name)
         for program in arguments.programs:
-            key = {"gpu": name, "program": program}
+            if programs[program].products == "tf32x3" and "f32 TF32" not in chip.machine.products:
+                continue
+            key = {"chip": name, "program": program}
             print(f"{name}: {program}", file=sys.stderr, flush=True)
-            rows.append({k: str(v) for k, v in (key | gpu.count(programs[program])).items()})
+            rows.append({k: str(v) for k, v in (key | chip.count(programs[program])).items()})
     numbers = ("launches", "MB", "least", "temporary", "ms", "products")
     common.show(
         (*rows[0], "MB / least"),
         [
-            [row["gpu"], row["program"]]
+            [row["chip"], row["program"]]
             + [f"{float(row[title]):,.{0 if title == 'launches' else 2}f}" for title in numbers]
             + [row["precision"], f"{float(row['MB']) / float(row['least']):.2f}"]
             for row in rows
@@ -601,9 +727,8 @@ def main() -> None:
         sys.exit(bool(worse))
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "compiled-cuda.csv"
-    path.unlink(missing_ok=True)
-    for row in rows:
-        common.add_row(path, row)
+    lines = [*common.read_rows(path, list(rows[0])), *rows]
+    common.write_rows(path, [*{(row["chip"], row["program"]): row for row in lines}.values()])
 
 
 if __name__ == "__main__":

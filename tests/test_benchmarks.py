@@ -1,5 +1,6 @@
 """The benchmarks run, and their rivals do what they say."""
 
+import base64
 import csv
 import functools
 import gzip
@@ -538,8 +539,62 @@ def test_launches_bytes_and_products_of_a_program_are_counted(compiled_cuda):
     assert walk.looks == 4
 
 
+PROGRAM_OF_TPU = """HloModule program
+
+%body (pair: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %pair = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}) parameter(0)
+  %step = s32[]{:T(128)} get-tuple-element(%pair), index=0
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%step, %one)
+  %x = f32[8,8]{1,0:T(8,128)S(1)} get-tuple-element(%pair), index=1
+  %y = f32[8,8]{1,0:T(8,128)S(1)} convolution(%x, %x), dim_labels=bf_io->bf, operand_precision={highest,highest}
+  ROOT %both = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}) tuple(%next, %y)
+}
+
+%condition (pair.1: (s32[], f32[8,8])) -> pred[] {
+  %pair.1 = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}) parameter(0)
+  %step.1 = s32[]{:T(128)} get-tuple-element(%pair.1), index=0
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%step.1, %limit), direction=LT
+}
+
+%scores (q: f32[2,8,4], k: bf16[2,16,4]) -> f32[2,8,16] {
+  %q = f32[2,8,4]{2,1,0:T(8,128)} parameter(0)
+  %k = bf16[2,16,4]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %qk = f32[2,8,16]{2,1,0:T(8,128)} convolution(%q, %k), window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0oi->0bf, operand_precision={highest,highest}
+}
+
+ENTRY %main (whole: f32[8,8], q.1: f32[2,8,4], k.1: bf16[2,16,4], v: f32[2,16,4]) -> f32[2,8,4] {
+  %whole = f32[8,8]{1,0:T(8,128)} parameter(0)
+  %q.1 = f32[2,8,4]{2,1,0:T(8,128)} parameter(1)
+  %k.1 = bf16[2,16,4]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %v = f32[2,16,4]{2,1,0:T(8,128)} parameter(3)
+  %zero = s32[]{:T(128)} constant(0)
+  %going = ((f32[8,8]{1,0:T(8,128)}), f32[4,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%whole), slice={[0:4], [0:8]}
+  %here = f32[4,8]{1,0:T(8,128)S(1)} slice-done(%going)
+  %start = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}) tuple(%zero, %here)
+  %loop = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}) while(%start), condition=%condition, body=%body
+  %fusion = f32[2,8,16]{2,1,0:T(8,128)} fusion(%q.1, %k.1), kind=kOutput, calls=%scores
+  ROOT %online-softmax = f32[2,8,4]{2,1,0:T(8,128)} custom-call(%fusion, %v), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"BODY"}}
+}
+"""  # noqa: E501
+
+
+def test_of_a_tpu_arrays_on_the_chip_and_scalars_do_not_count(compiled_cuda):
+    body = base64.b64encode(b"tpu.matmul {precision = #tpu.contract_precision<fp32>}").decode()
+    kernels = compiled_cuda.Walk(PROGRAM_OF_TPU.replace("BODY", body), ()).kernels
+    slice_, product, scores, mixed = kernels
+    assert slice_.moved == 4 * 8 * 4, "of the memory outside, what is sliced"
+    assert (product.times, product.moved, product.operations) == (5, 0, 2 * 8**3)
+    assert product.precision == mixed.precision == "f32 HIGHEST"
+    assert scores.precision == "f32 x bf16 HIGHEST"
+    assert scores.operations == mixed.operations == pytest.approx(2 * 2 * 8 * 16 * 4)
+    fast = compiled_cuda.Walk(PROGRAM_OF_TPU.replace("BODY", ""), ()).kernels[-1]
+    assert fast.precision == "f32 DEFAULT"
+
+
 def test_growth_and_lost_precision_are_named(compiled_cuda):
-    before = {"gpu": "h100", "program": "prox", "launches": "10", "MB": "100", "precision": "f32"}
+    before = {"chip": "h100", "program": "prox", "launches": "10", "MB": "100", "precision": "f32"}
     assert not list(compiled_cuda.compare([before | {"launches": "11", "MB": "110"}], [before]))
     now = before | {"launches": "12", "MB": "111", "precision": "f32 DEFAULT"}
     worse = list(compiled_cuda.compare([now], [before]))
@@ -549,4 +604,4 @@ def test_growth_and_lost_precision_are_named(compiled_cuda):
 
 def test_without_its_compiler_one_line_says_what_to_install(compiled_cuda):
     with pytest.raises(SystemExit, match=r"run make .venv-cuda/test.stamp"):
-        compiled_cuda.Gpu("h100")
+        compiled_cuda.Chip("h100")
