@@ -26,9 +26,10 @@ The times of a kernel are its bytes over the bandwidth, the operations of its pr
 rate, its instructions over the issue rate, and 2.5 microseconds for a launch. No estimate was
 compared with a chip.
 
-On a TPU, launches are the instructions on arrays, and MB those of HBM: arrays in the memory beside
-the cores are not in it. Instructions are the cycles that libtpu gives to a kernel. It gives none to
-copies and to kernels of Pallas. What a launch costs is not known, and left out.
+On a TPU, launches are the instructions on arrays. MB are those of HBM, and arrays in the chip's own
+memory are not counted. In place of instructions are the cycles that libtpu gives to a kernel. It
+gives none to transfers, to kernels of Pallas and to some others. What a launch costs is not known,
+and left out.
 
 `--check FILE` compares with the rows of an earlier run. The exit code is 1 if launches or MB of a
 program have grown by more than a tenth, or if its products have another precision. `make test-cuda`
@@ -114,8 +115,8 @@ MACHINES = {
         LOOK,
         "sm_80",
     ),
-    # libtpu cuts a float32 array into three in bfloat16, and leaves out three of nine products.
-    # The clock follows from four units of 128 x 128.
+    # https://cloud.google.com/tpu/docs/v5e. At HIGHEST a float32 array is three in bfloat16, and two
+    # of them make six products. The clock follows from four units of 128 x 128.
     "v5e": Machine(
         "tpu",
         819e9,
