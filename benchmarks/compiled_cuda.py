@@ -26,10 +26,9 @@ The times of a kernel are its bytes over the bandwidth, the operations of its pr
 rate, its instructions over the issue rate, and 2.5 microseconds for a launch. No estimate was
 compared with a chip.
 
-On a TPU, launches are the instructions on arrays. MB are those of HBM, and arrays in the chip's own
-memory are not counted. In place of instructions are the cycles that libtpu gives to a kernel. It
-gives none to transfers, to kernels of Pallas and to some others. What a launch costs is not known,
-and left out.
+On a TPU, launches are the instructions on arrays. Arrays in the chip's own memory add no MB. In
+place of instructions are the cycles that libtpu estimates for a kernel. It has no estimate for
+transfers, kernels of Pallas and some others. What a launch costs is not known, and left out.
 
 `--check FILE` compares with the rows of an earlier run. The exit code is 1 if launches or MB of a
 program have grown by more than a tenth, or if its products have another precision. `make test-cuda`
@@ -115,8 +114,8 @@ MACHINES = {
         LOOK,
         "sm_80",
     ),
-    # https://cloud.google.com/tpu/docs/v5e. At HIGHEST a float32 array is three in bfloat16, and two
-    # of them make six products. The clock follows from four units of 128 x 128.
+    # https://cloud.google.com/tpu/docs/v5e. At HIGHEST a float32 array is three in bfloat16, and
+    # two of them make six products. The clock follows from four units of 128 x 128.
     "v5e": Machine(
         "tpu",
         819e9,
@@ -442,7 +441,9 @@ def product_of_tpu(each: Instruction, computation: Computation) -> tuple[float, 
     full = "operand_precision={highest,highest}" in each.attributes or (
         body and b"contract_precision<fp32>" in base64.b64decode(body.group(1))
     )
-    kinds = sorted({kind for shape in shapes[:2] for kind, _ in ARRAY.findall(shape)}, reverse=True)
+    # A mask is multiplied in bfloat16.
+    found = {kind for shape in shapes[:2] for kind, _ in ARRAY.findall(shape)}
+    kinds = sorted({"bf16" if kind == "pred" else kind for kind in found}, reverse=True)
     precision = "" if kinds == ["bf16"] else " HIGHEST" if full else " DEFAULT"
     return 2.0 * math.sqrt(elements / products), " x ".join(kinds) + precision
 
@@ -527,7 +528,7 @@ class Walk:
             kernel.operations, kernel.precision = product_of_tpu(each, computation)
         elif "matmul" in (target := named(each.attributes)):
             kernel.operations, kernel.precision = product(each, computation)
-        elif "riangular" in target:
+        elif "riangularSolve" in target:
             kernel.operations = sizes_of(shapes[0])[-1] * math.prod(sizes_of(shapes[1]))
         elif "potrf" in target:
             kernel.operations = sizes_of(shapes[0])[-1] ** 3 / 3
