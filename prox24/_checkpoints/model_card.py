@@ -45,10 +45,8 @@ def source_card(source: str | Path, checkpoint: Checkpoint) -> ModelCard:
             f"the metadata of {file} cannot be read ({first_line(error)}); mend or remove the file"
         ) from error
     data: Any = card.data
-    for (
-        name,
-        value,
-    ) in checkpoint.card_metadata.items():  # a GGUF has no other card
+    # Only a GGUF stores metadata, and it has no other card.
+    for name, value in checkpoint.card_metadata.items():
         data[name] = value
     if data.eval_results is not None:
         data.eval_results = data.model_name = None

@@ -92,8 +92,8 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
     with ThreadPoolExecutor() as pool:
         compiled = {
             linear: [
-                (pool.submit(_needed, program), bytes_of_grams)
-                for program, bytes_of_grams in _programs(linear, setup)
+                (pool.submit(_needed, program), of_grams)
+                for program, of_grams in _programs(linear, setup)
             ]
             for linear in largest
         }

@@ -15,10 +15,9 @@ from prox24._core.precision import matmul
 class GramSum(NamedTuple):
     """sum of x y^T over tokens, kept as a float32 sum and its rounding error.
 
-    The two hold twice the digits of one, so that almost no bit of the total depends on the order in
-    which micro-batches are added, and with it on the number of devices. Devices that share the
-    tokens have a sum each, along a first axis, until `over_devices`; or each has some columns of
-    the one sum, see `add_in_turn`.
+    The two hold twice the digits of one. So almost no bit of the total depends on the order of the
+    micro-batches, or on the number of devices. Devices that share the tokens have a sum each, along
+    a first axis, until `over_devices`. Or each has some columns of the one sum, see `add_in_turn`.
 
     Attributes:
       total: shape (in, in), the sum to the nearest float32.
@@ -129,9 +128,10 @@ def add(a: GramSum, b: GramSum) -> GramSum:
 
 
 def over_devices(gram: GramSum, mesh: Mesh | None) -> GramSum:
-    """The Gram of the tokens of all devices, on each of them; the only time that they exchange it.
+    """The Gram of the tokens of all devices, on each device.
 
-    Each device adds some rows of all Grams in one order, and sends what it found to the others.
+    The devices exchange it only here. Each device adds some rows of all Grams in one order, and
+    sends its sums to the others.
     """
     if mesh is None:
         return gram

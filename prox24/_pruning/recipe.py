@@ -89,9 +89,9 @@ class Recipe:
     Attributes:
       solver: finds the mask and the weights of a linear.
       refit: updates the kept weights afterwards; None leaves them as the solver found them.
-      pattern: N:M along the input axis, or a share of zeros. Or a tuple of pairs (regular
-        expression, pattern): a tensor has the pattern of the first expression that is found in its
-        name, and stays dense where that pattern is "dense" or no expression is found.
+      pattern: N:M along the input axis, or a share of zeros. It can also be a tuple of pairs
+        (regular expression, pattern). A tensor has the pattern of the first expression that is
+        found in its name. It stays dense if this pattern is "dense", or if none is found.
       damping: added to the diagonal of a Gram, in units of its mean.
       targets: `DenseTargets` to reproduce the dense model's outputs; None to reproduce each
         linear's own output on the pruned model's activations.
@@ -324,7 +324,7 @@ Result = TypeVar("Result")
 
 
 def with_products(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function of a recipe, run with the products that the recipe names."""
+    """A function with a recipe among its arguments; it runs with the products of the recipe."""
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -45,8 +45,8 @@ def inverse_factor(gram: Array, damping: Array) -> Factor:
     what failed, whichever is more, but at most 1. A Gram for which all fail, such as one that holds
     NaN, keeps what was asked for, and U is NaN.
 
-    Factoring G from its last row to its first gives G = R R^T with R upper triangular, so U = R^-1
-    comes from one Cholesky factorization and one triangular solve, and G is never inverted.
+    Factoring G from its last row to its first gives G = R R^T with R upper triangular. So U = R^-1
+    takes one Cholesky factorization and one triangular solve, and no inverse of G.
     """
     factor, used = _with_enough_damping(
         lambda gram: jnp.linalg.cholesky(gram[::-1, ::-1]), gram, damping
@@ -103,12 +103,14 @@ def inverse(matrix: Array) -> Array:
     It sweeps the columns block by block: the elimination of Gauss and Jordan, in a form that stays
     symmetric. With A partitioned into a block K and the rest R, a sweep puts
     A_RR - A_RK A_KK^-1 A_KR, A_RK A_KK^-1 and -A_KK^-1 in their places. After all of them A is
-    -A^-1, and -A has become A^-1. Blocks are inverted the same way in smaller ones, down to single
-    entries, the pivots, which are all positive if and only if the matrix is definite, to rounding
-    (docs/theory.md, section 14). On GPUs a block is inverted by its Cholesky factor, which fails
-    alike: each step of a loop is a launch there, and single pivots would be thousands of them. Of
-    2 n^3 operations nearly all are in products (n, b) x (b, n). A Cholesky factorization with two
-    triangular solves takes 7/3 n^3. The memory is that of one more matrix besides the result.
+    -A^-1, and -A has become A^-1. Blocks are inverted the same way in smaller blocks, down to
+    single entries, the pivots. They are all positive if and only if the matrix is definite, to
+    rounding (docs/theory.md, section 14). On GPUs a block is inverted by its Cholesky factor, which
+    fails for the same matrices. Each step of a loop is a launch there, and single pivots would be
+    thousands of launches.
+
+    Nearly all of the 2 n^3 operations are in products (n, b) x (b, n). A Cholesky factorization
+    with two triangular solves takes 7/3 n^3. One more matrix is in memory besides the result.
     Devices that share the columns send one another the rows of a block. Only the upper triangle is
     read.
 

@@ -51,7 +51,7 @@ def check(
 ) -> None:
     """Raises ValueError if something in an optimizer undoes the zeros that `proximal` makes.
 
-    It takes a few steps, each from other random dense parameters, with the extra argument `penalty`
+    It takes a few steps, each from other random dense parameters. The extra argument `penalty` is
     so large that `proximal` keeps the N largest entries of every block. A transform behind it that
     scales, decays, clips, averages or adds noise leaves blocks with more nonzeros.
 
@@ -72,9 +72,9 @@ def check(
       **extra_args: what else the optimizer's `update` needs, such as value.
 
     Raises:
-      ValueError: a leaf is traced; a step leaves a leaf that is not N:M, which the message names,
-        because `proximal` is not last, is missing, or gets no extra arguments; no leaf is pruned,
-        or none moves; or the penalty never prunes.
+      ValueError: a step leaves a leaf that is not N:M, and the message names it. Then `proximal` is
+        not last, is missing, or gets no extra arguments. Also if no leaf is pruned or moves, if the
+        penalty never prunes, or if a leaf is traced.
 
     Example:
       >>> from prox24 import Exponential
