@@ -15,7 +15,7 @@ from reference import masked_least_squares
 from tiny import config_dict, pruned_by, random_weights, tokens, write_folder, write_tiny
 
 import prox24
-from prox24 import Recipe, Wanda, refine
+from prox24 import Magnitude, Recipe, Wanda, refine
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._core.precision import COMPUTE_DTYPES
 from prox24._jobs.forward import all_linears, load_model
@@ -336,7 +336,9 @@ def test_the_best_recipe_refines_every_layer(folder):
 
 
 def test_a_step_is_the_same_in_parts(folder):
-    recipe, windows = recipe_with(BlockRefinement(rate=3e-3, passes=1)), tokens(32, 16)
+    refinement, windows = BlockRefinement(rate=3e-3, passes=1), tokens(32, 16)
+    # A Gram of other parts rounds differently, so masks that use it could differ between the runs.
+    recipe = Recipe(Magnitude(), None, targets=None, refine=refinement)
     whole, parts = (
         run(folder / "model", windows, recipe, micro_batch=size).reports for size in (32, 2)
     )
