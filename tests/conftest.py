@@ -1,5 +1,6 @@
 """Strict JAX modes and a deterministic hypothesis profile for every test."""
 
+import gc
 import os
 import tracemalloc
 from importlib.metadata import version
@@ -24,12 +25,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)
 
+# Tracing makes many objects that stay. A collection of all of them takes longer each time.
+gc.set_threshold(50_000, 20, 50)
+
 settings.register_profile("prox24", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("prox24")
 
 # Many modules compile the same programs of the same tiny models.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Reading a file with its imports takes time: none of the other kind is read."""
+    if config.option.markexpr.startswith("optimized") and collection_path.suffix == ".py":
+        return "optimized" not in collection_path.read_text() or None
+    return None
 
 
 @pytest.fixture(scope="session", autouse=True)
