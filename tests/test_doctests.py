@@ -21,6 +21,7 @@ def test_modules_with_examples_are_found():
     assert {"prox24._core.prox", "prox24._solvers.solve"} <= set(MODULES)
 
 
+@pytest.mark.slow  # `make docs` has them too
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_print_what_they_say(name):
     try:

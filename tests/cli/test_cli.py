@@ -245,7 +245,10 @@ def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pat
     assert run(*verify, "--pattern", "2:4", "--quiet") == 1
 
 
-@pytest.mark.parametrize(("variant", "line"), [("qwen2", "2 layers"), ("olmoe", "0 layers, see")])
+@pytest.mark.parametrize(
+    ("variant", "line"),
+    [("qwen2", "2 layers"), pytest.param("olmoe", "0 layers, see", marks=pytest.mark.slow)],
+)
 def test_heads_that_were_turned_are_a_line_and_verify_knows_their_biases(
     tmp_path, capsys, variant, line
 ):
@@ -258,6 +261,7 @@ def test_heads_that_were_turned_are_a_line_and_verify_knows_their_biases(
     assert verified["refined"] == (biases if variant == "qwen2" else [])
 
 
+@pytest.mark.slow  # five whole runs
 def test_the_demo_compares_the_methods_and_leaves_the_models(workspace, monkeypatch, capsys):
     monkeypatch.setattr("prox24._cli.demo_model.fetch_model", lambda cache: workspace / "model")
     command = ["demo", "--cache", workspace / "cache", "--output", workspace / "models"]

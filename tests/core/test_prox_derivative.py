@@ -106,7 +106,7 @@ def test_jvp_and_gradient_agree_with_central_differences(pattern):
     assert np.all(error[kept] <= (np.linalg.norm(weights, axis=-1) * limit)[kept])
 
 
-@pytest.mark.parametrize("shape", [(), (6, 1)])
+@pytest.mark.parametrize("shape", [*rest(()), (6, 1)])
 @either_kept
 def test_gradient_in_a_shared_penalty_is_the_sum_over_its_blocks(pattern, shape):
     rng = np.random.default_rng(2)
@@ -274,7 +274,7 @@ def test_gradient_of_any_finite_input_is_finite(pattern, data, lam, any_lam):
     assert np.all(np.isfinite(drawn(large_number, any_lam)[1]))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, *rest(jnp.float16)])
 def test_gradient_in_half_precision_is_that_of_float32_rounded(dtype):
     y = jnp.asarray(blocks((2, 4), 6)[0]).astype(dtype)
     gy, glam = gradients(y, np.float32(0.3), (2, 4))

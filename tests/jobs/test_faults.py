@@ -130,7 +130,7 @@ def recorded(workspace):
     ("variant", "options", "kept"),
     [
         ("gpt2", "--activations disk --targets dense --dtype float16 --shard-size 20KB", 7),
-        ("mixtral", "--method sparsegpt", 7),
+        pytest.param("mixtral", "--method sparsegpt", 7, marks=pytest.mark.slow),
         # The bias of the values is not there yet, so values and their reader begin anew.
         ("qwen2", "--basis heads --basis-steps 5", 5),
     ],

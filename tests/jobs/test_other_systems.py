@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tiny import write_tiny
 
 import prox24
@@ -26,6 +27,7 @@ class NoBlocks:
         return getattr(self._status, name)
 
 
+@pytest.mark.slow  # a whole run in a process
 def test_a_model_is_pruned_as_on_a_system_with_less(tmp_path, monkeypatch):
     write_tiny(tmp_path / "model")
     expected = prox24.prune(tmp_path / "model", tmp_path / "here", calibration=WINDOWS)

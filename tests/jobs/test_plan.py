@@ -124,6 +124,7 @@ def test_learning_a_basis_counts_and_xla_needs_no_more(model):
         assert needed - own <= memory.TURNING * 4 * entries
 
 
+@pytest.mark.slow  # programs of a whole training
 def test_a_dense_model_alongside_and_a_training_count(model, standard_promotion):
     dense = changed(targets=prox24.DenseTargets())
     refining = changed(refine=prox24.BlockRefinement())

@@ -288,6 +288,7 @@ def test_stop_tokens_that_are_no_ids_are_refused(folder):
         stop_tokens(open_checkpoint(folder))
 
 
+@pytest.mark.slow  # beside the products of tests/packed
 def test_a_packed_model_goes_on_as_the_dense_one(tmp_path, capsys):
     write_workspace(tmp_path)
     options = [*calibrated(tmp_path, 4), "--method", "wanda", "--quiet"]

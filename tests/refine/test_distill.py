@@ -396,6 +396,7 @@ def test_models_and_options_that_do_not_fit_are_refused(workspace, refused):
     assert f"the folder of {report} does not exist" in refused("--report", report)
 
 
+@pytest.mark.slow  # beside the masks of `prune`
 def test_a_model_with_a_tenth_of_zeros_keeps_them(workspace):
     prune(workspace, "few", "--pattern", "10%")
     assert distilled(workspace, models=("model", "few")) == 0
@@ -410,6 +411,7 @@ def test_windows_are_taken_in_an_order_of_their_own():
     assert sorted(found.tolist()) == windows.tolist()
 
 
+@pytest.mark.slow  # beside blocks that go on
 def test_an_interrupted_command_goes_on_with_the_same_bytes(
     workspace, monkeypatch, capsys, refused
 ):
