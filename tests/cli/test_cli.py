@@ -221,7 +221,9 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
             marks=pytest.mark.slow,
         ),
         (["--method", "wanda", "--skip", r"layers\.0\.", "--keep-dense", "1"], "2:4", 6),
-        (["--method", "sparsegpt", "--pattern", "50%"], "50%", 14),
+        pytest.param(
+            ["--method", "sparsegpt", "--pattern", "50%"], "50%", 14, marks=pytest.mark.slow
+        ),
         pytest.param(["--pattern", "2:4x2"], "2:4x2", 14, marks=pytest.mark.slow),
     ],
 )

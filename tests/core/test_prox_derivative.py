@@ -63,7 +63,7 @@ def jacobians(transform, pattern):
     return jax.jit(jax.vmap(transform(of_block, argnums=(0, 1))))
 
 
-@pytest.mark.parametrize("transform", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("transform", [*rest(jax.jacfwd), jax.jacrev])
 @every_pattern
 def test_jacobian_is_the_inverse_hessian_on_the_support(pattern, transform):
     y, lam = blocks(pattern, COUNT)
@@ -123,6 +123,7 @@ def test_gradient_in_a_shared_penalty_is_the_sum_over_its_blocks(pattern, shape)
     assert_close(gradient, summed, 60 * (4 * np.abs(in_y).max()) ** 2)
 
 
+@pytest.mark.slow  # beside the Jacobian
 @either_kept
 def test_second_derivative_agrees_with_differences_of_the_gradient(pattern):
     y, lam = blocks(pattern, 500)
@@ -153,6 +154,7 @@ def test_second_derivative_agrees_with_differences_of_the_gradient(pattern):
     assert np.all(np.isfinite(hessian))
 
 
+@pytest.mark.slow  # beside one call
 @either_kept
 def test_gradient_through_a_scan_is_the_product_of_the_jacobians(pattern):
     y, _ = blocks(pattern, 64)

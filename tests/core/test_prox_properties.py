@@ -190,9 +190,9 @@ def kernel(*shape):
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
-        pytest.param((8, 6), -2, id="flax_in_out"),
+        pytest.param((8, 6), -2, id="flax_in_out", marks=pytest.mark.slow),
         pytest.param((3, 3, 8, 6), -2, id="flax_convolution"),
-        pytest.param((6, 8, 3, 3), 1, id="torch_convolution"),
+        pytest.param((6, 8, 3, 3), 1, id="torch_convolution", marks=pytest.mark.slow),
         pytest.param((8,), 0, id="vector"),
         pytest.param((0, 8), 1, id="empty"),
     ],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import assert_close, eps_of
+from tiers import rest
 from tiny import (
     byte_tokenizer,
     config_dict,
@@ -73,7 +74,7 @@ def relative_losses(pruned):
 # What is pruned
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe.wanda()], ids=["admm", "wanda"])
+@pytest.mark.parametrize("recipe", [*rest(Recipe()), Recipe.wanda()], ids=["admm", "wanda"])
 def test_every_linear_is_pruned_and_the_solver_compiled_once_for_each_shape(
     tmp_path, source, weights, recipe
 ):

@@ -75,7 +75,7 @@ def test_a_turned_model_is_the_dense_one_and_biases_are_handed_out_with_it(model
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("dtype", ["float32", *rest("bfloat16")])
+@pytest.mark.parametrize("dtype", rest("float32", "bfloat16"))
 def test_dense_targets_and_training_start_from_the_turned_model(tmp_path, dtype):
     weights = write_tiny(tmp_path / "source", "qwen2", dtype=dtype)
     refine = BlockRefinement(passes=1, rate=1e-30, linears_only=True, held_out=0.25)

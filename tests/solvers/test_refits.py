@@ -55,7 +55,7 @@ def swept(weight, mask, original, gram, kept, group, unit=1):
         ("low_rank", (2, 4)),
         pytest.param("power_law", (2, 8), marks=pytest.mark.slow),
         pytest.param("few_tokens", (3, 4), marks=pytest.mark.slow),
-        ("low_rank", Pattern(2, 4, unit=2)),
+        pytest.param("low_rank", Pattern(2, 4, unit=2), marks=pytest.mark.slow),
     ],
 )
 def test_a_sweep_takes_the_best_mask_of_every_block(kind, pattern):

@@ -468,7 +468,7 @@ def test_layers_that_differ_by_what_a_call_holds_are_different_programs():
     assert_in_order(apply, params, [normal(64, 8, seed=9)], EXACT)
 
 
-@pytest.mark.parametrize("order", [*rest("one-shot"), "sequential"])
+@pytest.mark.parametrize("order", rest(*ORDERS))
 def test_as_much_is_compiled_for_many_equal_layers_as_for_few(order, caplog):
     def compiled(layers):
         jax.clear_caches()
