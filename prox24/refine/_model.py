@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from prox24.errors import Prox24Error
@@ -70,8 +72,17 @@ class ModelRefinement(Passes):
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """The optimizer for a number of steps in all."""
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.schedule(steps)))
+        return optax.chain(optax.stateless(_clipped), optax.adam(self.schedule(steps)))
 
     def measured_every(self, steps: int) -> int:
         """Steps from one measurement to the next."""
         return max(1, math.ceil(steps / self.measurements))
+
+
+def _clipped(gradient: Any, _: Any = None) -> Any:
+    """The gradient with a norm of 1 at most.
+
+    `optax.clip_by_global_norm` chooses between two trees, which XLA for CPUs writes to memory. One
+    factor becomes part of Adam's loop: a step of SmolLM2 takes a sixth less time.
+    """
+    return optax.tree.scale(jnp.minimum(1, 1 / optax.tree.norm(gradient)), gradient)
