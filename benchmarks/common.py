@@ -60,7 +60,14 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER")
+    """The folder of the lines, made before a long run."""
+    parser.add_argument("--output", type=made_folder, default=Path(), metavar="FOLDER")
+
+
+def made_folder(path: str) -> Path:
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:

@@ -727,7 +727,6 @@ def main() -> None:
         worse = list(compare(rows, common.read_rows(arguments.check, list(rows[0]))))
         print("\n".join(worse) or "nothing has become worse")
         sys.exit(bool(worse))
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "compiled-cuda.csv"
     lines = [*common.read_rows(path, list(rows[0])), *rows]
     common.write_rows(path, [*{(row["chip"], row["program"]): row for row in lines}.values()])

@@ -186,7 +186,6 @@ def main() -> None:
         field = {name: recipe for name, recipe in field.items() if name in chosen}
     layers = {int(layer) for layer in arguments.layers.split(",")}
     text = prox24.Text(arguments.calibration, arguments.samples)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for layer, linear, problem in linears(dense_model(), layers, text):
         for name, recipe in field.items():

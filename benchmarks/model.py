@@ -282,7 +282,6 @@ def main() -> None:
             **run.varied,
         }
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"model-{arguments.table}.csv"
     rows = common.read_rows(path, [*key_of(runs[0], 0), *MEASURED, *texts])
     for seed in arguments.seeds:

@@ -263,7 +263,6 @@ def main() -> None:
         "calibration": common.name_of(calibration),
         "evaluation_windows": f"{count} unseen" if unseen else str(count),
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path, texts = arguments.output / "refine.csv", list(map(common.name_of, arguments.texts))
     answers = [] if arguments.bigbench is None else ["right_answers"]
     titles = ["run", "distinct_tokens", *setting, *MEASURED, *texts, *answers]

@@ -134,7 +134,6 @@ def main() -> None:
         )
         print(json.dumps(found))
         return
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path, rows = arguments.output / "trees.csv", []
     titles = ("row", "leaves", "shapes")  # or layers
     figures = (*titles, "first", "step", "scratch_bytes", "programs")

@@ -471,8 +471,10 @@ def test_the_basis_is_a_line_beside_the_same_method_without_it(benchmark, tmp_pa
     module.RECIPES["distilled"] = module.RECIPES["wanda"]  # whose programs are there
     module.DISTILLED_WINDOWS = 4
     given = [*benchmark.given, "--windows", 4, "--length", 32, "--rows", "wanda", "distilled"]
+    given += ["--output", tmp_path / "new" / "folder"]
     printed = benchmark.main(module, *given)
-    without, turned, *trained = table(tmp_path / "basis.csv")
+    lines = tmp_path / "new" / "folder" / "basis.csv"
+    without, turned, *trained = table(lines)
     assert (without["steps"], turned["steps"]) == ("0", "100")
     assert float(turned["values_loss"]) < float(without["values_loss"])
     assert f"{float(turned['text']):.2f}" in printed
@@ -481,7 +483,7 @@ def test_the_basis_is_a_line_beside_the_same_method_without_it(benchmark, tmp_pa
     assert trained[1]["text"] != turned["text"]
     # What was measured is not measured again.
     assert benchmark.main(module, *given) == printed
-    assert len(table(tmp_path / "basis.csv")) == 4
+    assert len(table(lines)) == 4
 
 
 @pytest.fixture
