@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, tables, files of results, timing, models and texts."""
+"""Shared by the benchmarks: arguments, tables, files of results, timing, models and texts."""
 
 import argparse
 import csv
@@ -60,7 +60,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """The folder of the lines, made before a long run."""
+    """Adds the folder of the results. It is made at once, so a long run cannot fail for it."""
     parser.add_argument("--output", type=made_folder, default=Path(), metavar="FOLDER")
 
 
@@ -185,8 +185,8 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of each contender. All contenders have run before.
 
-    Each repetition runs every contender once, and starts with the next one, so that a change in the
-    machine's speed meets all of them. Slow ones take part in the first three repetitions.
+    Each repetition runs every contender once, in an order that begins with the next one. So all of
+    them meet a change in the machine's speed. Slow ones take part in the first three repetitions.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)

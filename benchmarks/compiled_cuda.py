@@ -1,4 +1,4 @@
-"""Compiles the programs of prox24 for chips that are not there, and counts their kernels.
+"""Compiles the programs of prox24 for absent chips, and counts their kernels.
 
     make test-cuda
     .venv-cuda/bin/python benchmarks/compiled_cuda.py --output docs/figures
@@ -28,7 +28,7 @@ compared with a chip.
 
 On a TPU, launches are the instructions on arrays. Arrays in the chip's own memory add no MB. In
 place of instructions are the cycles that libtpu estimates for a kernel. It has no estimate for
-transfers, kernels of Pallas and some others. What a launch costs is not known, and left out.
+transfers, kernels of Pallas and some others. The cost of a launch is unknown and left out.
 
 `--check FILE` compares with the rows of an earlier run. The exit code is 1 if launches or MB of a
 program have grown by more than a tenth, or if its products have another precision. `make test-cuda`
@@ -340,7 +340,7 @@ def parsed(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def bytes_of(shape: str) -> int:
-    """Of arrays in the main memory: a TPU's layouts name other memory, such as S(1)."""
+    """Bytes of the arrays in the main memory. A TPU's layouts name other memory, such as S(1)."""
     return sum(
         SIZES[found.group(1)] * math.prod(sizes_of(found.group()))
         for found in ARRAY.finditer(shape)

@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_x64", True)
 
-# Tracing makes many objects that stay. A collection of all of them takes longer each time.
+# Programs and traces stay in memory, so each collection of garbage takes longer than the last.
 gc.set_threshold(50_000, 20, 50)
 
 settings.register_profile("prox24", deadline=None, derandomize=True, max_examples=50)
@@ -37,7 +37,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Reading a file with its imports takes time: none of the other kind is read."""
+    """Skips the files without tests of `-m optimized`, since their imports take time."""
     if config.option.markexpr.startswith("optimized") and collection_path.suffix == ".py":
         return "optimized" not in collection_path.read_text() or None
     return None

@@ -27,7 +27,7 @@ class NoBlocks:
         return getattr(self._status, name)
 
 
-@pytest.mark.slow  # a whole run in a process
+@pytest.mark.slow  # two whole runs
 def test_a_model_is_pruned_as_on_a_system_with_less(tmp_path, monkeypatch):
     write_tiny(tmp_path / "model")
     expected = prox24.prune(tmp_path / "model", tmp_path / "here", calibration=WINDOWS)

@@ -228,7 +228,7 @@ DTYPES = [
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
 def test_zeros_are_exact_in_every_mix_of_dtypes(dtypes, standard_promotion):
-    param_dtype, update_dtype = dtypes  # of parameters, and of updates
+    param_dtype, update_dtype = dtypes
     for scale in (1e-3, 1.0, 1e3):
         params = normal((16, 8), 1, param_dtype)
         updates = (scale * normal((16, 8), 2, update_dtype)).astype(update_dtype)
