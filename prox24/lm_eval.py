@@ -191,7 +191,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
 
         `places` has (row, position before the token, token).
         """
-        hidden = _embed(self.config, self._weights.outer, jnp.asarray(tokens))
+        hidden = decoder.embed_program(self.config, self._weights.outer, jnp.asarray(tokens))
         for layer, own in zip(self.config.layers, self._weights.layers, strict=True):
             hidden = run_layer(layer, own, hidden)
         padded = jnp.asarray(_array(places, 1 << (len(places) - 1).bit_length(), 3))
@@ -304,9 +304,6 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
             rows = self._rows(own[0])
             for start in range(0, len(groups[own]), rows):
                 yield own, groups[own][start : start + rows]
-
-
-_embed = jax.jit(decoder.embed, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

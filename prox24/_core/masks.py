@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from prox24._core.blocks import join, ranks, split, unit_norms, units
-from prox24._core.pattern import PatternLike, Unstructured, as_pattern
+from prox24._core.pattern import AnyPattern, Pattern, PatternLike, Unstructured, as_pattern
 
 
 def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
@@ -33,7 +34,11 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
       >>> top_mask(jnp.array([1.0, 3.0, 2.0, 0.0])).tolist()
       [False, True, True, False]
     """
-    pattern = as_pattern(pattern)
+    return _top_mask(jnp.asarray(scores), as_pattern(pattern), axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _top_mask(scores: Array, pattern: Pattern, axis: int) -> Array:
     planes = split(scores, pattern, axis)
     competing = planes if pattern.unit == 1 else unit_norms(planes, pattern.unit)
     kept = [rank < pattern.kept for rank in ranks(competing)]
@@ -62,11 +67,15 @@ def count_violations(
       >>> int(count_violations(jnp.array([1.0, 2.0, 3.0, 0.0, 1.0, 0.0, 0.0, 2.0])))
       1
     """
+    found = pattern if isinstance(pattern, Unstructured) else as_pattern(pattern)
+    return _count_violations(jnp.asarray(w), found, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _count_violations(w: Array, pattern: AnyPattern, axis: int) -> Array:
     if isinstance(pattern, Unstructured):
-        w = jnp.asarray(w)
         excess = jnp.count_nonzero(w) - pattern.kept(w.size) - sum(w.shape)
         return jnp.maximum(excess, 0).astype(jnp.int32)
-    pattern = as_pattern(pattern)
     nonzeros = nonzero_units(split(w, pattern, axis), pattern.unit)
     return jnp.count_nonzero(nonzeros > pattern.kept).astype(jnp.int32)
 
@@ -112,7 +121,12 @@ def sparse_axes(w: Array, pattern: PatternLike = (2, 4)) -> list[int]:
 
 def mean_sparsity(w: ArrayLike) -> Array:
     """Fraction of exact zeros among the entries, a float32 scalar."""
-    return jnp.mean(jnp.asarray(w) == 0, dtype=jnp.float32)
+    return _mean_sparsity(jnp.asarray(w))
+
+
+@jax.jit
+def _mean_sparsity(w: Array) -> Array:
+    return jnp.mean(w == 0, dtype=jnp.float32)
 
 
 def largest_mask(scores: ArrayLike, kept: int, axis: int | None = None) -> Array:

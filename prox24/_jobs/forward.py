@@ -173,7 +173,7 @@ def embed_windows(
         ids = windows[i + own.start : i + own.stop]
         rows = others | {tokens: jnp.asarray(table[ids.ravel()])}
         places = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
-        yield np.asarray(decoder.embed(config, rows, places))
+        yield np.asarray(decoder.embed_program(config, rows, places))
 
 
 @functools.partial(jax.jit, static_argnums=0)

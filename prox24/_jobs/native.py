@@ -19,7 +19,7 @@ from prox24._jobs.activations import ActivationFiles
 from prox24._jobs.forward import HiddenStates, Model
 from prox24._jobs.observe import observe_layer
 from prox24._models.heads import attention_ties
-from prox24._pruning.grams import Sums, empty_columns, empty_gram, over_devices
+from prox24._pruning.grams import Sums, empty_columns, empty_gram, is_finite, over_devices
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import Inputs, Linear, Runner, Side, Streams, TrainableStage
 from prox24.basis import Places
@@ -133,7 +133,7 @@ class NativeRunner(Runner[Hidden]):
                     # One after the other, so that few Grams are in memory twice.
                     sums[name] = over_devices(sums.pop(name), self.mesh)
         for name, gram in [*grams.items(), *crosses.items()]:
-            if not jnp.isfinite(jnp.trace(gram.total)):
+            if not is_finite(gram.total):
                 raise CalibrationError(f"NaN or Inf in the activations {name} of layer {index}")
         # The compensation of rounding errors is as large as the total. It is dropped.
         totals = {name: cross.total for name, cross in crosses.items()}

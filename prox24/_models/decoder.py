@@ -76,6 +76,10 @@ def embed(config: Config, weights: Weights, tokens: Array, start: Array | int = 
     return _norm(config.norm, weights, "embed_norm" if embedding.norm else None, hidden)
 
 
+embed_program = jax.jit(embed, static_argnums=0)
+"""`embed`, compiled alone."""
+
+
 def layer(spec: Layer, weights: Weights, hidden: Array, tap: Tap, past: Past = NO_PAST) -> Array:
     """One decoder layer: hidden states (batch, length, hidden), float32, to the same shape.
 

@@ -57,7 +57,7 @@ def advance(
     it again. `config` must be fixed to the capacity of the cache by `spec.at_length`. To compile
     everything as one program, use `jax.jit(advance, static_argnums=0, donate_argnums=2)`.
     """
-    hidden = _embed(config, weights.outer, tokens, start)
+    hidden = decoder.embed_program(config, weights.outer, tokens, start)
     extended: Cache = []
     for layer, own, cached in zip(config.layers, weights.layers, cache, strict=True):
         hidden, joined = _layer(layer, own, hidden, cached, start)
@@ -65,7 +65,6 @@ def advance(
     return _logits(config, weights.outer, hidden[:, -1:])[:, 0], extended
 
 
-_embed = jax.jit(decoder.embed, static_argnums=0)
 _logits = jax.jit(decoder.logits, static_argnums=0)
 
 

@@ -51,6 +51,12 @@ def empty_columns(width: int, mesh: Mesh) -> GramSum:
     return GramSum(total, error, everywhere(jnp.zeros((), jnp.int32), mesh))
 
 
+@jax.jit
+def is_finite(total: Array) -> Array:
+    """Whether the traces of Grams (..., in, in) are finite: each x x^T adds |x|^2."""
+    return jnp.isfinite(jnp.trace(total, axis1=-2, axis2=-1)).all()
+
+
 def add_tokens(gram: GramSum, x: Array, y: Array | None = None) -> GramSum:
     """Adds x y^T of the tokens x and y of shape (..., in), or x x^T.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -249,10 +250,16 @@ def _pruned(
 
 def _rounded(runner: Runner[State], recipe: Recipe, tensor: str, values: Array) -> Array:
     dtype = runner.dtype(tensor) if recipe.dtype is None else jnp.dtype(recipe.dtype)
-    rounded = values.astype(dtype)
-    if not jnp.isfinite(rounded).all():
+    rounded, finite = _cast(values, dtype)
+    if not finite:
         raise CheckpointError(f"tensor {tensor} overflows {dtype}; choose another dtype")
     return rounded
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(values: Array, dtype: Any) -> tuple[Array, Array]:
+    rounded = values.astype(dtype)
+    return rounded, jnp.isfinite(rounded).all()
 
 
 def pruned_together(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prox24._pruning.grams import GramSum, Sums, add_tokens, empty_gram, is_sent
+from prox24._pruning.grams import GramSum, Sums, add_tokens, empty_gram, is_finite, is_sent
 from prox24._pruning.runner import Inputs
 from prox24._trees.layout import Layout
 from prox24._trees.products import Apply, find_products, split_arrays
@@ -193,7 +193,7 @@ def found_grams(grams: Sums, crosses: Sums, layouts: Mapping[str, Layout]) -> di
     found = {}
     for path, own in grams.items():
         totals = [sums[path].total for sums in (grams, crosses) if sums]
-        if not all(jnp.isfinite(jnp.trace(total, axis1=1, axis2=2)).all() for total in totals):
+        if not all(map(is_finite, totals)):
             raise CalibrationError(f"NaN or Inf in the inputs of {path}")
         gram, *cross = totals
         found[path] = InputGram(gram, tuple(own.tokens.tolist()), layouts[path], *cross)

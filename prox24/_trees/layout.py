@@ -1,9 +1,12 @@
 """A weight of any shape as matrices (out, in), and back."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -20,17 +23,19 @@ class Layout(NamedTuple):
     groups: int = 1
 
 
-def to_matrices(weight: Array, layout: Layout) -> Array:
-    """The weight as matrices, shape (problems, out, in)."""
+@functools.partial(jax.jit, static_argnums=1)
+def to_matrices(weight: Array, layout: Layout) -> list[Array]:
+    """The weight as matrices (out, in), one for each problem."""
     problems = math.prod(weight.shape[axis] for axis in layout.stacked) * layout.groups
     width = math.prod(weight.shape[axis] for axis in layout.summed)
-    return weight.transpose(_order(layout)).reshape(problems, -1, width)
+    return list(weight.transpose(_order(layout)).reshape(problems, -1, width))
 
 
-def from_matrices(matrices: Array, layout: Layout, shape: Sequence[int]) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def from_matrices(matrices: Sequence[Array], layout: Layout, shape: tuple[int, ...]) -> Array:
     """The weight of the given shape, made of its matrices; the inverse of `to_matrices`."""
     order = _order(layout)
-    return matrices.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+    return jnp.stack(matrices).reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def _order(layout: Layout) -> tuple[int, ...]:

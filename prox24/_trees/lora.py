@@ -157,6 +157,7 @@ def _merge_leaf(path: str, weight: Array, adapter: Adapter | None, *, scale: Arr
 
 
 # Without the checkpoint, the gradient would keep the mask of every weight.
+@jax.jit
 @jax.checkpoint
 def _merged(weight: Array, adapter: Adapter, scale: ArrayLike) -> Array:
     product = jnp.tensordot(adapter.b, adapter.a, (adapter.axis, 0), precision=PRECISION)

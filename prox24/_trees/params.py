@@ -233,12 +233,12 @@ class FunctionRunner(Runner[Any]):
 
     def matrices(self, linear: Linear, weight: Array) -> list[Array]:
         """One matrix for each problem."""
-        return list(to_matrices(weight, self.layouts[linear.tensor]))
+        return to_matrices(weight, self.layouts[linear.tensor])
 
     def joined(self, linear: Linear, matrices: list[Array]) -> Array:
         """The leaf in its own shape."""
         shape = next(leaf.shape for leaf in self.leaves if leaf.path == linear.tensor)
-        return from_matrices(jnp.stack(matrices), self.layouts[linear.tensor], shape)
+        return from_matrices(matrices, self.layouts[linear.tensor], shape)
 
     def stored(self, tensor: str, weight: Array) -> Array:
         """The weight itself, on its device."""
