@@ -31,8 +31,8 @@ OPTAX = """
 """
 PACKED = "Packed24 from_arrays matmul pack to_arrays to_cutlass unpack"
 REFINE = """
-    BlockRefinement ModelRefinement Outcome Refined Training divergence relative_error train_block
-    train_model
+    BlockRefinement ModelRefinement Outcome Refined Training divergence feature_weights
+    relative_error train_block train_model
 """
 
 

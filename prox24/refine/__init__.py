@@ -6,7 +6,7 @@ of the dense block. `train_model` trains a whole model on the dense model's pred
 zero.
 """
 
-from prox24.refine._blocks import BlockRefinement, relative_error, train_block
+from prox24.refine._blocks import BlockRefinement, feature_weights, relative_error, train_block
 from prox24.refine._distillation import divergence, train_model
 from prox24.refine._model import ModelRefinement
 from prox24.refine._training import Outcome, Refined, Training
@@ -18,6 +18,7 @@ __all__ = [
     "Refined",
     "Training",
     "divergence",
+    "feature_weights",
     "relative_error",
     "train_block",
     "train_model",

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from prox24._core.precision import working_dtype
 from prox24.errors import CalibrationError
 from prox24.optax import keep_pattern
 from prox24.refine._training import (
@@ -105,20 +106,55 @@ def _relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
     )
 
 
-def relative_error(output: Array, target: Array) -> Array:
+def feature_weights(targets: Sequence[ArrayLike]) -> Array:
+    """Weights of the features (features,) for `relative_error`, from batches (..., features).
+
+    The share of a feature is the mean over all tokens of target_f^2 / |target|^2. Its weight is
+    min(1, 1 / (features * share_f)), so that no feature counts for more than the mean of all. In
+    some language models one feature has most of the squared size of the hidden states. Without
+    weights the others would hardly count. The work is done in float64 for targets in float64, else
+    in float32.
+
+    Example:
+      >>> feature_weights([jnp.array([[3.0, 1.0, 0.0, 0.0]])]).round(2).tolist()
+      [0.28, 1.0, 1.0, 1.0]
+    """
+    first = jnp.asarray(targets[0])
+    none = jnp.zeros(first.shape[-1:], working_dtype(first.dtype))
+    shares = functools.reduce(_add_shares, targets, none)
+    return 1 / jnp.maximum(shares * (shares.size / len(targets)), 1)
+
+
+@jax.jit
+def _add_shares(total: Array, target: Array) -> Array:
+    squares = jnp.square(at_least_float32(target))
+    sizes = jnp.sum(squares, axis=-1, keepdims=True)
+    shares = squares / jnp.maximum(sizes, jnp.finfo(sizes.dtype).tiny)
+    return total + jnp.mean(shares, axis=tuple(range(shares.ndim - 1)))
+
+
+@jax.jit
+def relative_error(output: Array, target: Array, weights: Array | None = None) -> Array:
     """Mean over tokens of |output - target|^2 / |target|^2, for arrays (..., features).
+
+    |x|^2 is the sum over the features of weights_f x_f^2. The weights are (features,), such as
+    `feature_weights`; None weights all features equally.
 
     A few tokens with huge activations would dominate the plain squared error. A target of zero is
     divided by the mean of |target|^2 instead. The work is done in float64 if an array is float64,
     else in float32.
 
     Example:
-      >>> float(relative_error(jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 1.0]])))
-      0.5
+      >>> output, target = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 1.0]])
+      >>> float(relative_error(output, target, jnp.array([1.0, 3.0])))
+      0.75
     """
     output, target = at_least_float32(output), at_least_float32(target)
-    error = jnp.sum(jnp.square(output - target), axis=-1)
-    size = jnp.sum(jnp.square(target), axis=-1)
+    if weights is None:
+        weights = jnp.ones(target.shape[-1:], target.dtype)
+    weights = jnp.expand_dims(weights, range(target.ndim - 1))
+    error = jnp.sum(weights * jnp.square(output - target), axis=-1)
+    size = jnp.sum(weights * jnp.square(target), axis=-1)
     size = jnp.where(size > 0, size, jnp.mean(size))
     return jnp.mean(error / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
 
@@ -134,7 +170,7 @@ def train_block(
     held_out: int = 1,
     micro_batches: int = 1,
     trainable: PyTree | Callable[[PyTree], PyTree] | None = None,
-    loss: OutputLoss = relative_error,
+    loss: OutputLoss | None = None,
     on_step: OnStep | None = None,
 ) -> Refined:
     """Trains the kept parameters of a block to reproduce targets.
@@ -159,7 +195,8 @@ def train_block(
         step uses the mean of their gradients.
       trainable: the entries to train, see `prox24.optax.keep_pattern`. None trains the nonzeros of
         the leaves that `prox24.optax.proximal` prunes, and all other leaves.
-      loss: function of an output and its target. It returns a scalar.
+      loss: function of an output and its target. It returns a scalar. None is `relative_error`
+        with the `feature_weights` of all targets.
       on_step: function of the number of a step and its loss on training batches, before the step
         changes the parameters. Each call is one step late, or at a measurement.
 
@@ -186,7 +223,7 @@ def train_block(
     return refine(
         _block_loss(apply, loss),
         params,
-        None,
+        feature_weights(targets) if loss is None else None,
         batches,
         optimizer,
         passes=passes,
@@ -215,15 +252,16 @@ def block_step(
 
     master, state = jax.eval_shape(begun, params)
     total = None if micro_batches == 1 else master
-    step = step_program(_block_loss(apply, relative_error), optimizer, micro_batches)
-    return step.lower(master, state, total, None, (inputs, targets))
+    weights = jax.ShapeDtypeStruct(targets.shape[-1:], working_dtype(targets.dtype))
+    step = step_program(_block_loss(apply, None), optimizer, micro_batches)
+    return step.lower(master, state, total, weights, (inputs, targets))
 
 
 @functools.lru_cache(maxsize=16)
-def _block_loss(apply: Apply, loss: OutputLoss) -> Loss:
-    def of_batch(params: PyTree, constants: PyTree, batch: tuple[Array, Array]) -> Array:
-        del constants
+def _block_loss(apply: Apply, loss: OutputLoss | None) -> Loss:
+    def of_batch(params: PyTree, weights: Array | None, batch: tuple[Array, Array]) -> Array:
         x, target = batch
-        return loss(apply(params, x), target)
+        output = apply(params, x)
+        return relative_error(output, target, weights) if loss is None else loss(output, target)
 
     return of_batch

@@ -28,6 +28,7 @@ CHUNK = 128
 """Tokens of each window whose logits are in memory together."""
 
 
+@jax.jit
 def divergence(logits: Array, target: Array) -> Array:
     """KL(softmax(target) || softmax(logits)) in nats, over the last axis, in float32 or float64.
 

@@ -61,7 +61,8 @@ def trained(block, optimizer, apply=two_layers, **more):
 def error_of(params, block):
     """On the batch that is held out."""
     _, inputs, targets = block
-    return float(refine.relative_error(two_layers(params, inputs[-1]), targets[-1]))
+    weights = refine.feature_weights(targets)
+    return float(refine.relative_error(two_layers(params, inputs[-1]), targets[-1], weights))
 
 
 def rounding(loss):
@@ -188,7 +189,8 @@ def test_what_is_kept_may_be_given(pruned):
 def test_the_error_is_computed_in_float32():
     target = jnp.full((1, 4096), 4, jnp.float16)  # whose squares sum to more than float16 holds
     with jax.numpy_dtype_promotion("strict"):
-        error = refine.relative_error(target / jnp.float16(2), target)
+        weights = refine.feature_weights([target])
+        error = refine.relative_error(target / jnp.float16(2), target, weights)
         gap = refine.divergence(target, target)
     assert (float(error), float(gap[0])) == (0.25, 0)
     assert error.dtype == gap.dtype == jnp.float32
@@ -199,7 +201,42 @@ def test_a_target_of_zero_counts_by_the_size_of_the_others():
     output = target + jnp.array([[1.0, 1.0]])
     expected = (2 / 4 + 2 / (20 / 3) + 2 / 16) / 3
     # A dozen operations.
-    assert float(refine.relative_error(output, target)) == pytest.approx(expected, rel=12 * UNIT)
+    found = refine.relative_error(output, target)
+    assert float(found) == pytest.approx(expected, rel=12 * UNIT)
+
+
+@pytest.fixture
+def one_large(pruned):
+    """The block, with one output feature of most of the squared size."""
+    params, inputs, targets = pruned
+    factors = jnp.ones(8, "float32").at[3].set(32)
+    params = params | {"second": {"kernel": params["second"]["kernel"] * factors}}
+    return params, inputs, [target * factors for target in targets]
+
+
+def test_features_are_weighted_by_their_share_of_the_size(one_large):
+    targets = np.asarray(one_large[2], np.float64)
+    shares = np.mean(targets**2 / np.sum(targets**2, axis=-1, keepdims=True), axis=(0, 1))
+    assert shares[3] > 0.8
+    # Features below the mean have a weight of one.
+    expected = 1 / np.maximum(8 * shares, 1)
+    assert np.all((expected == 1) == (np.arange(8) != 3))
+    targets = jnp.asarray(targets, "float32")
+    np.testing.assert_allclose(refine.feature_weights(list(targets)), expected, rtol=24 * UNIT)
+    outputs = targets + jax.random.normal(jax.random.key(1), targets.shape, "float32")
+    parts = [expected * np.asarray(x, np.float64) ** 2 for x in (outputs - targets, targets)]
+    error = np.mean(np.sum(parts[0], axis=-1) / np.sum(parts[1], axis=-1))
+    found = refine.relative_error(outputs, targets, jnp.asarray(expected, "float32"))
+    assert float(found) == pytest.approx(error, rel=24 * UNIT)
+
+
+def test_a_large_feature_does_not_hide_the_others(one_large):
+    def error_of_others(loss):
+        refined = trained(one_large, optax.adam(1e-2), passes=40, loss=loss)
+        difference = two_layers(refined.params, one_large[1][-1]) - one_large[2][-1]
+        return float(jnp.sum(jnp.square(difference.at[:, 3].set(0))))
+
+    assert error_of_others(None) < 0.8 * error_of_others(refine.relative_error)
 
 
 def test_optimizers_that_keep_the_first_parameters(pruned):
