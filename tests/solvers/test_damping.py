@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,19 +11,18 @@ from test_solvers import make_problem
 from tiers import rest
 
 from prox24._solvers import damping as solver_damping
-from prox24._solvers.damping import damped_inverse, inverse, inverse_factor
+from prox24._solvers.damping import damped_inverse, inverse_factor
 
 
 @pytest.fixture(params=["by sweeps", "by Cholesky"])
-def either_pivot(request, monkeypatch):
-    """How blocks of the diagonal are inverted: as on CPUs and TPUs, and as on GPUs."""
+def inverse(request, monkeypatch):
+    """The inverse, its blocks of the diagonal inverted as on CPUs and TPUs, and as on GPUs."""
     if request.param == "by Cholesky":
         monkeypatch.setattr(
             solver_damping, "_inverted_pivot", lambda pivot, _: solver_damping._by_cholesky(pivot)
         )
-
-
-every_pivot = pytest.mark.usefixtures("either_pivot")
+    # A function of its own, since programs are kept by the function.
+    return jax.jit(lambda matrix: solver_damping.inverse(matrix))
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
@@ -57,19 +57,17 @@ def test_an_indefinite_gram_gets_the_damping_that_it_needs(dtype, asked):
 WIDTHS = [1, 60, 256, 384, 300]
 
 
-@every_pivot
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_inverse_times_the_matrix_is_the_identity(width):
+def test_the_inverse_times_the_matrix_is_the_identity(width, inverse):
     for condition in (1e2, 1e8):
         matrix = definite(width, condition, np.random.default_rng(0))
         residual = np.asarray(inverse(jnp.asarray(matrix))) @ matrix - np.eye(width)
         assert np.abs(residual).max() <= 10 * width * eps_of("float64") * condition
 
 
-@every_pivot
 @pytest.mark.optimized
 @pytest.mark.parametrize("width", [60, 700])
-def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width):
+def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width, inverse):
     for condition in (1e1, 1e3, 1e5):
         matrix = definite(width, condition, np.random.default_rng(0))
         expected = np.linalg.inv(matrix)
@@ -77,8 +75,7 @@ def test_in_float32_the_inverse_is_right_to_rounding_times_the_condition(width):
         assert np.linalg.norm(error) <= eps_of("float32") * condition * np.linalg.norm(expected)
 
 
-@every_pivot
-def test_features_of_unequal_scale_have_inverses_as_good():
+def test_features_of_unequal_scale_have_inverses_as_good(inverse):
     width, scale = 300, np.geomspace(1e-3, 1e3, 300)
     matrix = definite(width, 100.0, np.random.default_rng(0))
     inverted = inverse(jnp.asarray(scale[:, None] * matrix * scale, jnp.float32))
@@ -86,27 +83,24 @@ def test_features_of_unequal_scale_have_inverses_as_good():
     assert_close(rescaled, np.linalg.inv(matrix), 2 * 100.0, "float32")
 
 
-@every_pivot
 @pytest.mark.parametrize("place", [(0, 0), (3, 299), *rest((7, 7), (299, 299), (0, 1), (255, 256))])
-def test_one_bad_entry_gives_nan(place):
+def test_one_bad_entry_gives_nan(place, inverse):
     for value in (np.inf, -np.inf, np.nan, *((0.0, -1.0) if place[0] == place[1] else ())):
         matrix = np.eye(300)
         matrix[place] = matrix[place[::-1]] = value
         assert np.all(np.isnan(inverse(jnp.asarray(matrix)))), value
 
 
-@every_pivot
 @pytest.mark.parametrize("width", [60, 300])
-def test_only_the_upper_triangle_is_read(width):
+def test_only_the_upper_triangle_is_read(width, inverse):
     matrix = definite(width, 100.0, np.random.default_rng(0))
     inverted = inverse(jnp.asarray(matrix))
     matrix[np.tril_indices(width, -1)] = np.nan
     np.testing.assert_array_equal(inverse(jnp.asarray(matrix)), inverted)
 
 
-@every_pivot
 @pytest.mark.parametrize("width", [*rest(1, 60), 300])
-def test_a_matrix_that_is_not_definite_gives_nan(width):
+def test_a_matrix_that_is_not_definite_gives_nan(width, inverse):
     for seed, factor in itertools.product(range(8), (2.0, 1.001)):
         matrix = definite(width, 100.0, np.random.default_rng(seed))
         matrix -= factor * np.linalg.eigvalsh(matrix)[0] * np.eye(width)
