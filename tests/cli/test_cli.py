@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from unittest.mock import ANY
 
 import jax
 import numpy as np
+import programs
 import pytest
 from commands import (
     TEXT,
@@ -58,19 +58,18 @@ def prune(workspace, *choices, destination="out"):
 def test_prune_verify_and_eval(workspace, capsys):
     source, out, report = workspace / "model", workspace / "out", workspace / "report.json"
     logs = ["--log-file", workspace / "log.txt", "--metrics", workspace / "metrics.jsonl"]
-    options = [*map(str, calibrated(workspace)), *logs, "--report", report, "--json"]
-    command = [sys.executable, "-m", "prox24", "prune", source, out, *options]
-    pruned = subprocess.run(command, capture_output=True)
-    assert pruned.returncode == 0, pruned.stderr
+    options = [*calibrated(workspace), *logs, "--report", report, "--json"]
+    assert run("prune", source, out, *options) == 0
+    pruned = capsys.readouterr()
     lines = (workspace / "log.txt").read_text()
-    assert pruned.stderr.decode() == lines  # no terminal: a line for each layer
+    assert pruned.err == lines  # no terminal: a line for each layer
     assert re.findall(r"prune (./.) layers\.(.), loss 0\.\d+", lines) == [
         ("1/2", "0"),
         ("2/2", "1"),
     ]
     metrics = [json.loads(line) for line in (workspace / "metrics.jsonl").read_text().splitlines()]
     assert [each.pop("event") for each in metrics] == ["linear"] * 14
-    printed = json.loads(pruned.stdout)
+    printed = json.loads(pruned.out)
     assert printed == json.loads(report.read_text())
     recipe = printed["recipe"]
     assert recipe == prox24.Recipe().to_dict()
@@ -112,7 +111,7 @@ def test_prune_verify_and_eval(workspace, capsys):
     assert (
         sum(linear["seconds"] for linear in printed["linears"]) < 1.1 * printed["stages"]["solve"]
     )
-    counts = printed_json(capsys, "verify", out)
+    counts = json.loads(programs.run("-m", "prox24", "verify", out, "--json"))
     assert (counts["linears"], counts["sparsity"], counts["violations"]) == (14, 0.5, {})
     text = ["--text", workspace / "text.txt", "--sequence-length", "64"]
     result = printed_json(capsys, "eval", out, *text)
