@@ -1,11 +1,14 @@
 """The penalty, which is zero exactly on arrays of the pattern."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from prox24._core.blocks import split, unit_norms
-from prox24._core.pattern import PatternLike, as_pattern
+from prox24._core.pattern import Pattern, PatternLike, as_pattern
 from prox24._core.precision import working_dtype
 
 
@@ -37,9 +40,12 @@ def penalty(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Arra
       >>> float(penalty(jnp.array([1.0, -2.0, 3.0, 0.0])))
       6.0
     """
-    pattern = as_pattern(pattern)
+    return _penalty(jnp.asarray(w), as_pattern(pattern), axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _penalty(w: Array, pattern: Pattern, axis: int) -> Array:
     degree = pattern.kept + 1
-    w = jnp.asarray(w)
     w = w.astype(working_dtype(w.dtype))
     magnitudes = unit_norms(split(w, pattern, axis), pattern.unit)
     # Horner's scheme for the product of (1 + |w_i| t): elementary[d] is e_d of the entries so far.

@@ -64,7 +64,10 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
     y, lam = jnp.asarray(y), jnp.asarray(lam)
     if tpu.serves(y, lam, pattern, axis):
         return _prox_of_rows(y, lam.astype(jnp.float32), pattern.kept, pattern.group)
-    return tpu.planar(y, lam, *pattern, axis)
+    return _planar(y, lam, *pattern, axis)
+
+
+_planar = jax.jit(tpu.planar, static_argnums=(2, 3, 4, 5))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
