@@ -116,8 +116,8 @@ def feature_weights(targets: Sequence[ArrayLike]) -> Array:
     in float32.
 
     Example:
-      >>> feature_weights([jnp.array([[3.0, 1.0, 0.0, 0.0]])]).round(2).tolist()
-      [0.28, 1.0, 1.0, 1.0]
+      >>> feature_weights([jnp.array([[1.0, 1.0, 0.0, 0.0]])]).tolist()
+      [0.5, 0.5, 1.0, 1.0]
     """
     first = jnp.asarray(targets[0])
     none = jnp.zeros(first.shape[-1:], working_dtype(first.dtype))
