@@ -185,8 +185,9 @@ def medians(
 ) -> dict[str, float]:
     """Median seconds of each contender. All contenders have run before.
 
-    Each repetition runs every contender once, in an order that begins with the next one. So all of
-    them meet a change in the machine's speed. Slow ones take part in the first three repetitions.
+    Each repetition runs every contender once, in an order that begins with the next one. A change
+    in the machine's speed then affects all contenders. Slow ones take part in the first three
+    repetitions.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)

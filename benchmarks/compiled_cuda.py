@@ -366,7 +366,7 @@ def sizes_of(shape: str) -> list[int]:
 
 
 def fusion_bytes(computation: Computation) -> int:
-    """The bytes that a fusion reads and writes; of a sliced operand, those of the slices."""
+    """Bytes that a fusion reads and writes. A sliced operand counts by its slices."""
     users = collections.defaultdict(list)
     for each in computation.values():
         for place, operand in enumerate(each.operands):
@@ -412,7 +412,7 @@ def is_free(each: Instruction, computation: Computation) -> bool:
 
 @dataclasses.dataclass
 class Kernel:
-    """A launch, how often it happens, and what it does."""
+    """A launch: its name, its number of times, and its work."""
 
     name: str
     times: int
@@ -535,7 +535,7 @@ class Walk:
         return kernel
 
 
-# What NVIDIA's assembler made of it
+# Output of NVIDIA's assembler
 
 
 def tool(name: str) -> str:
@@ -553,7 +553,7 @@ FEW_THREADS = 2**15
 
 
 def instructions(folder: Path, architecture: str) -> dict[str, int]:
-    """Of every large kernel, by its operation, its instructions times its threads."""
+    """Instructions times threads of each large kernel, by the name of its operation."""
     (sequence,), (metadata,) = (
         [*folder.glob(f"*thunk_{kind}.txt")] for kind in ("sequence", "metadata")
     )

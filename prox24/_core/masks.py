@@ -119,14 +119,10 @@ def sparse_axes(w: Array, pattern: PatternLike = (2, 4)) -> list[int]:
     ]
 
 
+@jax.jit
 def mean_sparsity(w: ArrayLike) -> Array:
     """Fraction of exact zeros among the entries, a float32 scalar."""
-    return _mean_sparsity(jnp.asarray(w))
-
-
-@jax.jit
-def _mean_sparsity(w: Array) -> Array:
-    return jnp.mean(w == 0, dtype=jnp.float32)
+    return jnp.mean(jnp.asarray(w) == 0, dtype=jnp.float32)
 
 
 def largest_mask(scores: ArrayLike, kept: int, axis: int | None = None) -> Array:

@@ -16,8 +16,9 @@ class GramSum(NamedTuple):
     """sum of x y^T over tokens, kept as a float32 sum and its rounding error.
 
     The two hold twice the digits of one. So almost no bit of the total depends on the order of the
-    micro-batches, or on the number of devices. Devices that share the tokens have a sum each, along
-    a first axis, until `over_devices`. Or each has some columns of the one sum, see `add_in_turn`.
+    micro-batches, or on the number of devices. If devices share the tokens, a first axis holds
+    their sums, until `over_devices` adds them. Or each device has some columns of the one sum, see
+    `add_in_turn`.
 
     Attributes:
       total: shape (in, in), the sum to the nearest float32.
@@ -53,7 +54,7 @@ def empty_columns(width: int, mesh: Mesh) -> GramSum:
 
 @jax.jit
 def is_finite(total: Array) -> Array:
-    """Whether the traces of Grams (..., in, in) are finite: each x x^T adds |x|^2."""
+    """Whether all traces of Grams (..., in, in) are finite. A token x adds |x|^2 to a trace."""
     return jnp.isfinite(jnp.trace(total, axis1=-2, axis2=-1)).all()
 
 

@@ -250,16 +250,15 @@ def _pruned(
 
 def _rounded(runner: Runner[State], recipe: Recipe, tensor: str, values: Array) -> Array:
     dtype = runner.dtype(tensor) if recipe.dtype is None else jnp.dtype(recipe.dtype)
-    rounded, finite = _cast(values, dtype)
-    if not finite:
+    rounded = values.astype(dtype)
+    if not _all_finite(rounded):
         raise CheckpointError(f"tensor {tensor} overflows {dtype}; choose another dtype")
     return rounded
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(values: Array, dtype: Any) -> tuple[Array, Array]:
-    rounded = values.astype(dtype)
-    return rounded, jnp.isfinite(rounded).all()
+@jax.jit
+def _all_finite(values: Array) -> Array:
+    return jnp.isfinite(values).all()
 
 
 def pruned_together(

@@ -115,13 +115,17 @@ def feature_weights(targets: Sequence[ArrayLike]) -> Array:
     weights the others would hardly count. The work is done in float64 for targets in float64, else
     in float32.
 
+    Raises:
+      ValueError: there is no batch.
+
     Example:
       >>> feature_weights([jnp.array([[1.0, 1.0, 0.0, 0.0]])]).tolist()
       [0.5, 0.5, 1.0, 1.0]
     """
-    first = jnp.asarray(targets[0])
-    none = jnp.zeros(first.shape[-1:], working_dtype(first.dtype))
-    shares = functools.reduce(_add_shares, targets, none)
+    if len(targets) == 0:
+        raise ValueError("there is no batch of targets")
+    dtype = working_dtype(jnp.result_type(targets[0]))
+    shares = functools.reduce(_add_shares, targets, jnp.zeros(jnp.shape(targets[0])[-1:], dtype))
     return 1 / jnp.maximum(shares * (shares.size / len(targets)), 1)
 
 
