@@ -47,6 +47,6 @@ def missing_package(
     return MissingPackageError(f"{user} needs the package {package}: pip install 'prox24[{extra}]'")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line."""
     return (str(error).strip() or repr(error)).splitlines()[0]

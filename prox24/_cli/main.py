@@ -58,11 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of standard output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # SIGPIPE; some systems lack its name
-    except Terminated as error:
-        return _end("ended by SIGTERM", error, 128 + signal.SIGTERM)
-    except KeyboardInterrupt as error:
-        return _end("interrupted", error, 128 + signal.SIGINT)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        cause = _interrupt(error)
+        if isinstance(cause, Terminated):
+            return _end("ended by SIGTERM", error, 128 + signal.SIGTERM)
+        if cause is not None:
+            return _end("interrupted", error, 128 + signal.SIGINT)
         said = _said(error)
         if said is None:
             raise
@@ -86,7 +87,18 @@ def parser(arguments: list[str]) -> argparse.ArgumentParser:
     return top
 
 
-def _said(error: Exception) -> str | None:
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interrupt that an error is or comes from, if any.
+
+    A signal can arrive in Python code that C code calls. CPython may then raise SystemError from
+    the interrupt.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error
+
+
+def _said(error: BaseException) -> str | None:
     """The message of an error that a user can correct; None for an error of the program."""
     if isinstance(error, Prox24Error | OSError):
         return str(error)

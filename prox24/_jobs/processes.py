@@ -96,7 +96,7 @@ def is_broken_off(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError)
 
 
-def is_missing_device(error: Exception) -> bool:
+def is_missing_device(error: BaseException) -> bool:
     """Whether JAX could not start on its devices."""
     return isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend")
 

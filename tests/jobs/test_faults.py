@@ -249,10 +249,23 @@ def test_a_run_that_ends_at_any_place_ends_with_the_same_bytes(workspace, whole)
     assert resumed > 4
 
 
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def terminate_in_native_code():
+    """As CPython reports a signal that arrives in Python code called by C code."""
+    try:
+        terminate()
+    except KeyboardInterrupt as error:
+        raise SystemError("a function returned a result with an exception set") from error
+
+
 @pytest.mark.parametrize(
     ("stop", "code", "said"),
     [
-        (lambda: signal.raise_signal(signal.SIGTERM), 128 + signal.SIGTERM, "ended by SIGTERM"),
+        (terminate, 128 + signal.SIGTERM, "ended by SIGTERM"),
+        (terminate_in_native_code, 128 + signal.SIGTERM, "ended by SIGTERM"),
         (raising(of_system(errno.ENOSPC)), 2, "No space left on device"),
     ],
 )
