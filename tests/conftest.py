@@ -34,6 +34,8 @@ settings.load_profile("prox24")
 # Many modules compile the same programs of the same tiny models.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# The folder's path is then no part of an entry's key.
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -45,8 +47,11 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Of this process alone, since an entry that another one writes could be read half-written."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    """Of this run. Its processes compile many equal programs."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     os.environ["PROX24_CACHE"] = str(tmp_path_factory.mktemp("kernels"))
 
 

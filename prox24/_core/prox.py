@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from prox24._core import planes, tpu
 from prox24._core.pattern import PatternLike, as_pattern
+from prox24._core.precision import working_dtype
 
 
 def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
@@ -61,9 +62,10 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
     planes.check_kept(pattern.kept, pattern.group)
     if isinstance(lam, int | float) and lam < 0:
         raise ValueError(f"lam is {lam}; a penalty is nonnegative")
-    y, lam = jnp.asarray(y), jnp.asarray(lam)
+    y = jnp.asarray(y)
+    lam = jnp.asarray(lam, working_dtype(y.dtype))  # One program serves numbers of every type.
     if tpu.serves(y, lam, pattern, axis):
-        return _prox_of_rows(y, lam.astype(jnp.float32), pattern.kept, pattern.group)
+        return _prox_of_rows(y, lam, pattern.kept, pattern.group)
     return _planar(y, lam, *pattern, axis)
 
 

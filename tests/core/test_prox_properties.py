@@ -29,7 +29,6 @@ def halves():
 HALVES = halves()
 PATTERNS = [(2, 4), *rest((1, 4), (2, 8))]
 
-jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="{0[0]}:{0[1]}".format)
 either_kept = pytest.mark.parametrize(
     "pattern", [(2, 4), *rest((1, 4))], ids="{0[0]}:{0[1]}".format
@@ -69,18 +68,18 @@ def equal_bits(a, b):
     signs=hnp.arrays(np.float32, (3, 8), elements=st.sampled_from([-1.0, 1.0])),
 )
 def test_flipping_signs_of_the_input_flips_those_of_the_output(pattern, y, lam, signs):
-    w = np.asarray(jitted(y, lam, pattern))
-    assert np.array_equal(jitted(signs * y, lam, pattern), signs * w)
+    w = np.asarray(prox(y, lam, pattern))
+    assert np.array_equal(prox(signs * y, lam, pattern), signs * w)
 
 
 @every_pattern
 @given(y=inputs, lam=penalties)
 def test_output_shrinks_keeps_order_and_has_no_larger_objective(pattern, y, lam):
     """With a large penalty it is the largest entries, bit for bit."""
-    w = np.asarray(jitted(y, lam, pattern))
+    w = np.asarray(prox(y, lam, pattern))
     assert np.all(np.abs(w) <= np.abs(y))
     assert np.all(w * y >= 0)
-    assert equal_bits(jitted(y, 1e6, pattern), top(y, pattern))
+    assert equal_bits(prox(y, 1e6, pattern), top(y, pattern))
     y, w = in_blocks(y, pattern), in_blocks(w, pattern)
     order = np.argsort(-np.abs(y), axis=-1, kind="stable")
     by_rank = np.take_along_axis(np.abs(w), order, axis=-1)
@@ -97,8 +96,8 @@ def test_output_shrinks_keeps_order_and_has_no_larger_objective(pattern, y, lam)
 @given(y=inputs, lam=penalties, exponent=st.integers(-12, 12))
 def test_units_of_the_input_change_only_the_units_of_the_output(pattern, y, lam, exponent):
     unit = np.float32(2.0**exponent)
-    expected = unit * np.asarray(jitted(y, lam, pattern))
-    scaled = jitted(unit * y, lam / float(unit) ** (pattern[0] - 1), pattern)
+    expected = unit * np.asarray(prox(y, lam, pattern))
+    scaled = prox(unit * y, lam / float(unit) ** (pattern[0] - 1), pattern)
     assert np.array_equal(scaled, expected)
 
 
@@ -108,23 +107,23 @@ def test_zero_penalty_is_the_identity_at_the_ends_of_every_dtype(pattern):
         info = jnp.finfo(dtype)
         ends = [info.max, -info.max, info.tiny, -info.tiny, info.smallest_subnormal, 0.0, -0.0, 1.0]
         y = np.array([ends, ends[::-1], ends], dtype)
-        assert equal_bits(jitted(y, 0.0, pattern), y), dtype
+        assert equal_bits(prox(y, 0.0, pattern), y), dtype
 
 
 @every_pattern
 def test_large_penalty_keeps_huge_entries(pattern):
     for top_entry in (3e37, 3e38):
         y = np.tile(np.array([0.5, 1, 0.25, 0.75], np.float32), (3, 2)) * np.float32(top_entry)
-        assert equal_bits(jitted(y, 1.0, pattern), top(y, pattern))
+        assert equal_bits(prox(y, 1.0, pattern), top(y, pattern))
 
 
 @every_pattern
 @given(y=any_inputs, lam=any_penalties)
 def test_output_of_any_finite_input_is_finite_and_of_a_sparse_one_itself(pattern, y, lam):
-    assert equal_bits(jitted(y, 0.0, pattern), y)
-    assert np.all(np.isfinite(jitted(y, lam, pattern)))
+    assert equal_bits(prox(y, 0.0, pattern), y)
+    assert np.all(np.isfinite(prox(y, lam, pattern)))
     y = top(y, pattern)
-    assert equal_bits(jitted(y, lam, pattern), y)
+    assert equal_bits(prox(y, lam, pattern), y)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -136,7 +135,7 @@ def test_no_entry_is_denormal_unless_it_came_in_so(pattern, dtype):
     y = (y * 10 ** rng.uniform(-4, 0, y.shape)).astype(dtype)
     unit = np.abs(y).max(axis=-1, keepdims=True).astype(np.float64) ** (pattern[0] - 1)
     lam = (rng.uniform(0, 1, (count, 1)) / np.maximum(unit, tiny)).astype(dtype)
-    w = np.asarray(jitted(y, lam, pattern))
+    w = np.asarray(prox(y, lam, pattern))
     changed = np.abs(w[w != y])
     assert len(changed) > count / 4
     assert np.all((changed == 0) | (changed >= tiny))
@@ -145,23 +144,23 @@ def test_no_entry_is_denormal_unless_it_came_in_so(pattern, dtype):
 @every_pattern
 @given(y=inputs, lam=penalties, row=st.integers(0, 2), column=st.integers(0, 7))
 def test_nan_fills_its_own_block_and_no_other(pattern, y, lam, row, column):
-    expected = in_blocks(jitted(y, lam, pattern), pattern).copy()
+    expected = in_blocks(prox(y, lam, pattern), pattern).copy()
     expected[(row * 8 + column) // pattern[1]] = np.nan
     y = y.copy()
     y[row, column] = np.nan
-    assert np.array_equal(in_blocks(jitted(y, lam, pattern), pattern), expected, equal_nan=True)
+    assert np.array_equal(in_blocks(prox(y, lam, pattern), pattern), expected, equal_nan=True)
 
 
 @every_pattern
 @given(y=inputs, lam=penalties, row=st.integers(0, 2))
 def test_nan_penalty_fills_the_blocks_it_belongs_to_and_no_other(pattern, y, lam, row):
     lams = np.full((3, 8 // pattern[1]), lam, np.float32)
-    expected = in_blocks(jitted(y, lams, pattern), pattern).copy()
+    expected = in_blocks(prox(y, lams, pattern), pattern).copy()
     last = lams.shape[1] - 1
     lams[row, last] = np.nan
     expected[row * lams.shape[1] + last] = np.nan
-    assert np.array_equal(in_blocks(jitted(y, lams, pattern), pattern), expected, equal_nan=True)
-    assert np.all(np.isnan(jitted(y, np.nan, pattern)))
+    assert np.array_equal(in_blocks(prox(y, lams, pattern), pattern), expected, equal_nan=True)
+    assert np.all(np.isnan(prox(y, np.nan, pattern)))
 
 
 def test_what_has_no_operator_is_refused():
@@ -202,8 +201,8 @@ def test_layouts_equal_the_last_axis_moved(pattern, shape, axis):
     y = kernel(*shape)
     last = np.moveaxis(y, axis, -1)
     lam = np.abs(kernel(*last.shape[:-1], last.shape[-1] // pattern[1]))
-    expected = np.moveaxis(np.asarray(jitted(last, lam, pattern)), -1, axis)
-    w = jitted(y, np.moveaxis(lam, -1, axis), pattern, axis)
+    expected = np.moveaxis(np.asarray(prox(last, lam, pattern)), -1, axis)
+    w = prox(y, np.moveaxis(lam, -1, axis), pattern, axis)
     assert w.shape == y.shape
     assert np.array_equal(w, expected)
 
@@ -217,11 +216,11 @@ def roundings(w, lam, pattern=(2, 4)):
 @pytest.mark.parametrize("shape", [(), (6, 1), (1, 2), (2,), (6, 2)])
 def test_penalty_per_row_or_block_equals_separate_calls(shape):
     y, lam = kernel(6, 8), np.abs(kernel(*shape)).astype(np.float32)
-    w = np.asarray(jitted(y, lam)).reshape(6, 2, 4)
+    w = np.asarray(prox(y, lam)).reshape(6, 2, 4)
     each = np.broadcast_to(lam, (6, 2))
     for index in np.ndindex(6, 2):
         block = y.reshape(6, 2, 4)[index]
-        assert_close(w[index], jitted(block, each[index]), roundings(w[index], each[index]))
+        assert_close(w[index], prox(block, each[index]), roundings(w[index], each[index]))
 
 
 def test_penalty_may_be_any_number():
@@ -237,9 +236,9 @@ def test_penalty_may_be_any_number():
 @given(y=inputs, lam=penalties)
 def test_half_precision_is_the_float32_result_rounded_once(pattern, dtype, y, lam):
     y = jnp.asarray(y).astype(dtype)
-    w = jitted(y, lam, pattern)
+    w = prox(y, lam, pattern)
     assert w.dtype == dtype
-    assert equal_bits(w, jitted(y.astype(jnp.float32), lam, pattern).astype(dtype))
+    assert equal_bits(w, prox(y.astype(jnp.float32), lam, pattern).astype(dtype))
 
 
 @pytest.mark.parametrize(("pattern", "axis"), [((2, 4), 0), ((1, 4), 1)])
@@ -253,7 +252,7 @@ def test_planes_joined_equal_the_array_bit_for_bit(pattern, axis):
         assert isinstance(w, tuple)
         return planes.join(w, axis)
 
-    assert equal_bits(joined(y, lam), jitted(y, lam, pattern, axis))
+    assert equal_bits(joined(y, lam), prox(y, lam, pattern, axis))
 
 
 # Transforms
@@ -281,8 +280,8 @@ LAMS = np.array([0.0, 0.2, 0.9, 5.0], np.float32)
 @either_kept
 def test_vmap_and_scan_over_penalties_equal_separate_calls(pattern):
     y = kernel(16, 8)
-    expected = np.stack([np.asarray(jitted(y, lam, pattern)) for lam in LAMS])
-    mapped = jax.vmap(lambda lam: jitted(y, lam, pattern))(LAMS)
+    expected = np.stack([np.asarray(prox(y, lam, pattern)) for lam in LAMS])
+    mapped = jax.vmap(lambda lam: prox(y, lam, pattern))(LAMS)
     _, scanned = jax.lax.scan(lambda carry, lam: (carry, prox(y, lam, pattern)), None, LAMS)
     for together in (mapped, scanned):
         for found, w, lam in zip(together, expected, LAMS, strict=True):
@@ -293,9 +292,9 @@ def test_vmap_and_scan_over_penalties_equal_separate_calls(pattern):
 def test_vmap_over_inputs_equals_separate_calls(in_axes):
     y = np.stack([kernel(16, 8) * (1 + i) for i in range(4)], axis=in_axes[0])
     lam = LAMS if in_axes[1] == 0 else np.float32(0.3)
-    together = jax.vmap(jitted, in_axes)(y, lam)
+    together = jax.vmap(prox, in_axes)(y, lam)
     for found, *pair in zip(
         together, np.moveaxis(y, in_axes[0], 0), np.broadcast_to(lam, 4), strict=True
     ):
-        w = jitted(*pair)
+        w = prox(*pair)
         assert_close(found, w, roundings(w, pair[1]))

@@ -11,8 +11,6 @@ from prox24._jobs.forward import layer_weights, load_model, run_layer
 from prox24._jobs.observe import layer_inputs, observe_layer
 from prox24._pruning.grams import GramSum, add_tokens, empty_gram
 
-pytestmark = pytest.mark.optimized
-
 
 def gathered(batches) -> tuple[GramSum, np.ndarray]:
     width = batches[0].shape[-1]
@@ -25,6 +23,7 @@ def gathered(batches) -> tuple[GramSum, np.ndarray]:
     return gram, exact
 
 
+@pytest.mark.optimized
 def test_gram_is_that_of_float64_to_eight_roundings_over_many_batches():
     """Sums over batches are exact. In one of 1024 tokens 32 add, like a root; batches average."""
     generator = np.random.default_rng(0)
@@ -40,6 +39,7 @@ def test_gram_is_that_of_float64_to_eight_roundings_over_many_batches():
     np.testing.assert_allclose(total.diagonal(), exact.diagonal(), rtol=eight)
 
 
+@pytest.mark.optimized
 def test_gram_is_symmetric_and_counts_every_token():
     x = np.random.default_rng(3).integers(-8, 8, (3, 5, 4)).astype(np.float32)
     gram, _ = gathered([x])
@@ -47,6 +47,7 @@ def test_gram_is_symmetric_and_counts_every_token():
     np.testing.assert_array_equal(gram.total, gram.total.T)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("width", [256, 258])
 def test_blocks_below_the_diagonal_are_those_above(width):
     x = np.random.default_rng(4).normal(size=(2, 40, width)).astype(np.float32)
@@ -55,6 +56,7 @@ def test_blocks_below_the_diagonal_are_those_above(width):
     np.testing.assert_array_equal(gram.total, gram.total.T)
 
 
+@pytest.mark.optimized
 def test_a_cross_gram_pairs_the_tokens():
     generator = np.random.default_rng(2)
     x, y = generator.standard_normal((2, 6, 5, 4)).astype(np.float32)
