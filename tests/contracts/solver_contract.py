@@ -63,7 +63,14 @@ class Contract:
         return prox24.solve(*arrays, *cls.methods, **options)
 
     def test_masks_have_the_pattern_and_weights_are_finite(self):
-        for pattern, (name, problem) in itertools.product(self.patterns(), PROBLEMS.items()):
+        self.assert_solves(self.patterns()[0])
+
+    def test_other_patterns_are_solved_too(self):
+        for pattern in self.patterns()[1:]:
+            self.assert_solves(pattern)
+
+    def assert_solves(self, pattern):
+        for name, problem in PROBLEMS.items():
             solution = self.solve(*problem, pattern=pattern)
             assert_solved(solution, problem, pattern, f"{pattern}, {name}")
 

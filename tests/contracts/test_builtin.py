@@ -2,10 +2,12 @@
 
 import pytest
 from refit_contract import RefitContract
-from solver_contract import SolverContract
+from solver_contract import Contract, SolverContract
 
 import prox24
 from prox24._solvers.solve import REFITS, SOLVERS
+
+pytest.mark.slow(Contract.test_other_patterns_are_solved_too)  # beside the first pattern
 
 
 class TestMagnitude(SolverContract):

@@ -18,7 +18,6 @@ from prox24 import prox
 
 PATTERNS = [(2, 4), *rest((2, 5), (1, 4))]
 
-jitted = jax.jit(prox, static_argnames=("pattern", "axis"))
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids="{0[0]}:{0[1]}".format)
 either_kept = pytest.mark.parametrize(
     "pattern", [(2, 4), *rest((1, 4))], ids="{0[0]}:{0[1]}".format
@@ -40,7 +39,7 @@ def blocks(pattern, count, seed=0):
 
 def solved(y, lam, pattern):
     """The minimisers, with penalties (n,)."""
-    return np.asarray(jitted(y, lam[:, None], pattern))
+    return np.asarray(prox(y, lam[:, None], pattern))
 
 
 def well_conditioned(w, lam, pattern):
@@ -114,7 +113,7 @@ def test_gradient_in_a_shared_penalty_is_the_sum_over_its_blocks(pattern, shape)
     lam = np.asarray(rng.uniform(0.2, 0.9, shape))
     gradient = jax.jit(jax.grad(lambda lam: jnp.sum(weights * prox(y, lam, pattern))))(lam)
     each = np.broadcast_to(lam, (6, 10)).ravel()
-    w = np.asarray(jitted(y, lam, pattern)).reshape(-1, 4)
+    w = np.asarray(prox(y, lam, pattern)).reshape(-1, 4)
     in_y, in_lam = prox_jacobian(w, each, pattern[0])
     expected = np.sum(weights.reshape(-1, 4) * in_lam, axis=-1).reshape(6, 10)
     shared = {(): (0, 1), (6, 1): (1,)}[shape]
@@ -168,7 +167,7 @@ def test_gradient_through_a_scan_is_the_product_of_the_jacobians(pattern):
     gy, glams = jax.jit(jax.grad(last, argnums=(0, 1)))(y, lams)
     path = [y]
     for lam in lams:
-        path.append(np.asarray(jitted(path[-1], lam, pattern)))
+        path.append(np.asarray(prox(path[-1], lam, pattern)))
     cotangent, expected, grown = weights, [], [4.0]
     for lam, w in zip(lams[::-1], path[:0:-1], strict=True):
         in_y, in_lam = prox_jacobian(w, np.full(len(w), lam), pattern[0])
@@ -198,7 +197,7 @@ def near_zero_diagonal(size):
     y = u + penalty_gradient(u)
     y[:, size:] *= 0.5
     # Those that are the minimisers, and not other stationary points.
-    found = np.all(np.abs(jitted(y, 1.0) - u) < eps_of("float64") ** 0.5, axis=-1)
+    found = np.all(np.abs(prox(y, 1.0) - u) < eps_of("float64") ** 0.5, axis=-1)
     assert np.count_nonzero(found) > COUNT
     return u[found][:COUNT], y[found][:COUNT]
 
@@ -209,7 +208,7 @@ def test_jacobian_is_right_where_the_diagonal_of_the_closed_form_vanishes(size):
     last = 1 - np.sum(u, axis=-1) + 2 * u[:, size - 1]
     assert np.sum(np.abs(last) < 16 * eps_of("float64")) > COUNT / 4  # of numbers up to 2
     assert np.sum(last < -1e-3) > COUNT / 4
-    w = np.asarray(jitted(y, 1.0))
+    w = np.asarray(prox(y, 1.0))
     lam = np.ones(len(w))
     for transform in (jax.jacfwd, jax.jacrev):
         found = jacobians(transform, (2, 4))(y, lam)

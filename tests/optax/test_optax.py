@@ -17,8 +17,6 @@ from tiers import rest
 from prox24 import Exponential, Pattern, prox, report
 from prox24.optax import by_path, check, keep_pattern, kept_entries, proximal
 
-jitted_prox = jax.jit(prox, static_argnames=("pattern", "axis"))
-
 # The tests run few steps of what they compile.
 FAST = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
@@ -168,7 +166,7 @@ def test_sgd_with_proximal_is_proximal_gradient_descent(kind, lam):
     step = fast_jit(step) if kind == "traced" else step
     stepped = step(*NUMBERS[kind](lam, 0.25))
     kernel, gradient = params["dense"]["kernel"], gradients(params)["dense"]
-    expected = jitted_prox(kernel - 0.25 * gradient["kernel"], 0.25 * lam, axis=0)
+    expected = prox(kernel - 0.25 * gradient["kernel"], 0.25 * lam, axis=0)
     # Another program: M for an entry, grown by the inverse Hessian, and one for the landing.
     grown = inverse_hessian(np.asarray(expected).T.reshape(-1, 4), 0.25 * lam)
     assert_close(stepped["kernel"], expected, 4 * grown + 1)
@@ -270,7 +268,7 @@ def test_updates_land_on_the_proximal_operator_to_rounding(params, updates, pena
         landing = updated(transform, start, steps, penalty=penalty)
         return np.asarray(optax.apply_updates(start, landing))
 
-    w, result = np.asarray(jitted_prox(params + updates, penalty, axis=1)), landed(penalty)
+    w, result = np.asarray(prox(params + updates, penalty, axis=1)), landed(penalty)
     assert np.all(result[w == 0] == 0)
     error = np.abs(result.astype(np.float64) - w)
     size = np.abs(params.astype(np.float64)) + np.abs(w)
