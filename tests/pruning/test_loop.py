@@ -122,7 +122,7 @@ def test_names_choose_the_tensors_and_their_patterns(source):
 
 @pytest.mark.parametrize("share", [3, 0.2])
 def test_those_that_lose_most_in_the_dense_model_stay_dense(source, weights, share):
-    recipe = Recipe(skip="gate_proj", keep_dense=share, targets=None)
+    recipe = Recipe(Wanda(), None, skip="gate_proj", keep_dense=share, targets=None)
     losses = {}
     for index in range(2):
         for name, x in seen_by_linears(config_dict(), weights, WINDOWS, index).items():
@@ -169,7 +169,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path):
 def test_dead_input_features_are_reported(tmp_path):
     norm = "model.layers.0.input_layernorm.weight"
     source = write_changed(tmp_path, norm, [1, 5, 6], 0)
-    for report in prune_folder(source, Recipe()).reports:
+    for report in prune_folder(source, Recipe(Wanda(), None)).reports:
         reads_dead = "layers.0" in report.name and report.name.split(".")[-2][:-5] in "qkv"
         assert report.statistics.dead_features == (3 if reads_dead else 0)
 

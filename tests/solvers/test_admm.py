@@ -91,7 +91,7 @@ def test_no_exchange_against_the_gradient_is_left_at_a_fixed_point():
 def test_default_loses_less_than_the_rivals_with_a_converged_refit(kind):
     refit = ConjugateGradients(200, 0.0)
     for seed in range(3):
-        problem = make_problem(kind, seed, rows=64, width=128)
+        problem = make_problem(kind, seed, width=128)
         ours = solve(*problem, ADMM(), ConjugateGradients())
         assert ours.status is Status.SPARSE
         assert_has_pattern(ours)

@@ -294,10 +294,10 @@ def test_rows_that_are_done_are_left_out_and_end_as_they_are():
     many = solve(jnp.asarray(weight), jnp.asarray(gram), ProximalGradient(), None)
     assert many.status is Status.SPARSE
     assert_has_pattern(many)
-    hard = jnp.asarray(weight[~easy])
+    hard = jnp.asarray(np.tile(weight[~easy], (16, 1)))
     # The strength is relative to the mean magnitude, which the easy rows would make another.
     alone = solve(hard, jnp.asarray(gram), ProximalGradient(), None)
-    agreement = np.mean(np.asarray(many.mask)[~easy] == np.asarray(alone.mask))
+    agreement = np.mean(np.asarray(many.mask)[~easy] == np.asarray(alone.mask)[:64])
     assert agreement >= 0.95
 
 
