@@ -189,7 +189,8 @@ def of_optax() -> dict[str, Program]:
 
 
 def of_solvers() -> dict[str, Program]:
-    # One attempt at an inverse; six values of rho with one attempt and four steps each; the refit.
+    # Turns of the loops: attempts at the first inverse, values of rho, attempts and steps for each
+    # value, steps of the refit.
     usual = (1, 6, 1, 4, 20)
 
     def solving(rows: int, width: int, solver: Any, refit: Any, turns: tuple[int, ...]) -> Program:

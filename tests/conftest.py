@@ -34,7 +34,7 @@ settings.load_profile("prox24")
 # Many modules compile the same programs of the same tiny models.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-# The folder's path is then no part of an entry's key.
+# Otherwise the key of a program would depend on the folder's path.
 jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
@@ -47,7 +47,7 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Of this run. Its processes compile many equal programs."""
+    """The processes of a run share compiled programs: many are equal."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent

@@ -23,8 +23,8 @@ class GramSum(NamedTuple):
     Attributes:
       total: shape (in, in), the sum to the nearest float32.
       error: shape (in, in), what `total` has in excess of the exact sum of the micro-batches.
-      tokens: int32 scalar, the tokens y that are not all zero. Zeros are what an expert sees of
-        the tokens that it does not get.
+      tokens: int32 scalar, the number of tokens y with a nonzero. An expert sees zeros for the
+        tokens of other experts.
     """
 
     total: Array
@@ -61,12 +61,12 @@ def is_finite(total: Array) -> Array:
 def add_tokens(gram: GramSum, x: Array, y: Array | None = None) -> GramSum:
     """Adds x y^T of the tokens x and y of shape (..., in), or x x^T.
 
-    Where there is a Gram for each device, its tokens are an equal share of the leading axes.
+    If each device has a Gram, its tokens are an equal share of the leading axes.
 
-    Within a micro-batch the rounding error is that of a float32 product; across micro-batches it
-    does not grow, thanks to the compensation.
+    A micro-batch has the rounding error of a float32 product. The compensation keeps the error of
+    the sum from growing with the number of micro-batches.
     """
-    # One device has an axis of length 1 for the others, so that XLA makes the same product of it.
+    # One device gets a first axis of length 1. XLA then computes the same product as for several.
     shape = (*(gram.tokens.shape or (1,)), -1, x.shape[-1])
     x = x.reshape(shape).astype(jnp.float32)
     if y is None:

@@ -151,7 +151,7 @@ FAMILIES |= {family.__name__: family for family in (either_side_of_a_switch, sin
 BLOCKS_OF_FOUR = 10**6 // len(FAMILIES) + 1
 BLOCKS = 500
 FEW_BLOCKS = 250
-"""One number for the tests that are not slow, so that few programs serve them."""
+"""Of the tests that are not slow. With one shape they need few programs."""
 
 
 def solved(family, dtype, pattern, count):
@@ -194,7 +194,7 @@ def test_a_negative_lam_is_nan_and_no_other_block_is():
     for pattern in ((2, 4), (1, 4)):
         w = np.asarray(prox(y, lam, pattern))
         assert np.array_equal(np.isnan(w), np.broadcast_to(lam < 0, w.shape))
-    assert np.isnan(prox(y, jnp.float32(-1.0))).all()
+        assert np.isnan(prox(y, jnp.float32(-1.0), pattern)).all()
 
 
 @every_dtype

@@ -19,7 +19,7 @@ TRIPLES = Pattern(1, 3, unit=3)
 
 
 COUNT = 400
-"""Of blocks, in most tests, so that few programs serve them."""
+"""Of blocks in most tests. With one shape they need few programs."""
 
 
 def drawn(rng, pattern=PAIRS):
