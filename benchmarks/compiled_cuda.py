@@ -191,14 +191,15 @@ def of_optax() -> dict[str, Program]:
 def of_solvers() -> dict[str, Program]:
     # Turns of the loops: attempts at the first inverse, values of rho, attempts and steps for each
     # value, steps of the refit.
-    usual = (1, 6, 1, 4, 20)
+    usual = (1, 6, 1, 4, 8)
 
     def solving(rows: int, width: int, solver: Any, refit: Any, turns: tuple[int, ...]) -> Program:
         problem = LayerProblem(float32(rows, width), float32(width, width))
         static = {"pattern": prox24.Pattern(2, 4)}
         return Program(solve_program, (problem, solver, refit, float32()), turns, static)
 
-    default = prox24.ADMM(), prox24.ConjugateGradients(), usual
+    recipe = prox24.Recipe()
+    default = recipe.solver, recipe.refit, usual
     return {
         f"inverse, {width}": Program(jax.jit(inverse), (float32(width, width),))
         for width in (4096, 14336)

@@ -62,6 +62,7 @@ def contenders() -> dict[str, Recipe]:
         "admm, ALPS": own_targets(ALPS(), ConjugateGradients(10)),
         "admm, ALPS + refit": own_targets(ALPS(), CONVERGED),
         DEFAULT: own_targets(ADMM(), refit),
+        f"{DEFAULT}, longer refit": own_targets(ADMM(), CONVERGED),
         f"{DEFAULT}, no refit": own_targets(ADMM()),
         f"{DEFAULT} + swaps": own_targets(ADMM(), Swaps()),
         f"{DEFAULT}, scaling 0": own_targets(ADMM(scaling=0.0), refit),
