@@ -27,7 +27,7 @@ class ConjugateGradients:
       steps: maximal number of iterations, each with one product with the Gram.
       tolerance: a row stops when four steps lower its loss by less than this fraction. A single
         step is no test, since a small gain may come before large ones. The refit ends when at most
-        one row of 64 is left.
+        one row of 64 still moves.
     """
 
     patterns = Patterns.ANY
@@ -73,12 +73,10 @@ class ConjugateGradients:
                 steps=steps,
             )
 
-        def goes_on(state: _Descent) -> Array:
-            # A step costs the same for one row as for all. A count does not depend on devices.
-            return jnp.count_nonzero(state.active) > len(mask) // STRAGGLERS
-
         def unfinished(state: _Descent) -> Array:
-            return goes_on(state) & (state.steps < self.steps)
+            # A step costs the same for one row as for all. A count does not depend on devices.
+            votes = jnp.where(state.active, STRAGGLERS - 1, jnp.where(started, -1, 0))
+            return (jnp.sum(votes, dtype=jnp.int32) > 0) & (state.steps < self.steps)
 
         difference = problem.weight - weight
         slope = apply(difference)
@@ -86,6 +84,7 @@ class ConjugateGradients:
         square = dot(residual, residual)
         floor = square * jnp.finfo(square.dtype).eps ** 2
         loss = dot(difference, slope)
+        started = square > 0
         start = _Descent(
             weight=weight,
             residual=residual,
@@ -93,17 +92,17 @@ class ConjugateGradients:
             square=square,
             loss=loss,
             earlier_loss=loss,
-            active=square > 0,
+            active=started,
             steps=jnp.zeros((), jnp.int32),
         )
         final = lax.while_loop(unfinished, advance, start)
-        exhausted = final.active[:, 0] & goes_on(final)
+        exhausted = final.active[:, 0] & (final.steps >= self.steps)
         return Refitted(final.weight, mask, final.steps, exhausted)
 
 
 WINDOW = 4
 STRAGGLERS = 64
-"""The refit ends when at most one row of this number moves."""
+"""The refit ends when at most one row of this number still moves."""
 
 
 class _Descent(NamedTuple):

@@ -1,6 +1,7 @@
 """SparseGPT: one sweep over the columns that prunes, and corrects later columns for each error."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -58,6 +59,10 @@ def columns_at_once(width: int, group: int, largest: int) -> int:
     return max(block for block in candidates if width % block == 0)
 
 
+STRIP = 8
+"""Number of columns that are pruned one by one, before a product updates the later columns."""
+
+
 class _Sweep(NamedTuple):
     """Transposed arrays (in, out): the sweep needs the entries of a column to be contiguous."""
 
@@ -91,39 +96,45 @@ def _prune_columns(
     columns: Array, factor: Array, pattern: AnyPattern
 ) -> tuple[Array, Array, Array]:
     """Prunes the columns of one block: kept values, mask and errors, each (block, rows)."""
-    block, rows = columns.shape
-    group, diagonal = pattern.width, jnp.diagonal(factor)
+    (block, rows), group = columns.shape, pattern.width
+    # Groups in a strip: only the columns after a strip are updated by a product.
+    groups = math.gcd(block // group, max(1, STRIP // group))
+    strip, negated = groups * group, -factor
 
     def choose(entries: Array, corner: Array, start: Array) -> Array:
         if isinstance(pattern, Unstructured):
             return lax.dynamic_slice(chosen, (start, 0), (group, rows))
-        errors = entries / lax.dynamic_slice(diagonal, (start,), (group,))[:, None]
-        for i in range(group):
+        errors = list[Array]()
+        for i, entry in enumerate(entries):
             for j in range(i - i % pattern.unit, i):
-                errors = errors.at[i].add(-corner[j, i] / corner[i, i] * errors[j])
-        return top_mask(jnp.abs(errors), pattern, axis=0)
+                entry = entry - corner[j, i] * errors[j]
+            errors.append(entry / corner[i, i])
+        return top_mask(jnp.abs(jnp.stack(errors)), pattern, axis=0)
 
-    def prune_group(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        columns, mask, errors = state
-        start = index * group
-        entries = lax.dynamic_slice(columns, (start, 0), (group, rows))
-        factor_rows = lax.dynamic_slice(factor, (start, 0), (group, block))
-        corner = lax.dynamic_slice(factor_rows, (0, start), (group, group))
-        group_mask = choose(entries, corner, start)
-        group_errors = []
-        for i in range(group):
-            error = jnp.where(group_mask[i], 0, entries[i] / corner[i, i])
-            entries = entries - corner[i][:, None] * error[None, :]
-            group_errors.append(error)
-        stacked = jnp.stack(group_errors)
+    def prune_strip(index: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        columns, record = state
+        start = index * strip
+        entries = lax.dynamic_slice(columns, (start, 0), (strip, rows))
+        corner = lax.dynamic_slice(factor, (start, start), (strip, strip))
+        masks, errors = list[Array](), list[Array]()
+        for first in range(0, strip, group):
+            own = slice(first, first + group)
+            masks.append(choose(entries[own], corner[own, own], start + first))
+            for i, kept in enumerate(masks[-1], first):
+                errors.append(jnp.where(kept, 0, entries[i] / corner[i, i]))
+                entries = entries - corner[i][:, None] * errors[-1][None, :]
+        stacked, mask = jnp.stack(errors), jnp.concatenate(masks)
+        both = jnp.stack([stacked, mask.astype(stacked.dtype)])
+        later = lax.dynamic_slice(negated, (start, 0), (strip, block))
         return (
-            columns + matmul(-factor_rows.T, stacked),
-            lax.dynamic_update_slice(mask, group_mask, (start, 0)),
-            lax.dynamic_update_slice(errors, stacked, (start, 0)),
+            columns + matmul(later.T, stacked),
+            lax.dynamic_update_slice(record, both, (0, start, 0)),
         )
 
     if isinstance(pattern, Unstructured):
-        scores = jnp.square(columns / diagonal[:, None])
+        scores = jnp.square(columns / jnp.diagonal(factor)[:, None])
         chosen = largest_mask(scores, pattern.kept(scores.size))
-    start = (columns, jnp.zeros(columns.shape, bool), jnp.zeros_like(columns))
-    return lax.fori_loop(0, block // group, prune_group, start)
+    # Errors and mask are one array: on GPUs each update of an array is a launch.
+    start = columns, jnp.zeros((2, *columns.shape), columns.dtype)
+    columns, (errors, mask) = lax.fori_loop(0, block // strip, prune_strip, start)
+    return columns, mask > 0, errors

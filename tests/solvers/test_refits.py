@@ -108,6 +108,29 @@ def test_rows_stop_when_their_loss_is_still_and_not_before():
         assert default <= 1.01 * all_steps
 
 
+def test_the_refit_waits_for_no_more_than_one_row_of_64():
+    rng = np.random.default_rng(0)
+    gram = np.zeros((WIDTH, WIDTH))
+    easy, hard = slice(0, WIDTH // 2), slice(WIDTH // 2, WIDTH)
+    inputs = rng.normal(size=(8 * WIDTH, WIDTH // 2))
+    gram[easy, easy] = inputs.T @ inputs  # nearly the identity
+    rotation = np.linalg.qr(inputs[: WIDTH // 2])[0]
+    gram[hard, hard] = rotation.T @ np.diag(np.logspace(0, 5, WIDTH // 2)) @ rotation
+
+    def steps(slow):
+        weight = np.zeros((128, WIDTH))
+        weight[slow:, easy] = rng.normal(size=(128 - slow, WIDTH // 2))
+        weight[:slow, hard] = rng.normal(size=(slow, WIDTH // 2))
+        problem = jnp.asarray(weight), jnp.asarray(gram)
+        return solve(*problem, Magnitude(), ConjugateGradients(), damping=0.0).statistics
+
+    assert steps(128).refit_steps == ConjugateGradients().steps
+    assert steps(3).refit_steps == ConjugateGradients().steps
+    few = steps(2)
+    assert 0 < few.refit_steps < ConjugateGradients().steps
+    assert not few.refit_exhausted
+
+
 # Corrected inputs
 
 
