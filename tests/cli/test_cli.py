@@ -76,7 +76,7 @@ def test_prune_verify_and_eval(workspace, capsys):
     assert recipe["solver"]["name"] == "ADMM"
     assert recipe["solver"]["rho"] == {"name": "Exponential", "first": 0.5, "growth": ANY}
     assert recipe["pattern"] == "2:4"
-    assert recipe["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 1e-4}
+    assert recipe["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 3e-3}
     assert recipe["targets"] == {"name": "DenseTargets", "pull": 1}
     size = {"windows": 8, "sequence_length": 32, "tokens": 8 * 32, "sha256": ANY}
     assert printed["calibration"] == {"text": str(workspace / "text.txt"), **size}
