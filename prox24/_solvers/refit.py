@@ -74,7 +74,8 @@ class ConjugateGradients:
             )
 
         def unfinished(state: _Descent) -> Array:
-            # A step costs the same for one row as for all. A count does not depend on devices.
+            # Whether more than one row of 64 moves: a step costs the same for one row as for all.
+            # A count does not depend on devices, as a sum of losses would.
             votes = jnp.where(state.active, STRAGGLERS - 1, jnp.where(started, -1, 0))
             return (jnp.sum(votes, dtype=jnp.int32) > 0) & (state.steps < self.steps)
 
