@@ -44,8 +44,6 @@ from prox24._pruning.runner import Streams
 DEFAULT = "admm with the prox"
 REFERENCE = "sparsegpt"
 PAPER = "prox, paper + 1,000 gradient steps"
-TABLED = ADMM(rho=prox24.Exponential.between(0.5, 1.2, 6), interval=4)
-"""ADMM's defaults when the tables of docs/results.md were made."""
 
 
 def contenders() -> dict[str, Recipe]:
@@ -65,7 +63,6 @@ def contenders() -> dict[str, Recipe]:
         "admm, ALPS + refit": own_targets(ALPS(), CONVERGED),
         DEFAULT: own_targets(ADMM(), refit),
         f"{DEFAULT}, longer refit": own_targets(ADMM(), CONVERGED),
-        f"{DEFAULT}, as tabled": own_targets(TABLED, ConjugateGradients(20, 1e-4)),
         f"{DEFAULT}, no refit": own_targets(ADMM()),
         f"{DEFAULT} + swaps": own_targets(ADMM(), Swaps()),
         f"{DEFAULT}, scaling 0": own_targets(ADMM(scaling=0.0), refit),

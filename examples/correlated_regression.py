@@ -4,7 +4,7 @@ The linear has random rows of width 12. Its features have correlation rho. Each 
 and the same conjugate gradients refit the kept weights. The regret of a row is its loss, divided by
 the least loss of all 216 masks, minus 1. The table has the mean over 256 rows.
 
-- Without correlation, all methods find the best mask.
+- Without correlation, all methods but ADMM find the best mask.
 - With correlation, Wanda and SparseGPT lose. The prox and ADMM stay near the best mask.
 - At rho = 0.99 the schedule of the prox costs most. Its penalty grows by 1.05 per step. With 1.01
   ("prox, slower") the prox loses less than half as much.

@@ -58,10 +58,10 @@ class ADMM:
     shares_columns = True
 
     steps: int = 24
-    rho: Exponential = Exponential.between(0.5, 1.0, 4)
+    rho: Exponential = Exponential.between(0.5, 1.2, 6)
     penalty: Exponential | None = Exponential.between(0.3, 2.0, 24)
     scaling: float = 0.5
-    interval: int = 6
+    interval: int = 4
     history: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
@@ -71,7 +71,7 @@ class ADMM:
 
     @classmethod
     def in_steps(cls, steps: int) -> "ADMM":
-        """Stretches the default schedules to a number of steps, with at most four values of rho.
+        """Stretches the default schedules to a number of steps, with at most six values of rho.
 
         Raises:
           ValueError: fewer than 4 steps.
@@ -82,10 +82,10 @@ class ADMM:
         """
         if steps < 4:
             raise ValueError(f"the default schedules need 4 steps or more, not {steps}")
-        interval = math.ceil(steps / 4)
+        interval = math.ceil(steps / 6)
         return cls(
             steps,
-            Exponential.between(0.5, 1.0, math.ceil(steps / interval)),
+            Exponential.between(0.5, 1.2, math.ceil(steps / interval)),
             Exponential.between(0.3, 2.0, steps),
             interval=interval,
         )
