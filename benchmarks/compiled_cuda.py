@@ -681,7 +681,7 @@ class Chip:
 
 
 def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
-    """What has become worse than in earlier lines."""
+    """Sentences about figures that are worse than in earlier lines."""
     before = {(row["chip"], row["program"]): row for row in earlier}
     for row in rows:
         name, old = f"{row['program']} on {row['chip']}", before.get((row["chip"], row["program"]))

@@ -2,12 +2,12 @@
 
     python benchmarks/layers.py [--layers 0,15,29] [--calibration FILE] [--output FOLDER]
 
-The Grams are those of the dense SmolLM2-135M-Instruct on the calibration text. Losses are
-tr((W - W0) G (W - W0)^T) / tr(W0 G W0^T) with G undamped. A call with one step compiles each
-contender. Then `prox24.solve` is timed: once, or three times for the median if it takes less than
-two seconds. layers.csv has a line for each linear and contender. layers.png shows loss against time
-for growing budgets. Both are relative to the default solver and to SparseGPT, and are geometric
-means over the linears.
+The Grams are from the dense SmolLM2-135M-Instruct on the calibration text. Losses are tr((W - W0) G
+(W - W0)^T) / tr(W0 G W0^T) with G undamped. A call with one step compiles each contender. Then
+`prox24.solve` is timed. If it takes less than two seconds, the figure is the median of three calls.
+layers.csv has a line for each linear and contender. layers.png shows loss against time for growing
+budgets. Both are relative to the default solver and to SparseGPT, and are geometric means over the
+linears.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ def one_step(part: object) -> object:
 
 
 def measure(recipe: Recipe, problem: LayerProblem) -> tuple[prox24.Solution, float]:
-    """The solution, and the seconds that it takes once compiled."""
+    """The solution, and the seconds of a solve without its compilation."""
     short = one_step(recipe.solver), one_step(recipe.refit)
     jax.block_until_ready(prox24.solve(*problem, *short))
 

@@ -264,7 +264,7 @@ def _all_finite(values: Array) -> Array:
 def pruned_together(
     runner: Runner[State], index: int, recipe: Recipe, chosen: Mapping[str, AnyPattern]
 ) -> set[str]:
-    """The tensors of a stage that are pruned again together if one of them is not finished.
+    """The tensors of a stage that are finished together: if one is missing, all are pruned again.
 
     A refinement trains a stage as a whole, and several linears share one learnt basis.
     """

@@ -74,8 +74,8 @@ class ConjugateGradients:
             )
 
         def unfinished(state: _Descent) -> Array:
-            # Whether more than one row of 64 moves: a step costs the same for one row as for all.
-            # A count does not depend on devices, as a sum of losses would.
+            # The sum is positive if more than one of 64 rows still moves. A step costs the same for
+            # one row as for all. Unlike a sum of losses, a count does not depend on the devices.
             votes = jnp.where(state.active, STRAGGLERS - 1, jnp.where(started, -1, 0))
             return (jnp.sum(votes, dtype=jnp.int32) > 0) & (state.steps < self.steps)
 
@@ -103,7 +103,7 @@ class ConjugateGradients:
 
 WINDOW = 4
 STRAGGLERS = 64
-"""The refit ends when at most one row of this number still moves."""
+"""Number of rows of which one may still move when the refit ends."""
 
 
 class _Descent(NamedTuple):

@@ -60,7 +60,7 @@ def columns_at_once(width: int, group: int, largest: int) -> int:
 
 
 STRIP = 8
-"""Number of columns that are pruned one by one, before a product updates the later columns."""
+"""Largest number of columns that are pruned one by one between two products, in whole groups."""
 
 
 class _Sweep(NamedTuple):
@@ -97,9 +97,8 @@ def _prune_columns(
 ) -> tuple[Array, Array, Array]:
     """Prunes the columns of one block: kept values, mask and errors, each (block, rows)."""
     (block, rows), group = columns.shape, pattern.width
-    # Groups in a strip: only the columns after a strip are updated by a product.
-    groups = math.gcd(block // group, max(1, STRIP // group))
-    strip, negated = groups * group, -factor
+    strip = group * math.gcd(block // group, max(1, STRIP // group))
+    negated = -factor
 
     def choose(entries: Array, corner: Array, start: Array) -> Array:
         if isinstance(pattern, Unstructured):
