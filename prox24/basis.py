@@ -31,7 +31,7 @@ from prox24._solvers.problem import check_arrays, quadratic_loss
 
 __all__ = ["Part", "learn", "objective", "orthogonal", "places_of", "turned"]
 
-RATE = 0.02
+RATE = 0.15
 """Adam's learning rate at the first step. It falls to zero along a cosine."""
 
 AnyArray = TypeVar("AnyArray", Array, NDArray[np.floating])
@@ -142,8 +142,9 @@ def learn(
 
     It minimises, over all parts, the sum of w^2 s over the M - N smallest of each block of M,
     relative to tr(W G W^T). G is the damped Gram of the part's inputs, and is turned with them. A
-    weight of column j costs s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R is the orthogonal factor of a
-    free matrix. Adam moves that matrix, with a rate that falls from 0.02 to 0 along a cosine.
+    weight of column j costs s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R starts as the identity. In
+    each step Adam finds an antisymmetric S, and R is multiplied by the orthogonal factor of I + S.
+    The rate falls from 0.15 to 0 along a cosine.
 
     Args:
       parts: the linears that make or read the same hidden vectors.
@@ -309,22 +310,22 @@ def _learn(
     parts: Sequence[_Prepared], exponent: Array, steps: Array, sides: tuple[Side, ...]
 ) -> Array:
     heads, _, width, _ = parts[0].weight.shape
-    identity = jnp.eye(width, dtype=parts[0].weight.dtype)
+    one = jnp.eye(width, dtype=parts[0].weight.dtype)
+    identity = jnp.broadcast_to(one, (heads, width, width))
 
     def rate(step: Array) -> Array:
         return RATE * (1 + jnp.cos(math.pi * (step / steps).astype(identity.dtype))) / 2
 
     optimizer = optax.adam(rate)
-    gradient = jax.grad(lambda free: _objective(orthogonal(free), parts, exponent, sides))
+    gradient = jax.grad(lambda turn: _objective(turn, parts, exponent, sides))
 
     def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
-        free, moments = state
-        found = gradient(free)
+        turn, moments = state
+        slope = einsum("hji,hjk->hik", turn, gradient(turn))
         # Optax raises a float to an integer power, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
-            updates, moments = optimizer.update(found, moments)
-        return optax.apply_updates(free, updates), moments
+            angles, moments = optimizer.update((slope - slope.mT) / 2, moments)
+        return einsum("hij,hjk->hik", turn, orthogonal(identity + angles)), moments
 
-    start = jnp.broadcast_to(identity, (heads, width, width))
-    free, _ = lax.fori_loop(0, steps, advance, (start, optimizer.init(start)))
-    return orthogonal(free)
+    turn, _ = lax.fori_loop(0, steps, advance, (identity, optimizer.init(identity)))
+    return orthogonal(turn)
