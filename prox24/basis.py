@@ -248,7 +248,7 @@ class _Prepared(NamedTuple):
     """A part in the shape of its heads; a maker has axis 0, and a reader has axis 1.
 
     Attributes:
-      weight: shape (heads, members, d, others). The others are inputs of a maker, or outputs of a
+      weight: shape (heads, d, members, others). The others are inputs of a maker, or outputs of a
         reader.
       gram: for a maker, the diagonal of its damped Gram, shape (1, 1, 1, others). For a reader, the
         blocks of a head, shape (heads, members, d, d).
@@ -271,7 +271,7 @@ def _prepared(part: Part, damping: ArrayLike) -> _Prepared:
 def _prepare(weight: Array, gram: Array, places: Array, damping: Array, axis: int) -> _Prepared:
     inverse, damping = damped_inverse(gram, damping)
     damped = damped_gram(gram, damping)
-    heads = jnp.moveaxis(weight, axis, 0)[places]
+    heads = jnp.moveaxis(weight, axis, 0)[places.swapaxes(1, 2)]
     if axis == 0:
         whole = quadratic_loss(weight[places.ravel()], damped)
         damped, inverse = (jnp.diagonal(x)[None, None, None] for x in (damped, inverse))
@@ -288,18 +288,18 @@ def _objective(
 ) -> Array:
     def lost(part: _Prepared, side: Side) -> Array:
         axis, pattern = side
-        new = einsum("hij,hmik->hmjk", turn, part.weight)
+        new = einsum("hij,himk->hjmk", turn, part.weight)
         gram, inverse = part.gram, part.inverse
         if axis == 1:
             gram, inverse = (
-                einsum("hij,hmik,hkj->hmj", turn, blocks, turn)[..., None]
+                einsum("hij,hmik,hkj->hjm", turn, blocks, turn)[..., None]
                 for blocks in (gram, inverse)
             )
         # At least 1 by the Cauchy-Schwarz inequality, except for rounding.
         freedom = jnp.maximum(gram * inverse, 1)
-        costs = jnp.square(new) * gram * freedom**-exponent
-        costs = costs.reshape(-1, costs.shape[-1])
-        kept = top_mask(jnp.sqrt(lax.stop_gradient(costs)), pattern, axis=1 - axis)
+        costs = jnp.square(new) * (gram * freedom**-exponent)
+        along = 1 if axis == 1 else 3
+        kept = top_mask(jnp.sqrt(lax.stop_gradient(costs)), pattern, axis=along)
         return part.scale * jnp.sum(jnp.where(kept, 0, costs))
 
     return sum(map(lost, parts, sides), jnp.zeros((), turn.dtype))
@@ -309,7 +309,7 @@ def _objective(
 def _learn(
     parts: Sequence[_Prepared], exponent: Array, steps: Array, sides: tuple[Side, ...]
 ) -> Array:
-    heads, _, width, _ = parts[0].weight.shape
+    heads, width, *_ = parts[0].weight.shape
     one = jnp.eye(width, dtype=parts[0].weight.dtype)
     identity = jnp.broadcast_to(one, (heads, width, width))
 
