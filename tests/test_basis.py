@@ -80,6 +80,42 @@ def test_what_is_learnt_is_orthogonal_and_better_than_the_identity_for_every_exp
     assert basis._learn._cache_size() == compiled  # The numbers are traced.
 
 
+def slope_by_differences(turn, parts, step=1e-5):
+    """The antisymmetric gradient of the objective by S, where R moves to R (I + S)."""
+    slope = np.zeros_like(turn)
+    for head in range(HEADS):
+        for i in range(WIDTH):
+            for j in range(i):
+                angle = np.zeros_like(turn)
+                angle[head, i, j], angle[head, j, i] = step, -step
+                after, before = (
+                    expected_objective(turn @ (np.eye(WIDTH) + sign * angle), parts, 0.01, 0.5)
+                    for sign in (1, -1)
+                )
+                slope[head, i, j] = (after - before) / (4 * step)
+                slope[head, j, i] = -slope[head, i, j]
+    return slope
+
+
+def test_adam_moves_the_angles_by_their_slopes():
+    steps = 2
+    parts = [
+        part._replace(weight=part.weight.astype(float), gram=part.gram.astype(float))
+        for part in parts_of(2)
+    ]
+    turn = np.asarray(IDENTITY, np.float64)
+    first = second = np.zeros_like(turn)
+    for step in range(steps):
+        slope = slope_by_differences(turn, parts)
+        first = 0.9 * first + 0.1 * slope
+        second = 0.999 * second + 0.001 * slope**2
+        mean, square = (m / (1 - b ** (step + 1)) for m, b in ((first, 0.9), (second, 0.999)))
+        rate = basis.RATE * (1 + np.cos(np.pi * step / steps)) / 2
+        turn = turn @ orthogonal(np.eye(WIDTH) - rate * mean / (np.sqrt(square) + 1e-8))
+    # The differences lose more than half of the digits.
+    assert_close(learn(parts, steps=steps), turn, 1e-6 / eps_of("float64"))
+
+
 def test_a_sparse_basis_that_was_turned_away_is_found_again():
     rng = np.random.default_rng(3)
     parts, away = parts_of(3, gram=False), jnp.asarray(rotations(4, away=0.2), jnp.float32)
