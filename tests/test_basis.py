@@ -80,8 +80,11 @@ def test_what_is_learnt_is_orthogonal_and_better_than_the_identity_for_every_exp
     assert basis._learn._cache_size() == compiled  # The numbers are traced.
 
 
-def slope_by_differences(turn, parts, step=1e-5):
-    """The antisymmetric gradient of the objective by S, where R moves to R (I + S)."""
+def slope_by_differences(turn, parts, step=1e-7):
+    """The antisymmetric gradient of the objective by S, where R moves to R (I + S).
+
+    A larger step would cross points where two costs of a block are equal.
+    """
     slope = np.zeros_like(turn)
     for head in range(HEADS):
         for i in range(WIDTH):
