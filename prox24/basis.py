@@ -298,8 +298,9 @@ def _objective(
         # At least 1 by the Cauchy-Schwarz inequality, except for rounding.
         freedom = jnp.maximum(gram * inverse, 1)
         costs = jnp.square(new) * (gram * freedom**-exponent)
-        along = 1 if axis == 1 else 3
-        kept = top_mask(jnp.sqrt(lax.stop_gradient(costs)), pattern, axis=along)
+        # Blocks run along the inputs. The inputs of a reader are turned, those of a maker are not.
+        inputs = 1 if axis == 1 else 3
+        kept = top_mask(jnp.sqrt(lax.stop_gradient(costs)), pattern, axis=inputs)
         return part.scale * jnp.sum(jnp.where(kept, 0, costs))
 
     return sum(map(lost, parts, sides), jnp.zeros((), turn.dtype))
@@ -309,9 +310,9 @@ def _objective(
 def _learn(
     parts: Sequence[_Prepared], exponent: Array, steps: Array, sides: tuple[Side, ...]
 ) -> Array:
-    heads, width, *_ = parts[0].weight.shape
-    one = jnp.eye(width, dtype=parts[0].weight.dtype)
-    identity = jnp.broadcast_to(one, (heads, width, width))
+    first = parts[0].weight
+    heads, width, *_ = first.shape
+    identity = jnp.broadcast_to(jnp.eye(width, dtype=first.dtype), (heads, width, width))
 
     def rate(step: Array) -> Array:
         return RATE * (1 + jnp.cos(math.pi * (step / steps).astype(identity.dtype))) / 2
@@ -328,4 +329,4 @@ def _learn(
         return einsum("hij,hjk->hik", turn, orthogonal(identity + angles)), moments
 
     turn, _ = lax.fori_loop(0, steps, advance, (identity, optimizer.init(identity)))
-    return orthogonal(turn)
+    return orthogonal(turn)  # The products round.
