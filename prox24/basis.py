@@ -298,7 +298,7 @@ def _objective(
         # At least 1 by the Cauchy-Schwarz inequality, except for rounding.
         freedom = jnp.maximum(gram * inverse, 1)
         costs = jnp.square(new) * (gram * freedom**-exponent)
-        # Blocks run along the inputs. The inputs of a reader are turned, those of a maker are not.
+        # Blocks run along the inputs: the turned axis of a reader, and the last axis of a maker.
         inputs = 1 if axis == 1 else 3
         kept = top_mask(jnp.sqrt(lax.stop_gradient(costs)), pattern, axis=inputs)
         return part.scale * jnp.sum(jnp.where(kept, 0, costs))
