@@ -191,7 +191,7 @@ def of_optax() -> dict[str, Program]:
 def of_solvers() -> dict[str, Program]:
     # Turns of the loops: attempts at the first inverse, values of rho, attempts and steps for each
     # value, steps of the refit.
-    usual = (1, 6, 1, 4, 8)
+    usual = (1, 5, 1, 4, 8)
 
     def solving(rows: int, width: int, solver: Any, refit: Any, turns: tuple[int, ...]) -> Program:
         problem = LayerProblem(float32(rows, width), float32(width, width))

@@ -73,7 +73,7 @@ def contenders() -> dict[str, Recipe]:
     }
     for steps in (8, 12, 48, 96):
         found[f"{DEFAULT}, {steps} steps"] = own_targets(ADMM.in_steps(steps), refit)
-    for steps in (12, 24, 96):
+    for steps in (12, 20, 96):
         projecting = dataclasses.replace(ADMM.in_steps(steps), penalty=None)
         found[f"admm, projection, {steps} steps"] = own_targets(projecting, refit)
     found["admm, projection, no refit"] = own_targets(ADMM(penalty=None))
@@ -88,7 +88,7 @@ CURVES = {
     "sparsegpt, swaps": [REFERENCE, "sparsegpt + refit", "sparsegpt + swaps"],
     DEFAULT: [DEFAULT, *(f"{DEFAULT}, {steps} steps" for steps in (8, 12, 48, 96))],
     "prox": ["prox", *(f"prox, growth {growth}" for growth in (1.2, 1.1, 1.02))],
-    "admm, projection": [f"admm, projection, {steps} steps" for steps in (12, 24, 96)],
+    "admm, projection": [f"admm, projection, {steps} steps" for steps in (12, 20, 96)],
 }
 """The lines of the figure."""
 

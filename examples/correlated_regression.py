@@ -8,7 +8,7 @@ the least loss of all 216 masks, minus 1. The table has the mean over 256 rows.
 - With correlation, Wanda and SparseGPT lose. The prox and ADMM stay near the best mask.
 - At rho = 0.99 the schedule of the prox costs most. Its penalty grows by 1.05 per step. With 1.01
   ("prox, slower") the prox loses less than half as much.
-- ADMM is the default of `prox24.solve`, with 24 steps. At high correlation it beats the prox. At
+- ADMM is the default of `prox24.solve`, with 20 steps. At high correlation it beats the prox. At
   low correlation it is mostly behind.
 
 Equicorrelated features have the Gram (1 - rho) I + rho 11^T. Toeplitz features have the Gram

@@ -31,7 +31,7 @@ from prox24._solvers.problem import check_arrays, quadratic_loss
 
 __all__ = ["Part", "learn", "objective", "orthogonal", "places_of", "turned"]
 
-RATE = 0.02
+RATE = 0.08
 """Adam's learning rate at the first step. It falls to zero along a cosine."""
 
 AnyArray = TypeVar("AnyArray", Array, NDArray[np.floating])
@@ -136,7 +136,7 @@ def learn(
     *,
     damping: ArrayLike = 0.01,
     exponent: ArrayLike = 0.5,
-    steps: ArrayLike = 100,
+    steps: ArrayLike = 50,
 ) -> Array:
     """Learns an orthogonal R for each head, from the identity.
 
@@ -144,7 +144,7 @@ def learn(
     relative to tr(W G W^T). G is the damped Gram of the part's inputs, and is turned with them. A
     weight of column j costs s_j = G_jj (G_jj (G^-1)_jj)^-exponent. R starts as the identity. In
     each step Adam finds an antisymmetric S, and R is multiplied by the orthogonal factor of I + S.
-    The rate falls from 0.02 to 0 along a cosine.
+    The rate falls from 0.08 to 0 along a cosine.
 
     Args:
       parts: the linears that make or read the same hidden vectors.

@@ -69,7 +69,7 @@ class HeadBasis:
       ValueError: the steps are not positive.
     """
 
-    steps: int = 100
+    steps: int = 50
 
     def __post_init__(self) -> None:
         if self.steps < 1:
