@@ -22,7 +22,6 @@ SEEDS, EPOCHS, BATCH, CHANNELS = 5, 30, 64, 8
 METHODS = {
     "wanda": prox24.Recipe.wanda(),
     "sparsegpt": prox24.Recipe.sparsegpt(),
-    "prox + refit": prox24.Recipe.proximal(),
     "admm with the prox + refit": prox24.Recipe(),
 }
 

@@ -36,8 +36,7 @@ MEMBERS = [
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ]
 # Tokens of a sentence, with [CLS] and [SEP]; one program is compiled for each.
-CALIBRATION_LENGTHS = (16, 20, 24, 28)
-TEST_LENGTHS = (12, 16, 20, 24, 28, 32)
+LENGTHS = (16, 20, 24, 28)
 METHODS = {
     "magnitude": prox24.Recipe.magnitude(),
     "wanda": prox24.Recipe.wanda(),
@@ -87,11 +86,11 @@ def embed_sentences(config, params, tokens):
     return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)
 
 
-def sentence_batches(tokenizer, text, lengths):
-    """The different sentences of a text that have these lengths, as tokens (sentences, length)."""
+def sentence_batches(tokenizer, text):
+    """The different sentences of a text that have the `LENGTHS`, as tokens (sentences, length)."""
     sentences = dict.fromkeys(re.split(r"(?<=[.!?])(?<!Mr\.)(?<!Mrs\.)\s+|\n\n", text))
     tokens = tokenizer(list(sentences), verbose=False)["input_ids"]
-    return [np.array([ids for ids in tokens if len(ids) == length]) for length in lengths]
+    return [np.array([ids for ids in tokens if len(ids) == length]) for length in LENGTHS]
 
 
 def compare(dense, pruned):
@@ -124,8 +123,8 @@ def main():
     apply = partial(embed_sentences, config)
     embed = jax.jit(apply)
     speeches, novel = packaged_text("speeches.txt"), packaged_text("austen.txt")
-    calibration_batches = sentence_batches(tokenizer, speeches, CALIBRATION_LENGTHS)
-    test_batches = sentence_batches(tokenizer, novel, TEST_LENGTHS)
+    calibration_batches = sentence_batches(tokenizer, speeches)
+    test_batches = sentence_batches(tokenizer, novel)
 
     def embeddings(params):
         return jnp.concatenate([embed(params, batch) for batch in test_batches])

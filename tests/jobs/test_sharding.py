@@ -31,8 +31,8 @@ def with_key(reports, *keys):
 @pytest.fixture
 def solvers(reports):
     found = with_key(reports, "solver")
-    assert {report["axes"] for report in found} == {"Auto", "Explicit"}
-    assert len(found) == 2 * 5
+    assert [report["axes"] for report in found].count("Explicit") == 1
+    assert len(found) == 5 + 1
     return found
 
 
@@ -70,22 +70,20 @@ def test_solvers_find_what_they_find_on_one_device(solvers):
 
 def test_devices_that_share_columns_find_what_one_finds(reports):
     found = with_key(reports, "columns", "loss")
-    assert len(found) == 3
+    assert [report["columns"] for report in found] == ["Explicit", "Auto"]
     for report in found:
         assert report["kept"], report
         assert_as_on_one_device(report)
 
 
 def test_devices_that_share_columns_send_rows_of_a_gram_or_tokens_and_never_a_gram(reports):
-    solving = [report for report in with_key(reports, "columns") if report.get("width") == 576]
-    assert [report["columns"] for report in solving] == ["Auto", "Explicit"]
-    for report in solving:
-        sizes = {size for loop in report["sent"] for shape, _ in loop for size in matrices(shape)}
-        # A block of a Gram, the weight, and places on the diagonal.
-        assert sizes <= {"192,576", "600,576", "576,2", "576,1", "1,1"}, report
-        sweeps = [loop for loop in report["sent"] if any("192,576" in s for s, _ in loop)]
-        # The inverse of the Gram, and those of the steps.
-        assert [kind for loop in sweeps for _, kind in loop] == ["all-gather"] * 2, report
+    (report,) = (each for each in with_key(reports, "columns") if each.get("width") == 576)
+    sizes = {size for loop in report["sent"] for shape, _ in loop for size in matrices(shape)}
+    # A block of a Gram, the weight, and places on the diagonal.
+    assert sizes <= {"192,576", "600,576", "576,2", "576,1", "1,1"}, report
+    sweeps = [loop for loop in report["sent"] if any("192,576" in s for s, _ in loop)]
+    # The inverse of the Gram, and those of the steps.
+    assert [kind for loop in sweeps for _, kind in loop] == ["all-gather"] * 2, report
     # Each sums its own columns.
     (summing,) = with_key(reports, "summed")
     (part,) = (loop for loop in summing["sent"] if loop)
