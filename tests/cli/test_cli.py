@@ -74,7 +74,7 @@ def test_prune_verify_and_eval(workspace, capsys):
     recipe = printed["recipe"]
     assert recipe == prox24.Recipe().to_dict()
     assert recipe["solver"]["name"] == "ADMM"
-    assert recipe["solver"]["rho"] == {"name": "Exponential", "first": 0.5, "growth": ANY}
+    assert recipe["solver"]["rho"] == {"name": "Exponential", "first": 0.55, "growth": ANY}
     assert recipe["pattern"] == "2:4"
     assert recipe["refit"] == {"name": "ConjugateGradients", "steps": 20, "tolerance": 3e-3}
     assert recipe["targets"] == {"name": "DenseTargets", "pull": 1}
