@@ -475,7 +475,7 @@ def test_the_basis_is_a_line_beside_the_same_method_without_it(benchmark, tmp_pa
     printed = benchmark.main(module, *given)
     lines = tmp_path / "new" / "folder" / "basis.csv"
     without, turned, *trained = table(lines)
-    assert (without["steps"], turned["steps"]) == ("0", "100")
+    assert (without["steps"], turned["steps"]) == ("0", "50")
     assert float(turned["values_loss"]) < float(without["values_loss"])
     assert f"{float(turned['text']):.2f}" in printed
     # The weights are trained after the losses of layers were measured.
