@@ -41,14 +41,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: speeches)"
     )
-    options.add_sizes(command, "4, or 16 with --full")
+    options.add_sizes(command, "3, or 16 with --full")
     command.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on (default: a novel)"
     )
     command.add_argument(
         "--evaluation-samples",
         type=options.positive,
-        help="evaluation windows (default: 4, or 16 with --full)",
+        help="evaluation windows (default: 3, or 16 with --full)",
     )
     options.add_output(command, quiet="no progress bar")
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     say = (lambda text: None) if silent else functools.partial(print, flush=True)
     say(f"SmolLM2-135M-Instruct, 2:4. The model is downloaded into {arguments.cache} once.")
     model, length = fetch_model(arguments.cache), arguments.sequence_length
-    windows = 16 if arguments.full else 4
+    windows = 16 if arguments.full else 3
     checkpoint = open_checkpoint(model)
     evaluation = evaluation_windows(
         checkpoint, Text(arguments.text, arguments.evaluation_samples or windows, length)
