@@ -45,7 +45,8 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-# A process takes one file after the other. Long files come first, so that none waits at the end.
+# A process takes one file after the other. Long files come first, so that no process waits for
+# the other at the end.
 LONG_FILES = ("own_models", "examples", "benchmarks", "sharding", "solvers", "prune_params", "prox")
 
 

@@ -68,8 +68,8 @@ SOLVERS = {
     "admm, cg": (ADMM(), REFIT),
     "projection, gradient": (ADMM(penalty=None), GradientSteps(steps=10)),
 }
-EXPLICIT = ("admm, cg",)
-"""Of these also with explicit axes, which one function makes automatic for every solver."""
+EXPLICIT = "admm, cg"
+"""The solver that runs with explicit axes too. One function makes them automatic for all."""
 COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
@@ -153,8 +153,9 @@ def solver_reports():
     gram = (inputs.T @ inputs).astype(np.float32)
     for name, methods in SOLVERS.items():
         expected = solve(jnp.asarray(weight), jnp.asarray(gram), *methods)
-        kinds = [AxisType.Auto, *[AxisType.Explicit] * (name in EXPLICIT)]
-        for kind in kinds:
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            if kind is AxisType.Explicit and name != EXPLICIT:
+                continue
             mesh = jax.make_mesh((8,), ("rows",), axis_types=(kind,))
             rows, everywhere = (NamedSharding(mesh, P(*axes)) for axes in (("rows", None), ()))
             placed = jax.device_put(weight, rows), jax.device_put(gram, everywhere)

@@ -115,7 +115,7 @@ def test_adam_moves_the_angles_by_their_slopes():
         mean, square = (m / (1 - b ** (step + 1)) for m, b in ((first, 0.9), (second, 0.999)))
         rate = basis.RATE * (1 + np.cos(np.pi * step / steps)) / 2
         turn = turn @ orthogonal(np.eye(WIDTH) - rate * mean / (np.sqrt(square) + 1e-8))
-    # Differences are off by 1e-10, and the least slope is 1e-5: a step of 0.02 is off by 2e-7.
+    # Differences are off by 1e-10, and the least slope is 1e-5: a step of 0.08 is off by 8e-7.
     assert_close(learn(parts, steps=steps), turn, 1e-6 / eps_of("float64"))
 
 
