@@ -32,7 +32,7 @@ endef
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
 
-# More windows, and Wanda too.
+# More windows, Wanda, and the default without turned heads.
 demo-full: .venv/demo.stamp
 	.venv/bin/prox24 demo --full --output pruned
 

@@ -36,7 +36,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="folder for the models (earlier ones are replaced)",
     )
     command.add_argument(
-        "--full", action="store_true", help="more windows and methods: takes three times as long"
+        "--full",
+        action="store_true",
+        help="more windows and two more methods: takes about four times as long",
     )
     command.add_argument(
         "--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: speeches)"

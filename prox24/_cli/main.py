@@ -28,7 +28,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "inspect": "list what would be pruned",
     "convert": "write a checkpoint in another format",
-    "demo": "prune SmolLM2-135M by four methods and compare them",
+    "demo": "prune SmolLM2-135M by three methods and compare them",
 }
 """The commands. Each is a module of this package with `add_arguments` and `run`."""
 
