@@ -215,7 +215,7 @@ def _checked(parts: Sequence[Part]) -> tuple[list[Part], tuple[Side, ...]]:
         except ValueError as error:
             raise ValueError(f"part {number}: {error}") from error
         sides.append((part.axis, as_pattern(part.pattern)))
-    shapes = sorted({part.places.shape[::2] for part in parts})
+    shapes = sorted({np.shape(part.places)[::2] for part in checked})
     if len(shapes) > 1:
         raise ValueError(f"the parts differ in (heads, width): {shapes}")
     dtypes = sorted({str(part.weight.dtype) for part in checked})
@@ -240,6 +240,8 @@ def _checked_part(part: Part) -> Part:
         raise ValueError(f"blocks of {group} do not divide the input width {width}")
     if part.axis == 1 and not np.array_equal(places.ravel(), np.arange(width)):
         raise ValueError(f"with axis=1, places are all of the {width} inputs in order")
+    if part.axis == 1 and places.shape[-1] % group:
+        raise ValueError(f"blocks of {group} do not divide a head of width {places.shape[-1]}")
     dtype = working_dtype(gram.dtype)
     return part._replace(weight=weight.astype(dtype), gram=gram.astype(dtype), places=places)
 

@@ -187,6 +187,10 @@ def test_low_precision_is_computed_in_float32():
         ({"pattern": (2, 5)}, "part 0: blocks of 5 do not divide the input width 16"),
         ({"axis": -1}, "part 0: axis -1 is neither 0"),
         ({"axis": 1, "places": places_of(2, 8)[::-1]}, "part 0: with axis=1, places are all of"),
+        (
+            {"axis": 1, "places": np.arange(16).reshape(2, 1, 8), "pattern": (2, 16)},
+            "part 0: blocks of 16 do not divide a head of width 8",
+        ),
         ({"gram": jnp.eye(24)}, r"part 0: weight \(24, 16\) and gram \(24, 24\) do not fit"),
         ({"gram": jnp.eye(16, dtype=jnp.float64)}, "in different dtypes: .'float32', 'float64'"),
     ],

@@ -28,6 +28,8 @@ def common_mesh(windows: int, tensor: int = 1) -> Mesh | None:
     `windows` is the number of windows in memory together. `tensor` is the number of devices with
     the same windows, along the second axis of the mesh.
     """
+    if tensor < 1:
+        raise Prox24Error(f"tensor_parallel is {tensor}, not a positive number of devices")
     processes = jax.process_count()
     if windows % processes:
         raise Prox24Error(f"{windows} windows are not divisible by {processes} processes")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import open_checkpoint
-from prox24._checkpoints.manifest import write_manifest
+from prox24._checkpoints.manifest import read_manifest, write_manifest
 from prox24._checkpoints.model_card import source_card, write_card
 from prox24._checkpoints.training_state import states
 from prox24._checkpoints.unfinished import (
@@ -154,6 +154,10 @@ def distill(
         "devices": [jax.devices()[0].device_kind, *([1] if mesh is None else mesh.devices.shape)],
     }
     linears = {linear.tensor for linear in all_linears(load_model(student).config)}
+    made = read_manifest(student.path)
+    if made is not None and "recipe" in made:  # some linears may be dense
+        job["recipe"] = made["recipe"]
+        linears &= {name for name, entry in made["tensors"].items() if "pruned" in entry}
     figures: list[dict[str, Any]] = []
     trained: set[str] = set()
 

@@ -123,7 +123,15 @@ def plan(
       CheckpointError: the model cannot be read, or M does not divide an input width.
       RecipeError: the solver does not support the pattern, or this machine the products.
       UnsupportedModelError: the model has no forward pass here.
+      Prox24Error: a number is not positive.
     """
+    for name, number in {
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "devices": devices,
+    }.items():
+        if number < 1:
+            raise Prox24Error(f"{name} is {number}, not a positive number")
     checkpoint = open_described(source)
     model = load_model(checkpoint)
     # The largest number of devices that divides the windows, as in `prune`.

@@ -89,16 +89,21 @@ def log_to(
     line: str = "%(asctime)s %(message)s",
     is_writer: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
-    """Sends the log of the block to a handler, in the process that writes."""
+    """Sends the log of the block to a handler alone, in the process that writes.
+
+    A package may have given the root logger a handler, which would write each line again.
+    """
     handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S"))
     handler.addFilter(lambda record: is_writer())
-    before = logger.level
+    before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
         logger.removeHandler(handler)
         handler.close()
 

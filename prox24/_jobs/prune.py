@@ -94,6 +94,7 @@ def prune(
       RecipeError: the recipe does not fit the model or the device, or JSON cannot hold it.
       SolverError: a linear has no finite solution. The message names the tensor.
       UnsupportedModelError: the model has no forward pass here, and torchax cannot run it.
+      Prox24Error: another argument is out of range, or is not for such a model.
 
     Example:
       Prunes with the default recipe and prints the summary::
@@ -102,6 +103,8 @@ def prune(
         print(report)
     """
     seconds, lap = _stopwatch()
+    if activations not in ("memory", "disk"):
+        raise Prox24Error(f"activations {activations!r} is neither 'memory' nor 'disk'")
     source, destination = Path(source), Path(destination)
     check_destination(destination, [source, *files_of_text(calibration)], overwrite)
     recipe.check_supported()
@@ -127,6 +130,17 @@ def prune(
         setup = checked_setup(model, recipe, devices, shard_grams)
         if memory is not None:
             micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
+    else:
+        options = {
+            "memory": memory is not None,
+            "activations": activations == "disk",
+            "shard_grams": shard_grams,
+            "distributed": jax.process_count() > 1,
+            "refine": recipe.refine is not None,
+        }
+        for option, given in options.items():
+            if given:
+                raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
     job = {
         "recipe": recipe.to_dict(),
         "calibration": text,
@@ -155,16 +169,6 @@ def prune(
                 shard_grams=shard_grams,
             )
         else:
-            options = {
-                "memory": memory is not None,
-                "activations": activations == "disk",
-                "shard_grams": shard_grams,
-                "distributed": jax.process_count() > 1,
-                "refine": recipe.refine is not None,
-            }
-            for option, given in options.items():
-                if given:
-                    raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
             runner = TorchRunner(checkpoint, windows)
             names = [x.tensor for i in range(runner.stages) for x in runner.linears(i)]
             check_found(names, recipe)

@@ -63,6 +63,10 @@ class Text:
             raise CalibrationError(f"sequence_length is {self.sequence_length}; 2 is the least")
         if self.sampling not in SAMPLINGS:
             raise CalibrationError(f"sampling {self.sampling!r} is none of {', '.join(SAMPLINGS)}")
+        if self.source is not None and not (self.sources and all(self.sources)):
+            raise CalibrationError(
+                "the source of the text is empty: name a file, or leave it out for packaged text"
+            )
         for source in self.sources:
             if len(self.sources) > 1 and (is_generated(source) or is_tokens(source)):
                 raise CalibrationError(f"{source} cannot be joined with other texts")
@@ -311,7 +315,8 @@ def _checked(
     checkpoint: Checkpoint, windows: NDArray[np.integer], name: str = "tokens"
 ) -> NDArray[np.int32]:
     windows = np.asarray(windows)
-    if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or windows.shape[1] < 2:
+    integers = np.issubdtype(windows.dtype, np.integer)
+    if not integers or windows.ndim != 2 or windows.shape[1] < 2 or not len(windows):
         raise CalibrationError(
             f"{name}: shape {windows.shape} and dtype {windows.dtype}; integers of shape (windows, "
             "length), of length 2 or more, are needed"

@@ -154,7 +154,7 @@ def falcon(hf: PreTrainedConfig) -> Config:
 
 def bloom(hf: PreTrainedConfig) -> Config:
     """BLOOM: linear biases, and a norm after the embedding."""
-    settings.must_be(hf, apply_residual_connection_post_layernorm=False)
+    settings.must_be(hf, apply_residual_connection_post_layernorm=False, slow_but_exact=False)
     alibi = Alibi(alibi_slopes(hf.n_head))
     return settings.decoder(
         hf,

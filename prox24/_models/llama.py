@@ -94,6 +94,7 @@ def gemma2(hf: PreTrainedConfig, **changes: Any) -> Config:
 
 def gemma3(hf: PreTrainedConfig) -> Config:
     """Gemma 3's text model: Gemma 2 with normalised heads and a rope for each layer type."""
+    settings.must_be(hf, attn_logit_softcapping=None)
     return gemma2(hf, norm="heads")
 
 

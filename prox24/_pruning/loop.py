@@ -22,7 +22,7 @@ from prox24._pruning.turns import tied_tensors, ties_of, turn
 from prox24._solvers.problem import LayerProblem, correct_inputs
 from prox24._solvers.scores import Wanda
 from prox24._solvers.solve import explain, solve
-from prox24.errors import CalibrationError, CheckpointError, SolverError
+from prox24.errors import CalibrationError, CheckpointError, RecipeError, SolverError
 from prox24.refine._blocks import BlockRefinement, train_block
 
 OnLayerStep = Callable[[int, int, int, float], None]
@@ -183,6 +183,8 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> KeptDense:
         state = runner.advance(index, weights, state)
     share = recipe.keep_dense
     count = share if isinstance(share, int) else round(share * len(losses))
+    if count >= len(losses):
+        raise RecipeError(f"keep_dense {share} leaves none of {len(losses)} weights to prune")
     dense = dict(sorted(losses.items(), key=lambda pair: pair[1], reverse=True)[:count])
     rest = [loss for name, loss in losses.items() if name not in dense]
     effect = {

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,7 +61,8 @@ class HeadBasis:
     An orthogonal matrix turns the rows of a head's values, and the columns that read them. A second
     matrix turns the entries of queries and keys that no rotary position and no norm changes. The
     dense model computes the same function, and the pruned model takes no more time. A head is
-    turned only if all its linears are pruned to N:M. See `prox24.basis.learn` for the mathematics.
+    turned only if all its linears are pruned to N:M, and no block reaches beyond the head. See
+    `prox24.basis.learn` for the mathematics.
 
     Attributes:
       steps: of Adam, for values and for queries and keys.
@@ -77,6 +79,19 @@ class HeadBasis:
 
 
 PatternsByTensor = tuple[tuple[str, Pattern | Unstructured | str], ...]
+
+FIELDS: dict[str, tuple[Any, str]] = {
+    "solver": (Callable, "a solver, such as prox24.ADMM()"),
+    "refit": (Callable | None, "a refit, such as prox24.ConjugateGradients(), or None"),
+    "damping": (numbers.Real, "a number"),
+    "targets": (DenseTargets | None, "a prox24.DenseTargets or None"),
+    "basis": (HeadBasis | None, "a prox24.HeadBasis or None"),
+    "refine": (BlockRefinement | None, "a prox24.BlockRefinement or None"),
+    "keep_dense": (int | float, "a count or a share"),
+    "dtype": (str | None, "the name of a dtype or None"),
+    "products": (str, "a name"),
+}
+"""The types of a recipe's fields, and what an error says of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +143,17 @@ class Recipe:
     products: str = "float32"
 
     def __post_init__(self) -> None:
+        for name, (kinds, wanted) in FIELDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool | type):
+                raise RecipeError(f"{name} {value!r} is not {wanted}")
         object.__setattr__(self, "pattern", _checked_pattern(self.pattern))
         if not 0 <= self.damping < math.inf:
             raise RecipeError(f"damping {self.damping} is not a nonnegative number")
         for name in ("only", "skip"):
             _check_expression(name, getattr(self, name))
         count = self.keep_dense
-        if isinstance(count, bool) or count < 0 or (isinstance(count, float) and count >= 1):
+        if not count >= 0 or (not isinstance(count, int) and count >= 1):
             raise RecipeError(f"keep_dense {count} is neither a count nor a share below 1")
         if self.dtype not in (None, "float32", "float16", "bfloat16"):
             raise RecipeError(f"dtype {self.dtype!r} is not float32, float16 or bfloat16")
@@ -147,7 +166,12 @@ class Recipe:
 
         Args:
           tokens: number of tokens of the calibration text. More tokens mean fewer passes over each.
+
+        Raises:
+          RecipeError: the number is not positive.
         """
+        if tokens < 1:
+            raise RecipeError(f"tokens {tokens} is not a positive number")
         passes = max(1, round(TRAINED_TOKENS / tokens))
         return cls(refine=BlockRefinement(passes=passes))
 

@@ -22,14 +22,18 @@ from prox24._solvers.protocol import n_of_m
 def ties_of(
     runner: Runner[Any], index: int, recipe: Recipe, chosen: Mapping[str, AnyPattern]
 ) -> list[Sequence[Side]]:
-    """The ties of a stage whose linears are all pruned to N:M; empty without a basis."""
+    """The ties of a stage whose linears are all pruned to N:M; empty without a basis.
+
+    The blocks of a linear that reads a head must not reach beyond the head.
+    """
     if recipe.basis is None:
         return []
-    return [
-        tie
-        for tie in runner.ties(index)
-        if all(isinstance(chosen.get(side.tensor), Pattern) for side in tie)
-    ]
+
+    def fits(side: Side) -> bool:
+        pattern, width = chosen.get(side.tensor), side.places.shape[-1]
+        return isinstance(pattern, Pattern) and (side.axis == 0 or width % pattern.width == 0)
+
+    return [tie for tie in runner.ties(index) if all(map(fits, tie))]
 
 
 def tied_tensors(ties: Sequence[Sequence[Side]]) -> set[str]:

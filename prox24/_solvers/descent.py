@@ -31,7 +31,7 @@ class Descent(enum.IntEnum):
     MAX_STEPS = 1
     """The error is above the tolerance after the last step."""
     NONFINITE = 2
-    """The function or its gradient was not finite; the result is the last point before."""
+    """The function or its gradient was not finite. The result is the last point where both were."""
 
 
 class Descended(NamedTuple):
@@ -58,6 +58,7 @@ class Descended(NamedTuple):
 class _State(NamedTuple):
     params: PyTree
     extrapolated: PyTree
+    known: PyTree  # the last point with a finite value and gradient
     nesterov: Array
     step: Array
     error: Array
@@ -168,6 +169,7 @@ def proximal_gradient(
         first = _State(
             start,
             start,
+            start,
             number(1),
             size,
             number(jnp.inf),
@@ -250,8 +252,9 @@ def _advance(
         return jnp.where(finite, new, old)
 
     return _State(
-        jax.tree.map(keep, landed, state.params),
-        jax.tree.map(keep, _plus(landed, share, move), state.params),
+        jax.tree.map(keep, landed, state.known),
+        jax.tree.map(keep, _plus(landed, share, move), state.known),
+        jax.tree.map(keep, point, state.known),
         following,
         step,
         jnp.where(finite, error, jnp.inf),

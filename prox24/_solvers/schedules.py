@@ -52,7 +52,9 @@ class Exponential:
           8.0
         """
         moves = jnp.asarray(count, float)
-        return jnp.minimum(self.first * self.growth**moves, LARGEST)
+        # Zero times infinity would be NaN.
+        grown = jnp.minimum(self.growth**moves, jnp.finfo(moves.dtype).max)
+        return jnp.minimum(self.first * grown, LARGEST)
 
     def after(self, value: Array) -> Array:
         """The value after `value`, as solvers compute it step by step."""

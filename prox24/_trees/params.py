@@ -104,8 +104,8 @@ def prune_params(
     Raises:
       CalibrationError: see `calibrate`; or there are neither batches nor Grams, or no leaf has a
         Gram.
-      RecipeError: the recipe has `refine`, prunes no leaf, or its solver does not support a
-        pattern, or the device does not have its products.
+      RecipeError: the recipe has `refine`, or its solver does not support a pattern, or the device
+        does not have its products. Or no leaf can be pruned, although the mask does not forbid it.
       SolverError: a solution is not finite. The message names the weight.
       ValueError: `params` has no arrays, or has traced ones. A Gram does not fit its weight, the
         order is unknown, or Grams are given for the sequential order.
@@ -145,8 +145,12 @@ def prune_params(
         _check_paths(params, grams)
     if linears := [leaf.path for leaf in leaves if leaf.pruned or leaf.reason == BY_RECIPE]:
         check_found(linears, recipe)
-    else:
+    elif all(leaf.reason == NOT_IN_MASK for leaf in leaves):
         return PrunedParams(params, leaves, [])
+    else:
+        matrices_first = sorted(leaves, key=lambda leaf: len(leaf.shape) < 2)
+        reasons = [f"{leaf.path}: {leaf.reason}" for leaf in matrices_first]
+        raise RecipeError(f"no leaf can be pruned ({_some(reasons)})")
     if order == "one-shot":
         runner = FunctionRunner(params, leaves, groups, layouts, found.grams)
     else:
@@ -165,7 +169,7 @@ def prune_params(
     return PrunedParams(map_named(values.get, params), leaves, reports)
 
 
-BY_RECIPE = "dense by the recipe"
+BY_RECIPE, NOT_IN_MASK = "dense by the recipe", "not in mask"
 
 
 def _check_paths(params: PyTree, grams: Calibration) -> None:
@@ -300,7 +304,7 @@ def _choose(
         if wanted is None and not leaf.pruned:
             reason = leaf.reason
         elif wanted is not None and not wanted:
-            reason = "not in mask"
+            reason = NOT_IN_MASK
         elif (pattern := recipe.pattern_of(leaf.path)) is None:
             reason = BY_RECIPE
         elif layout is None:

@@ -163,13 +163,17 @@ def named_leaves(params: PyTree) -> list[tuple[str, Any]]:
 
 
 def check_values(params: PyTree, caller: str) -> None:
-    """Raises ValueError if a leaf is traced, or no leaf is an array; `caller` needs values."""
+    """Raises ValueError unless leaves have values and paths of their own, and one is an array."""
     if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
         raise ValueError(
             "params has no arrays: give a pytree of arrays, of a Keras model "
             "{v.path: v.value for v in model.trainable_variables}"
         )
-    for path, leaf in named_leaves(params):
+    leaves = named_leaves(params)
+    for path, count in collections.Counter(path for path, _ in leaves).items():
+        if count > 1:
+            raise ValueError(f"{path} is the path of {count} leaves: rename a key that holds a /")
+    for path, leaf in leaves:
         if isinstance(leaf, jax.core.Tracer):
             raise ValueError(f"{path} is traced and has no value: call {caller} outside of jax.jit")
 

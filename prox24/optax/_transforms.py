@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from prox24._core.pattern import PatternLike, as_pattern
 from prox24._core.planes import check_kept
 from prox24._core.prox import prox
+from prox24._solvers.schedules import LARGEST
 from prox24.optax._leaves import (
     Axis,
     Leaf,
@@ -137,7 +138,9 @@ def proximal(
         if params is None:
             raise ValueError("proximal needs the parameters: call update(updates, state, params)")
         if penalty is None:
-            penalty = _at(learning_rate, state.count) * _at(lam, state.count)
+            # A schedule may grow to infinity while the learning rate falls to zero.
+            strength = jnp.minimum(_at(lam, state.count), LARGEST)
+            penalty = _at(learning_rate, state.count) * strength
         penalty = jnp.asarray(penalty, float)
         trained = jax.tree.map(
             lambda u, p: None if u is None else p, updates, params, is_leaf=_is_none

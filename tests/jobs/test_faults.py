@@ -186,6 +186,15 @@ def test_hidden_states_on_disk_spare_the_finished_layers_unless_they_are_lost(
     assert read == expected
 
 
+def test_an_option_that_the_model_does_not_take_loses_nothing(begun, monkeypatch):
+    monkeypatch.setattr(prune.torchax, "open_any", lambda path: (open_checkpoint(path), False))
+    left = begun / "out.unfinished"
+    before = {path: path.read_bytes() for path in left.rglob("*") if path.is_file()}
+    assert before
+    assert pruned(begun, "--activations", "disk") == 2
+    assert {path: path.read_bytes() for path in left.rglob("*") if path.is_file()} == before
+
+
 CHANGES = {"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"}
 
 

@@ -21,6 +21,7 @@ from tiny import Q_PROJ, config_dict, random_weights, write_folder, write_tiny
 import prox24
 from prox24 import basis
 from prox24._checkpoints.checkpoint import open_checkpoint, open_described
+from prox24._core.placement import common_mesh
 from prox24._jobs import memory
 from prox24._jobs.forward import layer_linears, load_model
 from prox24._jobs.memory import Setup
@@ -173,6 +174,14 @@ def test_equal_layers_are_looked_at_once(tmp_path):
     config = config_dict(num_hidden_layers=5)
     write_folder(tmp_path / "equal", config, random_weights(config))
     assert memory.distinct_layers(load_model(open_checkpoint(tmp_path / "equal"))) == [0]
+
+
+@pytest.mark.parametrize("name", ["samples", "sequence_length", "devices"])
+def test_a_number_below_one_is_named(name):
+    with pytest.raises(prox24.errors.Prox24Error, match=f"{name} is 0, not a positive number"):
+        prox24.plan("nowhere", **{name: 0})
+    with pytest.raises(prox24.errors.Prox24Error, match="tensor_parallel is 0, not a positive"):
+        common_mesh(8, tensor=0)
 
 
 def test_the_command_says_what_pruning_takes(model, tmp_path, capsys):

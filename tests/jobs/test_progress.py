@@ -76,6 +76,15 @@ def test_figures_are_one_object_a_line_and_only_the_writer_has_them(tmp_path):
     assert found == {"event": "linear", "name": "a", "loss": None}
 
 
+def test_a_handler_of_the_root_logger_does_not_write_each_line_again(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with written_logs(tmp_path / "log.txt", None):
+        logging.getLogger("prox24").info("inside")
+    logging.getLogger("prox24").warning("after")
+    assert (tmp_path / "log.txt").read_text().endswith(" inside\n")
+    assert caplog.messages == ["after"]
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_a_narrow_terminal_shortens_names_and_no_numbers(monkeypatch, width):
     class Terminal(io.StringIO):

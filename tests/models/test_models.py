@@ -126,6 +126,8 @@ REFUSED = [
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
     ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm"),
+    ("bloom", {"pretraining_tp": 2, "slow_but_exact": True}, "slow_but_exact"),
+    ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
     ("phi", {"qk_layernorm": True}, "qk_layernorm"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     # Without a meaning

@@ -183,6 +183,10 @@ def test_schedules_see_the_number_of_earlier_updates():
         updates, state = transform.update(zeros, state, params)
         remaining.append(int(nonzeros(optax.apply_updates(params, updates)["w"], 1).max()))
     assert remaining == [4, 4, 2, 4]
+    # An infinite lam times a rate of zero is no penalty.
+    without = proximal(lambda count: jnp.inf, learning_rate=lambda count: 0.0)
+    updates, _ = without.update(zeros, without.init(params), params)
+    np.testing.assert_array_equal(updates["w"], 0)
     assert state.count.dtype == jnp.int32
     assert int(state.count) == 4
 

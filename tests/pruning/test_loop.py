@@ -144,6 +144,9 @@ def test_those_that_lose_most_in_the_dense_model_stay_dense(source, weights, sha
         "mean_loss": pytest.approx((of_all - of_worst) / len(chosen), rel=rel),
     }
     assert pruned_by(runner, recipe, dense=dense).tensors.keys() == set(chosen) - dense.keys()
+    every = dataclasses.replace(recipe, keep_dense=len(chosen))
+    with pytest.raises(RecipeError, match="keep_dense 12 leaves none of 12 weights to prune"):
+        loop.most_lossy(runner, every)
 
 
 def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path):

@@ -100,6 +100,31 @@ def test_what_does_not_fit_is_refused_by_name(given, said):
     assert issubclass(RecipeError, Prox24Error)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"solver": "admm"}, "solver 'admm' is not a solver, such as"),
+        ({"solver": prox24.ADMM}, "solver <class .*> is not a solver, such as"),
+        ({"damping": "0.01"}, "damping '0.01' is not a number"),
+        ({"damping": None}, "damping None is not a number"),
+        ({"targets": True}, "targets True is not a prox24.DenseTargets or None"),
+        ({"basis": 50}, "basis 50 is not a prox24.HeadBasis or None"),
+        ({"keep_dense": "3"}, "keep_dense '3' is not a count or a share"),
+        ({"keep_dense": float("nan")}, "keep_dense nan is neither a count nor a share"),
+        ({"products": ["float32"]}, r"products \['float32'\] is not a name"),
+    ],
+)
+def test_fields_of_another_type_are_refused_by_name(given, said):
+    with pytest.raises(RecipeError, match=said):
+        Recipe(**given)
+
+
+def test_more_tokens_take_fewer_passes_and_none_are_refused():
+    assert Recipe.best(65_536).refine.passes < Recipe.best(8_192).refine.passes
+    with pytest.raises(RecipeError, match="tokens 0 is not a positive number"):
+        Recipe.best(0)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "recipe.json"
     with pytest.raises(RecipeError, match=r"cannot read .*recipe\.json: No such file"):
@@ -125,12 +150,18 @@ def test_what_json_cannot_hold_is_refused_by_name():
 class Own:
     """Not registered."""
 
+    def __call__(self):
+        """As solvers have it."""
+
 
 @hyperparameters
 class Registered:
     """Of another module than prox24's, so that its name holds the module's."""
 
     rate: float = 0.5
+
+    def __call__(self):
+        """As refits have it."""
 
 
 def test_a_registered_class_of_others_goes_by_its_module():

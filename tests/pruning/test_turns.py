@@ -92,6 +92,18 @@ def test_dense_targets_and_training_start_from_the_turned_model(tmp_path, dtype)
         assert np.linalg.norm(logits - expected) <= 2 * 8 * 2.0**-9 * np.linalg.norm(expected)
 
 
+def test_heads_that_blocks_reach_beyond_are_not_turned(tmp_path):
+    write_tiny(tmp_path / "source", "qwen2")  # heads of width 8
+    wide = dataclasses.replace(WANDA, pattern=(2, 16))
+    found, plain = (
+        pruned(tmp_path / "source", recipe).tensors
+        for recipe in (wide, dataclasses.replace(wide, basis=None))
+    )
+    assert found.keys() == plain.keys()  # no biases
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, plain[name])
+
+
 def test_a_gram_with_one_huge_direction_stays_symmetric():
     rng = np.random.default_rng(0)
     direction = np.linalg.qr(rng.standard_normal((64, 64)))[0]

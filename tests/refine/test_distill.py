@@ -316,6 +316,15 @@ def test_the_command_trains_every_tensor_of_the_layers(workspace, capsys):
         assert "proj" not in name or np.array_equal(new == 0, old == 0)
 
 
+def test_linears_that_the_recipe_left_dense_may_stay_dense(workspace):
+    prune(workspace, "partly", "--skip", "layers.0.")
+    assert distilled(workspace, models=("model", "partly")) == 0
+    verified = prox24.verify(workspace / "out", workspace / "model")
+    assert verified.problems == {}
+    assert verified.linears == 7  # of layer 1
+    assert any("layers.0.mlp.up_proj" in name for name in verified.refined)
+
+
 def test_the_rate_rises_and_falls():
     rate = ModelRefinement(rate=0.5, warmup=0.25).schedule(40)
     rates = np.array([rate(step) for step in range(41)])

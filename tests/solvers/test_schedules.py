@@ -27,6 +27,7 @@ def test_a_gradual_one_reaches_its_end_and_none_overflows():
     schedule = Exponential.between(1e-3, 10.0, 101)
     assert float(schedule(100)) == pytest.approx(10.0, rel=200 * eps_of("float32"))
     assert float(schedule(10**6)) == pytest.approx(1e30)
+    assert float(Exponential(0.0, 1.05)(5000)) == 0.0  # growth^5000 is infinite
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,12 @@ def test_what_is_not_pruned_says_why():
     nothing = prune(apply, params, recipe=recipe, grams=calibration, mask=False)
     assert nothing.params is params
     assert nothing.reports == []
+    narrow = {"w": normal(6, 3)}
+    with pytest.raises(RecipeError, match=r"no leaf can be pruned \(w: axis 0 is not divisible by"):
+        prune(lambda params, x: x @ params["w"], narrow, [normal(9, 6)], WANDA)
+    twice = {"a/b": normal(8, 8), "a": {"b": normal(8, 8)}}
+    with pytest.raises(ValueError, match="a/b is the path of 2 leaves"):
+        prune(lambda params, x: x @ params["a/b"] @ params["a"]["b"], twice, [normal(9, 8)], WANDA)
 
 
 @pytest.mark.parametrize("order", ORDERS)

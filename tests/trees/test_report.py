@@ -39,6 +39,8 @@ def test_a_pruned_tree_is_reported_leaf_by_leaf():
     }
     assert str(found).splitlines()[-1] == "2 of 2 leaves to prune are 2:4 along their axes"
     assert not prox24.report({"bias": jnp.ones(4)}).sparse  # nothing to prune
+    keys = jax.random.split(jax.random.key(0), 3)
+    assert prox24.report(kernels(0) | {"keys": keys}).sparse
 
 
 def test_a_tree_that_was_pruned_along_the_outputs_is_found_and_explained():
