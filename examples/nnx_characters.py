@@ -35,7 +35,6 @@ CALIBRATION, TEST = 128, 256  # windows
 METHODS = {
     "wanda": prox24.Recipe.wanda(),
     "sparsegpt": prox24.Recipe.sparsegpt(),
-    "prox + refit": prox24.Recipe.proximal(),
     "admm with the prox + refit": prox24.Recipe(),
 }
 

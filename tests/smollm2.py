@@ -19,7 +19,7 @@ def fetched():
     return fetch_model(CACHE)
 
 
-def write_first_layers(folder, count=3):
+def write_first_layers(folder, count=2):
     """Writes a model of the first layers. It has real weights, and takes a tenth of the time."""
     write_checkpoint(open_checkpoint(fetched()), folder)
     config = json.loads((folder / "config.json").read_text())
