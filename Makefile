@@ -13,6 +13,13 @@ define make-venv
 	$(1) -m venv $(2)
 endef
 
+# Some packages of `.venv`. pip would compile one file after the other, compileall keeps all cores
+# busy. It fails for a few files that are no Python 3, as pip does without a word.
+define install
+	.venv/bin/python -m pip install --quiet --no-compile --editable $(1)
+	.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
+endef
+
 # Most of the time of the tests is XLA's. Programs are optimized, as users have them, where the
 # subject is rounding or a real model, and compiled in half of the time elsewhere.
 define run-tests
@@ -118,15 +125,15 @@ test-package: .venv/test.stamp
 
 .venv/demo.stamp: pyproject.toml
 	$(call make-venv,$(PYTHON),.venv)
-	.venv/bin/python -m pip install --quiet --editable '.[llm]'
+	$(call install,'.[llm]')
 	touch $@
 
 .venv/test.stamp: .venv/demo.stamp
-	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	$(call install,'.[test]')
 	touch $@
 
 .venv/docs.stamp: .venv/test.stamp
-	.venv/bin/python -m pip install --quiet --editable '.[docs]'
+	$(call install,'.[docs]')
 	touch $@
 
 .venv-newest/test.stamp: pyproject.toml
