@@ -60,7 +60,7 @@ lint: .venv/test.stamp
 # The site; the examples of docstrings, and the Python of the pages. `make test-all` has the scripts.
 docs: site
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -m "not optimized" \
-	  tests/test_doctests.py tests/test_readme.py tests/test_examples.py -k "doctests or python_of"
+	  tests/test_doctests.py tests/test_examples.py -k "doctests or python_of"
 
 # build/docs/index.html. Warnings are errors: broken links, and public names without a page.
 site: .venv/docs.stamp

@@ -21,8 +21,9 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from prox24._checkpoints.safetensors_file import create_file
 from prox24._checkpoints.tensors import Spec
+from prox24._jobs import load
 from prox24._jobs.documents import plain_text
-from prox24._models import decoder, spec
+from prox24._models import spec
 from prox24._models.families import config_from_hf
 
 VOCABULARY, LENGTH, BATCH = 4096, 256, 8
@@ -52,18 +53,7 @@ def first_weights(config: spec.Config, rng: np.random.Generator) -> dict[str, np
 
 
 def loss_of(config: spec.Config, weights: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
-    outer = {
-        name: weights[spec.outer_tensor(config.names, name)]
-        for name in spec.embedding_shapes(config) | spec.head_shapes(config)
-    }
-    hidden = decoder.embed(config, outer, tokens)
-    for index, layer in enumerate(config.layers):
-        own = {
-            name: weights[spec.layer_tensor(config.names, index, name)].T
-            for name in spec.layer_shapes(layer)
-        }
-        hidden = decoder.layer(layer, own, hidden, decoder.no_tap)
-    logits = decoder.logits(config, outer, hidden)[:, :-1]
+    logits = load._logits(config, weights, tokens)[:, :-1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return losses.mean()
 

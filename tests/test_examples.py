@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +52,32 @@ def test_pruning_one_layer(tmp_path):
 
 SMALL = {  # in place of what a page has for a real model
     "HuggingFaceTB/SmolLM2-135M-Instruct": "DIR",
+    "HuggingFaceTB/SmolLM2-135M": "DIR",
     "samples=64, sequence_length=512": "samples=8, sequence_length=32",
+    'Text("b.txt")': 'Text("b.txt", sequence_length=32)',
     'perplexity("smol-2of4")': 'perplexity("smol-2of4", prox24.Text(None, 4, 32))',
 }
 
 
 @pytest.mark.parametrize(
     "page",
-    ["getting-started", "packed", "solvers", "refine", "optax", "generate", "whole-job"],
+    [
+        "../README",
+        "getting-started",
+        "packed",
+        "solvers",
+        "refine",
+        "optax",
+        "generate",
+        "whole-job",
+    ],
 )
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
-    write_tiny(tmp_path / "DIR")  # tests/test_readme.py has the README
+    write_tiny(tmp_path / "DIR")
     monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("It is a truth universally acknowledged, that a single man " * 300)
     text = (ROOT / f"docs/{page}.md").read_text()
     for real, small in SMALL.items():
         text = text.replace(real, small)
@@ -72,6 +86,11 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     names: dict = {"__name__": "__main__"}
     with jax.enable_x64(False):
         exec("\n".join(blocks), names)
+    if page == "../README":
+        printed = capsys.readouterr().out
+        for said in ("mean relative loss", "perplexity", "loss 0.", "SPARSE 0.5"):
+            assert said in printed
+        assert Path("smol-trained/prox24.json").exists()
     if page == "refine":
         assert prox24.is_sparse(names["merged"]["first"], axis=0)
     if page == "getting-started":

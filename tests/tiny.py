@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from prox24._models import decoder, spec
 from prox24._models.families import config_from_hf
@@ -168,12 +168,9 @@ SETTINGS = {
 }
 
 
-def hf_config(variant: str = "llama1", **changes) -> PreTrainedConfig:
-    return AutoConfig.for_model(**(SETTINGS | VARIANTS[variant] | changes))
-
-
 def config_dict(variant: str = "llama1", **changes) -> dict:
-    return json.loads(hf_config(variant, **changes).to_json_string(use_diff=False))
+    config = AutoConfig.for_model(**(SETTINGS | VARIANTS[variant] | changes))
+    return json.loads(config.to_json_string(use_diff=False))
 
 
 def random_weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from prox24._jobs.forward import all_linears, layer_names, load_model, outer_nam
 from prox24._jobs.output import Report, table
 from prox24._models.spec import Config
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import check_found
+from prox24._pruning.runner import check_found, starred
 
 DENSE, PRUNED = "dense: ", "pruned"
 
@@ -145,7 +144,7 @@ def _role(name: str) -> str:
 
 def _grouped(entries: list[Entry]) -> list[list[str]]:
     """One row for all tensors that differ only in a number in their names."""
-    names = (re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name) for entry in entries)
+    names = (starred(entry.name) for entry in entries)
     groups = collections.Counter(
         (name, " x ".join(map(str, entry.shape)), entry.dtype, entry.decision)
         for name, entry in zip(names, entries, strict=True)

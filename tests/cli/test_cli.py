@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import ANY
 
 import jax
@@ -376,20 +375,12 @@ def refused(tmp_path_factory):
         "unnamed.unfinished/precious": "x",
         "filed.unfinished": "x",
         "all/text.txt": TEXT,
-        "recipe.json": '{"dampen": 1}',
         "recipe.yaml": "a: [",
         "mamba/config.json": '{"model_type": "mamba"}',
-        "pattern.json": '{"pattern": [["mlp.nothing", "dense"], ["", "2:4"]]}',
-        "body.jsonl": '{"id": 1, "body": "a"}',
-        "null.jsonl": '{"text": "a"}\n{"text": null}',
         "broken.jsonl": '{"text": "a"}\n\n{"text": ',
-        "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}]}',
-        "model/chat_template.jinja": "{{ raise_exception('roles must alternate') }}",
-        "a.parquet": "",
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    (folder / "binary").write_bytes(b"\xff\xfe\x00")
     (folder / "dangling").symlink_to("nowhere")
     (folder / "linked.txt").symlink_to("all/text.txt")
     (folder / "linked").symlink_to("all/model")
@@ -419,7 +410,6 @@ REFUSED = [
     (f"{PRUNE} --samples 1000", "1000 windows of 32 need 32000"),
     (f"{PRUNE} --pattern 3:4", "supports 1:M and 2:M, not 3:4"),
     (f"{PRUNE} --pattern 2:5 --method wanda", "q_proj.weight"),
-    (f"{PRUNE} --pattern 2:5 --method wanda --memory 1GB", "q_proj.weight"),
     ("plan model --pattern 2:5 --method wanda", f"{Q_PROJ} has input width 32, not divisible by 5"),
     (f"prune nan out {DATA}", "model.layers.1.mlp.up_proj.weight"),
     (f"{PRUNE} --method wanda --pull 2", "--pull is for --targets dense"),
@@ -434,36 +424,10 @@ REFUSED = [
     ("inspect model --only nothing", "only 'nothing' is found in none of the 14 linears"),
     (f"{PRUNE} --refine none --refine-linears-only", "linears-only is for --refine block"),
     ("prune model out --process-id 0", "--process-id are for --distributed"),
-    (f"{PRUNE} --recipe none", "cannot read none: No such file"),
-    (f"{PRUNE} --recipe recipe.json", "recipe.json: recipe has no field 'dampen'; its fields are"),
     (f"{PRUNE} --recipe recipe.yaml", "recipe.yaml: the recipe is not YAML: "),
-    (f"{PRUNE} --recipe pattern.json", "pattern 'mlp.nothing' is found in none of the 14 linears"),
     # Texts
-    (
-        f"{PRUNE} --calibration body.jsonl",
-        "body.jsonl, line 1, has no field 'text' or 'messages'; it has id, body: name one by",
-    ),
-    (
-        f"{PRUNE} --calibration body.jsonl --text-field nothing",
-        "body.jsonl, line 1, has no field 'nothing'; it has id, body: name one by --text-field",
-    ),
-    (f"{PRUNE} --calibration null.jsonl", "null.jsonl, line 2: 'text' is empty"),
     (f"{PRUNE} --calibration broken.jsonl", "broken.jsonl, line 3, is not JSON: Expecting value"),
-    (
-        f"{PRUNE} --calibration chat.jsonl",
-        "chat.jsonl, line 1: the chat template fails: roles must alternate; give records with text",
-    ),
-    (
-        f"{PRUNE} --calibration a.parquet",
-        "a.parquet needs the package pyarrow: pip install 'prox24[data]'",
-    ),
-    (
-        f"{PRUNE} --calibration hf:owner/name",
-        "hf:owner/name cannot be had from the hub: offline; check its name and the network",
-    ),
     ("eval model --text none.txt --sequence-length 64", "none.txt"),
-    ("eval model --text binary --sequence-length 64", "not UTF-8"),
-    ("eval model", "windows of 512 tokens are longer than the model's 128 positions"),
     ("eval mute --sequence-length 64", "tokenizer"),
     ("verify cut", "model.safetensors"),
     ("generate model --prompt ''", "the prompt is empty"),
@@ -518,11 +482,6 @@ REFUSED = [
 def test_what_is_refused_is_one_line_and_changes_nothing(
     refused, monkeypatch, capsys, command, said
 ):
-    def load_dataset(*place, **options):
-        raise ConnectionError("offline\nand more")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(refused)

@@ -56,7 +56,8 @@ def test_records_of_every_kind_of_file(tmp_path, kind):
     write_records(tmp_path / f"b.{kind}", "body")
     assert read(tmp_path / f"b.{kind}", "body") == TEXTS
     with pytest.raises(
-        CalibrationError, match=rf"b.{kind}, .* no field 'text' or 'messages'; it has id, body"
+        CalibrationError,
+        match=rf"b.{kind}, .* no field 'text' or 'messages'; it has id, body: name one by --text-f",
     ):
         read(tmp_path / f"b.{kind}")
 

@@ -18,7 +18,6 @@ from tiny import (
     model_weights,
     pruned_by,
     random_weights,
-    rounding,
     seen_by_linears,
     tokens,
     write_tiny,
@@ -98,13 +97,6 @@ def test_a_pruned_model_in_bfloat16_agrees_with_pytorch(tmp_path, variant):
     # rounding sends single tokens to another expert, hence the median.
     assert np.median(difference / np.linalg.norm(ours, axis=-1)) <= 2 * 5 * 2.0**-9
     assert_close(ours, torch_logits(tmp_path / "out"))
-
-
-def test_variants_differ_from_the_plain_model():
-    plain = np.load(GOLDEN / "llama1.npy")
-    for variant in set(VARIANTS) - {"llama1"}:
-        other = np.load(GOLDEN / f"{variant}.npy")
-        assert np.abs(other - plain).max() > 100 * rounding(plain), variant
 
 
 def test_old_and_new_config_fields_mean_the_same():
