@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if arguments is None and set(given) & set(COMMANDS) and not set(given) & {"-h", "--help"}:
         start_with_huge_pages()
+        _hide_torch()
     # Imports and traces make objects that stay: looking for garbage among them takes a tenth of a
     # short command's time.
     gc.set_threshold(10_000, 50, 50)
@@ -68,6 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
         if said is None:
             raise
         return _end(f"error: {said}", error, 2)
+
+
+def _hide_torch() -> None:
+    """Makes transformers do without torch, whose import takes seconds. Only torchax needs it."""
+    if importlib.util.find_spec("torchax") is None:
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
 def parser(arguments: list[str]) -> argparse.ArgumentParser:
