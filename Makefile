@@ -22,9 +22,15 @@ endef
 
 # Most of the time of the tests is XLA's. Programs are optimized, as users have them, where the
 # subject is rounding or a real model, and compiled in half of the time elsewhere.
-define run-tests
+define run-optimized
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(1)/bin/python -m pytest -m "optimized and $(2)"
+endef
+define run-quick
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(1)/bin/python -m pytest -m "not optimized and $(2)"
+endef
+define run-tests
+	$(call run-optimized,$(1),$(2))
+	$(call run-quick,$(1),$(2))
 endef
 
 # What depends on rounding, under an instruction set. The flag only caps: a processor uses what it has.
@@ -34,7 +40,7 @@ define run-isa
 
 endef
 
-.PHONY: demo demo-full test test-all lint docs site gallery test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-cuda test-package clean
+.PHONY: demo demo-full test test-optimized test-all lint docs site gallery test-newest test-oldest test-torchax test-keras test-eval test-tunix test-gemma test-isas test-cuda test-package clean
 
 demo: .venv/demo.stamp
 	.venv/bin/prox24 demo --output pruned
@@ -44,8 +50,13 @@ demo-full: .venv/demo.stamp
 	.venv/bin/prox24 demo --full --output pruned
 
 # What a change must pass. It needs no network once the environment is made.
-test: lint
-	$(call run-tests,.venv,not slow)
+# mypy keeps one core busy, so the first tests run beside it.
+test: .venv/test.stamp
+	$(MAKE) --no-print-directory --jobs 2 lint test-optimized
+	$(call run-quick,.venv,not slow)
+
+test-optimized: .venv/test.stamp
+	$(call run-optimized,.venv,not slow)
 
 # The rest: a real model, parity with PyTorch for every family, processes, kills, examples.
 test-all: .venv/test.stamp

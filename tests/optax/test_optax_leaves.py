@@ -21,6 +21,7 @@ from modules import (
     nnx_state,
     normal,
 )
+from tiers import rest
 
 from prox24.optax import by_path, check, describe, keep_pattern, proximal
 
@@ -175,7 +176,7 @@ def test_printed_leaves_are_aligned_lines_that_end_in_the_path():
         assert re.fullmatch(rf"{verdict} +{shape} .*{leaf.reason} +{re.escape(leaf.path)}", line)
 
 
-@every_model
+@pytest.mark.parametrize("make", [*(x for x in PRUNED if x is not linen_cnn), *rest(linen_cnn)])
 def test_both_transforms_take_every_container(make):
     params, axes = make(), PRUNED[make]
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -20,6 +20,7 @@ from reference import (
     solve_roundings,
     sparsegpt,
 )
+from tiers import rest
 
 from prox24._core.masks import is_sparse
 from prox24._core.pattern import Pattern, Unstructured
@@ -395,7 +396,7 @@ def test_a_traced_failure_is_told_by_the_status():
     assert str(traced._replace(status=jnp.zeros(2, int))).startswith("Solution(weight=")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", *rest("bfloat16")])
 def test_a_gram_that_was_rounded_is_still_one(dtype):
     for kind, damping in itertools.product(KINDS, (0.0, DAMPING)):
         weight, gram = make_problem(kind)
@@ -471,7 +472,11 @@ def test_the_scales_of_gram_and_weight_do_not_matter(solver):
 
 
 @pytest.mark.parametrize(
-    ("solver", "gram_dtype"), [(SparseGPT(), jnp.float32), (ADMM(), jnp.bfloat16)]
+    ("solver", "gram_dtype"),
+    [
+        (SparseGPT(), jnp.float32),
+        pytest.param(ADMM(), jnp.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_bfloat16_weights_come_back_bfloat16(solver, gram_dtype):
     weight, gram = make_problem("power_law")
@@ -495,7 +500,11 @@ def test_bfloat16_weights_come_back_bfloat16(solver, gram_dtype):
             ],
             [ConjugateGradients(), ConjugateGradients(3, 1e-2)],
         ),
-        ([ADMM(), ADMM.in_steps(10)], [GradientSteps(), GradientSteps(steps=10)]),
+        pytest.param(
+            [ADMM(), ADMM.in_steps(10)],
+            [GradientSteps(), GradientSteps(steps=10)],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["prox_cg", "admm_gradient"],
 )
