@@ -27,7 +27,7 @@ from prox24._checkpoints import safetensors_file, unfinished, writer
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.unfinished import check_unchanged, source_files, unfinished_folder
 from prox24._jobs import forward, prune
-from prox24.errors import CheckpointError, DiskError
+from prox24.errors import CheckpointError, DiskError, Prox24Error
 
 BEGUN = 5
 EMBEDDING = "model.embed_tokens.weight"
@@ -184,6 +184,11 @@ def test_hidden_states_on_disk_spare_the_finished_layers_unless_they_are_lost(
     monkeypatch.setattr(forward, "layer_weights", noted)
     assert_finishes(workspace, whole, *options)
     assert read == expected
+
+
+def test_another_place_of_activations_is_refused(workspace):
+    with pytest.raises(Prox24Error, match="activations 'Disk' is neither 'memory' nor 'disk'"):
+        prune.prune(workspace / "model", workspace / "out", activations="Disk")
 
 
 def test_an_option_that_the_model_does_not_take_loses_nothing(begun, monkeypatch):
