@@ -155,7 +155,7 @@ def distill(
     }
     linears = {linear.tensor for linear in all_linears(load_model(student).config)}
     made = read_manifest(student.path)
-    if made is not None and "recipe" in made:  # some linears may be dense
+    if made is not None and "recipe" in made:  # which may leave linears dense; `verify` reads it
         job["recipe"] = made["recipe"]
         linears &= {name for name, entry in made["tensors"].items() if "pruned" in entry}
     figures: list[dict[str, Any]] = []

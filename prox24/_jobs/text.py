@@ -319,7 +319,7 @@ def _checked(
     if not integers or windows.ndim != 2 or windows.shape[1] < 2 or not len(windows):
         raise CalibrationError(
             f"{name}: shape {windows.shape} and dtype {windows.dtype}; integers of shape (windows, "
-            "length), of length 2 or more, are needed"
+            "length) are needed, one window or more of length 2 or more"
         )
     check_length(checkpoint, windows.shape[1])
     vocabulary = _vocabulary(checkpoint)

@@ -171,12 +171,12 @@ def check_found(tensors: Collection[str], recipe: Recipe) -> None:
 
 
 def starred(tensor: str) -> str:
-    """The name with a star in place of each number, such as that of a layer."""
+    """The name with a star in place of each number: `layers.*.mlp` for every layer."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
 
 
 def _kinds(tensors: Collection[str]) -> str:
-    """The first ten names, with a star in place of the number of a layer."""
+    """The first ten different names, starred."""
     kinds = list(dict.fromkeys(map(starred, tensors)))
     return ", ".join(kinds[:10]) + ", and others" * (len(kinds) > 10)
 

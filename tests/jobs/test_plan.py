@@ -178,9 +178,12 @@ def test_equal_layers_are_looked_at_once(tmp_path):
 
 @pytest.mark.parametrize("name", ["samples", "sequence_length", "devices"])
 def test_a_number_below_one_is_named(name):
-    with pytest.raises(prox24.errors.Prox24Error, match=f"{name} is 0, not a positive number"):
+    with pytest.raises(Prox24Error, match=f"{name} is 0, not a positive number"):
         prox24.plan("nowhere", **{name: 0})
-    with pytest.raises(prox24.errors.Prox24Error, match="tensor_parallel is 0, not a positive"):
+
+
+def test_no_device_for_a_tensor_is_refused():
+    with pytest.raises(Prox24Error, match="tensor_parallel is 0, not a positive number"):
         common_mesh(8, tensor=0)
 
 
