@@ -15,12 +15,15 @@ lengths.
 """
 
 import dataclasses
+import itertools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
-from common import positive
+from common import name_of, positive
 
 import prox24
 from prox24 import HeadBasis, ModelRefinement, Recipe
@@ -59,7 +62,7 @@ def measure(
         if training is not None:
             seconds += prox24.distill(model, pruned, trained, DISTILLED, text=training).seconds
             pruned = trained
-        found = {name: prox24.perplexity(pruned, w).perplexity for name, w in texts.items()}
+        found = common.perplexities(pruned, texts)
     losses = {linear.name: linear.statistics.relative_loss for linear in report.linears}
     return {
         "values_loss": mean_loss(losses, MAKERS),
@@ -79,37 +82,34 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     common.add_output(parser)
     arguments = parser.parse_args()
-    path, rows = arguments.output / "basis.csv", []
-    for model in arguments.models or [common.dense_model()]:
-        every = common.windows_of(model, arguments.calibration, None, arguments.length)
+    titles = ("model", "method", "steps", "windows", "seed")
+    losses, names = ("values_loss", "readers_loss", "mean_loss"), [*map(name_of, arguments.texts)]
+
+    def runs() -> Iterator[tuple[dict[str, object], tuple[Any, ...]]]:
         count, length = arguments.evaluation_windows, arguments.length
-        texts = common.windows_of_texts(model, arguments.texts, count, length)
-        titles = ("model", "method", "steps", "windows", "seed")
-        figures = ("values_loss", "readers_loss", "mean_loss", "seconds", *texts)
-        for seed in arguments.seeds:
-            windows = common.drawn_windows(every, arguments.windows, seed)
-            for method in arguments.rows:
-                for steps in (0, HeadBasis().steps):
-                    values = (model.stem, method, steps, arguments.windows, seed)
-                    key = dict(zip(titles, values, strict=True))
-                    rows = common.read_rows(path, (*titles, *figures))
-                    if common.has_row(rows, key):
-                        continue
-                    basis = HeadBasis() if steps else None
-                    recipe = dataclasses.replace(RECIPES[method], basis=basis, dtype="float32")
-                    more = None
-                    if method == "distilled":
-                        more = common.drawn_windows(every, DISTILLED_WINDOWS, seed)
-                    rows = common.add_row(path, key | measure(recipe, model, windows, texts, more))
+        for model in arguments.models or [common.dense_model()]:
+            every = common.windows_of(model, arguments.calibration, None, length)
+            texts = common.windows_of_texts(model, arguments.texts, count, length)
+            every_row = itertools.product(arguments.seeds, arguments.rows, (0, HeadBasis().steps))
+            for seed, method, steps in every_row:
+                windows, more = common.drawn_windows(every, arguments.windows, seed), None
+                if method == "distilled":
+                    more = common.drawn_windows(every, DISTILLED_WINDOWS, seed)
+                basis = HeadBasis() if steps else None
+                recipe = dataclasses.replace(RECIPES[method], basis=basis, dtype="float32")
+                values = (model.stem, method, steps, arguments.windows, seed)
+                yield dict(zip(titles, values, strict=True)), (recipe, model, windows, texts, more)
+
+    path, columns = arguments.output / "basis.csv", (*titles, *losses, "seconds", *names)
     lines = [
         [row["model"], row["method"], row["steps"], row["seed"]]
-        + [f"{float(row[name]):.4f}" for name in figures[:3]]
-        + [f"{float(row[name]):.2f}" for name in texts]
+        + [f"{float(row[name]):.4f}" for name in losses]
+        + [f"{float(row[name]):.2f}" for name in names]
         + [f"{float(row['seconds']):.0f}"]
-        for row in rows
+        for row in common.completed(path, columns, runs(), measure)
     ]
     common.show(
-        ("model", "method", "steps", "seed", "v", "o", "all", *texts, "seconds"), lines, left=2
+        ("model", "method", "steps", "seed", "v", "o", "all", *names, "seconds"), lines, left=2
     )
 
 

@@ -1,15 +1,17 @@
 """Shared by the benchmarks: arguments, tables, files of results, timing, models and texts."""
 
 import argparse
+import concurrent.futures
 import csv
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import prox24
 from prox24 import ConjugateGradients, Recipe, Text
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.safetensors_file import create_file
 from prox24._checkpoints.tensors import Spec
 from prox24._cli.demo_model import fetch_model
+from prox24._cli.options import positive
 from prox24._jobs.text import evaluation_windows
 from prox24._models.families import config_from_hf
 from prox24._models.spec import tensor_shapes
@@ -83,13 +87,6 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """A type of arguments."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
-
-
 def show(
     titles: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -141,20 +138,40 @@ def read_rows(path: Path, titles: Collection[str]) -> Rows:
         return list(reader)
 
 
-def add_row(path: Path, row: Mapping[str, object]) -> Rows:
-    """Appends a line, and the titles before the first; all lines of the file."""
-    rows = read_rows(path, row)
-    if not rows:
-        write_rows(path, [row])
-    else:
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, list(rows[0])).writerow(row)
-    return read_rows(path, row)
+def completed(
+    path: Path,
+    titles: Collection[str],
+    runs: Iterable[tuple[Mapping[str, object], tuple[Any, ...]]],
+    measure: Callable[..., Mapping[str, object]],
+) -> Rows:
+    """All lines of a file, after each run has one.
+
+    A run is the key of its line and the arguments of `measure`, which finds the other columns. A
+    run whose key has a line is skipped. Others append theirs at once, so that an interrupted
+    command can be given again.
+
+    Raises:
+      SystemExit: the file has other titles.
+    """
+    rows = read_rows(path, titles)
+    for key, given in runs:
+        if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
+            continue
+        found = {**dict.fromkeys(titles, ""), **key, **measure(*given)}
+        if rows:
+            with path.open("a", newline="") as file:
+                csv.DictWriter(file, list(rows[0])).writerow(found)
+        else:
+            write_rows(path, [found])
+        rows = read_rows(path, titles)
+    return rows
 
 
-def has_row(rows: Rows, key: Mapping[str, object]) -> bool:
-    """Whether a run was measured before."""
-    return any(all(row[name] == str(value) for name, value in key.items()) for row in rows)
+def alone(function: Callable[..., Result], *arguments: object, **more: object) -> Result:
+    """In a process of its own, which nothing else has used."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments, **more).result()
 
 
 def save(figure: Any, path: Path) -> None:
@@ -256,6 +273,11 @@ def windows_of_texts(
 ) -> dict[str, np.ndarray]:
     """The first windows of each text, by its name."""
     return {name_of(text): windows_of(model, text, count, length) for text in texts}
+
+
+def perplexities(model: Path, texts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The perplexity of a model on the windows of each text, by its name."""
+    return {name: prox24.perplexity(model, w).perplexity for name, w in texts.items()}
 
 
 def drawn_windows(windows: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -610,12 +610,6 @@ def compiled_for_gpu(lowered: Any, machine: Machine) -> tuple[Any, dict[str, int
         return compiled, instructions(Path(name), machine.architecture)
 
 
-def tpu_devices(name: str) -> Sequence[Any]:
-    if not tpu_compiler.is_installed():
-        sys.exit(2)
-    return tpu_compiler.devices(name)
-
-
 def compiled_for_tpu(lowered: Any, machine: Machine) -> tuple[Any, dict[str, int]]:
     """The program, and the cycles of its kernels."""
     compiled = lowered.compile()
@@ -623,7 +617,10 @@ def compiled_for_tpu(lowered: Any, machine: Machine) -> tuple[Any, dict[str, int
     return compiled, {name: int(number) for name, number in cycles}
 
 
-COMPILERS = {"cuda": (gpu_devices, compiled_for_gpu), "tpu": (tpu_devices, compiled_for_tpu)}
+COMPILERS = {
+    "cuda": (gpu_devices, compiled_for_gpu),
+    "tpu": (tpu_compiler.devices, compiled_for_tpu),
+}
 
 
 class Chip:

@@ -12,7 +12,6 @@ form's in the same dtype, and its ceiling the bytes of all weights of the dense 
 the packed one. Resident memory is that of the process after the last token, on Linux.
 """
 
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -99,8 +98,7 @@ def main() -> None:
         else:
             path = arguments.model or common.dense_model()
         for form in arguments.rounds * FORMS:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rounds.append(pool.apply(measure, (form, path, arguments.tokens)))
+            rounds.append(common.alone(measure, form, path, arguments.tokens))
     rows = [median_of(rounds[place :: len(FORMS)]) for place in range(len(FORMS))]
     titles = "weights", "GB", "resident, GB", "tokens / s", "speed", "ceiling"
     common.show(titles, [cells(rows, row) for row in rows])

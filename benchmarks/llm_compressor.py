@@ -141,26 +141,22 @@ def main() -> None:
     count, length = arguments.evaluation_windows, arguments.length
     texts = common.windows_of_texts(model, arguments.texts, count, length)
     titles = ("model", "row", "version", "windows", "length")
-    figures = ("seconds", "peak_bytes", "zeros", *texts)
-    rows = []
-    for row in arguments.rows:
-        tool = row.split()[0]
-        values = (model.name, row, versions.get(tool, ""), arguments.windows, arguments.length)
-        key = dict(zip(titles, values, strict=True))
-        rows = common.read_rows(path, (*titles, *figures))
-        if common.has_row(rows, key):
-            continue
+    columns = (*titles, "seconds", "peak_bytes", "zeros", *texts)
+
+    def measured(row: str) -> dict[str, object]:
         with tempfile.TemporaryDirectory() as folder:
-            measured, pruned = {"seconds": "", "peak_bytes": ""}, model
+            found, pruned = {}, model
             if row != DENSE:
                 windows, pruned = Path(folder) / "windows.npy", Path(folder) / "pruned"
                 np.save(windows, common.drawn_windows(every, arguments.windows, 0))
-                measured = measure(pythons[tool], row, model, windows, pruned)
-            measured["zeros"] = share_of_zeros(pruned)
-            found = {name: prox24.perplexity(pruned, w).perplexity for name, w in texts.items()}
-        rows = common.add_row(path, key | measured | found)
+                found = measure(pythons[row.split()[0]], row, model, windows, pruned)
+            return found | {"zeros": share_of_zeros(pruned)} | common.perplexities(pruned, texts)
+
+    sizes = arguments.windows, arguments.length
+    keys = [(model.name, row, versions.get(row.split()[0], ""), *sizes) for row in arguments.rows]
+    runs = [(dict(zip(titles, key, strict=True)), (key[1],)) for key in keys]
     lines = []
-    for row in rows:
+    for row in common.completed(path, columns, runs, measured):
         cells = [row["model"], row["row"], row["version"], f"{row['windows']} x {row['length']}"]
         cells += [f"{float(row[text]):.2f}" for text in texts] + [f"{float(row['zeros']):.2%}"]
         if row["row"] != DENSE:

@@ -177,7 +177,7 @@ def measure(
             report = prox24.prune(source, model, recipe, calibration=calibration)
             solving = sum(linear.seconds for linear in report.linears)
             numbers = report.mean_relative_loss, solving, report.seconds
-        found = {name: prox24.perplexity(model, w).perplexity for name, w in texts.items()}
+        found = common.perplexities(model, texts)
     return dict(zip(MEASURED, numbers, strict=True)) | found
 
 
@@ -283,14 +283,15 @@ def main() -> None:
         }
 
     path = arguments.output / f"model-{arguments.table}.csv"
-    rows = common.read_rows(path, [*key_of(runs[0], 0), *MEASURED, *texts])
-    for seed in arguments.seeds:
-        for run in runs:
-            key = key_of(run, seed)
-            if common.has_row(rows, key) or run.method not in (arguments.only or names):
-                continue
-            windows = common.drawn_windows(calibration, key["windows"], seed)
-            rows = common.add_row(path, key | measure(run.recipe, model, windows, texts))
+    chosen = [run for run in runs if run.method in (arguments.only or names)]
+    both = [(run, seed) for seed in arguments.seeds for run in chosen]
+
+    def measured(run: Run, seed: int) -> dict[str, object]:
+        windows = common.drawn_windows(calibration, key_of(run, seed)["windows"], seed)
+        return measure(run.recipe, model, windows, texts)
+
+    titles = [*key_of(runs[0], 0), *MEASURED, *texts]
+    rows = common.completed(path, titles, [(key_of(*own), own) for own in both], measured)
     column, title = VARIED.get(arguments.table, (None, ""))
     print_table(rows, list(texts), column)
     if column is None:

@@ -12,12 +12,10 @@ Printed are the table, for the same texts, windows and seed, and how much of the
 in the calibration text word for word. gap.py draws the lines of the file.
 """
 
-import concurrent.futures
 import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +24,7 @@ from typing import Any, NamedTuple
 
 import common
 import numpy as np
-from common import CONVERGED, WITHOUT_BASIS, Result, Rows, own_targets, positive
+from common import CONVERGED, WITHOUT_BASIS, Rows, own_targets, positive
 from multiple_choice import Question, accuracies, read_questions
 
 import prox24
@@ -120,13 +118,6 @@ def runs() -> list[Run]:
     ]
 
 
-def alone(function: Callable[..., Result], *arguments: object, **more: object) -> Result:
-    """In a process of its own, whose peak memory is that of nothing else."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(function, *arguments, **more).result()
-
-
 def made(
     job: Callable[..., Any], models: list[Path], settings: Any, windows: np.ndarray, folder: Path
 ) -> tuple[Path, dict[str, Any]]:
@@ -137,7 +128,7 @@ def made(
     if not report.exists():
         folder.parent.mkdir(exist_ok=True)
         text = "calibration" if job is prox24.prune else "text"
-        done = alone(job, *models, folder, settings, **{text: windows}, overwrite=True)
+        done = common.alone(job, *models, folder, settings, **{text: windows}, overwrite=True)
         report.write_text(done.to_json())
     return folder, json.loads(report.read_text())
 
@@ -164,7 +155,7 @@ def evaluate(
     model: Path, texts: dict[str, np.ndarray], questions: dict[str, list[Question]] | None
 ) -> tuple[dict[str, float], int]:
     """The model on the windows of every text, and on the questions; and the peak memory."""
-    found = {name: prox24.perplexity(model, w).perplexity for name, w in texts.items()}
+    found = common.perplexities(model, texts)
     if questions is not None:
         found["right_answers"] = float(np.mean(list(accuracies(model, questions).values())))
     return found, peak_memory_bytes()
@@ -266,7 +257,7 @@ def main() -> None:
     path, texts = arguments.output / "refine.csv", list(map(common.name_of, arguments.texts))
     answers = [] if arguments.bigbench is None else ["right_answers"]
     titles = ["run", "distinct_tokens", *setting, *MEASURED, *texts, *answers]
-    rows = common.read_rows(path, titles)
+    common.read_rows(path, titles)  # Other titles are found before the work.
     questions = read_questions(arguments.bigbench, QUESTIONS) if answers else None
     dense = common.dense_model(cache)
     evaluated = {
@@ -274,18 +265,19 @@ def main() -> None:
         for text in arguments.texts
     }
     available = common.windows_of(dense, calibration, None, LENGTH)
-    for run in runs():
-        key = {"run": run.name, "distinct_tokens": run.distinct_tokens, **setting}
-        if run.name not in arguments.only or common.has_row(rows, key):
-            continue
-        if run.windows and run.windows not in arguments.windows:
-            continue
+
+    def measured(run: Run) -> dict[str, Any]:
         drawn = common.drawn_windows(available, max(WINDOWS, run.windows), arguments.seed)
         model, figures = model_of(run, dense, drawn, cache)
-        found, peak = alone(evaluate, model, evaluated, questions)
-        measured = dict(zip(MEASURED, figures, strict=True))
-        measured["peak_memory_bytes"] = max(peak, measured["peak_memory_bytes"])
-        rows = common.add_row(path, key | measured | found)
+        found, peak = common.alone(evaluate, model, evaluated, questions)
+        own = dict(zip(MEASURED, figures, strict=True))
+        return own | {"peak_memory_bytes": max(peak, own["peak_memory_bytes"])} | found
+
+    sizes = (0, *arguments.windows)
+    chosen = [run for run in runs() if run.name in arguments.only and run.windows in sizes]
+    keys = [{"run": run.name, "distinct_tokens": run.distinct_tokens} for run in chosen]
+    given = [(key | setting, (run,)) for key, run in zip(keys, chosen, strict=True)]
+    rows = common.completed(path, titles, given, measured)
     rows = [row for row in rows if row.items() >= setting.items()]
     print_table(rows, texts)
     tokenizer = open_checkpoint(dense).load_tokenizer()

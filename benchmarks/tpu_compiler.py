@@ -22,16 +22,12 @@ os.environ |= {
 CHIPS = ("v5e", "v6e")
 
 
-def is_installed() -> bool:
-    """Whether libtpu is; a line on standard error says what to do if not."""
-    found = importlib.util.find_spec("libtpu") is not None
-    if not found:
-        print(
-            "libtpu, which holds the TPU compiler, is missing: pip install libtpu", file=sys.stderr
-        )
-    return found
-
-
 def devices(chip: str) -> Sequence[Any]:
-    """Eight chips of one of `CHIPS`, to compile for."""
+    """Eight chips of one of `CHIPS`, to compile for.
+
+    Raises:
+      SystemExit: libtpu is missing.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit("libtpu, which holds the TPU compiler, is missing: pip install libtpu")
     return topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x4").devices

@@ -9,11 +9,9 @@ before. A line is appended to FOLDER/trees.csv after each row, and a row that is
 skipped.
 """
 
+import functools
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -117,35 +115,26 @@ def measure_model(name: str, layers: int) -> dict[str, float]:
     return {"first": time.perf_counter() - began, "programs": len(compiled)}
 
 
+def measure_one(name: str, size: int, shapes: int) -> dict[str, float]:
+    """The columns of a row, of so many leaves or layers."""
+    return measure_model(name, size) if name in OF_A_MODEL else measure(name, size, shapes)
+
+
 def main() -> None:
     parser = common.parser_of(__doc__)
     parser.add_argument("--leaves", type=positive, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--layers", type=positive, nargs="*", default=[])
     parser.add_argument("--shapes", type=positive, nargs="+", default=[1, 8])
     common.add_output(parser)
-    parser.add_argument("--one", nargs=3, metavar=("NAME", "LEAVES", "SHAPES"))
     arguments = parser.parse_args()
-    if arguments.one:
-        name, *sizes = arguments.one
-        found = (
-            measure_model(name, int(sizes[0]))
-            if name in OF_A_MODEL
-            else measure(name, *map(int, sizes))
-        )
-        print(json.dumps(found))
-        return
-    path, rows = arguments.output / "trees.csv", []
     titles = ("row", "leaves", "shapes")  # or layers
     figures = (*titles, "first", "step", "scratch_bytes", "programs")
     sizes = itertools.product(arguments.leaves, arguments.shapes, (*OPTIMIZERS, "check"))
     keys = [(name, leaves, shapes) for leaves, shapes, name in sizes if shapes <= leaves]
     keys += [(name, layers, 3) for layers in arguments.layers for name in OF_A_MODEL]
-    for own in keys:
-        key, rows = dict(zip(titles, own, strict=True)), common.read_rows(path, figures)
-        if not common.has_row(rows, key):
-            command = [sys.executable, __file__, "--one", *map(str, own)]
-            found = json.loads(subprocess.check_output(command))
-            rows = common.add_row(path, dict.fromkeys(figures, "") | key | found)
+    runs = [(dict(zip(titles, own, strict=True)), own) for own in keys]
+    measured = functools.partial(common.alone, measure_one)
+    rows = common.completed(arguments.output / "trees.csv", figures, runs, measured)
     common.show(
         (*titles, "first, s", "step, ms", "scratch, MB", "programs"),
         [
