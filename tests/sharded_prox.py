@@ -73,6 +73,26 @@ def reports(y, lam):
     rows = P("rows", None)
     mapped = jax.shard_map(prox24.prox, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
     placed = [jax.device_put(x, NamedSharding(mesh, rows)) for x in (y, lam)]
+
+    def landings(y, whole):
+        """Of leaves with one shape on a device, of which one is whole on every device."""
+        params, transform = {"a": y, "b": whole}, proximal(0.5, axis=1)
+        found, _ = transform.update(params, transform.init(params), params)
+        return found["a"], found["b"]
+
+    specs = rows, P()
+    unlike = jax.shard_map(landings, mesh=mesh, in_specs=specs, out_specs=specs)(y, y[: ROWS // 8])
+    on_two = {name: jax.device_put(y, jax.devices()[i]) for i, name in enumerate("ab")}
+    transform = proximal(0.5, axis=1)
+    apart, _ = transform.update(on_two, transform.init(on_two), on_two)
+    alone = landings(y, y)[0]
+    yield {
+        "function": "optax, leaves of other devices",
+        "axes": "Manual",
+        "kept": [x.devices() for x in apart.values()] == [x.devices() for x in on_two.values()],
+        "collectives": [],
+        "error": max(largest_difference(np.asarray(x), alone) for x in (unlike[0], apart["b"])),
+    }
     yield {
         "function": "prox in shard_map",
         **report(mapped, "Manual", placed, expected["prox, lam per row"]),

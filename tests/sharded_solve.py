@@ -20,7 +20,7 @@ from programs import COLLECTIVES, largest_difference, use_eight_devices
 from reference import damped
 from tiny import pruned_by, tokens, write_tiny
 
-from prox24 import is_sparse
+from prox24 import is_sparse, prox, proximal_gradient
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.training_state import states
 from prox24._checkpoints.writer import write_checkpoint
@@ -169,6 +169,37 @@ def solver_reports():
                 "loops": list(found.values()),
                 "inner": inner,
             }
+
+
+def mapped_reports():
+    """Whether each solver finds inside of `shard_map` what it finds outside of it."""
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.normal(size=(8, 4, 16)), jnp.float32)
+    inputs = rng.normal(size=(8, 64, 16))
+    grams = jnp.asarray(np.swapaxes(inputs, 1, 2) @ inputs, jnp.float32)
+    mesh = jax.make_mesh((8,), ("experts",), axis_types=(AxisType.Auto,))
+    for name, methods in SOLVERS.items():
+
+        def masks(weight, gram, methods=methods):
+            return solve(weight, gram, *methods).mask
+
+        specs = {"in_specs": P("experts"), "out_specs": P("experts")}
+        mapped = jax.shard_map(jax.vmap(masks), mesh=mesh, **specs)(weights, grams)
+        same = same_blocks(mapped, jax.vmap(masks)(weights, grams))
+        yield {"mapped": name, "same_blocks": same}
+
+    def descended(weight):
+        def fun(x):
+            return jnp.sum(jnp.square(x - weight)) / 2
+
+        def blocks(x, lam, scaling):
+            return prox(x, lam * scaling)
+
+        return proximal_gradient(fun, jnp.zeros_like(weight), blocks, 1.0).params != 0
+
+    mapped = jax.shard_map(jax.vmap(descended), mesh=mesh, **specs)(weights)
+    same = same_blocks(mapped, jax.vmap(descended)(weights))
+    yield {"mapped": "proximal_gradient", "same_blocks": same}
 
 
 def column_reports():
@@ -461,6 +492,7 @@ if __name__ == "__main__":
     (folder,) = map(Path, sys.argv[1:])
     reports = [
         *solver_reports(),
+        *mapped_reports(),
         *column_reports(),
         *planned_reports(folder),
         *model_reports(folder),

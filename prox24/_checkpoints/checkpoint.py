@@ -144,7 +144,8 @@ def _open_folder(
     tensors = {name: x for name, x in tensors.items() if name in shapes or id(x) not in used}
     own = DTYPES.get(_dtype_of(config), DTYPES["bfloat16"])
     tensors = float8.dequantise(path, config, tensors, own)
-    buffers: frozenset[str] = frozenset()
+    # Old models with attention of GPT-J or GPT-Neo hold a mask of -1e9.
+    buffers = frozenset(name for name in tensors if name.endswith(".masked_bias"))
     if model:
         # A stored tied head is a copy of the embedding, and must remain equal to it.
         head = outer_tensor(model.names, "lm_head.weight")

@@ -146,9 +146,8 @@ def fill_folder(
     shards = _shards(source, sizes, max_shard_bytes)
     files = [folder / file for file in output.files.names(len(shards))]
     size = sum(sizes.values())
+    check_space(folder, size)
     with writing(folder):
-        if shutil.disk_usage(folder).free < size - _allocated(folder):
-            raise DiskError(f"cannot write {folder}: its {size} bytes do not fit")
         _write_companions(source, folder, dtype)
         if len(shards) > 1:
             weight_map = {
@@ -190,6 +189,13 @@ def fill_folder(
         for names in shards
         for name in names
     }
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raises DiskError if a folder cannot grow to a size in bytes."""
+    with writing(folder):
+        if shutil.disk_usage(folder).free < size - _allocated(folder):
+            raise DiskError(f"cannot write {folder}: its {size} bytes do not fit")
 
 
 def _write_companions(source: Checkpoint, folder: Path, dtype: str | None) -> None:

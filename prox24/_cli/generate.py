@@ -3,9 +3,12 @@
 import argparse
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prox24._cli import options
+
+if TYPE_CHECKING:
+    from prox24._checkpoints.checkpoint import Checkpoint
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -47,11 +50,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from prox24._checkpoints.checkpoint import open_checkpoint
     from prox24._jobs.output import print_json
 
+    # All models are opened and all prompts checked first: a late error would lose what is done.
+    opened = [(name, open_checkpoint(name)) for name in arguments.models]
+    prompts = [_checked_prompts(checkpoint, arguments) for _, checkpoint in opened]
     single = len(arguments.models) == len(arguments.prompt) == 1
     # One model at a time is in memory. The texts of the last one are printed at once.
-    *before, last = [_continuations(model, arguments) for model in arguments.models]
+    *before, last = [
+        _continuations(*model, own, arguments) for model, own in zip(opened, prompts, strict=True)
+    ]
     rows = []
     for of_prompt in zip(*map(list, before), last, strict=True):
         for row in of_prompt:
@@ -64,21 +73,30 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _continuations(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _checked_prompts(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> list[Any]:
+    """The token ids of each prompt; raises an error if a model cannot continue one."""
+    from prox24._jobs.forward import load_model
+    from prox24._jobs.text import prompt_tokens
+    from prox24._models.generate import check_prompts
+
+    prompts = [prompt_tokens(checkpoint, prompt) for prompt in arguments.prompt]
+    for prompt in prompts:
+        check_prompts(load_model(checkpoint).config, prompt, arguments.tokens)
+    return prompts
+
+
+def _continuations(
+    name: str, checkpoint: "Checkpoint", prompts: list[Any], arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """A model's continuation of each prompt, with its figures."""
-    from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
+    from prox24._checkpoints.checkpoint import DTYPES, stop_tokens
     from prox24._jobs.forward import all_weights, load_model
     from prox24._jobs.output import peak_memory_bytes
     from prox24._jobs.progress import progress_bar
-    from prox24._jobs.text import prompt_tokens
-    from prox24._models.generate import check_prompts, generate
+    from prox24._models.generate import generate
     from prox24.packed import pack
 
-    checkpoint = open_checkpoint(name)
     model, tokenizer = load_model(checkpoint), checkpoint.load_tokenizer()
-    prompts = [prompt_tokens(checkpoint, prompt) for prompt in arguments.prompt]
-    for prompt in prompts:
-        check_prompts(model.config, prompt, arguments.tokens)
     stop = stop_tokens(checkpoint)
     pack_linear = pack if arguments.packed else None
     weights = all_weights(model, DTYPES.get(arguments.dtype), pack_linear=pack_linear)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.manifest import read_manifest, write_manifest
 from prox24._checkpoints.model_card import source_card, write_card
+from prox24._checkpoints.tensors import byte_count
 from prox24._checkpoints.training_state import states
 from prox24._checkpoints.unfinished import (
     Written,
@@ -22,7 +23,13 @@ from prox24._checkpoints.unfinished import (
     source_files,
     unfinished_folder,
 )
-from prox24._checkpoints.writer import OUTPUTS, check_destination, check_outside, fill_folder
+from prox24._checkpoints.writer import (
+    OUTPUTS,
+    check_destination,
+    check_outside,
+    check_space,
+    fill_folder,
+)
 from prox24._core.masks import mean_sparsity
 from prox24._core.placement import common_mesh
 from prox24._jobs.forward import all_linears, load_model
@@ -32,6 +39,7 @@ from prox24._jobs.text import (
     Text,
     Windows,
     calibration_windows,
+    check_unread,
     described,
     files_of_text,
     shuffled,
@@ -135,6 +143,7 @@ def distill(
     began = time.perf_counter()
     destination = Path(destination)
     check_destination(destination, [dense, pruned, *files_of_text(text)], overwrite)
+    check_unread(destination, text)
     if state is not None:
         check_outside(destination, Path(state))
     teacher, student = open_checkpoint(dense), open_checkpoint(pruned)
@@ -172,6 +181,7 @@ def distill(
     keeping = contextlib.nullcontext() if state is None else states(Path(state), job)
     # Errors of the folder come before the long training.
     with unfinished_folder(destination, overwrite=overwrite) as unfinished:
+        check_space(unfinished.folder, sum(map(byte_count, student.tensors.values())))
         with progress_bar("distill", measurements, quiet) as advance, keeping as kept:
 
             def resume(begun: Training) -> Training:

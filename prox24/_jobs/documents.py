@@ -148,13 +148,17 @@ def _json_lines(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
             raise CalibrationError(
                 f"{path}, line {number}, is not JSON: {error.msg} (column {error.colno})"
             ) from error
+        except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+            raise CalibrationError(
+                f"{path}, line {number}, cannot be read as JSON: {first_line(error)}"
+            ) from error
 
 
 def _json_list(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     try:
         found = json.loads("".join(_lines(path)))
-    except ValueError as error:
-        raise CalibrationError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(found, list):
         raise CalibrationError(f"{path} holds no list of records")
     yield from ((f"record {number}", record) for number, record in enumerate(found))

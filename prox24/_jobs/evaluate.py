@@ -1,6 +1,7 @@
 """The perplexity of a model on a text."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from prox24._jobs import torchax
@@ -40,6 +41,13 @@ class PerplexityReport(Report):
             ["predicted tokens", str(self.predicted_tokens)],
         ]
         return table(["model", self.model], rows)
+
+
+def check(model: str | Path, texts: Sequence[Text]) -> None:
+    """Raises the errors of `perplexity` that a model and its texts have before it runs."""
+    checkpoint, _ = torchax.open_any(model)
+    for text in texts:
+        evaluation_windows(checkpoint, text)
 
 
 def perplexity(

@@ -15,7 +15,7 @@ from prox24._models.spec import Config
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import check_found, starred
 
-DENSE, PRUNED = "dense: ", "pruned"
+DENSE, PRUNED, REFUSED = "dense: ", "pruned", "refused: "
 
 
 class Entry(NamedTuple):
@@ -25,7 +25,8 @@ class Entry(NamedTuple):
       name: the checkpoint's name.
       shape: the stored shape.
       dtype: numpy's name of the dtype.
-      decision: "pruned", or "dense: " and the reason.
+      decision: "pruned", or "dense: " and the reason; "refused: " if `prune` ends with an error
+        unless the recipe leaves the tensor out.
       size: bytes of the values in that dtype; a quantised file has fewer.
       sparse_size: bytes without the zeros from pruning, see `sparse_bytes`.
     """
@@ -129,9 +130,12 @@ def _decisions(config: Config, recipe: Recipe) -> dict[str, str]:
     check_found([linear.tensor for linear in linears], recipe)
     for linear in linears:
         width, pattern = linear.shape[1], recipe.pattern_of(linear.tensor)
-        fits = pattern is not None and width % pattern.width == 0
-        refused = "by the recipe" if pattern is None else f"width {width} does not fit {pattern}"
-        decisions[linear.tensor] = PRUNED if fits else DENSE + refused
+        decision = PRUNED
+        if pattern is None:
+            decision = DENSE + "by the recipe"
+        elif width % pattern.width:
+            decision = f"{REFUSED}width {width} does not fit {pattern}"
+        decisions[linear.tensor] = decision
     return decisions
 
 

@@ -64,9 +64,7 @@ class Setup(NamedTuple):
 
 def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool) -> Setup:
     """The setup; raises an error if a pattern does not fit, or if Grams cannot be shared."""
-    widths = {linear.tensor: linear.shape[1] for linear in forward.all_linears(model.config)}
-    check_found(widths, recipe)
-    check_widths(widths, recipe)
+    check_fits(model, recipe)
     if shard_grams:
         try:
             check_shares_columns(recipe.solver, recipe.refit)
@@ -75,6 +73,13 @@ def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool)
         if devices == 1:
             raise Prox24Error("shard_grams is for several devices, and there is one to be used")
     return Setup(recipe, devices, shard_grams)
+
+
+def check_fits(model: Model, recipe: Recipe) -> None:
+    """Raises an error if a recipe names no linear of the model, or if a pattern does not fit."""
+    widths = {linear.tensor: linear.shape[1] for linear in forward.all_linears(model.config)}
+    check_found(widths, recipe)
+    check_widths(widths, recipe)
 
 
 def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: Setup) -> Memory:

@@ -64,8 +64,8 @@ def check_file(
 ) -> None:
     """Raises CheckpointError if a file cannot be written, before a long job starts.
 
-    The file must not replace an input, or a file in an input folder. It must not be in the
-    destination, where it would be lost.
+    The file must be none of the inputs, and in no input folder: a later run would read it there, or
+    refuse to replace it. It must not be in the destination, where it would be lost.
     """
     if path is None:
         return
@@ -76,9 +76,8 @@ def check_file(
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise CheckpointError(f"{path} cannot be written: permission denied")
     for given in (Path(place) for place in inputs if place is not None):
-        held = given.iterdir() if given.is_dir() else [given]
-        if path.exists() and any(file.exists() and path.samefile(file) for file in held):
-            raise CheckpointError(f"{path} would replace what is there, or read")
+        if given.exists() and path.resolve().is_relative_to(given.resolve()):
+            raise CheckpointError(f"{path} is or is in {given}, which is read: choose another file")
     if destination is not None:
         check_outside(destination, path)
 
@@ -117,9 +116,9 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     print(table(columns, rows))
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide a result, and of more packages."""
+    found = {name: importlib.metadata.version(name) for name in (*PACKAGES, *more)}
     return {"python": platform.python_version(), "prox24": __version__, **found}
 
 

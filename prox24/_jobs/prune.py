@@ -25,7 +25,7 @@ from prox24._core.pattern import AnyPattern
 from prox24._core.placement import common_mesh
 from prox24._jobs import torchax
 from prox24._jobs.forward import load_model
-from prox24._jobs.memory import checked_setup, fitting_micro_batch
+from prox24._jobs.memory import check_fits, checked_setup, fitting_micro_batch
 from prox24._jobs.native import native_runner
 from prox24._jobs.output import peak_memory_bytes, versions
 from prox24._jobs.processes import agree, is_first, meet
@@ -35,6 +35,7 @@ from prox24._jobs.text import (
     Text,
     Windows,
     calibration_windows,
+    check_unread,
     described,
     files_of_text,
     shuffled,
@@ -107,9 +108,12 @@ def prune(
         raise Prox24Error(f"activations {activations!r} is neither 'memory' nor 'disk'")
     source, destination = Path(source), Path(destination)
     check_destination(destination, [source, *files_of_text(calibration)], overwrite)
+    check_unread(destination, calibration)
     recipe.check_supported()
     recipe.to_dict()  # Raises an error early: the manifest needs the dict.
     checkpoint, native = torchax.open_any(source)
+    if native:  # before the model may have to write the text
+        check_fits(load_model(checkpoint), recipe)
     card = source_card(source, checkpoint)
     if recipe.dtype is None:
         recipe = dataclasses.replace(recipe, dtype=checkpoint.pruned_dtype)
@@ -141,6 +145,10 @@ def prune(
         for option, given in options.items():
             if given:
                 raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
+        # Its errors come before the folder of an interrupted run is opened, and lose nothing.
+        torch_runner = TorchRunner(checkpoint, windows)
+        stages = range(torch_runner.stages)
+        check_found([x.tensor for i in stages for x in torch_runner.linears(i)], recipe)
     job = {
         "recipe": recipe.to_dict(),
         "calibration": text,
@@ -148,7 +156,7 @@ def prune(
         "shard_grams": shard_grams,
         "shard_size": shard_size,
         "source": files,
-        "versions": versions(),
+        "versions": versions(*(() if native else ("torch", "torchax"))),
         "devices": [jax.devices()[0].device_kind, devices],
         "processes": jax.process_count(),
     }
@@ -169,9 +177,7 @@ def prune(
                 shard_grams=shard_grams,
             )
         else:
-            runner = TorchRunner(checkpoint, windows)
-            names = [x.tensor for i in range(runner.stages) for x in runner.linears(i)]
-            check_found(names, recipe)
+            runner = torch_runner
         chosen = loop.check(runner, recipe)
         if not unfinished.entries:  # otherwise the earlier run has checked them
             _check_tensors(checkpoint, recipe.dtype, quiet)

@@ -59,7 +59,7 @@ def train_checkpoint(
     teacher = forward.load_model(dense, None if mesh is None else Mesh(mesh.devices[:, 0], (AXIS,)))
     student = forward.load_model(pruned)
     config = student.config
-    if config != teacher.config:
+    if config._replace(names=teacher.config.names) != teacher.config:
         raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
     size, micro_batch = refinement.step_windows, refinement.micro_batch
     if mesh is not None:
@@ -75,7 +75,7 @@ def train_checkpoint(
         raise CalibrationError(f"all {len(windows)} windows are held out; use a smaller share")
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
-    if not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config)):
+    if not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config, teacher.config)):
         raise CheckpointError(
             f"{pruned.path} has no more zeros in its linears than {dense.path}: prune it first"
         )
@@ -202,10 +202,15 @@ def _linears(config: Config) -> frozenset[str]:
     return frozenset(linear.weight for linear in forward.all_linears(config))
 
 
-def _has_more_zeros(pruned: Checkpoint, dense: Checkpoint, config: Config) -> bool:
+def _has_more_zeros(
+    pruned: Checkpoint, dense: Checkpoint, config: Config, dense_config: Config
+) -> bool:
     """Whether a linear has more zeros than in the dense model, which may also have some."""
-    names = (linear.tensor for linear in forward.all_linears(config))
-    return any(np.sum(pruned.read(name) == 0) > np.sum(dense.read(name) == 0) for name in names)
+    linears = zip(forward.all_linears(config), forward.all_linears(dense_config), strict=True)
+    return any(
+        np.sum(pruned.read(own.tensor) == 0) > np.sum(dense.read(other.tensor) == 0)
+        for own, other in linears
+    )
 
 
 def _is_pruned(config: Config, params: stacks.Stacked) -> bool:

@@ -198,10 +198,12 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> KeptDense:
 def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProblem:
     # If devices share the columns of the Gram, they share the columns of the weight as well.
     axis = 0 if inputs.gram.sharding.is_fully_replicated else 1
-    gram = inputs.gram
+    # Kept entries of a float64 weight must not be rounded to the Gram's float32.
+    dtype = jnp.promote_types(working_dtype(matrix.dtype), inputs.gram.dtype)
+    gram = inputs.gram.astype(dtype)
     if not inputs.tokens:  # With a Gram of zeros, all scores of Wanda would be equal.
         gram = jnp.fill_diagonal(gram, 1, inplace=False)
-    return LayerProblem(apart(matrix.astype(working_dtype(gram.dtype)), runner.mesh, axis), gram)
+    return LayerProblem(apart(matrix.astype(dtype), runner.mesh, axis), gram)
 
 
 def _pruned(

@@ -179,8 +179,9 @@ def _iterate(problem: Normalized, pattern: Pattern, solver: ADMM) -> _State:
         dual=jnp.zeros_like(start),
         rho=jnp.asarray(solver.rho.first, dtype),
         penalty=jnp.asarray(0 if penalty is None else penalty.first, dtype),
-        damping_raised=jnp.asarray(False),
+        # Like an array, so that inside `jax.shard_map` they vary from device to device.
+        damping_raised=jnp.zeros_like(start[0, 0], bool),
         steps=jnp.zeros((), jnp.int32),
-        history=jnp.full(solver.history, jnp.nan, dtype),
+        history=jnp.full_like(start[0, 0], jnp.nan, shape=solver.history),
     )
     return lax.while_loop(lambda state: state.steps < solver.steps, advance_with_one_rho, initial)

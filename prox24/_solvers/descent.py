@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax.tree_utils as trees
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from prox24.errors import first_line
 
@@ -79,10 +80,10 @@ def proximal_gradient(
     prox: Prox,
     hyperparams: Any = None,
     *args: Any,
-    step: float | None = None,
+    step: ArrayLike | None = None,
     momentum: bool = True,
-    tolerance: float = 1e-5,
-    max_steps: int = 1000,
+    tolerance: ArrayLike = 1e-5,
+    max_steps: ArrayLike = 1000,
 ) -> Descended:
     """Minimises f(x, *args) + R(x; hyperparams) for a smooth f and an R with a proximal operator.
 
@@ -90,9 +91,12 @@ def proximal_gradient(
     momentum z extrapolates x by Nesterov's sequence, which restarts when it points uphill. If f and
     R are convex, the values fall as 1 / steps^2. Otherwise the result is a fixed point.
 
-    It works under `jax.jit` and `jax.vmap`. The result has derivatives by `args`, by `hyperparams`,
-    and by arrays that `fun` and `prox` close over. They are the derivatives of the fixed point
-    (implicit differentiation). They exist where it moves smoothly, and cost one linear system.
+    It works under `jax.jit` and `jax.vmap`. Outside of `jax.jit` each call compiles its functions
+    anew. The numbers `step`, `tolerance` and `max_steps` may be traced.
+
+    The result has derivatives by `args`, by `hyperparams`, and by arrays that `fun` and `prox`
+    close over. They are the derivatives of the fixed point (implicit differentiation). They exist
+    where it moves smoothly, and cost one linear system.
 
     Args:
       fun: f(params, *args), a float scalar.
@@ -131,18 +135,17 @@ def proximal_gradient(
       >>> found.outcome, [round(w, 4) for w in found.params.tolist()]
       (<Descent.CONVERGED: 0>, [2.0, 0.25])
     """
-    if step is not None and not step > 0:
-        raise ValueError(f"step {step} is not positive")
-    if not tolerance >= 0:
+    for name, number in {"step": step, "max_steps": max_steps}.items():
+        if number is not None and not _is_traced(number) and not number > 0:
+            raise ValueError(f"{name} {number} is not positive")
+    if not _is_traced(tolerance) and not tolerance >= 0:
         raise ValueError(f"tolerance {tolerance} is negative")
-    if max_steps < 1:
-        raise ValueError(f"max_steps {max_steps} is not positive")
     params = jax.tree.map(jnp.asarray, params)
     _check_prox(prox, params, hyperparams)
     value = fun(params, *args)
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ValueError(f"fun gives {jnp.shape(value)} of {jnp.result_type(value)}, not a number")
-    if not isinstance(value, jax.core.Tracer) and not jnp.isfinite(value):
+    if not _is_traced(value) and not jnp.isfinite(value):
         raise ValueError(f"fun is {value} at the start: begin with other params")
 
     def moved(x: PyTree, size: Any) -> PyTree:
@@ -165,13 +168,14 @@ def proximal_gradient(
             step,
             momentum,
         )
-        number = functools.partial(jnp.asarray, dtype=real)
+        # Like the value, so that inside `jax.shard_map` they vary from device to device.
+        number = functools.partial(jnp.full_like, value)
         first = _State(
             start,
             start,
             start,
             number(1),
-            size,
+            size * number(1),
             number(jnp.inf),
             jnp.asarray(value),
             jnp.int32(0),
@@ -197,16 +201,20 @@ def proximal_gradient(
         jnp.int32(Descent.CONVERGED),
         jnp.where(finite > 0, jnp.int32(Descent.MAX_STEPS), jnp.int32(Descent.NONFINITE)),
     )
-    if not isinstance(outcome, jax.core.Tracer):
+    if not _is_traced(outcome):
         outcome = Descent(int(outcome))
     return Descended(found, outcome, error, last_value, steps.astype(jnp.int32), last_step)
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
 
 
 def _advance(
     value_and_gradient: Callable[[PyTree], tuple[Array, PyTree]],
     value_of: Callable[[PyTree], Array],
     prox: Callable[[PyTree, Array], PyTree],
-    fixed: float | None,
+    fixed: ArrayLike | None,
     momentum: bool,
     state: _State,
 ) -> _State:

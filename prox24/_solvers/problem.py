@@ -287,7 +287,7 @@ DEFAULT_PULL = 1.0
 
 
 def correct_inputs(
-    weight: ArrayLike, gram: ArrayLike, cross: ArrayLike, pull: float = DEFAULT_PULL
+    weight: ArrayLike, gram: ArrayLike, cross: ArrayLike, pull: ArrayLike = DEFAULT_PULL
 ) -> Array:
     """The dense weight that also corrects the effect of pruning on the layer's inputs.
 
@@ -306,8 +306,8 @@ def correct_inputs(
       weight: W0, shape (out, in).
       gram: G, shape (in, in), of the pruned model's inputs.
       cross: C, shape (in, in), on the scale of the Gram.
-      pull: positive, relative to the trace of G. If G + pull tr(G) I is not positive definite, the
-        pull is raised like the damping of `prox24.solve`, but not above 1 / in.
+      pull: positive, traced or not, relative to the trace of G. If G + pull tr(G) I is not positive
+        definite, the pull is raised like the damping of `prox24.solve`, but not above 1 / in.
 
     Returns:
       Array (out, in), float64 if the Gram is float64, else float32. It is NaN if the Gram or the
@@ -321,7 +321,7 @@ def correct_inputs(
       >>> correct_inputs(jnp.ones((1, 4)), x @ x.T, 1.5 * x, pull=0.25).tolist()
       [[1.25, 1.25, 1.25, 1.25]]
     """
-    if not 0 < pull < math.inf:
+    if not isinstance(pull, jax.core.Tracer) and not 0 < pull < math.inf:
         raise ValueError(f"a pull of {pull} is not positive and finite")
     weight, gram, cross = map(jnp.asarray, (weight, gram, cross))
     check_arrays(weight, gram)
@@ -331,7 +331,7 @@ def correct_inputs(
 
 
 @jax.jit
-def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | float) -> Array:
+def corrected_weight(weight: Array, gram: Array, cross: Array, pull: ArrayLike) -> Array:
     """The new dense weight of `correct_inputs`, compiled once for each shape."""
     dtype = working_dtype(gram.dtype)
     weight, gram = weight.astype(dtype), gram.astype(dtype)

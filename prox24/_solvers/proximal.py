@@ -149,11 +149,12 @@ def _iterate(start: Array, gram: Array, pattern: Pattern, solver: ProximalGradie
         weight=start,
         extrapolated=start,
         nesterov=jnp.ones((), dtype),
-        dense_blocks=jnp.full((rows, 1), start.shape[1] // pattern.width, jnp.int32),
+        # Like an array, so that inside `jax.shard_map` it varies from device to device.
+        dense_blocks=jnp.full_like(start[:, :1], start.shape[1] // pattern.width, jnp.int32),
         # One number for each row: with a single scalar XLA would round a division in another way.
         penalty=jnp.full((rows, 1), solver.penalty.first, dtype),
         steps=jnp.zeros((), jnp.int32),
-        history=jnp.full(solver.history, jnp.nan, dtype),
+        history=jnp.full_like(start[0, 0], jnp.nan, shape=solver.history),
     )
     few = rows // (8 * parts) if rows >= MANY_ROWS and not solver.history else 0
     first = run(initial, few)

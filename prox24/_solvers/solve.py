@@ -122,7 +122,6 @@ def solve(
             f"input width {width} is not divisible by {pattern.width}: take another pattern, or "
             "pad weight and Gram with zeros"
         )
-    traced = any(map(_is_traced, jax.tree.leaves((weight, gram, solver, refit, damping))))
     if not _is_traced(damping) and not 0 <= damping < math.inf:
         raise ValueError(f"damping {damping} is not a nonnegative number")
     transposed = axis in (0, -2)
@@ -132,7 +131,7 @@ def solve(
     )
     if transposed:
         found, mask = found.T, mask.T
-    if traced:
+    if _is_traced(status):  # also under jax.jit with arrays from outside
         return Solution(found, mask, status, figures, history)
     status, figures = jax.device_get((status, figures))  # all at once
     plain = Statistics(*(value.item() for value in figures))

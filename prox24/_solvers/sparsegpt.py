@@ -87,7 +87,7 @@ def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sw
             lax.dynamic_update_slice(state.mask, mask, (start, 0)),
         )
 
-    start = _Sweep(weight, jnp.zeros(weight.shape, bool))
+    start = _Sweep(weight, jnp.zeros_like(weight, bool))
     swept = lax.fori_loop(0, width // block, prune_block, start)
     return _Sweep(jnp.where(swept.mask, swept.weight, 0), swept.mask)
 
@@ -134,6 +134,6 @@ def _prune_columns(
         scores = jnp.square(columns / jnp.diagonal(factor)[:, None])
         chosen = largest_mask(scores, pattern.kept(scores.size))
     # Errors and mask are one array: on GPUs each update of an array is a launch.
-    start = columns, jnp.zeros((2, *columns.shape), columns.dtype)
+    start = columns, jnp.zeros_like(columns, shape=(2, *columns.shape))
     columns, (errors, mask) = lax.fori_loop(0, block // strip, prune_strip, start)
     return columns, mask > 0, errors

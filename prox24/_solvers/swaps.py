@@ -70,7 +70,7 @@ class Swaps:
             return jnp.any(state.exchanged_rows) & (state.sweeps < self.sweeps)
 
         start = self.refit(problem, weight, mask, pattern)
-        begun = _Swapping(start, jnp.ones(len(weight), bool), jnp.zeros((), jnp.int32))
+        begun = _Swapping(start, jnp.ones_like(weight[:, 0], bool), jnp.zeros((), jnp.int32))
         final = lax.while_loop(unfinished, sweep, begun)
         refitted = final.refitted
         return refitted._replace(exhausted=refitted.exhausted | final.exchanged_rows)

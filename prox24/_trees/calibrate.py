@@ -83,8 +83,8 @@ def calibrate(
     blocks run over consecutive input channels at each place of the kernel.
 
     Grams are float32 sums of products at the highest precision, compensated from batch to batch.
-    Each takes 4 in^2 bytes, and as much again while it is summed. One program is compiled for each
-    shape of a batch.
+    Each takes 4 in^2 bytes, and as much again while it is summed. Each call compiles one program
+    for each shape of a batch.
 
     Args:
       apply: maps parameters and a batch to any value: `lambda p, x: model.apply({"params": p}, x)`
@@ -166,7 +166,8 @@ def gather(
         grams, crosses = add(arrays, dense_arrays, batch, dense_batch, grams, crosses)
     # Compiled functions return dicts in the order of their keys.
     grams, crosses = ({path: sums[path] for path in chosen if sums} for sums in (grams, crosses))
-    return Calibration(found_grams(grams, crosses, survey.layouts), survey.left_out)
+    unnamed = {path: "not in names" for path in survey.layouts if path not in chosen}
+    return Calibration(found_grams(grams, crosses, survey.layouts), survey.left_out | unnamed)
 
 
 def add_products(

@@ -273,8 +273,9 @@ def _landing(
     alike = collections.defaultdict[Any, list[int]](list)
     for i, leaf in enumerate(leaves):
         if leaf.pruned:
-            kinds = map(jax.typeof, (params[i], updates[i]))
-            alike[leaf.axis, *((x.shape, x.dtype, x.sharding) for x in kinds)].append(i)
+            both = params[i], updates[i]
+            places = (getattr(x, "sharding", None) for x in both)  # which may be one device
+            alike[leaf.axis, *map(jax.typeof, both), *places].append(i)
     landing = list(updates)
     for (axis, *_), equal in alike.items():
         together = max(1, LOOPED // max(1, params[equal[0]].size))

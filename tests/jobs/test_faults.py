@@ -27,7 +27,7 @@ from prox24._checkpoints import safetensors_file, unfinished, writer
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.unfinished import check_unchanged, source_files, unfinished_folder
 from prox24._jobs import forward, prune
-from prox24.errors import CheckpointError, DiskError, Prox24Error
+from prox24.errors import CheckpointError, DiskError, Prox24Error, UnsupportedModelError
 
 BEGUN = 5
 EMBEDDING = "model.embed_tokens.weight"
@@ -191,12 +191,19 @@ def test_another_place_of_activations_is_refused(workspace):
         prune.prune(workspace / "model", workspace / "out", activations="Disk")
 
 
-def test_an_option_that_the_model_does_not_take_loses_nothing(begun, monkeypatch):
+def test_a_model_that_torchax_does_not_take_loses_nothing(begun, monkeypatch, capsys):
     monkeypatch.setattr(prune.torchax, "open_any", lambda path: (open_checkpoint(path), False))
     left = begun / "out.unfinished"
     before = {path: path.read_bytes() for path in left.rglob("*") if path.is_file()}
     assert before
     assert pruned(begun, "--activations", "disk") == 2
+    assert {path: path.read_bytes() for path in left.rglob("*") if path.is_file()} == before
+
+    def unreadable(checkpoint, windows):  # as torchax says it of a file system that fails
+        raise UnsupportedModelError("transformers cannot load it: Input/output error")
+
+    monkeypatch.setattr(prune, "TorchRunner", unreadable)
+    assert "Input/output error" in error_line(capsys, *command(begun))
     assert {path: path.read_bytes() for path in left.rglob("*") if path.is_file()} == before
 
 

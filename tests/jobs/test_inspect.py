@@ -58,7 +58,7 @@ def test_every_decision_has_its_reason(tmp_path):
         f"{layer}self_attn.v_proj.weight": "dense: by the recipe",
         f"{layer}block_sparse_moe.gate.weight": "dense: router",
         f"{layer}block_sparse_moe.experts.3.w1.weight": "pruned",
-        f"{layer}block_sparse_moe.experts.3.w2.weight": "dense: width 46 does not fit 2:4",
+        f"{layer}block_sparse_moe.experts.3.w2.weight": "refused: width 46 does not fit 2:4",
         "buffer": "dense: not used by the computation",
     }
     assert {name: decisions[name] for name in expected} == expected

@@ -68,6 +68,12 @@ def test_solvers_find_what_they_find_on_one_device(solvers):
         assert_as_on_one_device(report)
 
 
+def test_solvers_find_the_same_inside_of_shard_map(reports):
+    found = with_key(reports, "mapped")
+    assert len(found) == 5 + 1
+    assert {report["same_blocks"] for report in found} == {1.0}
+
+
 def test_devices_that_share_columns_find_what_one_finds(reports):
     found = with_key(reports, "columns", "loss")
     assert [report["columns"] for report in found] == ["Explicit", "Auto"]

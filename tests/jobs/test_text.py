@@ -10,7 +10,7 @@ import pytest
 from tiny import TEMPLATE, byte_tokenizer, chat_tokenizer, tokens, write_tiny
 from tokenizers.processors import TemplateProcessing
 
-from prox24 import Text
+from prox24 import Recipe, Text, prune
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs import generated
 from prox24._jobs.text import (
@@ -21,7 +21,7 @@ from prox24._jobs.text import (
     start_tokens,
     tokenize,
 )
-from prox24.errors import CalibrationError
+from prox24.errors import CalibrationError, RecipeError
 
 IDS = np.arange(103, dtype=np.int32)
 
@@ -217,6 +217,14 @@ def test_tokens_of_a_file(checkpoint, tmp_path):
 def test_a_model_writes_from_its_start_token(chat_checkpoint):
     windows = calibration_windows(chat_checkpoint, Text(["generate:2"], sequence_length=4))
     assert windows[:, 0].tolist() == [256, 256]
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_the_model_writes(tmp_path, monkeypatch):
+    write_tiny(tmp_path / "model")
+    monkeypatch.setattr("prox24._jobs.text.generated_windows", None)
+    text, recipe = Text("generate:3", sequence_length=8), Recipe(skip="nothing")
+    with pytest.raises(RecipeError, match="skip 'nothing' is found in none of the 14 linears"):
+        prune(tmp_path / "model", tmp_path / "out", recipe, calibration=text)
 
 
 def test_a_model_writes_its_own_windows(checkpoint, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from commands import calibrated, contents, error_line, printed_json, run, write_workspace
+from safetensors.numpy import load_file, save_file
 from tiny import (
     Q_PROJ,
     assert_close,
@@ -504,6 +506,22 @@ def test_a_training_that_diverges_is_reported_as_json(workspace, capsys):
     report = printed_json(capsys, *distilling(workspace, "out", "--rate", "1e15"))
     assert (report["outcome"], report["losses"][-1]) == ("diverged", None)
     assert run("verify", workspace / "out", "--quiet") == 0
+
+
+def test_a_model_whose_names_have_no_prefix_is_trained(tmp_path):
+    prune(write_workspace(tmp_path, "gpt2", dtype="bfloat16"), "pruned")
+    path = tmp_path / "pruned" / "model.safetensors"
+    weights = {name.removeprefix("transformer."): w for name, w in load_file(path).items()}
+    assert "h.0.attn.c_attn.weight" in weights
+    save_file(weights, path)
+    (tmp_path / "pruned" / "prox24.json").unlink()
+    assert distilled(tmp_path) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == weights.keys()
+
+
+def test_a_disk_without_room_is_found_before_the_training(untrained, monkeypatch, refused):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    assert "bytes do not fit" in refused()
 
 
 def test_the_destination_is_looked_at_before_the_training(workspace, untrained, refused):

@@ -113,6 +113,19 @@ def test_derivatives_are_those_of_finite_differences():
         assert float(jnp.sum(gradient * direction)) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_numbers_may_be_traced():
+    def solve(step, tolerance, most):
+        found = proximal_gradient(
+            squares, jnp.zeros(20), soft, 0.1, step=step, tolerance=tolerance, max_steps=most
+        )
+        return found.steps
+
+    few, many, one = jax.vmap(solve)(
+        jnp.full(3, 1e-3), jnp.array([1e-2, 1e-4, 1e-4]), jnp.array([1000, 1000, 1])
+    )
+    assert 1 == one < few < many
+
+
 def test_under_jit_and_vmap_the_outcome_is_a_number():
     lams = jnp.asarray([0.01, 0.1, 1.0])
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_corrected_inputs_minimise_the_error_against_the_dense_output():
 def test_inputs_that_did_not_change_need_no_correction():
     weight, gram = make_problem("power_law")
     assert np.array_equal(correct_inputs(weight, gram, gram, 0.1), weight)
+
+
+def test_a_pull_may_be_traced():
+    given = (*make_problem("power_law"), make_problem("low_rank")[1])
+    pulls = jnp.array([0.1, 1.0], jnp.float32)
+    found = jax.vmap(lambda pull: correct_inputs(*given, pull))(pulls)
+    assert found.shape == (2, *given[0].shape)
+    assert not np.array_equal(*found)
 
 
 def test_a_pull_that_is_none_and_a_gram_that_does_not_fit_are_refused():

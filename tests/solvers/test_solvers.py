@@ -389,6 +389,12 @@ def test_a_failure_raises_its_sentence_or_is_told_by_the_status(name, status, sa
         solve(*given, damping=damping)
 
 
+def test_under_jit_arrays_may_come_from_outside():
+    given = make_problem("low_rank")
+    found = jax.jit(lambda: solve(*given).weight)()
+    np.testing.assert_array_equal(found != 0, solve(*given).mask)
+
+
 def test_a_traced_failure_is_told_by_the_status():
     traced = jax.jit(solve)(*no_gram("negative"))
     assert traced.status == Status.INDEFINITE

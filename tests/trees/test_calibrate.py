@@ -283,6 +283,7 @@ def test_only_the_named_weights_are_calibrated():
     params, x = {"a": normal(8, 8), "b": normal(8, 8)}, normal(5, 8)
     found = calibrate(lambda params, x: x @ params["a"] @ params["b"], params, [x], names=["b"])
     assert list(found.grams) == ["b"]
+    assert found.left_out == {"a": "not in names"}
     assert_gram_of(x @ params["a"], found.grams["b"].gram[0], layers=1)
 
 

@@ -184,6 +184,9 @@ def test_weights_keep_their_dtype_or_have_that_of_the_recipe():
             pruned = prune(linear, params, [x], recipe).params["kernel"]
             assert pruned.dtype == expected
             assert prox24.is_sparse(pruned, axis=0)
+            # Wanda does not change what it keeps.
+            kept = jnp.where(pruned != 0, params["kernel"], 0).astype(expected)
+            assert np.array_equal(pruned, kept)
 
 
 @pytest.mark.parametrize("pattern", [(1, 4), prox24.Unstructured(0.7)])
