@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from prox24._core.masks import mean_sparsity
@@ -199,7 +200,7 @@ def _problem(runner: Runner[State], matrix: Array, inputs: Inputs) -> LayerProbl
     # If devices share the columns of the Gram, they share the columns of the weight as well.
     axis = 0 if inputs.gram.sharding.is_fully_replicated else 1
     # Kept entries of a float64 weight must not be rounded to the Gram's float32.
-    dtype = jnp.promote_types(working_dtype(matrix.dtype), inputs.gram.dtype)
+    dtype = np.promote_types(working_dtype(matrix.dtype), inputs.gram.dtype)
     gram = inputs.gram.astype(dtype)
     if not inputs.tokens:  # With a Gram of zeros, all scores of Wanda would be equal.
         gram = jnp.fill_diagonal(gram, 1, inplace=False)
