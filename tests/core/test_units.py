@@ -55,7 +55,7 @@ def searched(rng, y, lam, pattern):
 
 @pytest.mark.parametrize(
     ("pattern", "blocks"),
-    [(PAIRS, 3), *(pytest.param(each, 12, marks=pytest.mark.slow) for each in (PAIRS, TRIPLES))],
+    [(PAIRS, 3), *(pytest.param(each, 6, marks=pytest.mark.slow) for each in (PAIRS, TRIPLES))],
     ids=str,
 )
 def test_no_search_over_all_entries_finds_less(pattern, blocks):

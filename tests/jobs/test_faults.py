@@ -219,7 +219,7 @@ def test_a_killed_run_ends_with_the_same_bytes(workspace, whole, tmp_path_factor
         began = time.perf_counter()
         start(*given).join()
         took = time.perf_counter() - began
-        for number in 3 * [signal.SIGKILL, signal.SIGTERM]:
+        for number in 2 * [signal.SIGKILL, signal.SIGTERM]:
             process = start(*given)
             process.join(places.uniform(0, took))
             with contextlib.suppress(ProcessLookupError):
