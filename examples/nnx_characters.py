@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 
 FIGURE = Path(__file__).parents[1] / "docs/figures/nnx_characters.svg"
 LAYERS, WIDTH, HEADS, LENGTH = 2, 96, 4, 64
-STEPS, BATCH, RATE = 400, 32, 3e-3
+STEPS, BATCH, RATE = 500, 32, 3e-3
 CALIBRATION, TEST = 128, 256  # windows
 METHODS = {
     "wanda": prox24.Recipe.wanda(),
