@@ -11,8 +11,6 @@ skipped.
 
 import functools
 import itertools
-import statistics
-import time
 from typing import Any
 
 import common
@@ -46,9 +44,7 @@ def measure(name: str, leaves: int, shapes: int) -> dict[str, float]:
     """Seconds of the first step with its compilation, of a later one, and bytes of both."""
     params = tree_of(leaves, shapes)
     if name == "check":
-        began = time.perf_counter()
-        check(OPTIMIZERS["proximal"](), params)
-        return {"first": time.perf_counter() - began}
+        return {"first": common.timed(lambda: check(OPTIMIZERS["proximal"](), params))[0]}
     optimizer = OPTIMIZERS[name]()
     state, gradients = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
 
@@ -57,17 +53,12 @@ def measure(name: str, leaves: int, shapes: int) -> dict[str, float]:
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    began = time.perf_counter()
-    compiled = step.lower(params, state).compile()
-    params, state = jax.block_until_ready(compiled(params, state))
-    first = time.perf_counter() - began
-    seconds = []
-    for _ in range(TURNS):
-        began = time.perf_counter()
-        params, state = jax.block_until_ready(compiled(params, state))
-        seconds.append(time.perf_counter() - began)
+    compiling, compiled = common.timed(lambda: step.lower(params, state).compile())
+    run = functools.partial(compiled, params, state)
+    first = compiling + common.timed(run)[0]
     scratch = compiled.memory_analysis().temp_size_in_bytes
-    return {"first": first, "step": statistics.median(seconds), "scratch_bytes": scratch}
+    seconds = common.medians({"step": run}, TURNS)
+    return {"first": first, **seconds, "scratch_bytes": scratch}
 
 
 def transformer(layers: int) -> tuple[Any, Any]:
@@ -107,12 +98,13 @@ def measure_model(name: str, layers: int) -> dict[str, float]:
             compiled.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    began = time.perf_counter()
-    if name == "check a model":
-        check(OPTIMIZERS["proximal"](), params)
-    else:
-        jax.block_until_ready(prox24.prune_params(apply, params, batches, order=name).params)
-    return {"first": time.perf_counter() - began, "programs": len(compiled)}
+
+    def run() -> Any:
+        if name == "check a model":
+            return check(OPTIMIZERS["proximal"](), params)
+        return prox24.prune_params(apply, params, batches, order=name).params
+
+    return {"first": common.timed(run)[0], "programs": len(compiled)}
 
 
 def measure_one(name: str, size: int, shapes: int) -> dict[str, float]:

@@ -40,11 +40,16 @@ def common_mesh(windows: int, tensor: int = 1) -> Mesh | None:
         raise Prox24Error(
             f"{tensor} devices are to share heads and widths, and a process has {fewest}"
         )
-    count = max(n for n in range(1, most + 1) if windows % (n * processes) == 0)
+    count = divisors(windows // processes, most)[0]
     used = np.array([device for own in devices for device in own[: count * tensor]])
     if used.size == 1:
         return None
     return Mesh(used, (AXIS,)) if tensor == 1 else Mesh(used.reshape(-1, tensor), (AXIS, TENSOR))
+
+
+def divisors(windows: int, most: int) -> list[int]:
+    """The divisors of a number of windows up to `most`, the largest first."""
+    return [size for size in range(min(most, windows), 0, -1) if windows % size == 0]
 
 
 def one_axis(mesh: Mesh | None) -> Mesh | None:

@@ -12,7 +12,15 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
-from prox24._core.placement import everywhere, in_parts, one_axis, own_windows, placed, taken
+from prox24._core.placement import (
+    divisors,
+    everywhere,
+    in_parts,
+    one_axis,
+    own_windows,
+    placed,
+    taken,
+)
 from prox24._models import decoder, spec
 from prox24._models.families import config_from_hf
 from prox24._models.generate import ModelWeights
@@ -147,12 +155,7 @@ def all_weights(
 def batch_size(windows: int, length: int, mesh: Mesh | None = None) -> int:
     """Windows of a micro-batch: a divisor of their number, so that one shape is compiled."""
     devices = 1 if mesh is None else mesh.size
-    return devices * micro_batches_of(windows // devices, max(1, BATCH_TOKENS // length))[0]
-
-
-def micro_batches_of(windows: int, most: int) -> list[int]:
-    """The divisors of a number of windows up to `most`, the largest first."""
-    return [size for size in range(min(most, windows), 0, -1) if windows % size == 0]
+    return devices * divisors(windows // devices, max(1, BATCH_TOKENS // length))[0]
 
 
 def embed_windows(

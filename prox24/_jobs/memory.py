@@ -12,6 +12,7 @@ from jax.stages import Lowered
 
 from prox24._checkpoints.checkpoint import DTYPES
 from prox24._core.compiling import quick_options
+from prox24._core.placement import divisors
 from prox24._jobs import forward
 from prox24._jobs.forward import Linear, Model
 from prox24._jobs.observe import layer_inputs, observe_layer
@@ -66,10 +67,7 @@ def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool)
     """The setup; raises an error if a pattern does not fit, or if Grams cannot be shared."""
     check_fits(model, recipe)
     if shard_grams:
-        try:
-            check_shares_columns(recipe.solver, recipe.refit)
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
+        check_shares_columns(recipe.solver, recipe.refit)
         if devices == 1:
             raise Prox24Error("shard_grams is for several devices, and there is one to be used")
     return Setup(recipe, devices, shard_grams)
@@ -147,7 +145,7 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
                 raise Prox24Error(
                     f"memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
                 )
-        sizes = forward.micro_batches_of(whole, most)
+        sizes = divisors(whole, most)
         most = next(size for size in sizes if needed(index, size) <= budget)
     return most * devices
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
-from prox24._core.placement import everywhere, own_windows, placed, taken
+from prox24._core.placement import divisors, everywhere, own_windows, placed, taken
 from prox24._jobs import forward
 from prox24._jobs.activations import ActivationFiles
 from prox24._jobs.forward import HiddenStates, Model
@@ -210,7 +210,7 @@ def native_runner(
     devices, step_batches = 1 if model.mesh is None else model.mesh.size, 1
     if refine is not None:
         step = refine.step_windows(count, length, devices)
-        size = devices * forward.micro_batches_of(step // devices, max(1, size // devices))[0]
+        size = devices * divisors(step // devices, max(1, size // devices))[0]
         step_batches = step // size
         if refine.held_out_of(count // step) == count // step:
             raise CalibrationError(f"all {count} windows are held out; refine with a smaller share")

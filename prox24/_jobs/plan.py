@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prox24._checkpoints.checkpoint import open_described
 from prox24._checkpoints.tensors import byte_count
+from prox24._core.placement import divisors
 from prox24._jobs.forward import batch_size, load_model
 from prox24._jobs.memory import (
     checked_setup,
@@ -135,7 +136,7 @@ def plan(
     checkpoint = open_described(source)
     model = load_model(checkpoint)
     # The largest number of devices that divides the windows, as in `prune`.
-    used = max(n for n in range(1, min(devices, samples) + 1) if samples % n == 0)
+    used = divisors(samples, devices)[0]
     setup = checked_setup(model, recipe, used, shard_grams)
     check_length(checkpoint, sequence_length)
     size = batch_size(samples // used, sequence_length)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax.tree_utils as trees
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from prox24.errors import first_line
 
@@ -80,10 +79,10 @@ def proximal_gradient(
     prox: Prox,
     hyperparams: Any = None,
     *args: Any,
-    step: ArrayLike | None = None,
+    step: Array | float | None = None,
     momentum: bool = True,
-    tolerance: ArrayLike = 1e-5,
-    max_steps: ArrayLike = 1000,
+    tolerance: Array | float = 1e-5,
+    max_steps: Array | int = 1000,
 ) -> Descended:
     """Minimises f(x, *args) + R(x; hyperparams) for a smooth f and an R with a proximal operator.
 
@@ -214,7 +213,7 @@ def _advance(
     value_and_gradient: Callable[[PyTree], tuple[Array, PyTree]],
     value_of: Callable[[PyTree], Array],
     prox: Callable[[PyTree, Array], PyTree],
-    fixed: ArrayLike | None,
+    fixed: Array | float | None,
     momentum: bool,
     state: _State,
 ) -> _State:

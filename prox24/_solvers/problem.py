@@ -287,7 +287,7 @@ DEFAULT_PULL = 1.0
 
 
 def correct_inputs(
-    weight: ArrayLike, gram: ArrayLike, cross: ArrayLike, pull: ArrayLike = DEFAULT_PULL
+    weight: ArrayLike, gram: ArrayLike, cross: ArrayLike, pull: Array | float = DEFAULT_PULL
 ) -> Array:
     """The dense weight that also corrects the effect of pruning on the layer's inputs.
 
@@ -331,7 +331,7 @@ def correct_inputs(
 
 
 @jax.jit
-def corrected_weight(weight: Array, gram: Array, cross: Array, pull: ArrayLike) -> Array:
+def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | float) -> Array:
     """The new dense weight of `correct_inputs`, compiled once for each shape."""
     dtype = working_dtype(gram.dtype)
     weight, gram = weight.astype(dtype), gram.astype(dtype)

@@ -33,7 +33,7 @@ from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquare
 from prox24._solvers.scores import Magnitude, Wanda
 from prox24._solvers.sparsegpt import SparseGPT
 from prox24._solvers.swaps import Swaps
-from prox24.errors import SolverError
+from prox24.errors import RecipeError, SolverError
 
 SOLVERS: dict[str, type[Solver]] = {
     "magnitude": Magnitude,
@@ -210,14 +210,14 @@ def check_supported(
 
 
 def check_shares_columns(solver: Solver, refit: Refit | None) -> None:
-    """Raises ValueError if a device needs the whole Gram although devices share its columns.
+    """Raises RecipeError if a device needs the whole Gram although devices share its columns.
 
     Such methods factor the Gram, or take its powers for the size of their steps.
     """
     for method, known in ((solver, SOLVERS), (refit, REFITS)):
         if method is not None and not method.shares_columns:
             able = ", ".join(name for name, make in known.items() if make().shares_columns)
-            raise ValueError(
+            raise RecipeError(
                 f"{type(method).__name__} needs the whole Gram on every device; {able} would share "
                 "its columns"
             )

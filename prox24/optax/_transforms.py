@@ -274,8 +274,8 @@ def _landing(
     for i, leaf in enumerate(leaves):
         if leaf.pruned:
             both = params[i], updates[i]
-            places = (getattr(x, "sharding", None) for x in both)  # which may be one device
-            alike[leaf.axis, *map(jax.typeof, both), *places].append(i)
+            devices = [getattr(x, "sharding", None) for x in both]  # None if traced
+            alike[leaf.axis, *map(jax.typeof, both), *devices].append(i)
     landing = list(updates)
     for (axis, *_), equal in alike.items():
         together = max(1, LOOPED // max(1, params[equal[0]].size))

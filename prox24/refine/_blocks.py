@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from prox24._core.placement import divisors
 from prox24._core.precision import working_dtype
 from prox24.errors import CalibrationError
 from prox24.optax import keep_pattern
@@ -83,7 +84,7 @@ class BlockRefinement(Passes):
           CalibrationError: the windows do not make two steps. One of the two is held out.
         """
         most = max(1, min(self.step_tokens // length, windows // 8))
-        enough = max(size for size in range(1, most + 1) if windows % size == 0)
+        enough = divisors(windows, most)[0]
         shared = [n for n in range(devices, windows // 2 + 1, devices) if windows % n == 0]
         if not shared:
             raise CalibrationError(f"refining takes {2 * devices} calibration windows or more")
