@@ -276,6 +276,18 @@ def test_what_is_written_is_sparse_and_loads_in_transformers(tmp_path, family):
 
 
 @needs_torchax
+def test_the_mask_of_an_old_model_stays_as_it_is(tmp_path):
+    path = write_foreign(tmp_path, "gptj") / "model.safetensors"
+    weights, mask = load_file(path), "transformer.h.0.attn.masked_bias"
+    save_file(weights | {mask: np.array(-np.inf, np.float16)}, path, metadata={"format": "pt"})
+    prox24.prune(path.parent, tmp_path / "out", WANDA, calibration=WINDOWS)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert (written[mask].dtype, float(written[mask])) == (np.float16, -np.inf)
+    manifest = json.loads((tmp_path / "out" / "prox24.json").read_text())
+    assert {"torch", "torchax"} <= manifest["versions"].keys()
+
+
+@needs_torchax
 def test_a_width_that_is_not_divisible_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"\w_proj\.weight has input width 32, not divisible"):
         pruned_folder(write_foreign(tmp_path, "gptj"), dataclasses.replace(WANDA, pattern=(2, 5)))
