@@ -33,7 +33,7 @@ class Pattern(NamedTuple):
         return f"{self.kept}:{self.group}" + (f"x{self.unit}" if self.unit > 1 else "")
 
 
-PatternLike = tuple[int, int] | Pattern
+PatternLike = tuple[int, int] | Pattern | str
 """A pattern, as functions take it."""
 
 
@@ -68,12 +68,18 @@ class Unstructured:
 
 
 def as_pattern(pattern: PatternLike) -> Pattern:
-    """Names the parts of a pair (N, M); raises ValueError unless 1 <= N <= M, both integers."""
+    """Reads (N, M) or a text "N:M" or "N:MxU"; raises ValueError unless 1 <= N <= M."""
+    if isinstance(pattern, str):
+        read = as_any_pattern(pattern)
+        if isinstance(read, Unstructured):
+            raise ValueError(f"pattern {pattern} is not N:M")
+        return read
     try:
         kept, group, unit = pattern if isinstance(pattern, Pattern) else (*pattern, 1)
         found = Pattern(*map(operator.index, (kept, group, unit)))
     except (TypeError, ValueError):
-        raise ValueError(f"pattern {pattern} is not N:M, a pair of integers") from None
+        share = "; a share of zeros is prox24.Unstructured" if isinstance(pattern, float) else ""
+        raise ValueError(f"pattern {pattern} is not N:M, a pair of integers{share}") from None
     if not 1 <= found.kept <= found.group:
         raise ValueError(f"pattern {found} is not N:M with 1 <= N <= M")
     if found.unit < 1:

@@ -15,7 +15,7 @@ from prox24._core.precision import PRODUCTS, check_products, products
 from prox24._pruning._fields import build, decode, encode
 from prox24._solvers.admm import ADMM
 from prox24._solvers.hyperparameters import REGISTERED
-from prox24._solvers.protocol import Refit, Solver
+from prox24._solvers.protocol import TRAITS, Refit, Solver
 from prox24._solvers.proximal import ProximalGradient
 from prox24._solvers.refit import ConjugateGradients, GradientSteps
 from prox24._solvers.scores import Magnitude, Wanda
@@ -352,7 +352,11 @@ def with_products(function: Callable[Arguments, Result]) -> Callable[Arguments, 
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        given = (each for each in (*args, *kwargs.values()) if isinstance(each, Recipe))
+        every = (*args, *kwargs.values())
+        for each in every:
+            if each is Recipe or all(hasattr(each, trait) for trait in TRAITS):
+                raise RecipeError(f"{each!r} is no recipe: write prox24.Recipe(solver)")
+        given = (each for each in every if isinstance(each, Recipe))
         chosen = next(given, Recipe()).products
         check_products(chosen)
         with products(chosen):

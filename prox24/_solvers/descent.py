@@ -140,6 +140,9 @@ def proximal_gradient(
     if not _is_traced(tolerance) and not tolerance >= 0:
         raise ValueError(f"tolerance {tolerance} is negative")
     params = jax.tree.map(jnp.asarray, params)
+    for leaf in jax.tree.leaves(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"params has {leaf.dtype}, which is not floating-point")
     _check_prox(prox, params, hyperparams)
     value = fun(params, *args)
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):

@@ -30,6 +30,7 @@ from prox24._solvers.problem import (
 from prox24._solvers.protocol import TRAITS, Refit, Solver, implements
 from prox24._solvers.proximal import ProximalGradient
 from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
+from prox24._solvers.schedules import Exponential
 from prox24._solvers.scores import Magnitude, Wanda
 from prox24._solvers.sparsegpt import SparseGPT
 from prox24._solvers.swaps import Swaps
@@ -192,8 +193,18 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
                     f"{type(method).__name__}{jax.tree_util.keystr(place)} is a function: its "
                     "schedules are numbers, as prox24.Exponential(first, growth)"
                 )
+        for name, usual_value in vars(type(method)).items():
+            value = getattr(method, name)
+            if isinstance(usual_value, Exponential) and isinstance(value, int | float):
+                raise ValueError(
+                    f"{type(method).__name__}.{name} is {value}, not a schedule: for a constant "
+                    f"write prox24.Exponential({value}, 1.0)"
+                )
         if pattern not in method.patterns:
-            able = ", ".join(name for name, make in known.items() if pattern in make().patterns)
+            others = {type(made).__name__: made for made in (make() for make in known.values())}
+            if protocol is Solver:
+                others["ADMM(penalty=None)"] = ADMM(penalty=None)
+            able = ", ".join(name for name, other in others.items() if pattern in other.patterns)
             raise ValueError(
                 f"{type(method).__name__} supports {method.patterns.value}, not {pattern}; "
                 f"{able or 'no ' + role} would"

@@ -217,6 +217,8 @@ def _no_array(batches: Iterable[PyTree]) -> Iterable[PyTree]:
         raise CalibrationError(
             f"batches is one array of shape {batches.shape}; give a list of batches, as [x]"
         )
+    if isinstance(batches, Mapping):
+        raise CalibrationError("batches is one dict; give a list of batches, as [batch]")
     return batches
 
 

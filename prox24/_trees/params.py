@@ -56,6 +56,13 @@ class PrunedParams(NamedTuple):
         """For `prox24.optax.keep_pattern`: the nonzeros of pruned leaves, and all other leaves."""
         return nonzeros(self.params, self.leaves)
 
+    def axis(self, path: str) -> int:
+        """The axis of a leaf; an argument `axis` for `prox24.report` and the like."""
+        return {leaf.path: leaf.axis for leaf in self.leaves}[path]
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.leaves), *map(str, self.reports)])
+
 
 @with_products
 def prune_params(
@@ -108,7 +115,7 @@ def prune_params(
         does not have its products. Or no leaf can be pruned, although the mask does not forbid it.
       SolverError: a solution is not finite. The message names the weight.
       ValueError: `params` has no arrays, or has traced ones. A Gram does not fit its weight, the
-        order is unknown, or Grams are given for the sequential order.
+        order is unknown, or Grams are given beside batches or for the sequential order.
 
     Example:
       >>> kernel = jax.random.normal(jax.random.key(0), (8, 3))
@@ -130,6 +137,10 @@ def prune_params(
     if order == "sequential" and grams is not None:
         raise ValueError("grams are of the dense model: the sequential order takes batches")
     check_values(params, "prox24.prune_params")
+    if isinstance(batches, Calibration) or not isinstance(grams, Calibration | None):
+        raise ValueError("a Calibration is given by grams=, and batches as a list")
+    if grams is not None and not (isinstance(batches, tuple) and not batches):
+        raise ValueError("there are batches and grams: give one of the two")
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
         layouts = {path: own.layout for path, own in found.grams.items()}

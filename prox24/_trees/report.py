@@ -35,7 +35,7 @@ class LeafReport(NamedTuple):
         if self.other_axes:
             axes = " and ".join(map(str, self.other_axes))
             note += f"; it has the pattern along axis {axes}"
-            note += ", which helps only if the layer sums over it"
+            note += f": give axis={self.other_axes[0]} if the layer sums over it"
         return f"{self.zeros:6.1%} zeros  {self.leaf}{note}"
 
 

@@ -12,6 +12,7 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from prox24._core.masks import sparse_axes
 from prox24._core.pattern import PatternLike, as_pattern
 from prox24._core.planes import check_kept
 from prox24._core.prox import prox
@@ -176,7 +177,7 @@ def keep_pattern(
 
     Raises:
       ValueError: in `init`, an entry of `trainable` has neither the shape of its leaf nor (), or a
-        leaf is no array of numbers.
+        leaf is no array of numbers. Also if by default a 2:4 leaf would be trained whole.
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]])}
@@ -193,6 +194,8 @@ def keep_pattern(
         # optax maps states with a placeholder without leaves, which no tree fits.
         chosen = trainable if trainable is not None and jax.tree.leaves(params) else kept_entries
         entries = map_named(_checked_entries, params, spread(chosen, params))
+        if trainable is None:
+            map_named(_check_zeros, params, entries)
         return KeepPatternState(entries, inner.init(params))
 
     def update(
@@ -331,6 +334,19 @@ def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
             "give one bool for each entry, or one for the leaf"
         )
     return entries
+
+
+def _check_zeros(path: str, leaf: Array, entries: Array) -> None:
+    """Raises ValueError if a pruned leaf is to be trained whole, since its name misleads."""
+    if entries.ndim or leaf.ndim < 2 or isinstance(leaf, jax.core.Tracer):
+        return
+    share = float(jnp.count_nonzero(leaf) / max(1, leaf.size))
+    # A new adapter has no nonzeros, and an identity has few.
+    if 0.25 <= share <= 0.5 and (axes := sparse_axes(leaf)):
+        raise ValueError(
+            f"{path} is 2:4 along axis {axes[0]}, but its zeros would be trained: give trainable, "
+            "as pruned.trainable of prox24.prune_params, or kept_entries with axis or mask"
+        )
 
 
 def _where(trainable: PyTree, updates: PyTree) -> PyTree:

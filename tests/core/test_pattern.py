@@ -17,7 +17,7 @@ from tiers import rest
 
 from prox24._core.blocks import join, split
 from prox24._core.masks import count_violations, is_sparse, mean_sparsity, top_mask
-from prox24._core.pattern import Unstructured, as_pattern
+from prox24._core.pattern import Pattern, Unstructured, as_pattern
 from prox24._core.penalty import penalty
 from prox24._core.prox import prox
 
@@ -145,7 +145,9 @@ def test_an_axis_of_a_joined_array_is_counted_in_its_own_axes():
 
 
 @pytest.mark.parametrize(
-    "pattern", [(0, 4), (-1, 4), (2.0, 4.0), (2,), (2, 4, 8), Unstructured(0.5)], ids=str
+    "pattern",
+    [(0, 4), (-1, 4), (2.0, 4.0), (2,), (2, 4, 8), 0.5, "50%", Unstructured(0.5)],
+    ids=str,
 )
 def test_what_is_no_pair_of_integers_from_one_on_is_refused(pattern):
     named = (
@@ -154,6 +156,12 @@ def test_what_is_no_pair_of_integers_from_one_on_is_refused(pattern):
     for function in (as_pattern, lambda pattern: prox(jnp.ones(20, jnp.float32), 1.0, pattern)):
         with pytest.raises(ValueError, match=re.escape(named)):
             function(pattern)
+
+
+def test_a_pattern_may_be_a_text():
+    w = jnp.asarray([[4, 3, 2, 1, 8, 7, 6, 5]], jnp.float32)
+    assert np.array_equal(prox(w, 1e3, "1:4"), prox(w, 1e3, (1, 4)))
+    assert as_pattern("2:4x2") == Pattern(2, 4, unit=2)
 
 
 def test_as_pattern_names_and_prints_the_pair():

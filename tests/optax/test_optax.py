@@ -14,7 +14,7 @@ from optax import contrib
 from reference import assert_close, eps_of, inverse_hessian, largest
 from tiers import rest
 
-from prox24 import Exponential, Pattern, prox, report
+from prox24 import Exponential, Pattern, prox, report, top_mask
 from prox24.optax import by_path, check, keep_pattern, kept_entries, proximal
 
 # The tests run few steps of what they compile.
@@ -359,6 +359,17 @@ def test_keep_pattern_keeps_zeros_and_trains_the_rest(optimizer, standard_promot
     # Accumulators of the kernel's shape are zero where it is.
     own = [leaf for leaf in jax.tree.leaves(state.inner) if leaf.shape == kernel.shape]
     assert all(np.all(np.asarray(accumulator)[zero] == 0) for accumulator in own)
+
+
+def test_keep_pattern_refuses_to_train_zeros_that_a_name_hides():
+    weight = jnp.where(top_mask(jnp.abs(normal((64, 10))), axis=0), normal((64, 10)), 0)
+    params = {"w2": weight, "adapter": jnp.zeros((8, 10), jnp.float32), "start": jnp.eye(16, 10)}
+    optimizer = keep_pattern(optax.sgd(0.1))
+    said = r"w2 is 2:4 along axis 0, but its zeros would be trained: give trainable"
+    with pytest.raises(ValueError, match=said):
+        optimizer.init(params)
+    optimizer.init({name: params[name] for name in ("adapter", "start")})
+    keep_pattern(optax.sgd(0.1), kept_entries(params, axis=0)).init(params)
 
 
 def test_keep_pattern_masks_gradients_and_noise_and_passes_extra_arguments(standard_promotion):

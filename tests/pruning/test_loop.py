@@ -281,7 +281,7 @@ class Broken:
             CheckpointError,
             r"layers\.0\.self_attn\.q_proj\.weight.*32.*by 5",
         ),
-        (Recipe(pattern=(4, 8)), RecipeError, r"supports 1:M and 2:M, not 4:8.*sparsegpt"),
+        (Recipe(pattern=(4, 8)), RecipeError, r"supports 1:M and 2:M, not 4:8.*SparseGPT"),
         (Recipe(Broken(), None), SolverError, r"layers\.0\.self_attn\.q_proj.*use more damping"),
     ],
 )

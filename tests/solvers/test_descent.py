@@ -113,6 +113,11 @@ def test_derivatives_are_those_of_finite_differences():
         assert float(jnp.sum(gradient * direction)) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_start_of_integers_is_refused():
+    with pytest.raises(ValueError, match="params has int64, which is not floating-point"):
+        proximal_gradient(squares, jnp.zeros(20, int), soft, 0.1)
+
+
 def test_numbers_may_be_traced():
     def solve(step, tolerance, most):
         found = proximal_gradient(

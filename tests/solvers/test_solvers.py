@@ -441,10 +441,17 @@ class Bare:
 @pytest.mark.parametrize(
     ("solver", "refit", "pattern", "said"),
     [
-        (ProximalGradient(), None, (3, 4), "ProximalGradient supports 1:M and 2:M, not 3:4; mag"),
-        (ADMM(), None, Unstructured(0.5), "2:M, not 50%; magnitude, wanda, sparsegpt would"),
-        (Wanda(), Swaps(), Unstructured(0.5), "any N:M, not 50%; cg, gradient, exact would"),
+        (ProximalGradient(), None, (3, 4), "ProximalGradient supports 1:M and 2:M, not 3:4; Mag"),
+        (ADMM(), None, Unstructured(0.5), "2:M, not 50%; Magnitude, Wanda, SparseGPT would"),
+        (Wanda(), Swaps(), Unstructured(0.5), "any N:M, not 50%; ConjugateGradients, Gr"),
         (Wanda(), Swaps(), (8, 16), "8:16 has too many"),
+        (ADMM(), None, (4, 8), r"not 4:8; Magnitude, .*, ADMM\(penalty=None\) would"),
+        (
+            ADMM(penalty=1.0),
+            None,
+            (2, 4),
+            r"penalty is 1.0, not a .* prox24.Exponential\(1.0, 1.0\)",
+        ),
         ("wanda", None, (2, 4), r"the solver is 'wanda'; give an object, such as prox24.ADMM\(\)"),
         (None, None, (2, 4), "the solver is None; give an object"),
         (Wanda, None, (2, 4), r"the solver is a class; give an object, Wanda\(\)"),

@@ -227,6 +227,8 @@ def test_what_is_not_pruned_says_why():
         "spare": "no Gram: unused",
     }
     assert [str(leaf).split()[0] for leaf in pruned.leaves].count("pruned") == 1
+    assert str(pruned).splitlines() == [*map(str, pruned.leaves), str(pruned.reports[0])]
+    assert pruned.axis("mlp") == 0
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)
     mask = by_path(lambda path: path != "mlp")
     chosen = prune(apply, params, recipe=recipe, grams=calibration, mask=mask)
@@ -322,6 +324,12 @@ def test_what_does_not_go_together_is_refused():
             "grams are of the dense model: .* takes batches",
             {"grams": grams, "order": "sequential"},
         ),
+        (ValueError, "there are batches and grams: give one of the two", {"grams": grams}),
+        (ValueError, "a Calibration is given by grams=", {"batches": grams}),
+        (ValueError, "a Calibration is given by grams=", {"batches": (), "grams": {"w": x}}),
+        (CalibrationError, "batches is one dict; give a list", {"batches": {"x": x}}),
+        (RecipeError, "is no recipe: write prox24.Recipe", {"recipe": prox24.Wanda()}),
+        (RecipeError, "is no recipe: write prox24.Recipe", {"recipe": Recipe}),
         (
             RecipeError,
             r"refine is for decoders.*prox24\.refine\.train_block",

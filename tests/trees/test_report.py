@@ -52,7 +52,7 @@ def test_a_tree_that_was_pruned_along_the_outputs_is_found_and_explained():
     assert up.violations == int(
         prox24.count_violations(kernels(1)["layer"]["up"]["kernel"], axis=0)
     )
-    assert "it has the pattern along axis 1, which helps only if the layer sums over it" in str(up)
+    assert "it has the pattern along axis 1: give axis=1 if the layer sums over it" in str(up)
     assert prox24.report(kernels(1), axis=1).sparse
     half = kernels(0) | {"down": {"kernel": jnp.ones((16, 8))}}
     assert [each.other_axes for each in prox24.report(half).leaves] == [()] * 5
