@@ -161,9 +161,10 @@ def _open_folder(
                 path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # its type depends on the missing file
-            raise CheckpointError(
-                f"{path}: the tokenizer cannot be loaded: {first_line(error)}"
-            ) from error
+            reason = first_line(error)
+            if not any(path.glob("*token*")) and not any(path.glob("vocab*")):
+                reason = "there are no files of one: save the tokenizer into the folder"
+            raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
 
     checkpoint = Checkpoint(
         path=path,

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from prox24 import __version__
 from prox24._cli.compiled import keep_programs
@@ -49,9 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     # Imports and traces make objects that stay: looking for garbage among them takes a tenth of a
     # short command's time.
     gc.set_threshold(10_000, 50, 50)
-    parsed = parser(given).parse_args(given)
-    give_back_memory()
+    if hasattr(sys.stdout, "reconfigure"):  # A table may have characters that an encoding lacks.
+        sys.stdout.reconfigure(errors="replace")
     try:
+        parsed = parser(given).parse_args(given)
+        give_back_memory()
         with _ended_by(signal.SIGTERM), _lines_without_a_terminal(parsed):
             keep_programs()
             code = int(parsed.run(parsed))
@@ -78,11 +81,16 @@ def _hide_torch() -> None:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"prox24: error: {message}; see {self.prog} --help\n")
+
+
 def parser(arguments: list[str]) -> argparse.ArgumentParser:
     """The parser of all commands; only the given command gets its options."""
-    top = argparse.ArgumentParser(
-        prog="prox24", description="Prunes language models to N:M sparsity, in JAX."
-    )
+    top = _Parser(prog="prox24", description="Prunes language models to N:M sparsity, in JAX.")
     top.add_argument("--version", action="version", version=f"prox24 {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     named = next((argument for argument in arguments if not argument.startswith("-")), None)

@@ -118,7 +118,7 @@ def add_output(
 def add_logs(command: argparse.ArgumentParser) -> None:
     """Adds --report, --log-file and --metrics."""
     command.add_argument(
-        "--report", type=Path, metavar="FILE", help="write a report, .json or .html"
+        "--report", type=report_file, metavar="FILE", help="write a report, .json or .html"
     )
     command.add_argument(
         "--log-file", type=Path, metavar="FILE", help="append a line for each layer"
@@ -192,6 +192,13 @@ def add_writing(command: argparse.ArgumentParser) -> None:
         help="of the largest file, as 5GB or 500MiB (default: the source's files)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace the destination")
+
+
+def report_file(text: str) -> Path:
+    """A type of arguments: a file whose suffix, if any, is a form of reports."""
+    if Path(text).suffix not in ("", ".json", ".html"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends in neither .json nor .html")
+    return Path(text)
 
 
 def pattern(text: str) -> AnyPattern:

@@ -1,7 +1,6 @@
 """`prox24 verify`: see `prox24.verify`."""
 
 import argparse
-from pathlib import Path
 
 from prox24._cli import options
 
@@ -10,7 +9,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help=options.MODEL)
     command.add_argument("--source", help="the model that it was pruned from")
     command.add_argument(
-        "--report", type=Path, metavar="FILE", help="write a report, .json or .html"
+        "--report", type=options.report_file, metavar="FILE", help="write a report, .json or .html"
     )
     command.add_argument(
         "--pattern",

@@ -200,16 +200,23 @@ def distill(
             def on_step(step: int, loss: float) -> None:
                 metric("step", {"step": step, "steps": steps, "loss": loss})
 
-            refined, tensors = train_checkpoint(
-                teacher,
-                student,
-                windows,
-                refinement,
-                mesh=mesh,
-                resume=resume,
-                on_measured=on_measured,
-                on_step=on_step,
-            )
+            try:
+                refined, tensors = train_checkpoint(
+                    teacher,
+                    student,
+                    windows,
+                    refinement,
+                    mesh=mesh,
+                    resume=resume,
+                    on_measured=on_measured,
+                    on_step=on_step,
+                )
+            except KeyboardInterrupt as error:
+                if state is None:
+                    error.add_note("nothing is kept, since there is no --state FOLDER")
+                elif kept is not None and kept.manager.latest_step() is not None:
+                    error.add_note(f"the training is in {state}: the same command goes on with it")
+                raise
         written = fill_folder(student, unfinished, tensors, on_replaced=note)
         write_card(unfinished.folder, card, [], _card_section(windows, refinement, refined.losses))
         check_unchanged(teacher.path, of_teacher)

@@ -89,14 +89,12 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     names = max(len(name) for name, *_ in [columns, *rows])
-    # A long path beside the names does not cut them. 7 characters are borders.
-    most = width - names - 7 if len(columns) == 2 and names < width / 2 else None
     drawn = Table()
     for index, column in enumerate(columns):
-        if index == 0:
-            drawn.add_column(column, no_wrap=True)
-        else:
-            drawn.add_column(column, justify="right", no_wrap=True, max_width=most)
+        # On a narrow terminal a cell takes several lines, names last: nothing is cut.
+        whole = index == 0 and names < width / 2
+        justify: Any = "right" if index else "left"
+        drawn.add_column(column, justify=justify, no_wrap=whole, overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     # A path must not be read as markup.

@@ -134,7 +134,7 @@ class PruneReport(Report):
             )
             rows += [["kept dense", spared], ["their effect", bought]]
         if self.recipe.basis is not None:
-            why = "" if self.turned_layers else ", see docs/solvers.md"
+            why = "" if self.turned_layers else ": a linear stays dense, or heads do not fit"
             rows.append(["learnt bases of heads", f"{self.turned_layers} layers{why}"])
         counts = {
             "done by the run before": self.resumed_linears,

@@ -318,9 +318,9 @@ def _vocabulary(checkpoint: Checkpoint) -> int:
     return vocabulary
 
 
-def _checked(
-    checkpoint: Checkpoint, windows: NDArray[np.integer], name: str = "tokens"
-) -> NDArray[np.int32]:
+def _checked(checkpoint: Checkpoint, windows: Any, name: str = "tokens") -> NDArray[np.int32]:
+    if isinstance(windows, str | Path):
+        raise CalibrationError(f"the text is a path: give prox24.Text({str(windows)!r})")
     windows = np.asarray(windows)
     integers = np.issubdtype(windows.dtype, np.integer)
     if not integers or windows.ndim != 2 or windows.shape[1] < 2 or not len(windows):

@@ -76,8 +76,10 @@ def train_checkpoint(
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
     if not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config, teacher.config)):
+        swapped = _has_more_zeros(dense, pruned, teacher.config, config)
+        remedy = "the dense model comes first" if swapped else "prune it first"
         raise CheckpointError(
-            f"{pruned.path} has no more zeros in its linears than {dense.path}: prune it first"
+            f"{pruned.path} has no more zeros in its linears than {dense.path}: {remedy}"
         )
     dtype = refinement.compute_dtype
     outer = _outer(student, mesh, dtype)

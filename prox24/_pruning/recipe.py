@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import numbers
@@ -15,7 +16,7 @@ from prox24._core.precision import PRODUCTS, check_products, products
 from prox24._pruning._fields import build, decode, encode
 from prox24._solvers.admm import ADMM
 from prox24._solvers.hyperparameters import REGISTERED
-from prox24._solvers.protocol import TRAITS, Refit, Solver
+from prox24._solvers.protocol import Refit, Solver
 from prox24._solvers.proximal import ProximalGradient
 from prox24._solvers.refit import ConjugateGradients, GradientSteps
 from prox24._solvers.scores import Magnitude, Wanda
@@ -261,7 +262,9 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        """A recipe from the dict of `to_dict`. A missing field has its default.
+        """A recipe from the dict of `to_dict`, or from a manifest or report with one.
+
+        A missing field has its default.
 
         Raises:
           RecipeError: the version or a field is unknown, or a value does not fit. The message names
@@ -269,6 +272,8 @@ class Recipe:
         """
         if not isinstance(given, Mapping):
             raise RecipeError(f"a recipe is an object of fields, not {given!r}")
+        if isinstance(given.get("recipe"), Mapping):  # a manifest or a report
+            given = given["recipe"]
         version = given.get("recipe", VERSION)
         if type(version) is not int or version != VERSION:
             raise RecipeError(f"version {version!r} of recipes is unknown; this is {VERSION}")
@@ -348,16 +353,17 @@ Result = TypeVar("Result")
 
 
 def with_products(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function with a recipe among its arguments; it runs with the products of the recipe."""
+    """A function with an argument `recipe`; it runs with the products of the recipe."""
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        every = (*args, *kwargs.values())
-        for each in every:
-            if each is Recipe or all(hasattr(each, trait) for trait in TRAITS):
-                raise RecipeError(f"{each!r} is no recipe: write prox24.Recipe(solver)")
-        given = (each for each in every if isinstance(each, Recipe))
-        chosen = next(given, Recipe()).products
+        given = signature.bind_partial(*args, **kwargs).arguments.get("recipe", Recipe())
+        if not isinstance(given, Recipe):
+            raise RecipeError(
+                f"{given!r} is no recipe: write prox24.Recipe(solver), or Recipe.from_dict(fields)"
+            )
+        chosen = given.products
         check_products(chosen)
         with products(chosen):
             return function(*args, **kwargs)

@@ -247,7 +247,7 @@ def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pat
 
 @pytest.mark.parametrize(
     ("variant", "line"),
-    [("qwen2", "2 layers"), pytest.param("olmoe", "0 layers, see", marks=pytest.mark.slow)],
+    [("qwen2", "2 layers"), pytest.param("olmoe", "0 layers: a linear", marks=pytest.mark.slow)],
 )
 def test_heads_that_were_turned_are_a_line_and_verify_knows_their_biases(
     tmp_path, capsys, variant, line
@@ -443,16 +443,16 @@ REFUSED = [
     (f"prune model texts/out {DATA} --calibration texts", "texts/out is in texts, which is read"),
     (f"{PRUNE} --calibration texts --metrics texts/m.jsonl", "is or is in texts, which is read"),
     # Places of results
-    ("verify model --report .", "is a folder"),
+    (f"{PRUNE} --log-file .", "is a folder"),
     ("prune model out --report a/report.json", "report.json"),
     (f"{PRUNE} --push-to-hub name", "'name' is no name for a model of the hub: write OWNER/NAME"),
     (f"{PRUNE} --push-to-hub a/b/c", "'a/b/c' is no name for a model of the hub: Repo id must"),
     (f"{PRUNE} --push-to-hub owner/name", "cannot be uploaded: HF_HUB_OFFLINE is set"),
-    (f"{PRUNE} --report text.txt", "text.txt is or is in text.txt, which is read"),
+    (f"{PRUNE} --metrics text.txt", "text.txt is or is in text.txt, which is read"),
     (f"{PRUNE} --report model/new.json", "is or is in model, which is read"),
     ("verify model --report model/config.json", "is or is in model, which is read"),
-    (f"{PRUNE} --report out", "out is or holds"),
-    (f"{PRUNE} --report out.unfinished", "is made, is or holds"),
+    (f"{PRUNE} --log-file out", "out is or holds"),
+    (f"{PRUNE} --log-file out.unfinished", "is made, is or holds"),
     ("convert model existing", "--overwrite"),
     ("convert model text.txt --overwrite", "text.txt is a file; choose a folder"),
     ("convert model / --overwrite", "/ has no name of its own"),
@@ -589,7 +589,7 @@ def test_a_reader_that_has_ended_is_no_error(workspace, monkeypatch, capfd, form
 BAD_VALUES = {
     "prune model out": """--pattern 2to4, --samples 0, --samples 9223372036854775808,
         --sequence-length 1, --damping -1, --damping inf, --damping much, --refine-rate 0,
-        --refine-held-out 1.5, --keep-dense -1, --method none, --dtype int8""",
+        --refine-held-out 1.5, --keep-dense -1, --method none, --dtype int8, --report a.pdf""",
     "generate model --prompt Once": "--tokens 0, --temperature -1, --top-p 0, --top-p 1.5",
 }
 
@@ -601,7 +601,9 @@ BAD_VALUES = {
 def test_bad_values_of_options_exit_2(capsys, command, option):
     with pytest.raises(SystemExit, match="2"):
         run(*command.split(), *option.split())
-    assert f"error: argument {option.split()[0]}: " in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"prox24: error: argument {option.split()[0]}: ")
+    assert line.endswith(f"; see prox24 {command.split()[0]} --help")
 
 
 def test_a_method_and_a_recipe_exclude_each_other(capsys):

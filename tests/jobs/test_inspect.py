@@ -71,6 +71,17 @@ def test_a_long_path_does_not_cut_the_names_beside_it():
     assert any(name in line and "none" in line for line in lines)
 
 
+def test_a_narrow_table_cuts_nothing(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    cells = ["model.layers.0.mlp.up_proj.weight", "1,234,567", "bfloat16", "dense: by the recipe"]
+    printed = table(["tensors", "shape", "dtype", "decision"], [cells])
+    assert max(map(len, printed.splitlines())) <= 40
+    assert "…" not in printed
+    for char in "".join(cells).replace(" ", ""):
+        assert printed.count(char) >= "".join(cells).count(char)
+
+
 def test_tables_are_for_people_and_list_tensors_of_unknown_dtypes(tmp_path, capsys):
     weights = write_tiny(tmp_path / "model")
     extra = {"model.scale": np.zeros(4, np.complex64)}

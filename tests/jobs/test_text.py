@@ -89,6 +89,8 @@ def test_a_model_takes_a_text_or_its_tokens(checkpoint, tmp_path):
         assert windows(checkpoint, Text(samples=3, sequence_length=16)).shape == (3, 16)
         given = tokens(3, 5).astype(np.int64)
         assert np.array_equal(windows(checkpoint, given), given)
+    with pytest.raises(CalibrationError, match=r"the text is a path: give prox24.Text\('a.txt'\)"):
+        evaluation_windows(checkpoint, "a.txt")
     by_default = Text(text.source, sequence_length=10)
     assert np.array_equal(evaluation_windows(checkpoint, by_default), [digits] * 3)
     with pytest.raises(CalibrationError, match="30 tokens, but 64 windows of 10 need 640"):

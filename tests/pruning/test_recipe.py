@@ -58,6 +58,8 @@ def test_a_file_gives_an_equal_recipe(tmp_path, suffix):
 
 def test_fields_that_are_not_given_have_their_defaults():
     assert Recipe.from_dict({}) == Recipe()
+    manifest = {"recipe": Recipe.wanda().to_dict(), "tensors": {}}
+    assert Recipe.from_dict(manifest) == Recipe.wanda()
     given = {"solver": {"name": "ADMM", "steps": 8}, "refine": {"passes": 2}, "pattern": [2, 8]}
     expected = Recipe(prox24.ADMM(steps=8), refine=BlockRefinement(passes=2), pattern=Pattern(2, 8))
     assert Recipe.from_dict(given) == expected

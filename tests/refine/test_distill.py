@@ -397,6 +397,9 @@ def test_models_and_options_that_do_not_fit_are_refused(workspace, refused):
     write_tiny(workspace / "other", "grouped_heads")
     assert "dense has no more zeros in its linears than" in refused(models=("dense", "dense"))
     assert "are not the same model" in refused(models=("other", "pruned"))
+    assert "pruned: the dense model comes first" in refused(models=("pruned", "model"))
+    said = refused("--state", workspace / "pruned")
+    assert "which is no state of a training: choose a new one" in said
     devices = "64 devices are to share heads and widths, and a process has 1"
     assert devices in refused("--tensor-parallel", 64)
     assert "16 windows are too few for steps of 9" in refused("--step-windows", 9)
