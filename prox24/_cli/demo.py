@@ -43,7 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: speeches)"
     )
-    options.add_sizes(command, "3, or 16 with --full")
+    options.add_sizes(command, "4, or 16 with --full")
     command.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to evaluate on (default: a novel)"
     )
@@ -75,13 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
     say = (lambda text: None) if silent else functools.partial(print, flush=True)
     say(f"SmolLM2-135M-Instruct, 2:4. The model is downloaded into {arguments.cache} once.")
     model, length = fetch_model(arguments.cache), arguments.sequence_length
-    windows = 16 if arguments.full else 3
+    # With fewer than 2,048 tokens a refit may gain nothing.
+    calibrated, evaluated = (16, 16) if arguments.full else (4, 3)
     checkpoint = open_checkpoint(model)
     evaluation = evaluation_windows(
-        checkpoint, Text(arguments.text, arguments.evaluation_samples or windows, length)
+        checkpoint, Text(arguments.text, arguments.evaluation_samples or evaluated, length)
     )
     calibration = calibration_windows(
-        checkpoint, Text(arguments.calibration, arguments.samples or windows, length)
+        checkpoint, Text(arguments.calibration, arguments.samples or calibrated, length)
     )
     say(
         f"Calibration: {calibration.size} tokens. "
