@@ -5,11 +5,13 @@
     python benchmarks/generate.py --synthetic
 
 The model is SmolLM2-135M-Instruct, or a checkpoint, or random weights in the shape of Llama-3.2-1B.
-Each form of the weights has a process of its own, which goes on from the same prompt, and all forms
-take turns --rounds times: printed are medians. The rate is that of all tokens but the first, which
-is the prompt's, and the second, for which programs are compiled. Speed is that rate over the dense
-form's in the same dtype, and its ceiling the bytes of all weights of the dense form over those of
-the packed one. Resident memory is that of the process after the last token, on Linux.
+Each form of the weights continues the same prompt in its own process. The forms take turns --rounds
+times, and the table has medians.
+
+The rate leaves out two tokens: the first ends the prompt, and the second compiles programs. Speed
+is a packed form's rate over the dense form's in the same dtype. Its ceiling is the dense form's
+bytes over the packed form's, of all weights. Resident memory is measured after the last token, on
+Linux.
 """
 
 import os

@@ -2,12 +2,13 @@
 
     pip install libtpu && python benchmarks/layer_tpu.py
 
-libtpu holds the compiler; nothing is executed. The programs of 8B are compiled for one chip and for
-a mesh of eight, with the windows of the text and the rows of weights sharded and the rest
-replicated; those of 8B and of 70B also for eight chips that share the columns of weights and Grams.
-The memory is that of one chip: arguments, results that are not donated arguments, and temporaries,
-as the compiler reports them; and what `prox24.prune` holds on the chip beside them. The exit code
-is 1 if a program does not compile or its memory is above 16 GB.
+libtpu holds the compiler. Nothing is executed. The 8B model is compiled for one chip and for eight.
+Eight chips share the windows of the text and the rows of weights. The models of 8B and 70B are also
+compiled for eight chips that share the columns of weights and Grams.
+
+The memory of one chip is the sum of arguments, results that are not donated arguments, temporaries,
+and the arrays that `prox24.prune` holds beside them. The compiler reports the first three. The exit
+code is 1 if a program does not compile or its memory is above 16 GB.
 """
 
 import itertools

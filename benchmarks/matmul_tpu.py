@@ -2,10 +2,10 @@
 
     pip install libtpu && python benchmarks/matmul_tpu.py
 
-libtpu holds the compiler; nothing is executed, and nothing is said of speed. The shapes are those
-of the linears of Llama 8B and 70B. "Bytes" are those of the arguments and results, and twice those
-that the program keeps for itself between its steps, over the same for XLA's product with a dense
-weight; a dash is a case that the kernel does not compute.
+libtpu holds the compiler. Nothing is executed, so the table has no speed. The shapes are the
+linears of Llama 8B and 70B. The bytes of a program are its arguments, its results, and its
+temporaries twice. Cells are the bytes of the packed product over the bytes of XLA's product with a
+dense weight. A dash is a case that the kernel does not compute.
 """
 
 import functools

@@ -2,14 +2,16 @@
 
     python benchmarks/refine.py
 
-Every mask is found on the first 64 windows of 512 tokens of the calibration text, in an order drawn
-by the seed; the refinements see those and the windows that follow. Each job runs in a process of
-its own, for its peak memory. A line is appended to FOLDER/refine.csv after each run, and a run that
-is there already is skipped, so that an interrupted command can be given again. Pruned and refined
-models are kept in FOLDER/models of the cache, from which --unseen and --evaluation-windows evaluate
-them again. With --bigbench FILE every model answers the questions of multiple_choice.py, too.
-Printed are the table, for the same texts, windows and seed, and how much of the evaluated text is
-in the calibration text word for word. gap.py draws the lines of the file.
+The seed draws the order of the windows of 512 tokens of the calibration text. Every mask is found
+on the first 64 windows. Refinements see these windows and later ones. Each job has its own process,
+for its peak memory. Each run appends a line to FOLDER/refine.csv. A run that has its line is
+skipped, so the same command continues an interrupted one.
+
+Pruned and refined models are kept in the folder `models` of the cache. --unseen and
+--evaluation-windows evaluate them again. With --bigbench FILE every model also answers the
+questions of multiple_choice.py. The script prints the table of the same texts, windows and seed.
+Below it is the share of the evaluated text that is in the calibration text word for word. gap.py
+draws the lines of the file.
 """
 
 import hashlib

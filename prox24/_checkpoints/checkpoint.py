@@ -163,7 +163,7 @@ def _open_folder(
         except Exception as error:  # its type depends on the missing file
             reason = first_line(error)
             if not any(path.glob("*token*")) and not any(path.glob("vocab*")):
-                reason = "there are no files of one: save the tokenizer into the folder"
+                reason = "the folder has no tokenizer files: save the tokenizer into it"
             raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
 
     checkpoint = Checkpoint(

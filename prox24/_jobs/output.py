@@ -76,7 +76,9 @@ def check_file(
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise CheckpointError(f"{path} cannot be written: permission denied")
     for given in (Path(place) for place in inputs if place is not None):
-        if given.exists() and path.resolve().is_relative_to(given.resolve()):
+        held = [given, *(given.iterdir() if given.is_dir() else ())]
+        linked = path.exists() and any(file.exists() and path.samefile(file) for file in held)
+        if linked or (given.is_dir() and path.resolve().is_relative_to(given.resolve())):
             raise CheckpointError(f"{path} is or is in {given}, which is read: choose another file")
     if destination is not None:
         check_outside(destination, path)

@@ -112,8 +112,9 @@ def prune(
     recipe.check_supported()
     recipe.to_dict()  # Raises an error early: the manifest needs the dict.
     checkpoint, native = torchax.open_any(source)
-    if native:  # before the model may have to write the text
-        check_fits(load_model(checkpoint), recipe)
+    model = load_model(checkpoint) if native else None
+    if model is not None:  # before the model may have to write the text
+        check_fits(model, recipe)
     card = source_card(source, checkpoint)
     if recipe.dtype is None:
         recipe = dataclasses.replace(recipe, dtype=checkpoint.pruned_dtype)
@@ -129,8 +130,7 @@ def prune(
     mesh = common_mesh(len(windows)) if native else None
     devices = 1 if mesh is None else mesh.size
     micro_batch = None
-    if native:
-        model = load_model(checkpoint)
+    if model is not None:
         setup = checked_setup(model, recipe, devices, shard_grams)
         if memory is not None:
             micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)

@@ -93,8 +93,10 @@ class Text:
 
     def published(self, packaged: str) -> str:
         """The name of the text without local folders."""
-        named = (x if is_dataset(x) or is_generated(x) else Path(x).name for x in self.sources)
-        return ", ".join(named) or self.called(packaged)
+        names = (
+            x if is_dataset(x) or is_generated(x) else Path(x).absolute().name for x in self.sources
+        )
+        return ", ".join(names) or self.called(packaged)
 
 
 SAMPLINGS = ("even", "random", "documents")
@@ -119,10 +121,12 @@ def files_of_text(text: Windows) -> list[Path]:
 
 
 def check_unread(path: Path, text: Windows) -> None:
-    """Raises CalibrationError if a path is in a folder of the text, which would then have it."""
+    """Raises CalibrationError if a path is in a folder of the text: a later run would read it."""
     for folder in files_of_text(text):
         if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
-            raise CalibrationError(f"{path} is in {folder}, which is read as text: choose another")
+            raise CalibrationError(
+                f"{path} is in {folder}, which is read as text: choose another place"
+            )
 
 
 def calibration_windows(
@@ -256,7 +260,8 @@ def _joined(checkpoint: Checkpoint, every: Sequence[NDArray[np.int32]]) -> NDArr
     """The documents in one array, with the end token between them."""
     end = end_token(checkpoint)
     between = np.asarray([] if end is None else [end], np.int32)
-    check_ids(between, _vocabulary(checkpoint))
+    if len(every) > 1:
+        check_ids(between, _vocabulary(checkpoint))
     parts = [part for ids in every for part in (between, ids)]
     return np.concatenate([np.zeros(0, np.int32), *parts[1:]])
 

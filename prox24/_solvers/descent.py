@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax.tree_utils as trees
 from jax import Array, lax
 
+from prox24._core.tracing import is_traced
 from prox24.errors import first_line
 
 PyTree = Any
@@ -135,9 +136,9 @@ def proximal_gradient(
       (<Descent.CONVERGED: 0>, [2.0, 0.25])
     """
     for name, number in {"step": step, "max_steps": max_steps}.items():
-        if number is not None and not _is_traced(number) and not number > 0:
+        if number is not None and not is_traced(number) and not number > 0:
             raise ValueError(f"{name} {number} is not positive")
-    if not _is_traced(tolerance) and not tolerance >= 0:
+    if not is_traced(tolerance) and not tolerance >= 0:
         raise ValueError(f"tolerance {tolerance} is negative")
     params = jax.tree.map(jnp.asarray, params)
     for leaf in jax.tree.leaves(params):
@@ -147,7 +148,7 @@ def proximal_gradient(
     value = fun(params, *args)
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ValueError(f"fun gives {jnp.shape(value)} of {jnp.result_type(value)}, not a number")
-    if not _is_traced(value) and not jnp.isfinite(value):
+    if not is_traced(value) and not jnp.isfinite(value):
         raise ValueError(f"fun is {value} at the start: begin with other params")
 
     def moved(x: PyTree, size: Any) -> PyTree:
@@ -203,13 +204,9 @@ def proximal_gradient(
         jnp.int32(Descent.CONVERGED),
         jnp.where(finite > 0, jnp.int32(Descent.MAX_STEPS), jnp.int32(Descent.NONFINITE)),
     )
-    if not _is_traced(outcome):
+    if not is_traced(outcome):
         outcome = Descent(int(outcome))
     return Descended(found, outcome, error, last_value, steps.astype(jnp.int32), last_step)
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
 
 
 def _advance(

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from prox24._core.blocks import split, unit_norms
 from prox24._core.pattern import Pattern
 from prox24._core.precision import matmul, working_dtype
+from prox24._core.tracing import is_traced
 from prox24._solvers.damping import damped_inverse
 
 
@@ -145,7 +146,7 @@ class Solution(NamedTuple):
 
     def __str__(self) -> str:
         status: Any = self.status
-        if isinstance(status, jax.core.Tracer) or jnp.ndim(status) > 0:
+        if is_traced(status) or jnp.ndim(status) > 0:
             return repr(self)
         figures = self.statistics
         return (
@@ -321,7 +322,7 @@ def correct_inputs(
       >>> correct_inputs(jnp.ones((1, 4)), x @ x.T, 1.5 * x, pull=0.25).tolist()
       [[1.25, 1.25, 1.25, 1.25]]
     """
-    if not isinstance(pull, jax.core.Tracer) and not 0 < pull < math.inf:
+    if not is_traced(pull) and not 0 < pull < math.inf:
         raise ValueError(f"a pull of {pull} is not positive and finite")
     weight, gram, cross = map(jnp.asarray, (weight, gram, cross))
     check_arrays(weight, gram)

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from prox24._core.pattern import AnyPattern, PatternLike, Unstructured, as_any_pattern
 from prox24._core.precision import working_dtype
+from prox24._core.tracing import is_traced
 from prox24._solvers.admm import ADMM
 from prox24._solvers.damping import damped_gram, inverse_factor
 from prox24._solvers.problem import (
@@ -123,7 +124,7 @@ def solve(
             f"input width {width} is not divisible by {pattern.width}: take another pattern, or "
             "pad weight and Gram with zeros"
         )
-    if not _is_traced(damping) and not 0 <= damping < math.inf:
+    if not is_traced(damping) and not 0 <= damping < math.inf:
         raise ValueError(f"damping {damping} is not a nonnegative number")
     transposed = axis in (0, -2)
     problem = LayerProblem(weight.T if transposed else weight, gram)
@@ -132,7 +133,7 @@ def solve(
     )
     if transposed:
         found, mask = found.T, mask.T
-    if _is_traced(status):  # also under jax.jit with arrays from outside
+    if is_traced(status):  # also under jax.jit with arrays from outside
         return Solution(found, mask, status, figures, history)
     status, figures = jax.device_get((status, figures))  # all at once
     plain = Statistics(*(value.item() for value in figures))
@@ -155,10 +156,6 @@ def explain(status: Status, problem: LayerProblem, damping: float, name: str = "
         f"no finite solution for {name}: its Gram is not positive definite with damping "
         f"{damping:g}, or numbers are too large; use more damping"
     )
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
 
 
 def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> None:
@@ -193,9 +190,9 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
                     f"{type(method).__name__}{jax.tree_util.keystr(place)} is a function: its "
                     "schedules are numbers, as prox24.Exponential(first, growth)"
                 )
-        for name, usual_value in vars(type(method)).items():
-            value = getattr(method, name)
-            if isinstance(usual_value, Exponential) and isinstance(value, int | float):
+        for name, default in vars(type(method)).items():
+            if isinstance(default, Exponential) and isinstance(getattr(method, name), int | float):
+                value = getattr(method, name)
                 raise ValueError(
                     f"{type(method).__name__}.{name} is {value}, not a schedule: for a constant "
                     f"write prox24.Exponential({value}, 1.0)"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
+from prox24._core.tracing import is_traced
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
@@ -174,7 +175,7 @@ def check_values(params: PyTree, caller: str) -> None:
         if count > 1:
             raise ValueError(f"{path} is the path of {count} leaves: rename a key that holds a /")
     for path, leaf in leaves:
-        if isinstance(leaf, jax.core.Tracer):
+        if is_traced(leaf):
             raise ValueError(f"{path} is traced and has no value: call {caller} outside of jax.jit")
 
 

@@ -16,6 +16,7 @@ from prox24._core.masks import sparse_axes
 from prox24._core.pattern import PatternLike, as_pattern
 from prox24._core.planes import check_kept
 from prox24._core.prox import prox
+from prox24._core.tracing import is_traced
 from prox24._solvers.schedules import LARGEST
 from prox24.optax._leaves import (
     Axis,
@@ -338,7 +339,7 @@ def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
 
 def _check_zeros(path: str, leaf: Array, entries: Array) -> None:
     """Raises ValueError if a pruned leaf is to be trained whole, since its name misleads."""
-    if entries.ndim or leaf.ndim < 2 or isinstance(leaf, jax.core.Tracer):
+    if entries.ndim or leaf.ndim < 2 or is_traced(leaf):
         return
     share = float(jnp.count_nonzero(leaf) / max(1, leaf.size))
     # A new adapter has no nonzeros, and an identity has few.

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24._core.blocks import checked_axis
+from prox24._core.tracing import is_traced
 from prox24.packed._codes import BLOCK, ENTRIES_PER_WORD, KEPT, compress, expand, words_of
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -93,7 +94,7 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
     if w.shape[axis] % BLOCK:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {BLOCK}")
     values, codes, excess = _pack(w, axis)
-    if not isinstance(excess, jax.core.Tracer):
+    if not is_traced(excess):
         _check(w, excess, axis)
     return Packed24(values, codes, axis, w.shape[axis] % ENTRIES_PER_WORD)
 

@@ -444,7 +444,9 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(
 
     with monkeypatch.context() as patch:
         patch.setattr("prox24._jobs.distill.train_checkpoint", interrupted)
+        capsys.readouterr()
         assert distilled(workspace, "out", *more) == 130
+        assert f"the training is in {workspace}/state: the same command" in capsys.readouterr().err
         # It is refused before any work.
         patch.setattr("prox24._jobs.distill.train_checkpoint", None)
         assert "refinement.passes was 1, is 2" in refused(*more, "--passes", 2)
