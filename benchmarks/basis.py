@@ -8,8 +8,8 @@ trains the kept weights of each layer. "distilled" is the default, and then trai
 together on 64 windows. Calibration windows are drawn at random by the seed.
 Evaluation is on the first windows of each text. Models are written in float32.
 
-Losses are geometric means over the layers. "v" is the linear of the values, or the fused linear with
-the values in it. "o" is the linear that reads them. Each run appends a line to
+Losses are geometric means over the layers. "v" is the linear of the values, or the fused linear
+with the values in it. "o" is the linear that reads them. Each run appends a line to
 FOLDER/basis.csv. A run that has its line is skipped: give another FOLDER for other texts and
 lengths.
 """
