@@ -68,7 +68,6 @@ SMALL = {  # in place of what a page has for a real model
         "solvers",
         "refine",
         "optax",
-        "generate",
         "whole-job",
     ],
 )
