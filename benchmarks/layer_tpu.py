@@ -8,7 +8,7 @@ compiled for eight chips that share the columns of weights and Grams.
 
 The memory of one chip is the sum of arguments, results that are not donated arguments, temporaries,
 and the arrays that `prox24.prune` holds beside them. The compiler reports the first three. The exit
-code is 1 if a program does not compile or its memory is above 16 GB.
+code is 1 if libtpu is missing, a program does not compile, or its memory is above 16 GB.
 """
 
 import itertools

@@ -188,6 +188,14 @@ def mapped_reports():
         same = same_blocks(mapped, jax.vmap(masks)(weights, grams))
         yield {"mapped": name, "same_blocks": same}
 
+    def shared(weight, grams):
+        return jax.vmap(lambda gram: solve(weight, gram, SparseGPT(), None).mask)(grams)
+
+    varying = {"in_specs": (P(), P("experts")), "out_specs": P("experts")}
+    mapped = jax.shard_map(shared, mesh=mesh, **varying)(weights[0], grams)
+    same = same_blocks(mapped, shared(weights[0], grams))
+    yield {"mapped": "sparsegpt, one weight", "same_blocks": same}
+
     def descended(weight):
         def fun(x):
             return jnp.sum(jnp.square(x - weight)) / 2
@@ -195,7 +203,8 @@ def mapped_reports():
         def blocks(x, lam, scaling):
             return prox(x, lam * scaling)
 
-        return proximal_gradient(fun, jnp.zeros_like(weight), blocks, 1.0).params != 0
+        start = jnp.zeros(weight.shape, weight.dtype)  # the same on all devices
+        return proximal_gradient(fun, start, blocks, 1.0).params != 0
 
     mapped = jax.shard_map(jax.vmap(descended), mesh=mesh, **specs)(weights)
     same = same_blocks(mapped, jax.vmap(descended)(weights))

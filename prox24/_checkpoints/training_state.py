@@ -59,10 +59,13 @@ def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
     with writing(folder):  # Finds errors before there is a state to lose.
         folder.mkdir(parents=True, exist_ok=True)
         for own in folder.iterdir():
+            if own.name.startswith(".") or own.name == "lost+found":  # of the file system
+                continue
             # Each state is a folder by its step. An interrupted one has a longer name.
             if not own.name.partition(".")[0].isdecimal() or not own.is_dir():
                 raise CheckpointError(
-                    f"{folder} holds {own.name}, which is no state of a training: choose a new one"
+                    f"{folder} holds {own.name}, which is no state of a training: move it away, or "
+                    "choose a new folder"
                 )
         tempfile.TemporaryFile(dir=folder).close()
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)

@@ -15,17 +15,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from prox24._jobs.evaluate import check, perplexity
+    from prox24._jobs.evaluate import perplexities
     from prox24._jobs.output import print_json, print_table, show
 
     texts = [options.text_of(arguments, source) for source in arguments.text or [None]]
-    if len(arguments.models) * len(texts) > 1:  # An error of the last one would lose the others.
-        for model in arguments.models:
-            check(model, texts)
-    reports = [
-        [perplexity(model, text, quiet=arguments.quiet) for text in texts]
-        for model in arguments.models
-    ]
+    reports = perplexities(arguments.models, texts, arguments.quiet)
     every = [report for row in reports for report in row]
     if len(every) == 1:
         show(every[0], arguments)

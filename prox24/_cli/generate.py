@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from prox24._checkpoints.checkpoint import open_checkpoint
     from prox24._jobs.output import print_json
 
-    # All models are opened and all prompts checked first: a late error would lose what is done.
+    # All models are opened and all prompts checked first: most errors come before the first text.
     opened = [(name, open_checkpoint(name)) for name in arguments.models]
     prompts = [_checked_prompts(checkpoint, arguments) for _, checkpoint in opened]
     single = len(arguments.models) == len(arguments.prompt) == 1

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from prox24._jobs import torchax
 from prox24._jobs.forward import load_model
 from prox24._jobs.output import Report, table
@@ -43,11 +46,24 @@ class PerplexityReport(Report):
         return table(["model", self.model], rows)
 
 
-def check(model: str | Path, texts: Sequence[Text]) -> None:
-    """Raises the errors of `perplexity` that a model and its texts have before it runs."""
-    checkpoint, _ = torchax.open_any(model)
-    for text in texts:
-        evaluation_windows(checkpoint, text)
+def perplexities(
+    models: Sequence[str], texts: Sequence[Text], quiet: bool
+) -> list[list[PerplexityReport]]:
+    """Of each model on each text. All models are opened and all texts read before the first."""
+    # An error of the last one would lose the others. A text that is a pipe can be read once.
+    windows = {}
+    for model in models:
+        checkpoint, _ = torchax.open_any(model)
+        windows[model] = [evaluation_windows(checkpoint, text) for text in texts]
+
+    def one(model: str, text: Text, own: NDArray[np.int32]) -> PerplexityReport:
+        report = perplexity(model, own, quiet=quiet)
+        return dataclasses.replace(report, text=text.called(NOVEL))
+
+    return [
+        [one(model, text, own) for text, own in zip(texts, windows[model], strict=True)]
+        for model in models
+    ]
 
 
 def perplexity(

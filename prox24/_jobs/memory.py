@@ -65,16 +65,16 @@ class Setup(NamedTuple):
 
 def checked_setup(model: Model, recipe: Recipe, devices: int, shard_grams: bool) -> Setup:
     """The setup; raises an error if a pattern does not fit, or if Grams cannot be shared."""
-    check_fits(model, recipe)
-    if shard_grams:
-        check_shares_columns(recipe.solver, recipe.refit)
-        if devices == 1:
-            raise Prox24Error("shard_grams is for several devices, and there is one to be used")
+    check_fits(model, recipe, shard_grams)
+    if shard_grams and devices == 1:
+        raise Prox24Error("shard_grams is for several devices, and there is one to be used")
     return Setup(recipe, devices, shard_grams)
 
 
-def check_fits(model: Model, recipe: Recipe) -> None:
-    """Raises an error if a recipe names no linear of the model, or if a pattern does not fit."""
+def check_fits(model: Model, recipe: Recipe, shard_grams: bool) -> None:
+    """Raises an error if a recipe does not fit the model, or cannot share Grams."""
+    if shard_grams:
+        check_shares_columns(recipe.solver, recipe.refit)
     widths = {linear.tensor: linear.shape[1] for linear in forward.all_linears(model.config)}
     check_found(widths, recipe)
     check_widths(widths, recipe)

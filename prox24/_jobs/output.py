@@ -64,8 +64,8 @@ def check_file(
 ) -> None:
     """Raises CheckpointError if a file cannot be written, before a long job starts.
 
-    The file must be none of the inputs, and in no input folder: a later run would read it there, or
-    refuse to replace it. It must not be in the destination, where it would be lost.
+    The file must be none of the inputs, and in no input folder, where a later run may read it. It
+    must not be in the destination, where it would be lost.
     """
     if path is None:
         return

@@ -113,8 +113,20 @@ def prune(
     recipe.to_dict()  # Raises an error early: the manifest needs the dict.
     checkpoint, native = torchax.open_any(source)
     model = load_model(checkpoint) if native else None
-    if model is not None:  # before the model may have to write the text
-        check_fits(model, recipe)
+    # All this comes before the model may have to write the text.
+    if model is not None:
+        check_fits(model, recipe, shard_grams)
+    else:
+        options = {
+            "memory": memory is not None,
+            "activations": activations == "disk",
+            "shard_grams": shard_grams,
+            "distributed": jax.process_count() > 1,
+            "refine": recipe.refine is not None,
+        }
+        for option, given in options.items():
+            if given:
+                raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
     card = source_card(source, checkpoint)
     if recipe.dtype is None:
         recipe = dataclasses.replace(recipe, dtype=checkpoint.pruned_dtype)
@@ -135,16 +147,6 @@ def prune(
         if memory is not None:
             micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
     else:
-        options = {
-            "memory": memory is not None,
-            "activations": activations == "disk",
-            "shard_grams": shard_grams,
-            "distributed": jax.process_count() > 1,
-            "refine": recipe.refine is not None,
-        }
-        for option, given in options.items():
-            if given:
-                raise Prox24Error(f"{option} is for models with a forward pass of prox24's own")
         # Its errors come before the folder of an interrupted run is opened, and lose nothing.
         torch_runner = TorchRunner(checkpoint, windows)
         stages = range(torch_runner.stages)

@@ -358,7 +358,10 @@ def with_products(function: Callable[Arguments, Result]) -> Callable[Arguments, 
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        given = signature.bind_partial(*args, **kwargs).arguments.get("recipe", Recipe())
+        try:
+            given = signature.bind_partial(*args, **kwargs).arguments.get("recipe", Recipe())
+        except TypeError:
+            return function(*args, **kwargs)  # Python's error names the function.
         if not isinstance(given, Recipe):
             raise RecipeError(
                 f"{given!r} is no recipe: write prox24.Recipe(solver), or Recipe.from_dict(fields)"

@@ -150,6 +150,9 @@ def proximal_gradient(
         raise ValueError(f"fun gives {jnp.shape(value)} of {jnp.result_type(value)}, not a number")
     if not is_traced(value) and not jnp.isfinite(value):
         raise ValueError(f"fun is {value} at the start: begin with other params")
+    # With data of each device in `jax.shard_map`, a start that all share becomes one a device too.
+    shared = jnp.zeros_like(value, bool)
+    params = jax.tree.map(lambda leaf: jnp.where(shared, 0, leaf), params)
 
     def moved(x: PyTree, size: Any) -> PyTree:
         gradient = jax.grad(fun)(x, *args)

@@ -133,7 +133,8 @@ def solve(
     )
     if transposed:
         found, mask = found.T, mask.T
-    if is_traced(status):  # also under jax.jit with arrays from outside
+    # Under jax.jit also with arrays from outside; under jax.vmap the status may be a plain array.
+    if any(map(is_traced, (status, *figures))):
         return Solution(found, mask, status, figures, history)
     status, figures = jax.device_get((status, figures))  # all at once
     plain = Statistics(*(value.item() for value in figures))
@@ -191,8 +192,8 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
                     "schedules are numbers, as prox24.Exponential(first, growth)"
                 )
         for name, default in vars(type(method)).items():
-            if isinstance(default, Exponential) and isinstance(getattr(method, name), int | float):
-                value = getattr(method, name)
+            value = getattr(method, name)
+            if isinstance(default, Exponential) and hasattr(value, "__float__"):
                 raise ValueError(
                     f"{type(method).__name__}.{name} is {value}, not a schedule: for a constant "
                     f"write prox24.Exponential({value}, 1.0)"

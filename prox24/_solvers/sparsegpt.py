@@ -87,6 +87,8 @@ def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sw
             lax.dynamic_update_slice(state.mask, mask, (start, 0)),
         )
 
+    # With one factor a device in `jax.shard_map`, a weight that all share becomes one a device too.
+    weight = jnp.where(jnp.zeros_like(factor[0, 0], bool), 0, weight)
     start = _Sweep(weight, jnp.zeros_like(weight, bool))
     swept = lax.fori_loop(0, width // block, prune_block, start)
     return _Sweep(jnp.where(swept.mask, swept.weight, 0), swept.mask)

@@ -57,8 +57,15 @@ class PrunedParams(NamedTuple):
         return nonzeros(self.params, self.leaves)
 
     def axis(self, path: str) -> int:
-        """The axis of a leaf; an argument `axis` for `prox24.report` and the like."""
-        return {leaf.path: leaf.axis for leaf in self.leaves}[path]
+        """The axis of a leaf; an argument `axis` for `prox24.report` and the like.
+
+        Raises:
+          ValueError: the pruned tree has no such leaf.
+        """
+        for leaf in self.leaves:
+            if leaf.path == path:
+                return leaf.axis
+        raise ValueError(f"{path} is no leaf of the pruned tree: give the tree that was pruned")
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.leaves), *map(str, self.reports)])
@@ -139,7 +146,7 @@ def prune_params(
     check_values(params, "prox24.prune_params")
     if isinstance(batches, Calibration) or not isinstance(grams, Calibration | None):
         raise ValueError("a Calibration is given by grams=, and batches as a list")
-    if grams is not None and not (isinstance(batches, tuple) and not batches):
+    if grams is not None and (batches or not isinstance(batches, list | tuple)):
         raise ValueError("there are batches and grams: give one of the two")
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams

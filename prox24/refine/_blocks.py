@@ -84,10 +84,10 @@ class BlockRefinement(Passes):
           CalibrationError: the windows do not make two steps. One of the two is held out.
         """
         most = max(1, min(self.step_tokens // length, windows // 8))
-        enough = divisors(windows, most)[0]
         shared = [n for n in range(devices, windows // 2 + 1, devices) if windows % n == 0]
         if not shared:
             raise CalibrationError(f"refining takes {2 * devices} calibration windows or more")
+        enough = divisors(windows, most)[0]
         return min((n for n in shared if n >= enough), default=shared[-1])
 
     def optimizer(self, groups: int) -> optax.GradientTransformation:

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -126,6 +127,12 @@ def test_prune_verify_and_eval(workspace, capsys):
     several = printed_json(capsys, "eval", *models, *text, *text[:2])["rows"]
     assert several[2:] == [result, result]
     assert several[0] == several[1] != result
+    os.mkfifo(workspace / "pipe")  # which can be read once
+    piped = ["--text", workspace / "pipe"]
+    with ThreadPoolExecutor() as pool:
+        pool.submit((workspace / "pipe").write_text, TEXT)
+        first, _ = printed_json(capsys, "eval", out, *piped, *text)["rows"]
+    assert first["perplexity"] == result["perplexity"]
     assert run("eval", *models, *text) == 0
     table = capsys.readouterr().out
     assert all(f"{row['perplexity']:.3f}" in table for row in several)

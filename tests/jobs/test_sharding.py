@@ -70,7 +70,7 @@ def test_solvers_find_what_they_find_on_one_device(solvers):
 
 def test_solvers_find_the_same_inside_of_shard_map(reports):
     found = with_key(reports, "mapped")
-    assert len(found) == 5 + 1
+    assert len(found) == 5 + 2
     assert {report["same_blocks"] for report in found} == {1.0}
 
 

@@ -399,7 +399,7 @@ def test_models_and_options_that_do_not_fit_are_refused(workspace, refused):
     assert "are not the same model" in refused(models=("other", "pruned"))
     assert "pruned: the dense model comes first" in refused(models=("pruned", "model"))
     said = refused("--state", workspace / "pruned")
-    assert "which is no state of a training: choose a new one" in said
+    assert "which is no state of a training: move it away" in said
     devices = "64 devices are to share heads and widths, and a process has 1"
     assert devices in refused("--tensor-parallel", 64)
     assert "16 windows are too few for steps of 9" in refused("--step-windows", 9)

@@ -393,6 +393,10 @@ def test_under_jit_arrays_may_come_from_outside():
     given = make_problem("low_rank")
     found = jax.jit(lambda: solve(*given).weight)()
     np.testing.assert_array_equal(found != 0, solve(*given).mask)
+    dampings = jnp.array([0.01, 0.1])
+    # The mask of Wanda does not depend on the damping, so it is the same without `vmap`.
+    masks = jax.vmap(lambda damping: solve(*given, Wanda(), None, damping=damping).mask)(dampings)
+    np.testing.assert_array_equal(masks, [solve(*given, Wanda(), None).mask] * 2)
 
 
 def test_a_traced_failure_is_told_by_the_status():
@@ -447,7 +451,7 @@ class Bare:
         (Wanda(), Swaps(), (8, 16), "8:16 has too many"),
         (ADMM(), None, (4, 8), r"not 4:8; Magnitude, .*, ADMM\(penalty=None\) would"),
         (
-            ADMM(penalty=1.0),
+            ADMM(penalty=np.float32(1)),
             None,
             (2, 4),
             r"penalty is 1.0, not a .* prox24.Exponential\(1.0, 1.0\)",

@@ -229,6 +229,8 @@ def test_what_is_not_pruned_says_why():
     assert [str(leaf).split()[0] for leaf in pruned.leaves].count("pruned") == 1
     assert str(pruned).splitlines() == [*map(str, pruned.leaves), str(pruned.reports[0])]
     assert pruned.axis("mlp") == 0
+    with pytest.raises(ValueError, match="model/mlp is no leaf of the pruned tree"):
+        pruned.axis("model/mlp")
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)
     mask = by_path(lambda path: path != "mlp")
     chosen = prune(apply, params, recipe=recipe, grams=calibration, mask=mask)
