@@ -9,6 +9,16 @@ from importlib.metadata import version
 # take ten times as long for a factorization. NumPy reads these names when it is imported.
 os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
+# Many modules and the programs that they start compile the same programs of the same tiny models.
+os.environ |= {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    # Otherwise the key of a program would depend on the folder's path.
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+    # One process may read a program that another is writing. It then compiles the program itself.
+    "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache",
+}
+
 import jax
 import pytest
 from hypothesis import settings
@@ -30,12 +40,6 @@ gc.set_threshold(50_000, 20, 50)
 
 settings.register_profile("prox24", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("prox24")
-
-# Many modules compile the same programs of the same tiny models.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-# Otherwise the key of a program would depend on the folder's path.
-jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -65,6 +69,7 @@ def compilation_cache(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     os.environ["PROX24_CACHE"] = str(tmp_path_factory.mktemp("kernels"))
 
