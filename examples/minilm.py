@@ -38,7 +38,6 @@ MEMBERS = [
 # Tokens of a sentence, with [CLS] and [SEP]; one program is compiled for each.
 LENGTHS = (16, 20, 24, 28)
 METHODS = {
-    "magnitude": prox24.Recipe.magnitude(),
     "wanda": prox24.Recipe.wanda(),
     "sparsegpt": prox24.Recipe.sparsegpt(),
     "admm with the prox + refit": prox24.Recipe(),

@@ -206,8 +206,8 @@ def mapped_reports():
         start = jnp.zeros(weight.shape, weight.dtype)  # the same on all devices
         return proximal_gradient(fun, start, blocks, 1.0).params != 0
 
-    mapped = jax.shard_map(jax.vmap(descended), mesh=mesh, **specs)(weights)
-    same = same_blocks(mapped, jax.vmap(descended)(weights))
+    mapped = jax.jit(jax.shard_map(jax.vmap(descended), mesh=mesh, **specs))(weights)
+    same = same_blocks(mapped, jax.jit(jax.vmap(descended))(weights))
     yield {"mapped": "proximal_gradient", "same_blocks": same}
 
 
