@@ -14,11 +14,12 @@ define make-venv
 endef
 
 # Some packages of `.venv`. pip would compile one file after the other, compileall keeps all cores
-# busy, and leaves out files that are hardly imported. It fails for a few files that are no Python
-# 3, as pip does without a word.
+# busy. It fails for a few files that are no Python 3, as pip does without a word. RARE are files
+# that are hardly imported.
+RARE = '/(tests|testing|_dynamo|_inductor|mypy|networkx|pip|sklearn|sympy)/|/transformers/models/'
 define install
 	.venv/bin/python -m pip install --quiet --no-compile --editable $(1)
-	.venv/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' .venv/lib || true
+	.venv/bin/python -m compileall -qq -j 0 -x $(RARE) .venv/lib || true
 endef
 
 # Most of the time of the tests is XLA's. Programs are optimized, as users have them, where the
