@@ -136,6 +136,8 @@ def _open_folder(
         described_by = "headers on the hub"
     else:
         shards, described_by = [_of_config(path, config)], "config.json"
+    if model is not None and model.head.tied:
+        model, shards = _with_stored_head(model, shards, are_read=described_by is None)
     tensors = {name: source for shard in shards for name, source in shard.items()}
     model = None if model is None else with_names_of(model, tensors)
     shapes = tensor_shapes(model) if model else {}
@@ -179,6 +181,27 @@ def _open_folder(
     )
     _check_tensors(checkpoint, shapes)
     return checkpoint
+
+
+def _with_stored_head(
+    model: Config, shards: list[dict[str, TensorSource]], are_read: bool
+) -> tuple[Config, list[dict[str, TensorSource]]]:
+    """The decoder and the tensors of a tied model whose files may have a head.
+
+    As in transformers, a head with other values than the embedding is not tied, and a head without
+    an embedding is the embedding.
+    """
+    tensors = {name: source for shard in shards for name, source in shard.items()}
+    names = with_names_of(model, tensors).names
+    head, embedding = (outer_tensor(names, f"{one}.weight") for one in ("lm_head", "embed_tokens"))
+    if head in tensors and embedding not in tensors:
+        renamed = {head: embedding}
+        return model, [{renamed.get(name, name): shard[name] for name in shard} for shard in shards]
+    if are_read and head in tensors and tensors[head] is not tensors[embedding]:
+        values, others = tensors[head].read(), tensors[embedding].read()
+        if not np.array_equal(values, others):
+            return model._replace(head=model.head._replace(tied=False)), shards
+    return model, shards
 
 
 def _dtype_of(config: Mapping[str, Any]) -> str:

@@ -125,6 +125,15 @@ def plain_text(path: Path, field: str | None = None) -> str:
     return text
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has a UTF-8 encoding: not with half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_json(text: str) -> bool:
     """Whether a text begins with a JSON object, or is a JSON object or list as a whole."""
     if OBJECT.match(text):
@@ -155,9 +164,13 @@ def _json_lines(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _json_list(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+    text = "".join(_lines(path))
     try:
-        found = json.loads("".join(_lines(path)))
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{"):  # as the files of C4 are
+            yield from _json_lines(path, field)
+            return
         raise CalibrationError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(found, list):
         raise CalibrationError(f"{path} holds no list of records")
@@ -240,6 +253,8 @@ def _text_of(record: Any, field: str | None, place: str, chat: Chat) -> str:
         )
     value = record[name]
     if isinstance(value, str):
+        if not is_unicode(value):
+            raise CalibrationError(f"{place}: {name!r} holds half of a pair of surrogates")
         return value
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         try:

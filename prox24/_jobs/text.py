@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint, stop_tokens
 from prox24._checkpoints.unfinished import sha256
-from prox24._jobs.documents import documents, is_dataset
+from prox24._jobs.documents import documents, is_dataset, is_unicode
 from prox24._jobs.generated import generated_windows
 from prox24.errors import CalibrationError, PromptError, UnsupportedModelError, first_line
 
@@ -212,6 +212,8 @@ def shuffled(windows: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def prompt_tokens(checkpoint: Checkpoint, text: str) -> NDArray[np.int32]:
     """The ids of a prompt, after the tokenizer's start tokens, shape (1, length)."""
+    if not is_unicode(text):
+        raise PromptError("the prompt is not UTF-8 text")
     ids = tokenize(checkpoint.load_tokenizer(), text, _vocabulary(checkpoint))
     if not ids.size:
         raise PromptError("the prompt is empty")
@@ -249,6 +251,8 @@ def _tokens(
             ids = tokenize(tokenizer, document, vocabulary)
             if start and ids[: len(start)].tolist() == list(start):  # from a chat template
                 ids = ids[len(start) :]
+            if not ids.size:  # The end token would follow an end token.
+                continue
             every.append(ids)
             found += ids.size if least is None else ids.size >= least
             if needed is not None and found >= needed and is_dataset(source):

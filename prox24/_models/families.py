@@ -4,6 +4,7 @@
 counterpart in `prox24._models.spec`. Such a field raises an error and is never ignored.
 """
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -74,7 +75,8 @@ def config_from_hf(config: Mapping[str, Any], tensors: Collection[str] = ()) -> 
         supported = ", ".join(sorted(FAMILIES))
         raise UnsupportedModelError(f"model_type {kind!r} is not supported; supported: {supported}")
     _check_sizes(kind, config)
-    given = {name: value for name, value in config.items() if name not in UNUSED}
+    # transformers changes the lists and dicts that it is given.
+    given = copy.deepcopy({name: value for name, value in config.items() if name not in UNUSED})
     try:
         found = FAMILIES[kind](transformers.AutoConfig.for_model(**given))
     except WRONG_VALUE as error:

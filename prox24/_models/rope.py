@@ -27,6 +27,7 @@ def read_rope(
     For a `partly_rotated` family, partial_rotary_factor applies to every rope type. For other
     families it applies to every type but "default".
     """
+    hf.standardize_rope_params()  # A field of the config precedes the same field of its rope.
     given: Parameters = hf.rope_parameters
     given = given.get(layer_type) or given if layer_type else given
     kind = given.get("rope_type") or "default"

@@ -11,6 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 from commands import files
+from safetensors.numpy import save_file
 from tiny import (
     Q_PROJ,
     assert_same,
@@ -202,6 +203,21 @@ def test_sharded_bin_files_become_as_many_safetensors(tmp_path):
     models = [name for name in files(tmp_path / "out") if "model" in name]
     assert models == [*shards, "model.safetensors.index.json"]
     assert_same(load_folder(tmp_path / "out"), weights)
+
+
+def test_a_stored_head_of_a_tied_model_is_tied_if_it_is_the_embedding(tmp_path):
+    weights = write_tiny(tmp_path / "source", "tied_head")
+    file, values = tmp_path / "source/model.safetensors", weights.pop(EMBEDDING)
+    for embedding, head, tied in ((values, values, True), (values, 2 * values, False)):
+        save_file(weights | {EMBEDDING: embedding, HEAD: head}, file)
+        found = open_checkpoint(tmp_path / "source")
+        assert found.decoder.head.tied is tied
+        np.testing.assert_array_equal(found.read(HEAD), head)
+    # PyTorch's `save_model` keeps the first of two names.
+    save_file(weights | {HEAD: values}, file)
+    found = open_checkpoint(tmp_path / "source")
+    assert found.decoder.head.tied
+    np.testing.assert_array_equal(found.read(EMBEDDING), values)
 
 
 def test_safetensors_are_preferred_then_bin_then_flax(tmp_path):

@@ -53,6 +53,9 @@ def write_records(path, name="text"):
 def test_records_of_every_kind_of_file(tmp_path, kind):
     write_records(tmp_path / f"a.{kind}")
     assert read(tmp_path / f"a.{kind}") == TEXTS
+    if kind == "jsonl.gz":  # the names of C4
+        (tmp_path / f"a.{kind}").rename(tmp_path / "c4.json.gz")
+        assert read(tmp_path / "c4.json.gz") == TEXTS
     write_records(tmp_path / f"b.{kind}", "body")
     assert read(tmp_path / f"b.{kind}", "body") == TEXTS
     with pytest.raises(
@@ -95,6 +98,7 @@ def test_messages_go_through_the_chat_template(tmp_path):
         ),
         ("a.jsonl", '{"text": null}', r"line 1: 'text' is empty, neither text nor messages"),
         ("a.jsonl", '{"text": 5}', r"line 1: 'text' is int"),
+        ("a.jsonl", r'{"text": "\ud83d"}', r"line 1: 'text' holds half of a pair of surrogates"),
         ("a.jsonl", '["a"]', r"line 1, is no record of fields"),
         ("a.json", '{"text": "a"}', r"a.json holds no list of records"),
         ("a.json", "[", r"a.json is not JSON"),

@@ -133,7 +133,7 @@ def test_a_text_of_no_windows_is_refused(fields, said):
 
 
 def test_documents_are_joined_by_the_token_that_ends_a_text(checkpoint, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "abcd"}\n{"text": "efgh"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "abcd"}\n{"text": ""}\n{"text": "efgh"}\n')
     (tmp_path / "b.txt").write_text("ijkl")
     text = Text([tmp_path / "a.jsonl", tmp_path / "b.txt"], samples=2, sequence_length=7)
     end, tokenizer = checkpoint.config["eos_token_id"], byte_tokenizer()

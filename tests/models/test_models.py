@@ -1,5 +1,6 @@
 """The forward pass of every family against PyTorch transformers, and what it refuses."""
 
+import copy
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,7 +105,11 @@ def test_old_and_new_config_fields_mean_the_same():
     rope = dict(new["rope_parameters"])
     old = {k: v for k, v in new.items() if k != "rope_parameters"}
     old |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    given = copy.deepcopy(old)
     assert config_from_hf(old) == config_from_hf(new)
+    assert old == given  # It is written beside the result.
+    length = rope.pop("original_max_position_embeddings")
+    assert config_from_hf(old | {"original_max_position_embeddings": length}) == config_from_hf(new)
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
