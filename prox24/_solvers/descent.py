@@ -255,7 +255,8 @@ def _advance(
         following = jnp.where(uphill, jnp.ones_like(following), following)
     else:
         share = jnp.zeros_like(share)
-    error: Any = trees.tree_norm(trees.tree_sub(landed, point)) / step
+    # The value may have fewer digits than the parameters.
+    error = (trees.tree_norm(trees.tree_sub(landed, point)) / step).astype(value.dtype)
     finite = jnp.isfinite(value) & jnp.isfinite(error)
 
     def keep(new: Array, old: Array) -> Array:

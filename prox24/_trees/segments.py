@@ -187,5 +187,8 @@ class Walk:
 
         program = jax.jit(run, donate_argnames=("grams", "crosses"))
         # The text of a jaxpr cannot be the key: it omits the arrays that inner calls hold.
-        key = jax.tree.structure(arguments), program.lower(*arguments).as_text()
-        return self._programs.setdefault(key, program)
+        text = program.lower(*arguments).as_text()
+        # It does not say what a callback calls. With this option of JAX it omits all arrays.
+        if "callback" in text or jax.config.values.get("jax_use_simplified_jaxpr_constants"):
+            return program
+        return self._programs.setdefault((jax.tree.structure(arguments), text), program)

@@ -145,9 +145,9 @@ def relative_error(output: Array, target: Array, weights: Array | None = None) -
     |x|^2 is the sum over the features of weights_f x_f^2. The weights are (features,), such as
     `feature_weights`; None weights all features equally.
 
-    A few tokens with huge activations would dominate the plain squared error. A target of zero is
-    divided by the mean of |target|^2 instead. The work is done in float64 if an array is float64,
-    else in float32.
+    A few tokens with huge activations would dominate the plain squared error. The error of a target
+    of zero is divided by the mean of |target|^2 instead, and by 1 if all targets are zero. The work
+    is done in float64 if an array is float64, else in float32.
 
     Example:
       >>> output, target = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 1.0]])
@@ -160,7 +160,8 @@ def relative_error(output: Array, target: Array, weights: Array | None = None) -
     weights = jnp.expand_dims(weights, range(target.ndim - 1))
     error = jnp.sum(weights * jnp.square(output - target), axis=-1)
     size = jnp.sum(weights * jnp.square(target), axis=-1)
-    size = jnp.where(size > 0, size, jnp.mean(size))
+    mean = jnp.mean(size)
+    size = jnp.where(size > 0, size, jnp.where(mean > 0, mean, 1))
     return jnp.mean(error / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
 
 

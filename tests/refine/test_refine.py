@@ -203,6 +203,9 @@ def test_a_target_of_zero_counts_by_the_size_of_the_others():
     # A dozen operations.
     found = refine.relative_error(output, target)
     assert float(found) == pytest.approx(expected, rel=12 * UNIT)
+    # An expert without tokens.
+    without = refine.relative_error(output, jnp.zeros_like(target))
+    assert float(without) == pytest.approx((10 + 2 + 26) / 3, rel=12 * UNIT)
 
 
 @pytest.fixture

@@ -143,6 +143,12 @@ def test_under_jit_and_vmap_the_outcome_is_a_number():
         np.testing.assert_allclose(params, solve(lam).params, rtol=0, atol=1e-6)
 
 
+def test_a_value_may_have_fewer_digits_than_the_parameters():
+    found = proximal_gradient(lambda x: squares(x).astype("bfloat16"), jnp.zeros(20), soft, 0.1)
+    assert found.params.dtype == jnp.zeros(20).dtype
+    assert 0 < jnp.count_nonzero(found.params) < 20
+
+
 def test_trees_and_what_does_not_end():
     tree = {"w": jnp.zeros(20), "b": jnp.zeros(())}
 

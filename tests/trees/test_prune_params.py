@@ -365,6 +365,28 @@ def test_in_order_is_pruning_each_layer_for_what_the_pruned_ones_put_out():
         x = jnp.tanh(x @ kernel)
 
 
+def test_in_order_equal_layers_that_call_other_functions_of_the_host_share_no_program():
+    scales = [
+        np.roll(np.r_[np.ones(4), np.full(4, 4)], turn).astype("float32") for turn in (0, 2, 4)
+    ]
+
+    def scaled(scale, x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda x: np.asarray(x) * scale, shape, x)
+
+    def apply(params, x):
+        for name, scale in zip("abc", scales, strict=True):
+            x = scaled(scale, jnp.tanh(x @ params[name]))
+        return x @ params["d"]
+
+    params = {name: normal(8, 8, seed=seed) for seed, name in enumerate("abcd")}
+    x = normal(64, 8, seed=9)
+    pruned = prune(apply, params, [x], EXACT, order="sequential").params
+    for name, scale in zip("abcd", [*scales, 1], strict=True):
+        assert_close(pruned[name], solve_by_hand(params[name], x, EXACT), roundings(x))
+        x = np.tanh(x @ pruned[name]) * scale
+
+
 def test_dense_targets_bring_a_model_pruned_in_order_nearer_to_the_dense_one():
     params = {"first": normal(16, 16), "second": normal(16, 8, seed=1)}
     batches = [normal(256, 16, seed=seed) for seed in (2, 3)]
