@@ -433,6 +433,7 @@ def test_an_interrupted_command_goes_on_with_the_same_bytes(
     more += ["--step-windows", 2, "--micro-batches", 2]
     assert distilled(workspace, "whole", *more) == 0
     given, more = train_checkpoint, [*more, "--state", workspace / "state"]
+    (workspace / "state/lost+found").mkdir(parents=True)  # as in the root of a disk
 
     def interrupted(*arguments, on_measured, **keywords):
         def measured(state):

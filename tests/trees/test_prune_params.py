@@ -310,7 +310,7 @@ def test_a_solution_that_is_not_finite_names_its_weight():
         params["second"]["kernel"] = wrong
         grams.grams["second/kernel"] = given._replace(gram=gram)
         with pytest.raises(SolverError, match=said):
-            prune(apply_mlp, params, recipe=WANDA, grams=grams)
+            prune(apply_mlp, params, [], recipe=WANDA, grams=grams)
 
 
 def test_what_does_not_go_together_is_refused():
