@@ -221,7 +221,7 @@ def test_layers_are_pruned_as_by_the_native_forward_pass(
     monkeypatch.setattr("prox24._jobs.forward.BATCH_TOKENS", 64)  # four batches
     write_tiny(tmp_path / "model", variant, dtype)
     # In 16 bits a number between two others is rounded to either.
-    recipe = Recipe(prox24.SparseGPT(), None, targets=targets, dtype="float32")
+    recipe = Recipe(prox24.SparseGPT(), None, targets=targets, basis=None, dtype="float32")
     runner = native_runner(open_checkpoint(tmp_path / "model"), WINDOWS, recipe)
     native, pruned = pruned_by(runner, recipe), pruned_folder(tmp_path / "model", recipe)
     assert pruned.tensors.keys() == native.tensors.keys()
