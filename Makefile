@@ -14,8 +14,8 @@ define make-venv
 endef
 
 # Some packages of `.venv`. pip would compile one file after the other, compileall keeps all cores
-# busy. It fails for a few files that are no Python 3, as pip does without a word. RARE are files
-# that are hardly imported.
+# busy. It fails for a few files that are no Python 3, as pip does without a word. It leaves out
+# files that are hardly imported.
 RARE = '/(tests|testing|_dynamo|_inductor|mypy|networkx|pip|sklearn|sympy)/|/transformers/models/'
 define install
 	.venv/bin/python -m pip install --quiet --no-compile --editable $(1)

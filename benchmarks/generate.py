@@ -71,7 +71,7 @@ def median_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cells(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[str, ...]:
-    """Of a line; a packed form is compared with the dense form in its dtype, if that has run."""
+    """The cells of a line. Packed forms are compared with the dense form of their dtype, if any."""
     dtype, is_packed, _ = row["form"].partition(", packed")
     sizes = [f"{row[f'{name}_bytes'] / 1e9:.2f}" for name in ("weights", "resident")]
     shares = ["", ""]

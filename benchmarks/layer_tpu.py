@@ -53,7 +53,7 @@ CASES = [("8B", 1, "rows"), ("8B", 8, "rows"), ("8B", 8, "columns"), ("70B", 8, 
 
 
 class Program(NamedTuple):
-    """A jitted function, its arguments as shapes, and the bytes that are held beside them."""
+    """A jitted function, the shapes of its arguments, and the bytes of other arrays on the chip."""
 
     name: str
     function: Callable[..., Any]
@@ -62,7 +62,7 @@ class Program(NamedTuple):
 
 
 def programs(config: dict[str, Any], mesh: Mesh, shared: str) -> Iterator[Program]:
-    """What runs for a layer, on the chips of a mesh that share rows or columns."""
+    """The programs of a layer. The chips of a mesh share rows or columns."""
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32, *axes: str) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))

@@ -24,7 +24,7 @@ from prox24.packed._kernels import tpu, xla
 
 
 def bytes_moved(function: Callable[..., Any], *arguments: Any) -> float:
-    """Of a compiled program, at the least."""
+    """The least bytes that a compiled program moves."""
     memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
     outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return float(outside + 2 * memory.temp_size_in_bytes)

@@ -83,7 +83,7 @@ TRIED = {
 
 
 class Run(NamedTuple):
-    """One line: a pruned model, and how the whole of it is refined with how many windows."""
+    """One line of the table: a pruned model, its training, and the number of windows."""
 
     name: str
     base: str
@@ -92,7 +92,7 @@ class Run(NamedTuple):
 
     @property
     def distinct_tokens(self) -> int:
-        """Of the text that the mask and the training see."""
+        """The number of tokens in the windows of the mask and of the training."""
         return max(0 if self.base == "dense" else WINDOWS, self.windows) * LENGTH
 
 

@@ -52,6 +52,14 @@ def divisors(windows: int, most: int) -> list[int]:
     return [size for size in range(min(most, windows), 0, -1) if windows % size == 0]
 
 
+def varying_like(x: Array, other: Array) -> Array:
+    """x; in `jax.shard_map` it differs from device to device if the scalar `other` does.
+
+    A loop whose steps depend on values of each device must start from values of each device.
+    """
+    return jnp.where(jnp.zeros_like(other, bool), 0, x)
+
+
 def one_axis(mesh: Mesh | None) -> Mesh | None:
     """The devices of a mesh along one automatic axis: JAX then places intermediate arrays."""
     return None if mesh is None else Mesh(mesh.devices.ravel(), (AXIS,))

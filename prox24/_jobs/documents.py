@@ -126,7 +126,7 @@ def plain_text(path: Path, field: str | None = None) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has a UTF-8 encoding: not with half of a pair of surrogates."""
+    """Whether a text has a UTF-8 encoding. A lone surrogate, half of a character, has none."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -253,16 +253,20 @@ def _text_of(record: Any, field: str | None, place: str, chat: Chat) -> str:
         )
     value = record[name]
     if isinstance(value, str):
-        if not is_unicode(value):
-            raise CalibrationError(f"{place}: {name!r} holds half of a pair of surrogates")
-        return value
-    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        text = value
+    elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         try:
-            return chat(value)
+            text = chat(value)
         except Exception as error:  # by the template, or for a missing template
             raise CalibrationError(
                 f"{place}: the chat template fails: {first_line(error)}; give records with "
                 "text, or a model with a template"
             ) from error
-    kind = "empty" if value is None else type(value).__name__
-    raise CalibrationError(f"{place}: {name!r} is {kind}, neither text nor messages")
+    else:
+        kind = "empty" if value is None else type(value).__name__
+        raise CalibrationError(f"{place}: {name!r} is {kind}, neither text nor messages")
+    if not is_unicode(text):
+        raise CalibrationError(
+            f"{place}: {name!r} has half of a character (a lone surrogate): mend the record"
+        )
+    return text

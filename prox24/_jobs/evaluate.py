@@ -49,8 +49,10 @@ class PerplexityReport(Report):
 def perplexities(
     models: Sequence[str], texts: Sequence[Text], quiet: bool
 ) -> list[list[PerplexityReport]]:
-    """Of each model on each text. All models are opened and all texts read before the first."""
-    # An error of the last one would lose the others. A text that is a pipe can be read once.
+    """The perplexity of each model on each text.
+
+    All models are opened and all texts read first, since a late error would lose the figures.
+    """
     windows = {}
     for model in models:
         checkpoint, _ = torchax.open_any(model)

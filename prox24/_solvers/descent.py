@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax.tree_utils as trees
 from jax import Array, lax
 
+from prox24._core.placement import varying_like
 from prox24._core.tracing import is_traced
 from prox24.errors import first_line
 
@@ -150,9 +151,7 @@ def proximal_gradient(
         raise ValueError(f"fun gives {jnp.shape(value)} of {jnp.result_type(value)}, not a number")
     if not is_traced(value) and not jnp.isfinite(value):
         raise ValueError(f"fun is {value} at the start: begin with other params")
-    # With data of each device in `jax.shard_map`, a start that all share becomes one a device too.
-    shared = jnp.zeros_like(value, bool)
-    params = jax.tree.map(lambda leaf: jnp.where(shared, 0, leaf), params)
+    params = jax.tree.map(lambda leaf: varying_like(leaf, value), params)
 
     def moved(x: PyTree, size: Any) -> PyTree:
         gradient = jax.grad(fun)(x, *args)

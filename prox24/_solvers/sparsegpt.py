@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from prox24._core.masks import largest_mask, top_mask
 from prox24._core.pattern import AnyPattern, Unstructured
+from prox24._core.placement import varying_like
 from prox24._core.precision import matmul
 from prox24._solvers.damping import inverse_factor
 from prox24._solvers.hyperparameters import hyperparameters
@@ -87,8 +88,7 @@ def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sw
             lax.dynamic_update_slice(state.mask, mask, (start, 0)),
         )
 
-    # With one factor a device in `jax.shard_map`, a weight that all share becomes one a device too.
-    weight = jnp.where(jnp.zeros_like(factor[0, 0], bool), 0, weight)
+    weight = varying_like(weight, factor[0, 0])
     start = _Sweep(weight, jnp.zeros_like(weight, bool))
     swept = lax.fori_loop(0, width // block, prune_block, start)
     return _Sweep(jnp.where(swept.mask, swept.weight, 0), swept.mask)

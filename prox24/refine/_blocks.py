@@ -160,8 +160,8 @@ def relative_error(output: Array, target: Array, weights: Array | None = None) -
     weights = jnp.expand_dims(weights, range(target.ndim - 1))
     error = jnp.sum(weights * jnp.square(output - target), axis=-1)
     size = jnp.sum(weights * jnp.square(target), axis=-1)
-    mean = jnp.mean(size)
-    size = jnp.where(size > 0, size, jnp.where(mean > 0, mean, 1))
+    size = jnp.where(size > 0, size, jnp.mean(size))
+    size = jnp.where(size > 0, size, 1)
     return jnp.mean(error / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
 
 

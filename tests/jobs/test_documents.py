@@ -98,7 +98,7 @@ def test_messages_go_through_the_chat_template(tmp_path):
         ),
         ("a.jsonl", '{"text": null}', r"line 1: 'text' is empty, neither text nor messages"),
         ("a.jsonl", '{"text": 5}', r"line 1: 'text' is int"),
-        ("a.jsonl", r'{"text": "\ud83d"}', r"line 1: 'text' holds half of a pair of surrogates"),
+        ("a.jsonl", r'{"text": "\ud83d"}', r"line 1: 'text' has half of a character"),
         ("a.jsonl", '["a"]', r"line 1, is no record of fields"),
         ("a.json", '{"text": "a"}', r"a.json holds no list of records"),
         ("a.json", "[", r"a.json is not JSON"),
