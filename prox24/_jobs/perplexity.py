@@ -67,4 +67,6 @@ def window_losses(config: Config, weights: dict[str, Array], hidden: Array, toke
 
 def sequence_loss(logits: Array, tokens: Array) -> Array:
     """Summed negative log-likelihood of tokens (length,), of logits (length, vocabulary)."""
-    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits[:-1], tokens[1:]))
+    # The last token has no next one. Without its logits, the others would be copied.
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(tokens, -1))
+    return jnp.sum(losses[:-1])
