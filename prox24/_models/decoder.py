@@ -42,6 +42,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 """The activations by their HF names."""
 
 
+LONG = 512
+"""The fewest tokens for four blocks of queries: they take longer to compile than one."""
+
+
 class Past(NamedTuple):
     """The text before the tokens of a pass.
 
@@ -145,37 +149,47 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
     if isinstance(weight, Packed24):
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
     if isinstance(weight, InBfloat16):
-        return _in_bfloat16(x, weight.weight)
-    return einsum("bti,oi->bto", x, weight.astype(jnp.float32))
+        return _product(x, weight.weight)
+    return _product(x, weight.astype(jnp.float32))
 
 
 @jax.custom_vjp
-def _in_bfloat16(x: Array, weight: Array) -> Array:
-    """x W^T of a bfloat16 W.
+def _product(x: Array, weight: Array) -> Array:
+    """x W^T; with a bfloat16 W the operands are bfloat16, also those of the gradients.
 
     JAX's own gradients would multiply float32 cotangents with bfloat16 operands, and XLA does this
     in float32.
     """
-    return _sums("bti,oi->bto", x, weight)
+    return _sums("bti,oi->bto", x, weight, weight.dtype)
 
 
-def _in_bfloat16_forwards(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    x = x.astype(jnp.bfloat16)
-    return _sums("bti,oi->bto", x, weight), (x, weight)
+def _product_forwards(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    x = x.astype(weight.dtype)
+    return _sums("bti,oi->bto", x, weight, weight.dtype), (x, weight)
 
 
-def _in_bfloat16_backwards(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+def _product_backwards(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, weight = operands
-    of_weight = _sums("bto,bti->oi", cotangent, x)
-    return _sums("bto,oi->bti", cotangent, weight), of_weight.astype(jnp.bfloat16)
+    out, width = weight.shape
+    # XLA's CPU backend reads the first operand, and all that computes it, along columns. This is
+    # slow, so the narrower one is the first. In bfloat16 the backend has no product in this order.
+    if width < out and weight.dtype == jnp.float32:
+        of_weight = _sums("bti,bto->io", x, cotangent, weight.dtype).T
+    else:
+        of_weight = _sums("bto,bti->oi", cotangent, x, weight.dtype)
+    of_x = _sums("bto,oi->bti", cotangent, weight, weight.dtype)
+    return of_x, of_weight.astype(weight.dtype)
 
 
-def _sums(axes: str, a: Array, b: Array) -> Array:
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+def _sums(axes: str, a: Array, b: Array, dtype: Any) -> Array:
+    """An einsum of operands rounded to float32 or bfloat16, with float32 sums."""
+    if dtype == jnp.float32:
+        return einsum(axes, a, b)
+    a, b = a.astype(dtype), b.astype(dtype)
     return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
 
 
-_in_bfloat16.defvjp(_in_bfloat16_forwards, _in_bfloat16_backwards)
+_product.defvjp(_product_forwards, _product_backwards)
 
 
 def _affine(weights: Weights, name: str, x: Array) -> Array:
@@ -192,9 +206,11 @@ def _norm(norm: Norm, weights: Weights, name: str | None, x: Array) -> Array:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
     square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     weight = norm.offset + weights[f"{name}.weight"].astype(jnp.float32)
-    shape = (1,) * (x.ndim - 1) + weight.shape
-    x = x * jax.lax.rsqrt(square + norm.epsilon) * weight.reshape(shape)
+    # As products: their gradients sum over tokens and entries faster on CPUs.
+    x = einsum("...i,...->...i", x, jax.lax.rsqrt(square + norm.epsilon)[..., 0])
+    x = einsum("...i,i->...i", x, weight)
     if norm.kind == "layer":
+        shape = (1,) * (x.ndim - 1) + weight.shape
         x = x + weights[f"{name}.bias"].astype(jnp.float32).reshape(shape)
     return x
 
@@ -271,10 +287,9 @@ def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array, pas
 def _query_blocks(length: int, past: Array | int, keys: int) -> list[tuple[int, int, int]]:
     """The first query of each block, its end, and the number of keys that it reads.
 
-    A block reads no keys after its last query. Four blocks compute 5 / 8 of the scores; a short
-    text is not worth the compilation.
+    No block reads keys after its last query, so four blocks compute 5 / 8 of the scores.
     """
-    if isinstance(past, Array) or length < 512:
+    if isinstance(past, Array) or length < LONG:
         return [(0, length, keys)]
     bounds = [length * index // 4 for index in range(5)]
     return [(first, end, past + end) for first, end in itertools.pairwise(bounds)]
@@ -297,8 +312,11 @@ def _mixed(
     if attention.alibi is not None:
         scores = scores + _alibi(attention.alibi, seen)
     scores = jnp.where(_visible(positions, seen, attention.window), scores, -jnp.inf)
-    probabilities = jax.nn.softmax(scores, axis=-1).reshape(*shared, seen)
-    return einsum("bhqk,bhkd->bhqd", probabilities, values).reshape(queries.shape)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    shares = jnp.exp(scores - largest).reshape(*shared, seen)
+    # The sum divides the mixed values, which are fewer than the shares.
+    mixed = einsum("bhqk,bhkd->bhqd", shares, values) / jnp.sum(shares, axis=-1, keepdims=True)
+    return mixed.reshape(queries.shape)
 
 
 def _queries_keys_values(

@@ -44,10 +44,7 @@ def divergence(logits: Array, target: Array) -> Array:
       >>> round(float(divergence(uniform, certain)), 6)  # log 2
       0.693147
     """
-    own, target = (
-        x - lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
-        for x in map(at_least_float32, (logits, target))
-    )
+    own, target = (_minus_largest(at_least_float32(x)) for x in (logits, target))
     # Each exponential is taken once: they take most of the time.
     weights = jnp.exp(target)
     total = jnp.sum(weights, axis=-1)
@@ -56,6 +53,13 @@ def divergence(logits: Array, target: Array) -> Array:
     # XLA's CPU backend takes several times as long for a sum of products.
     mean = jnp.einsum("...v,...v->...", weights, gap, precision=lax.Precision.HIGHEST) / total
     return mean - jnp.log(total) + jnp.log(jnp.sum(jnp.exp(own), axis=-1))
+
+
+def _minus_largest(x: Array) -> Array:
+    largest = lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+    # Without the choice, XLA's CPU backend makes the product before it, the maximum and the
+    # difference one kernel, which takes three times as long.
+    return x - jnp.where(jnp.isfinite(largest), largest, 0)
 
 
 def train_model(

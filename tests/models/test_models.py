@@ -1,6 +1,7 @@
 """The forward pass of every family against PyTorch transformers, and what it refuses."""
 
 import copy
+import functools
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ from prox24._core.masks import is_sparse
 from prox24._jobs.forward import all_linears, layer_linears, load_model, oriented
 from prox24._jobs.native import native_runner
 from prox24._jobs.text import first_windows
-from prox24._models import families
+from prox24._models import decoder, families
 from prox24._models.families import FAMILIES, config_from_hf
 from prox24._pruning.recipe import Recipe
 from prox24.errors import UnsupportedModelError
@@ -62,6 +63,28 @@ def test_logits_agree_with_pytorch_and_a_tap_sees_the_input_of_every_linear(tmp_
     for linear in layer_linears(config_from_hf(config_dict(variant)), 1):
         assert seen[linear.input].shape[-1] == linear.shape[1]
         assert seen[linear.input].size == tokens().size * linear.shape[1]
+
+
+@pytest.mark.parametrize("variant", ["grouped_heads", *rest("gemma3", "falcon_alibi")])
+def test_blocks_of_queries_are_those_of_one_block(variant, monkeypatch):
+    config_json = config_dict(variant, max_position_embeddings=600)
+    weights, ids = random_weights(config_json), tokens(1, 513)
+    config, (outer, layers) = model_weights(config_json, weights)
+    hidden = decoder.embed(config, outer, jnp.asarray(ids))
+
+    def output_and_gradients(hidden):
+        def loss(own, x):
+            out = decoder.layer(config.layers[0], own, x, decoder.no_tap)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(layers[0], hidden)
+
+    gradients, out = output_and_gradients(hidden)
+    _, of_fewer = output_and_gradients(hidden[:, :511])
+    assert_close(out[:, :511], of_fewer, layers=1, width=513)
+    monkeypatch.setattr(decoder, "LONG", 1000)
+    expected, _ = output_and_gradients(hidden)
+    jax.tree.map(functools.partial(assert_close, width=513), gradients, expected)
 
 
 @needs_torch
