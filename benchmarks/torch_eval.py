@@ -1,10 +1,9 @@
 """Perplexity by `prox24 eval` and by PyTorch: seconds, CPU seconds and peak memory of the commands.
 
     prox24 convert .cache/SmolLM2-135M-Instruct.Q4_1.gguf smol
-    python benchmarks/torch_eval.py smol --prox24 ANOTHER_ENVIRONMENT/bin/prox24
+    python benchmarks/torch_eval.py smol --repetitions 5
 
-Where PyTorch is installed beside prox24, transformers imports it. `--prox24` names the command of
-an environment without it.
+Both compute in float32.
 """
 
 import argparse
@@ -54,7 +53,6 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="HF folder")
-    parser.add_argument("--prox24", default=str(Path(sys.executable).with_name("prox24")))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=3)
@@ -66,7 +64,7 @@ def main():
         return
     sizes = ["--samples", str(given.samples), "--sequence-length", str(given.sequence_length)]
     commands = {
-        "prox24 eval": [given.prox24, "eval", given.model, *sizes, "--json"],
+        "prox24 eval": [sys.executable, "-m", "prox24", "eval", given.model, *sizes, "--json"],
         "PyTorch": [sys.executable, __file__, given.model, *sizes, "--once"],
     }
     runs = {name: [] for name in commands}
