@@ -3,7 +3,7 @@
     prox24 convert .cache/SmolLM2-135M-Instruct.Q4_1.gguf smol
     python benchmarks/torch_eval.py smol --repetitions 5
 
-Both compute in float32.
+Both compute in float32. Run it without torchax: with it, prox24 imports PyTorch too.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def measured(command):
     assert status == 0, command
     seconds = time.perf_counter() - began
     cpu = usage.ru_utime + usage.ru_stime
-    return json.loads(printed)["perplexity"], seconds, cpu, usage.ru_maxrss / 2**20
+    return json.loads(printed)["perplexity"], seconds, cpu, usage.ru_maxrss * 1024 / 1e9
 
 
 def main():

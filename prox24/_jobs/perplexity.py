@@ -67,6 +67,6 @@ def window_losses(config: Config, weights: dict[str, Array], hidden: Array, toke
 
 def sequence_loss(logits: Array, tokens: Array) -> Array:
     """Summed negative log-likelihood of tokens (length,), of logits (length, vocabulary)."""
-    # The last token has no next one. Without its logits, the others would be copied.
+    # The last token has no next token, so its loss is left out. A slice of logits would be a copy.
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(tokens, -1))
     return jnp.sum(losses[:-1])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from prox24._core.placement import placed_by_hand
 from prox24._core.precision import einsum
 from prox24._models.spec import (
     MLP,
@@ -43,7 +44,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 LONG = 512
-"""The fewest tokens for four blocks of queries: they take longer to compile than one."""
+"""Windows of fewer tokens have one block of queries, since four take longer to compile."""
 
 
 class Past(NamedTuple):
@@ -150,15 +151,17 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
     if isinstance(weight, InBfloat16):
         return _product(x, weight.weight)
-    return _product(x, weight.astype(jnp.float32))
+    weight = weight.astype(jnp.float32)
+    # JAX's own gradient knows which arrays all devices share.
+    return einsum("bti,oi->bto", x, weight) if placed_by_hand(x) else _product(x, weight)
 
 
 @jax.custom_vjp
 def _product(x: Array, weight: Array) -> Array:
-    """x W^T; with a bfloat16 W the operands are bfloat16, also those of the gradients.
+    """x W^T, with operands in the dtype of W, also those of the gradients.
 
-    JAX's own gradients would multiply float32 cotangents with bfloat16 operands, and XLA does this
-    in float32.
+    JAX's own gradients of a bfloat16 W would multiply float32 cotangents with bfloat16 operands,
+    and XLA does this in float32. Those of a float32 W are slow on CPUs. There is no forward mode.
     """
     return _sums("bti,oi->bto", x, weight, weight.dtype)
 
@@ -171,8 +174,8 @@ def _product_forwards(x: Array, weight: Array) -> tuple[Array, tuple[Array, Arra
 def _product_backwards(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, weight = operands
     out, width = weight.shape
-    # XLA's CPU backend reads the first operand, and all that computes it, along columns. This is
-    # slow, so the narrower one is the first. In bfloat16 the backend has no product in this order.
+    # XLA's CPU backend computes the first operand again, column by column, which is slow. So the
+    # operand with fewer columns comes first. The backend has no such product in bfloat16.
     if width < out and weight.dtype == jnp.float32:
         of_weight = _sums("bti,bto->io", x, cotangent, weight.dtype).T
     else:
@@ -182,7 +185,7 @@ def _product_backwards(operands: tuple[Array, Array], cotangent: Array) -> tuple
 
 
 def _sums(axes: str, a: Array, b: Array, dtype: Any) -> Array:
-    """An einsum of operands rounded to float32 or bfloat16, with float32 sums."""
+    """An einsum of operands in `dtype`, float32 or bfloat16, with float32 sums."""
     if dtype == jnp.float32:
         return einsum(axes, a, b)
     a, b = a.astype(dtype), b.astype(dtype)
@@ -206,7 +209,7 @@ def _norm(norm: Norm, weights: Weights, name: str | None, x: Array) -> Array:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
     square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     weight = norm.offset + weights[f"{name}.weight"].astype(jnp.float32)
-    # As products: their gradients sum over tokens and entries faster on CPUs.
+    # On CPUs, gradients of products sum faster than gradients of multiplications.
     x = einsum("...i,...->...i", x, jax.lax.rsqrt(square + norm.epsilon)[..., 0])
     x = einsum("...i,i->...i", x, weight)
     if norm.kind == "layer":
@@ -287,7 +290,8 @@ def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array, pas
 def _query_blocks(length: int, past: Array | int, keys: int) -> list[tuple[int, int, int]]:
     """The first query of each block, its end, and the number of keys that it reads.
 
-    No block reads keys after its last query, so four blocks compute 5 / 8 of the scores.
+    Blocks read no keys after their last query: without a past, four compute 5 / 8 of the scores.
+    The end of a traced past is not known, so its one block reads all keys.
     """
     if isinstance(past, Array) or length < LONG:
         return [(0, length, keys)]
@@ -314,7 +318,7 @@ def _mixed(
     scores = jnp.where(_visible(positions, seen, attention.window), scores, -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     shares = jnp.exp(scores - largest).reshape(*shared, seen)
-    # The sum divides the mixed values, which are fewer than the shares.
+    # The sum divides the mixed values, which are usually fewer than the shares.
     mixed = einsum("bhqk,bhkd->bhqd", shares, values) / jnp.sum(shares, axis=-1, keepdims=True)
     return mixed.reshape(queries.shape)
 
@@ -373,7 +377,7 @@ def _rotate(x: Array, cosines: Array, sines: Array) -> Array:
     half = cosines.shape[-1]
     pairs = x[..., : 2 * half].reshape(*x.shape[:-1], 2, half)
     cosines, sines = jnp.stack([cosines, cosines], -2), jnp.stack([-sines, sines], -2)
-    # A concatenation of the halves is slower on CPUs: XLA chooses the half of each entry.
+    # For a concatenation, XLA's CPU backend would choose a half at each entry, which is slow.
     rotated = pairs * cosines + jnp.flip(pairs, -2) * sines
     rotated = rotated.reshape(*x.shape[:-1], 2 * half)
     rest = x[..., 2 * half :]

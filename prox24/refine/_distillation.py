@@ -57,8 +57,8 @@ def divergence(logits: Array, target: Array) -> Array:
 
 def _minus_largest(x: Array) -> Array:
     largest = lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
-    # Without the choice, XLA's CPU backend makes the product before it, the maximum and the
-    # difference one kernel, which takes three times as long.
+    # Without `where`, XLA's CPU backend makes one kernel of the product that computes x, the
+    # maximum and the difference. It takes three times as long.
     return x - jnp.where(jnp.isfinite(largest), largest, 0)
 
 

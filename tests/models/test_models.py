@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from tiers import rest
 from tiny import (
     FIRST_OF_FAMILY,
@@ -85,6 +87,23 @@ def test_blocks_of_queries_are_those_of_one_block(variant, monkeypatch):
     monkeypatch.setattr(decoder, "LONG", 1000)
     expected, _ = output_and_gradients(hidden)
     jax.tree.map(functools.partial(assert_close, width=513), gradients, expected)
+
+
+def test_gradients_inside_of_shard_map_are_those_outside():
+    config_json = config_dict()
+    config, (outer, layers) = model_weights(config_json, random_weights(config_json))
+    hidden = decoder.embed(config, outer, jnp.asarray(tokens()))
+
+    def gradient(own, x):
+        def loss(own):
+            return jnp.sum(jnp.sin(decoder.layer(config.layers[0], own, x, decoder.no_tap)))
+
+        return jax.grad(loss)(own)
+
+    mesh = jax.make_mesh((1,), ("windows",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("windows")), out_specs=P())
+    expected = jax.jit(gradient)(layers[0], hidden)
+    jax.tree.map(assert_close, jax.jit(mapped)(layers[0], hidden), expected)
 
 
 @needs_torch
