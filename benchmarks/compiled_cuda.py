@@ -228,7 +228,8 @@ def of_layers() -> dict[str, Program]:
     fast = jax.jit(layer_function(layer, None, "bfloat16"))
 
     def loss(weights: Any, hidden: Array, target: Array) -> Array:
-        return jnp.mean(jnp.square(layer_function(layer)(weights, hidden) - target))
+        output = layer_function(layer, None, "float32")(weights, hidden)
+        return jnp.mean(jnp.square(output - target))
 
     return {
         "layer": Program(run_layer, (layer, weights, hidden)),

@@ -6,9 +6,9 @@ libtpu holds the compiler. Nothing is executed. The 8B model is compiled for one
 Eight chips share the windows of the text and the rows of weights. The models of 8B and 70B are also
 compiled for eight chips that share the columns of weights and Grams.
 
-The memory of one chip is the sum of arguments, results that are not donated arguments, temporaries,
-and the arrays that `prox24.prune` holds beside them. The compiler reports the first three. The exit
-code is 1 if libtpu is missing, a program does not compile, or its memory is above 16 GB.
+The compiler reports arguments, results and temporaries of one chip. A result in a donated argument
+counts once. The memory also includes the other arrays that `prox24.prune` holds on the chip. The
+exit code is 1 if libtpu is missing, a program does not compile, or its memory is above 16 GB.
 """
 
 import itertools

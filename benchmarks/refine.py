@@ -10,8 +10,8 @@ skipped, so the same command continues an interrupted one.
 Pruned and refined models are kept in the folder `models` of the cache. --unseen and
 --evaluation-windows evaluate them again. With --bigbench FILE every model also answers the
 questions of multiple_choice.py. The script prints the table of the same texts, windows and seed.
-Below it is the share of the evaluated text that is in the calibration text word for word. gap.py
-draws the lines of the file.
+The line below the table says how much of the evaluated text is in the calibration text too. gap.py
+draws the figure from the file.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ BASES = {
     **REFINED,
 }
 LONG_STEPS = BlockRefinement(step_tokens=2048)
-# Passes over 56 windows: about the tokens of models that are trained on 64, 256 and 1,024.
+# Passes over 56 windows see about as many tokens as one pass over 64, 256 and 1,024 windows.
 BASES |= {
     f"{base} + block, bfloat16, passes: {passes}": replace(
         recipe, refine=replace(LONG_STEPS, passes=passes, compute_dtype="bfloat16")
@@ -97,7 +97,7 @@ class Run(NamedTuple):
 
 
 def changed(refinement: ModelRefinement) -> str:
-    """What is not as by default; the passes, which change the tokens alone, at the end."""
+    """The settings that differ from the defaults. Passes change only the tokens, and come last."""
     parts = [f"rate {refinement.rate:g}"]
     if refinement.cross_entropy:
         parts.append(f"cross-entropy {refinement.cross_entropy:g}")
@@ -164,7 +164,7 @@ def evaluate(
 
 
 def gaps(rows: Rows, texts: list[str]) -> list[float]:
-    """Of each row: its gap in log-perplexity to dense, all texts together, over SparseGPT's."""
+    """The gap of each row to dense, in log-perplexity of all texts, as a share of SparseGPT's."""
     logs = [sum(math.log(float(row[text])) for text in texts) for row in rows]
     named = {row["run"]: log for row, log in zip(rows, logs, strict=True)}
     dense, reference = (named.get(name, math.nan) for name in ("dense", "sparsegpt"))
@@ -192,7 +192,7 @@ def print_table(rows: Rows, texts: list[str]) -> None:
 
 
 def share_seen(text: str, calibration: str) -> float:
-    """Of the pieces of a text, those in the calibration text; all white space is one blank."""
+    """The share of a text's pieces that the calibration text has. White space counts as a blank."""
     text, calibration = (" ".join(part.split()) for part in (text, calibration))
     pieces = [text[i : i + PIECE] for i in range(0, len(text) - PIECE + 1, PIECE)]
     return float(np.mean([piece in calibration for piece in pieces]))

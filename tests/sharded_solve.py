@@ -341,16 +341,16 @@ def model_reports(folder):
         }
     pair = jax.make_mesh((2,), ("any",), devices=jax.devices()[:2])
     # Optax's optimizers mix dtypes and ranks.
-    meshes, run_layer = [], forward.layer_function
+    meshes, layer_function = [], forward.layer_function
 
-    def watched(layer, mesh=None, *compute_dtype):
+    def watched(layer, mesh, compute_dtype):
         meshes.append(None if mesh is None else mesh.size)
-        return run_layer(layer, mesh, *compute_dtype)
+        return layer_function(layer, mesh, compute_dtype)
 
     forward.layer_function = watched
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         one, two = (pruned(mesh, refine=BlockRefinement(1e-3, 1)) for mesh in (None, pair))
-    forward.layer_function = run_layer
+    forward.layer_function = layer_function
     yield {
         "shared_by": meshes,
         "refined": [reports[-1].refinement.outcome.value for _, reports in (one, two)],
@@ -372,7 +372,7 @@ def model_reports(folder):
     given = layer, weights, placed(hidden, model.mesh), None, grams, {}
     text = observe_layer.lower(*given).compile().as_text()
     yield {"gathering": [kind for kinds in collectives(text)[0].values() for kind in kinds]}
-    run = jax.jit(forward.layer_function(layer, model.mesh))
+    run = jax.jit(forward.layer_function(layer, model.mesh, "float32"))
     (output,) = jax.tree.leaves(run.lower(weights, hidden).compile().output_shardings)
     yield {"own_windows": output.shard_shape(hidden.shape)[0] / len(hidden)}
     shapes = (8, 4), (44, 4)

@@ -141,18 +141,12 @@ def is_on_one_device(context: Any) -> bool:
     return alone or (len(manual) > 0 and set(manual) == set(placed.mesh.axis_names))
 
 
-def placed_by_hand(array: Array) -> bool:
-    """Whether the caller decides where parts of the array are: `shard_map`, explicit axes."""
-    mesh = jax.typeof(array).sharding.mesh
-    return not (mesh.empty or mesh.are_all_axes_auto)
-
-
 def replicated(array: Array) -> Array:
     """Copies the array to every device of its mesh, in a program whose placement XLA chooses.
 
     Without a mesh, or if the caller places arrays by hand, it does nothing.
     """
     mesh = jax.typeof(array).sharding.mesh
-    if mesh.empty or placed_by_hand(array):
+    if mesh.empty or not mesh.are_all_axes_auto:
         return array
     return lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))

@@ -52,7 +52,7 @@ def perplexities(
     """The perplexity of each model on each text.
 
     All models are opened and all texts read first, since a late error would lose the figures. A
-    text that is a pipe can be read only once.
+    pipe can be read only once.
     """
     windows = {}
     for model in models:

@@ -182,14 +182,14 @@ def embed_windows(
 @functools.partial(jax.jit, static_argnums=0)
 def run_layer(layer: Layer, weights: dict[str, Array], hidden: Array) -> Array:
     """One layer on one micro-batch, compiled once for all equal layers of a model."""
-    return layer_function(layer)(weights, hidden)
+    return decoder.layer(layer, weights, hidden, decoder.no_tap)
 
 
 @functools.lru_cache
 def layer_function(
-    layer: Layer, mesh: Mesh | None = None, compute_dtype: str = "float32"
+    layer: Layer, mesh: Mesh | None, compute_dtype: str
 ) -> Callable[[dict[str, Array], Array], Array]:
-    """A function of a layer, compiled once for all equal layers; devices share the windows.
+    """A layer in training, compiled once for all equal layers; devices share the windows.
 
     See `prox24.refine.BlockRefinement` for `compute_dtype`.
     """

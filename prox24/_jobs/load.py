@@ -22,8 +22,7 @@ class Loaded(NamedTuple):
 
     Attributes:
       apply: maps parameters and tokens, int32 of shape (batch, length), to logits, float32 of shape
-        (batch, length, vocabulary). Products are float32 at the highest precision. It has
-        gradients, but no forward-mode derivatives (`jax.jvp`).
+        (batch, length, vocabulary). Products are float32 at the highest precision.
       params: arrays by HF's names, in the dtypes and layouts of the checkpoint.
       tokenizer: of transformers.
     """

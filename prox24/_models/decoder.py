@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prox24._core.placement import placed_by_hand
 from prox24._core.precision import einsum
 from prox24._models.spec import (
     MLP,
@@ -124,6 +123,12 @@ def logits(config: Config, weights: Weights, hidden: Array) -> Array:
     return _softcap(y / head.divisor, head.softcap)
 
 
+class InFloat32(NamedTuple):
+    """A weight of a linear with float32 products, and gradients that are fast on CPUs."""
+
+    weight: Array  # shape (out, in)
+
+
 class InBfloat16(NamedTuple):
     """A weight of a linear with bfloat16 products, forwards and backwards."""
 
@@ -131,16 +136,17 @@ class InBfloat16(NamedTuple):
 
 
 def computed_in(compute_dtype: str, weights: Weights, linears: Collection[str]) -> dict[str, Any]:
-    """The weights; for "bfloat16", each weight named in `linears` becomes `InBfloat16`."""
-    if compute_dtype == "float32":
-        return dict(weights)
-    return {
-        name: InBfloat16(w.astype(jnp.bfloat16)) if name in linears else w
-        for name, w in weights.items()
-    }
+    """The weights for training: those named in `linears` become `InFloat32` or `InBfloat16`."""
+
+    def computed(weight: Array) -> InFloat32 | InBfloat16:
+        if compute_dtype == "float32":
+            return InFloat32(weight)
+        return InBfloat16(weight.astype(jnp.bfloat16))
+
+    return {name: computed(w) if name in linears else w for name, w in weights.items()}
 
 
-def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
+def linear(x: Array, weight: Array | Packed24 | InFloat32 | InBfloat16) -> Array:
     """x W^T of x (batch, length, in) and W (out, in), in float32.
 
     All products with the weight of a linear are computed here. A packed weight needs `x` in its own
@@ -151,23 +157,24 @@ def linear(x: Array, weight: Array | Packed24 | InBfloat16) -> Array:
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
     if isinstance(weight, InBfloat16):
         return _product(x, weight.weight)
-    weight = weight.astype(jnp.float32)
-    # JAX's own gradient knows which arrays all devices share.
-    return einsum("bti,oi->bto", x, weight) if placed_by_hand(x) else _product(x, weight)
+    if isinstance(weight, InFloat32):
+        return _product(x, weight.weight.astype(jnp.float32))
+    return einsum("bti,oi->bto", x, weight.astype(jnp.float32))
 
 
 @jax.custom_vjp
 def _product(x: Array, weight: Array) -> Array:
-    """x W^T, with operands in the dtype of W, also those of the gradients.
+    """x W^T. Operands have the dtype of W, in the gradients too.
 
     JAX's own gradients of a bfloat16 W would multiply float32 cotangents with bfloat16 operands,
-    and XLA does this in float32. Those of a float32 W are slow on CPUs. There is no forward mode.
+    and XLA does this in float32. Those of a float32 W are slow on CPUs.
     """
     return _sums("bti,oi->bto", x, weight, weight.dtype)
 
 
 def _product_forwards(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
     x = x.astype(weight.dtype)
+    # Not `_product`: `jax.checkpoint` keeps the outputs of products, and would not find one in it.
     return _sums("bti,oi->bto", x, weight, weight.dtype), (x, weight)
 
 
@@ -207,10 +214,10 @@ def _norm(norm: Norm, weights: Weights, name: str | None, x: Array) -> Array:
         return x
     if norm.kind == "layer":
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-    square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    square = jnp.mean(jnp.square(x), axis=-1)
     weight = norm.offset + weights[f"{name}.weight"].astype(jnp.float32)
     # On CPUs, gradients of products sum faster than gradients of multiplications.
-    x = einsum("...i,...->...i", x, jax.lax.rsqrt(square + norm.epsilon)[..., 0])
+    x = einsum("...i,...->...i", x, jax.lax.rsqrt(square + norm.epsilon))
     x = einsum("...i,i->...i", x, weight)
     if norm.kind == "layer":
         shape = (1,) * (x.ndim - 1) + weight.shape
@@ -273,11 +280,12 @@ def _attention(attention: Attention, norm: Norm, weights: Weights, x: Array, pas
     if attention.rope is not None:
         cosines, sines = _angles(attention.rope.at_length(length), positions)
         queries, keys = _rotate(queries, cosines, sines), _rotate(keys, cosines, sines)
+    queries = queries * attention.scale
     keys, values = past.join(keys, values)
     mixed = [
         _mixed(
             attention,
-            queries[:, :, first:end] * attention.scale,
+            queries[:, :, first:end],
             keys[:, :, :seen],
             values[:, :, :seen],
             positions[first:end],

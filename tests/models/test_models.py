@@ -89,6 +89,20 @@ def test_blocks_of_queries_are_those_of_one_block(variant, monkeypatch):
     jax.tree.map(functools.partial(assert_close, width=513), gradients, expected)
 
 
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
+def test_gradients_of_a_weight_in_training_are_those_of_jax(shape):
+    generator = np.random.default_rng(0)
+    x, weight = (generator.normal(size=s).astype("float32") for s in ((2, 3, shape[1]), shape))
+
+    def gradients(wrapped):
+        def loss(x, weight):
+            return jnp.sum(jnp.sin(decoder.linear(x, wrapped(weight))))
+
+        return jax.jit(jax.grad(loss, (0, 1)))(x, weight)
+
+    jax.tree.map(assert_close, gradients(decoder.InFloat32), gradients(lambda weight: weight))
+
+
 def test_gradients_inside_of_shard_map_are_those_outside():
     config_json = config_dict()
     config, (outer, layers) = model_weights(config_json, random_weights(config_json))
