@@ -7,12 +7,13 @@ weights. A name is imported at its first use: `import prox24` imports no other p
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from prox24._core import planes as planes
+    from prox24 import planes as planes
     from prox24._core.masks import count_violations as count_violations
     from prox24._core.masks import is_sparse as is_sparse
     from prox24._core.masks import top_mask as top_mask
@@ -108,22 +109,14 @@ _PLACES = {
     "_trees.tap": ("tap",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
-_SUBMODULES = {
-    "planes": "_core.planes",
-    "basis": "basis",
-    "optax": "optax",
-    "refine": "refine",
-    "packed": "packed",
-    "lora": "_trees.lora",
-    "errors": "errors",
-}
+_SUBMODULES = ("basis", "errors", "lora", "optax", "packed", "planes", "refine")
 
 __all__ = sorted([*_PLACE_OF, "planes"])
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
-        found = importlib.import_module(f"prox24.{_SUBMODULES[name]}")
+        found = importlib.import_module(f"prox24.{name}")
     elif name in _PLACE_OF:
         try:
             found = getattr(importlib.import_module(f"prox24.{_PLACE_OF[name]}"), name)
@@ -141,4 +134,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACE_OF, *_SUBMODULES})
+    listed = {*globals(), *_PLACE_OF, *_SUBMODULES}
+    if importlib.util.find_spec("transformers") is None:  # help() would fail at names of jobs
+        listed -= {name for name, place in _PLACE_OF.items() if place.startswith("_jobs.")}
+    return sorted(listed)

@@ -49,7 +49,7 @@ def names_for_type_checkers():
 def test_every_public_name_is_imported_when_it_is_used_and_known_to_type_checkers():
     places = {
         *(f"{place}.{name}" for place, names in prox24._PLACES.items() for name in names),
-        "_core.planes",
+        "prox24.planes",
     }
     assert names_for_type_checkers() == places
     assert set(prox24.__all__) == {place.split(".")[-1] for place in places}
@@ -60,7 +60,7 @@ def test_every_public_name_is_imported_when_it_is_used_and_known_to_type_checker
         prox24.prune_in_order  # noqa: B018
 
 
-FILES, FOLDERS = {"basis", "errors", "lm_eval"}, {"optax", "packed", "refine"}
+FILES, FOLDERS = {"basis", "errors", "lm_eval", "lora", "planes"}, {"optax", "packed", "refine"}
 
 
 def test_every_other_module_is_private():
@@ -70,6 +70,12 @@ def test_every_other_module_is_private():
     assert {path.with_suffix("").as_posix() for path in public} == FILES
     packages = {path.parent.as_posix() for path in modules if path.name == "__init__.py"}
     assert {name for name in packages if "_" not in name} == {".", *FOLDERS}
+
+
+def test_without_transformers_the_names_that_need_it_are_not_listed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "prox" in dir(prox24)
+    assert "prune" not in dir(prox24)
 
 
 def test_the_names_of_public_modules_are_these():

@@ -138,13 +138,17 @@ def _open_file(path: Path, files: WeightFiles) -> dict[str, TensorSource]:
 def check_inside(path: Path) -> None:
     """Raises CheckpointError for a link out of a file's folder, except in a cache of the hub.
 
-    In this cache snapshots/REVISION/FILE is a link to blobs/HASH.
+    In this cache MODEL/snapshots/REVISION/FILE is a link to MODEL/blobs/HASH. This may be a link to
+    blobs/HA/HASH, which the models share.
     """
     if not path.is_symlink():
         return
-    target, folder = path.resolve().parent, path.parent.resolve()
-    is_cached = folder.parent.name == "snapshots" and target == folder.parent.parent / "blobs"
-    if target != folder and not is_cached:
+    target, folder = path.resolve(), path.parent.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        model = folder.parent.parent
+        allowed += [model / "blobs", model.parent / "blobs" / target.name[:2]]
+    if target.parent not in allowed:
         raise CheckpointError(f"{path} is a link to outside the folder")
 
 

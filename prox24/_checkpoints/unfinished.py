@@ -157,28 +157,34 @@ def check_replaceable(destination: Path, overwrite: bool) -> None:
         )
 
 
-def source_files(path: Path) -> dict[str, list[int]]:
-    """Size in bytes and modification time in ns of each file of a model's weights and config.
+def source_files(path: Path) -> dict[str, list[int | str]]:
+    """What identifies a model: `_identity` of each file of its weights and config.
 
-    They identify the model. A change in another file loses no finished work. The result has the
-    changed file. The tokens of a text have their own hash.
+    A change in another file loses no finished work. The result has the changed file. The tokens of
+    a text have their own hash.
     """
     if path.is_file():
-        return {path.name: _size_and_time(path)}
+        return {path.name: _identity(path)}
     names = ["config.json", *weight_files(path, FORMATS)]
-    return {name: _size_and_time(path / name) for name in names}
+    return {name: _identity(path / name) for name in names}
 
 
-def check_unchanged(path: Path, files: Mapping[str, list[int]]) -> None:
+def check_unchanged(path: Path, files: Mapping[str, list[int | str]]) -> None:
     """Raises CheckpointError if a file changed since `source_files`; new files are allowed."""
     for name, before in files.items():
         file = path if path.is_file() else path / name
-        if not file.is_file() or _size_and_time(file) != before:
+        if not file.is_file() or _identity(file) != before:
             raise CheckpointError(f"{path}: {name} changed while it was read")
 
 
-def _size_and_time(file: Path) -> list[int]:
+def _identity(file: Path) -> list[int | str]:
+    """Size in bytes and modification time in ns; in the hub's cache the hash that names the file.
+
+    The cache may be downloaded anew before a run goes on.
+    """
     status = file.stat()
+    if file.is_symlink() and file.parent.parent.name == "snapshots":
+        return [status.st_size, file.readlink().name]
     return [status.st_size, status.st_mtime_ns]
 
 

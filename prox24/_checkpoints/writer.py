@@ -82,6 +82,8 @@ def check_destination(
     check_replaceable(destination, overwrite)
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; choose a folder")
+    if destination.is_mount():
+        raise CheckpointError(f"{destination} is a mount point; choose a folder in it")
     if not destination.absolute().parent.is_dir():
         raise CheckpointError(f"the folder of {destination} does not exist")
 

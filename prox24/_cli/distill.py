@@ -35,14 +35,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from prox24._jobs.distill import distill
-    from prox24._jobs.output import check_file, show
+    from prox24._jobs.output import check_files, show
     from prox24._jobs.progress import written_logs
 
     text = options.text_of(arguments, arguments.text)
     inputs = (arguments.dense, arguments.pruned, *text.files)
     logs = arguments.log_file, arguments.metrics
-    for path in (arguments.report, *logs):
-        check_file(path, inputs, arguments.destination)
+    check_files((arguments.report, *logs), (*inputs, arguments.state), arguments.destination)
     names = [field.name for field in dataclasses.fields(ModelRefinement)]
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     with written_logs(*logs):

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise Prox24Error("--coordinator, --num-processes and --process-id are for --distributed")
     recipe = options.recipe_of(arguments)
     from prox24._checkpoints import hub
-    from prox24._jobs.output import check_file, show
+    from prox24._jobs.output import check_files, show
     from prox24._jobs.processes import connected, is_first
     from prox24._jobs.progress import written_logs
     from prox24._jobs.prune import prune
@@ -76,8 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         hub.check_upload(name)
     text = options.text_of(arguments, arguments.calibration)
     logs = arguments.log_file, arguments.metrics
-    for path in (arguments.report, *logs):
-        check_file(path, (arguments.source, *text.files), arguments.destination)
+    inputs = (arguments.source, arguments.recipe, *text.files)
+    check_files((arguments.report, *logs), inputs, arguments.destination)
     with (
         connected(*place) if arguments.distributed else contextlib.nullcontext(),
         written_logs(*logs, is_first),

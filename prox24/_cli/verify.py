@@ -21,10 +21,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from prox24._jobs.output import check_file, show
+    from prox24._jobs.output import check_files, show
     from prox24._jobs.verify import verify
 
-    check_file(arguments.report, (arguments.model, arguments.source))
+    check_files([arguments.report], (arguments.model, arguments.source))
     found = verify(arguments.model, arguments.source, arguments.pattern, quiet=arguments.quiet)
     show(found, arguments)
     if arguments.quiet and not arguments.json:

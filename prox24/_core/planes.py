@@ -1,7 +1,7 @@
 """The proximal operator on blocks in planar form, for callers that keep their data planar.
 
 Plane i holds entry i of every block. `split` makes planes of an array, and `join` undoes it. `prox`
-is then arithmetic on whole contiguous arrays. Public as `prox24.planes`.
+is then arithmetic on whole contiguous arrays.
 """
 
 import functools

@@ -13,6 +13,7 @@ from prox24._jobs.output import Report, table
 from prox24._jobs.perplexity import native_perplexity
 from prox24._jobs.progress import progress_bar
 from prox24._jobs.text import NOVEL, Text, Windows, evaluation_windows
+from prox24.errors import CalibrationError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,11 @@ def perplexities(
 ) -> list[list[PerplexityReport]]:
     """The perplexity of each model on each text.
 
-    All models are opened and all texts read first, since a late error would lose the figures. A
-    pipe can be read only once.
+    All models are opened and all texts read first, since a late error would lose the figures.
     """
+    for file in {file for text in texts for file in text.files} if len(models) > 1 else ():
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise CalibrationError(f"{file} can be read once, for one model: give a file instead")
     windows = {}
     for model in models:
         checkpoint, _ = torchax.open_any(model)

@@ -59,16 +59,26 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, allow_nan=False))
 
 
-def check_file(
-    path: Path | None, inputs: Iterable[str | Path | None] = (), destination: Path | None = None
+def check_files(
+    paths: Iterable[Path | None],
+    inputs: Iterable[str | Path | None],
+    destination: Path | None = None,
 ) -> None:
-    """Raises CheckpointError if a file cannot be written, before a long job starts.
+    """Raises CheckpointError if one of a job's files cannot be written, before the job starts.
 
-    The file must be none of the inputs, and in no input folder, where a later run may read it. It
-    must not be in the destination, where it would be lost.
+    A file must be none of the inputs, and in no input folder, where a later run may read it. It
+    must not be in the destination, where it would be lost, and no other file of the job.
     """
-    if path is None:
-        return
+    given, seen = list(inputs), set[Path]()
+    for path in filter(None, paths):
+        _check_file(path, given, destination)
+        # Both may be /dev/null or a terminal.
+        if path.resolve() in seen and (path.is_file() or not path.exists()):
+            raise CheckpointError(f"{path} is named for two outputs: choose another file")
+        seen.add(path.resolve())
+
+
+def _check_file(path: Path, inputs: Iterable[str | Path | None], destination: Path | None) -> None:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder")
     if not path.absolute().parent.is_dir():

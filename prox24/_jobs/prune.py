@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._checkpoints.manifest import write_manifest
@@ -133,20 +134,28 @@ def prune(
     files = source_files(checkpoint.path)
     if recipe.refine is not None and jax.process_count() > 1:
         raise RecipeError("refine is for a single process")
+
+    def placed(shape: tuple[int, int]) -> tuple[Mesh | None, int | None]:
+        """The devices and the windows of a micro-batch."""
+        if model is None:
+            return None, None
+        mesh = common_mesh(shape[0])
+        setup = checked_setup(model, recipe, 1 if mesh is None else mesh.size, shard_grams)
+        if memory is None:
+            return mesh, None
+        return mesh, fitting_micro_batch(model, shape, setup, memory)
+
+    place = None
+    if isinstance(calibration, Text) and calibration.written:
+        place = placed((calibration.written, calibration.sequence_length))
     quiet = quiet or not is_first()
     windows = calibration_windows(checkpoint, calibration, quiet=quiet)
     if recipe.refine is not None and isinstance(calibration, Text):
         windows = shuffled(windows)
     text = described(calibration, windows, published=True)
     text["text"].encode()  # Raises an error early: the model card and the summary need the name.
-    mesh = common_mesh(len(windows)) if native else None
-    devices = 1 if mesh is None else mesh.size
-    micro_batch = None
-    if model is not None:
-        setup = checked_setup(model, recipe, devices, shard_grams)
-        if memory is not None:
-            micro_batch = fitting_micro_batch(model, windows.shape, setup, memory)
-    else:
+    mesh, micro_batch = place or placed(windows.shape)
+    if model is None:
         # Its errors come before the folder of an interrupted run is opened, and lose nothing.
         torch_runner = TorchRunner(checkpoint, windows)
         stages = range(torch_runner.stages)
@@ -159,7 +168,7 @@ def prune(
         "shard_size": shard_size,
         "source": files,
         "versions": versions(*(() if native else ("torch", "torchax"))),
-        "devices": [jax.devices()[0].device_kind, devices],
+        "devices": [jax.devices()[0].device_kind, 1 if mesh is None else mesh.size],
         "processes": jax.process_count(),
     }
     agree(
@@ -167,14 +176,14 @@ def prune(
         Prox24Error("the processes differ in arguments, packages, devices or source files"),
     )
     with _common_folder(destination, job, overwrite) as unfinished:
-        place = unfinished.folder.with_name("activations") / str(jax.process_index())
+        states = unfinished.folder.with_name("activations") / str(jax.process_index())
         if native:
             runner: Runner[Any] = native_runner(
                 checkpoint,
                 windows,
                 recipe,
                 micro_batch=micro_batch,
-                activations=place if activations == "disk" else None,
+                activations=states if activations == "disk" else None,
                 mesh=mesh,
                 shard_grams=shard_grams,
             )

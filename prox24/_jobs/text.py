@@ -83,6 +83,12 @@ class Text:
         return [str(source) for source in self.source or ()]
 
     @property
+    def written(self) -> int:
+        """The number of windows that the model writes; zero if the text is given."""
+        first = next(iter(self.sources), "")
+        return int(first.partition(":")[2]) if is_generated(first) else 0
+
+    @property
     def files(self) -> list[Path]:
         """The files and folders among the sources."""
         return [Path(x) for x in self.sources if not is_dataset(x) and not is_generated(x)]
@@ -144,11 +150,10 @@ def calibration_windows(
         return available if samples is None else _sampled(available, samples, text)
     check_length(checkpoint, length)
     if is_generated(source):
-        count = int(source.partition(":")[2])
         first = begin_token(checkpoint)
         if first is None:
             raise CalibrationError(f"{source}: the model has no token to begin or end a text with")
-        return generated_windows(checkpoint, first, count, length, text.seed, quiet=quiet)
+        return generated_windows(checkpoint, first, text.written, length, text.seed, quiet=quiet)
     samples = samples or SAMPLES
     start = _start(checkpoint)
     own = length - len(start)

@@ -30,7 +30,7 @@ WRONG_VALUE = (
     ArithmeticError,
     AttributeError,
     LookupError,
-    RecursionError,
+    RuntimeError,
     StrictDataclassError,
     TypeError,
     ValueError,

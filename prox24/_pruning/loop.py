@@ -183,7 +183,8 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> KeptDense:
             )
         state = runner.advance(index, weights, state)
     share = recipe.keep_dense
-    count = share if isinstance(share, int) else round(share * len(losses))
+    # A small share of few linears is one of them.
+    count = share if isinstance(share, int) else max(1, round(share * len(losses)))
     if count >= len(losses):
         raise RecipeError(f"keep_dense {share} leaves none of {len(losses)} weights to prune")
     dense = dict(sorted(losses.items(), key=lambda pair: pair[1], reverse=True)[:count])

@@ -308,7 +308,7 @@ def _check_prox(prox: Prox, params: PyTree, hyperparams: Any) -> None:
         "lambda x, lam, scaling: prox24.prox(x, lam * scaling), or the like"
     )
     try:
-        found = jax.eval_shape(prox, params, hyperparams, 1.0)
+        found = jax.eval_shape(lambda x, scaling: prox(x, hyperparams, scaling), params, 1.0)
     except Exception as error:  # of any type, if prox has another convention
         raise ValueError(f"{said}; it fails with: {first_line(error)}") from error
     shapes = [

@@ -87,6 +87,7 @@ def check(
       ...
       ValueError: kernel is not 2:4 along axis 0 after a step: put proximal last, ...
     """
+    pattern = as_pattern(pattern)
     check_values(params, "prox24.optax.check")
     map_named(check_array, params)
     leaves = describe(params, pattern, axis=axis, mask=mask)

@@ -94,7 +94,8 @@ def pack(w: ArrayLike, axis: int = -1) -> Packed24:
     if w.shape[axis] % BLOCK:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {BLOCK}")
     values, codes, excess = _pack(w, axis)
-    if not is_traced(excess):
+    # Under jax.grad the excess is a number, since it has no derivative, but w is not.
+    if not (is_traced(w) or is_traced(excess)):
         _check(w, excess, axis)
     return Packed24(values, codes, axis, w.shape[axis] % ENTRIES_PER_WORD)
 

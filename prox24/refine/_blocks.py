@@ -108,13 +108,13 @@ def _relative_adam(rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def feature_weights(targets: Sequence[ArrayLike]) -> Array:
-    """Weights of the features (features,) for `relative_error`, from batches (..., features).
+    """Weights of the features (features,) for `relative_error`, from batches of one shape.
 
-    The share of a feature is the mean over all tokens of target_f^2 / |target|^2. Its weight is
-    min(1, 1 / (features * share_f)), so that no feature counts for more than the mean of all. In
-    some language models one feature has most of the squared size of the hidden states. Without
-    weights the others would hardly count. The work is done in float64 for targets in float64, else
-    in float32.
+    Batches are (..., features). The share of a feature is the mean over all tokens of target_f^2 /
+    |target|^2. Its weight is min(1, 1 / (features * share_f)), so that no feature counts for more
+    than the mean of all. In some language models one feature has most of the squared size of the
+    hidden states. Without weights the others would hardly count. The work is done in float64 for
+    targets in float64, else in float32.
 
     Raises:
       ValueError: there is no batch.

@@ -206,6 +206,19 @@ def test_a_blob_of_the_hub_that_is_a_link_itself_is_refused(tmp_path):
         open_checkpoint(folder)
 
 
+def test_a_blob_that_the_models_of_the_hub_share_is_read(tmp_path):
+    folder, name = tmp_path / "models--a--b" / "snapshots" / "1", "ab" + "0" * 62
+    folder.parent.mkdir(parents=True)
+    write_tiny(folder)
+    shared = tmp_path / "blobs" / "ab" / name
+    for blob in (shared, tmp_path / "models--a--b" / "blobs" / "etag"):
+        blob.parent.mkdir(parents=True)
+    (folder / "model.safetensors").rename(shared)
+    blob.symlink_to(f"../../blobs/ab/{name}")
+    (folder / "model.safetensors").symlink_to("../../blobs/etag")
+    assert open_checkpoint(folder).tensors
+
+
 def test_a_shape_that_no_array_has_is_refused(tmp_path):
     header = b'{"a":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}'
     path = tmp_path / "model.safetensors"

@@ -133,6 +133,7 @@ def test_prune_verify_and_eval(workspace, capsys):
         pool.submit((workspace / "pipe").write_text, TEXT)
         first, _ = printed_json(capsys, "eval", out, *piped, *text)["rows"]
     assert first["perplexity"] == result["perplexity"]
+    assert "pipe can be read once" in error_line(capsys, "eval", *models, *piped)
     assert run("eval", *models, *text) == 0
     table = capsys.readouterr().out
     assert all(f"{row['perplexity']:.3f}" in table for row in several)
@@ -458,12 +459,15 @@ REFUSED = [
     (f"{PRUNE} --metrics text.txt", "text.txt is or is in text.txt, which is read"),
     (f"{PRUNE} --report model/new.json", "is or is in model, which is read"),
     ("verify model --report model/config.json", "is or is in model, which is read"),
+    (f"{PRUNE} --metrics a --report ./a", "a is named for two outputs"),
+    ("distill model existing out --state texts --metrics texts/m", "is or is in texts, which is"),
     (f"{PRUNE} --log-file out", "out is or holds"),
     (f"{PRUNE} --log-file out.unfinished", "is made, is or holds"),
     ("convert model existing", "--overwrite"),
     ("convert model text.txt --overwrite", "text.txt is a file; choose a folder"),
     ("convert model / --overwrite", "/ has no name of its own"),
     ("convert model .. --overwrite", ".. has no name of its own"),
+    ("convert model /proc --overwrite", "/proc is a mount point"),
     (f"prune model /proc/out {DATA}", "cannot write /proc/out"),
     (f"prune model dangling {DATA}", "dangling is a link to what does not exist"),
     (f"prune model filed {DATA}", "filed would be made, is a file"),

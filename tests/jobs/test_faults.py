@@ -536,6 +536,22 @@ def test_the_config_and_every_shard_that_is_read_decide_a_run(tmp_path):
         check_unchanged(tmp_path / "shards", found)
 
 
+def test_a_model_of_the_hub_may_be_downloaded_again_before_a_run_goes_on(tmp_path):
+    folder, blob = tmp_path / "snapshots" / "1", tmp_path / "blobs" / "hash"
+    write_tiny(folder.parent)
+    folder.mkdir()
+    blob.parent.mkdir()
+    (folder.parent / "model.safetensors").rename(blob)
+    (folder.parent / "config.json").rename(folder / "config.json")
+    (folder / "model.safetensors").symlink_to("../../blobs/hash")
+    found = source_files(folder)
+    os.utime(blob, (0, 0))
+    check_unchanged(folder, found)
+    os.utime(folder / "config.json", (0, 0))
+    with pytest.raises(CheckpointError, match=r"config\.json changed"):
+        check_unchanged(folder, found)
+
+
 def test_a_file_system_that_cannot_wait_for_names_is_written_to(tmp_path, monkeypatch):
     fsync, refused = os.fsync, []
 

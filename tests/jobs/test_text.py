@@ -21,7 +21,7 @@ from prox24._jobs.text import (
     start_tokens,
     tokenize,
 )
-from prox24.errors import CalibrationError, RecipeError
+from prox24.errors import CalibrationError, Prox24Error, RecipeError
 
 IDS = np.arange(103, dtype=np.int32)
 
@@ -227,6 +227,8 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_model_writes(tmp_path,
     text, recipe = Text("generate:3", sequence_length=8), Recipe(skip="nothing")
     with pytest.raises(RecipeError, match="skip 'nothing' is found in none of the 14 linears"):
         prune(tmp_path / "model", tmp_path / "out", recipe, calibration=text)
+    with pytest.raises(Prox24Error, match="memory is too small"):
+        prune(tmp_path / "model", tmp_path / "out", calibration=text, memory=1)
 
 
 def test_a_model_writes_its_own_windows(checkpoint, monkeypatch):

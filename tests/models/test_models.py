@@ -172,7 +172,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 REFUSED = [
     # Without an implementation
     ("llama1", {"model_type": "mamba"}, "'mamba' is not supported; supported: bloom, "),
-    ("llama1", {"hidden_act": "gelu_fast"}, "gelu_fast"),
+    ("llama1", {"hidden_act": "quick_gelu"}, "quick_gelu"),
     ("llama1", {"rope_parameters": DYNAMIC}, "dynamic"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),

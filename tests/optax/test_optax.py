@@ -507,6 +507,10 @@ def test_check_says_what_else_is_wrong(optimizer, params, more, said, standard_p
         check(optimizer, params, **more)
 
 
+def test_check_takes_a_pattern_as_a_list():
+    check(behind(), SHAPES, [2, 4])
+
+
 def test_check_passes_on_what_else_the_optimizer_takes(standard_promotion):
     plateau = contrib.reduce_on_plateau()
     check(optax.chain(optax.sgd(0.1), plateau, proximal(1.0)), SHAPES, value=1.0)

@@ -119,6 +119,8 @@ def test_a_block_with_three_nonzeros_is_named_and_becomes_nan_under_jit(shape, a
     values = np.asarray(jax.jit(pack, static_argnums=1)(w, axis).values)
     assert np.isnan(values[2, 10:12]).all()
     assert np.isnan(values).sum() == 2
+    total, _ = jax.value_and_grad(lambda w: jnp.sum(pack(w, axis).values))(w)
+    assert np.isnan(total)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,8 @@ def test_those_that_lose_most_in_the_dense_model_stay_dense(source, weights, sha
     every = dataclasses.replace(recipe, keep_dense=len(chosen))
     with pytest.raises(RecipeError, match="keep_dense 12 leaves none of 12 weights to prune"):
         loop.most_lossy(runner, every)
+    small = dataclasses.replace(recipe, keep_dense=0.01)
+    assert list(loop.most_lossy(runner, small).losses) == worst[:1]
 
 
 def test_an_expert_without_tokens_is_pruned_by_magnitude_and_reported(tmp_path):

@@ -171,6 +171,15 @@ def test_trees_and_what_does_not_end():
     np.testing.assert_array_equal(fallen.params, jnp.zeros(2))
 
 
+def test_hyperparameters_need_not_be_arrays():
+    def prox(w, hyperparams, scaling):
+        lam, pattern = hyperparams
+        return prox24.prox(w, lam * scaling, pattern)
+
+    found = proximal_gradient(squares, jnp.zeros(20), prox, (1e4, "2:4"))
+    assert prox24.is_sparse(found.params)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -12,7 +12,7 @@ from modules import PRUNED, every_model
 from reference import assert_close, eps_of
 
 from prox24 import lora, refine
-from prox24._trees.lora import Adapter
+from prox24.lora import Adapter
 from prox24.optax import by_path, describe
 
 jitted_merge = jax.jit(lora.merge)
