@@ -73,7 +73,7 @@ def public_names():
     """The full name of everything that the reference has to hold, each object once."""
     names = {f"prox24.{name}" for name in prox24.__all__ if name != "planes"}
     for module in [*prox24._SUBMODULES, "lm_eval"]:
-        found = import_module(f"prox24.{prox24._SUBMODULES.get(module, module)}")
+        found = import_module(f"prox24.{module}")
         members = getattr(found, "__all__", None) or [
             name
             for name, member in vars(found).items()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +148,9 @@ def check_inside(path: Path) -> None:
     allowed = [folder]
     if folder.parent.name == "snapshots":
         model = folder.parent.parent
-        allowed += [model / "blobs", model.parent / "blobs" / target.name[:2]]
+        allowed.append(model / "blobs")
+        if re.fullmatch("[0-9a-f]{64}", target.name):
+            allowed.append(model.parent / "blobs" / target.name[:2])
     if target.parent not in allowed:
         raise CheckpointError(f"{path} is a link to outside the folder")
 

@@ -21,9 +21,9 @@ def write_manifest(
 ) -> None:
     """Writes the manifest. Equal results have equal manifests.
 
-    It has the job, without the modification times of its "source" and "dense" files. It has the
-    tensors that `fill_folder` returns, and the figures of each pruned linear. Trained norms and
-    turned biases changed without pruning: they have the mark "refined".
+    It has the job, with the sizes alone of its "source" and "dense" files. It has the tensors that
+    `fill_folder` returns, and the figures of each pruned linear. Trained norms and turned biases
+    changed without pruning: they have the mark "refined".
     """
     marks: dict[str, dict[str, Any]] = {name: {"refined": True} for name in refined}
     for linear in pruned:

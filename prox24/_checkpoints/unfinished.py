@@ -184,7 +184,9 @@ def _identity(file: Path) -> list[int | str]:
     """
     status = file.stat()
     if file.is_symlink() and file.parent.parent.name == "snapshots":
-        return [status.st_size, file.readlink().name]
+        target = file.readlink()
+        if target.parent.name == "blobs":
+            return [status.st_size, target.name]
     return [status.st_size, status.st_mtime_ns]
 
 

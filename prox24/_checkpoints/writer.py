@@ -1,6 +1,7 @@
 """Writes HF folders, complete or not at all."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -82,7 +83,7 @@ def check_destination(
     check_replaceable(destination, overwrite)
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; choose a folder")
-    if destination.is_mount():
+    if os.path.ismount(destination):  # Path.is_mount fails on Windows with Python 3.11
         raise CheckpointError(f"{destination} is a mount point; choose a folder in it")
     if not destination.absolute().parent.is_dir():
         raise CheckpointError(f"the folder of {destination} does not exist")

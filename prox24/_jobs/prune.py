@@ -36,6 +36,7 @@ from prox24._jobs.text import (
     Text,
     Windows,
     calibration_windows,
+    check_length,
     check_unread,
     described,
     files_of_text,
@@ -147,6 +148,7 @@ def prune(
 
     place = None
     if isinstance(calibration, Text) and calibration.written:
+        check_length(checkpoint, calibration.sequence_length)
         place = placed((calibration.written, calibration.sequence_length))
     quiet = quiet or not is_first()
     windows = calibration_windows(checkpoint, calibration, quiet=quiet)

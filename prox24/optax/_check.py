@@ -130,8 +130,7 @@ def check(
                 landings = (jax.tree.leaves(tree)[first] for tree in (after, without_penalty))
                 leaf, reached = leaves[first], not np.array_equal(*landings)
                 raise ValueError(
-                    f"{leaf.path} is not {as_pattern(pattern)} along axis {leaf.axis} after a "
-                    "step: "
+                    f"{leaf.path} is not {pattern} along axis {leaf.axis} after a step: "
                     f"{NOT_LAST if reached else NOT_REACHED}"
                 )
             taken += 1
