@@ -45,7 +45,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_output(command)
     group = command.add_argument_group(
         "several processes",
-        "Each process runs the same command. Under Slurm, Open MPI, and on TPU VMs or GKE with "
+        "Each process runs the same command. Under Slurm, Open MPI 4, and on TPU VMs or GKE with "
         "TPUs they find each other; elsewhere give the last three options.",
     )
     group.add_argument(

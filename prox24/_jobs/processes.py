@@ -29,7 +29,7 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
     """Joins the processes of a run, before JAX has touched a device.
 
     The coordinator, HOST:PORT, is the address of process 0. JAX finds missing arguments in the
-    environment of Slurm, Open MPI, TPU VMs, or GKE with TPUs.
+    environment of Slurm, Open MPI 4, TPU VMs, or GKE with TPUs.
     """
     # This service would replace the command line's handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
