@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from prox24.errors import CalibrationError, PromptError, Prox24Error, missing_package
 
 try:
+    from jinja2 import TemplateError
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models import utils as model_utils
@@ -40,6 +42,8 @@ except ModuleNotFoundError as error:
     raise missing from error
 
 __all__ = ["Prox24LM"]
+
+logger = logging.getLogger(__name__)
 
 NAN = "the model's logits are NaN: a value overflows, as in float16, or the weights are damaged"
 
@@ -126,13 +130,25 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation, by the tokenizer's chat template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
+        """The text of a conversation, by the tokenizer's chat template.
+
+        Some templates refuse messages of the system. These are left out, as by the harness's own
+        classes, and a warning says so.
+        """
+        write = functools.partial(
+            self.tokenizer.apply_chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        try:
+            return write(chat_history)
+        except TemplateError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            logger.warning("the chat template refuses messages of the system: %s", error)
+            return write(others)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -153,12 +169,17 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         # Requests that differ only in their last token share a pass, such as one-token choices.
         passes: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise CalibrationError(
+                    "a continuation has no tokens: a choice of the task is empty"
+                )
             if len(continuation) > self.max_length:
                 raise CalibrationError(
                     f"a continuation of {len(continuation)} tokens is longer than max_length, "
                     f"{self.max_length}"
                 )
-            passes[tuple((context + continuation)[-self.max_length - 1 : -1])].append(index)
+            text = (context or [self.prefix_token_id]) + continuation
+            passes[tuple(text[-self.max_length - 1 : -1])].append(index)
         answers = [(0.0, True)] * len(requests)
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
             for (length,), batch in self._batches(passes, lambda text: (self._padded(len(text)),)):
@@ -238,6 +259,8 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         until = model_utils.handle_stop_sequences(given.pop("until"), self.tokenizer.eos_token)
         most, _ = given.pop("max_gen_toks"), given.pop("do_sample")
         draw = (float(given.pop("temperature", 0)), float(given.pop("top_p", 1)))
+        if given.get("num_beams") == 1:  # the most probable token each time, as without it
+            del given["num_beams"]
         if given:
             raise PromptError(f"prox24 does not generate with {min(given)}")
         if most >= self.max_length:

@@ -315,7 +315,8 @@ def _array(path: str) -> NDArray[Any]:
 
 def check_length(checkpoint: Checkpoint, length: int) -> None:
     """Raises CalibrationError if windows are longer than the model's positions."""
-    positions = checkpoint.config.get("max_position_embeddings")
+    config = checkpoint.config
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
     if checkpoint.decoder is not None:
         positions = checkpoint.decoder.positions
     if isinstance(positions, int) and length > positions:

@@ -288,6 +288,10 @@ def test_a_conversation_is_written_by_the_chat_template(lm):
     written = lm.apply_chat_template([{"role": "user", "content": "Hello"}])
     assert written == "[user]Hello"
     assert lm.chat_template(True) == TEMPLATE
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    lm.tokenizer.chat_template = refusing + TEMPLATE
+    history = [{"role": role, "content": "Hello"} for role in ("system", "user")]
+    assert lm.apply_chat_template(history) == written
     assert lm.tokenizer_name.endswith("tiny")
     assert "/" not in lm.tokenizer_name
 
@@ -307,7 +311,19 @@ def test_arguments_out_of_range_are_one_sentence(harness, folder, arguments, sai
         harness.Prox24LM(folder, **arguments)
 
 
+def test_a_context_without_tokens_is_the_prefix_and_an_empty_continuation_an_error(lm):
+    found, expected = (
+        lm._loglikelihood_tokens([(None, context, [70])], disable_tqdm=True)
+        for context in ([], [lm.prefix_token_id])
+    )
+    assert found == expected
+    with pytest.raises(CalibrationError, match="a continuation has no tokens"):
+        lm._loglikelihood_tokens([(None, [70], [])], disable_tqdm=True)
+
+
 def test_generation_that_is_impossible_is_one_sentence(lm):
+    (text,) = generated(lm, ("a", {"num_beams": 1, "max_gen_toks": 2}))
+    assert [text] == generated(lm, ("a", {"max_gen_toks": 2}))
     with pytest.raises(PromptError, match="does not generate with num_beams"):
         generated(lm, ("a", {"num_beams": 2}))
     with pytest.raises(PromptError, match="128 tokens to generate leave no room in 128"):

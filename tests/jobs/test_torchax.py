@@ -181,7 +181,9 @@ def test_a_pruned_tree_goes_back_to_pytorch():
         assert {leaf.path for leaf in pruned.leaves if leaf.pruned} == names
     torch = sys.modules["torch"]
     values = {name: torch.as_tensor(np.array(leaf)) for name, leaf in pruned.params.items()}
+    before = jax.tree.map(np.array, params)
     model.load_state_dict(values, strict=False)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
     assert_close(apply(pruned.params, batches[0]), torch_output(model).logits.numpy())
 
 
