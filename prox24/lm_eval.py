@@ -170,9 +170,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         passes: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             if not continuation:
-                raise CalibrationError(
-                    "a continuation has no tokens: a choice of the task is empty"
-                )
+                raise CalibrationError("a continuation has no tokens: a choice is empty")
             if len(continuation) > self.max_length:
                 raise CalibrationError(
                     f"a continuation of {len(continuation)} tokens is longer than max_length, "
