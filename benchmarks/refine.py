@@ -70,7 +70,8 @@ BLOCKWISE = {
     ),
 }
 """What is refined as blocks, and then as a whole."""
-BASES |= BLOCKWISE
+TURNED = "heads turned + block, bfloat16, short steps, passes: 5"
+BASES |= BLOCKWISE | {TURNED: Recipe(refine=BlockRefinement(compute_dtype="bfloat16"))}
 
 IN_BFLOAT16 = ModelRefinement(rate=5e-4, compute_dtype="bfloat16")
 MIXED = ModelRefinement(rate=5e-4, cross_entropy=0.6)
@@ -80,6 +81,8 @@ TRIED = {
     1024: [MIXED, replace(MIXED, compute_dtype="bfloat16", passes=2)],
 }
 """By the number of windows, of the default mask."""
+LONGEST = 892, replace(IN_BFLOAT16, passes=2)
+"""Windows and training that end below 1,000,000 tokens, those of the blocks included."""
 
 
 class Run(NamedTuple):
@@ -112,6 +115,7 @@ def runs() -> list[Run]:
     """The table."""
     refined = [(DEFAULT, windows, one) for windows, tried in TRIED.items() for one in tried]
     refined += itertools.product((*REFINED, *BLOCKWISE), TRIED, [IN_BFLOAT16])
+    refined += [(TURNED, 256, IN_BFLOAT16), (TURNED, *LONGEST)]
     return [
         Run("dense", "dense"),
         *(Run(base, base) for base in BASES),
@@ -244,7 +248,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     names = list(dict.fromkeys(run.name for run in runs()))
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="names of rows")
-    parser.add_argument("--windows", type=positive, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--windows", type=positive, nargs="+", default=[64, 256, 892, 1024])
     parser.add_argument("--bigbench", type=Path, metavar="FILE", help="bigbench-1.0.0.tar.gz")
     parser.add_argument("--cache", type=Path, default=common.CACHE, metavar="FOLDER")
     common.add_output(parser)

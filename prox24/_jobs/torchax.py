@@ -88,9 +88,7 @@ def from_torch(model: "torch.nn.Module") -> TorchModel:
       Prox24Error: torch or torchax is missing, or their releases do not fit. `apply` raises
         `UnsupportedModelError` if torchax cannot run the model.
     """
-    # On CPUs torchax shares the memory of PyTorch, which load_state_dict overwrites.
-    function = _as_function(model)
-    return function._replace(params=jax.tree.map(jnp.copy, function.params))
+    return _as_function(model)
 
 
 def _as_function(
@@ -178,7 +176,7 @@ def torch_perplexity(
 
 def loaded(checkpoint: Checkpoint) -> TorchModel:
     """A whole model as a function of JAX."""
-    return _as_function(_load(checkpoint.path))
+    return from_torch(_load(checkpoint.path))
 
 
 def _load(path: Path) -> "torch.nn.Module":
