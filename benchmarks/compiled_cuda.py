@@ -679,7 +679,7 @@ class Chip:
 
 
 def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
-    """Sentences about figures that are worse than in earlier lines."""
+    """Sentences about the figures that became worse."""
     before = {(row["chip"], row["program"]): row for row in earlier}
     for row in rows:
         name, old = f"{row['program']} on {row['chip']}", before.get((row["chip"], row["program"]))

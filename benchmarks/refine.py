@@ -71,6 +71,7 @@ BLOCKWISE = {
 }
 """What is refined as blocks, and then as a whole."""
 TURNED = "heads turned + block, bfloat16, short steps, passes: 5"
+"""Today's default, refined as blocks, and then as a whole."""
 BASES |= BLOCKWISE | {TURNED: Recipe(refine=BlockRefinement(compute_dtype="bfloat16"))}
 
 IN_BFLOAT16 = ModelRefinement(rate=5e-4, compute_dtype="bfloat16")

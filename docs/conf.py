@@ -175,7 +175,7 @@ def without_counts(app, what, name, obj, skip, options):
 
 
 def to_public(app, env, node, contnode):
-    """Links a class by the public name of it, where a signature has the module of its code."""
+    """Links a class in a signature to its public name. The signature names its private module."""
     name = node.get("reftarget", "").rpartition(".")[2]
     inventory = env.domains.python_domain.objects
     for module in ("prox24", *(f"prox24.{module}" for module in prox24._SUBMODULES)):
@@ -187,7 +187,7 @@ def to_public(app, env, node, contnode):
 
 
 def nothing_missing(app, env):
-    """Warns of public names that are on no page."""
+    """Warns of each public name without a page."""
     for name in sorted(public_names() - set(env.domains.python_domain.objects)):
         logging.getLogger(__name__).warning("%s is on no page of docs/api", name)
 

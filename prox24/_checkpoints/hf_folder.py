@@ -155,6 +155,14 @@ def check_inside(path: Path) -> None:
         raise CheckpointError(f"{path} is a link to outside the folder")
 
 
+def hub_hash(path: Path) -> str | None:
+    """The hash by which the hub's cache names a file; None for a file elsewhere."""
+    if not path.is_symlink() or path.parent.parent.name != "snapshots":
+        return None
+    target = path.readlink()
+    return target.name if target.parent.name == "blobs" else None
+
+
 def carried_files(folder: Path) -> list[Path]:
     """The files of a model that do not depend on its weights, such as tokenizer and licence.
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from prox24._checkpoints import safetensors_file
 from prox24._checkpoints.checkpoint import FORMATS
-from prox24._checkpoints.hf_folder import weight_files
+from prox24._checkpoints.hf_folder import hub_hash, weight_files
 from prox24._checkpoints.tensors import TensorSource, writing
 from prox24.errors import CheckpointError, DiskError, Prox24Error
 
@@ -178,16 +178,12 @@ def check_unchanged(path: Path, files: Mapping[str, list[int | str]]) -> None:
 
 
 def _identity(file: Path) -> list[int | str]:
-    """Size in bytes and modification time in ns; in the hub's cache the hash that names the file.
+    """Size in bytes, and modification time in ns; in the hub's cache the hash in place of the time.
 
-    The cache may be downloaded anew before a run goes on.
+    A cache that was deleted and downloaded again has other times.
     """
     status = file.stat()
-    if file.is_symlink() and file.parent.parent.name == "snapshots":
-        target = file.readlink()
-        if target.parent.name == "blobs":
-            return [status.st_size, target.name]
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, hub_hash(file) or status.st_mtime_ns]
 
 
 def sha256(values: NDArray[Any]) -> str:

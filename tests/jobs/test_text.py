@@ -16,6 +16,7 @@ from prox24._jobs import generated
 from prox24._jobs.text import (
     available_windows,
     calibration_windows,
+    check_length,
     evaluation_windows,
     first_windows,
     start_tokens,
@@ -219,6 +220,14 @@ def test_tokens_of_a_file(checkpoint, tmp_path):
 def test_a_model_writes_from_its_start_token(chat_checkpoint):
     windows = calibration_windows(chat_checkpoint, Text(["generate:2"], sequence_length=4))
     assert windows[:, 0].tolist() == [256, 256]
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
+def test_windows_longer_than_the_positions_of_another_family_are_refused(name):
+    other = types.SimpleNamespace(config={name: 8}, decoder=None)
+    check_length(other, 8)
+    with pytest.raises(CalibrationError, match="windows of 9 tokens are longer than the model's 8"):
+        check_length(other, 9)
 
 
 def test_a_recipe_that_does_not_fit_is_refused_before_the_model_writes(tmp_path, monkeypatch):

@@ -168,6 +168,24 @@ def test_old_and_new_config_fields_mean_the_same():
     assert config_from_hf(old | {"original_max_position_embeddings": length}) == config_from_hf(new)
 
 
+@pytest.mark.parametrize("name", ["gelu_fast", "gelu_new", "gelu_pytorch_tanh"])
+def test_the_names_of_the_approximate_gelu(name):
+    x = np.linspace(-6, 6, 101)
+    exact = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    # About eight roundings of numbers of at most 6.
+    atol = 8 * 6 * np.finfo(np.float32).eps
+    np.testing.assert_allclose(decoder.ACTIVATIONS[name](jnp.float32(x)), exact, rtol=0, atol=atol)
+
+
+def test_errors_of_transformers_about_a_config_are_one_sentence(monkeypatch):
+    def fail(config):
+        raise RuntimeError("ambiguous\nper layer")
+
+    monkeypatch.setitem(FAMILIES, "llama", fail)
+    with pytest.raises(UnsupportedModelError, match="the config of a llama model: ambiguous"):
+        config_from_hf(config_dict("llama1"))
+
+
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 REFUSED = [
     # Without an implementation
