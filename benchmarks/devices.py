@@ -48,7 +48,7 @@ def main() -> None:
         runner = native_runner(model, windows, recipe, mesh=mesh, shard_grams=shard_grams)
         return list(itertools.islice(prune_stages(runner, recipe), count))
 
-    alone, rows = first_linears(1, 14, False), []
+    alone, rows = first_linears(1, max(count for _, count in CASES), False), []
     for shard_grams, (devices, count) in itertools.product((False, True), CASES):
         found = first_linears(devices, count, shard_grams)
         others, losses = np.transpose([compare(*pair) for pair in zip(found, alone, strict=False)])

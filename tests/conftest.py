@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """The processes of a run share compiled programs: many are equal.
+    """The processes of a run share compiled programs and kernels: many are equal.
 
     JAX's own variable names a folder that several runs share.
     """
@@ -71,7 +71,7 @@ def compilation_cache(tmp_path_factory):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    os.environ["PROX24_CACHE"] = str(tmp_path_factory.mktemp("kernels"))
+    os.environ["PROX24_CACHE"] = str(folder / "kernels")
 
 
 @pytest.fixture(scope="module", autouse=True)

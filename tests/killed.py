@@ -13,7 +13,10 @@ import jax
 import prox24._cli.main
 
 PRELOADED = ["prox24._cli.prune", "prox24._jobs.prune"]
-PRELOADED += ["transformers.models.auto.tokenization_auto"]
+PRELOADED += [
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",
+]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -227,7 +226,9 @@ def pruned_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [[], ["--lora", "4"]], ids=["kept", "lora"])
-def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, options, tmp_path):
+def test_fine_tuning_learns_the_text_and_keeps_the_pattern(
+    pruned_folder, options, tmp_path, monkeypatch
+):
     source, destination = pruned_folder / "pruned", tmp_path / "tuned"
     options = [*options, "--text", pruned_folder / "text.txt", "--sequence-length", "32"]
     options += ["--steps", "20", "--rate", "0.01", "--output", tmp_path / "losses.svg"]
@@ -240,10 +241,12 @@ def test_fine_tuning_learns_the_text_and_keeps_the_pattern(pruned_folder, option
     assert float(after[1]) < 0.5 * float(before[1])
     assert main(["verify", str(destination), "--quiet"]) == 0
     if "--lora" not in options:
-        again = [sys.executable, "examples/finetune.py", source, destination, *options]
-        refused = subprocess.run(again, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        again = map(str, ["finetune.py", source, destination, *options])
+        monkeypatch.setattr(sys, "argv", list(again))
+        with pytest.raises(SystemExit) as refused:
+            runpy.run_path(str(ROOT / "examples/finetune.py"), run_name="__main__")
         said = f"{destination} exists; pass overwrite=True, or --overwrite, to replace it"
-        assert refused.stderr == f"error: {said}\n"
+        assert refused.value.code == f"error: {said}"
     given, tuned = open_checkpoint(source), open_checkpoint(destination)
     for name in given.tensors:
         assert np.array_equal(given.read(name) == 0, tuned.read(name) == 0)
@@ -290,9 +293,12 @@ def test_a_model_without_such_linears_is_refused(deployed, monkeypatch, capsys):
     assert "model has no 2:4 linear in float16 or bfloat16" in capsys.readouterr().err
 
 
-def test_without_a_gpu_the_linears_are_listed(deployed):
-    output = run("examples/deploy_torch.py", deployed, CUDA_VISIBLE_DEVICES="")
-    *names, count, _ = output.splitlines()
+def test_without_a_gpu_the_linears_are_listed(deployed, monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["deploy_torch.py", str(deployed)])
+    example("deploy_torch")["main"]()
+    *names, count, _ = capsys.readouterr().out.splitlines()
     assert names == sparse_names()
     assert count == "9 of 15 linears take semi-structured weights"
 
@@ -322,7 +328,7 @@ def test_converted_linears_reach_the_sparse_product(deployed, monkeypatch):
 
 
 def test_a_whole_job_with_a_real_model(tmp_path):
-    model, folder = write_first_layers(tmp_path / "model"), tmp_path / "out"
+    model, folder = write_first_layers(tmp_path / "model", 1), tmp_path / "out"
     sizes = ("--samples", "2", "--sequence-length", "64")
     # Programs as users have them: the products of a real vocabulary take longer than compilation.
     usual = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}

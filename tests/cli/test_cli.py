@@ -230,7 +230,9 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
         pytest.param(
             ["--method", "sparsegpt", "--pattern", "50%"], "50%", 14, marks=pytest.mark.slow
         ),
-        pytest.param(["--pattern", "2:4x2"], "2:4x2", 14, marks=pytest.mark.slow),
+        pytest.param(
+            ["--method", "wanda", "--pattern", "2:4x2"], "2:4x2", 14, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_verify_takes_the_recipe_of_the_manifest(workspace, capsys, choices, pattern, linears):

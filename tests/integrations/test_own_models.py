@@ -103,7 +103,7 @@ def test_sentence_embeddings_are_those_of_pytorch():
 def test_the_python_of_the_page_runs_and_prints_what_it_says():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     printed = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
-    output = run("-c", "\n".join(blocks))
+    output = programs.run("-c", "\n".join(blocks))
     assert printed
     for text in printed:
         assert without_losses(text) in without_losses(output)
