@@ -196,11 +196,14 @@ def objective(
       A scalar.
 
     Raises:
-      ValueError: see `learn`.
+      ValueError: see `learn`. Also if the shape of the turn does not fit the parts.
     """
     parts, sides = _checked(parts)
     prepared = [_prepared(part, damping) for part in parts]
     turn = jnp.asarray(turn, parts[0].weight.dtype)
+    heads, _, width = parts[0].places.shape
+    if turn.shape != (heads, width, width):
+        raise ValueError(f"turn {turn.shape} is not (heads, d, d): {(heads, width, width)}")
     return _objective(turn, prepared, jnp.asarray(exponent, turn.dtype), sides)
 
 

@@ -20,7 +20,7 @@ from programs import COLLECTIVES, largest_difference, use_eight_devices
 from reference import damped
 from tiny import pruned_by, tokens, write_tiny
 
-from prox24 import is_sparse, prox, proximal_gradient
+from prox24 import calibrate, is_sparse, prox, proximal_gradient
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.training_state import states
 from prox24._checkpoints.writer import write_checkpoint
@@ -209,6 +209,29 @@ def mapped_reports():
     mapped = jax.jit(jax.shard_map(jax.vmap(descended), mesh=mesh, **specs))(weights)
     same = same_blocks(mapped, jax.jit(jax.vmap(descended))(weights))
     yield {"mapped": "proximal_gradient", "same_blocks": same}
+
+
+def calibrated_reports():
+    """The Gram of features and of tokens that devices share, with explicit axes."""
+    mesh = jax.make_mesh((8,), ("any",), axis_types=(AxisType.Explicit,))
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(size=(16, 16)).astype(np.float32) for _ in range(2)]
+    x = rng.normal(size=(32, 16)).astype(np.float32)
+    specs = {"a": P(None, "any"), "b": P("any", None)}
+    params = {
+        name: jax.device_put(kernel, NamedSharding(mesh, specs[name]))
+        for name, kernel in zip(specs, kernels, strict=True)
+    }
+
+    def apply(params, x):
+        hidden = x @ params["a"]
+        return jnp.matmul(hidden, params["b"], out_sharding=NamedSharding(mesh, P()))
+
+    with jax.set_mesh(mesh):
+        found = calibrate(apply, params, [jax.device_put(x, NamedSharding(mesh, P()))])
+    hidden = x.astype(np.float64) @ kernels[0]
+    exact = hidden.T @ hidden
+    yield {"calibrated": largest_difference(found.grams["b"].gram[0], exact)}
 
 
 def column_reports():
@@ -503,6 +526,7 @@ if __name__ == "__main__":
         *solver_reports(),
         *mapped_reports(),
         *column_reports(),
+        *calibrated_reports(),
         *planned_reports(folder),
         *model_reports(folder),
         *distillation_reports(folder),

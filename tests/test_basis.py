@@ -191,7 +191,7 @@ def test_low_precision_is_computed_in_float32():
             {"axis": 1, "places": np.arange(16).reshape(2, 1, 8), "pattern": (2, 16)},
             "part 0: blocks of 16 do not divide a head of width 8",
         ),
-        ({"gram": jnp.eye(24)}, r"part 0: weight \(24, 16\) and gram \(24, 24\) do not fit"),
+        ({"gram": jnp.eye(24)}, r"\(24, 24\) do not fit: .*; the Gram .*: transpose the weight to"),
         ({"gram": jnp.eye(16, dtype=jnp.float64)}, "in different dtypes: .'float32', 'float64'"),
     ],
 )
@@ -199,3 +199,8 @@ def test_parts_that_do_not_fit_are_refused(change, said):
     maker, reader = parts_of(9)
     with pytest.raises(ValueError, match=said):
         learn([maker._replace(**change), reader])
+
+
+def test_a_turn_of_fewer_heads_is_refused():
+    with pytest.raises(ValueError, match=r"turn \(1, 8, 8\) is not \(heads, d, d\): \(2, 8, 8\)"):
+        objective(jnp.eye(8)[None], parts_of(9))

@@ -41,6 +41,9 @@ def download(text: str, formats: Iterable[WeightFiles]) -> Path:
         if files.are_in(folder):
             return folder
     names = ", ".join(files.single_file for files in formats)
+    model, _, revision = text.partition("@")
+    with _errors_of(text):  # Without the network, only the cache lacks them.
+        HfApi().model_info(model, revision=revision or None)
     raise CheckpointError(f"{text} has no weights on the hub: none of {names}")
 
 

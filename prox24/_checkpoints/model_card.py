@@ -51,6 +51,11 @@ def source_card(source: str | Path, checkpoint: Checkpoint) -> ModelCard:
     if data.eval_results is not None:
         data.eval_results = data.model_name = None
     data.pop("base_model_relation")
+    tags = data.get("tags")
+    # YAML reads "- arxiv: 2501.18015" as a mapping, which is no tag.
+    data["tags"] = [
+        tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)
+    ]
     data.base_model = _base_model(source, checkpoint.config, data.base_model)
     data.language = _with_norwegian(data.language)
     data.library_name = "transformers"
@@ -59,8 +64,7 @@ def source_card(source: str | Path, checkpoint: Checkpoint) -> ModelCard:
 
 def write_card(folder: Path, card: ModelCard, tags: Iterable[str], section: str) -> None:
     """Writes a card with more tags, and with a section of Markdown at its end."""
-    own = card.data.get("tags", [])
-    card.data["tags"] = list(dict.fromkeys([*own, "prox24", *tags]))
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], "prox24", *tags]))
     card.text = f"{card.text}\n{section}" if card.text else section
     with writing(folder / CARD):
         (folder / CARD).write_bytes(str(card).encode("utf-8", "surrogateescape"))

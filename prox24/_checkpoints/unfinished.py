@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -108,7 +108,7 @@ def unfinished_folder(
         for name, entry in done.items():
             if name not in finished or sha256(finished[name].read()) != entry["sha256"]:
                 raise CheckpointError(f"{work}/model: tensor {name} is damaged; delete {work}")
-        with (work / "journal.jsonl").open("a", encoding="utf-8") as journal:
+        with _opened(work / "journal.jsonl") as journal:
 
             def record(written: Written, also: Mapping[str, Any]) -> None:
                 done[written.name] = {"sha256": written.sha256, **also}
@@ -136,6 +136,17 @@ def unfinished_folder(
         if journal_known and not done and not (work / "replaced").exists():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
+
+
+@contextlib.contextmanager
+def _opened(journal: Path) -> Iterator[TextIO]:
+    """A journal whose lines are flushed: to close it would repeat the error of a flush."""
+    file = journal.open("a", encoding="utf-8")
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def opened_by_another(destination: Path) -> Unfinished:

@@ -78,15 +78,20 @@ def check_destination(
     for path in (Path(given) for given in inputs if given is not None):
         if path.exists():
             check_outside(destination, path)
-    if destination.is_symlink() and not destination.exists():
-        raise CheckpointError(f"{destination} is a link to what does not exist; remove it")
+    if destination.is_symlink():
+        raise CheckpointError(
+            f"{destination} is a link to {destination.readlink()}: give the folder itself, or "
+            "remove the link"
+        )
     check_replaceable(destination, overwrite)
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; choose a folder")
     if os.path.ismount(destination):  # Path.is_mount fails on Windows with Python 3.11
         raise CheckpointError(f"{destination} is a mount point; choose a folder in it")
-    if not destination.absolute().parent.is_dir():
+    if not (folder := destination.absolute().parent).is_dir():
         raise CheckpointError(f"the folder of {destination} does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DiskError(f"cannot write {destination}: its folder cannot be written")
 
 
 def check_outside(destination: Path, path: Path) -> None:

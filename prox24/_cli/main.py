@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
       with one line. After a closed pipe it is 128 plus the number of SIGPIPE, without a line.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell's >&-
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if arguments is None and set(given) & set(COMMANDS) and not set(given) & {"-h", "--help"}:
         start_with_huge_pages()
         _hide_torch()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from prox24._core import keep_one, keep_two
@@ -67,10 +67,16 @@ def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list
     norms = [jnp.minimum(norm, jnp.finfo(lam.dtype).max) for norm in unit_norms(y, unit)]
     shrunk = _prox(tuple(norms), lam, kept)
 
+    tiny, largest = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).max
+
     def scaled(entry: Array, norm: Array, short: Array) -> Array:
-        # Exactly 1 where nothing shrinks, with the derivative of the ratio.
         safe = jnp.where(norm == 0, 1, norm)
-        ratio = jnp.where(short == norm, 1 + (short - norm) / safe, short / safe)
+        # The derivative of a ratio has the square of its denominator, which must be near 1: that of
+        # a short or a long norm is no number.
+        size = lax.stop_gradient(jnp.clip(1 / safe, tiny, largest))
+        whole, part = safe * size, short * size
+        # Exactly 1 where nothing shrinks, with the derivative of the ratio.
+        ratio = jnp.where(short == norm, 1 + (part - whole) / whole, part / whole)
         # A unit of zeros has no direction. It has the derivative of a pruned unit.
         zero = jnp.where((lam == 0) & (short == norm), entry, short)
         return jnp.where(norm == 0, zero, jnp.where(short == 0, 0, entry * ratio))

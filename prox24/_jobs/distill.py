@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.manifest import read_manifest, write_manifest
 from prox24._checkpoints.model_card import source_card, write_card
-from prox24._checkpoints.tensors import byte_count
 from prox24._checkpoints.training_state import states
 from prox24._checkpoints.unfinished import (
     Written,
@@ -27,7 +26,6 @@ from prox24._checkpoints.writer import (
     OUTPUTS,
     check_destination,
     check_outside,
-    check_space,
     fill_folder,
 )
 from prox24._core.masks import mean_sparsity
@@ -46,7 +44,7 @@ from prox24._jobs.text import (
 )
 from prox24._jobs.training import train_checkpoint
 from prox24.refine._model import ModelRefinement
-from prox24.refine._training import Training
+from prox24.refine._training import Refined, Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,45 +177,53 @@ def distill(
     steps = refinement.steps(len(windows) // refinement.step_windows)
     measurements = math.ceil(steps / refinement.measured_every(steps))
     keeping = contextlib.nullcontext() if state is None else states(Path(state), job)
-    # Errors of the folder come before the long training.
-    with unfinished_folder(destination, overwrite=overwrite) as unfinished:
-        check_space(unfinished.folder, sum(map(byte_count, student.tensors.values())))
-        with progress_bar("distill", measurements, quiet) as advance, keeping as kept:
+    outcome: list[Refined] = []
+    with (
+        unfinished_folder(destination, overwrite=overwrite) as unfinished,
+        progress_bar("distill", measurements, quiet) as advance,
+        keeping as kept,
+    ):
 
-            def resume(begun: Training) -> Training:
-                training = begun if kept is None else kept.resume(begun)
-                for loss in training.losses[1:]:
-                    advance(f"step {training.steps} of {steps}", loss)
-                return training
+        def resume(begun: Training) -> Training:
+            training = begun if kept is None else kept.resume(begun)
+            for loss in training.losses[1:]:
+                advance(f"step {training.steps} of {steps}", loss)
+            return training
 
-            def on_measured(training: Training) -> None:
-                step, loss = training.steps, training.losses[-1]
-                advance(f"step {step} of {steps}", loss)
-                metric("training", {"step": step, "steps": steps, "loss": loss})
-                if kept is not None:
-                    kept.save(training)
+        def on_measured(training: Training) -> None:
+            step, loss = training.steps, training.losses[-1]
+            advance(f"step {step} of {steps}", loss)
+            metric("training", {"step": step, "steps": steps, "loss": loss})
+            if kept is not None:
+                kept.save(training)
 
-            def on_step(step: int, loss: float) -> None:
-                metric("step", {"step": step, "steps": steps, "loss": loss})
+        def on_step(step: int, loss: float) -> None:
+            metric("step", {"step": step, "steps": steps, "loss": loss})
 
-            try:
-                refined, tensors = train_checkpoint(
-                    teacher,
-                    student,
-                    windows,
-                    refinement,
-                    mesh=mesh,
-                    resume=resume,
-                    on_measured=on_measured,
-                    on_step=on_step,
-                )
-            except KeyboardInterrupt as error:
-                if state is None:
-                    error.add_note("nothing is kept, since there is no --state FOLDER")
-                elif kept is not None and kept.manager.latest_step() is not None:
-                    error.add_note(f"the training is in {state}: the same command goes on with it")
-                raise
-        written = fill_folder(student, unfinished, tensors, on_replaced=note)
+        def trained_tensors() -> Iterator[tuple[str, NDArray[Any]]]:
+            refined, tensors = train_checkpoint(
+                teacher,
+                student,
+                windows,
+                refinement,
+                mesh=mesh,
+                resume=resume,
+                on_measured=on_measured,
+                on_step=on_step,
+            )
+            outcome.append(refined)
+            yield from tensors
+
+        try:
+            # The other files are written first: their errors come before the long training.
+            written = fill_folder(student, unfinished, trained_tensors(), on_replaced=note)
+        except KeyboardInterrupt as error:
+            if state is None:
+                error.add_note("nothing is kept, since there is no --state FOLDER")
+            elif kept is not None and kept.manager.latest_step() is not None:
+                error.add_note(f"the training is in {state}: the same command goes on with it")
+            raise
+        (refined,) = outcome
         write_card(unfinished.folder, card, [], _card_section(windows, refinement, refined.losses))
         check_unchanged(teacher.path, of_teacher)
         check_unchanged(student.path, of_student)

@@ -9,6 +9,7 @@ import functools
 import gzip
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -90,10 +91,26 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     kinds = (".txt", *RECORDS)
-    found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in kinds)
+    found = sorted(file for file in _within(path) if file.is_file() and _kind(file) in kinds)
     if not found:
         raise CalibrationError(f"the folder {path} has no file that ends in {', '.join(kinds)}")
     return found
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of its folders, also of linked ones; each folder once."""
+
+    def fail(error: OSError) -> None:
+        raise CalibrationError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        own = os.stat(place)
+        if (own.st_dev, own.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((own.st_dev, own.st_ino))
+        yield from (Path(place, name) for name in names)
 
 
 def _kind(path: Path) -> str:
@@ -197,8 +214,10 @@ def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in names if name in ((field,) if field else FIELDS)] or names
+            columns = [name for name in names if name in ((field,) if field else FIELDS)]
             number = 0
+            if not columns:  # Other columns may have values that Python has not.
+                yield "record 0", dict.fromkeys(names)
             for batch in file.iter_batches(1024, columns=columns):
                 for record in batch.to_pylist():
                     # All fields, so that an error can name them.
@@ -208,6 +227,8 @@ def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
         raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
     except ArrowException as error:
         raise CalibrationError(f"{path} is no parquet file: {first_line(error)}") from error
+    except (ValueError, OverflowError) as error:
+        raise CalibrationError(f"{path}, record {number} or later: {first_line(error)}") from error
 
 
 RECORDS: dict[str, Callable[[Path, str | None], Iterator[tuple[str, Any]]]] = {

@@ -119,9 +119,26 @@ def written_logs(
             (figures, METRICS, "%(message)s"),
         ):
             if path is not None:
-                handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+                handler = _LogFile(path, encoding="utf-8", delay=True)
                 stack.enter_context(log_to(handler, logger, line, is_writer))
         yield
+
+
+class _LogFile(logging.FileHandler):
+    """A file of a log. If its disk is full, one line says so, and the job goes on."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says once that a line is lost."""
+        if not self.failed:
+            print(f"prox24: cannot write {self.baseFilename}: {sys.exception()}", file=sys.stderr)
+        self.failed = True
+
+    def close(self) -> None:
+        """Closes the file; the error of a line would occur again."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def layer_of(name: str) -> str:

@@ -153,9 +153,14 @@ def proximal_gradient(
         raise ValueError(f"fun is {value} at the start: begin with other params")
     params = jax.tree.map(lambda leaf: varying_like(leaf, value), params)
 
+    def landed(x: PyTree, size: Any) -> PyTree:
+        # The scaling has the dtype of the value, which may be wider than that of x.
+        found = prox(x, hyperparams, size)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, x)
+
     def moved(x: PyTree, size: Any) -> PyTree:
         gradient = jax.grad(fun)(x, *args)
-        return prox(_plus(x, -size, gradient), hyperparams, size)
+        return landed(_plus(x, -size, gradient), size)
 
     def residual(root: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
         # If R is not convex, the fixed points depend on the size of the steps.
@@ -169,7 +174,7 @@ def proximal_gradient(
             _advance,
             lambda x: jax.value_and_grad(fun)(x, *args),
             lambda x: fun(x, *args),
-            lambda x, size: prox(x, hyperparams, size),
+            landed,
             step,
             momentum,
         )

@@ -187,8 +187,12 @@ class Refitted(NamedTuple):
     exhausted: Array
 
 
-def check_arrays(weight: Array, gram: Array, axis: int = -1) -> None:
-    """Raises ValueError unless the arrays are floating-point and their shapes fit one another."""
+def check_arrays(weight: Array, gram: Array, given: int | None = None) -> None:
+    """Raises ValueError unless the arrays are floating-point and their shapes fit one another.
+
+    A caller without an argument `axis` gives None: its weights are (out, in).
+    """
+    axis = -1 if given is None else given
     for name, array in {"weight": weight, "gram": gram}.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"the {name} is {array.dtype}, not floating-point")
@@ -199,7 +203,9 @@ def check_arrays(weight: Array, gram: Array, axis: int = -1) -> None:
     if gram.shape != (width, width):
         hint = ""
         if gram.shape == (other, other):
-            hint = f"; the Gram fits the other axis: pass axis={0 if axis in (-1, 1) else -1}"
+            remedy = f"pass axis={0 if axis in (-1, 1) else -1}"
+            remedy = "transpose the weight to (out, in)" if given is None else remedy
+            hint = f"; the Gram fits the other axis: {remedy}"
         raise ValueError(f"{shapes} do not fit: the weight sums over axis {axis}{hint}")
     if 0 in weight.shape:
         raise ValueError(f"weight {weight.shape} has no entries")

@@ -21,7 +21,7 @@ from prox24._trees.calibrate import (
     survey_products,
 )
 from prox24._trees.layout import Layout, from_matrices, to_matrices
-from prox24._trees.products import Apply
+from prox24._trees.products import Apply, is_array
 from prox24._trees.segments import Values, Walk
 from prox24.errors import CalibrationError, RecipeError
 from prox24.optax import Leaf, describe
@@ -146,10 +146,11 @@ def prune_params(
     check_values(params, "prox24.prune_params")
     if isinstance(batches, Calibration) or not isinstance(grams, Calibration | None):
         raise ValueError("a Calibration is given by grams=, and batches as a list")
-    if grams is not None and (batches or not isinstance(batches, list | tuple)):
+    if grams is not None and not (isinstance(batches, list | tuple) and not batches):
         raise ValueError("there are batches and grams: give one of the two")
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
+        _check_grams(params, found)
         layouts = {path: own.layout for path, own in found.grams.items()}
         groups, left_out = [list(layouts)], found.left_out
     else:
@@ -159,8 +160,6 @@ def prune_params(
     leaves = _choose(params, layouts, left_out, recipe, mask)
     chosen = {leaf.path for leaf in leaves if leaf.pruned}
     groups = [own for group in groups if (own := [path for path in group if path in chosen])]
-    if grams is not None:
-        _check_paths(params, grams)
     if linears := [leaf.path for leaf in leaves if leaf.pruned or leaf.reason == BY_RECIPE]:
         check_found(linears, recipe)
     elif all(leaf.reason == NOT_IN_MASK for leaf in leaves):
@@ -190,14 +189,22 @@ def prune_params(
 BY_RECIPE, NOT_IN_MASK = "dense by the recipe", "not in mask"
 
 
-def _check_paths(params: PyTree, grams: Calibration) -> None:
-    """Raises CalibrationError if no leaf of the tree has a Gram."""
-    paths = [path for path, _ in named_leaves(params)]
-    if not grams.grams.keys() & set(paths):
+def _check_grams(params: PyTree, grams: Calibration) -> None:
+    """Raises CalibrationError if no leaf has a Gram, and ValueError for one of other axes."""
+    leaves = dict(named_leaves(params))
+    if grams.grams and not grams.grams.keys() & leaves.keys():
         raise CalibrationError(
             f"no leaf of params has a Gram: the Grams are of {_some(grams.grams)}, the leaves are "
-            f"{_some(paths)}; give the tree that was calibrated"
+            f"{_some(leaves)}; give the tree that was calibrated"
         )
+    for path in grams.grams.keys() & leaves.keys():
+        layout, shape = grams.grams[path].layout, jnp.shape(leaves[path])
+        count = len(layout.stacked + layout.outputs + layout.summed)
+        if count != len(shape):
+            raise ValueError(
+                f"the Gram of {path} is of a weight with {count} axes, the leaf has shape {shape}: "
+                "give the tree that was calibrated"
+            )
 
 
 def _some(paths: Collection[str]) -> str:
@@ -312,17 +319,19 @@ def _choose(
     recipe: Recipe,
     mask: Mask | None,
 ) -> tuple[Leaf, ...]:
-    # A block of 1 divides every length, so only names and numbers of axes decide here.
-    by_name = describe(params, (1, 1), axis=0)
+    # A block of 1 divides every length, so only names, dtypes and numbers of axes decide here.
+    by_name, weights = describe(params, (1, 1)), jax.tree.leaves(params)
     wanted = [None] * len(by_name) if mask is None else jax.tree.leaves(spread(mask, params))
 
-    def choose(leaf: Leaf, wanted: bool | None) -> Leaf:
+    def choose(leaf: Leaf, weight: Any, wanted: bool | None) -> Leaf:
         layout = layouts.get(leaf.path)
-        axis = 0 if layout is None else layout.summed[-1]
+        axis = leaf.axis if layout is None else layout.summed[-1]
         if wanted is None and not leaf.pruned:
             reason = leaf.reason
         elif wanted is not None and not wanted:
             reason = NOT_IN_MASK
+        elif not (is_array(weight) and jnp.issubdtype(weight.dtype, jnp.floating)):
+            reason = "it is not a floating array"
         elif (pattern := recipe.pattern_of(leaf.path)) is None:
             reason = BY_RECIPE
         elif layout is None:
@@ -334,4 +343,4 @@ def _choose(
             return leaf._replace(axis=axis, pruned=True, reason=reason)
         return leaf._replace(axis=axis, pruned=False, reason=reason)
 
-    return tuple(map(choose, by_name, wanted))
+    return tuple(map(choose, by_name, weights, wanted))

@@ -76,9 +76,9 @@ def find_products(
 
     Returns the products in the order of the calls, and by path why a weight has none. A tapped
     weight has the products of its taps only. A weight has no products if they sum over different
-    axes. A weight without a tap also has none if another operation uses it. In both cases its Gram
-    would not measure the cost of pruning. Raises CalibrationError if a tap does not fit the
-    parameters.
+    axes, or if its inputs are complex. A weight without a tap also has none if another operation
+    uses it. In all these cases its Gram would not measure the cost of pruning. Raises
+    CalibrationError if a tap does not fit the parameters.
 
     Example:
       >>> def apply(params, x):
@@ -108,6 +108,8 @@ def find_products(
     for product in products:
         if layouts.setdefault(product.path, product.layout) != product.layout:
             reasons[product.path] = "summed over different axes by different products"
+        if jnp.iscomplexobj(product.rows):
+            reasons[product.path] = "its inputs are complex"
     return [product for product in products if product.path not in reasons], reasons
 
 
@@ -283,7 +285,9 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
     def step(carry: list[Array], slices: list[Array]) -> Any:
         within = Found(found.shapes)
         arguments = [*constants, *map(Operand, carry), *map(Operand, slices, views)]
-        outputs = [operand.value for operand in _evaluate(body, arguments, within)]
+        results = _evaluate(body, arguments, within)
+        _note_other_uses(equation, results, within)  # What follows does not know it as a weight.
+        outputs = [operand.value for operand in results]
         bodies.append(within)
         rows = [product.rows for product in within.products]
         return outputs[:carried], (outputs[carried:], rows)

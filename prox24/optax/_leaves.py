@@ -21,6 +21,7 @@ Axis = int | Callable[[str], int]
 # (heads, width, out). PyTorch and Equinox have weights (out, in) and (out, in, height, width).
 SUMMED_AXIS = (
     (re.compile(r"(.*/)?(query|key|value)/kernel"), 0),
+    (re.compile(r"(.*/)?conv\dd_transpose(_\d+)?/kernel"), -1),  # of Keras: (..., out, in)
     (re.compile(r"(.*[/_])?kernel"), -2),  # Keras has recurrent_kernel and pointwise_kernel
     (re.compile(r".*"), 1),
 )
@@ -77,11 +78,15 @@ def describe(
     The default axis is the one along which the layer sums, since hardware needs the pattern there:
 
     - axis 0 for the query, key and value kernels of Flax attention,
+    - axis -1 for the transposed convolutions of Keras,
     - axis -2 for all other Flax kernels,
     - axis 1 for all other leaves, such as the weights of Equinox and PyTorch.
 
-    If `optax.masked` or `optax.partition` has chosen the leaves, for example by a label, no leaf is
-    dense because of its name.
+    Give `axis` for transposed convolutions of PyTorch (0), and of Flax with `transpose_kernel`
+    (-1).
+
+    If `optax.masked` or `optax.partition` has left out leaves, for example by a label, no other
+    leaf is dense because of its name.
 
     Args:
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`.

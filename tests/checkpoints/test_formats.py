@@ -527,8 +527,16 @@ def test_a_folder_goes_before_the_hub(tmp_path):
 
 def test_a_cached_model_without_weights_is_refused(cached_model):
     (cached_model / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="owner/name has no weights on the hub"):
+    # The hub may have them.
+    with pytest.raises(CheckpointError, match=r"owner/name is no folder .* cannot be had from the"):
         open_checkpoint("owner/name")
+
+
+def test_a_model_without_weights_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **options: tmp_path)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **options: None)
+    with pytest.raises(CheckpointError, match="owner/name has no weights on the hub: none of pyt"):
+        hub.download("owner/name", [pickle_file.FILES])
 
 
 def test_only_the_preferred_weights_are_downloaded(tmp_path, monkeypatch):

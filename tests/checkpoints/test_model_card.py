@@ -150,6 +150,14 @@ def test_a_folder_of_that_name_is_no_model_of_the_hub(folder, monkeypatch):
     assert "base_model" not in metadata(written(folder, f"{folder.parent.name}/model"))
 
 
+@pytest.mark.parametrize(
+    ("tags", "expected"), [("[a, arxiv: 2401.1, [b], 3]", ["a"]), ("one", ["one"]), ("", [])]
+)
+def test_only_texts_are_tags(folder, tags, expected):
+    (folder / "README.md").write_text(f"---\ntags: {tags}\n---\n")
+    assert metadata(written(folder))["tags"] == [*expected, "prox24", "sparse", "2:4"]
+
+
 @pytest.mark.parametrize("wrong", ["a: [", "- a", "1: a"])
 def test_metadata_that_cannot_be_read_are_refused(folder, wrong):
     (folder / "README.md").write_text(f"---\n{wrong}\n---\n")

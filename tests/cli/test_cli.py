@@ -466,12 +466,13 @@ REFUSED = [
     (f"{PRUNE} --log-file out", "out is or holds"),
     (f"{PRUNE} --log-file out.unfinished", "is made, is or holds"),
     ("convert model existing", "--overwrite"),
+    ("convert model linked --overwrite", "linked is a link to all/model: give the folder itself"),
     ("convert model text.txt --overwrite", "text.txt is a file; choose a folder"),
     ("convert model / --overwrite", "/ has no name of its own"),
     ("convert model .. --overwrite", ".. has no name of its own"),
     ("convert model /proc --overwrite", "/proc is a mount point"),
     (f"prune model /proc/out {DATA}", "cannot write /proc/out"),
-    (f"prune model dangling {DATA}", "dangling is a link to what does not exist"),
+    (f"prune model dangling {DATA}", "dangling is a link to nowhere: give the folder itself"),
     (f"prune model filed {DATA}", "filed would be made, is a file"),
     (f"prune model unnamed {DATA}", "unnamed would be made, holds precious"),
     ("convert all/model all --overwrite", "all is or holds all/model; choose another"),
@@ -597,6 +598,13 @@ def test_a_reader_that_has_ended_is_no_error(workspace, monkeypatch, capfd, form
         monkeypatch.setattr(sys, "stdout", ended)
         assert run("inspect", workspace / "model", *form) == 128 + signal.SIGPIPE
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_the_shell_has_closed_is_no_error(workspace, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    assert run("inspect", workspace / "model") == 0
+    getattr(sys, name).close()
 
 
 BAD_VALUES = {

@@ -151,6 +151,25 @@ def test_the_derivative_by_the_penalty_is_there_at_none():
         assert_close(slope, direction * jnp.repeat(of_norms, 2, axis=1), 100)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_derivatives_are_the_same_in_any_unit(size):
+    rng = np.random.default_rng(7)
+    y, lam, _ = drawn(rng, Pattern(1, 2, 2))  # its penalty is a ratio
+
+    def slopes(y, pattern, lam):
+        y, lam = jnp.asarray(y, jnp.float32), jnp.asarray(lam, jnp.float32)[:, None]
+        return np.asarray(jax.grad(lambda y: jnp.sum(prox(y, lam, pattern)[:, 0]))(y))
+
+    for pattern, strength in ((Pattern(1, 2, 2), lam), (PAIRS, 0 * lam)):
+        own = np.resize(y, (COUNT, pattern.width))
+        own[:, 0] = 1.5
+        # The factor is a power of two, which changes no rounding.
+        factor = 2.0 ** np.round(np.log2(size))
+        expected = slopes(own, pattern, strength)
+        assert np.array_equal(slopes(own * factor, pattern, strength), expected)
+        assert np.all(np.isfinite(expected))
+
+
 def test_derivatives_are_those_of_finite_differences_and_none_at_zero():
     rng = np.random.default_rng(6)
     y, lam, _ = drawn(rng)

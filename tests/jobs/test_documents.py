@@ -72,6 +72,10 @@ def test_a_folder_has_the_documents_of_its_files_by_name(tmp_path):
             file.write(f"{name}\r\n")
     (tmp_path / "picture.png").write_bytes(b"\xff")
     assert read(tmp_path) == ["a.txt.xz\r\n", "b/d.txt.bz2\r\n", "c.txt.gz\r\n"]
+    (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "linked").symlink_to(tmp_path / "b")
+    assert read(tmp_path / "one") == ["b/d.txt.bz2\r\n"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(CalibrationError, match=r"empty has no file that ends in .txt, .jsonl"):
         read(tmp_path / "empty")
@@ -127,6 +131,18 @@ def test_a_file_that_has_no_text_says_where(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CalibrationError, match=said):
         read(tmp_path / name)
+
+
+def test_columns_of_parquet_that_are_not_asked_for_are_not_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    years = pa.array([10**9], pa.date32())  # later than any date of Python
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"when": years, "body": ["a"]}), path)
+    assert read(path, "body") == ["a"]
+    with pytest.raises(CalibrationError, match=r"a.parquet, .* has no field .* it has when, body"):
+        read(path)
+    with pytest.raises(CalibrationError, match=r"a.parquet, record 0 or later: "):
+        read(path, "when")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,15 @@ def test_figures_are_one_object_a_line_and_only_the_writer_has_them(tmp_path):
     (found,) = map(json.loads, path.read_text().splitlines())
     assert found.pop("time") > 1e9
     assert found == {"event": "linear", "name": "a", "loss": None}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_log_on_a_full_disk_is_one_line_and_ends_no_job(capsys):
+    with written_logs(Path("/dev/full"), None):
+        for _ in range(3):
+            logging.getLogger("prox24").info("inside")
+    said = "prox24: cannot write /dev/full: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_handler_of_the_root_logger_does_not_write_each_line_again(tmp_path, caplog):

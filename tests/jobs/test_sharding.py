@@ -74,6 +74,12 @@ def test_solvers_find_the_same_inside_of_shard_map(reports):
     assert {report["same_blocks"] for report in found} == {1.0}
 
 
+def test_features_that_devices_share_have_their_gram(reports):
+    (report,) = with_key(reports, "calibrated")
+    # Sums of 32 products of sums of 16.
+    assert report["calibrated"] <= (32 + 2 * 16) * 2.0**-24
+
+
 def test_devices_that_share_columns_find_what_one_finds(reports):
     found = with_key(reports, "columns", "loss")
     assert [report["columns"] for report in found] == ["Explicit", "Auto"]

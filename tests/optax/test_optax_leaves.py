@@ -91,10 +91,12 @@ def test_kernels_of_keras():
         "lstm/recurrent_kernel": jnp.ones((8, 32)),
         "conv/pointwise_kernel": jnp.ones((1, 1, 8, 12)),
         "conv/depthwise_kernel": jnp.ones((3, 3, 8, 4)),
+        "conv2d_transpose_1/kernel": jnp.ones((3, 3, 12, 8)),
     }
     found = {leaf.path: (leaf.pruned, leaf.axis, leaf.reason) for leaf in describe(params)}
     assert found["lstm/recurrent_kernel"] == (True, 0, "default")
     assert found["conv/pointwise_kernel"] == (True, 2, "default")
+    assert found["conv2d_transpose_1/kernel"] == (True, 3, "default")
     assert found["conv/depthwise_kernel"][::2] == (False, "depthwise")
 
 

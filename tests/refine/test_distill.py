@@ -1,5 +1,6 @@
 """Training the kept weights of a whole model on the dense model's predictions."""
 
+import errno
 import json
 import re
 import shutil
@@ -528,6 +529,16 @@ def test_a_model_whose_names_have_no_prefix_is_trained(tmp_path):
 def test_a_disk_without_room_is_found_before_the_training(untrained, monkeypatch, refused):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
     assert "bytes do not fit" in refused()
+
+
+def test_other_files_are_written_before_the_training(workspace, untrained, monkeypatch, refused):
+    (workspace / "pruned" / "LICENSE").write_text("free")
+
+    def fail(file, copy):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(shutil, "copyfileobj", fail)
+    assert "Input/output error" in refused()
 
 
 def test_the_destination_is_looked_at_before_the_training(workspace, untrained, refused):

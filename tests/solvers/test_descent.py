@@ -149,6 +149,13 @@ def test_a_value_may_have_fewer_digits_than_the_parameters():
     assert 0 < jnp.count_nonzero(found.params) < 20
 
 
+def test_a_value_may_have_more_digits_than_the_parameters():
+    start = jnp.zeros(20, jnp.float32)
+    found = proximal_gradient(lambda w: squares(w.astype(X.dtype)), start, soft, 0.1)
+    assert (found.params.dtype, found.value.dtype) == (start.dtype, X.dtype)
+    assert 0 < jnp.count_nonzero(found.params) < 20
+
+
 def test_trees_and_what_does_not_end():
     tree = {"w": jnp.zeros(20), "b": jnp.zeros(())}
 

@@ -234,6 +234,8 @@ def test_what_a_weight_goes_through_before_its_product():
         (lambda w, x: jax.lax.fori_loop(0, x.shape[0], lambda i, x: x @ w, x), None),
         (lambda w, x: jax.lax.while_loop(lambda x: x.any(), lambda x: x @ w, x), "used by while"),
         (lambda w, x: jax.lax.cond(x[0, 0] > 9, lambda: x, lambda: x @ w), "used by cond"),
+        (lambda w, x: x.astype("complex64") @ w.astype("complex64"), "its inputs are complex"),
+        (lambda w, x: jax.lax.scan(lambda x, _: (x @ w, w.T), x, None, 2)[1], "used by scan"),
         (lambda w, x: x, None),
     ],
 )  # fmt: skip

@@ -206,10 +206,11 @@ def test_what_is_not_pruned_says_why():
     shapes |= dict.fromkeys(("masked", "skipped", "spare"), (8, 8))
     params = {name: normal(*shape) for name, shape in shapes.items()}
     params |= {"norm": {"scale": normal(8)}, "count": jnp.arange(4).reshape(2, 2)}
+    params["weight"] = normal(8, 8).astype(jnp.int8)
 
     def apply(params, tokens):
         x = params["embed"][tokens] * params["norm"]["scale"][None, :]
-        x = x @ params["skipped"] @ jnp.abs(params["masked"])
+        x = x @ params["skipped"] @ jnp.abs(params["masked"]) @ params["weight"].astype(x.dtype)
         return (x @ params["mlp"]) @ params["narrow"] @ params["head"]
 
     recipe = dataclasses.replace(WANDA, skip="skipped")
@@ -225,10 +226,12 @@ def test_what_is_not_pruned_says_why():
         "norm/scale": "fewer than two dimensions",
         "skipped": "dense by the recipe",
         "spare": "no Gram: unused",
+        "weight": "it is not a floating array",
     }
     assert [str(leaf).split()[0] for leaf in pruned.leaves].count("pruned") == 1
     assert str(pruned).splitlines() == [*map(str, pruned.leaves), str(pruned.reports[0])]
-    assert pruned.axis("mlp") == 0
+    # A leaf without a Gram has the axis of its name.
+    assert (pruned.axis("mlp"), pruned.axis("spare")) == (0, 1)
     with pytest.raises(ValueError, match="model/mlp is no leaf of the pruned tree"):
         pruned.axis("model/mlp")
     assert_only_chosen_leaves_changed(params, pruned.params, pruned.leaves)
@@ -236,7 +239,8 @@ def test_what_is_not_pruned_says_why():
     chosen = prune(apply, params, recipe=recipe, grams=calibration, mask=mask)
     reasons = {leaf.path: leaf.reason for leaf in chosen.leaves}
     expected = {"head": "in mask", "mlp": "not in mask", "skipped": "dense by the recipe"}
-    assert reasons.items() >= (expected | {"spare": "no Gram: unused"}).items()
+    expected |= {"spare": "no Gram: unused", "weight": "it is not a floating array"}
+    assert reasons.items() >= expected.items()
     assert [report.name for report in chosen.reports] == ["head"]
     nothing = prune(apply, params, recipe=recipe, grams=calibration, mask=False)
     assert nothing.params is params
@@ -319,6 +323,9 @@ def test_what_does_not_go_together_is_refused():
     other = params | {"first": {"kernel": normal(12, 8)}}
     with pytest.raises(ValueError, match=r"\(8, 12\)"):
         prune(apply_mlp, other, grams=grams)
+    other = params | {"first": {"kernel": normal(3, 3, 8, 12)}}
+    with pytest.raises(ValueError, match=r"Gram of first/kernel is of a weight with 2 axes, the"):
+        prune(apply_mlp, other, [], grams=grams)
     for error, said, given in (
         (ValueError, "order 'random' is neither one-shot nor sequential", {"order": "random"}),
         (
@@ -327,6 +334,7 @@ def test_what_does_not_go_together_is_refused():
             {"grams": grams, "order": "sequential"},
         ),
         (ValueError, "there are batches and grams: give one of the two", {"grams": grams}),
+        (ValueError, "there are batches and grams", {"batches": x, "grams": grams}),
         (ValueError, "a Calibration is given by grams=", {"batches": grams}),
         (ValueError, "a Calibration is given by grams=", {"batches": (), "grams": {"w": x}}),
         (CalibrationError, "batches is one dict; give a list", {"batches": {"x": x}}),
