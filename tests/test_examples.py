@@ -328,7 +328,7 @@ def test_converted_linears_reach_the_sparse_product(deployed, monkeypatch):
 
 
 def test_a_whole_job_with_a_real_model(tmp_path):
-    model, folder = write_first_layers(tmp_path / "model", 1), tmp_path / "out"
+    model, folder = write_first_layers(tmp_path / "model"), tmp_path / "out"
     sizes = ("--samples", "2", "--sequence-length", "64")
     # Programs as users have them: the products of a real vocabulary take longer than compilation.
     usual = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}

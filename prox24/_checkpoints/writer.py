@@ -72,7 +72,10 @@ OUTPUTS: dict[str, Callable[[Checkpoint], Output]] = {"safetensors": _safetensor
 def check_destination(
     destination: Path, inputs: Iterable[str | Path | None], overwrite: bool
 ) -> None:
-    """Raises CheckpointError if writing the folder would fail or overwrite one of the inputs."""
+    """Raises CheckpointError if writing the folder would fail or overwrite one of the inputs.
+
+    It raises DiskError if the folder around the destination cannot be written.
+    """
     if destination.name in ("", ".."):
         raise CheckpointError(f"{destination} has no name of its own; choose another destination")
     for path in (Path(given) for given in inputs if given is not None):

@@ -105,6 +105,7 @@ def _within(folder: Path) -> Iterator[Path]:
 
     seen: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(set(folders) - {"lost+found"})  # the latter is for the system alone
         own = os.stat(place)
         if (own.st_dev, own.st_ino) in seen:
             folders.clear()
@@ -211,12 +212,13 @@ def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ModuleNotFoundError as error:
         raise missing_package(str(path), error, "data") or error from error
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             columns = [name for name in names if name in ((field,) if field else FIELDS)]
-            number = 0
-            if not columns:  # Other columns may have values that Python has not.
+            # Other columns may have values that Python cannot hold.
+            if not columns and file.metadata.num_rows:
                 yield "record 0", dict.fromkeys(names)
             for batch in file.iter_batches(1024, columns=columns):
                 for record in batch.to_pylist():

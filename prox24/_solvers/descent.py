@@ -156,7 +156,7 @@ def proximal_gradient(
     def landed(x: PyTree, size: Any) -> PyTree:
         # The scaling has the dtype of the value, which may be wider than that of x.
         found = prox(x, hyperparams, size)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, x)
+        return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), found, x)
 
     def moved(x: PyTree, size: Any) -> PyTree:
         gradient = jax.grad(fun)(x, *args)

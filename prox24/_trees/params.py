@@ -150,13 +150,14 @@ def prune_params(
         raise ValueError("there are batches and grams: give one of the two")
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
-        _check_grams(params, found)
         layouts = {path: own.layout for path, own in found.grams.items()}
         groups, left_out = [list(layouts)], found.left_out
     else:
         batches = check_batches(batches)
         survey = survey_products(apply, params, batches[0])
         layouts, groups, left_out = survey.layouts, survey.groups, survey.left_out
+    if grams is not None:
+        _check_paths(params, grams)
     leaves = _choose(params, layouts, left_out, recipe, mask)
     chosen = {leaf.path for leaf in leaves if leaf.pruned}
     groups = [own for group in groups if (own := [path for path in group if path in chosen])]
@@ -189,22 +190,25 @@ def prune_params(
 BY_RECIPE, NOT_IN_MASK = "dense by the recipe", "not in mask"
 
 
-def _check_grams(params: PyTree, grams: Calibration) -> None:
-    """Raises CalibrationError if no leaf has a Gram, and ValueError for one of other axes."""
-    leaves = dict(named_leaves(params))
-    if grams.grams and not grams.grams.keys() & leaves.keys():
+def _check_paths(params: PyTree, grams: Calibration) -> None:
+    """Raises CalibrationError if no leaf of the tree has a Gram."""
+    paths = [path for path, _ in named_leaves(params)]
+    if not grams.grams.keys() & set(paths):
         raise CalibrationError(
             f"no leaf of params has a Gram: the Grams are of {_some(grams.grams)}, the leaves are "
-            f"{_some(leaves)}; give the tree that was calibrated"
+            f"{_some(paths)}; give the tree that was calibrated"
         )
-    for path in grams.grams.keys() & leaves.keys():
-        layout, shape = grams.grams[path].layout, jnp.shape(leaves[path])
-        count = len(layout.stacked + layout.outputs + layout.summed)
-        if count != len(shape):
-            raise ValueError(
-                f"the Gram of {path} is of a weight with {count} axes, the leaf has shape {shape}: "
-                "give the tree that was calibrated"
-            )
+
+
+def _length(leaf: Leaf, layout: Layout) -> int:
+    """The length of the last summed axis; raises ValueError if the Gram has other axes."""
+    count = len(layout.stacked + layout.outputs + layout.summed)
+    if count != len(leaf.shape):
+        raise ValueError(
+            f"the Gram of {leaf.path} is of a weight with {count} axes, the leaf has shape "
+            f"{leaf.shape}: give the tree that was calibrated"
+        )
+    return leaf.shape[layout.summed[-1]]
 
 
 def _some(paths: Collection[str]) -> str:
@@ -336,7 +340,7 @@ def _choose(
             reason = BY_RECIPE
         elif layout is None:
             reason = f"no Gram: {left_out.get(leaf.path, 'unused')}"
-        elif leaf.shape[axis] % pattern.width:
+        elif _length(leaf, layout) % pattern.width:
             reason = f"axis {axis} is not divisible by {pattern.width}"
         else:
             reason = "default" if wanted is None else "in mask"

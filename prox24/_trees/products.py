@@ -280,13 +280,19 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
         run.view and View(run.view.path, run.view.axes[1:], run.view.stacked + run.view.axes[:1])
         for run in runs
     ]
+    # A step may hand its slice of a weight on, as NNX layers do. All slices are the weight again.
+    wholes = dict(zip(views, (run.view for run in runs), strict=True))
     bodies: list[Found] = []
+    handed_on: list[View | None] = []
 
     def step(carry: list[Array], slices: list[Array]) -> Any:
         within = Found(found.shapes)
         arguments = [*constants, *map(Operand, carry), *map(Operand, slices, views)]
         results = _evaluate(body, arguments, within)
-        _note_other_uses(equation, results, within)  # What follows does not know it as a weight.
+        handed_on[:] = [wholes.get(result.view) for result in results[carried:]]
+        # Other outputs are not known as weights by what follows.
+        others = [r for r, whole in zip(results[carried:], handed_on, strict=True) if whole is None]
+        _note_other_uses(equation, [*results[:carried], *others], within)
         outputs = [operand.value for operand in results]
         bodies.append(within)
         rows = [product.rows for product in within.products]
@@ -304,7 +310,7 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
     for product, stack in zip(within.products, rows, strict=True):
         found.products.append(_merge(product, stack, run_over.get(product.path)))
     found.other_uses = within.other_uses | found.other_uses
-    return [Operand(value) for value in (*final, *stacks)]
+    return [*map(Operand, final), *map(Operand, stacks, handed_on)]
 
 
 def _count_scanned(outside: list[Any], inside: list[Any]) -> int:

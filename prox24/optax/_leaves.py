@@ -78,12 +78,12 @@ def describe(
     The default axis is the one along which the layer sums, since hardware needs the pattern there:
 
     - axis 0 for the query, key and value kernels of Flax attention,
-    - axis -1 for the transposed convolutions of Keras,
+    - axis -1 for the transposed convolutions of Keras, by its own names for them,
     - axis -2 for all other Flax kernels,
     - axis 1 for all other leaves, such as the weights of Equinox and PyTorch.
 
-    Give `axis` for transposed convolutions of PyTorch (0), and of Flax with `transpose_kernel`
-    (-1).
+    Give `axis` for other transposed convolutions: 0 for PyTorch, -1 for Flax with
+    `transpose_kernel` and for Keras.
 
     If `optax.masked` or `optax.partition` has left out leaves, for example by a label, no other
     leaf is dense because of its name.

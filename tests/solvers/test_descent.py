@@ -165,6 +165,10 @@ def test_trees_and_what_does_not_end():
     def of_tree(tree, lam, scaling):
         return {"w": soft(tree["w"], lam, scaling), "b": tree["b"]}
 
+    def of_zero(tree, lam, scaling):
+        return {"w": soft(tree["w"], lam, scaling), "b": 0.0}
+
+    assert proximal_gradient(fun, tree, of_zero, 0.1).outcome is Descent.CONVERGED
     assert proximal_gradient(fun, tree, of_tree, 0.1).outcome is Descent.CONVERGED
     short = proximal_gradient(fun, tree, of_tree, 0.1, max_steps=3)
     assert (short.outcome, int(short.steps)) == (Descent.MAX_STEPS, 3)

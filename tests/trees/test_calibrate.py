@@ -181,6 +181,19 @@ def test_layers_that_a_scan_runs_over_have_grams_of_their_own():
             assert_gram_of(inputs, own, layers=3)
 
 
+def test_a_weight_that_a_scan_hands_on_is_the_weight():
+    stack, x = normal(3, 4, 4), normal(5, 4)
+
+    def apply(params, x):
+        x, handed_on = jax.lax.scan(jax.checkpoint(lambda x, w: (x @ w, w)), x, params["w"])
+        return x @ handed_on[0] if params["again"].size else x
+
+    (path,) = calibrate(apply, {"w": stack, "again": jnp.ones(0)}, [x]).grams
+    assert path == "w"
+    used = calibrate(apply, {"w": stack, "again": jnp.ones(1)}, [x])
+    assert used.left_out["w"] in ("used by squeeze", "used by slice", "used by gather")
+
+
 def test_a_weight_that_every_step_of_a_scan_uses_has_the_rows_of_all():
     def apply(weight, x):
         """The output, and the inputs of the weight."""
