@@ -212,7 +212,7 @@ def mapped_reports():
 
 
 def calibrated_reports():
-    """The Gram of features and of tokens that devices share, with explicit axes."""
+    """The error of a Gram whose features devices share, with explicit axes."""
     mesh = jax.make_mesh((8,), ("any",), axis_types=(AxisType.Explicit,))
     rng = np.random.default_rng(0)
     kernels = [rng.normal(size=(16, 16)).astype(np.float32) for _ in range(2)]

@@ -42,7 +42,7 @@ def download(text: str, formats: Iterable[WeightFiles]) -> Path:
             return folder
     names = ", ".join(files.single_file for files in formats)
     model, _, revision = text.partition("@")
-    with _errors_of(text):  # Without the network, only the cache lacks them.
+    with _errors_of(text):  # Without the network, the hub may have weights that the cache lacks.
         HfApi().model_info(model, revision=revision or None)
     raise CheckpointError(f"{text} has no weights on the hub: none of {names}")
 

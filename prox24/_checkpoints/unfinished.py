@@ -140,7 +140,7 @@ def unfinished_folder(
 
 @contextlib.contextmanager
 def _opened(journal: Path) -> Iterator[TextIO]:
-    """A journal whose lines are flushed: to close it would repeat the error of a flush."""
+    """A journal. Each line is flushed, and closing ignores an error that a flush has raised."""
     file = journal.open("a", encoding="utf-8")
     try:
         yield file

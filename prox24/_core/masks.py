@@ -52,7 +52,7 @@ def count_violations(
 
     Args:
       w: array whose length along `axis` is a multiple of M units; NaN counts as nonzero.
-        Devices that read subnormal numbers as zeros, such as CPUs in JAX, count them as zeros.
+        A subnormal number counts as zero where JAX reads it as zero, which it does on CPUs.
       pattern: (N, M), `prox24.Pattern` or `Unstructured`. `Unstructured` counts over the whole
         array, and allows one more nonzero for each row and each column, since methods round within
         them.
@@ -94,7 +94,7 @@ def is_sparse(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Ar
 
     Args:
       w: array whose length along `axis` is a multiple of M units; NaN counts as nonzero.
-        Devices that read subnormal numbers as zeros, such as CPUs in JAX, count them as zeros.
+        A subnormal number counts as zero where JAX reads it as zero, which it does on CPUs.
       pattern: (N, M), or `prox24.Pattern`.
       axis: the axis along which the blocks run.
 

@@ -71,8 +71,8 @@ def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list
 
     def scaled(entry: Array, norm: Array, short: Array) -> Array:
         safe = jnp.where(norm == 0, 1, norm)
-        # The derivative of a ratio has the square of its denominator, which must be near 1: that of
-        # a short or a long norm is no number.
+        # The derivative of a ratio has the square of its denominator. The square of a very short or
+        # very long norm is 0 or infinite, so the denominator is scaled to 1.
         size = lax.stop_gradient(jnp.clip(1 / safe, tiny, largest))
         whole, part = safe * size, short * size
         # Exactly 1 where nothing shrinks, with the derivative of the ratio.

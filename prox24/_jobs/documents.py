@@ -218,8 +218,10 @@ def _parquet_rows(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
             names = file.schema_arrow.names
             columns = [name for name in names if name in ((field,) if field else FIELDS)]
             # Other columns may have values that Python cannot hold.
-            if not columns and file.metadata.num_rows:
-                yield "record 0", dict.fromkeys(names)
+            if not columns:
+                if file.metadata.num_rows:
+                    yield "record 0", dict.fromkeys(names)
+                return
             for batch in file.iter_batches(1024, columns=columns):
                 for record in batch.to_pylist():
                     # All fields, so that an error can name them.

@@ -131,9 +131,12 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Says once that a line is lost."""
-        if not self.failed:
-            print(f"prox24: cannot write {self.baseFilename}: {sys.exception()}", file=sys.stderr)
-        self.failed = True
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            print(f"prox24: cannot write {self.baseFilename}: {error}", file=sys.stderr)
+            self.failed = True
 
     def close(self) -> None:
         """Closes the file; the error of a line would occur again."""

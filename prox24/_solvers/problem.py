@@ -187,12 +187,14 @@ class Refitted(NamedTuple):
     exhausted: Array
 
 
-def check_arrays(weight: Array, gram: Array, given: int | None = None) -> None:
+def check_arrays(weight: Array, gram: Array, axis: int | None = None) -> None:
     """Raises ValueError unless the arrays are floating-point and their shapes fit one another.
 
-    A caller without an argument `axis` gives None: its weights are (out, in).
+    The axis is the one that the weight sums over. None is for callers whose weights are (out, in).
     """
-    axis = -1 if given is None else given
+    remedy = f"pass axis={0 if axis in (-1, 1) else -1}"
+    if axis is None:
+        axis, remedy = -1, "transpose the weight to (out, in)"
     for name, array in {"weight": weight, "gram": gram}.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"the {name} is {array.dtype}, not floating-point")
@@ -201,11 +203,8 @@ def check_arrays(weight: Array, gram: Array, given: int | None = None) -> None:
         raise ValueError(f"{shapes} are not matrices, or have no axis {axis}; use jax.vmap")
     width, other = weight.shape[axis], weight.shape[axis - 1]
     if gram.shape != (width, width):
-        hint = ""
-        if gram.shape == (other, other):
-            remedy = f"pass axis={0 if axis in (-1, 1) else -1}"
-            remedy = "transpose the weight to (out, in)" if given is None else remedy
-            hint = f"; the Gram fits the other axis: {remedy}"
+        fits_other = gram.shape == (other, other)
+        hint = f"; the Gram fits the other axis: {remedy}" if fits_other else ""
         raise ValueError(f"{shapes} do not fit: the weight sums over axis {axis}{hint}")
     if 0 in weight.shape:
         raise ValueError(f"weight {weight.shape} has no entries")

@@ -280,7 +280,7 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
         run.view and View(run.view.path, run.view.axes[1:], run.view.stacked + run.view.axes[:1])
         for run in runs
     ]
-    # A step may hand its slice of a weight on, as NNX layers do. All slices are the weight again.
+    # A step may return its slice of a weight, as NNX layers do. Together they are the weight again.
     wholes = dict(zip(views, (run.view for run in runs), strict=True))
     bodies: list[Found] = []
     handed_on: list[View | None] = []
@@ -290,7 +290,7 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
         arguments = [*constants, *map(Operand, carry), *map(Operand, slices, views)]
         results = _evaluate(body, arguments, within)
         handed_on[:] = [wholes.get(result.view) for result in results[carried:]]
-        # Other outputs are not known as weights by what follows.
+        # After the scan, other outputs are no longer known as weights.
         others = [r for r, whole in zip(results[carried:], handed_on, strict=True) if whole is None]
         _note_other_uses(equation, [*results[:carried], *others], within)
         outputs = [operand.value for operand in results]

@@ -78,7 +78,7 @@ def describe(
     The default axis is the one along which the layer sums, since hardware needs the pattern there:
 
     - axis 0 for the query, key and value kernels of Flax attention,
-    - axis -1 for the transposed convolutions of Keras, by its own names for them,
+    - axis -1 for transposed convolutions with the names that Keras gives them,
     - axis -2 for all other Flax kernels,
     - axis 1 for all other leaves, such as the weights of Equinox and PyTorch.
 

@@ -151,8 +151,8 @@ def test_the_derivative_by_the_penalty_is_there_at_none():
         assert_close(slope, direction * jnp.repeat(of_norms, 2, axis=1), 100)
 
 
-@pytest.mark.parametrize("size", [1e-20, 1e20])
-def test_derivatives_are_the_same_in_any_unit(size):
+@pytest.mark.parametrize("factor", [2.0**-66, 2.0**66])  # which change no rounding
+def test_derivatives_are_the_same_for_short_and_long_norms(factor):
     rng = np.random.default_rng(7)
     y, lam, _ = drawn(rng, Pattern(1, 2, 2))  # its penalty is a ratio
 
@@ -163,8 +163,6 @@ def test_derivatives_are_the_same_in_any_unit(size):
     for pattern, strength in ((Pattern(1, 2, 2), lam), (PAIRS, 0 * lam)):
         own = np.resize(y, (COUNT, pattern.width))
         own[:, 0] = 1.5
-        # The factor is a power of two, which changes no rounding.
-        factor = 2.0 ** np.round(np.log2(size))
         expected = slopes(own, pattern, strength)
         assert np.array_equal(slopes(own * factor, pattern, strength), expected)
         assert np.all(np.isfinite(expected))
