@@ -1,27 +1,8 @@
-import ast
-import sys
 from importlib.util import find_spec
 
 import pytest
-from programs import ROOT, run
+from programs import run
 from tiny import write_tiny
-
-MATHEMATICS = {"jax", "numpy", "optax", "prox24"}
-
-
-@pytest.mark.parametrize("folder", ["_core", "_solvers"])
-def test_the_mathematics_imports_only_jax_numpy_and_optax(folder):
-    paths = list((ROOT / "prox24" / folder).glob("*.py"))
-    assert paths
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module]
-            for name in names:
-                package = name.split(".")[0]
-                assert package in MATHEMATICS | sys.stdlib_module_names, (path, name)
-
 
 HEAVY = {"jax", "optax", "numpy", "transformers", "torch", "safetensors", "flax", "orbax"}
 HEAVY |= {"gguf", "rich", "tokenizers", "huggingface_hub"}

@@ -132,20 +132,6 @@ def test_no_block_of_prox_is_worse_than_that_of_the_best_rival(benchmark):
     assert max(worst) <= 8 * eps_of("float32")  # as in core/test_prox.py
 
 
-@pytest.mark.parametrize(
-    ("name", "option", "value"),
-    [("prox", "--blocks", "100"), ("prox", "--repetitions", "0"), ("sparsegpt", "--shapes", "64")],
-)
-def test_a_size_that_cannot_be_measured_is_one_line_with_its_name(
-    name, option, value, benchmark, capsys
-):
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.main(benchmark(name), option, value)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert option in last
-    assert value in last
-
-
 def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(benchmark):
     module = benchmark("sparsegpt")
     assert "24x200" in benchmark.main(module, "--shapes", "24x200", "--repetitions", 1)

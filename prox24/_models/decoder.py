@@ -320,7 +320,11 @@ def _mixed(
     key_heads, seen = keys.shape[1:3]
     # The queries that share a key head are rows of one matrix product.
     shared = (batch, key_heads, heads // key_heads * count)
-    scores = einsum("bhqd,bhkd->bhqk", queries.reshape(*shared, width), keys)
+    rows = queries.reshape(*shared, width)
+    if count == 1:  # On CPUs two to four times faster; without the barrier XLA swaps the two.
+        scores = jax.lax.optimization_barrier(einsum("bhkd,bhqd->bhkq", keys, rows)).mT
+    else:
+        scores = einsum("bhqd,bhkd->bhqk", rows, keys)
     scores = _softcap(scores.reshape(batch, heads, count, seen), attention.softcap)
     if attention.alibi is not None:
         scores = scores + _alibi(attention.alibi, seen)

@@ -150,10 +150,11 @@ def check(
         if dense is None:
             return
     assert dense is not None
+    size = f"{late:.3g} after {LATE:,} updates" if penalty is None else f"at most {late:.3g}"
     raise ValueError(
-        f"the penalty, {late:.3g} after {LATE:,} updates, is too small for {leaves[dense].path}: "
-        f"{STEPS_GIVEN} steps without a gradient leave it dense; let it grow, as "
-        "prox24.Exponential.between(1e-3, 1e6, steps) does"
+        f"the penalty, {size}, is too small for {leaves[dense].path}: {STEPS_GIVEN} steps without "
+        "a gradient leave it dense; let it grow, as prox24.Exponential.between(1e-3, 1e6, steps) "
+        "does"
     )
 
 

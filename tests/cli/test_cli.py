@@ -396,16 +396,12 @@ def refused(tmp_path_factory):
     (folder / "linked.txt").symlink_to("all/text.txt")
     (folder / "linked").symlink_to("all/model")
     (folder / "in.unfinished").mkdir()
-    for name in ("all/model", "at.unfinished", "in.unfinished/model", "cut", "pickled", "mute"):
+    for name in ("all/model", "at.unfinished", "in.unfinished/model", "mute"):
         write_tiny(folder / name)
     write_tiny(folder / "qwen", "qwen2")
     weights = random_weights(config_dict())
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     write_folder(folder / "nan", config_dict(), weights)
-    shard = folder / "cut" / "model.safetensors"
-    os.truncate(shard, shard.stat().st_size - 4)
-    (folder / "pickled" / "model.safetensors").unlink()
-    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     for file in (folder / "mute").glob("tokenizer*"):
         file.unlink()
     return folder
@@ -418,18 +414,10 @@ REFUSED = [
     ("prune nowhere out", "nowhere"),
     ("prune model existing", "exists; pass overwrite=True, or --overwrite, to replace it"),
     ("prune model a/out", "does not exist"),
-    (f"{PRUNE} --samples 1000", "1000 windows of 32 need 32000"),
-    (f"{PRUNE} --pattern 3:4", "supports 1:M and 2:M, not 3:4"),
-    (f"{PRUNE} --pattern 2:5 --method wanda", "q_proj.weight"),
     ("plan model --pattern 2:5 --method wanda", f"{Q_PROJ} has input width 32, not divisible by 5"),
     (f"prune nan out {DATA}", "model.layers.1.mlp.up_proj.weight"),
     (f"{PRUNE} --method wanda --pull 2", "--pull is for --targets dense"),
     (f"{PRUNE} --refine-rate 0.1", "--refine-rate is for --refine block"),
-    (
-        f"{PRUNE} --skip lm_head",
-        "skip 'lm_head' is found in none of the 14 linears; their names are "
-        "model.layers.*.self_attn.q_proj.weight, model.layers.*.self_attn.k_proj.weight",
-    ),
     ("plan model", "windows of 512 tokens are longer than the model's 128 positions"),
     ("plan model --only nothing", "only 'nothing' is found in none of the 14 linears"),
     ("inspect model --only nothing", "only 'nothing' is found in none of the 14 linears"),
@@ -437,16 +425,9 @@ REFUSED = [
     ("prune model out --process-id 0", "--process-id are for --distributed"),
     (f"{PRUNE} --recipe recipe.yaml", "recipe.yaml: the recipe is not YAML: "),
     # Texts
-    (f"{PRUNE} --calibration broken.jsonl", "broken.jsonl, line 3, is not JSON: Expecting value"),
     ("eval model --text none.txt --sequence-length 64", "none.txt"),
     ("eval mute --sequence-length 64", "tokenizer"),
-    ("verify cut", "model.safetensors"),
     ("generate model --prompt ''", "the prompt is empty"),
-    (
-        f"generate model --prompt '{'word ' * 30}'",
-        "150 tokens and 64 to generate are more than the model's 128",
-    ),
-    ("generate mamba --prompt Once", "'mamba' is not supported"),
     ("eval model nowhere --sequence-length 64 --samples 1", "nowhere"),
     ("eval model --text text.txt --text broken.jsonl --sequence-length 64", "broken.jsonl"),
     ("generate model mamba --prompt Once", "'mamba' is not supported"),
@@ -483,8 +464,6 @@ REFUSED = [
     (f"prune in.unfinished/model in {DATA}", "in is made, is or holds in.unfinished/model; choose"),
     # Formats
     ("convert qwen out --format flax", "no Flax class"),
-    ("convert owner/name out", "owner/name is no folder or .gguf file"),
-    ("convert pickled out", "it names os.system"),
     # Devices
     *(
         (f"{command} --shard-grams --method {method}", said)

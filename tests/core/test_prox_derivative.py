@@ -153,33 +153,6 @@ def test_second_derivative_agrees_with_differences_of_the_gradient(pattern):
     assert np.all(np.isfinite(hessian))
 
 
-@pytest.mark.slow  # beside one call
-@either_kept
-def test_gradient_through_a_scan_is_the_product_of_the_jacobians(pattern):
-    y, _ = blocks(pattern, 64)
-    lams = np.array([0.05, 0.1, 0.2, 0.1])
-    weights = np.random.default_rng(4).normal(size=y.shape)
-
-    def last(y, lams):
-        w, _ = jax.lax.scan(lambda w, lam: (prox(w, lam, pattern), None), y, lams)
-        return jnp.sum(weights * w)
-
-    gy, glams = jax.jit(jax.grad(last, argnums=(0, 1)))(y, lams)
-    path = [y]
-    for lam in lams:
-        path.append(np.asarray(prox(path[-1], lam, pattern)))
-    cotangent, expected, grown = weights, [], [4.0]
-    for lam, w in zip(lams[::-1], path[:0:-1], strict=True):
-        in_y, in_lam = prox_jacobian(w, np.full(len(w), lam), pattern[0])
-        expected.append(np.sum(cotangent * in_lam))
-        cotangent = np.einsum("ni,nij->nj", cotangent, in_y)
-        grown.append(np.abs(in_y).sum(axis=-1).max())
-    # M for an entry of w and of the Hessian; each of the products grows them, one two times.
-    roundings = len(lams) * 4 * np.prod(grown) * max(grown)
-    assert_close(gy, cotangent, roundings)
-    assert_close(glams, expected[::-1], len(y) * roundings)
-
-
 LEAST_EIGENVALUE = 0.02
 
 

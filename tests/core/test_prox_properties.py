@@ -278,24 +278,11 @@ def test_traced_penalty_compiles_once_and_agrees_with_eager_calls(pattern):
     assert len(traces) == 1
 
 
-LAMS = np.array([0.0, 0.2, 0.9, 5.0], np.float32)
-
-
-@either_kept
-def test_vmap_and_scan_over_penalties_equal_separate_calls(pattern):
-    y = kernel(16, 8)
-    expected = np.stack([np.asarray(prox(y, lam, pattern)) for lam in LAMS])
-    mapped = jax.vmap(lambda lam: prox(y, lam, pattern))(LAMS)
-    _, scanned = jax.lax.scan(lambda carry, lam: (carry, prox(y, lam, pattern)), None, LAMS)
-    for together in (mapped, scanned):
-        for found, w, lam in zip(together, expected, LAMS, strict=True):
-            assert_close(found, w, roundings(w, lam, pattern))
-
-
 @pytest.mark.parametrize("in_axes", [(2, None), (0, 0)])
 def test_vmap_over_inputs_equals_separate_calls(in_axes):
     y = np.stack([kernel(16, 8) * (1 + i) for i in range(4)], axis=in_axes[0])
-    lam = LAMS if in_axes[1] == 0 else np.float32(0.3)
+    lams = np.array([0.0, 0.2, 0.9, 5.0], np.float32)
+    lam = lams if in_axes[1] == 0 else np.float32(0.3)
     together = jax.vmap(prox, in_axes)(y, lam)
     for found, *pair in zip(
         together, np.moveaxis(y, in_axes[0], 0), np.broadcast_to(lam, 4), strict=True

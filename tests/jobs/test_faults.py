@@ -6,17 +6,14 @@ import errno
 import fcntl
 import json
 import os
-import random
 import resource
 import shutil
 import signal
 import stat
 import sys
-import time
 import types
 from pathlib import Path
 
-import killed
 import numpy as np
 import pytest
 from commands import calibrated, contents, error_line, files, run, write_workspace
@@ -208,31 +205,6 @@ def test_a_model_that_torchax_does_not_take_loses_nothing(begun, monkeypatch, ca
 
 
 CHANGES = {"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"}
-
-
-@pytest.mark.slow  # beside one that is cut off at some places
-def test_a_killed_run_ends_with_the_same_bytes(workspace, whole, tmp_path_factory):
-    given = (command(workspace, "--overwrite"), str(tmp_path_factory.mktemp("compiled")))
-    given = (*given, str(workspace / "errors.txt"), 1)
-    places = random.Random(0)
-    with killed.processes() as start:
-        began = time.perf_counter()
-        start(*given).join()
-        took = time.perf_counter() - began
-        for number in 2 * [signal.SIGKILL, signal.SIGTERM]:
-            process = start(*given)
-            process.join(places.uniform(0, took))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
-            process.join()
-            # SIGTERM may come before the command has its handler.
-            assert process.exitcode in (0, -number, 128 + signal.SIGTERM)
-            assert contents(workspace / "out") == whole
-        process = start(*given)
-        process.join()
-    assert process.exitcode == 0, (workspace / "errors.txt").read_text()
-    assert contents(workspace / "out") == whole
-    assert not (workspace / "out.unfinished").exists()
 
 
 def test_a_run_that_ends_at_any_place_ends_with_the_same_bytes(workspace, whole):

@@ -476,6 +476,8 @@ def test_check_finds_a_penalty_that_stays_small(lam, wrap, standard_promotion):
         with pytest.raises(ValueError, match=said):
             check(wrap(small(lam)), params)
     check(wrap(small(lam)), SHAPES, penalty=10.0)  # as updates are given
+    with pytest.raises(ValueError, match=r"the penalty, at most 1e-06, is too small for"):
+        check(wrap(small(lam)), SHAPES, penalty=1e-6)
     check(wrap(small(1.0)), parameters())  # a constant that is large enough
 
 

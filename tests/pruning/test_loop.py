@@ -32,7 +32,7 @@ from prox24._pruning import loop
 from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.problem import Candidate
 from prox24._solvers.protocol import Patterns
-from prox24._solvers.solve import SOLVERS, solve_program
+from prox24._solvers.solve import solve_program
 from prox24.errors import CalibrationError, CheckpointError, RecipeError, SolverError
 
 WINDOWS = tokens(batch=8, length=32)
@@ -93,15 +93,6 @@ def test_every_linear_is_pruned_and_the_solver_compiled_once_for_each_shape(
             assert np.count_nonzero(written[name]) == values.size // 2
         else:
             assert written[name].tobytes() == values.tobytes()
-
-
-@pytest.mark.slow  # beside a layer's in test_admm.py
-def test_the_default_has_the_lowest_losses_after_the_same_refit(source):
-    mean = {}
-    for method, solver in SOLVERS.items():
-        losses = relative_losses(prune_folder(source, Recipe(solver(), targets=None, basis=None)))
-        mean[method] = np.mean(list(losses.values()))
-    assert sorted(mean, key=mean.get)[:2] == ["admm", "prox"]
 
 
 def test_names_choose_the_tensors_and_their_patterns(source):

@@ -17,7 +17,7 @@ from prox24._solvers.hyperparameters import hyperparameters
 from prox24._solvers.refit import ConjugateGradients, GradientSteps, LeastSquares
 from prox24._solvers.schedules import Exponential
 from prox24._solvers.swaps import Swaps
-from prox24.errors import Prox24Error, RecipeError
+from prox24.errors import RecipeError
 from prox24.refine import BlockRefinement
 
 RECIPES = {
@@ -99,7 +99,6 @@ def test_fields_that_are_not_given_have_their_defaults():
 def test_what_does_not_fit_is_refused_by_name(given, said):
     with pytest.raises(RecipeError, match=said):
         Recipe.from_dict(given)
-    assert issubclass(RecipeError, Prox24Error)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +118,6 @@ def test_what_does_not_fit_is_refused_by_name(given, said):
 def test_fields_of_another_type_are_refused_by_name(given, said):
     with pytest.raises(RecipeError, match=said):
         Recipe(**given)
-
-
-def test_more_tokens_take_fewer_passes_and_none_are_refused():
-    assert Recipe.best(65_536).refine.passes < Recipe.best(8_192).refine.passes
-    with pytest.raises(RecipeError, match="tokens 0 is not a positive number"):
-        Recipe.best(0)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -174,20 +167,12 @@ def test_a_registered_class_of_others_goes_by_its_module():
     }
 
 
-def test_a_tensor_has_the_first_pattern_that_is_found():
-    recipe = Recipe(pattern=[("mlp.up", "1:4"), ("mlp", (2, 4)), ("o_proj", "dense")])
-    names = ["0.mlp.up.weight", "0.mlp.down.weight", "0.o_proj.weight", "0.q_proj.weight"]
-    found = [Pattern(1, 4), Pattern(2, 4), None, None]
-    assert [recipe.pattern_of(name) for name in names] == found
-    chosen = Recipe(only="mlp", skip="down")
-    found = [Pattern(2, 4), None, None, None]
-    assert [chosen.pattern_of(name) for name in names] == found
-
-
 def test_best_trains_on_about_as_many_tokens_whatever_the_text():
     assert Recipe.best() == Recipe(refine=BlockRefinement())
     assert Recipe.best(tokens=8_192).refine == BlockRefinement(passes=20)
     assert Recipe.best(tokens=10**7).refine == BlockRefinement(passes=1)
+    with pytest.raises(RecipeError, match="tokens 0 is not a positive number"):
+        Recipe.best(0)
 
 
 def test_a_solver_that_cannot_make_a_pattern_says_so():
