@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -108,45 +108,34 @@ def unfinished_folder(
         for name, entry in done.items():
             if name not in finished or sha256(finished[name].read()) != entry["sha256"]:
                 raise CheckpointError(f"{work}/model: tensor {name} is damaged; delete {work}")
-        with _opened(work / "journal.jsonl") as journal:
 
-            def record(written: Written, also: Mapping[str, Any]) -> None:
-                done[written.name] = {"sha256": written.sha256, **also}
-                with writing(written.file):
-                    synchronise(written.file)
-                    entry = {"tensor": written.name, **done[written.name]}
+        def record(written: Written, also: Mapping[str, Any]) -> None:
+            done[written.name] = {"sha256": written.sha256, **also}
+            with writing(written.file):
+                synchronise(written.file)
+                entry = {"tensor": written.name, **done[written.name]}
+                with (work / "journal.jsonl").open("a", encoding="utf-8") as journal:
                     journal.write(json.dumps(entry) + "\n")
                     journal.flush()
                     os.fsync(journal.fileno())
 
-            try:
-                yield Unfinished(work / "model", dict(done), finished, record)
-                with writing(destination):
-                    _move_into_place(work, destination, overwrite)
-                    done.clear()
-                    synchronise(work.parent)
-            except BaseException as error:
-                if isinstance(error, Prox24Error) and not isinstance(error, DiskError):
-                    done.clear()  # The same command would end in the same way.
-                if done:
-                    error.add_note(f"what is done is in {work}: the same command goes on with it")
-                raise
+        try:
+            yield Unfinished(work / "model", dict(done), finished, record)
+            with writing(destination):
+                _move_into_place(work, destination, overwrite)
+                done.clear()
+                synchronise(work.parent)
+        except BaseException as error:
+            if isinstance(error, Prox24Error) and not isinstance(error, DiskError):
+                done.clear()  # The same command would end in the same way.
+            if done:
+                error.add_note(f"what is done is in {work}: the same command goes on with it")
+            raise
     finally:
         _put_back(work, destination)
         if journal_known and not done and not (work / "replaced").exists():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
-
-
-@contextlib.contextmanager
-def _opened(journal: Path) -> Iterator[TextIO]:
-    """A journal. Each line is flushed, and closing ignores an error that a flush has raised."""
-    file = journal.open("a", encoding="utf-8")
-    try:
-        yield file
-    finally:
-        with contextlib.suppress(OSError):
-            file.close()
 
 
 def opened_by_another(destination: Path) -> Unfinished:

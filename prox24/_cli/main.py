@@ -9,6 +9,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 import threading
@@ -150,14 +151,7 @@ def _lines_without_a_terminal(parsed: argparse.Namespace) -> Iterator[None]:
 
     from prox24._jobs.progress import log_to
 
-    def is_writer() -> bool:
-        if not vars(parsed).get("distributed"):
-            return True
-        from prox24._jobs.processes import is_first
-
-        return is_first()
-
-    with log_to(logging.StreamHandler(), is_writer=is_writer):
+    with log_to(logging.StreamHandler()):
         yield
 
 
@@ -184,7 +178,7 @@ def _ended_by(number: signal.Signals) -> Iterator[None]:
 
 def _end(message: str, error: BaseException, code: int) -> int:
     text = "; ".join([message, *getattr(error, "__notes__", ())])
-    print("prox24:", *text.split(), file=sys.stderr)
+    print("prox24:", re.sub(r"\s*\n\s*", " ", text.strip()), file=sys.stderr)
     if "jax" in sys.modules:
         from prox24._jobs.processes import leave
 

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_files((arguments.report, *logs), inputs, arguments.destination)
     with (
         connected(*place) if arguments.distributed else contextlib.nullcontext(),
-        written_logs(*logs, is_first),
+        written_logs(*logs),
     ):
         report = prune(
             arguments.source,

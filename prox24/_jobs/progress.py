@@ -18,6 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from prox24._jobs.processes import is_first
+
 LOG = logging.getLogger("prox24")
 METRICS = logging.getLogger("prox24.metrics")
 METRICS.propagate = False  # JSON must not appear between the lines of a log.
@@ -87,14 +89,13 @@ def log_to(
     handler: logging.Handler,
     logger: logging.Logger = LOG,
     line: str = "%(asctime)s %(message)s",
-    is_writer: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
-    """Sends the log of the block to a handler alone, in the process that writes.
+    """Sends the log of the block to a handler alone, in the first process.
 
     A package may have given the root logger a handler, which would write each line again.
     """
     handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S"))
-    handler.addFilter(lambda record: is_writer())
+    handler.addFilter(lambda record: is_first())
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -109,9 +110,7 @@ def log_to(
 
 
 @contextlib.contextmanager
-def written_logs(
-    lines: Path | None, figures: Path | None, is_writer: Callable[[], bool] = lambda: True
-) -> Iterator[None]:
+def written_logs(lines: Path | None, figures: Path | None) -> Iterator[None]:
     """Appends the log and the figures of the block to two files."""
     with contextlib.ExitStack() as stack:
         for path, logger, line in (
@@ -120,7 +119,7 @@ def written_logs(
         ):
             if path is not None:
                 handler = _LogFile(path, encoding="utf-8", delay=True)
-                stack.enter_context(log_to(handler, logger, line, is_writer))
+                stack.enter_context(log_to(handler, logger, line))
         yield
 
 

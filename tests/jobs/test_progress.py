@@ -65,13 +65,14 @@ def test_without_names_each_step_is_a_line_and_some_jobs_have_none(caplog):
     ]
 
 
-def test_figures_are_one_object_a_line_and_only_the_writer_has_them(tmp_path):
+def test_figures_are_one_object_a_line_and_only_the_first_process_writes(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     with written_logs(None, path):
         metric("linear", {"name": "a", "loss": math.nan})
-    with written_logs(None, path, lambda: False):
-        metric("linear", {"name": "b"})
-    metric("linear", {"name": "c"})
+    metric("linear", {"name": "b"})
+    monkeypatch.setattr("prox24._jobs.progress.is_first", lambda: False)
+    with written_logs(None, path):
+        metric("linear", {"name": "c"})
     (found,) = map(json.loads, path.read_text().splitlines())
     assert found.pop("time") > 1e9
     assert found == {"event": "linear", "name": "a", "loss": None}
