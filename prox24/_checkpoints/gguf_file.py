@@ -53,11 +53,17 @@ ARCHITECTURES = {
     "gemma3": Architecture(
         "gemma3_text",
         "Gemma3ForCausalLM",
-        {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
+        {"hidden_activation": "gelu_pytorch_tanh"},
         norm_offset=1.0,
     ),
 }
 """The supported architectures, by general.architecture."""
+
+OPTIONAL: dict[str, tuple[str, type]] = {
+    "attention.causal": ("is_causal", bool),
+    "final_logit_softcapping": ("final_logit_softcapping", float),
+}
+"""HF's field and its type for a metadata field that most files lack."""
 
 
 class Opened(NamedTuple):
@@ -186,6 +192,10 @@ def _config(
         # Only the model of 62 layers does not scale scores by the width of its heads.
         is_27b = config["num_hidden_layers"] == 62
         config["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
+        config["rope_local_base_freq"] = field(f"{kind}.rope.freq_base_swa", float, 10000.0)
+    for theirs, (own, of_type) in OPTIONAL.items():
+        if f"{kind}.{theirs}" in metadata:
+            config[own] = field(f"{kind}.{theirs}", of_type)
     for theirs, own in {"bos": "bos", "eos": "eos", "padding": "pad"}.items():
         token = f"tokenizer.ggml.{theirs}_token_id"
         if token in metadata:

@@ -69,7 +69,6 @@ def phi3(hf: PreTrainedConfig) -> Config:
 
 def gemma(hf: PreTrainedConfig) -> Config:
     """Gemma: norms hold weight - 1, and the embedding is scaled."""
-    settings.must_be(hf, use_bidirectional_attention=False)
     return settings.decoder(
         hf,
         norm=Norm("rms", hf.rms_norm_eps, offset=1.0),
@@ -80,7 +79,6 @@ def gemma(hf: PreTrainedConfig) -> Config:
 def gemma2(hf: PreTrainedConfig, **changes: Any) -> Config:
     """Gemma 2: Gemma with norms on both sides of a branch, soft caps and alternating windows."""
     scale, softcap = hf.query_pre_attn_scalar**-0.5, hf.attn_logit_softcapping
-    settings.must_be(hf, use_bidirectional_attention=False)
     return settings.decoder(
         hf,
         settings.attention(hf, scale=scale, softcap=softcap, **changes),

@@ -37,7 +37,8 @@ def read_rope(
             f"rope type {kind!r} is not supported; supported are {supported}"
         )
     is_read = partly_rotated or kind != "default"
-    part = (given.get("partial_rotary_factor") if is_read else None) or 1.0
+    part = given.get("partial_rotary_factor") if is_read else None
+    part = 1.0 if part is None else part
     if not 0 < part <= 1:
         raise UnsupportedModelError(f"partial_rotary_factor {part} is not supported")
     rotated = int(head_dim * part)

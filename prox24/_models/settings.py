@@ -37,6 +37,7 @@ def decoder(
     names: Names = Names(),
 ) -> Config:
     """A decoder; `attentions` and `mlps` give each layer's parts by its number, default Llama's."""
+    must_be(hf, is_causal=True, use_bidirectional_attention=False)
     attentions, mlps = attentions or attention(hf), mlps or gated(hf)
     norm, head = norm or Norm("rms", hf.rms_norm_eps), head or Head(hf.tie_word_embeddings)
     layers = tuple(

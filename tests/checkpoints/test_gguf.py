@@ -40,11 +40,11 @@ GEMMA = LAYER | {
 }
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 GEMMA3_ROPE = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
     "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
 }
 GEMMA3 = {"num_hidden_layers": 7, "layer_types": None, "query_pre_attn_scalar": 16}
-GEMMA3 |= {"rope_parameters": GEMMA3_ROPE}
+GEMMA3 |= {"rope_parameters": GEMMA3_ROPE, "final_logit_softcapping": 30.0}
 CASES = {
     "llama": ("grouped_heads", {}),
     "llama with biases": ("grouped_heads", {"attention_bias": True, "mlp_bias": True}),
@@ -62,13 +62,12 @@ def gguf_name(name: str, layer: dict[str, str]) -> str:
     return f"blk.{index}.{layer[module]}.{part}"
 
 
-def write_gguf(
-    path: Path, kind: str, config: dict, weights: dict, rope_fields=None, kinds=None
-) -> None:
+def write_gguf(path: Path, kind: str, config: dict, weights: dict, fields=None, kinds=None) -> None:
     writer = gguf.GGUFWriter(path, kind)
     adds = {tuple: writer.add_array, float: writer.add_float32, int: writer.add_uint32}
-    for field, value in (rope_fields or {}).items():
-        adds[type(value)](f"{kind}.rope.{field}", value)
+    adds[bool] = writer.add_bool
+    for field, value in (fields or {}).items():
+        adds[type(value)](f"{kind}.{field}", value)
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -83,6 +82,8 @@ def write_gguf(
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if kind == "gemma3":
         writer.add_sliding_window(config["sliding_window"])
+        writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
+        writer.add_float32("gemma3.final_logit_softcapping", config["final_logit_softcapping"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([f"<{i}>" for i in range(config["vocab_size"])])
@@ -170,15 +171,16 @@ def test_a_quantised_gguf_is_pruned_to_bfloat16(tmp_path, monkeypatch, kind, dty
 
 
 SCALED = "scaled rope frequencies"
-ROPES = [
-    ("dimension_count", {8: None, 4: "is 4, a head has"}),
-    ("scale_linear", {0.0: None, 4.0: SCALED}),
-    ("scaling.factor", {1.0: None, (1.0, 4.0): SCALED}),
+ATTENTIONS = [
+    ("rope.dimension_count", {8: None, 4: "is 4, a head has"}),
+    ("rope.scale_linear", {0.0: None, 4.0: SCALED}),
+    ("rope.scaling.factor", {1.0: None, (1.0, 4.0): SCALED}),
+    ("attention.causal", {True: None, False: "is_causal False"}),
 ]
 
 
-@pytest.mark.parametrize(("field", "values"), ROPES, ids=[field for field, _ in ROPES])
-def test_heads_that_rotate_otherwise_are_refused(tmp_path, field, values):
+@pytest.mark.parametrize(("field", "values"), ATTENTIONS, ids=[field for field, _ in ATTENTIONS])
+def test_another_attention_is_refused(tmp_path, field, values):
     config = config_dict("grouped_heads", head_dim=8)
     path, weights = tmp_path / "model.gguf", random_weights(config)
     for value, named in values.items():

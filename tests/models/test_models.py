@@ -187,6 +187,7 @@ def test_errors_of_transformers_about_a_config_are_one_sentence(monkeypatch):
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+NO_ROTATION = {"rope_theta": 1e4, "partial_rotary_factor": 0.0}
 REFUSED = [
     # Without an implementation
     ("llama1", {"model_type": "mamba"}, "'mamba' is not supported; supported: bloom, "),
@@ -194,6 +195,7 @@ REFUSED = [
     ("llama1", {"rope_parameters": DYNAMIC}, "dynamic"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("llama1", {"is_causal": False}, "is_causal False of llama models is not supported"),
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
     ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm"),
@@ -206,6 +208,7 @@ REFUSED = [
     ("llama1", {"hidden_act": ["silu"]}, "the config of a llama model"),
     ("llama1", {"head_dim": 9}, "the config of a llama model"),
     ("llama1", {"num_key_value_heads": 3}, "3 heads of keys for 4"),
+    ("phi", {"rope_parameters": NO_ROTATION}, "partial_rotary_factor 0.0 is not supported"),
     ("llama1", {"attribute_map": {"hidden_size": "a", "a": "hidden_size"}}, "the config of a"),
     ("llama1", {"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
     ("gpt2", {"n_layer": 10**9}, "n_layer is 1000000000"),
