@@ -67,6 +67,7 @@ def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list
     norms = [jnp.minimum(norm, jnp.finfo(lam.dtype).max) for norm in unit_norms(y, unit)]
     shrunk = _prox(tuple(norms), lam, kept)
 
+    free = _is_free(norms, lam, kept)
     tiny, largest = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).max
 
     def scaled(entry: Array, norm: Array, short: Array) -> Array:
@@ -77,8 +78,8 @@ def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list
         whole, part = safe * size, short * size
         # Exactly 1 where nothing shrinks, with the derivative of the ratio.
         ratio = jnp.where(short == norm, 1 + (part - whole) / whole, part / whole)
-        # A unit of zeros has no direction. It has the derivative of a pruned unit.
-        zero = jnp.where((lam == 0) & (short == norm), entry, short)
+        # A unit of zeros has no direction. It has the derivative of a zero entry.
+        zero = jnp.where(free & (short == norm), entry, short)
         return jnp.where(norm == 0, zero, jnp.where(short == 0, 0, entry * ratio))
 
     return [scaled(y[i], norms[i // unit], shrunk[i // unit]) for i in range(len(y))]
@@ -121,6 +122,18 @@ def _prox(y: tuple[Array, ...], lam: Array, kept: int) -> tuple[Array, ...]:
     return tuple(signed(*entry) for entry in zip(y, magnitudes, shrunk, strict=True))
 
 
+def _is_free(entries: Sequence[Array], lam: Array, kept: int) -> Array:
+    """Whether the derivative is the identity also on zeros: without a penalty, or about zero.
+
+    At a block of zeros the penalty of 2:M has third order, and that of 1:M has no derivative
+    (docs/theory.md, section 9).
+    """
+    unpenalised = lam == 0
+    if kept == 1:
+        return unpenalised
+    return unpenalised | functools.reduce(jnp.logical_and, (entry == 0 for entry in entries))
+
+
 @_prox.defjvp
 def _prox_jvp(
     kept: int,
@@ -131,11 +144,11 @@ def _prox_jvp(
     (y, lam), (dy, dlam) = primals, tangents
     w = _prox(y, lam, kept)
     signs = [jnp.where(entry < 0, -1, 1).astype(lam.dtype) for entry in y]
-    # Without a penalty the operator is the identity, also on zeros.
-    support = [(entry != 0) | (lam == 0) for entry in w]
-    # In a block of at most N entries the penalty acts on none. With lam and w set to zero there, no
-    # product overflows and becomes NaN in a gradient.
-    acting = sum(here.astype(lam.dtype) for here in support) > kept
+    free = _is_free(w, lam, kept)
+    support = [(entry != 0) | free for entry in w]
+    # In a block of at most N nonzeros the penalty acts on none. With lam and w set to zero there,
+    # no product overflows and becomes NaN in a gradient.
+    acting = sum((entry != 0).astype(lam.dtype) for entry in w) > kept
     lam = jnp.where(acting, lam, 0)
     magnitudes = [jnp.where(acting, jnp.abs(entry), 0) for entry in w]
     # An infinite slope times a tangent of zero would be NaN. Zero entries stay zero for every lam.

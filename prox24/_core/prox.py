@@ -27,7 +27,8 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
 
     The operator is differentiable in `y` and `lam`, once or more, by the implicit function theorem
     on the support of the minimiser. If supports tie, the derivative belongs to the returned
-    support. Blocks are independent, so the result is sharded like `y`, without communication.
+    support. At a block of zeros it is the identity for 2:M. Blocks are independent, so the result
+    is sharded like `y`, without communication.
 
     Args:
       y: array of float64, float32 or a 16-bit type. The work on 16-bit types is in float32, rounded

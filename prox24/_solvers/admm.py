@@ -37,7 +37,8 @@ class ADMM:
     other weights are fixed, and diag(G^-1)^-1 if they are free to follow. The features are scaled
     so that D = (diag(G) / diag(G^-1))^(1/2), the geometric mean of both, becomes the identity. A
     fixed point with rho = 1 is then a mask that no exchange of two weights of a block improves.
-    This holds as far as D is the true curvature (docs/theory.md, section 13).
+    This holds as far as D is the true curvature and the two are not coupled (docs/theory.md,
+    section 13).
 
     Attributes:
       steps: number of steps, each with one product of the size of W0 G.

@@ -19,8 +19,8 @@ def damped_gram(gram: Array, damping: Array | float) -> Array:
 
     A Gram of fewer tokens than features is singular; damping makes it positive definite and says
     how far weights may move where the calibration saw nothing. A zero diagonal, or one below it by
-    rounding, is left only when the damping is zero: a dead feature, whose weights are then the
-    first to be pruned. If no token was seen at all, the diagonal becomes 1.
+    rounding, is left only when the damping is zero: a dead feature, whose weights then cost next to
+    nothing. If no token was seen at all, the diagonal becomes 1.
     """
     mean = jnp.mean(jnp.diagonal(gram))
     diagonal = jnp.diagonal(gram) + damping * mean

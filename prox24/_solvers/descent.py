@@ -90,7 +90,7 @@ def proximal_gradient(
 
     Each step is x <- prox(z - step grad f(z), hyperparams, step). Without momentum z is x. With
     momentum z extrapolates x by Nesterov's sequence, which restarts when it points uphill. If f and
-    R are convex, the values fall as 1 / steps^2. Otherwise the result is a fixed point.
+    R are convex, the result is a minimum. Otherwise it is a fixed point.
 
     It works under `jax.jit` and `jax.vmap`. Outside of `jax.jit` each call compiles its functions
     anew. The numbers `step`, `tolerance` and `max_steps` may be traced.

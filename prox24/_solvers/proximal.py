@@ -197,7 +197,7 @@ def eigenvalue_bound(gram: Array) -> Array:
 
     For every m, lambda_max <= |G^m|_F^(1/m), since the right side is the 2m-norm of the spectrum.
     Five squarings reach m = 32. The bound then exceeds lambda_max by a factor of at most
-    rank^(1/64): 12% at rank 1536. The bound includes the rounding of the products.
+    rank^(1/64): 12% at rank 1536. A last factor allows for the rounding of the products.
     """
     power, log_norm, exponent = gram, jnp.zeros((), gram.dtype), 1
     for _ in range(EIGENVALUE_SQUARINGS):

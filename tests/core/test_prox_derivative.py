@@ -206,7 +206,7 @@ def test_jacobian_without_a_penalty_is_the_identity(pattern):
 
 
 @every_pattern
-def test_jacobian_of_sparse_input_is_its_mask(pattern):
+def test_jacobian_of_sparse_input_is_its_mask_and_of_zeros_the_identity(pattern):
     kept, group = pattern
     rng = np.random.default_rng(6)
     y = rng.normal(size=(COUNT, group))
@@ -216,7 +216,9 @@ def test_jacobian_of_sparse_input_is_its_mask(pattern):
     lam = rng.uniform(0.1, 3, COUNT)
     for transform in (jax.jacfwd, jax.jacrev):
         in_y, in_lam = jacobians(transform, pattern)(y, lam)
-        assert np.array_equal(in_y, (y != 0)[:, :, None] * np.eye(group))
+        free = np.all(y == 0, axis=1, keepdims=True) & (kept == 2)
+        assert_close(in_y, ((y != 0) | free)[:, :, None] * np.eye(group), group)
+        assert np.array_equal(in_y != 0, ((y != 0) | free)[:, :, None] & np.eye(group, dtype=bool))
         assert np.array_equal(in_lam, np.zeros_like(y))
 
 

@@ -168,10 +168,11 @@ def test_derivatives_are_the_same_for_short_and_long_norms(factor):
         assert np.all(np.isfinite(expected))
 
 
-def test_derivatives_are_those_of_finite_differences_and_none_at_zero():
+def test_derivatives_are_those_of_finite_differences_and_the_identity_about_zero():
     rng = np.random.default_rng(6)
     y, lam, _ = drawn(rng)
     y[:40, :2] = 0
+    y[40:60] = 0
 
     def function(y, lam):
         return prox(y, lam[:, None], PAIRS)
@@ -183,6 +184,7 @@ def test_derivatives_are_those_of_finite_differences_and_none_at_zero():
     )
     _, slope = jax.jvp(function, arguments, tangents)
     assert np.all(np.asarray(slope)[:40, :2] == 0)
+    assert np.array_equal(slope[40:60], direction[40:60])
     step = 1e-6
     ends = [
         np.asarray(
@@ -195,6 +197,9 @@ def test_derivatives_are_those_of_finite_differences_and_none_at_zero():
     # Third derivatives grow with the inverse of the Hessian's least eigenvalue.
     mild = same & (np.abs(slope).max(axis=1) < 10)
     assert np.mean(mild) > 0.9
+    # About zero the error of a difference is of the order of the step, not of its square.
+    assert_close(difference[40:60], direction[40:60], 100 * step / eps_of("float64"))
+    mild[40:60] = False
     assert_close(difference[mild], np.asarray(slope)[mild], step / eps_of("float64"))
     _, pull = jax.vjp(function, *arguments)
     back = pull(jnp.asarray(direction))
