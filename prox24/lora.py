@@ -100,14 +100,15 @@ def merge(params: PyTree, adapters: PyTree, scale: ArrayLike) -> PyTree:
     loss(apply(merge(params, adapters, scale), batch)). Zeros stay exactly zero, so a weight stays
     N:M. The function is differentiable in all its arguments. The gradients at zeros of W are zero.
 
-    The product B A is computed at full precision. It is added in float32, or in float64 to a
-    float64 weight. The sum is rounded once, to the weight's dtype. So the adapters of a bfloat16
+    The product B A is computed at full precision. It is added in the wider dtype of weight and
+    adapter: float32 for adapters from `init`. The sum is rounded once, to the weight's dtype. So the adapters of a bfloat16
     model are trained on its final, rounded weights. The gradient passes through the rounding
     unchanged.
 
-    For each adapted leaf it makes an array of the leaf's shape. For the gradient only these merged
-    weights are kept, as a model of plain weights keeps its own. To keep the merged weights of one
-    layer at a time, put the merge and the layer into one `jax.checkpoint`.
+    For each adapted leaf it makes two arrays of the leaf's shape: B A, and the merged weight. For
+    the gradient only the merged weights are kept, as a model of plain weights keeps its own. To
+    keep the merged weights of one layer at a time, put the merge and the layer into one
+    `jax.checkpoint`.
 
     Args:
       params: pytree of arrays, with the zeros to keep.

@@ -22,8 +22,14 @@ ROWS, WIDTH = 16, 64
 
 def landing(y, lam):
     """The update of one of three equal leaves."""
-    transform, params = proximal(0.5), {"a": y, "b": 2 * y, "c": 3 * y}
-    return transform.update(params, transform.init(params), params)[0]["b"]
+    transform, params = proximal(0.5), {"w1": y, "w2": 2 * y, "w3": 3 * y}
+    return transform.update(params, transform.init(params), params)[0]["w2"]
+
+
+def turned(y, other):
+    """The updates of two leaves of one shape, which may have different shardings."""
+    transform, params = proximal(0.5), {"query": y, "out": other}
+    return transform.update(params, transform.init(params), params)[0]
 
 
 BOTH = P("rows", "columns")
@@ -69,6 +75,17 @@ def reports(y, lam):
                     if name in EVERYWHERE or spec == BOTH:
                         outcome = report(function, kind.name, placed, expected[name])
                         yield {"function": name, **outcome}
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=2 * (AxisType.Auto,))
+    placed = [jax.device_put(y, NamedSharding(mesh, spec)) for spec in (BOTH, P(*BOTH[::-1]))]
+    program = jax.jit(turned).lower(*placed).compile()
+    found = program(*placed)["out"]
+    yield {
+        "function": "optax, leaves with two shardings",
+        "axes": "Auto",
+        "kept": found.sharding.is_equivalent_to(placed[1].sharding, 2),
+        "collectives": collectives_of(program),
+        "error": largest_difference(found, turned(y, y)["out"]),
+    }
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     rows = P("rows", None)
     mapped = jax.shard_map(prox24.prox, mesh=mesh, in_specs=(rows, rows), out_specs=rows)

@@ -236,7 +236,9 @@ def _pruned(
         )
         if solution.status.failed:
             raise SolverError(explain(solution.status, problem, recipe.damping, name))
-        pruned.append(everywhere(solution.weight, runner.mesh))
+        # Rounded one by one: those of a stacked weight need less memory than in float32.
+        rounded = _rounded(runner, recipe, linear.tensor, solution.weight)
+        pruned.append(everywhere(rounded, runner.mesh))
         reports.append(
             LinearReport(
                 name=name,
@@ -249,9 +251,8 @@ def _pruned(
                 statistics=solution.statistics,
             )
         )
-        del problem, solution  # frees memory for the next matrix
-    rounded = _rounded(runner, recipe, linear.tensor, runner.joined(linear, pruned))
-    return rounded, tuple(reports)
+        del problem, solution, rounded  # frees memory for the next matrix
+    return runner.joined(linear, pruned), tuple(reports)
 
 
 def _rounded(runner: Runner[State], recipe: Recipe, tensor: str, values: Array) -> Array:

@@ -71,7 +71,7 @@ def solve(
     It minimises tr((W - W0) G (W - W0)^T), the squared error of a linear layer's output, over all W
     of the pattern. It works under `jax.jit` and `jax.vmap`, for example over the experts of a
     layer. The status is then an integer array, the statistics are arrays, and numerical failures
-    raise no error.
+    raise no error. It has no derivatives: `prox24.prox` and `prox24.proximal_gradient` have.
 
     Rows are independent. If the rows of the weight are sharded over a mesh, with automatic or
     explicit axes, the results are sharded alike. Devices then exchange one number at each stop

@@ -151,7 +151,8 @@ def prune_params(
     if order == "one-shot":
         found = calibrate(apply, params, batches) if grams is None else grams
         layouts = {path: own.layout for path, own in found.grams.items()}
-        groups, left_out = [list(layouts)], found.left_out
+        # One by one, since the loop copies the Grams of a group.
+        groups, left_out = [[path] for path in layouts], found.left_out
     else:
         batches = check_batches(batches)
         survey = survey_products(apply, params, batches[0])

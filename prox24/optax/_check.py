@@ -22,7 +22,7 @@ from prox24.optax._leaves import (
     describe,
     map_named,
 )
-from prox24.optax._transforms import ProximalState, takes_extra_arguments
+from prox24.optax._transforms import takes_extra_arguments
 
 # So large that the proximal operator keeps the N largest entries of every block.
 HARD_PENALTY = 1e30
@@ -30,8 +30,11 @@ HARD_PENALTY = 1e30
 STEPS_TAKEN = 3
 # Enough for an optimizer that accumulates gradients to take its first step.
 STEPS_GIVEN = 256
-# Updates after which a penalty that grows is as large as it gets.
-LATE = 1_000_000
+# A penalty may grow for long, and may fall with a learning rate: it is looked at after each count.
+COUNTS = (*(int(1.5**n) for n in range(34)), 1_000_000)
+COUNT, PENALTY = ((jax.tree_util.GetAttrKey(name),) for name in ("count", "penalty"))
+"""The ends of paths to the fields of a state."""
+
 # Parameters and gradients are large, so that clipping behind `proximal` shows.
 SCALE = 10.0
 
@@ -56,7 +59,7 @@ def check(
     scales, decays, clips, averages or adds noise leaves blocks with more nonzeros.
 
     A penalty that stays small never prunes. So `check` also takes steps without a gradient, with
-    the penalty after 1,000,000 updates. They start from `params` if its leaves are arrays.
+    the largest penalty of 1,000,000 updates. They start from `params` if its leaves are arrays.
 
     Parameters, gradients and the optimizer's state are made on the default device: for a model that
     does not fit there, give the shapes of a smaller one with the same names.
@@ -143,48 +146,51 @@ def check(
     own = jax.tree.map(_value_like, params, _random_like(params, 1))
     late = penalty
     if late is None:
-        late = _late_penalty(optimizer, still, state, own, extra_args)
+        late = _largest_penalty(optimizer, still, state, own, extra_args)
     for _ in range(STEPS_GIVEN):
         state, _, own = step(still, state, own, late)
         dense = next(dense_leaves(own), None)
         if dense is None:
             return
     assert dense is not None
-    size = f"{late:.3g} after {LATE:,} updates" if penalty is None else f"at most {late:.3g}"
+    given = f" in {max(COUNTS):,} updates" if penalty is None else ""
     raise ValueError(
-        f"the penalty, {size}, is too small for {leaves[dense].path}: {STEPS_GIVEN} steps without "
-        "a gradient leave it dense; let it grow, as prox24.Exponential.between(1e-3, 1e6, steps) "
-        "does"
+        f"the penalty, at most {late:.3g}{given}, is too small for {leaves[dense].path}: "
+        f"{STEPS_GIVEN} steps without a gradient leave it dense; let it grow, as "
+        "prox24.Exponential.between(1e-3, 1e6, steps) does"
     )
 
 
-def _late_penalty(
+def _largest_penalty(
     optimizer: optax.GradientTransformation,
     gradients: PyTree,
     state: PyTree,
     params: PyTree,
     extra_args: dict[str, Any],
 ) -> float:
-    """The least penalty that a `proximal` of the optimizer has after many updates."""
-
-    def is_proximal(node: Any) -> bool:
-        return isinstance(node, ProximalState)
-
-    def late(node: Any) -> Any:
-        return ProximalState(jnp.int32(LATE), jnp.zeros((), float)) if is_proximal(node) else node
+    """The largest penalty after any of the `COUNTS` of updates, the least of several `proximal`."""
 
     @functools.partial(jax.jit, compiler_options=quick_options())
     def advance(gradients: PyTree, state: PyTree, params: PyTree) -> PyTree:
         return optimizer.update(gradients, state, params, **extra_args)[1]  # not the operator
 
-    state, least = jax.tree.map(late, state, is_leaf=is_proximal), 0.0
-    for _ in range(STEPS_GIVEN):  # until one that accumulates gradients takes a step
-        state = advance(gradients, state, params)
-        nodes = filter(is_proximal, jax.tree.leaves(state, is_leaf=is_proximal))
-        least = min((float(node.penalty) for node in nodes), default=0.0)
-        if least:
-            break
-    return least
+    def penalty_at(count: int) -> float:
+        def moved(path: tuple[Any, ...], leaf: Any) -> Any:
+            # A wrapper may have a schedule with a count of its own.
+            if path[-1:] == COUNT:
+                return jnp.full_like(leaf, count)
+            return jnp.zeros_like(leaf) if path[-1:] == PENALTY else leaf
+
+        late = jax.tree_util.tree_map_with_path(moved, state)
+        for _ in range(STEPS_GIVEN):  # until one that accumulates gradients takes a step
+            late = advance(gradients, late, params)
+            leaves = jax.tree_util.tree_leaves_with_path(late)
+            least = min((float(leaf) for path, leaf in leaves if path[-1:] == PENALTY), default=0.0)
+            if least:
+                return least
+        return 0.0
+
+    return max(map(penalty_at, COUNTS))
 
 
 def _value_like(leaf: Any, random: Any) -> Any:

@@ -18,19 +18,22 @@ Axis = int | Callable[[str], int]
 
 # The axis along which a layer sums, by the end of the path. The first match counts. Flax has
 # kernels (in, out) and (height, width, in, out). Its attention has kernels (in, heads, width) and
-# (heads, width, out). PyTorch and Equinox have weights (out, in) and (out, in, height, width).
+# (heads, width, out). All may be stacked along a leading axis. PyTorch and Equinox have weights
+# (out, in) and (out, in, height, width).
 SUMMED_AXIS = (
-    (re.compile(r"(.*/)?(query|key|value)/kernel"), 0),
+    (re.compile(r"(.*/)?(query|key|value)/kernel"), -3),  # the first of two axes
     (re.compile(r"(.*/)?conv\dd_transpose(_\d+)?/kernel"), -1),  # of Keras: (..., out, in)
     (re.compile(r"(.*[/_])?kernel"), -2),  # Keras has recurrent_kernel and pointwise_kernel
     (re.compile(r".*"), 1),
 )
 
+VECTORS = "bias or normalization"
+
 # Components of a path that mark a dense leaf.
 DENSE_NAMES = (
     (re.compile(r".*embed.*|wte|wpe"), "embedding"),
     (re.compile(r"(.*_)?heads?|classifier|logits|score|output_projection"), "head"),
-    (re.compile(r"bias|scale|.*norm.*|ln\d*|ln_.*"), "bias or normalization"),
+    (re.compile(r"bias|scale|.*norm.*|ln\d*|ln_.*"), VECTORS),
     (re.compile(r".*depthwise.*"), "depthwise"),  # it sums over no channels
 )
 
@@ -77,7 +80,7 @@ def describe(
 
     The default axis is the one along which the layer sums, since hardware needs the pattern there:
 
-    - axis 0 for the query, key and value kernels of Flax attention,
+    - axis -3 for the query, key and value kernels of Flax attention, or the first of two axes,
     - axis -1 for transposed convolutions with the names that Keras gives them,
     - axis -2 for all other Flax kernels,
     - axis 1 for all other leaves, such as the weights of Equinox and PyTorch.
@@ -85,8 +88,8 @@ def describe(
     Give `axis` for other transposed convolutions: 0 for PyTorch, -1 for Flax with
     `transpose_kernel` and for Keras.
 
-    If `optax.masked` or `optax.partition` has left out leaves, for example by a label, no other
-    leaf is dense because of its name.
+    If `optax.masked` or `optax.partition` has left out leaves, for example by a label, only names
+    of biases and normalizations keep other leaves dense.
 
     Args:
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
@@ -224,13 +227,13 @@ def _leaf(
     by_name: bool,
 ) -> Leaf:
     shape = tuple(getattr(leaf, "shape", ()))
-    along = _axis(path, axis)
+    along = _axis(path, axis, len(shape))
     if -len(shape) <= along < len(shape):
         along %= len(shape)
     obstacle = _obstacle(leaf, shape, along, pattern)
     if choice is None:
         reason = None if hasattr(leaf, "dtype") else "no array"
-        reason = reason or _exception(path if by_name else "", shape) or obstacle
+        reason = reason or _exception(path, shape, by_name) or obstacle
         return Leaf(path, shape, along, reason is None, reason or "default")
     if choice and obstacle:
         raise ValueError(
@@ -240,10 +243,11 @@ def _leaf(
     return Leaf(path, shape, along, bool(choice), "in mask" if choice else "not in mask")
 
 
-def _axis(path: str, axis: Axis | None) -> int:
+def _axis(path: str, axis: Axis | None, dimensions: int) -> int:
     if axis is None:
         name = "/".join(_components(path))
-        return next(axis for suffix, axis in SUMMED_AXIS if suffix.fullmatch(name))
+        found = next(axis for suffix, axis in SUMMED_AXIS if suffix.fullmatch(name))
+        return max(found, -dimensions)
     return axis(path) if callable(axis) else axis
 
 
@@ -259,12 +263,12 @@ def _obstacle(leaf: Any, shape: tuple[int, ...], axis: int, pattern: Pattern) ->
     return None
 
 
-def _exception(path: str, shape: tuple[int, ...]) -> str | None:
+def _exception(path: str, shape: tuple[int, ...], by_name: bool) -> str | None:
     """The reason why the default leaves a leaf dense that could be pruned, or None."""
     if len(shape) < 2:
         return "fewer than two dimensions"
     for names, kind in DENSE_NAMES:
-        if any(map(names.fullmatch, _components(path))):
+        if (by_name or kind == VECTORS) and any(map(names.fullmatch, _components(path))):
             return kind
     return None
 

@@ -3,6 +3,7 @@
 import collections
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -275,12 +276,14 @@ def _landing(
     Equal leaves go through a loop, so that XLA compiles the operator once, and not once for each
     leaf. A loop copies its leaves, so large leaves do not share a loop.
     """
-    alike = collections.defaultdict[Any, list[int]](list)
+    alike, several = collections.defaultdict[Any, list[int]](list), jax.device_count() > 1
     for i, leaf in enumerate(leaves):
         if leaf.pruned:
             both = params[i], updates[i]
-            devices = [getattr(x, "sharding", None) for x in both]  # None if traced
-            alike[leaf.axis, *map(jax.typeof, both), *devices].append(i)
+            devices = [getattr(x, "sharding", None) for x in both]
+            # Traced leaves may hide their sharding. It is equal if paths differ in a number only.
+            role = re.sub(r"\d+", "", leaf.path) if several else None
+            alike[leaf.axis, role, *map(jax.typeof, both), *devices].append(i)
     landing = list(updates)
     for (axis, *_), equal in alike.items():
         together = max(1, LOOPED // max(1, params[equal[0]].size))

@@ -14,7 +14,7 @@ def reports():
 
 def test_every_function_ran_on_every_mesh(reports):
     assert {report["axes"] for report in reports} == {"Auto", "Explicit", "Manual"}
-    assert len(reports) == 2 + 2 * (2 * 2 + 5)
+    assert len(reports) == 3 + 2 * (2 * 2 + 5)
 
 
 def test_the_sharding_that_arrives_is_kept(reports):

@@ -471,7 +471,7 @@ def small(lam):
 @pytest.mark.parametrize("lam", [1e-4, *rest(0.0), optax.linear_schedule(0.0, 1e-3, 100)])
 @pytest.mark.parametrize("wrap", [lambda own: own, *rest(lambda own: optax.MultiSteps(own, 2))])
 def test_check_finds_a_penalty_that_stays_small(lam, wrap, standard_promotion):
-    said = r"the penalty, .* after 1,000,000 updates, is too small for dense/kernel"
+    said = r"the penalty, at most .* in 1,000,000 updates, is too small for dense/kernel"
     for params in (SHAPES, parameters()):
         with pytest.raises(ValueError, match=said):
             check(wrap(small(lam)), params)
@@ -479,6 +479,14 @@ def test_check_finds_a_penalty_that_stays_small(lam, wrap, standard_promotion):
     with pytest.raises(ValueError, match=r"the penalty, at most 1e-06, is too small for"):
         check(wrap(small(lam)), SHAPES, penalty=1e-6)
     check(wrap(small(1.0)), parameters())  # a constant that is large enough
+
+
+def test_check_finds_a_penalty_that_was_large_between(standard_promotion):
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-4, 100, 5000)
+    growing = Exponential(1e-3, 1.05)
+    check(optax.chain(optax.adamw(rate), proximal(growing, learning_rate=rate)), SHAPES)
+    injected = optax.inject_hyperparams(proximal, static_args=("pattern", "axis", "mask"))
+    check(optax.chain(optax.sgd(0.1), injected(lam=growing)), SHAPES)
 
 
 MISSING = r"^dense/kernel is not 2:4 .* no proximal"

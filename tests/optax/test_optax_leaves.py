@@ -80,6 +80,7 @@ def test_default_axis():
         "conv.weight": (normal(4, 8, 3, 3), 1),
         "attention/self/query/kernel": (normal(8, 4), 0),
         "query/kernel": (normal(8, 2, 4), 0),
+        "stacked/query/kernel": (normal(2, 8, 2, 4), 1),
         "query/out/kernel": (normal(8, 2, 4), 1),
     }
     found = describe({path: leaf for path, (leaf, _) in params.items()}, (1, 2))
