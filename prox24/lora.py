@@ -101,9 +101,9 @@ def merge(params: PyTree, adapters: PyTree, scale: ArrayLike) -> PyTree:
     N:M. The function is differentiable in all its arguments. The gradients at zeros of W are zero.
 
     The product B A is computed at full precision. It is added in the wider dtype of weight and
-    adapter: float32 for adapters from `init`. The sum is rounded once, to the weight's dtype. So the adapters of a bfloat16
-    model are trained on its final, rounded weights. The gradient passes through the rounding
-    unchanged.
+    adapter: float32 for adapters from `init`. The sum is rounded once, to the weight's dtype. So
+    the adapters of a bfloat16 model are trained on its final, rounded weights. The gradient passes
+    through the rounding unchanged.
 
     For each adapted leaf it makes two arrays of the leaf's shape: B A, and the merged weight. For
     the gradient only the merged weights are kept, as a model of plain weights keeps its own. To
