@@ -250,6 +250,25 @@ def test_gradient_of_any_finite_input_is_finite(pattern, data, lam, any_lam):
     assert np.all(np.isfinite(drawn(large_number, any_lam)[1]))
 
 
+@pytest.mark.slow  # beside small ones
+def test_derivatives_of_a_whole_weight_are_those_of_its_blocks():
+    # A TPU has a kernel for arrays of this size with one penalty.
+    y = np.random.default_rng(8).normal(size=(128, 256)).astype(np.float32)
+
+    def energy(y, lam):
+        return jnp.sum(jnp.square(prox(y, lam)))
+
+    def products(y, lam):
+        slope = jax.grad(energy, argnums=(0, 1))
+        return slope(y, lam), jax.jvp(slope, (y, lam), (jnp.ones_like(y), jnp.float32(1)))[1]
+
+    whole = jax.jit(products)(y, jnp.float32(0.3))
+    parts = jax.jit(jax.vmap(products, (0, None)))(y.reshape(-1, 4), jnp.float32(0.3))
+    for (found_y, found_lam), (each_y, each_lam) in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(found_y, each_y.reshape(y.shape), rtol=1e-4, atol=1e-4)
+        assert float(found_lam) == pytest.approx(float(each_lam.sum()), rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, *rest(jnp.float16)])
 def test_gradient_in_half_precision_is_that_of_float32_rounded(dtype):
     y = jnp.asarray(blocks((2, 4), 6)[0]).astype(dtype)
