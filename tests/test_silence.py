@@ -99,15 +99,18 @@ def test_a_tree_with_what_is_no_array_is_named():
     assert activation.reason == "no array"
 
 
-def test_a_label_on_a_head_counts_more_than_its_name():
+def test_a_label_on_a_head_counts_more_than_its_name_but_biases_stay_dense():
     params = {"body": jnp.ones((8, 4)), "head": jnp.ones((8, 4))}
     assert [leaf.pruned for leaf in describe(params)] == [True, False]
     transform = optax.partition(
-        {"prune": proximal(1e30), "keep": optax.identity()}, {"body": "keep", "head": "prune"}
+        {"prune": proximal(1e30), "keep": optax.identity()},
+        {"body": "keep", "head": "prune", "query": "prune"},
     )
     params = {"body": jnp.ones((4, 8)), "head": jax.random.normal(jax.random.key(2), (4, 8))}
+    params["query"] = {"bias": jnp.ones((2, 8))}  # of heads
     updates = jax.tree.map(jnp.zeros_like, params)
     updates, _ = transform.update(updates, transform.init(params), params)
     stepped = optax.apply_updates(params, updates)
     assert prox24.is_sparse(stepped["head"])
     assert not prox24.is_sparse(stepped["body"])
+    assert not prox24.is_sparse(stepped["query"]["bias"])

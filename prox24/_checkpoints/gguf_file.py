@@ -59,12 +59,6 @@ ARCHITECTURES = {
 }
 """The supported architectures, by general.architecture."""
 
-OPTIONAL: dict[str, tuple[str, type]] = {
-    "attention.causal": ("is_causal", bool),
-    "final_logit_softcapping": ("final_logit_softcapping", float),
-}
-"""HF's field and its type for a metadata field that most files lack."""
-
 
 class Opened(NamedTuple):
     """A GGUF file in HF's terms."""
@@ -193,9 +187,10 @@ def _config(
         is_27b = config["num_hidden_layers"] == 62
         config["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
         config["rope_local_base_freq"] = field(f"{kind}.rope.freq_base_swa", float, 10000.0)
-    for theirs, (own, of_type) in OPTIONAL.items():
-        if f"{kind}.{theirs}" in metadata:
-            config[own] = field(f"{kind}.{theirs}", of_type)
+        cap = field(f"{kind}.final_logit_softcapping", float, 0.0)
+        config["final_logit_softcapping"] = cap or None
+    if not field(f"{kind}.attention.causal", bool, True):
+        config["is_causal"] = False
     for theirs, own in {"bos": "bos", "eos": "eos", "padding": "pad"}.items():
         token = f"tokenizer.ggml.{theirs}_token_id"
         if token in metadata:

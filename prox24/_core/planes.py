@@ -67,7 +67,7 @@ def _prox_of_units(y: Sequence[Array], lam: Array, kept: int, unit: int) -> list
     norms = [jnp.minimum(norm, jnp.finfo(lam.dtype).max) for norm in unit_norms(y, unit)]
     shrunk = _prox(tuple(norms), lam, kept)
 
-    free = _is_free(norms, lam, kept)
+    free = (lam == 0) | _is_blank(norms, kept)
     tiny, largest = jnp.finfo(lam.dtype).tiny, jnp.finfo(lam.dtype).max
 
     def scaled(entry: Array, norm: Array, short: Array) -> Array:
@@ -122,16 +122,14 @@ def _prox(y: tuple[Array, ...], lam: Array, kept: int) -> tuple[Array, ...]:
     return tuple(signed(*entry) for entry in zip(y, magnitudes, shrunk, strict=True))
 
 
-def _is_free(entries: Sequence[Array], lam: Array, kept: int) -> Array:
-    """Whether the derivative is the identity also on zeros: without a penalty, or about zero.
+def _is_blank(entries: Sequence[Array], kept: int) -> Array:
+    """Whether a block is zero and its derivative is the identity (docs/theory.md, section 9).
 
-    At a block of zeros the penalty of 2:M has third order, and that of 1:M has no derivative
-    (docs/theory.md, section 9).
+    There the penalty of 2:M has third order, and the operator of 1:M has no derivative.
     """
-    unpenalised = lam == 0
     if kept == 1:
-        return unpenalised
-    return unpenalised | functools.reduce(jnp.logical_and, (entry == 0 for entry in entries))
+        return jnp.zeros(entries[0].shape, bool)
+    return functools.reduce(jnp.logical_and, (entry == 0 for entry in entries))
 
 
 @_prox.defjvp
@@ -144,8 +142,9 @@ def _prox_jvp(
     (y, lam), (dy, dlam) = primals, tangents
     w = _prox(y, lam, kept)
     signs = [jnp.where(entry < 0, -1, 1).astype(lam.dtype) for entry in y]
-    free = _is_free(w, lam, kept)
-    support = [(entry != 0) | free for entry in w]
+    blank = _is_blank(w, kept)
+    # Without a penalty the operator is the identity, also on zeros.
+    support = [(entry != 0) | (lam == 0) | blank for entry in w]
     # In a block of at most N nonzeros the penalty acts on none. With lam and w set to zero there,
     # no product overflows and becomes NaN in a gradient.
     acting = sum((entry != 0).astype(lam.dtype) for entry in w) > kept
@@ -162,4 +161,5 @@ def _prox_jvp(
         for here, sign, d, slope in zip(support, signs, dy, slopes, strict=True)
     ]
     dw = OPERATORS[kept].solve(magnitudes, support, lam, r)
+    dw = [jnp.where(blank, own, d) for own, d in zip(r, dw, strict=True)]
     return w, tuple(sign * d for sign, d in zip(signs, dw, strict=True))

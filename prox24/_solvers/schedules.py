@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from prox24._solvers.hyperparameters import hyperparameters
 
 LARGEST = 1e30
-"""Leaves more than N nonzeros only below 1e-30, and is far below the largest float32."""
+"""Prunes all blocks with entries above 1e-29, and is far below the largest float32."""
 
 
 @hyperparameters

@@ -22,7 +22,7 @@ from prox24.optax._leaves import (
     describe,
     map_named,
 )
-from prox24.optax._transforms import takes_extra_arguments
+from prox24.optax._transforms import ProximalState, takes_extra_arguments
 
 # So large that the proximal operator keeps the N largest entries of every block.
 HARD_PENALTY = 1e30
@@ -32,8 +32,12 @@ STEPS_TAKEN = 3
 STEPS_GIVEN = 256
 # A penalty may grow for long, and may fall with a learning rate: it is looked at after each count.
 COUNTS = (*(int(1.5**n) for n in range(34)), 1_000_000)
-COUNT, PENALTY = ((jax.tree_util.GetAttrKey(name),) for name in ("count", "penalty"))
-"""The ends of paths to the fields of a state."""
+COUNT = (jax.tree_util.GetAttrKey("count"),)
+"""The end of a path to the field of a state."""
+
+NO_STEP = -1.0
+"""The penalty before a step."""
+
 
 # Parameters and gradients are large, so that clipping behind `proximal` shows.
 SCALE = 10.0
@@ -174,19 +178,22 @@ def _largest_penalty(
     def advance(gradients: PyTree, state: PyTree, params: PyTree) -> PyTree:
         return optimizer.update(gradients, state, params, **extra_args)[1]  # not the operator
 
-    def penalty_at(count: int) -> float:
-        def moved(path: tuple[Any, ...], leaf: Any) -> Any:
-            # A wrapper may have a schedule with a count of its own.
-            if path[-1:] == COUNT:
-                return jnp.full_like(leaf, count)
-            return jnp.zeros_like(leaf) if path[-1:] == PENALTY else leaf
+    def is_proximal(node: Any) -> bool:
+        return isinstance(node, ProximalState)
 
-        late = jax.tree_util.tree_map_with_path(moved, state)
+    def penalty_at(count: int) -> float:
+        def moved(path: tuple[Any, ...], node: Any) -> Any:
+            if is_proximal(node):
+                return ProximalState(jnp.int32(count), jnp.full_like(node.penalty, NO_STEP))
+            # A wrapper may have a schedule with a count of its own.
+            return jnp.full_like(node, count) if path[-1:] == COUNT else node
+
+        late = jax.tree_util.tree_map_with_path(moved, state, is_leaf=is_proximal)
         for _ in range(STEPS_GIVEN):  # until one that accumulates gradients takes a step
             late = advance(gradients, late, params)
-            leaves = jax.tree_util.tree_leaves_with_path(late)
-            least = min((float(leaf) for path, leaf in leaves if path[-1:] == PENALTY), default=0.0)
-            if least:
+            nodes = filter(is_proximal, jax.tree.leaves(late, is_leaf=is_proximal))
+            least = min((float(node.penalty) for node in nodes), default=0.0)
+            if least != NO_STEP:
                 return least
         return 0.0
 

@@ -18,7 +18,7 @@ Axis = int | Callable[[str], int]
 
 # The axis along which a layer sums, by the end of the path. The first match counts. Flax has
 # kernels (in, out) and (height, width, in, out). Its attention has kernels (in, heads, width) and
-# (heads, width, out). All may be stacked along a leading axis. PyTorch and Equinox have weights
+# (heads, width, out). These may be stacked along a leading axis. PyTorch and Equinox have weights
 # (out, in) and (out, in, height, width).
 SUMMED_AXIS = (
     (re.compile(r"(.*/)?(query|key|value)/kernel"), -3),  # the first of two axes
@@ -88,8 +88,8 @@ def describe(
     Give `axis` for other transposed convolutions: 0 for PyTorch, -1 for Flax with
     `transpose_kernel` and for Keras.
 
-    If `optax.masked` or `optax.partition` has left out leaves, for example by a label, only names
-    of biases and normalizations keep other leaves dense.
+    If `optax.masked` or `optax.partition` has left out leaves, for example by a label, the name
+    keeps no other leaf dense, except that its own last part names a bias or normalization.
 
     Args:
       params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
@@ -247,7 +247,7 @@ def _axis(path: str, axis: Axis | None, dimensions: int) -> int:
     if axis is None:
         name = "/".join(_components(path))
         found = next(axis for suffix, axis in SUMMED_AXIS if suffix.fullmatch(name))
-        return max(found, -dimensions)
+        return max(found, -dimensions) if dimensions > 1 else found
     return axis(path) if callable(axis) else axis
 
 
@@ -267,8 +267,11 @@ def _exception(path: str, shape: tuple[int, ...], by_name: bool) -> str | None:
     """The reason why the default leaves a leaf dense that could be pruned, or None."""
     if len(shape) < 2:
         return "fewer than two dimensions"
+    components = _components(path)
     for names, kind in DENSE_NAMES:
-        if (by_name or kind == VECTORS) and any(map(names.fullmatch, _components(path))):
+        if by_name and any(map(names.fullmatch, components)):
+            return kind
+        if kind == VECTORS and names.fullmatch(components[-1]):
             return kind
     return None
 

@@ -281,7 +281,7 @@ def _landing(
         if leaf.pruned:
             both = params[i], updates[i]
             devices = [getattr(x, "sharding", None) for x in both]
-            # Traced leaves may hide their sharding. It is equal if paths differ in a number only.
+            # Traced leaves may hide their sharding. Those of several layers usually have the same.
             role = re.sub(r"\d+", "", leaf.path) if several else None
             alike[leaf.axis, role, *map(jax.typeof, both), *devices].append(i)
     landing = list(updates)
