@@ -12,12 +12,14 @@ from jax.stages import Lowered
 
 from prox24._checkpoints.checkpoint import DTYPES
 from prox24._core.compiling import quick_options
+from prox24._core.pattern import AnyPattern
 from prox24._core.placement import divisors
 from prox24._jobs import forward
 from prox24._jobs.forward import Linear, Model
 from prox24._jobs.observe import layer_inputs, observe_layer
 from prox24._models import spec
 from prox24._models.heads import attention_ties
+from prox24._models.spec import Layer
 from prox24._pruning.grams import Sums, empty_gram
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import check_found, check_widths
@@ -135,7 +137,7 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
         refining = refining_memory(model, index, (size, length), setup.recipe, whole // size)
         return max(gathering, refining)
 
-    for index in distinct_layers(model):
+    for index in distinct_layers(model, setup.recipe):
         memory = layer_memory(model, index, (1, length), setup)
         for name, bytes_needed in (
             (f"solving {memory.widest}", memory.solve),
@@ -150,10 +152,15 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
     return most * devices
 
 
-def distinct_layers(model: Model) -> list[int]:
-    """The first layer of each kind; equal layers have equal programs."""
-    layers = model.config.layers
-    return sorted({layer: index for index, layer in reversed(list(enumerate(layers)))}.values())
+def distinct_layers(model: Model, recipe: Recipe) -> list[int]:
+    """The first layer of each kind; equal layers with equal patterns have equal programs."""
+
+    def kind(index: int) -> tuple[Layer, tuple[AnyPattern | None, ...]]:
+        linears = forward.layer_linears(model.config, index)
+        return model.config.layers[index], tuple(recipe.pattern_of(own.tensor) for own in linears)
+
+    layers = reversed(range(len(model.config.layers)))
+    return sorted({kind(index): index for index in layers}.values())
 
 
 def operations(model: Model, tokens: int, recipe: Recipe) -> dict[str, float]:
@@ -166,7 +173,8 @@ def operations(model: Model, tokens: int, recipe: Recipe) -> dict[str, float]:
     for index in range(len(model.config.layers)):
         linears = forward.layer_linears(model.config, index)
         passes += sum(2.0 * math.prod(linear.shape) for linear in linears)
-        grams += sum(2.0 * width**2 for width in _widths(linears).values())
+        pruned = _widths(_pruned_linears(model, index, recipe))
+        grams += sum(2.0 * width**2 for width in pruned.values())
     alongside = recipe.targets is not None or recipe.refine is not None
     return {
         "forward": (2 + alongside) * tokens * passes,

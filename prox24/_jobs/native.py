@@ -212,6 +212,4 @@ def native_runner(
         step = refine.step_windows(count, length, devices)
         size = devices * divisors(step // devices, max(1, size // devices))[0]
         step_batches = step // size
-        if refine.held_out_of(count // step) == count // step:
-            raise CalibrationError(f"all {count} windows are held out; refine with a smaller share")
     return NativeRunner(model, windows, recipe, size, step_batches, activations, shard_grams)

@@ -120,7 +120,7 @@ def plan(
       A `Plan`.
 
     Raises:
-      CalibrationError: windows are longer than the model's positions.
+      CalibrationError: windows are longer than the model's positions, or too few to refine.
       CheckpointError: the model cannot be read, or M does not divide an input width.
       RecipeError: the solver does not support the pattern, or this machine the products.
       UnsupportedModelError: the model has no forward pass here.
@@ -139,10 +139,12 @@ def plan(
     used = divisors(samples, devices)[0]
     setup = checked_setup(model, recipe, used, shard_grams)
     check_length(checkpoint, sequence_length)
+    if recipe.refine is not None:
+        recipe.refine.step_windows(samples, sequence_length, used)
     size = batch_size(samples // used, sequence_length)
     memories = [
         layer_memory(model, index, (size, sequence_length), setup)
-        for index in distinct_layers(model)
+        for index in distinct_layers(model, recipe)
     ]
     fitting = None
     if memory is not None:

@@ -38,8 +38,8 @@ class InputGram(NamedTuple):
 
     def inputs(self) -> list[Inputs]:
         """The inputs of each problem."""
-        crosses = itertools.repeat(None) if self.cross is None else self.cross
-        return list(map(Inputs, self.gram, self.rows, crosses))
+        crosses = itertools.repeat(None) if self.cross is None else jnp.asarray(self.cross)
+        return list(map(Inputs, jnp.asarray(self.gram), self.rows, crosses))
 
 
 class Calibration(NamedTuple):

@@ -23,12 +23,16 @@ class Layout(NamedTuple):
     groups: int = 1
 
 
+def problems(shape: tuple[int, ...], layout: Layout) -> int:
+    """The number of matrices of a weight."""
+    return math.prod(shape[axis] for axis in layout.stacked) * layout.groups
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def to_matrices(weight: Array, layout: Layout) -> list[Array]:
     """The weight as matrices (out, in), one for each problem."""
-    problems = math.prod(weight.shape[axis] for axis in layout.stacked) * layout.groups
-    width = math.prod(weight.shape[axis] for axis in layout.summed)
-    return list(weight.transpose(_order(layout)).reshape(problems, -1, width))
+    count, width = problems(weight.shape, layout), math.prod(weight.shape[i] for i in layout.summed)
+    return list(weight.transpose(_order(layout)).reshape(count, -1, width))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

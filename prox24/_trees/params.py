@@ -1,7 +1,7 @@
 """Pruning the weights of any parameter tree by their Grams."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from prox24._trees.calibrate import (
     check_batches,
     survey_products,
 )
-from prox24._trees.layout import Layout, from_matrices, to_matrices
+from prox24._trees.layout import Layout, from_matrices, problems, to_matrices
 from prox24._trees.products import Apply, is_array
 from prox24._trees.segments import Values, Walk
 from prox24.errors import CalibrationError, RecipeError
@@ -160,6 +160,8 @@ def prune_params(
     if grams is not None:
         _check_paths(params, grams)
     leaves = _choose(params, layouts, left_out, recipe, mask)
+    if grams is not None:
+        _check_numbers(leaves, grams)
     chosen = {leaf.path for leaf in leaves if leaf.pruned}
     groups = [own for group in groups if (own := [path for path in group if path in chosen])]
     if linears := [leaf.path for leaf in leaves if leaf.pruned or leaf.reason == BY_RECIPE]:
@@ -199,6 +201,19 @@ def _check_paths(params: PyTree, grams: Calibration) -> None:
             f"no leaf of params has a Gram: the Grams are of {_some(grams.grams)}, the leaves are "
             f"{_some(paths)}; give the tree that was calibrated"
         )
+
+
+def _check_numbers(leaves: Sequence[Leaf], grams: Calibration) -> None:
+    """Raises ValueError if a pruned leaf has another number of matrices than its Grams."""
+    for leaf in leaves:
+        if leaf.pruned:
+            own = grams.grams[leaf.path]
+            count = problems(leaf.shape, own.layout)
+            if len(own.gram) != count:
+                raise ValueError(
+                    f"{leaf.path} of shape {leaf.shape} has {count} matrices, its Gram is of "
+                    f"{len(own.gram)}: give the tree that was calibrated"
+                )
 
 
 def _length(leaf: Leaf, layout: Layout) -> int:

@@ -81,14 +81,18 @@ class BlockRefinement(Passes):
           devices: number of devices that share the windows of a step. It divides these windows.
 
         Raises:
-          CalibrationError: the windows do not make two steps. One of the two is held out.
+          CalibrationError: the windows do not make two steps, one of them held out. Or the share
+            that is held out leaves none.
         """
         most = max(1, min(self.step_tokens // length, windows // 8))
         shared = [n for n in range(devices, windows // 2 + 1, devices) if windows % n == 0]
         if not shared:
             raise CalibrationError(f"refining takes {2 * devices} calibration windows or more")
         enough = divisors(windows, most)[0]
-        return min((n for n in shared if n >= enough), default=shared[-1])
+        step = min((n for n in shared if n >= enough), default=shared[-1])
+        if self.held_out_of(windows // step) == windows // step:
+            raise CalibrationError(f"all {windows} windows are held out; use a smaller share")
+        return step
 
     def optimizer(self, groups: int) -> optax.GradientTransformation:
         """The optimizer for a number of groups of windows; equal numbers get the same object.

@@ -145,6 +145,8 @@ def refine(
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} {count} is not positive")
+    if not jax.tree.leaves(params):
+        raise ValueError("params has no arrays to train")
     if not 0 < held_out < len(batches):
         raise ValueError(
             f"{len(batches)} batches: {held_out} held out leave none to train or measure"

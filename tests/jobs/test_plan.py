@@ -25,7 +25,7 @@ from prox24._core.placement import common_mesh
 from prox24._jobs import memory
 from prox24._jobs.forward import layer_linears, load_model
 from prox24._jobs.memory import Setup
-from prox24.errors import CheckpointError, Prox24Error
+from prox24.errors import CalibrationError, CheckpointError, Prox24Error
 
 WANDA = prox24.Recipe.wanda()
 
@@ -163,6 +163,8 @@ def test_operations_are_those_of_the_products(model):
     # The dense layers run once more, and with dense targets there are cross-Grams.
     both = memory.operations(model, 100, changed(targets=prox24.DenseTargets()))
     assert both == {"forward": 1.5 * counted["forward"], "grams": 2 * counted["grams"]}
+    some = memory.operations(model, 100, dataclasses.replace(WANDA, only="q_proj"))
+    assert some == {"forward": counted["forward"], "grams": 100 * 2 * 2 * hidden**2}
     refined = memory.operations(model, 100, changed(refine=prox24.BlockRefinement()))
     assert refined == {"forward": both["forward"], "grams": counted["grams"]}
 
@@ -170,10 +172,26 @@ def test_operations_are_those_of_the_products(model):
 def test_equal_layers_are_looked_at_once(tmp_path):
     write_tiny(tmp_path / "model", "qwen2")  # whose first layer has no window
     mixed = load_model(open_checkpoint(tmp_path / "model"))
-    assert memory.distinct_layers(mixed) == [0, 1]
+    assert memory.distinct_layers(mixed, WANDA) == [0, 1]
     config = config_dict(num_hidden_layers=5)
     write_folder(tmp_path / "equal", config, random_weights(config))
-    assert memory.distinct_layers(load_model(open_checkpoint(tmp_path / "equal"))) == [0]
+    equal = load_model(open_checkpoint(tmp_path / "equal"))
+    assert memory.distinct_layers(equal, WANDA) == [0]
+    skipping = dataclasses.replace(WANDA, skip=r"layers\.[02]")
+    assert memory.distinct_layers(equal, skipping) == [0, 1]
+    planned = prox24.plan(tmp_path / "equal", skipping, samples=8, sequence_length=32)
+    assert planned.layer_gram_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "share", "said"),
+    [(1, 0.125, "takes 2 calibration windows or more"), (8, 1.0, "all 8 windows are held out")],
+)
+def test_windows_too_few_to_refine_are_refused(tmp_path, samples, share, said):
+    write_tiny(tmp_path / "model")
+    recipe = prox24.Recipe(refine=prox24.BlockRefinement(held_out=share))
+    with pytest.raises(CalibrationError, match=said):
+        prox24.plan(tmp_path / "model", recipe, samples=samples, sequence_length=32, memory=10**12)
 
 
 @pytest.mark.parametrize("name", ["samples", "sequence_length", "devices"])

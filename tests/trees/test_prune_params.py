@@ -326,6 +326,13 @@ def test_what_does_not_go_together_is_refused():
     other = params | {"first": {"kernel": normal(3, 3, 8, 12)}}
     with pytest.raises(ValueError, match=r"Gram of first/kernel is of a weight with 2 axes, the"):
         prune(apply_mlp, other, [], grams=grams)
+    stacked = prox24.calibrate(
+        lambda params, x: x @ params["w"], {"w": normal(3, 8, 8)}, [normal(3, 20, 8)]
+    )
+    with pytest.raises(
+        ValueError, match=r"w of shape \(4, 8, 8\) has 4 matrices, its Gram is of 3"
+    ):
+        prune(apply_mlp, {"w": normal(4, 8, 8)}, [], grams=stacked)
     for error, said, given in (
         (ValueError, "order 'random' is neither one-shot nor sequential", {"order": "random"}),
         (
