@@ -34,6 +34,7 @@ from prox24 import BlockRefinement, ModelRefinement, Recipe
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs.documents import plain_text
 from prox24._jobs.output import peak_memory_bytes
+from prox24._jobs.text import calibration_windows
 
 LENGTH = 512
 WINDOWS = 64
@@ -85,6 +86,8 @@ TRIED = {
 OF_TURNED = [IN_BFLOAT16, ModelRefinement(compute_dtype="bfloat16")]
 LONGEST = 892
 """Two passes over these windows end below 1,000,000 tokens, those of the blocks included."""
+DISTINCT = 1261, 427
+"""Windows of the calibration text and of the model's own: one pass takes as many steps."""
 
 
 class Run(NamedTuple):
@@ -94,11 +97,14 @@ class Run(NamedTuple):
     base: str
     windows: int = 0
     refinement: ModelRefinement | None = None
+    written: int = 0
+    """Further windows, which the dense model writes."""
 
     @property
     def distinct_tokens(self) -> int:
         """The number of tokens in the windows of the mask and of the training."""
-        return max(0 if self.base == "dense" else WINDOWS, self.windows) * LENGTH
+        own = max(0 if self.base == "dense" else WINDOWS, self.windows)
+        return (own + self.written) * LENGTH
 
 
 def changed(refinement: ModelRefinement) -> str:
@@ -119,11 +125,15 @@ def runs() -> list[Run]:
     refined += itertools.product((*REFINED, *BLOCKWISE), TRIED, [IN_BFLOAT16])
     refined += [(TURNED, 256, one) for one in OF_TURNED]
     refined += [(TURNED, LONGEST, replace(one, passes=2)) for one in OF_TURNED]
+    own, written = DISTINCT
+    distinct = replace(OF_TURNED[1], held_out=0.01)
+    name = f"{TURNED} + model, {changed(distinct)}, written: {written}"
     return [
         Run("dense", "dense"),
         *(Run(base, base) for base in BASES),
         *(Run(f"{base} + model", base, WINDOWS, ModelRefinement()) for base in REFINED),
         *(Run(f"{base} + model, {changed(one)}", base, n, one) for base, n, one in refined),
+        Run(name, TURNED, own, distinct, written),
     ]
 
 
@@ -150,6 +160,8 @@ def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[P
     pruned, report = made(prox24.prune, [dense], recipe, windows[:WINDOWS], folder / run.base)
     if run.refinement is not None:
         given, text = [dense, pruned], windows[: run.windows]
+        if run.written:
+            text = with_written(dense, text, run.written, folder)
         trained, report = made(prox24.distill, given, run.refinement, text, folder / run.name)
         losses = [loss for loss in report["losses"] if loss is not None]
         figures = report["tokens"], report["seconds"], report["peak_memory_bytes"], min(losses)
@@ -158,6 +170,18 @@ def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[P
     if recipe.refine is not None:
         tokens = block["steps"] * recipe.refine.step_windows(WINDOWS, LENGTH) * LENGTH
     return pruned, [tokens, report["seconds"], report["peak_memory_bytes"], math.nan]
+
+
+def with_written(dense: Path, windows: np.ndarray, count: int, folder: Path) -> np.ndarray:
+    """Windows mixed with as many that the dense model writes; the last, held out, stay the last."""
+    path = folder / f"written-{count}.npy"
+    if not path.exists():
+        text = prox24.Text(f"generate:{count}", sequence_length=LENGTH)
+        folder.mkdir(exist_ok=True)
+        np.save(path, calibration_windows(open_checkpoint(dense), text))
+    held_out = max(1, len(windows) // 64)
+    mixed = np.concatenate([windows[:-held_out], np.load(path)])
+    return np.concatenate([np.random.default_rng(0).permutation(mixed), windows[-held_out:]])
 
 
 def evaluate(
@@ -251,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     names = list(dict.fromkeys(run.name for run in runs()))
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="names of rows")
-    parser.add_argument("--windows", type=positive, nargs="+", default=[64, 256, 892, 1024])
+    parser.add_argument("--windows", type=positive, nargs="+", default=[64, 256, 892, 1024, 1261])
     parser.add_argument("--bigbench", type=Path, metavar="FILE", help="bigbench-1.0.0.tar.gz")
     parser.add_argument("--cache", type=Path, default=common.CACHE, metavar="FOLDER")
     common.add_output(parser)

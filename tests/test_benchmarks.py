@@ -313,7 +313,7 @@ def test_refined_models_are_made_once_and_evaluated_again(benchmark, tmp_path, m
     assert len({(run.name, run.distinct_tokens) for run in every}) == len(every)
     assert {run.base for run in every} == {"dense", *refine.BASES}
     blocks = "sparsegpt + refit + block, bfloat16, passes: 5"
-    model = refine.Run("sparsegpt + model", "sparsegpt", 8, refine.ModelRefinement())
+    model = refine.Run("sparsegpt + model", "sparsegpt", 8, refine.ModelRefinement(), 1)
     monkeypatch.setattr(refine, "runs", lambda: [*every[:2], refine.Run(blocks, blocks), model])
     options = *benchmark.given, "--windows", 8, "--cache", tmp_path
     printed = benchmark.main(refine, *options)
@@ -325,7 +325,8 @@ def test_refined_models_are_made_once_and_evaluated_again(benchmark, tmp_path, m
     assert benchmark.main(refine, *options) == printed
     assert benchmark.main(refine, *options, "--evaluation-windows", 1) != printed
     tokens = [int(row["tokens"]) for row in table(tmp_path / "refine.csv")]
-    assert tokens == 2 * [0, 0, 5 * 7 * 64, 7 * 64]  # of 8 windows one is held out
+    # Of 8 windows, and of 9 with the model's own, one is held out.
+    assert tokens == 2 * [0, 0, 5 * 7 * 64, 8 * 64]
 
 
 def test_the_gap_is_drawn_from_the_measured_lines(tmp_path):

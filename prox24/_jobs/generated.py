@@ -8,8 +8,8 @@ from prox24._jobs.forward import all_weights, load_model
 from prox24._jobs.progress import progress_bar
 from prox24._models.generate import generate
 
-BATCH_TOKENS = 2**13
-"""Tokens of the windows in one batch: their keys and values are in memory."""
+CACHE_BYTES = 2**30
+"""The most bytes of the keys and values of a batch. More windows together take less time each."""
 
 
 def generated_windows(
@@ -30,7 +30,10 @@ def generated_windows(
     """
     model = load_model(checkpoint)
     weights = all_weights(model)
-    size = min(count, max(1, BATCH_TOKENS // length))
+    heads = [layer.attention for layer in model.config.layers]
+    of_token = sum(2 * 4 * own.key_value_heads * own.head_dim for own in heads)  # in float32
+    most = max(1, CACHE_BYTES // (of_token * length))
+    size = -(-count // -(-count // most))  # equal batches
     batches = range(0, count, size)
     prompts = np.full((size, 1), first, np.int32)
     windows = []

@@ -241,7 +241,7 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_model_writes(tmp_path,
 
 
 def test_a_model_writes_its_own_windows(checkpoint, monkeypatch):
-    monkeypatch.setattr(generated, "BATCH_TOKENS", 16)  # two windows at once
+    monkeypatch.setattr(generated, "CACHE_BYTES", 2 * 8 * 512)  # two windows at once
     text = Text("generate:3", sequence_length=8)
     windows = calibration_windows(checkpoint, text)
     assert windows.shape == (3, 8)
