@@ -32,7 +32,7 @@ try:
 
     from prox24._checkpoints.checkpoint import DTYPES, open_checkpoint, stop_tokens
     from prox24._jobs.forward import BATCH_TOKENS, all_weights, load_model, run_layer
-    from prox24._jobs.text import begin_token, check_ids
+    from prox24._jobs.tokens import begin_token, check_ids
     from prox24._models import decoder, spec
     from prox24._models.generate import advance, choose, empty_cache
 except ModuleNotFoundError as error:

@@ -17,7 +17,7 @@ from prox24._jobs.memory import (
     streams,
 )
 from prox24._jobs.output import Report, gigabytes, table
-from prox24._jobs.text import check_length
+from prox24._jobs.tokens import check_length
 from prox24._pruning.recipe import Recipe, with_products
 from prox24.errors import Prox24Error
 

@@ -36,12 +36,12 @@ from prox24._jobs.text import (
     Text,
     Windows,
     calibration_windows,
-    check_length,
     check_unread,
     described,
     files_of_text,
     shuffled,
 )
+from prox24._jobs.tokens import check_length
 from prox24._jobs.torch_runner import TorchRunner
 from prox24._pruning import loop
 from prox24._pruning.loop import PrunedTensor

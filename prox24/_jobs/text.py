@@ -5,19 +5,27 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from prox24._checkpoints.checkpoint import Checkpoint, stop_tokens
+from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._checkpoints.unfinished import sha256
 from prox24._jobs.documents import documents, is_dataset, is_unicode
 from prox24._jobs.generated import generated_windows
-from prox24.errors import CalibrationError, PromptError, UnsupportedModelError, first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from prox24._jobs.tokens import (
+    available_windows,
+    begin_token,
+    check_ids,
+    check_length,
+    end_token,
+    first_windows,
+    start_tokens,
+    tokenize,
+    vocabulary_of,
+)
+from prox24.errors import CalibrationError, PromptError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,14 +227,14 @@ def prompt_tokens(checkpoint: Checkpoint, text: str) -> NDArray[np.int32]:
     """The ids of a prompt, after the tokenizer's start tokens, shape (1, length)."""
     if not is_unicode(text):
         raise PromptError("the prompt is not UTF-8 text")
-    ids = tokenize(checkpoint.load_tokenizer(), text, _vocabulary(checkpoint))
+    ids = tokenize(checkpoint.load_tokenizer(), text, vocabulary_of(checkpoint))
     if not ids.size:
         raise PromptError("the prompt is empty")
     return np.concatenate([np.asarray(_start(checkpoint), np.int32), ids])[None]
 
 
 def _start(checkpoint: Checkpoint) -> list[int]:
-    return start_tokens(checkpoint.load_tokenizer(), _vocabulary(checkpoint))
+    return start_tokens(checkpoint.load_tokenizer(), vocabulary_of(checkpoint))
 
 
 def _tokens(
@@ -242,7 +250,7 @@ def _tokens(
     A dataset of the hub is read only until its documents have `needed` tokens. With `least`, it is
     read until `needed` documents have `least` tokens or more.
     """
-    tokenizer, vocabulary = checkpoint.load_tokenizer(), _vocabulary(checkpoint)
+    tokenizer, vocabulary = checkpoint.load_tokenizer(), vocabulary_of(checkpoint)
 
     def chat(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -270,21 +278,9 @@ def _joined(checkpoint: Checkpoint, every: Sequence[NDArray[np.int32]]) -> NDArr
     end = end_token(checkpoint)
     between = np.asarray([] if end is None else [end], np.int32)
     if len(every) > 1:
-        check_ids(between, _vocabulary(checkpoint))
+        check_ids(between, vocabulary_of(checkpoint))
     parts = [part for ids in every for part in (between, ids)]
     return np.concatenate([np.zeros(0, np.int32), *parts[1:]])
-
-
-def begin_token(checkpoint: Checkpoint) -> int | None:
-    """The token that begins a text, or else the end token."""
-    own: int | None = checkpoint.load_tokenizer().bos_token_id
-    return end_token(checkpoint) if own is None else own
-
-
-def end_token(checkpoint: Checkpoint) -> int | None:
-    """The token that ends a text, from the tokenizer, or else from the configs."""
-    own: int | None = checkpoint.load_tokenizer().eos_token_id
-    return next(iter(stop_tokens(checkpoint)), None) if own is None else own
 
 
 def _sampled(available: NDArray[np.int32], samples: int, text: Text) -> NDArray[np.int32]:
@@ -313,26 +309,6 @@ def _array(path: str) -> NDArray[Any]:
     return found
 
 
-def check_length(checkpoint: Checkpoint, length: int) -> None:
-    """Raises CalibrationError if windows are longer than the model's positions."""
-    config = checkpoint.config
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
-    if checkpoint.decoder is not None:
-        positions = checkpoint.decoder.positions
-    if isinstance(positions, int) and length > positions:
-        raise CalibrationError(
-            f"windows of {length} tokens are longer than the model's {positions} positions; "
-            f"take a sequence length of {positions} or less"
-        )
-
-
-def _vocabulary(checkpoint: Checkpoint) -> int:
-    vocabulary = checkpoint.config.get("vocab_size")
-    if type(vocabulary) is not int:
-        raise UnsupportedModelError(f"{checkpoint.path}: config.json has no vocab_size, an integer")
-    return vocabulary
-
-
 def _checked(checkpoint: Checkpoint, windows: Any, name: str = "tokens") -> NDArray[np.int32]:
     if isinstance(windows, str | Path):
         raise CalibrationError(f"the text is a path: give prox24.Text({str(windows)!r})")
@@ -344,7 +320,7 @@ def _checked(checkpoint: Checkpoint, windows: Any, name: str = "tokens") -> NDAr
             "length) are needed, one window or more of length 2 or more"
         )
     check_length(checkpoint, windows.shape[1])
-    vocabulary = _vocabulary(checkpoint)
+    vocabulary = vocabulary_of(checkpoint)
     if windows.min(initial=0) < 0 or windows.max(initial=0) >= vocabulary:
         raise CalibrationError(f"{name}: ids are not between 0 and {vocabulary - 1}")
     return windows.astype(np.int32)
@@ -360,58 +336,3 @@ SPEECHES, NOVEL = "speeches.txt", "austen.txt"
 def packaged_text(name: str) -> str:
     """A text of the package's data folder: "speeches.txt" or "austen.txt"."""
     return (resources.files("prox24") / "data" / name).read_text(encoding="utf-8")
-
-
-def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, vocab_size: int) -> NDArray[np.int32]:
-    """Token ids of a text, without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    check_ids(ids, vocab_size)
-    return np.asarray(ids, np.int32)
-
-
-def start_tokens(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[int]:
-    """The tokenizer's ids before a text, such as `<bos>` of Llama and Gemma; often empty."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for i in range(len(whole)):
-        if whole[i : i + len(plain)] == plain:
-            check_ids(whole[:i], vocab_size)
-            return whole[:i]
-    raise CalibrationError(f"the tokenizer encodes 'a' as {plain}, and as {whole} at the start")
-
-
-def check_ids(ids: ArrayLike, vocab_size: int) -> None:
-    """Raises CalibrationError for an id of `vocab_size` or more."""
-    largest = np.max(ids, initial=0)
-    if largest >= vocab_size:
-        raise CalibrationError(
-            f"the tokenizer gives id {largest} but the model has {vocab_size} embeddings"
-        )
-
-
-def first_windows(
-    ids: NDArray[np.int32], windows: int | None, length: int, start: Sequence[int] = ()
-) -> NDArray[np.int32]:
-    """The first windows without overlap, shape (windows, length); None takes all whole windows.
-
-    Each window begins with the `start` tokens. They count towards its length.
-    """
-    own = length - len(start)
-    needed = own * (windows or 1)
-    if own < 1:
-        raise CalibrationError(f"windows of {length} have no room beside {len(start)} start tokens")
-    if ids.size < needed:
-        raise CalibrationError(
-            f"the text has {ids.size} tokens, but {windows or 1} windows of {length} need {needed}"
-        )
-    count = windows or ids.size // own
-    starts = np.tile(np.asarray(start, np.int32), (count, 1))
-    return np.concatenate([starts, ids[: count * own].reshape(count, own)], axis=1)
-
-
-def available_windows(
-    ids: NDArray[np.int32], windows: int, length: int, start: Sequence[int] = ()
-) -> NDArray[np.int32]:
-    """All windows without overlap; raises CalibrationError for fewer than `windows`."""
-    enough = ids.size >= windows * (length - len(start))
-    return first_windows(ids, None if enough else windows, length, start)

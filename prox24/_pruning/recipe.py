@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 from prox24._core.pattern import AnyPattern, Pattern, PatternLike, Unstructured, as_any_pattern
 from prox24._core.precision import PRODUCTS, check_products, products
 from prox24._pruning._fields import build, decode, encode
+from prox24._pruning._yaml import from_yaml, to_yaml
 from prox24._solvers.admm import ADMM
 from prox24._solvers.hyperparameters import REGISTERED
 from prox24._solvers.protocol import Refit, Solver
@@ -308,15 +309,9 @@ class Recipe:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise RecipeError(f"cannot read {path}: {reason}") from error
         try:
-            if path.suffix not in (".yaml", ".yml"):
-                return cls.from_json(text)
-            yaml = _yaml()
-            try:
-                given = yaml.load(text, _json_numbers(yaml))
-            except yaml.YAMLError as error:
-                reason = " ".join(str(error).split())
-                raise RecipeError(f"the recipe is not YAML: {reason}") from error
-            return cls.from_dict({} if given is None else given)
+            if path.suffix in (".yaml", ".yml"):
+                return cls.from_dict(from_yaml(text))
+            return cls.from_json(text)
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from error
 
@@ -328,7 +323,7 @@ class Recipe:
         """
         path, text = Path(path), self.to_json() + "\n"
         if path.suffix in (".yaml", ".yml"):
-            text = _yaml().safe_dump(self.to_dict(), sort_keys=False)
+            text = to_yaml(self.to_dict())
         path.write_text(text, encoding="utf-8")
 
 
@@ -366,9 +361,8 @@ def with_products(function: Callable[Arguments, Result]) -> Callable[Arguments, 
             raise RecipeError(
                 f"{given!r} is no recipe: write prox24.Recipe(solver), or Recipe.from_dict(fields)"
             )
-        chosen = given.products
-        check_products(chosen)
-        with products(chosen):
+        check_products(given.products)
+        with products(given.products):
             return function(*args, **kwargs)
 
     return run
@@ -404,26 +398,3 @@ def _check_expression(name: str, expression: str | None) -> None:
         re.compile(expression or "")
     except (re.error, TypeError) as error:
         raise RecipeError(f"{name} {expression!r} is no regular expression: {error}") from error
-
-
-def _yaml() -> Any:
-    try:
-        import yaml  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise RecipeError("PyYAML is not installed: pip install pyyaml, or use JSON") from error
-    return yaml
-
-
-def _json_numbers(yaml: Any) -> Any:
-    """A safe loader that reads 1e-2 as a number and 2:4 as text; YAML 1.1 reads 2:4 as 124."""
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        pass
-
-    Loader.yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if not pair[0].endswith((":int", ":float"))]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    for kind, number in (("int", r"-?\d+$"), ("float", r"-?\d+(\.\d*)?([eE][-+]?\d+)?$")):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(number), "-0123456789")
-    return Loader

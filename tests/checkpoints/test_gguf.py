@@ -15,7 +15,7 @@ import prox24
 from prox24._checkpoints import gguf_file, gguf_header
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.gguf_tokenizer import build_tokenizer
-from prox24._jobs.text import start_tokens
+from prox24._jobs.tokens import start_tokens
 from prox24._models.families import config_from_hf
 from prox24.errors import CheckpointError, UnsupportedModelError
 

@@ -21,7 +21,8 @@ from prox24._jobs.forward import (
     run_layer,
 )
 from prox24._jobs.perplexity import native_perplexity
-from prox24._jobs.text import first_windows, packaged_text, tokenize
+from prox24._jobs.text import packaged_text
+from prox24._jobs.tokens import first_windows, tokenize
 from prox24._models import decoder
 from prox24._models.generate import generate
 

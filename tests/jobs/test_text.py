@@ -13,11 +13,10 @@ from tokenizers.processors import TemplateProcessing
 from prox24 import Recipe, Text, prune
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs import generated
-from prox24._jobs.text import (
+from prox24._jobs.text import calibration_windows, evaluation_windows
+from prox24._jobs.tokens import (
     available_windows,
-    calibration_windows,
     check_length,
-    evaluation_windows,
     first_windows,
     start_tokens,
     tokenize,

@@ -32,7 +32,7 @@ from prox24._checkpoints.writer import write_checkpoint
 from prox24._core.masks import is_sparse
 from prox24._jobs.forward import all_linears, layer_linears, load_model, oriented
 from prox24._jobs.native import native_runner
-from prox24._jobs.text import first_windows
+from prox24._jobs.tokens import first_windows
 from prox24._models import decoder, families
 from prox24._models.families import FAMILIES, config_from_hf
 from prox24._pruning.recipe import Recipe
