@@ -2,10 +2,10 @@
 
     python benchmarks/refine.py
 
-The seed draws the order of the windows of 512 tokens of the calibration text. Every mask is found
-on the first 64 windows. Refinements see these windows and later ones. Each job has its own process,
-for its peak memory. Each run appends a line to FOLDER/refine.csv. A run that has its line is
-skipped, so the same command continues an interrupted one.
+The seed draws the order of the windows of 512 tokens of the calibration text. A mask is found on
+the first 64 windows, or on the first 320. Refinements see these windows and later ones. Each job
+has its own process, for its peak memory. Each run appends a line to FOLDER/refine.csv. A run that
+has its line is skipped, so the same command continues an interrupted one.
 
 Pruned and refined models are kept in the folder `models` of the cache. --unseen and
 --evaluation-windows evaluate them again. With --bigbench FILE every model also answers the
@@ -74,6 +74,11 @@ BLOCKWISE = {
 TURNED = "heads turned + block, bfloat16, short steps, passes: 5"
 """Today's default, refined as blocks, and then as a whole."""
 BASES |= BLOCKWISE | {TURNED: Recipe(refine=BlockRefinement(compute_dtype="bfloat16"))}
+WIDE = "heads turned + block, bfloat16, short steps, windows: 320"
+"""As many steps as `TURNED`, in one pass over distinct text."""
+BASES |= {WIDE: Recipe(refine=BlockRefinement(compute_dtype="bfloat16", passes=1))}
+WINDOWS_OF = dict.fromkeys(BASES, WINDOWS) | {WIDE: 5 * WINDOWS, "dense": 0}
+"""The windows of the mask, by the name of the model."""
 
 IN_BFLOAT16 = ModelRefinement(rate=5e-4, compute_dtype="bfloat16")
 MIXED = ModelRefinement(rate=5e-4, cross_entropy=0.6)
@@ -103,8 +108,7 @@ class Run(NamedTuple):
     @property
     def distinct_tokens(self) -> int:
         """The number of tokens in the windows of the mask and of the training."""
-        own = max(0 if self.base == "dense" else WINDOWS, self.windows)
-        return (own + self.written) * LENGTH
+        return (max(WINDOWS_OF[self.base], self.windows) + self.written) * LENGTH
 
 
 def changed(refinement: ModelRefinement) -> str:
@@ -127,13 +131,13 @@ def runs() -> list[Run]:
     refined += [(TURNED, LONGEST, replace(one, passes=2)) for one in OF_TURNED]
     own, written = DISTINCT
     distinct = replace(OF_TURNED[1], held_out=0.01)
-    name = f"{TURNED} + model, {changed(distinct)}, written: {written}"
+    name = f"{WIDE} + model, {changed(distinct)}, written: {written}"
     return [
         Run("dense", "dense"),
         *(Run(base, base) for base in BASES),
         *(Run(f"{base} + model", base, WINDOWS, ModelRefinement()) for base in REFINED),
         *(Run(f"{base} + model, {changed(one)}", base, n, one) for base, n, one in refined),
-        Run(name, TURNED, own, distinct, written),
+        Run(name, WIDE, own, distinct, written),
     ]
 
 
@@ -157,7 +161,8 @@ def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[P
     if run.base == "dense":
         return dense, [0, 0.0, 0, math.nan]
     recipe, folder = replace(BASES[run.base], dtype="float32"), cache / "models"
-    pruned, report = made(prox24.prune, [dense], recipe, windows[:WINDOWS], folder / run.base)
+    of_mask = windows[: WINDOWS_OF[run.base]]
+    pruned, report = made(prox24.prune, [dense], recipe, of_mask, folder / run.base)
     if run.refinement is not None:
         given, text = [dense, pruned], windows[: run.windows]
         if run.written:
@@ -168,7 +173,7 @@ def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[P
         return trained, [*figures]
     tokens, block = 0, report["linears"][0]["refinement"]
     if recipe.refine is not None:
-        tokens = block["steps"] * recipe.refine.step_windows(WINDOWS, LENGTH) * LENGTH
+        tokens = block["steps"] * recipe.refine.step_windows(len(of_mask), LENGTH) * LENGTH
     return pruned, [tokens, report["seconds"], report["peak_memory_bytes"], math.nan]
 
 
@@ -255,7 +260,7 @@ def lines_of(rows: Rows, texts: list[str]) -> dict[str, list[tuple[float, float,
     lines: dict[str, list[np.ndarray]] = {}
     for (name, _), point in points.items():
         start, _, last = name.rpartition(" + ")
-        before = points.get((start, str(WINDOWS * LENGTH)))
+        before = points.get((start, str(WINDOWS_OF.get(start, 0) * LENGTH)))
         if before is None or not last.startswith(("block", "model")):
             continue
         # A model is refined after it is pruned, its blocks while it is.
@@ -300,7 +305,8 @@ def main() -> None:
     available = common.windows_of(dense, calibration, None, LENGTH)
 
     def measured(run: Run) -> dict[str, Any]:
-        drawn = common.drawn_windows(available, max(WINDOWS, run.windows), arguments.seed)
+        needed = max(WINDOWS_OF[run.base], run.windows)
+        drawn = common.drawn_windows(available, needed, arguments.seed)
         model, figures = model_of(run, dense, drawn, cache)
         found, peak = common.alone(evaluate, model, evaluated, questions)
         own = dict(zip(MEASURED, figures, strict=True))
