@@ -77,8 +77,6 @@ BASES |= BLOCKWISE | {TURNED: Recipe(refine=BlockRefinement(compute_dtype="bfloa
 WIDE = "heads turned + block, bfloat16, short steps, windows: 320"
 """As many steps as `TURNED`, in one pass over distinct text."""
 BASES |= {WIDE: Recipe(refine=BlockRefinement(compute_dtype="bfloat16", passes=1))}
-WINDOWS_OF = dict.fromkeys(BASES, WINDOWS) | {WIDE: 5 * WINDOWS, "dense": 0}
-"""The windows of the mask, by the name of the model."""
 
 IN_BFLOAT16 = ModelRefinement(rate=5e-4, compute_dtype="bfloat16")
 MIXED = ModelRefinement(rate=5e-4, cross_entropy=0.6)
@@ -95,6 +93,11 @@ DISTINCT = 1261, 427
 """Windows of the calibration text and of the model's own: one pass takes as many steps."""
 
 
+def windows_of_mask(base: str) -> int:
+    """The number of windows that a model of this name is pruned on."""
+    return 0 if base == "dense" else 5 * WINDOWS if base == WIDE else WINDOWS
+
+
 class Run(NamedTuple):
     """One line of the table: a pruned model, its training, and the number of windows."""
 
@@ -108,7 +111,7 @@ class Run(NamedTuple):
     @property
     def distinct_tokens(self) -> int:
         """The number of tokens in the windows of the mask and of the training."""
-        return (max(WINDOWS_OF[self.base], self.windows) + self.written) * LENGTH
+        return (max(windows_of_mask(self.base), self.windows) + self.written) * LENGTH
 
 
 def changed(refinement: ModelRefinement) -> str:
@@ -161,7 +164,7 @@ def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[P
     if run.base == "dense":
         return dense, [0, 0.0, 0, math.nan]
     recipe, folder = replace(BASES[run.base], dtype="float32"), cache / "models"
-    of_mask = windows[: WINDOWS_OF[run.base]]
+    of_mask = windows[: windows_of_mask(run.base)]
     pruned, report = made(prox24.prune, [dense], recipe, of_mask, folder / run.base)
     if run.refinement is not None:
         given, text = [dense, pruned], windows[: run.windows]
@@ -260,7 +263,7 @@ def lines_of(rows: Rows, texts: list[str]) -> dict[str, list[tuple[float, float,
     lines: dict[str, list[np.ndarray]] = {}
     for (name, _), point in points.items():
         start, _, last = name.rpartition(" + ")
-        before = points.get((start, str(WINDOWS_OF.get(start, 0) * LENGTH)))
+        before = points.get((start, str(windows_of_mask(start) * LENGTH)))
         if before is None or not last.startswith(("block", "model")):
             continue
         # A model is refined after it is pruned, its blocks while it is.
@@ -305,7 +308,7 @@ def main() -> None:
     available = common.windows_of(dense, calibration, None, LENGTH)
 
     def measured(run: Run) -> dict[str, Any]:
-        needed = max(WINDOWS_OF[run.base], run.windows)
+        needed = max(windows_of_mask(run.base), run.windows)
         drawn = common.drawn_windows(available, needed, arguments.seed)
         model, figures = model_of(run, dense, drawn, cache)
         found, peak = common.alone(evaluate, model, evaluated, questions)
