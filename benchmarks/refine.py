@@ -90,7 +90,10 @@ OF_TURNED = [IN_BFLOAT16, ModelRefinement(compute_dtype="bfloat16")]
 LONGEST = 892
 """Two passes over these windows end below 1,000,000 tokens, those of the blocks included."""
 DISTINCT = 1261, 427
-"""Windows of the calibration text and of the model's own: one pass takes as many steps."""
+"""Windows of the calibration text, and windows that the dense model writes.
+
+One pass over them takes about as many steps as two passes over `LONGEST`.
+"""
 
 
 def windows_of_mask(base: str) -> int:
@@ -181,7 +184,10 @@ def model_of(run: Run, dense: Path, windows: np.ndarray, cache: Path) -> tuple[P
 
 
 def with_written(dense: Path, windows: np.ndarray, count: int, folder: Path) -> np.ndarray:
-    """Windows mixed with as many that the dense model writes; the last, held out, stay the last."""
+    """Windows of a text, shuffled with `count` windows that the dense model writes.
+
+    The last windows, which a training holds out, stay at the end: they are of the text.
+    """
     path = folder / f"written-{count}.npy"
     if not path.exists():
         text = prox24.Text(f"generate:{count}", sequence_length=LENGTH)

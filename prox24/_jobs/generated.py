@@ -9,7 +9,7 @@ from prox24._jobs.progress import progress_bar
 from prox24._models.generate import generate
 
 CACHE_BYTES = 2**30
-"""The most bytes of the keys and values of a batch. More windows together take less time each."""
+"""The most bytes of the keys and values of a batch. A larger batch takes less time per window."""
 
 
 def generated_windows(

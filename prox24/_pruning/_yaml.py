@@ -7,7 +7,9 @@ from prox24.errors import RecipeError
 
 
 def from_yaml(text: str) -> Any:
-    """The object of a YAML text, with the numbers that JSON would have; of no text, no fields.
+    """The object of a YAML text, with the numbers that JSON would have.
+
+    An empty text is a recipe without fields.
 
     Raises:
       RecipeError: the text is not YAML, or PyYAML is not installed.
