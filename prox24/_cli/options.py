@@ -59,6 +59,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a method or a file, changed by the given options."""
     if arguments.recipe is not None:
         recipe = Recipe.load(arguments.recipe)
+    elif arguments.method == "best" and vars(arguments).get("samples") is not None:
+        recipe = Recipe.best(arguments.samples * arguments.sequence_length)
     else:
         recipe = PRESETS[arguments.method or "admm"]()
     given = {name: value for name, value in vars(arguments).items() if value is not None}

@@ -218,6 +218,15 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
 
 
 @pytest.mark.parametrize(
+    ("choices", "passes"),
+    [("", 5), ("--samples 320", 1), ("--samples 64 --sequence-length 128", 20)],
+)
+def test_best_takes_fewer_passes_over_more_tokens(choices, passes):
+    given = ["prune", "model", "out", "--method", "best", *choices.split()]
+    assert recipe_of(parser(given).parse_args(given)).refine.passes == passes
+
+
+@pytest.mark.parametrize(
     ("choices", "pattern", "linears"),
     [
         pytest.param(
