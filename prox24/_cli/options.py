@@ -155,6 +155,7 @@ def add_windows(
 
 def add_training_windows(command: argparse.ArgumentParser, name: str, what: str) -> None:
     """Adds the options of `add_windows`, --sampling and --seed."""
+    what = f"{what}, or generate:N for N windows by the dense model"
     add_windows(command, name, f"{what} (default: speeches of the package)")
     command.add_argument(
         "--sampling",

@@ -13,9 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help=options.MODEL)
     command.add_argument("destination", type=Path, help="HF folder to write")
     options.add_recipe(command)
-    options.add_training_windows(
-        command, "calibration", "text to calibrate on; or generate:N, that the model writes itself"
-    )
+    options.add_training_windows(command, "calibration", "text to calibrate on")
     command.add_argument(
         "--memory",
         type=options.size,

@@ -36,10 +36,10 @@ class Text:
       source: a file, a folder, or "hf:OWNER/NAME[#CONFIG][:SPLIT]" for a dataset of the hub; or a
         sequence of such sources. Files are UTF-8 text, records (.jsonl, .json, .csv, .tsv,
         .parquet), or token ids (.npy) of shape (windows, length). "generate:N" lets the dense model
-        write N windows. None is a text of the package: speeches to calibrate or train on, a novel
-        to evaluate on.
-      samples: number of windows; not for "generate:N". None takes 64 windows to calibrate or train
-        on, all windows of a text to evaluate on, and all windows of a file of token ids.
+        write N windows, in addition to those of other sources. None is a text of the package:
+        speeches to calibrate or train on, a novel to evaluate on.
+      samples: number of windows, without those of "generate:N". None takes 64 windows to calibrate
+        or train on, all windows of a text to evaluate on, and all windows of a file of token ids.
       sequence_length: tokens of a window.
       field: the field of a record with a text or with the messages of a conversation. None reads
         "text", or else "messages". The tokenizer's chat template makes a text of messages.
@@ -76,12 +76,15 @@ class Text:
                 "the source of the text is empty: name a file, or leave it out for packaged text"
             )
         for source in self.sources:
-            if len(self.sources) > 1 and (is_generated(source) or is_tokens(source)):
+            if len(self.sources) > 1 and is_tokens(source):
                 raise CalibrationError(f"{source} cannot be joined with other texts")
             if is_generated(source) and not re.fullmatch(r"generate:[1-9]\d*", source):
                 raise CalibrationError(f"{source} is not of the form generate:WINDOWS")
-            if is_generated(source) and self.samples is not None:
-                raise CalibrationError(f"{source} has the number of windows: leave samples out")
+        written = [source for source in self.sources if is_generated(source)]
+        if len(written) > 1:
+            raise CalibrationError(f"{' and '.join(written)}: give generate:WINDOWS once")
+        if written == self.sources and written and self.samples is not None:
+            raise CalibrationError(f"{written[0]} has the number of windows: leave samples out")
 
     @property
     def sources(self) -> list[str]:
@@ -92,9 +95,16 @@ class Text:
 
     @property
     def written(self) -> int:
-        """The number of windows that the model writes; zero if the text is given."""
-        first = next(iter(self.sources), "")
-        return int(first.partition(":")[2]) if is_generated(first) else 0
+        """The number of windows that the model writes."""
+        return sum(int(x.partition(":")[2]) for x in self.sources if is_generated(x))
+
+    @property
+    def given(self) -> "Text | None":
+        """The text without the windows that the model writes; None if it writes all."""
+        sources = [source for source in self.sources if not is_generated(source)]
+        if self.sources and not sources:
+            return None
+        return dataclasses.replace(self, source=sources or None)
 
     @property
     def files(self) -> list[Path]:
@@ -152,16 +162,31 @@ def calibration_windows(
     """
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
+    parts = [] if text.given is None else [_given_windows(checkpoint, text.given)]
+    if text.written:  # After the errors of what is given.
+        parts.append(_written_windows(checkpoint, text, quiet))
+    return np.concatenate(parts)
+
+
+def _written_windows(checkpoint: Checkpoint, text: Text, quiet: bool) -> NDArray[np.int32]:
+    """Windows that the dense model writes."""
+    count, length = text.written, text.sequence_length
+    check_length(checkpoint, length)
+    first = begin_token(checkpoint)
+    if first is None:
+        raise CalibrationError(
+            f"generate:{count}: the model has no token to begin or end a text with"
+        )
+    return generated_windows(checkpoint, first, count, length, text.seed, quiet=quiet)
+
+
+def _given_windows(checkpoint: Checkpoint, text: Text) -> NDArray[np.int32]:
+    """Windows of the sources of a text."""
     samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
     if is_tokens(source):
         available = _of_file(checkpoint, source, samples)
         return available if samples is None else _sampled(available, samples, text)
     check_length(checkpoint, length)
-    if is_generated(source):
-        first = begin_token(checkpoint)
-        if first is None:
-            raise CalibrationError(f"{source}: the model has no token to begin or end a text with")
-        return generated_windows(checkpoint, first, text.written, length, text.seed, quiet=quiet)
     samples = samples or SAMPLES
     start = _start(checkpoint)
     own = length - len(start)
@@ -185,8 +210,10 @@ def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int3
     samples, length, source = text.samples, text.sequence_length, next(iter(text.sources), "")
     if is_tokens(source):
         return _of_file(checkpoint, source, samples)[:samples]
-    if is_generated(source):
-        raise CalibrationError(f"{source} is to calibrate on; evaluate on a text of others")
+    if text.written:
+        raise CalibrationError(
+            f"generate:{text.written} is to calibrate on; evaluate on a text of others"
+        )
     check_length(checkpoint, length)
     start = _start(checkpoint)
     needed = None if samples is None else samples * (length - len(start))

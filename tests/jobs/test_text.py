@@ -123,7 +123,9 @@ def test_what_makes_no_windows_is_refused(checkpoint, given, said):
         ({"source": []}, "the source of the text is empty"),
         ({"source": ["a.txt", ""]}, "the source of the text is empty"),
         ({"source": ["a.txt", "b.npy"]}, "b.npy cannot be joined"),
-        ({"source": ["generate:3", "a.txt"]}, "generate:3 cannot be joined"),
+        ({"source": ["generate:3", "b.npy"]}, "b.npy cannot be joined"),
+        ({"source": ["generate:3", "generate:4"]}, "generate:3 and generate:4: give generate"),
+        ({"source": "generate:3", "samples": 4}, "generate:3 has the number of windows"),
         ({"source": "generate:many"}, "generate:many is not of the form generate:WINDOWS"),
     ],
 )
@@ -251,3 +253,12 @@ def test_a_model_writes_its_own_windows(checkpoint, monkeypatch):
     assert not np.array_equal(other, windows)
     with pytest.raises(CalibrationError, match="generate:3 is to calibrate on"):
         evaluation_windows(checkpoint, text)
+
+
+def test_a_model_writes_more_windows_than_a_text_has(checkpoint, tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefgh" * 9)
+    given = Text(tmp_path / "a.txt", samples=2, sequence_length=8)
+    joined = dataclasses.replace(given, source=[tmp_path / "a.txt", "generate:3"])
+    written = Text("generate:3", sequence_length=8)
+    parts = [calibration_windows(checkpoint, text) for text in (given, written)]
+    assert np.array_equal(calibration_windows(checkpoint, joined), np.concatenate(parts))
