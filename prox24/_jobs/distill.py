@@ -42,7 +42,7 @@ from prox24._jobs.text import (
     files_of_text,
     shuffled,
 )
-from prox24._jobs.training import train_checkpoint
+from prox24._jobs.training import check_pair, train_checkpoint
 from prox24.refine._model import ModelRefinement
 from prox24.refine._training import Refined, Training
 
@@ -146,6 +146,7 @@ def distill(
         check_outside(destination, Path(state))
     teacher, student = open_checkpoint(dense), open_checkpoint(pruned)
     card = source_card(pruned, student)
+    check_pair(teacher, student)
     mesh = common_mesh(refinement.micro_batch, tensor_parallel)
     windows = calibration_windows(teacher, text, quiet=quiet)
     if isinstance(text, Text):

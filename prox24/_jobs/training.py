@@ -26,6 +26,19 @@ from prox24.refine._model import ModelRefinement
 from prox24.refine._training import OnStep, Resume
 
 
+def check_pair(dense: Checkpoint, pruned: Checkpoint) -> None:
+    """Raises CheckpointError unless the second checkpoint is the first one, pruned."""
+    of_dense, config = (forward.load_model(one).config for one in (dense, pruned))
+    if config._replace(names=of_dense.names) != of_dense:
+        raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
+    if not (_is_pruned(pruned, config) or _has_more_zeros(pruned, dense, config, of_dense)):
+        swapped = _has_more_zeros(dense, pruned, of_dense, config)
+        remedy = "the dense model comes first" if swapped else "prune it first"
+        raise CheckpointError(
+            f"{pruned.path} has no more zeros in its linears than {dense.path}: {remedy}"
+        )
+
+
 def train_checkpoint(
     dense: Checkpoint,
     pruned: Checkpoint,
@@ -38,6 +51,8 @@ def train_checkpoint(
     on_step: OnStep | None = None,
 ) -> tuple[Refined, Iterator[tuple[str, NDArray[Any]]]]:
     """Trains the nonzeros of every linear, norms and biases; embeddings and head do not change.
+
+    `check_pair` comes before.
 
     The dense model runs once, layer by layer. Its last hidden states stay on the host, with hidden
     width * 4 bytes for each token. With cross-entropy alone the dense model does not run.
@@ -59,8 +74,6 @@ def train_checkpoint(
     teacher = forward.load_model(dense, None if mesh is None else Mesh(mesh.devices[:, 0], (AXIS,)))
     student = forward.load_model(pruned)
     config = student.config
-    if config._replace(names=teacher.config.names) != teacher.config:
-        raise CheckpointError(f"{pruned.path} and {dense.path} are not the same model")
     size, micro_batch = refinement.step_windows, refinement.micro_batch
     if mesh is not None:
         partition.check_divides(config, mesh, micro_batch)
@@ -75,12 +88,6 @@ def train_checkpoint(
         raise CalibrationError(f"all {len(windows)} windows are held out; use a smaller share")
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
-    if not (_is_pruned(config, params) or _has_more_zeros(pruned, dense, config, teacher.config)):
-        swapped = _has_more_zeros(dense, pruned, teacher.config, config)
-        remedy = "the dense model comes first" if swapped else "prune it first"
-        raise CheckpointError(
-            f"{pruned.path} has no more zeros in its linears than {dense.path}: {remedy}"
-        )
     dtype = refinement.compute_dtype
     outer = _outer(student, mesh, dtype)
     taught = refinement.cross_entropy < 1
@@ -215,15 +222,9 @@ def _has_more_zeros(
     )
 
 
-def _is_pruned(config: Config, params: stacks.Stacked) -> bool:
+def _is_pruned(pruned: Checkpoint, config: Config) -> bool:
     """Whether a linear is a quarter zeros or more; dense and quantised linears have fewer."""
-    linears = _linears(config)
-    return any(
-        bool(jnp.max(jnp.mean(leaf == 0, axis=(1, 2), dtype=jnp.float32)) >= 0.25)
-        for run in params
-        for name, leaf in run.items()
-        if name in linears
-    )
+    return any(np.mean(pruned.read(own.tensor) == 0) >= 0.25 for own in forward.all_linears(config))
 
 
 def _trainable(config: Config, params: stacks.Stacked) -> stacks.Stacked:
