@@ -1,5 +1,7 @@
 """Windows of tokens that the model itself writes, for calibration without a text."""
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,18 +39,20 @@ def generated_windows(
     batches = range(0, count, size)
     prompts = np.full((size, 1), first, np.int32)
     windows = []
-    with progress_bar("write", len(batches) * (length - 1), quiet, log=False) as advance:
-        for begin in batches:
+    steps = {begin: [f"windows.{begin}.{n}" for n in range(1, length)] for begin in batches}
+    with progress_bar("write", list(itertools.chain(*steps.values())), quiet) as advance:
+        for begin, names in steps.items():
             tokens = [prompts[:, 0]]
-            for drawn in generate(
+            following = generate(
                 model.config,
                 weights,
                 prompts,
                 length - 1,
                 temperature=1.0,
                 seed=int(np.random.SeedSequence([seed, begin]).generate_state(1)[0]),
-            ):
+            )
+            for name, drawn in zip(names, following, strict=True):
                 tokens.append(drawn)
-                advance(f"window {begin}", None)
+                advance(name, None)
             windows.append(np.stack(tokens, axis=1))
     return np.concatenate(windows)[:count]
