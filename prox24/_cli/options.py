@@ -59,8 +59,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a method or a file, changed by the given options."""
     if arguments.recipe is not None:
         recipe = Recipe.load(arguments.recipe)
-    elif arguments.method == "best" and vars(arguments).get("samples") is not None:
-        recipe = Recipe.best(arguments.samples * arguments.sequence_length)
+    elif arguments.method == "best" and "samples" in arguments:
+        recipe = Recipe.best(_tokens(arguments))
     else:
         recipe = PRESETS[arguments.method or "admm"]()
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -79,6 +79,14 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
             raise RecipeError(f"{option(own[next(iter(fields))])} is for --{name} {on}")
         changes[name] = dataclasses.replace(value, **fields) if fields else value
     return dataclasses.replace(recipe, **changes)
+
+
+def _tokens(arguments: argparse.Namespace) -> int:
+    """The tokens of the calibration text."""
+    from prox24._jobs.text import Text
+
+    text = Text(vars(arguments).get("calibration"), arguments.samples, arguments.sequence_length)
+    return text.windows * text.sequence_length
 
 
 def option(name: str) -> str:
@@ -134,15 +142,19 @@ def add_logs(command: argparse.ArgumentParser) -> None:
 
 
 def add_windows(
-    command: argparse.ArgumentParser, name: str, what: str, samples: int | str = 64
+    command: argparse.ArgumentParser,
+    name: str,
+    what: str,
+    samples: int | str = 64,
+    last: str = "",
 ) -> None:
-    """Adds a text, --text-field, --samples and --sequence-length."""
+    """Adds a text, --text-field, --samples and --sequence-length; `last` ends the text's help."""
     command.add_argument(
         option(name),
         action="append",
         metavar="TEXT",
         help=f"{what}: a file or folder of .txt, .jsonl, .ndjson, .json, .csv, .tsv or .parquet, "
-        "token ids as .npy, or hf:OWNER/NAME[#CONFIG][:SPLIT] of the hub; may be given several "
+        f"token ids as .npy, hf:OWNER/NAME[#CONFIG][:SPLIT] of the hub{last}; may be given several "
         "times",
     )
     command.add_argument(
@@ -155,8 +167,12 @@ def add_windows(
 
 def add_training_windows(command: argparse.ArgumentParser, name: str, what: str) -> None:
     """Adds the options of `add_windows`, --sampling and --seed."""
-    what = f"{what}, or generate:N for N windows by the dense model"
-    add_windows(command, name, f"{what} (default: speeches of the package)")
+    add_windows(
+        command,
+        name,
+        f"{what} (default: speeches of the package)",
+        last=", or generate:N for N more windows, which the dense model writes",
+    )
     command.add_argument(
         "--sampling",
         choices=("even", "random", "documents"),

@@ -33,7 +33,6 @@ from prox24._jobs.processes import agree, is_first, meet
 from prox24._jobs.progress import layer_of, metric, progress_bar
 from prox24._jobs.reports import PruneReport, totals
 from prox24._jobs.text import (
-    SAMPLES,
     Text,
     Windows,
     calibration_windows,
@@ -150,10 +149,7 @@ def prune(
     place = None
     if isinstance(calibration, Text) and calibration.written:
         check_length(checkpoint, calibration.sequence_length)
-        count = calibration.written
-        if calibration.given is not None:
-            count += calibration.samples or SAMPLES
-        place = placed((count, calibration.sequence_length))
+        place = placed((calibration.windows, calibration.sequence_length))
     quiet = quiet or not is_first()
     windows = calibration_windows(checkpoint, calibration, quiet=quiet)
     if recipe.refine is not None and isinstance(calibration, Text):

@@ -27,6 +27,9 @@ from prox24._jobs.tokens import (
 )
 from prox24.errors import CalibrationError, PromptError, first_line
 
+SAMPLES = 64
+"""The default number of windows to calibrate or train on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -83,8 +86,11 @@ class Text:
         written = [source for source in self.sources if is_generated(source)]
         if len(written) > 1:
             raise CalibrationError(f"{' and '.join(written)}: give generate:WINDOWS once")
-        if written == self.sources and written and self.samples is not None:
-            raise CalibrationError(f"{written[0]} has the number of windows: leave samples out")
+        if written and written == self.sources and self.samples is not None:
+            raise CalibrationError(
+                f"samples counts windows of other texts than {written[0]}: leave it out, or name a "
+                "text"
+            )
 
     @property
     def sources(self) -> list[str]:
@@ -105,6 +111,11 @@ class Text:
         if self.sources and not sources:
             return None
         return dataclasses.replace(self, source=sources or None)
+
+    @property
+    def windows(self) -> int:
+        """The number of windows to calibrate or train on; for token ids, `samples` must say it."""
+        return self.written + (0 if self.given is None else self.samples or SAMPLES)
 
     @property
     def files(self) -> list[Path]:
@@ -352,9 +363,6 @@ def _checked(checkpoint: Checkpoint, windows: Any, name: str = "tokens") -> NDAr
         raise CalibrationError(f"{name}: ids are not between 0 and {vocabulary - 1}")
     return windows.astype(np.int32)
 
-
-SAMPLES = 64
-"""The default number of windows to calibrate or train on."""
 
 SPEECHES, NOVEL = "speeches.txt", "austen.txt"
 """Texts of the package's data folder."""

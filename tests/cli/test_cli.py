@@ -219,7 +219,14 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
 
 @pytest.mark.parametrize(
     ("choices", "passes"),
-    [("", 5), ("--samples 320", 1), ("--samples 64 --sequence-length 128", 20)],
+    [
+        ("", 5),
+        ("--samples 320", 1),
+        ("--samples 64 --sequence-length 128", 20),
+        ("--sequence-length 2560", 1),
+        ("--calibration generate:128", 2),
+        ("--calibration a.txt --calibration generate:256", 1),
+    ],
 )
 def test_best_takes_fewer_passes_over_more_tokens(choices, passes):
     given = ["prune", "model", "out", "--method", "best", *choices.split()]

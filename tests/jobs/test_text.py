@@ -125,7 +125,7 @@ def test_what_makes_no_windows_is_refused(checkpoint, given, said):
         ({"source": ["a.txt", "b.npy"]}, "b.npy cannot be joined"),
         ({"source": ["generate:3", "b.npy"]}, "b.npy cannot be joined"),
         ({"source": ["generate:3", "generate:4"]}, "generate:3 and generate:4: give generate"),
-        ({"source": "generate:3", "samples": 4}, "generate:3 has the number of windows"),
+        ({"source": "generate:3", "samples": 4}, "other texts than generate:3: leave it out"),
         ({"source": "generate:many"}, "generate:many is not of the form generate:WINDOWS"),
     ],
 )
@@ -241,10 +241,13 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_model_writes(tmp_path,
         prune(tmp_path / "model", tmp_path / "out", calibration=text, memory=1)
 
 
-def test_a_model_writes_its_own_windows(checkpoint, monkeypatch):
+def test_a_model_writes_its_own_windows(checkpoint, monkeypatch, caplog):
     monkeypatch.setattr(generated, "CACHE_BYTES", 2 * 8 * 512)  # two windows at once
     text = Text("generate:3", sequence_length=8)
-    windows = calibration_windows(checkpoint, text)
+    with caplog.at_level("INFO", logger="prox24"):
+        windows = calibration_windows(checkpoint, text)
+    said = [line.split(",")[0] for line in caplog.messages]
+    assert said == ["write 1/2 windows.0", "write 2/2 windows.2"]
     assert windows.shape == (3, 8)
     assert set(windows[:, 0]) == {checkpoint.config["eos_token_id"]}
     assert len({tuple(window) for window in windows.tolist()}) == 3
