@@ -89,6 +89,8 @@ TRIED = {
 OF_TURNED = [IN_BFLOAT16, ModelRefinement(compute_dtype="bfloat16")]
 LONGEST = 892
 """Two passes over these windows end below 1,000,000 tokens, those of the blocks included."""
+IN_AN_HOUR = 1024
+"""Pruning with blocks over 320 windows, and then one pass over these, take about one hour."""
 DISTINCT = 1261, 427
 """Windows of the calibration text, and windows that the dense model writes.
 
@@ -135,6 +137,7 @@ def runs() -> list[Run]:
     refined += itertools.product((*REFINED, *BLOCKWISE), TRIED, [IN_BFLOAT16])
     refined += [(TURNED, 256, one) for one in OF_TURNED]
     refined += [(TURNED, LONGEST, replace(one, passes=2)) for one in OF_TURNED]
+    refined += [(WIDE, IN_AN_HOUR, OF_TURNED[1])]
     own, written = DISTINCT
     distinct = replace(OF_TURNED[1], held_out=0.01)
     name = f"{WIDE} + model, {changed(distinct)}, written: {written}"
@@ -275,7 +278,7 @@ def lines_of(rows: Rows, texts: list[str]) -> dict[str, list[tuple[float, float,
         # A model is refined after it is pruned, its blocks while it is.
         begun = before * (1, 1, 0) if last.startswith("model") else 0
         # Runs that differ in their tokens alone share a line.
-        label = re.sub(r", passes: \d+$", "", name)
+        label = re.sub(r", (passes|written): \d+$", "", name)
         lines.setdefault(label, [before]).append(point + begun)
     return {label: sorted(map(tuple, found)) for label, found in lines.items()}
 
@@ -289,7 +292,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     names = list(dict.fromkeys(run.name for run in runs()))
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="names of rows")
-    parser.add_argument("--windows", type=positive, nargs="+", default=[64, 256, 892, 1024, 1261])
+    given = sorted({run.windows for run in runs()} - {0})
+    parser.add_argument("--windows", type=positive, nargs="+", default=given)
     parser.add_argument("--bigbench", type=Path, metavar="FILE", help="bigbench-1.0.0.tar.gz")
     parser.add_argument("--cache", type=Path, default=common.CACHE, metavar="FOLDER")
     common.add_output(parser)
@@ -324,8 +328,8 @@ def main() -> None:
     sizes = (0, *arguments.windows)
     chosen = [run for run in runs() if run.name in arguments.only and run.windows in sizes]
     keys = [{"run": run.name, "distinct_tokens": run.distinct_tokens} for run in chosen]
-    given = [(key | setting, (run,)) for key, run in zip(keys, chosen, strict=True)]
-    rows = common.completed(path, titles, given, measured)
+    lines = [(key | setting, (run,)) for key, run in zip(keys, chosen, strict=True)]
+    rows = common.completed(path, titles, lines, measured)
     rows = [row for row in rows if row.items() >= setting.items()]
     print_table(rows, texts)
     tokenizer = open_checkpoint(dense).load_tokenizer()
