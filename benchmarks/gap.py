@@ -10,7 +10,8 @@ all training steps. Seconds are of pruning and training, on two CPU cores that a
 - "blocks, model": five passes over the blocks in shorter steps, and then the model. The last point
   has two passes over 892 windows.
 - "distinct text": one pass over the blocks of 320 windows, as `Recipe.best` takes it, and then one
-  pass of the model. The last point has 427 windows that the dense model wrote.
+  pass of the model. The last point has 427 windows that the dense model wrote. These seconds are
+  of a faster machine.
 
 `benchmarks/refine.py` measured these lines, and more, in hours on two CPU cores. This script only
 draws them.
