@@ -39,7 +39,7 @@ class Text:
       source: a file, a folder, or "hf:OWNER/NAME[#CONFIG][:SPLIT]" for a dataset of the hub; or a
         sequence of such sources. Files are UTF-8 text, records (.jsonl, .json, .csv, .tsv,
         .parquet), or token ids (.npy) of shape (windows, length). "generate:N" lets the dense model
-        write N windows, in addition to those of other sources. None is a text of the package:
+        write N windows, besides the windows of other sources. None is a text of the package:
         speeches to calibrate or train on, a novel to evaluate on.
       samples: number of windows, without those of "generate:N". None takes 64 windows to calibrate
         or train on, all windows of a text to evaluate on, and all windows of a file of token ids.

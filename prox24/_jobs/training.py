@@ -52,7 +52,7 @@ def train_checkpoint(
 ) -> tuple[Refined, Iterator[tuple[str, NDArray[Any]]]]:
     """Trains the nonzeros of every linear, norms and biases; embeddings and head do not change.
 
-    `check_pair` comes before.
+    Call `check_pair` first.
 
     The dense model runs once, layer by layer. Its last hidden states stay on the host, with hidden
     width * 4 bytes for each token. With cross-entropy alone the dense model does not run.

@@ -123,7 +123,6 @@ def test_what_makes_no_windows_is_refused(checkpoint, given, said):
         ({"source": []}, "the source of the text is empty"),
         ({"source": ["a.txt", ""]}, "the source of the text is empty"),
         ({"source": ["a.txt", "b.npy"]}, "b.npy cannot be joined"),
-        ({"source": ["generate:3", "b.npy"]}, "b.npy cannot be joined"),
         ({"source": ["generate:3", "generate:4"]}, "generate:3 and generate:4: give generate"),
         ({"source": "generate:3", "samples": 4}, "other texts than generate:3: leave it out"),
         ({"source": "generate:many"}, "generate:many is not of the form generate:WINDOWS"),

@@ -379,6 +379,12 @@ def test_the_dense_model_predicts_by_its_own_head(workspace, capsys):
     assert len({*losses}) == 1
 
 
+def test_models_that_do_not_fit_are_refused_before_one_writes(workspace, refused, monkeypatch):
+    monkeypatch.setattr("prox24._jobs.text.generated_windows", None)
+    said = refused("--text", "generate:3", models=("pruned", "model"))
+    assert "pruned: the dense model comes first" in said
+
+
 def test_models_and_options_that_do_not_fit_are_refused(workspace, refused):
     weights = random_weights(config_dict())
     weights[Q_PROJ][0, 0] = 0  # as float16 has them
