@@ -2,8 +2,9 @@
 
     python benchmarks/step_cost.py
 
-A step of `prox24 distill` has one window of 512 tokens, here of random ids. Operations are the
-multiplications and additions of matrix products, as JAX traces them. Each part is timed as a
+A step of `prox24 distill` has one window of 512 tokens, here of random ids. A step of `prox24 prune
+--refine block` trains one layer on such a window, here with random hidden states. Operations are
+the multiplications and additions of matrix products, as JAX traces them. Each part is timed as a
 program of its own.
 """
 
@@ -22,7 +23,13 @@ from common import positive
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs import forward, training
 from prox24.optax import keep_pattern
-from prox24.refine import ModelRefinement, _distillation
+from prox24.refine import (
+    BlockRefinement,
+    ModelRefinement,
+    _blocks,
+    _distillation,
+    relative_error,
+)
 from prox24.refine._training import step_program
 
 
@@ -59,6 +66,32 @@ def parts(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
     }
 
 
+def parts_of_block(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
+    """The same for a block refinement of the layer in the middle."""
+    index, refinement = len(model.config.layers) // 2, BlockRefinement(compute_dtype=dtype)
+    layer = model.config.layers[index]
+    apply = forward.layer_function(layer, None, dtype)
+    weights = forward.layer_weights(model, index)
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    optimizer = refinement.optimizer(8)
+    state = keep_pattern(optimizer, jax.tree.map(lambda x: x != 0, params)).init(params)
+    hidden = jax.random.normal(jax.random.key(0), (1, length, layer.hidden))
+    loss = _blocks._block_loss(apply, relative_error)
+    batch = hidden, hidden
+    return {
+        "one layer, forward": (jax.jit(apply), params, hidden),
+        "one layer, with gradient": (jax.jit(jax.grad(loss)), params, None, batch),
+        "step of one layer": (
+            step_program(loss, optimizer, 1),
+            params,
+            state,
+            None,
+            None,
+            batch,
+        ),
+    }
+
+
 def operations(jaxpr: jax.extend.core.Jaxpr) -> int:
     """Multiplications and additions of the matrix products of a program."""
     count = 0
@@ -80,8 +113,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=common.CACHE, metavar="FOLDER")
     arguments = parser.parse_args()
     model = forward.load_model(open_checkpoint(common.dense_model(arguments.cache)))
+    setting = model, arguments.length, arguments.compute_dtype
     lines = []
-    for name, (program, *given) in parts(model, arguments.length, arguments.compute_dtype).items():
+    for name, (program, *given) in (parts(*setting) | parts_of_block(*setting)).items():
         traced, seconds = program.trace(*given), []
         compiled, count = traced.lower().compile(), operations(traced.jaxpr.jaxpr)
         for _ in range(arguments.repeats + 1):
