@@ -198,7 +198,7 @@ def with_written(dense: Path, windows: np.ndarray, count: int, folder: Path) -> 
         text = prox24.Text(f"generate:{count}", sequence_length=LENGTH)
         folder.mkdir(exist_ok=True)
         np.save(path, calibration_windows(open_checkpoint(dense), text))
-    held_out = max(1, len(windows) // 64)
+    held_out = max(3, len(windows) // 64)  # As many as the trainings hold out, or more.
     mixed = np.concatenate([windows[:-held_out], np.load(path)])
     return np.concatenate([np.random.default_rng(0).permutation(mixed), windows[-held_out:]])
 
