@@ -77,6 +77,10 @@ def open_gguf(path: Path) -> Opened:
         metadata, stored = read_header(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+    if (parts := metadata.get("split.count", 1)) != 1:
+        raise CheckpointError(
+            f"{path} is one of {parts} files of a model; join them with llama-gguf-split --merge"
+        )
     kind = metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         supported = ", ".join(map(repr, ARCHITECTURES))

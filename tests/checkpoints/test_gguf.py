@@ -325,6 +325,7 @@ WRONG_METADATA = [
     ("llama.attention.head_count_kv", struct.pack("<II", 4, 3), "rows of blk.0.attn_k.weight"),
     ("llama.rope.freq_base", struct.pack("<II", 4, 100), "freq_base' is no float"),
     ("llama.embedding_length", None, "lacks the metadata field 'llama.embedding_length'"),
+    ("split.count", struct.pack("<IH", 2, 3), "one of 3 files .* join them"),
     ("general.architecture", struct.pack("<IIQ", 9, 4, 0), r"architecture \[\]"),
     (
         "general.architecture",
