@@ -83,10 +83,10 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 def _tokens(arguments: argparse.Namespace) -> int:
     """The tokens of the calibration text."""
-    from prox24._jobs.text import Text
+    from prox24._jobs.text import Text, shape_of
 
     text = Text(vars(arguments).get("calibration"), arguments.samples, arguments.sequence_length)
-    return text.windows * text.sequence_length
+    return math.prod(shape_of(text))
 
 
 def option(name: str) -> str:

@@ -40,9 +40,10 @@ from prox24._jobs.text import (
     check_unread,
     described,
     files_of_text,
+    shape_of,
     shuffled,
 )
-from prox24._jobs.training import check_pair, train_checkpoint
+from prox24._jobs.training import check_pair, held_out_groups, train_checkpoint
 from prox24.refine._model import ModelRefinement
 from prox24.refine._training import Refined, Training
 
@@ -148,6 +149,9 @@ def distill(
     card = source_card(pruned, student)
     check_pair(teacher, student)
     mesh = common_mesh(refinement.micro_batch, tensor_parallel)
+    config = load_model(student).config
+    if isinstance(text, Text) and text.written:  # The errors come before the long writing.
+        held_out_groups(config, shape_of(text)[0], refinement, mesh)
     windows = calibration_windows(teacher, text, quiet=quiet)
     if isinstance(text, Text):
         windows = shuffled(windows)
@@ -161,7 +165,7 @@ def distill(
         "versions": versions(),
         "devices": [jax.devices()[0].device_kind, *([1] if mesh is None else mesh.devices.shape)],
     }
-    linears = {linear.tensor for linear in all_linears(load_model(student).config)}
+    linears = {linear.tensor for linear in all_linears(config)}
     made = read_manifest(student.path)
     if made is not None and "recipe" in made:  # which may leave linears dense; `verify` reads it
         job["recipe"] = made["recipe"]

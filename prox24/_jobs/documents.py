@@ -91,27 +91,28 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     kinds = (".txt", *RECORDS)
-    found = sorted(file for file in _within(path) if file.is_file() and _kind(file) in kinds)
+    files = (file for folder in folders_within(path) for file in folder.iterdir())
+    found = sorted(file for file in files if file.is_file() and _kind(file) in kinds)
     if not found:
         raise CalibrationError(f"the folder {path} has no file that ends in {', '.join(kinds)}")
     return found
 
 
-def _within(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of its folders, also of linked ones; each folder once."""
+def folders_within(folder: Path) -> Iterator[Path]:
+    """A folder and the folders in it, also linked ones; each once."""
 
     def fail(error: OSError) -> None:
         raise CalibrationError(f"cannot read {error.filename}: {error.strerror}") from error
 
     seen: set[tuple[int, int]] = set()
-    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+    for place, folders, _ in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(set(folders) - {"lost+found"})  # the latter is for the system alone
         own = os.stat(place)
         if (own.st_dev, own.st_ino) in seen:
             folders.clear()
             continue
         seen.add((own.st_dev, own.st_ino))
-        yield from (Path(place, name) for name in names)
+        yield Path(place)
 
 
 def _kind(path: Path) -> str:

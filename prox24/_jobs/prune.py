@@ -39,6 +39,7 @@ from prox24._jobs.text import (
     check_unread,
     described,
     files_of_text,
+    shape_of,
     shuffled,
 )
 from prox24._jobs.tokens import check_length
@@ -142,6 +143,8 @@ def prune(
             return None, None
         mesh = common_mesh(shape[0])
         setup = checked_setup(model, recipe, 1 if mesh is None else mesh.size, shard_grams)
+        if recipe.refine is not None:
+            recipe.refine.step_windows(*shape, 1 if mesh is None else mesh.size)
         if memory is None:
             return mesh, None
         return mesh, fitting_micro_batch(model, shape, setup, memory)
@@ -149,7 +152,7 @@ def prune(
     place = None
     if isinstance(calibration, Text) and calibration.written:
         check_length(checkpoint, calibration.sequence_length)
-        place = placed((calibration.windows, calibration.sequence_length))
+        place = placed(shape_of(calibration))
     quiet = quiet or not is_first()
     windows = calibration_windows(checkpoint, calibration, quiet=quiet)
     if recipe.refine is not None and isinstance(calibration, Text):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._checkpoints.unfinished import sha256
-from prox24._jobs.documents import documents, is_dataset, is_unicode
+from prox24._jobs.documents import documents, folders_within, is_dataset, is_unicode
 from prox24._jobs.generated import generated_windows
 from prox24._jobs.tokens import (
     available_windows,
@@ -113,11 +113,6 @@ class Text:
         return dataclasses.replace(self, source=sources or None)
 
     @property
-    def windows(self) -> int:
-        """The number of windows to calibrate or train on; for token ids, `samples` must say it."""
-        return self.written + (0 if self.given is None else self.samples or SAMPLES)
-
-    @property
     def files(self) -> list[Path]:
         """The files and folders among the sources."""
         return [Path(x) for x in self.sources if not is_dataset(x) and not is_generated(x)]
@@ -140,6 +135,16 @@ Windows = Text | NDArray[np.integer]
 """A text, or its tokens: integers of shape (windows, length)."""
 
 
+def shape_of(text: Text) -> tuple[int, int]:
+    """Windows to calibrate or train on, and their length. Only a file of token ids is read."""
+    source = next(iter(text.sources), "")
+    if is_tokens(source):
+        count, length = (*_array(source).shape, 1, 1)[:2]  # Other errors come with the windows.
+        return text.samples or count, length
+    given = 0 if text.given is None else text.samples or SAMPLES
+    return text.written + given, text.sequence_length
+
+
 def is_generated(source: str) -> bool:
     """Whether the dense model writes the text."""
     return source.startswith("generate:")
@@ -157,8 +162,10 @@ def files_of_text(text: Windows) -> list[Path]:
 
 def check_unread(path: Path, text: Windows) -> None:
     """Raises CalibrationError if a path is in a folder of the text: a later run would read it."""
-    for folder in files_of_text(text):
-        if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+    own = path.resolve()
+    for folder in filter(Path.is_dir, files_of_text(text)):
+        # A linked folder may be anywhere.
+        if any(own.is_relative_to(place.resolve()) for place in folders_within(folder)):
             raise CalibrationError(
                 f"{path} is in {folder}, which is read as text: choose another place"
             )
@@ -188,6 +195,7 @@ def _written_windows(checkpoint: Checkpoint, text: Text, quiet: bool) -> NDArray
         raise CalibrationError(
             f"generate:{count}: the model has no token to begin or end a text with"
         )
+    check_ids(first, vocabulary_of(checkpoint))
     return generated_windows(checkpoint, first, count, length, text.seed, quiet=quiet)
 
 

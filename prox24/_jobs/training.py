@@ -39,6 +39,28 @@ def check_pair(dense: Checkpoint, pruned: Checkpoint) -> None:
         )
 
 
+def held_out_groups(
+    config: Config, windows: int, refinement: ModelRefinement, mesh: Mesh | None
+) -> int:
+    """The number of groups held out; raises CalibrationError if this leaves none to train on.
+
+    Raises Prox24Error if the devices do not divide a micro-batch or the model.
+    """
+    if mesh is not None:
+        partition.check_divides(config, partition.training_mesh(mesh), refinement.micro_batch)
+    size = refinement.step_windows
+    groups = windows // size
+    if groups < 2:
+        raise CalibrationError(
+            f"{windows} windows are too few for steps of {size}: {2 * size} or more are needed, "
+            f"{size} of them held out"
+        )
+    held_out = refinement.held_out_of(groups)
+    if groups == held_out:
+        raise CalibrationError(f"all {windows} windows are held out; use a smaller share")
+    return held_out
+
+
 def train_checkpoint(
     dense: Checkpoint,
     pruned: Checkpoint,
@@ -75,17 +97,8 @@ def train_checkpoint(
     student = forward.load_model(pruned)
     config = student.config
     size, micro_batch = refinement.step_windows, refinement.micro_batch
-    if mesh is not None:
-        partition.check_divides(config, mesh, micro_batch)
     groups = len(windows) // size
-    held_out = refinement.held_out_of(groups)
-    if groups < 2:
-        raise CalibrationError(
-            f"{len(windows)} windows are too few for steps of {size}: {2 * size} or more are "
-            f"needed, {size} of them held out"
-        )
-    if groups == held_out:
-        raise CalibrationError(f"all {len(windows)} windows are held out; use a smaller share")
+    held_out = held_out_groups(config, len(windows), refinement, mesh)
     windows, steps = windows[: groups * size], refinement.steps(groups)
     params = _params(student, mesh)
     dtype = refinement.compute_dtype

@@ -226,9 +226,15 @@ def test_options_change_parts_of_a_recipe(tmp_path, monkeypatch, choices, recipe
         ("--sequence-length 2560", 1),
         ("--calibration generate:128", 2),
         ("--calibration a.txt --calibration generate:256", 1),
+        ("--calibration ids.npy", 2),
+        ("--calibration ids.npy --samples 64", 5),
+        ("--calibration flat.npy", 18_204),  # The command refuses its shape later.
     ],
 )
-def test_best_takes_fewer_passes_over_more_tokens(choices, passes):
+def test_best_takes_fewer_passes_over_more_tokens(tmp_path, monkeypatch, choices, passes):
+    monkeypatch.chdir(tmp_path)
+    np.save("ids.npy", np.zeros((128, 512), np.int32))
+    np.save("flat.npy", np.zeros(9, np.int32))
     given = ["prune", "model", "out", "--method", "best", *choices.split()]
     assert recipe_of(parser(given).parse_args(given)).refine.passes == passes
 
@@ -402,6 +408,7 @@ def refused(tmp_path_factory):
         "filed.unfinished": "x",
         "all/text.txt": TEXT,
         "texts/a.txt": TEXT,
+        "links/a.txt": TEXT,
         "recipe.yaml": "a: [",
         "mamba/config.json": '{"model_type": "mamba"}',
         "broken.jsonl": '{"text": "a"}\n\n{"text": ',
@@ -411,6 +418,7 @@ def refused(tmp_path_factory):
     (folder / "dangling").symlink_to("nowhere")
     (folder / "linked.txt").symlink_to("all/text.txt")
     (folder / "linked").symlink_to("all/model")
+    (folder / "links" / "linked").symlink_to(folder / "all")
     (folder / "in.unfinished").mkdir()
     for name in ("all/model", "at.unfinished", "in.unfinished/model", "mute"):
         write_tiny(folder / name)
@@ -448,6 +456,7 @@ REFUSED = [
     ("eval model --text text.txt --text broken.jsonl --sequence-length 64", "broken.jsonl"),
     ("generate model mamba --prompt Once", "'mamba' is not supported"),
     (f"prune model texts/out {DATA} --calibration texts", "texts/out is in texts, which is read"),
+    (f"prune model all/out {DATA} --calibration links", "all/out is in links, which is read"),
     (f"{PRUNE} --calibration texts --metrics texts/m.jsonl", "is or is in texts, which is read"),
     # Places of results
     (f"{PRUNE} --log-file .", "is a folder"),

@@ -10,7 +10,7 @@ import pytest
 from tiny import TEMPLATE, byte_tokenizer, chat_tokenizer, tokens, write_tiny
 from tokenizers.processors import TemplateProcessing
 
-from prox24 import Recipe, Text, prune
+from prox24 import BlockRefinement, Recipe, Text, prune
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs import generated
 from prox24._jobs.text import calibration_windows, evaluation_windows
@@ -238,6 +238,17 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_model_writes(tmp_path,
         prune(tmp_path / "model", tmp_path / "out", recipe, calibration=text)
     with pytest.raises(Prox24Error, match="memory is too small"):
         prune(tmp_path / "model", tmp_path / "out", calibration=text, memory=1)
+    recipe = Recipe(refine=BlockRefinement(held_out=1))
+    with pytest.raises(CalibrationError, match="all 3 windows are held out"):
+        prune(tmp_path / "model", tmp_path / "out", recipe, calibration=text)
+
+
+def test_a_start_token_without_an_embedding_is_refused_before_the_model_writes(
+    chat_checkpoint, monkeypatch
+):
+    monkeypatch.setitem(chat_checkpoint.config, "vocab_size", 256)
+    with pytest.raises(CalibrationError, match="the tokenizer gives id 256 but the model has 256"):
+        calibration_windows(chat_checkpoint, Text("generate:2", sequence_length=8))
 
 
 def test_a_model_writes_its_own_windows(checkpoint, monkeypatch, caplog):

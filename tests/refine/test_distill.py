@@ -383,6 +383,8 @@ def test_models_that_do_not_fit_are_refused_before_one_writes(workspace, refused
     monkeypatch.setattr("prox24._jobs.text.generated_windows", None)
     said = refused("--text", "generate:3", models=("pruned", "model"))
     assert "pruned: the dense model comes first" in said
+    said = refused("--text", "generate:3", "--step-windows", 10)
+    assert "19 windows are too few for steps of 10" in said
 
 
 def test_models_and_options_that_do_not_fit_are_refused(workspace, refused):
