@@ -124,8 +124,8 @@ def main() -> None:
             jax.block_until_ready(compiled(*own))
             seconds.append(time.perf_counter() - began)
         memory = compiled.memory_analysis().temp_size_in_bytes
-        figures = count / 1e9, statistics.median(seconds[1:]), memory / 1e9
-        lines.append((name, *(f"{figure:.2f}" for figure in figures)))
+        took = statistics.median(seconds[1:])
+        lines.append((name, f"{count / 1e9:.2f}", f"{took:.3f}", f"{memory / 1e9:.2f}"))
     common.show(("part", "billion operations", "seconds", "scratch GB"), lines)
 
 
