@@ -75,7 +75,7 @@ TURNED = "heads turned + block, bfloat16, short steps, passes: 5"
 """Today's default, refined as blocks, and then as a whole."""
 BASES |= BLOCKWISE | {TURNED: Recipe(refine=BlockRefinement(compute_dtype="bfloat16"))}
 TWICE = "heads turned + block, bfloat16, short steps, passes: 10"
-"""As many seconds as `TURNED` and then the model's training on 256 windows."""
+"""About as many seconds as `TURNED` and then training the model on 256 windows."""
 BASES |= {TWICE: Recipe(refine=BlockRefinement(compute_dtype="bfloat16", passes=10))}
 WIDE = "heads turned + block, bfloat16, short steps, windows: 320"
 """As many steps as `TURNED`, in one pass over distinct text."""
@@ -97,7 +97,8 @@ IN_AN_HOUR = 1024
 DISTINCT = (1261, 427), (128, 128)
 """Windows of the calibration text, and windows that the dense model writes.
 
-One pass over the first takes about as many steps as two passes over `LONGEST`.
+One pass over the first pair takes about as many steps as two passes over `LONGEST`. One pass over
+the second takes about as many as the training on 256 windows of the text.
 """
 
 
@@ -198,7 +199,7 @@ def with_written(dense: Path, windows: np.ndarray, count: int, folder: Path) -> 
         text = prox24.Text(f"generate:{count}", sequence_length=LENGTH)
         folder.mkdir(exist_ok=True)
         np.save(path, calibration_windows(open_checkpoint(dense), text))
-    held_out = max(3, len(windows) // 64)  # As many as the trainings hold out, or more.
+    held_out = max(3, len(windows) // 64)  # At least as many as the trainings hold out.
     mixed = np.concatenate([windows[:-held_out], np.load(path)])
     return np.concatenate([np.random.default_rng(0).permutation(mixed), windows[-held_out:]])
 

@@ -34,7 +34,7 @@ from prox24.refine._training import step_program
 
 
 def parts(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
-    """A program and its arguments for each part."""
+    """A program and its arguments for each part of a step of the model."""
     config, refinement = model.config, ModelRefinement(compute_dtype=dtype)
     features, logits = training._functions(config, None, dtype)
     outer = training._outer(model, None, dtype)
@@ -67,7 +67,7 @@ def parts(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
 
 
 def parts_of_block(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
-    """The same for a block refinement of the layer in the middle."""
+    """A program and its arguments for each part of a step of the layer in the middle."""
     index, refinement = len(model.config.layers) // 2, BlockRefinement(compute_dtype=dtype)
     layer = model.config.layers[index]
     apply = forward.layer_function(layer, None, dtype)

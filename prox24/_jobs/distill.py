@@ -150,7 +150,7 @@ def distill(
     check_pair(teacher, student)
     mesh = common_mesh(refinement.micro_batch, tensor_parallel)
     config = load_model(student).config
-    if isinstance(text, Text) and text.written:  # The errors come before the long writing.
+    if isinstance(text, Text) and text.written:  # Errors come before the model writes.
         held_out_groups(config, shape_of(text)[0], refinement, mesh)
     windows = calibration_windows(teacher, text, quiet=quiet)
     if isinstance(text, Text):

@@ -142,9 +142,10 @@ def prune(
         if model is None:
             return None, None
         mesh = common_mesh(shape[0])
-        setup = checked_setup(model, recipe, 1 if mesh is None else mesh.size, shard_grams)
+        devices = 1 if mesh is None else mesh.size
+        setup = checked_setup(model, recipe, devices, shard_grams)
         if recipe.refine is not None:
-            recipe.refine.step_windows(*shape, 1 if mesh is None else mesh.size)
+            recipe.refine.step_windows(*shape, devices)  # Raises its errors early.
         if memory is None:
             return mesh, None
         return mesh, fitting_micro_batch(model, shape, setup, memory)

@@ -38,8 +38,8 @@ class Text:
     Attributes:
       source: a file, a folder, or "hf:OWNER/NAME[#CONFIG][:SPLIT]" for a dataset of the hub; or a
         sequence of such sources. Files are UTF-8 text, records (.jsonl, .json, .csv, .tsv,
-        .parquet), or token ids (.npy) of shape (windows, length). "generate:N" lets the dense model
-        write N windows, besides the windows of other sources. None is a text of the package:
+        .parquet), or token ids (.npy) of shape (windows, length). With "generate:N" the dense
+        model writes N more windows. None is a text of the package:
         speeches to calibrate or train on, a novel to evaluate on.
       samples: number of windows, without those of "generate:N". None takes 64 windows to calibrate
         or train on, all windows of a text to evaluate on, and all windows of a file of token ids.
@@ -181,7 +181,7 @@ def calibration_windows(
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
     parts = [] if text.given is None else [_given_windows(checkpoint, text.given)]
-    if text.written:  # After the errors of what is given.
+    if text.written:  # Errors in the other sources come first.
         parts.append(_written_windows(checkpoint, text, quiet))
     return np.concatenate(parts)
 
