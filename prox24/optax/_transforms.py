@@ -1,27 +1,23 @@
 """The proximal step as an optax transform, and a wrapper that keeps zeros zero."""
 
-import collections
-import functools
 import inspect
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
+from prox24._core import planes
 from prox24._core.masks import sparse_axes
 from prox24._core.pattern import PatternLike, as_pattern
-from prox24._core.planes import check_kept
-from prox24._core.prox import prox
 from prox24._core.tracing import is_traced
 from prox24._solvers.schedules import LARGEST
+from prox24.optax._landing import landing_updates
 from prox24.optax._leaves import (
     Axis,
-    Leaf,
     Mask,
     PyTree,
     check_array,
@@ -120,7 +116,7 @@ def proximal(
     """
 
     pattern = as_pattern(pattern)
-    check_kept(pattern.kept, pattern.group)
+    planes.check_kept(pattern.kept, pattern.group)
     for name, value in {"lam": lam, "learning_rate": learning_rate}.items():
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{name} is {value}, not a nonnegative number")
@@ -150,7 +146,7 @@ def proximal(
         )
         leaves = describe(trained, pattern, axis=axis, mask=mask)
         steps, structure = jax.tree.flatten(updates)
-        landing = _landing(leaves, jax.tree.leaves(trained), steps, penalty, pattern)
+        landing = landing_updates(leaves, jax.tree.leaves(trained), steps, penalty, pattern)
         count = optax.safe_increment(state.count)
         return jax.tree.unflatten(structure, landing), ProximalState(count, penalty)
 
@@ -258,75 +254,6 @@ def _at(value: ArrayLike | Schedule, count: Array) -> Array:
 
 def _is_none(node: Any) -> bool:
     return node is None
-
-
-LOOPED = 2**24
-"""Maximal number of entries of equal leaves in one loop."""
-
-
-def _landing(
-    leaves: Sequence[Leaf],
-    params: Sequence[Any],
-    updates: Sequence[Any],
-    penalty: ArrayLike,
-    pattern: PatternLike,
-) -> list[Any]:
-    """The updates; with them, pruned leaves land on the result of the operator.
-
-    Equal leaves go through a loop, so that XLA compiles the operator once, and not once for each
-    leaf. A loop copies its leaves, so large leaves do not share a loop.
-    """
-    alike, several = collections.defaultdict[Any, list[int]](list), jax.device_count() > 1
-    for i, leaf in enumerate(leaves):
-        if leaf.pruned:
-            both = params[i], updates[i]
-            devices = [getattr(x, "sharding", None) for x in both]
-            # Traced leaves may hide their sharding. Those of several layers usually have the same.
-            role = re.sub(r"\d+", "", leaf.path) if several else None
-            alike[leaf.axis, role, *map(jax.typeof, both), *devices].append(i)
-    landing = list(updates)
-    for (axis, *_), equal in alike.items():
-        together = max(1, LOOPED // max(1, params[equal[0]].size))
-        for start in range(0, len(equal), together):
-            places = equal[start : start + together]
-            own = [[tree[i] for i in places] for tree in (params, updates)]
-            found = _landing_updates(*own, penalty, pattern, axis)
-            for i, update in zip(places, found, strict=True):
-                landing[i] = update
-    return landing
-
-
-@functools.partial(jax.jit, static_argnames=("pattern", "axis"))
-def _landing_updates(
-    params: list[Array], updates: list[Array], penalty: Array, pattern: PatternLike, axis: int
-) -> list[Array]:
-    """The updates from equal leaves to the proximal operator of params + update."""
-
-    def land(pair: tuple[Array, Array]) -> Array:
-        dtype = jnp.promote_types(pair[0].dtype, pair[1].dtype)
-        own, update = (x.astype(dtype) for x in pair)
-        target = own + update
-        w = prox(target, penalty, pattern, axis)
-        # An unchanged entry keeps its update, since w - own would round it once more. For w = 0,
-        # w - own is exact.
-        return jnp.where(w == target, update, w - own)
-
-    if len(params) == 1:
-        return [land((params[0], updates[0]))]
-
-    landed = lax.map(land, (jnp.stack(params), jnp.stack(updates)))
-    places = [jnp.int32(i) for i in range(len(params))]
-    places = lax.platform_dependent(places, penalty, cpu=_unknown, default=lambda known, _: known)
-    return [lax.dynamic_index_in_dim(landed, place, keepdims=False) for place in places]
-
-
-def _unknown(places: list[Array], penalty: Array) -> list[Array]:
-    """The places, as numbers that XLA does not know.
-
-    XLA's CPU backend compiles a kernel for each known place, 20 milliseconds each, and one kernel
-    for all others. With NaN as the penalty all leaves are NaN, and any place will do.
-    """
-    return lax.cond(jnp.isnan(penalty), lambda: [place - place for place in places], lambda: places)
 
 
 def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:

@@ -536,10 +536,38 @@ def test_proximal_itself_takes_injected_hyperparameters(standard_promotion):
     assert np.all(nonzeros(optax.apply_updates(params, updates)["dense"]["kernel"], axis=1) == 2)
 
 
-def test_small_equal_leaves_share_a_loop_and_large_ones_are_not_copied():
-    step = proximal(1.0)
-    for size, loops in ((256, 1), (4096, 0)):
-        leaf = jax.ShapeDtypeStruct((size, size), jnp.float32)
-        tree = {f"layer{i}": {"kernel": leaf} for i in range(3)}
-        state = jax.eval_shape(step.init, tree)
-        assert str(jax.make_jaxpr(step.update)(tree, state, tree)).count("scan[") == loops
+def test_leaves_of_all_shapes_go_through_one_operator_and_land_as_alone():
+    shapes = {"kernel": (8, 12), "conv/kernel": (3, 2, 8, 5), "query/kernel": (4, 2, 3)}
+    shapes |= {"weight": (6, 16), "again/kernel": (8, 12), "empty/kernel": (8, 0)}
+    params = {name: normal(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    steps = jax.tree.map(lambda p: 0.1 * jnp.cos(p), params)
+    axes = {"conv/kernel": 2, "weight": 1}
+    transform = proximal(0.7)
+    landed = optax.apply_updates(params, updated(transform, params, steps))
+    for name, param in params.items():
+        expected = prox(param + steps[name], 0.7, axis=axes.get(name, 0))
+        assert_close(landed[name], expected, 8)
+        assert np.array_equal(landed[name] == 0, expected == 0)
+    assert operators(transform, params) == 1
+    # Pairs of entries, and leaves of two dtypes.
+    params = {name: params[name] for name in ("kernel", "weight")}
+    params |= {f"half/{name}": p.astype(jnp.bfloat16) for name, p in params.items()}
+    pairs = proximal(1e30, Pattern(2, 4, 2))
+    landed = optax.apply_updates(
+        params, updated(pairs, params, jax.tree.map(jnp.zeros_like, params))
+    )
+    for name, axis in (("kernel", 0), ("weight", 1), ("half/kernel", 0), ("half/weight", 1)):
+        assert np.all(nonzeros(landed[name], axis, 8) == 4)
+    assert operators(pairs, params) == 2
+
+
+def test_large_leaves_go_through_the_operator_alone():
+    rows = {"a": 4096, "b": 64, "c": 32, "d": 8192}
+    tree = {name: jax.ShapeDtypeStruct((n, 4096), jnp.float32) for name, n in rows.items()}
+    assert operators(proximal(1.0, axis=0), tree) == 3
+
+
+def operators(transform, params):
+    """The number of operators in the program of a step."""
+    state = jax.eval_shape(transform.init, params)
+    return str(jax.make_jaxpr(transform.update)(params, state, params)).count("jvp=_prox_jvp\n")
