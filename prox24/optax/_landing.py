@@ -129,7 +129,7 @@ def _rows(leaf: Array, pattern: Pattern, axis: int) -> Array:
 
 
 def _from_rows(rows: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """The leaf of these rows."""
+    """Undoes `_rows`."""
     width = len(rows)
     blocks = rows.reshape(width, *shape[:axis], shape[axis] // width, *shape[axis + 1 :])
     return jnp.moveaxis(blocks, 0, axis + 1).reshape(shape)
