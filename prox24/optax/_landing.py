@@ -1,4 +1,4 @@
-"""The proximal operator on the leaves of a tree together, so that XLA compiles it once."""
+"""The proximal operator on many leaves of a tree together, so that XLA compiles it less often."""
 
 import collections
 import functools
@@ -32,15 +32,16 @@ def landing_updates(
     Leaves go through the operator together, so that XLA compiles it once, and not once for each
     leaf. This copies the leaves, so large leaves go alone.
     """
-    alike, sharded = collections.defaultdict[Any, list[int]](list), _may_be_sharded()
+    alike = collections.defaultdict[Any, list[int]](list)
+    sharded = _may_be_sharded([params[i] for i, leaf in enumerate(leaves) if leaf.pruned])
     for i, leaf in enumerate(leaves):
         if leaf.pruned:
             both = params[i], updates[i]
-            key: tuple[Any, ...] = tuple(x.dtype for x in both)
+            devices = [getattr(x, "sharding", None) for x in both]
+            key: tuple[Any, ...] = (*(jax.typeof(x).dtype for x in both), *devices)
             if sharded:
                 # Traced leaves may hide their sharding. Leaves of several layers with the same
                 # role usually have the same.
-                devices = [getattr(x, "sharding", None) for x in both]
                 role = re.sub(r"\d+", "", leaf.path)
                 key = (leaf.axis, role, *map(jax.typeof, both), *devices)
             alike[key].append(i)
@@ -49,36 +50,43 @@ def landing_updates(
         for places in _packed(equal, [params[i].size for i in equal]):
             own = [[tree[i] for i in places] for tree in (params, updates)]
             axes = tuple(leaves[i].axis for i in places)
-            found = _landing_updates(*own, penalty, pattern, axes)
+            found = _landing_updates(*own, penalty, pattern, axes, sharded)
             for i, update in zip(places, found, strict=True):
                 landing[i] = update
     return landing
 
 
-def _may_be_sharded() -> bool:
-    return jax.device_count() > 1 or not jax.sharding.get_abstract_mesh().empty
+def _may_be_sharded(leaves: Sequence[Any]) -> bool:
+    """Whether the leaves may have parts on several devices, or axes of a mesh in their types."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves]
+    meshes.append(jax.sharding.get_abstract_mesh())
+    return jax.device_count() > 1 or not all(mesh.empty for mesh in meshes)
 
 
 def _packed(places: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     """The places in groups of at most `TOGETHER` entries, or of one place."""
-    groups: list[list[int]] = []
+    alone, groups = list[list[int]](), list[list[int]]()
     total = 0
     for place, size in zip(places, sizes, strict=True):
+        if size > TOGETHER // 2:
+            alone.append([place])
+            continue
         total += size
         if not groups or total > TOGETHER:
             groups.append([])
             total = size
         groups[-1].append(place)
-    return groups
+    return alone + groups
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "axes"))
+@functools.partial(jax.jit, static_argnames=("pattern", "axes", "sharded"))
 def _landing_updates(
     params: list[Array],
     updates: list[Array],
     penalty: Array,
     pattern: Pattern,
     axes: tuple[int, ...],
+    sharded: bool,
 ) -> list[Array]:
     """The updates from leaves to the proximal operator of params + update."""
     dtype = jnp.promote_types(params[0].dtype, updates[0].dtype)
@@ -89,19 +97,23 @@ def _landing_updates(
     return [
         jnp.where(w == target, update, w - own)
         for own, update, target, w in zip(
-            params, updates, targets, _prox_of(targets, penalty, pattern, axes), strict=True
+            params,
+            updates,
+            targets,
+            _prox_of(targets, penalty, pattern, axes, sharded),
+            strict=True,
         )
     ]
 
 
 def _prox_of(
-    leaves: list[Array], penalty: Array, pattern: Pattern, axes: tuple[int, ...]
+    leaves: list[Array], penalty: Array, pattern: Pattern, axes: tuple[int, ...], sharded: bool
 ) -> list[Array]:
     """The operator on leaves of one dtype."""
     if len(leaves) == 1:
         return [prox(leaves[0], penalty, pattern, axes[0])]
-    if _may_be_sharded():
-        # The leaves are equal. A stack keeps their sharding.
+    if sharded:
+        # The leaves are equal, since they are grouped so. A stack keeps their sharding.
         stacked = prox(jnp.stack(leaves), penalty, pattern, axes[0] + 1)
         places = _places(range(len(leaves)), penalty)
         return [lax.dynamic_index_in_dim(stacked, place, keepdims=False) for place in places]

@@ -561,6 +561,18 @@ def test_leaves_of_all_shapes_go_through_one_operator_and_land_as_alone():
     assert operators(pairs, params) == 2
 
 
+def test_leaves_with_axes_of_a_mesh_keep_them():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params = {f"layer{i}/kernel": normal((8, 16), i) for i in range(2)}
+    steps = jax.tree.map(jnp.cos, params)
+    expected = updated(proximal(0.7), params, steps)
+    placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    params, steps = jax.device_put((params, steps), placement)
+    for name, update in updated(proximal(0.7), params, steps).items():
+        assert update.sharding == placement
+        assert_close(update, expected[name], 8)
+
+
 def test_large_leaves_go_through_the_operator_alone():
     rows = {"a": 4096, "b": 64, "c": 32, "d": 8192}
     tree = {name: jax.ShapeDtypeStruct((n, 4096), jnp.float32) for name, n in rows.items()}
