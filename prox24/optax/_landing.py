@@ -1,4 +1,4 @@
-"""The proximal operator on many leaves of a tree together, so that XLA compiles it less often."""
+"""The proximal operator on many leaves of a tree in one call, which XLA compiles once."""
 
 import collections
 import functools
@@ -17,7 +17,7 @@ from prox24._core.prox import prox
 from prox24.optax._leaves import Leaf
 
 TOGETHER = 2**24
-"""Maximal number of entries of leaves that go through the operator together."""
+"""Maximal number of entries of several leaves in one call of the operator."""
 
 
 def landing_updates(
@@ -29,10 +29,11 @@ def landing_updates(
 ) -> list[Any]:
     """The updates; with them, pruned leaves land on the result of the operator.
 
-    Leaves go through the operator together, so that XLA compiles it once, and not once for each
-    leaf. This copies the leaves, so large leaves go alone.
+    Small leaves of the same dtypes go through the operator in one call: XLA compiles each call. On
+    several devices only equal leaves share a call. A call copies its leaves, so large leaves go
+    alone.
     """
-    alike = collections.defaultdict[Any, list[int]](list)
+    groups = collections.defaultdict[Any, list[int]](list)
     sharded = _may_be_sharded([params[i] for i, leaf in enumerate(leaves) if leaf.pruned])
     for i, leaf in enumerate(leaves):
         if leaf.pruned:
@@ -44,10 +45,10 @@ def landing_updates(
                 # role usually have the same.
                 role = re.sub(r"\d+", "", leaf.path)
                 key = (leaf.axis, role, *map(jax.typeof, both), *devices)
-            alike[key].append(i)
+            groups[key].append(i)
     landing = list(updates)
-    for equal in alike.values():
-        for places in _packed(equal, [params[i].size for i in equal]):
+    for group in groups.values():
+        for places in _packed(group, [params[i].size for i in group]):
             own = [[tree[i] for i in places] for tree in (params, updates)]
             axes = tuple(leaves[i].axis for i in places)
             found = _landing_updates(*own, penalty, pattern, axes, sharded)
@@ -64,7 +65,7 @@ def _may_be_sharded(leaves: Sequence[Any]) -> bool:
 
 
 def _packed(places: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """The places in groups of at most `TOGETHER` entries, or of one place."""
+    """The places in groups: of at most `TOGETHER` entries, or of one large leaf."""
     alone, groups = list[list[int]](), list[list[int]]()
     total = 0
     for place, size in zip(places, sizes, strict=True):
@@ -88,7 +89,10 @@ def _landing_updates(
     axes: tuple[int, ...],
     sharded: bool,
 ) -> list[Array]:
-    """The updates from leaves to the proximal operator of params + update."""
+    """The updates from leaves to the operator's result for params + update.
+
+    All leaves have the dtype of the first, and so have their updates.
+    """
     dtype = jnp.promote_types(params[0].dtype, updates[0].dtype)
     params, updates = ([x.astype(dtype) for x in tree] for tree in (params, updates))
     targets = [own + update for own, update in zip(params, updates, strict=True)]
@@ -113,7 +117,7 @@ def _prox_of(
     if len(leaves) == 1:
         return [prox(leaves[0], penalty, pattern, axes[0])]
     if sharded:
-        # The leaves are equal, since they are grouped so. A stack keeps their sharding.
+        # The caller gives equal leaves. A stack keeps their sharding.
         stacked = prox(jnp.stack(leaves), penalty, pattern, axes[0] + 1)
         places = _places(range(len(leaves)), penalty)
         return [lax.dynamic_index_in_dim(stacked, place, keepdims=False) for place in places]

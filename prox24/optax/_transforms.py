@@ -97,7 +97,7 @@ def proximal(
 
     Raises:
       ValueError: the pattern is neither 1:M nor 2:M, or a number is negative. In `update`: params
-        is missing, or `mask` selects a leaf that cannot be pruned.
+        is missing, the penalty is no scalar, or `mask` selects a leaf that cannot be pruned.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, for R and its operator.
@@ -141,6 +141,8 @@ def proximal(
             strength = jnp.minimum(_at(lam, state.count), LARGEST)
             penalty = _at(learning_rate, state.count) * strength
         penalty = jnp.asarray(penalty, float)
+        if penalty.ndim:
+            raise ValueError(f"the penalty has shape {penalty.shape}: give proximal a scalar")
         trained = jax.tree.map(
             lambda u, p: None if u is None else p, updates, params, is_leaf=_is_none
         )

@@ -202,12 +202,14 @@ def test_penalty_replaces_lam_and_learning_rate_for_one_step():
     assert np.all(nonzeros(optax.apply_updates(params, none)["dense"]["kernel"]) == 4)
 
 
-def test_patterns_without_a_prox_and_missing_parameters_are_refused():
+def test_patterns_without_a_prox_missing_parameters_and_rows_of_penalties_are_refused():
     with pytest.raises(ValueError, match="supports 1:M and 2:M, not 3:4"):
         proximal(1.0, (3, 4))
     transform = proximal(1.0)
     with pytest.raises(ValueError, match="proximal needs the parameters"):
         transform.update(parameters(), transform.init(parameters()))
+    with pytest.raises(ValueError, match=r"the penalty has shape \(8,\): give proximal a scalar"):
+        updated(transform, parameters(), parameters(), penalty=jnp.ones(8))
 
 
 def test_none_masked_and_unselected_leaves_pass_through():
@@ -574,12 +576,13 @@ def test_leaves_with_axes_of_a_mesh_keep_them():
 
 
 def test_large_leaves_go_through_the_operator_alone():
-    rows = {"a": 4096, "b": 64, "c": 32, "d": 8192}
+    rows = {"a": 4096, "b": 64, "c": 4096, "d": 32}
     tree = {name: jax.ShapeDtypeStruct((n, 4096), jnp.float32) for name, n in rows.items()}
     assert operators(proximal(1.0, axis=0), tree) == 3
 
 
 def operators(transform, params):
-    """The number of operators in the program of a step."""
+    """The number of calls of the operator in the program of a step."""
     state = jax.eval_shape(transform.init, params)
-    return str(jax.make_jaxpr(transform.update)(params, state, params)).count("jvp=_prox_jvp\n")
+    program = jax.make_jaxpr(transform.update)(params, state, params)
+    return str(program).count("name=_landing_updates")
