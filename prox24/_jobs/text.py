@@ -39,9 +39,9 @@ class Text:
       source: a file, a folder, or "hf:OWNER/NAME[#CONFIG][:SPLIT]" for a dataset of the hub; or a
         sequence of such sources. Files are UTF-8 text, records (.jsonl, .json, .csv, .tsv,
         .parquet), or token ids (.npy) of shape (windows, length). With "generate:N" the dense
-        model writes N more windows. None is a text of the package:
-        speeches to calibrate or train on, a novel to evaluate on.
-      samples: number of windows, without those of "generate:N". None takes 64 windows to calibrate
+        model writes N more windows. None is a text of the package: speeches to calibrate or train
+        on, a novel to evaluate on.
+      samples: number of windows; "generate:N" adds N to it. None takes 64 windows to calibrate
         or train on, all windows of a text to evaluate on, and all windows of a file of token ids.
       sequence_length: tokens of a window.
       field: the field of a record with a text or with the messages of a conversation. None reads

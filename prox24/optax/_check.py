@@ -65,7 +65,7 @@ def check(
     A penalty that stays small never prunes. So `check` also takes steps without a gradient, with
     the largest penalty of 1,000,000 updates. They start from `params` if its leaves are arrays.
 
-    Parameters, gradients and the optimizer's state are made on the default device: for a model that
+    Parameters, gradients and the optimizer's state are made on the default device. If your model
     does not fit there, give the shapes of a smaller one with the same names.
 
     Args:
