@@ -157,8 +157,9 @@ def prune_params(
         batches = check_batches(batches)
         survey = survey_products(apply, params, batches[0])
         layouts, groups, left_out = survey.layouts, survey.groups, survey.left_out
+    given = dict(named_leaves(params))
     if grams is not None:
-        _check_paths(params, grams)
+        _check_paths(given, grams)
     leaves = _choose(params, layouts, left_out, recipe, mask)
     if grams is not None:
         _check_numbers(leaves, grams)
@@ -173,10 +174,10 @@ def prune_params(
         reasons = [f"{leaf.path}: {leaf.reason}" for leaf in matrices_first]
         raise RecipeError(f"no leaf can be pruned ({_some(reasons)})")
     if order == "one-shot":
-        runner = FunctionRunner(params, leaves, groups, layouts, found.grams)
+        runner = FunctionRunner(given, groups, layouts, found.grams)
     else:
         walk = Walk(apply, params, batches, groups, survey)
-        runner = SequentialRunner(params, leaves, groups, layouts, {}, walk)
+        runner = SequentialRunner(given, groups, layouts, {}, walk)
     dense = loop.most_lossy(runner, recipe).losses
     pruned = list(loop.prune_stages(runner, recipe, dense=dense))
     leaves = tuple(
@@ -193,13 +194,12 @@ def prune_params(
 BY_RECIPE, NOT_IN_MASK = "dense by the recipe", "not in mask"
 
 
-def _check_paths(params: PyTree, grams: Calibration) -> None:
+def _check_paths(given: Mapping[str, Any], grams: Calibration) -> None:
     """Raises CalibrationError if no leaf of the tree has a Gram."""
-    paths = [path for path, _ in named_leaves(params)]
-    if not grams.grams.keys() & set(paths):
+    if not grams.grams.keys() & given.keys():
         raise CalibrationError(
             f"no leaf of params has a Gram: the Grams are of {_some(grams.grams)}, the leaves are "
-            f"{_some(paths)}; give the tree that was calibrated"
+            f"{_some(given)}; give the tree that was calibrated"
         )
 
 
@@ -235,8 +235,7 @@ def _some(paths: Collection[str]) -> str:
 class FunctionRunner(Runner[Any]):
     """A function of JAX as a `prox24._pruning.runner.Runner`, with Grams computed before."""
 
-    params: PyTree
-    leaves: tuple[Leaf, ...]
+    given: Mapping[str, Any]  # The dense leaves, by path.
     groups: list[list[str]]
     layouts: Mapping[str, Layout]
     grams: Mapping[str, InputGram]
@@ -248,8 +247,8 @@ class FunctionRunner(Runner[Any]):
 
     def linears(self, index: int) -> list[Linear]:
         """The weights of a group."""
-        own = {leaf.path: leaf.shape[leaf.axis] for leaf in self.leaves if leaf.pruned}
-        return [Linear(path, path, own[path]) for path in self.groups[index]]
+        axes = {path: self.layouts[path].summed[-1] for path in self.groups[index]}
+        return [Linear(path, path, self.given[path].shape[axis]) for path, axis in axes.items()]
 
     def tensors(self, index: int) -> list[str]:
         """The paths of a group's weights."""
@@ -257,8 +256,7 @@ class FunctionRunner(Runner[Any]):
 
     def weights(self, index: int) -> dict[str, Array]:
         """The dense weights of a group."""
-        named, own = named_leaves(self.params), self.groups[index]
-        return {path: jnp.asarray(leaf) for path, leaf in named if path in own}
+        return {path: jnp.asarray(self.given[path]) for path in self.groups[index]}
 
     def enter(self, streams: Streams) -> tuple[int, Any]:
         """Stage 0 and no state: the model does not run."""
@@ -276,9 +274,7 @@ class FunctionRunner(Runner[Any]):
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
         """The leaf's dtype."""
-        return next(
-            jnp.asarray(leaf).dtype for path, leaf in named_leaves(self.params) if path == tensor
-        )
+        return jnp.asarray(self.given[tensor]).dtype
 
     def matrices(self, linear: Linear, weight: Array) -> list[Array]:
         """One matrix for each problem."""
@@ -286,8 +282,8 @@ class FunctionRunner(Runner[Any]):
 
     def joined(self, linear: Linear, matrices: list[Array]) -> Array:
         """The leaf in its own shape."""
-        shape = next(leaf.shape for leaf in self.leaves if leaf.path == linear.tensor)
-        return from_matrices(matrices, self.layouts[linear.tensor], shape)
+        path = linear.tensor
+        return from_matrices(matrices, self.layouts[path], self.given[path].shape)
 
     def stored(self, tensor: str, weight: Array) -> Array:
         """The weight itself, on its device."""

@@ -157,7 +157,8 @@ def _compute(equation: Any, operands: list[Operand]) -> list[Operand]:
 def bind(equation: Any, values: list[Any]) -> list[Any]:
     """The outputs of an equation of a jaxpr."""
     primitive = equation.primitive
-    result = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    with equation.ctx.manager:  # For example, how random bits are made.
+        result = primitive.bind(*values, **primitive.get_bind_params(equation.params))
     return list(result) if primitive.multiple_results else [result]
 
 

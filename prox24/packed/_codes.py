@@ -5,6 +5,7 @@ the place of the second kept entry, which comes later. Eight codes make a word, 
 lowest bits, so a word describes 32 entries. Unused bits of the last word are zero.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -116,10 +117,7 @@ def _to_words(code: Array) -> Array:
     if rest:
         code = jnp.pad(code, [(0, 0)] * (code.ndim - 1) + [(0, rest)])
     planes = split(code, (1, CODES_PER_WORD))
-    word = planes[0]
-    for i, plane in enumerate(planes[1:], 1):
-        word = word | plane << (BITS * i)
-    return word
+    return functools.reduce(jnp.bitwise_or, [plane << BITS * i for i, plane in enumerate(planes)])
 
 
 def _bits(x: Array) -> Array:

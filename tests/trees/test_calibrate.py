@@ -272,6 +272,18 @@ def test_a_bfloat16_model_has_float32_grams_of_what_it_multiplies():
     assert_gram_of(x, gram[0])
 
 
+def test_random_numbers_are_those_of_the_model():
+    x = normal(16, 8)
+
+    def noisy(x):
+        with jax.threefry_partitionable(not jax.config.jax_threefry_partitionable):
+            return x + jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+
+    params = {"kernel": normal(8, 4)}
+    found = calibrate(lambda params, x: linear(params, noisy(x)), params, [x])
+    assert_gram_of(noisy(x), found.grams["kernel"].gram[0], layers=1)
+
+
 def test_crosses_pair_rows_with_those_of_the_dense_model():
     params, dense = {"kernel": normal(2, 8, 8)}, {"kernel": normal(2, 8, 8, seed=1)}
     x, y = (np.array(normal(2, 5, 8, seed=seed)) for seed in (2, 3))
