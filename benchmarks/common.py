@@ -25,7 +25,7 @@ import prox24
 from prox24 import ConjugateGradients, Recipe, Text
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.safetensors_file import create_file
-from prox24._checkpoints.tensors import Spec
+from prox24._checkpoints.tensors import TensorSource
 from prox24._cli.demo_model import fetch_model
 from prox24._cli.options import positive
 from prox24._jobs.text import evaluation_windows
@@ -243,7 +243,7 @@ def write_llama(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": np.dtype(dtype).name}))
     shapes = tensor_shapes(config_from_hf(config, ()))
-    specs = {name: Spec(shape, np.dtype(dtype)) for name, shape in shapes.items()}
+    specs = {name: TensorSource(shape, np.dtype(dtype)) for name, shape in shapes.items()}
     with create_file(folder / "model.safetensors", specs) as put:
         for name, shape in shapes.items():
             if rng is not None:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from prox24._checkpoints.safetensors_file import create_file
-from prox24._checkpoints.tensors import Spec
+from prox24._checkpoints.tensors import TensorSource
 from prox24._jobs import load
 from prox24._jobs.documents import plain_text
 from prox24._models import spec
@@ -93,7 +93,7 @@ def main() -> None:
     arguments.folder.mkdir()
     (arguments.folder / "config.json").write_text(json.dumps(hf))
     tokenizer.save_pretrained(arguments.folder)
-    specs = {name: Spec(w.shape, np.dtype(np.float32)) for name, w in weights.items()}
+    specs = {name: TensorSource(w.shape, np.dtype(np.float32)) for name, w in weights.items()}
     with create_file(arguments.folder / "model.safetensors", specs) as put:
         for name, values in weights.items():
             put(name, np.asarray(values))

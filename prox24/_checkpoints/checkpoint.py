@@ -100,7 +100,7 @@ def open_described(path: str | Path) -> Checkpoint:
     if path.is_dir() and not any(files.are_in(path) for files in FORMATS):
         return _open_folder(path, False, lambda: [])
     if not path.exists() and hub.is_id(path.as_posix()):
-        folder = hub.config_folder(path.as_posix())
+        folder = hub.snapshot(path.as_posix(), ["config.json"])
         if hf_folder.is_whole(folder, FORMATS):
             return _open_folder(folder, False)
         return _open_folder(folder, False, lambda: hub.headers(path.as_posix(), folder.name))

@@ -50,9 +50,8 @@ def dequantise(
 
 
 def _blocks(shape: tuple[int, ...], block: Any) -> tuple[int, ...] | None:
-    if not isinstance(block, list) or not len(shape) == len(block) == 2:
-        return None
-    if not all(type(size) is int and size > 0 for size in block):
+    fits = isinstance(block, list) and len(shape) == len(block) == 2
+    if not fits or not all(type(size) is int and size > 0 for size in block):
         return None
     return tuple(-(-length // size) for length, size in zip(shape, block, strict=True))
 
@@ -65,11 +64,9 @@ def _product(
             factors = scale.read().astype(np.float32)
         if factors.size == 1:
             factors = factors.reshape(())
-        else:
-            for axis, length in enumerate(weight.shape):
-                # A block may be much larger than the weight.
-                factors = np.repeat(factors, min(block[axis], length), axis)
-            factors = factors[: weight.shape[0], : weight.shape[1]]
+        else:  # A block may be much larger than the weight.
+            places = (np.arange(n) // min(b, n) for n, b in zip(weight.shape, block, strict=True))
+            factors = factors[np.ix_(*places)]
         with np.errstate(all="ignore"):  # the caller checks for NaN and Inf
             return (weight.read().astype(np.float32) * factors).astype(dtype)
 

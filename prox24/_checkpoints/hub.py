@@ -37,7 +37,7 @@ def download(text: str, formats: Iterable[WeightFiles]) -> Path:
     `huggingface_hub` apply: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and others.
     """
     for files in formats:
-        folder = _snapshot(text, [*OTHER_FILES, f"{files.stem}*{files.suffix}"])
+        folder = snapshot(text, [*OTHER_FILES, f"{files.stem}*{files.suffix}"])
         if files.are_in(folder):
             return folder
     names = ", ".join(files.single_file for files in formats)
@@ -45,11 +45,6 @@ def download(text: str, formats: Iterable[WeightFiles]) -> Path:
     with _errors_of(text):  # Without the network, the hub may have weights that the cache lacks.
         HfApi().model_info(model, revision=revision or None)
     raise CheckpointError(f"{text} has no weights on the hub: none of {names}")
-
-
-def config_folder(text: str) -> Path:
-    """The folder of a model in the local cache; downloads config.json if it is missing."""
-    return _snapshot(text, ["config.json"])
 
 
 def headers(text: str, revision: str) -> list[dict[str, TensorSource]]:
@@ -73,7 +68,8 @@ def headers(text: str, revision: str) -> list[dict[str, TensorSource]]:
         ]
 
 
-def _snapshot(text: str, patterns: list[str]) -> Path:
+def snapshot(text: str, patterns: list[str]) -> Path:
+    """The folder of a model in the local cache; downloads missing files of these patterns."""
     model, _, revision = text.partition("@")
     with _errors_of(text):
         return Path(snapshot_download(model, revision=revision or None, allow_patterns=patterns))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from prox24._checkpoints.hf_folder import WeightFiles
-from prox24._checkpoints.tensors import Put, Spec, TensorSource, is_possible, read_entries
+from prox24._checkpoints.tensors import Put, TensorSource, is_possible, read_entries
 from prox24.errors import CheckpointError, DiskError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -74,7 +74,7 @@ def _source(path: Path, start: int, name: str, entry: Mapping[str, Any]) -> Tens
 
 
 @contextlib.contextmanager
-def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
+def create_file(path: Path, specs: Mapping[str, TensorSource]) -> Iterator[Put]:
     """A file for tensors; their values are written one by one, in any order.
 
     Values from an earlier run stay in the file. The file is open only while a tensor is written,
@@ -84,7 +84,7 @@ def create_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[Put]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The largest entries first, so that all are aligned.
-    for name, (shape, dtype) in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+    for name, (shape, dtype, _) in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": stored[dtype], "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -20,26 +20,19 @@ FINITE_CHECK = 2**22
 """The number of entries in one check, so that the copies of a check stay small."""
 
 
-class Spec(NamedTuple):
-    """A tensor to write."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
 def _unread() -> NDArray[Any]:
     raise CheckpointError("the weights are not here: the model was opened for names and shapes")
 
 
 class TensorSource(NamedTuple):
-    """A tensor to read; without a `read` function, only its shape and dtype are known."""
+    """A tensor to read or to write; without a `read` function, only shape and dtype are known."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], NDArray[Any]] = _unread
 
 
-def byte_count(tensor: Spec | TensorSource) -> int:
+def byte_count(tensor: TensorSource) -> int:
     """The number of bytes of the values."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
@@ -84,7 +77,5 @@ def writing(destination: Path) -> Iterator[None]:
 def is_finite(values: NDArray[Any]) -> bool:
     """Whether no entry is NaN or Inf, in any dtype of numpy or ml_dtypes."""
     entries = values.reshape(-1)
-    parts = (entries[i : i + FINITE_CHECK] for i in range(0, entries.size, FINITE_CHECK))
-    if values.dtype.kind not in "biuf":  # of ml_dtypes; float32 holds their values
-        parts = (part.astype(np.float32) for part in parts)
-    return all(np.isfinite(part).all() for part in parts)
+    starts = range(0, entries.size, FINITE_CHECK)
+    return all(np.isfinite(entries[i : i + FINITE_CHECK]).all() for i in starts)

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from prox24._checkpoints.tensors import writing
-from prox24._checkpoints.unfinished import difference
+from prox24._checkpoints.unfinished import difference, intact
 from prox24.errors import CheckpointError, DiskError, first_line
 from prox24.refine import Training
+
+UNREADABLE = "the state in {} cannot be read; delete it, or choose another folder"
 
 
 class States(NamedTuple):
@@ -46,7 +48,7 @@ class States(NamedTuple):
             return begun
         arrays = (begun.master, begun.optimizer, begun.best)
         wanted = ocp.args.StandardRestore(jax.tree.map(_like, _numbered(arrays)))
-        with _reading(self.manager):
+        with intact(UNREADABLE.format(self.manager.directory)):
             saved = self.manager.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
             leaves = [jnp.asarray(saved[key]) for key in sorted(saved, key=int)]
             master, optimizer, best = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
@@ -72,7 +74,7 @@ def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         step, losses = manager.latest_step(), []
         if step is not None:
-            with _reading(manager):
+            with intact(UNREADABLE.format(manager.directory)):
                 about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
                 saved_job, losses = about["about"]["job"], list(about["about"]["losses"])
                 found = difference(saved_job, json.loads(json.dumps(job)))
@@ -82,17 +84,6 @@ def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
                     "choose another folder, or delete it"
                 )
         yield States(manager, job, losses)
-
-
-@contextlib.contextmanager
-def _reading(manager: ocp.CheckpointManager) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the state in {manager.directory} cannot be read: {first_line(error)}; "
-            "delete it, or choose another folder"
-        ) from error
 
 
 def _numbered(arrays: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from prox24._checkpoints import safetensors_file
 from prox24._checkpoints.checkpoint import FORMATS
 from prox24._checkpoints.hf_folder import hub_hash, weight_files
 from prox24._checkpoints.tensors import TensorSource, writing
-from prox24.errors import CheckpointError, DiskError, Prox24Error
+from prox24.errors import CheckpointError, DiskError, Prox24Error, first_line
 
 OF_A_RUN = {"lock", "job.json", "journal.jsonl", "activations", "model", "replaced", "old"}
 
@@ -207,7 +207,7 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
     if len(whole) < len(text):
         os.truncate(journal, len(whole))
     found: dict[str, dict[str, Any]] = {}
-    with _intact(journal):
+    with intact(f"{journal} is damaged; delete {work} to start anew"):
         for line in whole.splitlines():
             entry = json.loads(line)
             name = entry.pop("tensor")
@@ -216,16 +216,16 @@ def _entries(work: Path) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _intact(path: Path) -> Iterator[None]:
-    """Turns an error of a damaged file into a CheckpointError that names the file."""
+def intact(damage: str) -> Iterator[None]:
+    """Turns an error of a damaged file into a CheckpointError: a text, and the error's line."""
     try:
         yield
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged; delete {path.parent} to start anew") from error
+        raise CheckpointError(f"{damage} ({first_line(error)})") from error
 
 
 def _check_job(work: Path, count: int, job: Mapping[str, Any] | None) -> None:
-    with _intact(work / "job.json"):
+    with intact(f"{work}/job.json is damaged; delete {work} to start anew"):
         began = json.loads((work / "job.json").read_text(encoding="utf-8"))
         version = began["versions"]["prox24"]
     if job is not None and version != job["versions"]["prox24"]:

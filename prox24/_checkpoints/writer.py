@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prox24._checkpoints import flax_file, safetensors_file
 from prox24._checkpoints.checkpoint import DTYPES, Checkpoint, config_json
 from prox24._checkpoints.hf_folder import WeightFiles, carried_files
-from prox24._checkpoints.tensors import Put, Spec, byte_count, is_finite, writing
+from prox24._checkpoints.tensors import Put, TensorSource, byte_count, is_finite, writing
 from prox24._checkpoints.unfinished import (
     Unfinished,
     Written,
@@ -36,7 +36,7 @@ class Output(NamedTuple):
     files: WeightFiles
     names: Collection[str]  # HF's names of its tensors
     stored_name: Callable[[str, int], str]  # from HF's name and the number of axes to the index's
-    create: Callable[[Path, Mapping[str, Spec]], contextlib.AbstractContextManager[Put]]
+    create: Callable[[Path, Mapping[str, TensorSource]], contextlib.AbstractContextManager[Put]]
     remark: str  # on the speed of a model in this format
 
 
@@ -234,14 +234,14 @@ def _write_companions(source: Checkpoint, folder: Path, dtype: str | None) -> No
     (folder / "config.json").write_text(config_json(config), encoding="utf-8")
 
 
-def written_spec(source: Checkpoint, name: str, dtype: str | None) -> Spec:
+def written_spec(source: Checkpoint, name: str, dtype: str | None) -> TensorSource:
     """Shape and dtype of a tensor in the output; buffers and integers keep their dtype."""
     own = source.tensors[name]
     if not own.dtype.itemsize:
         raise CheckpointError(f"{source.path}: tensor {name} has a dtype that is not supported")
     if dtype is None or name in source.buffers or own.dtype not in DTYPES.values():
-        return Spec(own.shape, own.dtype)
-    return Spec(own.shape, DTYPES[dtype])
+        return own
+    return TensorSource(own.shape, DTYPES[dtype])
 
 
 def _allocated(folder: Path) -> int:

@@ -60,7 +60,10 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     if arguments.recipe is not None:
         recipe = Recipe.load(arguments.recipe)
     elif arguments.method == "best" and "samples" in arguments:
-        recipe = Recipe.best(_tokens(arguments))
+        from prox24._jobs.text import shape_of
+
+        text = text_of(arguments, vars(arguments).get("calibration"))
+        recipe = Recipe.best(math.prod(shape_of(text)))
     else:
         recipe = PRESETS[arguments.method or "admm"]()
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -79,14 +82,6 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
             raise RecipeError(f"{option(own[next(iter(fields))])} is for --{name} {on}")
         changes[name] = dataclasses.replace(value, **fields) if fields else value
     return dataclasses.replace(recipe, **changes)
-
-
-def _tokens(arguments: argparse.Namespace) -> int:
-    """The tokens of the calibration text."""
-    from prox24._jobs.text import Text, shape_of
-
-    text = Text(vars(arguments).get("calibration"), arguments.samples, arguments.sequence_length)
-    return math.prod(shape_of(text))
 
 
 def option(name: str) -> str:
@@ -189,7 +184,7 @@ def text_of(arguments: argparse.Namespace, source: Any) -> Any:
     """The `Text` of a source and the given options."""
     from prox24._jobs.text import Text
 
-    sizes = arguments.samples, arguments.sequence_length, arguments.text_field
+    sizes = arguments.samples, arguments.sequence_length, vars(arguments).get("text_field")
     sampling = {name: vars(arguments)[name] for name in ("sampling", "seed") if name in arguments}
     return Text(source, *sizes, **sampling)
 
@@ -230,7 +225,7 @@ def pattern(text: str) -> AnyPattern:
 
 def size(text: str) -> int:
     """Reads a number of bytes with its unit."""
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
+    found = re.fullmatch(rf"(\d{{1,15}}(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
     count = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if not count:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MiB")
