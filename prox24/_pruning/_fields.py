@@ -41,7 +41,8 @@ def decode(value: Any, expected: Any, place: str) -> Any:
     options = _options(expected)
     if value is None and type(None) in options:
         return None
-    if isinstance(value, Mapping):
+    plain = {int, float, bool, str, type(None)}
+    if isinstance(value, Mapping) and not plain.issuperset(options):
         return _decode_object(value, options, place)
     for option in options:
         if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:

@@ -87,16 +87,9 @@ def _with_itself(x: Array) -> Array:
     """x^T x of tokens (..., tokens, in); its blocks below the diagonal are copied from above."""
     width = x.shape[-1]
     blocks = BLOCKS if width % BLOCKS == 0 and width >= NARROW else 1
-    columns = jnp.split(x, blocks, axis=-1)
-    products = [
-        [matmul(columns[i].mT, columns[j]) for j in range(i, blocks)] for i in range(blocks)
-    ]
-    return jnp.block(
-        [
-            [products[i][j - i] if j >= i else products[j][i - j].mT for j in range(blocks)]
-            for i in range(blocks)
-        ]
-    )
+    columns, places = jnp.split(x, blocks, axis=-1), range(blocks)
+    above = {(i, j): matmul(columns[i].mT, columns[j]) for i in places for j in places[i:]}
+    return jnp.block([[above[i, j] if i <= j else above[j, i].mT for j in places] for i in places])
 
 
 def is_sent(x: Array) -> Array:

@@ -17,6 +17,7 @@ from prox24._pruning._fields import build, decode, encode
 from prox24._pruning._yaml import from_yaml, to_yaml
 from prox24._solvers.admm import ADMM
 from prox24._solvers.hyperparameters import REGISTERED
+from prox24._solvers.problem import DEFAULT_PULL
 from prox24._solvers.protocol import Refit, Solver
 from prox24._solvers.proximal import ProximalGradient
 from prox24._solvers.refit import ConjugateGradients, GradientSteps
@@ -49,7 +50,7 @@ class DenseTargets:
       ValueError: the pull is not positive and finite.
     """
 
-    pull: float = 1.0
+    pull: float = DEFAULT_PULL
 
     def __post_init__(self) -> None:
         if not 0 < self.pull < math.inf:

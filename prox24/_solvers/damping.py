@@ -31,15 +31,15 @@ def damped_gram(gram: Array, damping: Array | float) -> Array:
 FIRST_RAISED_DAMPING, LARGEST_DAMPING, RAISE = 1e-6, 1.0, 10.0
 
 
-class Factor(NamedTuple):
-    """U upper triangular, with U^T U the inverse of a damped Gram, and the damping that it took."""
+class Inverse(NamedTuple):
+    """The inverse of a damped Gram, or a factor of it, and the damping that it took."""
 
-    upper: Array
+    matrix: Array
     damping: Array
 
 
-def inverse_factor(gram: Array, damping: Array) -> Factor:
-    """Factors the inverse of the damped Gram, with more damping than asked for if it must.
+def inverse_factor(gram: Array, damping: Array) -> Inverse:
+    """U upper triangular, with U^T U the inverse of the damped Gram.
 
     Where the damped Gram is not positive definite to rounding, damping becomes 1e-6 or ten times
     what failed, whichever is more, but at most 1. A Gram for which all fail, such as one that holds
@@ -53,14 +53,7 @@ def inverse_factor(gram: Array, damping: Array) -> Factor:
     )
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     upper = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-    return Factor(upper[::-1, ::-1], used)
-
-
-class Inverse(NamedTuple):
-    """The inverse of a damped Gram, and the damping that it took."""
-
-    matrix: Array
-    damping: Array
+    return Inverse(upper[::-1, ::-1], used)
 
 
 def damped_inverse(gram: Array, damping: Array, shift: Array | float = 0.0) -> Inverse:

@@ -170,14 +170,7 @@ def proximal_gradient(
 
     def solve(_: Any, root: tuple[PyTree, Array]) -> tuple[Any, list[Array]]:
         start, size = root
-        advance = functools.partial(
-            _advance,
-            lambda x: jax.value_and_grad(fun)(x, *args),
-            lambda x: fun(x, *args),
-            landed,
-            step,
-            momentum,
-        )
+        advance = functools.partial(_advance, lambda x: fun(x, *args), landed, step, momentum)
         # Like the value, so that inside `jax.shard_map` they vary from device to device.
         number = functools.partial(jnp.full_like, value)
         first = _State(
@@ -217,15 +210,14 @@ def proximal_gradient(
 
 
 def _advance(
-    value_and_gradient: Callable[[PyTree], tuple[Array, PyTree]],
-    value_of: Callable[[PyTree], Array],
+    fun: Callable[[PyTree], Array],
     prox: Callable[[PyTree, Array], PyTree],
     fixed: Array | float | None,
     momentum: bool,
     state: _State,
 ) -> _State:
     point = state.extrapolated
-    value, gradient = value_and_gradient(point)
+    value, gradient = jax.value_and_grad(fun)(point)
 
     def trial(size: Array) -> PyTree:
         return prox(_plus(point, -size, gradient), size)
@@ -241,7 +233,7 @@ def _advance(
             square = trees.tree_norm(move, squared=True) / (2 * size)
             bound = value + trees.tree_vdot(gradient, move) + square + slack
             # A step to NaN or infinity is also too long.
-            return ~(value_of(landed) <= bound) & (trials < HALVINGS)
+            return ~(fun(landed) <= bound) & (trials < HALVINGS)
 
         def shorter(search: tuple[Array, PyTree, Array]) -> tuple[Array, PyTree, Array]:
             size = search[0] * SHRINK
@@ -316,8 +308,9 @@ def _check_prox(prox: Prox, params: PyTree, hyperparams: Any) -> None:
         found = jax.eval_shape(lambda x, scaling: prox(x, hyperparams, scaling), params, 1.0)
     except Exception as error:  # of any type, if prox has another convention
         raise ValueError(f"{said}; it fails with: {first_line(error)}") from error
-    shapes = [
-        jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), t) for t in (found, params)
+    kinds = [
+        (jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)])
+        for tree in (found, params)
     ]
-    if shapes[0] != shapes[1]:
+    if kinds[0] != kinds[1]:
         raise ValueError(f"{said}; it gives another tree, or other shapes or dtypes")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -50,8 +49,8 @@ class SparseGPT:
         """Finds a candidate; traceable, with the pattern static."""
         factor = inverse_factor(problem.gram, damping)
         block = columns_at_once(problem.weight.shape[1], pattern.width, self.block_size)
-        swept = _sweep(problem.weight.T, factor.upper, pattern, block)
-        return Candidate.of(swept.weight.T, swept.mask.T, factor.damping)
+        weight, mask = _sweep(problem.weight.T, factor.matrix, pattern, block)
+        return Candidate.of(weight.T, mask.T, factor.damping)
 
 
 def columns_at_once(width: int, group: int, largest: int) -> int:
@@ -64,34 +63,31 @@ STRIP = 8
 """Largest number of columns that are pruned one by one between two products, in whole groups."""
 
 
-class _Sweep(NamedTuple):
-    """Transposed arrays (in, out): the sweep needs the entries of a column to be contiguous."""
+def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> tuple[Array, Array]:
+    """The corrected weight, not yet cut, and its mask.
 
-    weight: Array
-    mask: Array
-
-
-def _sweep(weight: Array, factor: Array, pattern: AnyPattern, block: int) -> _Sweep:
+    All are (in, out): the entries of a column must be contiguous.
+    """
     width, rows = weight.shape
 
-    def prune_block(index: Array, state: _Sweep) -> _Sweep:
+    def prune_block(index: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        weight, mask = state
         start = index * block
-        columns = lax.dynamic_slice(state.weight, (start, 0), (block, rows))
+        columns = lax.dynamic_slice(weight, (start, 0), (block, rows))
         factor_rows = lax.dynamic_slice(factor, (start, 0), (block, width))
         local_factor = lax.dynamic_slice(factor_rows, (0, start), (block, block))
-        kept, mask, errors = _prune_columns(columns, local_factor, pattern)
+        kept, chosen, errors = _prune_columns(columns, local_factor, pattern)
         # The factor is upper triangular, so earlier columns get zero. The block's own columns are
         # replaced. On GPUs, adding a product to an array is one call of a library.
-        updated = state.weight + matmul(-factor_rows.T, errors)
-        return _Sweep(
+        updated = weight + matmul(-factor_rows.T, errors)
+        return (
             lax.dynamic_update_slice(updated, kept, (start, 0)),
-            lax.dynamic_update_slice(state.mask, mask, (start, 0)),
+            lax.dynamic_update_slice(mask, chosen, (start, 0)),
         )
 
     weight = varying_like(weight, factor[0, 0])
-    start = _Sweep(weight, jnp.zeros_like(weight, bool))
-    swept = lax.fori_loop(0, width // block, prune_block, start)
-    return _Sweep(jnp.where(swept.mask, swept.weight, 0), swept.mask)
+    start = weight, jnp.zeros_like(weight, bool)
+    return lax.fori_loop(0, width // block, prune_block, start)
 
 
 def _prune_columns(

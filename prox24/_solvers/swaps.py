@@ -1,5 +1,6 @@
 """Local search: each block in turn takes the best of all its masks, with the others fixed."""
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -113,15 +114,16 @@ def _choices(gram: Array, pattern: Pattern) -> _Choices:
     return _Choices(inverse, jnp.asarray(masks), losses, minimisers)
 
 
+_Arrays = tuple[Array, Array, Array]  # Weight, mask and slope, each (in, out).
+
+
 def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pattern) -> Refitted:
     rows, width = state.weight.shape
     group = pattern.width
     columns = columns_at_once(width, group, COLUMNS)
 
-    def improve_group(
-        index: Array, local: tuple[Array, Array, Array, Array, Array]
-    ) -> tuple[Array, Array, Array, Array, Array]:
-        weight, mask, slope, gram, first = local
+    def improve_group(gram: Array, first: Array, index: Array, local: _Arrays) -> _Arrays:
+        weight, mask, slope = local
         start = index * group
         block = first + index
         w = lax.dynamic_slice(weight, (start, 0), (group, rows))
@@ -145,21 +147,16 @@ def _sweep(problem: Normalized, state: Refitted, choices: _Choices, pattern: Pat
             lax.dynamic_update_slice(weight, better, (start, 0)),
             lax.dynamic_update_slice(mask, better_mask, (start, 0)),
             slope + matmul(gram_rows.T, better - w),
-            gram,
-            first,
         )
 
-    def improve_columns(
-        index: Array, whole: tuple[Array, Array, Array]
-    ) -> tuple[Array, Array, Array]:
+    def improve_columns(index: Array, whole: _Arrays) -> _Arrays:
         weight, mask, slope = whole
         start = index * columns
-        part = [lax.dynamic_slice(x, (start, 0), (columns, rows)) for x in whole]
+        part = tuple(lax.dynamic_slice(x, (start, 0), (columns, rows)) for x in whole)
         gram_rows = lax.dynamic_slice(problem.gram, (start, 0), (columns, width))
         local_gram = lax.dynamic_slice(gram_rows, (0, start), (columns, columns))
-        first = index * (columns // group)
-        local = (*part, local_gram, first)
-        better, better_mask, *_ = lax.fori_loop(0, columns // group, improve_group, local)
+        improve = functools.partial(improve_group, local_gram, index * (columns // group))
+        better, better_mask, _ = lax.fori_loop(0, columns // group, improve, part)
         moved = matmul(gram_rows.T, better - part[0])
         return (
             lax.dynamic_update_slice(weight, better, (start, 0)),

@@ -80,6 +80,7 @@ def test_fields_that_are_not_given_have_their_defaults():
         ({"solver": {"name": "ADMM", "steps": True}}, "recipe.solver.steps is True, not int"),
         ({"damping": "much"}, "recipe.damping is 'much', not float"),
         ({"damping": 10**400}, "recipe.damping is 10000"),
+        ({"damping": {"mean": 0.01}}, "recipe.damping is {'mean': 0.01}, not float"),
         ({"damping": -1}, "damping -1.0 is not a nonnegative number"),
         ({"targets": {"pull": 0}}, "recipe.targets: pull 0.0 is not a positive number"),
         ({"basis": {"steps": 0}}, "recipe.basis: steps 0 is not a positive number"),

@@ -33,13 +33,13 @@ def test_damping_stays_where_it_suffices_and_where_nothing_helps(damping):
     factor = inverse_factor(gram, asked)
     inverted = damped_inverse(gram, asked)
     assert float(factor.damping) == float(inverted.damping) == damping
-    assert_close(factor.upper.T @ factor.upper, expected, roundings)
+    assert_close(factor.matrix.T @ factor.matrix, expected, roundings)
     assert_close(inverted.matrix, expected, roundings)
-    assert np.array_equal(factor.upper, np.triu(factor.upper))
+    assert np.array_equal(factor.matrix, np.triu(factor.matrix))
     for hopeless in (jnp.full((8, 8), jnp.nan), 2 - jnp.eye(8)):
         factor, inverted = inverse_factor(hopeless, asked), damped_inverse(hopeless, asked)
         assert float(factor.damping) == float(inverted.damping) == damping
-        assert np.all(np.isnan(factor.upper[0]))
+        assert np.all(np.isnan(factor.matrix[0]))
         assert np.all(np.isnan(inverted.matrix))
 
 

@@ -161,6 +161,28 @@ def test_hyperparameters_need_not_be_arrays():
     assert prox24.is_sparse(found.params)
 
 
+def test_params_may_be_of_a_class_without_equality():
+    @jax.tree_util.register_pytree_node_class
+    class Weights:
+        def __init__(self, w):
+            self.w = w
+
+        def tree_flatten(self):
+            return (self.w,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(*leaves)
+
+    found = proximal_gradient(
+        lambda own: squares(own.w),
+        Weights(jnp.zeros(20)),
+        lambda own, lam, scaling: Weights(soft(own.w, lam, scaling)),
+        0.1,
+    )
+    assert found.outcome is Descent.CONVERGED
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
