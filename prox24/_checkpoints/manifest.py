@@ -51,4 +51,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         for entry in tensors.values()
     ):
         raise CheckpointError(f"{path} does not list the tensors with their hashes")
+    if not isinstance(manifest.get("recipe", {}), dict):
+        raise CheckpointError(f"the recipe in {path} is no object of fields")
     return manifest

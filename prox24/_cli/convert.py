@@ -20,7 +20,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from prox24._checkpoints.checkpoint import open_checkpoint
     from prox24._checkpoints.writer import OUTPUTS, check_destination, write_checkpoint
-    from prox24._jobs.output import print_json, print_table
+    from prox24._jobs.output import print_json, table
 
     check_destination(arguments.destination, [Path(arguments.source)], arguments.overwrite)
     checkpoint = open_checkpoint(arguments.source)
@@ -51,6 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
         if left_out:
             others = ", ..." if len(left_out) > 1 else ""
             rows.append(["buffers left out", f"{len(left_out)}: {left_out[0]}{others}"])
-        print_table(["written", str(arguments.destination)], rows)
+        print(table(["written", str(arguments.destination)], rows))
         print(remark)
     return 0

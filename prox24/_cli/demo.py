@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from prox24._checkpoints.tensors import writing
     from prox24._cli.demo_model import fetch_model
     from prox24._jobs.evaluate import perplexity
-    from prox24._jobs.output import peak_memory_bytes, print_json, print_table
+    from prox24._jobs.output import peak_memory_bytes, print_json, table
     from prox24._jobs.progress import whole_bar
     from prox24._jobs.prune import prune
     from prox24._jobs.text import Text, calibration_windows, evaluation_windows
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"rows": rows, "peak_memory_bytes": peak_memory_bytes()})
         return 0
-    print_table(COLUMNS, [_cells(row) for row in rows])
+    print(table(COLUMNS, [_cells(row) for row in rows]))
     print(_meaning(rows))
     print(f"Open {place}: it shows the loss of each layer, and a mask.")
     print("Load the model of the last row with transformers (and torch):")

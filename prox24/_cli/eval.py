@@ -16,7 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from prox24._jobs.evaluate import perplexities
-    from prox24._jobs.output import print_json, print_table, show
+    from prox24._jobs.output import print_json, show, table
 
     texts = [options.text_of(arguments, source) for source in arguments.text or [None]]
     reports = perplexities(arguments.models, texts, arguments.quiet)
@@ -28,5 +28,5 @@ def run(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         columns = [f"{report.text}, {report.windows} windows" for report in reports[0]]
         rows = [[row[0].model, *(f"{each.perplexity:.3f}" for each in row)] for row in reports]
-        print_table(["perplexity", *columns], rows)
+        print(table(["perplexity", *columns], rows))
     return 0

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +12,6 @@ from numpy.typing import NDArray
 from prox24._checkpoints.tensors import writing
 from prox24._checkpoints.unfinished import synchronise
 from prox24._jobs.processes import latest, meet
-
-
-class Mapped(list[NDArray[np.float32]]):
-    """Micro-batches as views into a file; an assignment writes into the file."""
-
-    def __setitem__(self, index: Any, values: Any) -> None:
-        self[index][...] = values
 
 
 class ActivationFiles:
@@ -34,16 +26,9 @@ class ActivationFiles:
         the start, or if a file is missing, damaged or of another length.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        shape: tuple[int, ...],
-        micro_batch: int,
-        streams: Iterable[str],
-        layers: int,
-    ):
-        """Opens or makes a folder; a stream has the shape (windows, length, hidden)."""
-        self._folder, self._shape, self._micro_batch = folder, shape, micro_batch
+    def __init__(self, folder: Path, shape: tuple[int, ...], streams: Iterable[str], layers: int):
+        """Opens or makes a folder; a stream is (micro-batches, windows, length, hidden)."""
+        self._folder, self._shape, self._size = folder, shape, 4 * math.prod(shape)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         note = folder / "layer"
@@ -64,21 +49,16 @@ class ActivationFiles:
                 synchronise(folder)
             meet("the activations begin anew")
 
-    @property
-    def _size(self) -> int:
-        return 4 * math.prod(self._shape)
-
     def _path(self, stream: str, layer: int) -> Path:
         return self._folder / f"{stream}-{layer % 2}"
 
-    def micro_batches(self, stream: str, layer: int) -> Mapped:
-        """The input of a layer, to read or to write."""
-        path, size = self._path(stream, layer), self._micro_batch
+    def micro_batches(self, stream: str, layer: int) -> NDArray[np.float32]:
+        """The input of a layer, to read or to write; an assignment writes into the file."""
+        path = self._path(stream, layer)
         with writing(path):
             path.touch()
             _allocate(path, self._size)
-            whole = np.memmap(path, np.float32, "r+", shape=self._shape)
-        return Mapped(whole[i : i + size] for i in range(0, len(whole), size))
+            return np.memmap(path, np.float32, "r+", shape=self._shape)
 
     def complete(self, layer: int, streams: Iterable[str]) -> None:
         """Notes that the input of a layer is complete; after the call it is on disk."""

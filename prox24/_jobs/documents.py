@@ -73,7 +73,7 @@ def documents(source: str, field: str | None, chat: Chat) -> Iterator[str]:
         return
     for path in files_of(Path(source)):
         kind = _kind(path)
-        if UNREAD.fullmatch(kind) or (kind == ".parquet" and path.suffix in COMPRESSED):
+        if UNREAD.fullmatch(kind) or (kind == ".parquet" and path.suffix.lower() in COMPRESSED):
             raise CalibrationError(
                 f"{path} has a suffix that is not read: decompress it, or convert it to .txt, "
                 ".jsonl or .parquet"
@@ -116,12 +116,12 @@ def folders_within(folder: Path) -> Iterator[Path]:
 
 
 def _kind(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a file with their ends; errors name the file."""
-    opened = COMPRESSED.get(path.suffix, open)
+    opened = COMPRESSED.get(path.suffix.lower(), open)
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield from file
@@ -146,11 +146,7 @@ def plain_text(path: Path, field: str | None = None) -> str:
 
 def is_unicode(text: str) -> bool:
     """Whether a text has a UTF-8 encoding. A lone surrogate, half of a character, has none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return re.search(r"[\ud800-\udfff]", text) is None
 
 
 def _is_json(text: str) -> bool:

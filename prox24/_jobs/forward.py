@@ -39,6 +39,9 @@ HiddenStates = NDArray[np.float32]
 A process has only its own windows.
 """
 
+MicroBatches = list[HiddenStates] | HiddenStates
+"""Hidden states of all micro-batches: a list in memory, or an array in a file."""
+
 
 class Model(NamedTuple):
     """A checkpoint, its decoder, and the devices that share its windows."""
@@ -206,8 +209,8 @@ def run_into(
     model: Model,
     index: int,
     weights: dict[str, Array],
-    hidden: list[HiddenStates],
-    results: list[HiddenStates],
+    hidden: MicroBatches,
+    results: MicroBatches,
 ) -> None:
     """Assigns the outputs of a layer to `results`, one micro-batch after the other.
 

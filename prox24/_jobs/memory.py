@@ -1,5 +1,6 @@
 """Estimates the memory and the operations of pruning a model, before it starts."""
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,8 @@ from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import check_found, check_widths
 from prox24._solvers.damping import WIDEST_BLOCK
 from prox24._solvers.problem import LayerProblem, corrected_weight
-from prox24._solvers.solve import check_shares_columns, check_traits, solve_program
-from prox24.errors import Prox24Error, RecipeError
+from prox24._solvers.solve import check_shares_columns, solve_program
+from prox24.errors import Prox24Error
 from prox24.refine._blocks import block_step
 
 Spec = jax.ShapeDtypeStruct
@@ -96,17 +97,12 @@ def layer_memory(model: Model, index: int, micro_batch: tuple[int, int], setup: 
     # XLA compiles the programs in threads, while Python traces the next one.
     with ThreadPoolExecutor() as pool:
         compiled = {
-            linear: [
-                (pool.submit(_needed, program), of_grams)
-                for program, of_grams in _programs(linear, setup)
-            ]
+            linear: [pool.submit(_needed, program) for program in _programs(linear, setup)]
             for linear in largest
         }
         gather = _gathering(model, index, micro_batch, setup)
     solving = {
-        linear.tensor: _on_a_device(
-            linear, max(needed.result() - of_grams for needed, of_grams in programs), setup
-        )
+        linear.tensor: _on_a_device(linear, [program.result() for program in programs], setup)
         for linear, programs in compiled.items()
     }
     widest = max(solving, key=solving.__getitem__, default="")
@@ -132,6 +128,7 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
         whole = refine.step_windows(count, length, devices) // devices
     most = whole
 
+    @functools.cache
     def needed(index: int, size: int) -> int:
         gathering = _gathering(model, index, (size, length), setup)
         refining = refining_memory(model, index, (size, length), setup.recipe, whole // size)
@@ -249,35 +246,29 @@ def _largest(linears: Iterable[Linear], setup: Setup) -> list[Linear]:
     ]
 
 
-def _programs(linear: Linear, setup: Setup) -> Iterator[tuple[Lowered, int]]:
-    """The programs that solve a linear, each with the bytes of the Grams in its arguments.
+def _programs(linear: Linear, setup: Setup) -> Iterator[Lowered]:
+    """The programs that solve a linear.
 
-    The first program solves. With dense targets, the second one corrects the weight before.
+    The first program solves, with one Gram as an argument. With dense targets, the second one
+    corrects the weight before, with two.
     """
-    recipe, problem = setup.recipe, _problem(linear, setup)
+    recipe, width, damping = setup.recipe, linear.shape[1], Spec((), jnp.float32)
+    weight, gram = (
+        Spec((setup.rows(linear.shape), width), jnp.float32),
+        Spec((width,) * 2, jnp.float32),
+    )
+    problem: Any = LayerProblem(weight, gram)  # type: ignore[arg-type]
     pattern = recipe.pattern_of(linear.tensor)
     assert pattern is not None
-    methods, damping = (recipe.solver, recipe.refit), Spec((), jnp.float32)
-    try:
-        check_traits(*methods, pattern)
-        solves = solve_program.lower(problem, *methods, damping, pattern=pattern)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    yield solves, _bytes(problem.gram)
+    yield solve_program.lower(problem, recipe.solver, recipe.refit, damping, pattern=pattern)
     if recipe.targets is not None:
-        corrects = corrected_weight.lower(*problem, problem.gram, damping)
-        yield corrects, 2 * _bytes(problem.gram)
+        yield corrected_weight.lower(*problem, gram, damping)
 
 
-def _problem(linear: Linear, setup: Setup) -> Any:
-    width = linear.shape[1]
-    shapes = (setup.rows(linear.shape), width), (width, width)
-    return LayerProblem(*(Spec(shape, jnp.float32) for shape in shapes))  # type: ignore[arg-type]
-
-
-def _on_a_device(linear: Linear, needed: int, setup: Setup) -> int:
-    """Bytes on each device if devices share the columns; one device would need `needed`."""
+def _on_a_device(linear: Linear, programs: Iterable[int], setup: Setup) -> int:
+    """Bytes on a device for `_programs` without their Grams, from the bytes on one device."""
     (outputs, width), recipe = linear.shape, setup.recipe
+    needed = max(size - 4 * count * width**2 for count, size in enumerate(programs, 1))
     sharing = setup.sharing(width)
     if sharing == 1:
         return needed
@@ -322,7 +313,7 @@ def _turning(model: Model, index: int, recipe: Recipe) -> int:
 
 
 def _held(weights: Mapping[str, Spec]) -> int:
-    return sum(map(_bytes, weights.values()))
+    return sum(own.size * own.dtype.itemsize for own in weights.values())
 
 
 def _needed(lowered: Lowered) -> int:
@@ -334,7 +325,3 @@ def _needed(lowered: Lowered) -> int:
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes
     )
-
-
-def _bytes(spec: Spec) -> int:
-    return math.prod(spec.shape) * spec.dtype.itemsize

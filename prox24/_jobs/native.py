@@ -16,7 +16,7 @@ from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._core.placement import divisors, everywhere, own_windows, placed, taken
 from prox24._jobs import forward
 from prox24._jobs.activations import ActivationFiles
-from prox24._jobs.forward import HiddenStates, Model
+from prox24._jobs.forward import MicroBatches, Model
 from prox24._jobs.observe import observe_layer
 from prox24._models.heads import attention_ties
 from prox24._pruning.grams import Sums, empty_columns, empty_gram, is_finite, over_devices
@@ -32,8 +32,8 @@ class Hidden(NamedTuple):
     The output of a layer replaces them, one micro-batch after the other.
     """
 
-    pruned: list[HiddenStates]
-    dense: list[HiddenStates] | None
+    pruned: MicroBatches
+    dense: MicroBatches | None
     crosses: bool
     files: ActivationFiles | None
 
@@ -98,9 +98,9 @@ class NativeRunner(Runner[Hidden]):
             return 0, Hidden(hidden, list(hidden) if streams.dense else None, streams.crosses, None)
         own = len(own_windows(self.micro_batch, self.mesh))
         count, length = self.windows.shape
-        shape = (count // self.micro_batch * own, length, self.model.config.hidden)
+        shape = (count // self.micro_batch, own, length, self.model.config.hidden)
         names = ["pruned", "dense"] if streams.dense else ["pruned"]
-        files = ActivationFiles(self.activations, shape, own, names, self.stages)
+        files = ActivationFiles(self.activations, shape, names, self.stages)
         first = files.layer or 0
         entering = {name: files.micro_batches(name, first) for name in names}
         if files.layer is None:
@@ -121,7 +121,7 @@ class NativeRunner(Runner[Hidden]):
         outputs = state.dense
         if state.files is not None and state.dense is not None:
             outputs = state.files.micro_batches("dense", index + 1)
-        alongside = state.dense or itertools.repeat(None)
+        alongside = itertools.repeat(None) if state.dense is None else state.dense
         for i, (batch, dense) in enumerate(zip(state.pruned, alongside, strict=False)):
             both = [None if x is None else placed(x, self.mesh) for x in (batch, dense)]
             grams, crosses, output = observe_layer(layer, own, *both, grams, crosses, devices)
@@ -180,7 +180,7 @@ class NativeRunner(Runner[Hidden]):
         layer, refine = self.model.config.layers[index], self.recipe.refine
         apply = forward.layer_function(layer, self.mesh, refine.compute_dtype)
         return TrainableStage(
-            apply, self._names(index), state.pruned, state.dense, self.step_batches
+            apply, self._names(index), list(state.pruned), list(state.dense), self.step_batches
         )
 
 

@@ -121,11 +121,6 @@ def gigabytes(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 1e9:.2f} GB"
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Prints a table on standard output."""
-    print(table(columns, rows))
-
-
 def versions(*more: str) -> dict[str, str]:
     """Versions of Python, of the packages that decide a result, and of more packages."""
     found = {name: importlib.metadata.version(name) for name in (*PACKAGES, *more)}

@@ -126,22 +126,21 @@ def plan(
       UnsupportedModelError: the model has no forward pass here.
       Prox24Error: a number is not positive.
     """
-    for name, number in {
-        "samples": samples,
-        "sequence_length": sequence_length,
-        "devices": devices,
-    }.items():
+    given = {"samples": samples, "sequence_length": sequence_length, "devices": devices}
+    for name, number in given.items():
         if number < 1:
             raise Prox24Error(f"{name} is {number}, not a positive number")
+    recipe.check_supported()
     checkpoint = open_described(source)
     model = load_model(checkpoint)
     # The largest number of devices that divides the windows, as in `prune`.
     used = divisors(samples, devices)[0]
     setup = checked_setup(model, recipe, used, shard_grams)
     check_length(checkpoint, sequence_length)
-    if recipe.refine is not None:
-        recipe.refine.step_windows(samples, sequence_length, used)
     size = batch_size(samples // used, sequence_length)
+    if recipe.refine is not None:
+        step = recipe.refine.step_windows(samples, sequence_length, used)
+        size = divisors(step // used, size)[0]
     memories = [
         layer_memory(model, index, (size, sequence_length), setup)
         for index in distinct_layers(model, recipe)

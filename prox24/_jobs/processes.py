@@ -49,10 +49,8 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
     try:
         with _own_output():
             yield
-    except (Prox24Error, OSError, MemoryError):
-        raise
     except Exception as error:
-        if is_missing_device(error):
+        if isinstance(error, Prox24Error | OSError | MemoryError) or is_missing_device(error):
             raise
         if not is_broken_off(error):
             traceback.print_exc()

@@ -186,16 +186,10 @@ def _log_lines(title: str, steps: int | Collection[str], done: Collection[str]) 
         own, elapsed = losses.pop(layer, []), time.monotonic() - began
         mean = f", loss {sum(own) / len(own):.4f}" if own else ""
         ahead = elapsed / taken * max(0, remaining - taken)
-        LOG.info(
-            "%s %d/%d %s%s, %s elapsed, %s left",
-            *(title, finished, lines, layer, mean, *map(_clock, (elapsed, ahead))),
-        )
+        times = (timedelta(seconds=round(seconds)) for seconds in (elapsed, ahead))
+        LOG.info("%s %d/%d %s%s, %s elapsed, %s left", title, finished, lines, layer, mean, *times)
 
     return note
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from prox24._core.pattern import Pattern
 from prox24._jobs import page, torchax
 from prox24._jobs.output import Report, gigabytes, table
 from prox24._jobs.verify import native_axes
@@ -189,7 +190,8 @@ class PruneReport(Report):
         name = self.linears[0].name.partition("[")[0]
         weight = np.moveaxis(np.asarray(checkpoint.read(name)), axes[name], -1)
         corner = weight.reshape(-1, weight.shape[-1])[:24, :64] != 0
-        group = getattr(self.recipe.pattern_of(name), "width", None)
+        pattern = self.recipe.pattern_of(name)
+        group = pattern.width if isinstance(pattern, Pattern) else None
         said = f"The first rows and columns of {name}; a square is a nonzero weight."
         return [page.section("A mask", page.paragraph(said), page.picture(corner, group))]
 
@@ -198,9 +200,7 @@ class PruneReport(Report):
         blocks = list(dict.fromkeys(each.refinement for each in self.linears if each.refinement))
         if not blocks:
             return []
-        before, after = (
-            np.mean([getattr(block, key) for block in blocks]) for key in ("error_before", "error")
-        )
+        before, after = np.mean([(block.error_before, block.error) for block in blocks], axis=0)
         rows = [["mean error of a layer, refined", f"{before:.4f} to {after:.4f}"]]
         if diverged := sum(block.outcome is Outcome.DIVERGED for block in blocks):
             rows.append(["diverged while refined", f"{diverged} layers"])

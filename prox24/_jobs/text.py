@@ -20,7 +20,6 @@ from prox24._jobs.tokens import (
     check_ids,
     check_length,
     end_token,
-    first_windows,
     start_tokens,
     tokenize,
     vocabulary_of,
@@ -117,16 +116,14 @@ class Text:
         """The files and folders among the sources."""
         return [Path(x) for x in self.sources if not is_dataset(x) and not is_generated(x)]
 
-    def called(self, packaged: str) -> str:
-        """The name of the text for users of this machine."""
-        return ", ".join(self.sources) or f"{packaged} of prox24"
+    def called(self, packaged: str, *, published: bool = False) -> str:
+        """The name of the text; if `published`, without folders of this machine."""
 
-    def published(self, packaged: str) -> str:
-        """The name of the text without local folders."""
-        names = (
-            x if is_dataset(x) or is_generated(x) else Path(x).absolute().name for x in self.sources
-        )
-        return ", ".join(names) or self.called(packaged)
+        def name(source: str) -> str:
+            local = not is_dataset(source) and not is_generated(source)
+            return Path(source).absolute().name if published and local else source
+
+        return ", ".join(map(name, self.sources)) if self.sources else f"{packaged} of prox24"
 
 
 SAMPLINGS = ("even", "random", "documents")
@@ -219,7 +216,7 @@ def _given_windows(checkpoint: Checkpoint, text: Text) -> NDArray[np.int32]:
             f"{len(long)} of {len(every)} documents have {own} tokens or more, and {samples} "
             "windows are asked for: take fewer, shorter ones, or another sampling"
         )
-    return _sampled(first_windows(np.concatenate(long), None, length, start), samples, text)
+    return _sampled(available_windows(np.concatenate(long), samples, length, start), samples, text)
 
 
 def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int32]:
@@ -237,7 +234,7 @@ def evaluation_windows(checkpoint: Checkpoint, text: Windows) -> NDArray[np.int3
     start = _start(checkpoint)
     needed = None if samples is None else samples * (length - len(start))
     ids = _joined(checkpoint, _tokens(checkpoint, text, NOVEL, start, needed))
-    return first_windows(ids, samples, length, start)
+    return available_windows(ids, samples or 1, length, start)[:samples]
 
 
 def described(
@@ -248,9 +245,7 @@ def described(
     A report has the name on this machine. With `published`, for the manifest and the card, the name
     has no folders.
     """
-    name = "tokens"
-    if isinstance(text, Text):
-        name = text.published(SPEECHES) if published else text.called(SPEECHES)
+    name = text.called(SPEECHES, published=published) if isinstance(text, Text) else "tokens"
     count, length = windows.shape
     return {
         "text": name,

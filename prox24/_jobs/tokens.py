@@ -40,32 +40,23 @@ def check_ids(ids: ArrayLike, vocab_size: int) -> None:
         )
 
 
-def first_windows(
-    ids: NDArray[np.int32], windows: int | None, length: int, start: Sequence[int] = ()
+def available_windows(
+    ids: NDArray[np.int32], least: int, length: int, start: Sequence[int] = ()
 ) -> NDArray[np.int32]:
-    """The first windows without overlap, shape (windows, length); None takes all whole windows.
+    """All windows without overlap, shape (windows, length); an error for fewer than `least`.
 
     Each window begins with the `start` tokens. They count towards its length.
     """
     own = length - len(start)
-    needed = own * (windows or 1)
     if own < 1:
         raise CalibrationError(f"windows of {length} have no room beside {len(start)} start tokens")
-    if ids.size < needed:
+    count = ids.size // own
+    if count < least:
         raise CalibrationError(
-            f"the text has {ids.size} tokens, but {windows or 1} windows of {length} need {needed}"
+            f"the text has {ids.size} tokens, but {least} windows of {length} need {least * own}"
         )
-    count = windows or ids.size // own
     starts = np.tile(np.asarray(start, np.int32), (count, 1))
     return np.concatenate([starts, ids[: count * own].reshape(count, own)], axis=1)
-
-
-def available_windows(
-    ids: NDArray[np.int32], windows: int, length: int, start: Sequence[int] = ()
-) -> NDArray[np.int32]:
-    """All windows without overlap; raises CalibrationError for fewer than `windows`."""
-    enough = ids.size >= windows * (length - len(start))
-    return first_windows(ids, None if enough else windows, length, start)
 
 
 def begin_token(checkpoint: Checkpoint) -> int | None:

@@ -88,40 +88,14 @@ def from_torch(model: "torch.nn.Module") -> TorchModel:
       Prox24Error: torch or torchax is missing, or their releases do not fit. `apply` raises
         `UnsupportedModelError` if torchax cannot run the model.
     """
-    return _as_function(model)
-
-
-def _as_function(
-    module: "torch.nn.Module", prefix: str = "", call: Call = Call((), {})
-) -> TorchModel:
-    """The module as a function of its parameters, named with a prefix, and its first argument."""
-    torch, torchax = require()
-    environment = torchax.default_env()
-    params, buffers, rest = environment.t2j_copy(
-        (
-            {prefix + name: values.detach() for name, values in module.named_parameters()},
-            dict(module.named_buffers()),
-            call,
-        )
-    )
-
-    def apply(params: dict[str, Array], batch: Array) -> Array:
-        own = {name.removeprefix(prefix): values for name, values in params.items()}
-        with environment, jax.default_matmul_precision("highest"):
-            state, first, others = environment.j2t_iso((own | buffers, batch, rest))
-            arguments = (first, *others.arguments)
-            with _unsupported(f"torchax cannot run {type(module).__name__}"):
-                output = torch.func.functional_call(module, state, arguments, others.keywords)
-            return environment.t2j_iso(output if isinstance(output, torch.Tensor) else output[0])
-
-    return TorchModel(apply, params)
+    return TorchLayer(model).function()
 
 
 class TorchLayer(NamedTuple):
-    """A decoder layer: its module, the prefix of its tensors' names, and its call."""
+    """A module, such as a decoder layer, the prefix of its tensors' names, and its call."""
 
     module: Any
-    prefix: str
+    prefix: str = ""
     call: Call = Call((), {})
 
     def axes(self) -> dict[str, int]:
@@ -142,8 +116,30 @@ class TorchLayer(NamedTuple):
         return {self.prefix + name: tuple(values.shape) for name, values in named}
 
     def function(self) -> TorchModel:
-        """The layer as a function."""
-        return _as_function(self.module, self.prefix, self.call)
+        """The module as a function of its parameters, named with the prefix, and a batch."""
+        torch, torchax = require()
+        module, prefix = self.module, self.prefix
+        environment = torchax.default_env()
+        params, buffers, rest = environment.t2j_copy(
+            (
+                {prefix + name: values.detach() for name, values in module.named_parameters()},
+                dict(module.named_buffers()),
+                self.call,
+            )
+        )
+
+        def apply(params: dict[str, Array], batch: Array) -> Array:
+            own = {name.removeprefix(prefix): values for name, values in params.items()}
+            with environment, jax.default_matmul_precision("highest"):
+                state, first, others = environment.j2t_iso((own | buffers, batch, rest))
+                arguments = (first, *others.arguments)
+                with _unsupported(f"torchax cannot run {type(module).__name__}"):
+                    output = torch.func.functional_call(module, state, arguments, others.keywords)
+                return environment.t2j_iso(
+                    output if isinstance(output, torch.Tensor) else output[0]
+                )
+
+        return TorchModel(apply, params)
 
 
 def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:

@@ -41,7 +41,7 @@ from prox24._cli import eval as eval_command
 from prox24._cli.main import parser
 from prox24._cli.options import recipe_of, text_of
 from prox24._cli.options import size as parse_size
-from prox24._jobs.output import print_table
+from prox24._jobs.output import table
 from prox24._jobs.text import calibration_windows
 
 
@@ -589,7 +589,7 @@ def test_what_the_machine_refuses_is_one_line(monkeypatch, capsys, error, said):
 
 def test_a_path_is_printed_as_it_is(capsys):
     names = ["llama[wanda]", "out[/b]", "x:smile:"]
-    print_table(["written", names[0]], [["a", names[1]], ["b", names[2]]])
+    print(table(["written", names[0]], [["a", names[1]], ["b", names[2]]]))
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
 

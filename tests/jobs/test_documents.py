@@ -66,12 +66,12 @@ def test_records_of_every_kind_of_file(tmp_path, kind):
 
 
 def test_a_folder_has_the_documents_of_its_files_by_name(tmp_path):
-    for name, opener in (("c.txt.gz", gzip), ("b/d.txt.bz2", bz2), ("a.txt.xz", lzma)):
+    for name, opener in (("c.txt.GZ", gzip), ("b/d.txt.bz2", bz2), ("a.txt.xz", lzma)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         with opener.open(tmp_path / name, "wt", encoding="utf-8", newline="") as file:
             file.write(f"{name}\r\n")
     (tmp_path / "picture.png").write_bytes(b"\xff")
-    assert read(tmp_path) == ["a.txt.xz\r\n", "b/d.txt.bz2\r\n", "c.txt.gz\r\n"]
+    assert read(tmp_path) == ["a.txt.xz\r\n", "b/d.txt.bz2\r\n", "c.txt.GZ\r\n"]
     (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "linked").symlink_to(tmp_path / "b")

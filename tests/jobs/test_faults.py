@@ -634,6 +634,8 @@ def test_verify_compares_with_the_manifest_and_the_source(done, capsys):
     assert "more: is not in the manifest" in problems()
     (done / "out" / "prox24.json").write_text("{}")
     assert "does not list the tensors" in error_line(capsys, *verify)
+    (done / "out" / "prox24.json").write_text('{"tensors": {}, "recipe": 5}')
+    assert "is no object of fields" in error_line(capsys, *verify)
 
     (done / "out" / "prox24.json").unlink()
     assert "more: is not in the source" in problems()

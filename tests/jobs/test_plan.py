@@ -25,6 +25,7 @@ from prox24._core.placement import common_mesh
 from prox24._jobs import memory
 from prox24._jobs.forward import layer_linears, load_model
 from prox24._jobs.memory import Setup
+from prox24._jobs.native import native_runner
 from prox24.errors import CalibrationError, CheckpointError, Prox24Error
 
 WANDA = prox24.Recipe.wanda()
@@ -192,6 +193,15 @@ def test_windows_too_few_to_refine_are_refused(tmp_path, samples, share, said):
     recipe = prox24.Recipe(refine=prox24.BlockRefinement(held_out=share))
     with pytest.raises(CalibrationError, match=said):
         prox24.plan(tmp_path / "model", recipe, samples=samples, sequence_length=32, memory=10**12)
+
+
+def test_a_plan_with_a_refinement_has_the_micro_batch_of_pruning(tmp_path):
+    write_tiny(tmp_path / "model")
+    recipe = prox24.Recipe(refine=prox24.BlockRefinement(step_tokens=64))
+    planned = prox24.plan(tmp_path / "model", recipe, samples=16, sequence_length=32)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    runner = native_runner(checkpoint, np.zeros((16, 32), np.int32), recipe)
+    assert planned.micro_batch_windows == runner.micro_batch == 2
 
 
 @pytest.mark.parametrize("name", ["samples", "sequence_length", "devices"])

@@ -17,7 +17,6 @@ from prox24._jobs.text import calibration_windows, evaluation_windows
 from prox24._jobs.tokens import (
     available_windows,
     check_length,
-    first_windows,
     start_tokens,
     tokenize,
 )
@@ -54,22 +53,18 @@ def test_ids_without_an_embedding_are_refused():
 
 
 def test_windows_do_not_overlap_and_say_what_is_missing():
-    assert first_windows(IDS, None, 10).shape == (10, 10)
-    for windows in (first_windows, available_windows):
-        with pytest.raises(CalibrationError, match=r"103 tokens, but 11 windows of 10 need 110"):
-            windows(IDS, 11, 10)
-    with pytest.raises(CalibrationError, match="1 windows of 200 need 200"):
-        first_windows(IDS, None, 200)
+    assert available_windows(IDS, 1, 10).shape == (10, 10)
+    with pytest.raises(CalibrationError, match=r"103 tokens, but 11 windows of 10 need 110"):
+        available_windows(IDS, 11, 10)
 
 
 def test_every_window_begins_with_the_start_tokens_and_none_of_the_text_is_lost():
-    windows = first_windows(IDS, None, 10, [7, 8])
+    windows = available_windows(IDS, 12, 10, [7, 8])
     assert windows.shape == (12, 10)
     assert np.all(windows[:, :2] == [7, 8])
     assert windows[:, 2:].ravel().tolist() == list(range(96))
-    assert np.array_equal(available_windows(IDS, 12, 10, [7, 8]), windows)
     with pytest.raises(CalibrationError, match="windows of 2 have no room beside 2 start tokens"):
-        first_windows(IDS, 1, 2, [7, 8])
+        available_windows(IDS, 1, 2, [7, 8])
 
 
 def test_a_tokenizer_whose_start_cannot_be_told_apart_is_refused():
