@@ -9,7 +9,6 @@ from tiny import VARIANTS, tokens, write_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 GOLDEN = Path(__file__).parent / "golden"
-SMOLLM2_TEXT = "It is a truth universally acknowledged, that a single man in possession of a good"
 
 
 def torch_logits(model, token_ids: np.ndarray) -> np.ndarray:
@@ -33,19 +32,6 @@ def main() -> None:
             logits = torch_logits(torch_model(Path(folder) / "model"), tokens())
         # The last positions depend on all the others.
         np.save(GOLDEN / f"{variant}.npy", logits[:, -4:])
-
-    from prox24._checkpoints.checkpoint import open_checkpoint
-    from prox24._checkpoints.writer import write_checkpoint
-    from prox24._cli.demo_model import fetch_model
-
-    checkpoint = open_checkpoint(fetch_model(Path(".cache")))
-    ids = np.asarray([checkpoint.load_tokenizer()(SMOLLM2_TEXT)["input_ids"]], np.int32)
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(checkpoint, Path(folder) / "model")
-        # In float64: over 30 layers PyTorch's own float32 logits are off by 9e-5.
-        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float64)
-        logits = torch_logits(model.eval(), ids)
-    np.savez(GOLDEN / "smollm2.npz", ids=ids, logits=logits[0, :, ::96])
 
 
 if __name__ == "__main__":

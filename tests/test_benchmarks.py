@@ -141,12 +141,6 @@ def test_sparsegpt_of_prox24_and_of_pytorch_lose_the_same(benchmark):
     assert ours.mask_agreement >= 1 - 5 / 1024
 
 
-def test_experts_lose_the_same_mapped_and_one_by_one(benchmark):
-    sizes = ["--experts", 2, "--outputs", 4, "--inputs", 8, "--repetitions", 1]
-    printed = benchmark.main(benchmark("vmap_experts"), *sizes)
-    assert float(printed.split()[-3]) <= 8 * 32 * eps_of("float32")  # width and condition
-
-
 @pytest.mark.usefixtures("standard_promotion")
 def test_descent_reaches_the_objectives_of_scikit_learn(benchmark):
     rows = benchmark("descent").measure(60, 20)

@@ -26,6 +26,7 @@ def cache(tmp_path, monkeypatch):
     compilation_cache.reset_cache()
     monkeypatch.setenv("PROX24_CACHE", str(tmp_path / "cache"))
     with warnings.catch_warnings():
+        warnings.simplefilter("error")  # In place of pyproject.toml's filters.
         yield tmp_path / "cache"
     for name, value in before.items():
         jax.config.update(name, value)

@@ -262,22 +262,6 @@ def test_planes_joined_equal_the_array_bit_for_bit(pattern, axis):
 # Transforms
 
 
-@either_kept
-def test_traced_penalty_compiles_once_and_agrees_with_eager_calls(pattern):
-    traces = []
-
-    @jax.jit
-    def traced(y, lam):
-        traces.append(lam)
-        return prox(y, lam, pattern)
-
-    y = kernel(16, 8)
-    for lam in (0.0, 0.1, 0.7, 1e6):
-        w = prox(y, lam, pattern)
-        assert_close(traced(y, lam), w, roundings(w, lam, pattern))
-    assert len(traces) == 1
-
-
 @pytest.mark.parametrize("in_axes", [(2, None), (0, 0)])
 def test_vmap_over_inputs_equals_separate_calls(in_axes):
     y = np.stack([kernel(16, 8) * (1 + i) for i in range(4)], axis=in_axes[0])

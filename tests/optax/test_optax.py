@@ -528,16 +528,6 @@ def test_check_passes_on_what_else_the_optimizer_takes(standard_promotion):
     check(optax.chain(optax.sgd(0.1), plateau, proximal(1.0)), SHAPES, value=1.0)
 
 
-def test_proximal_itself_takes_injected_hyperparameters(standard_promotion):
-    inject = optax.inject_hyperparams(proximal, static_args=("pattern", "axis", "mask"))
-    params = parameters()
-    transform = inject(0.0, axis=1)
-    state = transform.init(params)
-    state.hyperparams["lam"] = jnp.float32(1e30)
-    updates, _ = transform.update(gradients(params), state, params)
-    assert np.all(nonzeros(optax.apply_updates(params, updates)["dense"]["kernel"], axis=1) == 2)
-
-
 def test_leaves_of_all_shapes_go_through_one_operator_and_land_as_alone():
     shapes = {"kernel": (8, 12), "conv/kernel": (3, 2, 8, 5), "query/kernel": (4, 2, 3)}
     shapes |= {"weight": (6, 16), "again/kernel": (8, 12), "empty/kernel": (8, 0)}

@@ -374,15 +374,6 @@ def test_a_linear_that_stays_dense_is_trained_with_all_of_its_entries(tmp_path):
     assert all(prox24.is_sparse(tensors[report.name]) for report in reports)
 
 
-@pytest.mark.slow  # beside shorter trainings
-def test_the_best_recipe_refines_every_layer(folder):
-    assert Recipe.best(32_768).refine.passes == 5
-    model, out = folder / "model", folder / "out"
-    report = prox24.prune(model, out, Recipe.best(), calibration=tokens(batch=16, length=16))
-    assert all(linear.refinement is not None for linear in report.linears)
-    assert prox24.verify(out, model).problems == {}
-
-
 def test_a_layer_is_refined_in_bfloat16_as_it_is_in_float32(folder):
     errors, weights = [], []
     for dtype in COMPUTE_DTYPES:

@@ -7,8 +7,6 @@ from reference import assert_close, damped, eps_of, largest, normalization
 from test_solvers import DAMPING, KINDS, assert_has_pattern, make_problem, roundings
 from tiers import rest
 
-from prox24._core.masks import is_sparse
-from prox24._core.pattern import Pattern
 from prox24._core.prox import prox
 from prox24._solvers.admm import ADMM
 from prox24._solvers.problem import Status
@@ -17,8 +15,6 @@ from prox24._solvers.refit import ConjugateGradients
 from prox24._solvers.schedules import Exponential
 from prox24._solvers.solve import solve
 from prox24._solvers.sparsegpt import SparseGPT
-
-PAIRS = Pattern(2, 4, unit=2)
 
 
 def reference(problem, solver, sparsify):
@@ -101,21 +97,6 @@ def test_default_loses_less_than_the_rivals_with_a_converged_refit(kind):
         for rival in (SparseGPT(), ProximalGradient.paper()):
             theirs = solve(*problem, rival, refit)
             assert ours.statistics.relative_loss < theirs.statistics.relative_loss
-
-
-@pytest.mark.parametrize("solver", rest(ADMM(), ADMM(penalty=None), ProximalGradient()), ids=str)
-def test_pairs_cost_more_than_entries_and_less_than_by_sparsegpt(solver):
-    losses = {"entries": 0.0, "pairs": 0.0, "rival": 0.0}
-    for seed in range(3):
-        problem = make_problem("power_law", seed, rows=64, width=128)
-        pairs = solve(*problem, solver, pattern=PAIRS)
-        assert pairs.status is Status.SPARSE
-        assert bool(is_sparse(pairs.weight, PAIRS))
-        losses["pairs"] += pairs.statistics.relative_loss
-        losses["entries"] += solve(*problem, solver).statistics.relative_loss
-        rival = solve(*problem, SparseGPT(), ConjugateGradients(200, 0.0), pattern=PAIRS)
-        losses["rival"] += rival.statistics.relative_loss
-    assert losses["entries"] < losses["pairs"] < losses["rival"]
 
 
 def test_more_steps_lose_less():
