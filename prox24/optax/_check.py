@@ -31,7 +31,7 @@ STEPS_TAKEN = 3
 # Enough for an optimizer that accumulates gradients to take its first step.
 STEPS_GIVEN = 256
 # A penalty may grow for long, and may fall with a learning rate: it is looked at after each count.
-COUNTS = (*(int(1.5**n) for n in range(34)), 1_000_000)
+COUNTS = tuple(int(1.5**n) for n in range(52))
 COUNT = (jax.tree_util.GetAttrKey("count"),)
 """The end of a path to the field of a state."""
 
@@ -43,7 +43,10 @@ NO_STEP = -1.0
 SCALE = 10.0
 
 NOT_LAST = "put proximal last, and give it and check the same pattern, axis and mask"
-NOT_REACHED = "it has no proximal for this leaf, or a wrapper does not pass extra arguments on"
+NOT_REACHED = (
+    "it has no proximal for this leaf, or a wrapper does not pass extra arguments on; if the leaf "
+    "stays dense on purpose, give check a mask without it"
+)
 
 
 def check(
@@ -54,6 +57,7 @@ def check(
     axis: Axis | None = None,
     mask: Mask | None = None,
     penalty: float | None = None,
+    steps: int = 1_000_000,
     **extra_args: Any,
 ) -> None:
     """Raises ValueError if something in an optimizer undoes the zeros that `proximal` makes.
@@ -63,7 +67,7 @@ def check(
     scales, decays, clips, averages or adds noise leaves blocks with more nonzeros.
 
     A penalty that stays small never prunes. So `check` also takes steps without a gradient, with
-    the largest penalty of 1,000,000 updates. They start from `params` if its leaves are arrays.
+    the largest penalty of `steps` updates. They start from `params` if its leaves are arrays.
 
     Parameters, gradients and the optimizer's state are made on the default device. If your model
     does not fit there, give the shapes of a smaller one with the same names.
@@ -76,12 +80,13 @@ def check(
       mask: as given to `proximal`.
       penalty: the largest value that you pass to `update` as `penalty`; None if the schedule of
         `proximal` sets it.
+      steps: number of updates of your run.
       **extra_args: what else the optimizer's `update` needs, such as value.
 
     Raises:
       ValueError: a step leaves a leaf that is not N:M, and the message names it. Then `proximal` is
         not last, is missing, or gets no extra arguments. Also if no leaf is pruned or moves, if the
-        penalty never prunes, or if a leaf is traced.
+        penalty never prunes, if `steps` is not positive, or if a leaf is traced.
 
     Example:
       >>> from prox24 import Exponential
@@ -95,6 +100,8 @@ def check(
       ValueError: kernel is not 2:4 along axis 0 after a step: put proximal last, ...
     """
     pattern = as_pattern(pattern)
+    if steps < 1:
+        raise ValueError(f"steps {steps} is not a positive number of updates")
     check_values(params, "prox24.optax.check")
     map_named(check_array, params)
     leaves = describe(params, pattern, axis=axis, mask=mask)
@@ -129,8 +136,8 @@ def check(
     for seed in range(STEPS_GIVEN):
         before, gradients = _random_like(params, 2 * seed), _random_like(params, 2 * seed + 1)
         next_state, updates, after = step(gradients, state, before, HARD_PENALTY)
-        steps = jax.tree.leaves(updates)
-        if any(np.any(np.asarray(steps[i]) != 0) for i in pruned):
+        moves = jax.tree.leaves(updates)
+        if any(np.any(np.asarray(moves[i]) != 0) for i in pruned):
             first = next(dense_leaves(after), None)
             if first is not None:
                 *_, without_penalty = step(gradients, state, before, 0.0)
@@ -150,17 +157,18 @@ def check(
     own = jax.tree.map(_value_like, params, _random_like(params, 1))
     late = penalty
     if late is None:
-        late = _largest_penalty(optimizer, still, state, own, extra_args)
-    for _ in range(STEPS_GIVEN):
+        late = _largest_penalty(optimizer, still, state, own, steps, extra_args)
+    given = min(STEPS_GIVEN, steps)
+    for _ in range(given):
         state, _, own = step(still, state, own, late)
         dense = next(dense_leaves(own), None)
         if dense is None:
             return
     assert dense is not None
-    given = f" in {max(COUNTS):,} updates" if penalty is None else ""
+    of_run = f" in {steps:,} updates" if penalty is None else ""
     raise ValueError(
-        f"the penalty, at most {late:.3g}{given}, is too small for {leaves[dense].path}: "
-        f"{STEPS_GIVEN} steps without a gradient leave it dense; let it grow, as "
+        f"the penalty, at most {late:.3g}{of_run}, is too small for {leaves[dense].path}: "
+        f"{given} steps without a gradient leave it dense; let it grow, as "
         "prox24.Exponential.between(1e-3, 1e6, steps) does"
     )
 
@@ -170,9 +178,13 @@ def _largest_penalty(
     gradients: PyTree,
     state: PyTree,
     params: PyTree,
+    steps: int,
     extra_args: dict[str, Any],
 ) -> float:
-    """The largest penalty after any of the `COUNTS` of updates, the least of several `proximal`."""
+    """The largest penalty in a number of updates, the least of several `proximal`.
+
+    It is looked at after the `COUNTS` of updates, and at the last update.
+    """
 
     @functools.partial(jax.jit, compiler_options=quick_options())
     def advance(gradients: PyTree, state: PyTree, params: PyTree) -> PyTree:
@@ -197,7 +209,7 @@ def _largest_penalty(
                 return least
         return 0.0
 
-    return max(map(penalty_at, COUNTS))
+    return max(map(penalty_at, (*(n for n in COUNTS if n < steps), steps - 1)))
 
 
 def _value_like(leaf: Any, random: Any) -> Any:

@@ -11,6 +11,7 @@ import optax
 
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
 from prox24._core.tracing import is_traced
+from prox24.errors import first_line
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
@@ -207,11 +208,21 @@ def _is_empty(node: Any) -> bool:
 
 
 def spread(tree: Mask, params: PyTree) -> PyTree:
-    """Gives each leaf of `params` its entry of `tree`, a prefix or a function that makes one."""
+    """Gives each leaf of `params` its entry of `tree`, a prefix or a function that makes one.
+
+    Raises ValueError for a tree of other nodes.
+    """
     # A tree of bools may be callable, like an Equinox module. A function is its own leaf.
     is_function = callable(tree) and all(map(callable, jax.tree.leaves(tree)))
     prefix = tree(params) if is_function else tree
-    return jax.tree.broadcast(prefix, params)
+    try:
+        return jax.tree.broadcast(prefix, params)
+    except ValueError as error:
+        raise ValueError(
+            f"bools in a {type(prefix).__name__} do not fit parameters in a "
+            f"{type(params).__name__}: give a tree of the same nodes (of an NNX module, "
+            f"nnx.state(module, nnx.Param)); {first_line(error)}"
+        ) from error
 
 
 def _is_masked(node: Any) -> bool:

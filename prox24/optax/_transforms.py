@@ -177,8 +177,9 @@ def keep_pattern(
 
     Raises:
       ValueError: in `init`, an entry of `trainable` has neither the shape of its leaf nor (), or a
-        leaf is no array of numbers. Also if by default a 2:4 leaf with more nonzeros than a quarter
-        would be trained whole; under `jax.jit` this is not found.
+        leaf is no array of numbers. Also if the trainable entries of a leaf are 2:4 and others are
+        nonzero, as in the mask of other parameters. Also if by default a 2:4 leaf with more
+        nonzeros than a quarter would be trained whole. Under `jax.jit` the last two are not found.
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]])}
@@ -195,8 +196,7 @@ def keep_pattern(
         # optax maps states with a placeholder without leaves, which no tree fits.
         chosen = trainable if trainable is not None and jax.tree.leaves(params) else kept_entries
         entries = map_named(_checked_entries, params, spread(chosen, params))
-        if trainable is None:
-            map_named(_check_zeros, params, entries)
+        map_named(_check_zeros if trainable is None else _check_others, params, entries)
         return KeepPatternState(entries, inner.init(params))
 
     def update(
@@ -282,6 +282,18 @@ def _check_zeros(path: str, leaf: Array, entries: Array) -> None:
         raise ValueError(
             f"{path} is 2:4 along axis {axes[0]}, but its zeros would be trained: give trainable, "
             "as pruned.trainable of prox24.prune_params, or kept_entries with axis or mask"
+        )
+
+
+def _check_others(path: str, leaf: Array, entries: Array) -> None:
+    """Raises ValueError if the trainable entries are N:M, but not the leaf, which stays dense."""
+    if not entries.ndim or leaf.ndim < 2:
+        return
+    others = jnp.count_nonzero(jnp.where(entries, 0, leaf))
+    if not is_traced(others) and others and sparse_axes(entries.astype(jnp.int8)):
+        raise ValueError(
+            f"the trainable entries of {path} are 2:4, but {int(others)} others are nonzero and "
+            "would stay: give the pruned parameters, or the trainable of these"
         )
 
 

@@ -375,6 +375,21 @@ def test_keep_pattern_refuses_to_train_zeros_that_a_name_hides():
     jax.eval_shape(lambda: optimizer.init(params))  # where no number is known
 
 
+def test_keep_pattern_refuses_the_mask_of_other_parameters():
+    pruned, params = pruned_parameters(), parameters()
+    optimizer = keep_pattern(optax.sgd(0.1), kept_entries(pruned))
+    with pytest.raises(ValueError, match=r"dense/kernel are 2:4, but 32 others are nonzero"):
+        optimizer.init(params)
+    optimizer.init(pruned)
+    jax.eval_shape(lambda: optimizer.init(params))  # where no number is known
+
+
+def test_bools_in_other_nodes_are_refused_with_both_names():
+    said = r"bools in a list do not fit parameters in a dict: give a tree of the same nodes"
+    with pytest.raises(ValueError, match=said):
+        keep_pattern(optax.sgd(0.1), [True]).init(parameters())
+
+
 def test_keep_pattern_masks_gradients_and_noise_and_passes_extra_arguments(standard_promotion):
     start = pruned_parameters()
     steps, seen = gradients(start), []
@@ -481,6 +496,16 @@ def test_check_finds_a_penalty_that_stays_small(lam, wrap, standard_promotion):
     with pytest.raises(ValueError, match=r"the penalty, at most 1e-06, is too small for"):
         check(wrap(small(lam)), SHAPES, penalty=1e-6)
     check(wrap(small(1.0)), parameters())  # a constant that is large enough
+
+
+def test_check_looks_at_the_penalties_of_the_run_alone():
+    optimizer = small(Exponential(1e-6, 1.02))
+    check(optimizer, SHAPES)
+    with pytest.raises(ValueError, match=r"at most 0.00037\d* in 300 updates, is too small"):
+        check(optimizer, SHAPES, steps=300)
+    check(optimizer, SHAPES, steps=1000)
+    with pytest.raises(ValueError, match="steps 0 is not a positive number"):
+        check(optimizer, SHAPES, steps=0)
 
 
 def test_check_finds_a_penalty_that_was_large_between(standard_promotion):
