@@ -67,6 +67,7 @@ SMALL = {  # in place of what a page has for a real model
         "refine",
         "optax",
         "whole-job",
+        "accelerators",
     ],
 )
 @pytest.mark.usefixtures("standard_promotion")
