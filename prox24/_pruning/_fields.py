@@ -49,6 +49,10 @@ def decode(value: Any, expected: Any, place: str) -> Any:
             return float(value)
         if option in (int, bool, str) and type(value) is option:
             return value
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            # Of equal kinds: tuple[float, ...] or tuple[float, float].
+            kind = typing.get_args(option)[0]
+            return tuple(decode(each, kind, f"{place}[{i}]") for i, each in enumerate(value))
     raise RecipeError(f"{place} is {value!r}, not {' or '.join(map(_called, options))}")
 
 

@@ -155,17 +155,20 @@ class Registered:
     """Of another module than prox24's, so that its name holds the module's."""
 
     rate: float = 0.5
+    rates: tuple[float, ...] = (0.5,)
 
     def __call__(self):
         """As refits have it."""
 
 
 def test_a_registered_class_of_others_goes_by_its_module():
-    recipe = Recipe(refit=Registered(0.25))  # type: ignore[arg-type]
+    recipe = Recipe(refit=Registered(0.25, (0.5, 0.125)))  # type: ignore[arg-type]
     assert json.loads(recipe.to_json())["refit"] == {
         "name": f"{__name__}.Registered",
         "rate": 0.25,
+        "rates": [0.5, 0.125],
     }
+    assert Recipe.from_json(recipe.to_json()) == recipe
 
 
 def test_best_trains_on_about_as_many_tokens_whatever_the_text():
