@@ -382,6 +382,8 @@ def test_keep_pattern_refuses_the_mask_of_other_parameters():
         optimizer.init(params)
     optimizer.init(pruned)
     jax.eval_shape(lambda: optimizer.init(params))  # where no number is known
+    rows = jnp.arange(8)[:, None] % 4 == jnp.zeros((1, 8), int)  # new tokens of an embedding
+    keep_pattern(optax.sgd(0.1), {"dense": {"kernel": rows, "bias": False}}).init(params)
 
 
 def test_bools_in_other_nodes_are_refused_with_both_names():
