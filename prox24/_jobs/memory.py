@@ -253,10 +253,8 @@ def _programs(linear: Linear, setup: Setup) -> Iterator[Lowered]:
     corrects the weight before, with two.
     """
     recipe, width, damping = setup.recipe, linear.shape[1], Spec((), jnp.float32)
-    weight, gram = (
-        Spec((setup.rows(linear.shape), width), jnp.float32),
-        Spec((width,) * 2, jnp.float32),
-    )
+    weight = Spec((setup.rows(linear.shape), width), jnp.float32)
+    gram = Spec((width, width), jnp.float32)
     problem: Any = LayerProblem(weight, gram)  # type: ignore[arg-type]
     pattern = recipe.pattern_of(linear.tensor)
     assert pattern is not None

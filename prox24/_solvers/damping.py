@@ -31,14 +31,14 @@ def damped_gram(gram: Array, damping: Array | float) -> Array:
 FIRST_RAISED_DAMPING, LARGEST_DAMPING, RAISE = 1e-6, 1.0, 10.0
 
 
-class Inverse(NamedTuple):
-    """The inverse of a damped Gram, or a factor of it, and the damping that it took."""
+class OfDamped(NamedTuple):
+    """A matrix that was computed from a damped Gram, and the damping."""
 
     matrix: Array
     damping: Array
 
 
-def inverse_factor(gram: Array, damping: Array) -> Inverse:
+def inverse_factor(gram: Array, damping: Array) -> OfDamped:
     """U upper triangular, with U^T U the inverse of the damped Gram.
 
     Where the damped Gram is not positive definite to rounding, damping becomes 1e-6 or ten times
@@ -53,16 +53,16 @@ def inverse_factor(gram: Array, damping: Array) -> Inverse:
     )
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     upper = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-    return Inverse(upper[::-1, ::-1], used)
+    return OfDamped(upper[::-1, ::-1], used)
 
 
-def damped_inverse(gram: Array, damping: Array, shift: Array | float = 0.0) -> Inverse:
+def damped_inverse(gram: Array, damping: Array, shift: Array | float = 0.0) -> OfDamped:
     """Inverts G + (damping mean(diag G) + shift) I, damping raised as by `inverse_factor`."""
 
     def attempt(damped: Array) -> Array:
         return inverse(jnp.fill_diagonal(damped, jnp.diagonal(damped) + shift, inplace=False))
 
-    return Inverse(*_with_enough_damping(attempt, gram, damping))
+    return OfDamped(*_with_enough_damping(attempt, gram, damping))
 
 
 def _with_enough_damping(

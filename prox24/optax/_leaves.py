@@ -11,7 +11,6 @@ import optax
 
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
 from prox24._core.tracing import is_traced
-from prox24.errors import first_line
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree]
@@ -220,8 +219,8 @@ def spread(tree: Mask, params: PyTree) -> PyTree:
     except ValueError as error:
         raise ValueError(
             f"bools in a {type(prefix).__name__} do not fit parameters in a "
-            f"{type(params).__name__}: give a tree of the same nodes (of an NNX module, "
-            f"nnx.state(module, nnx.Param)); {first_line(error)}"
+            f"{type(params).__name__}: give a tree of the same nodes; of an NNX module, "
+            "nnx.state(module, nnx.Param)"
         ) from error
 
 

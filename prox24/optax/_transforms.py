@@ -272,13 +272,7 @@ def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
 
 def _check_zeros(path: str, leaf: Array, entries: Array) -> None:
     """Raises ValueError if a pruned leaf is to be trained whole, since its name misleads."""
-    if entries.ndim or leaf.ndim < 2:
-        return
-    nonzeros = jnp.count_nonzero(leaf)
-    if is_traced(nonzeros):  # under `jax.jit`, also of an array from outside
-        return
-    # A new adapter has no nonzeros, and an identity of width 4 or more has a quarter at most.
-    if 0.25 < int(nonzeros) / max(1, leaf.size) <= 0.5 and (axes := sparse_axes(leaf)):
+    if not entries.ndim and leaf.ndim > 1 and (axes := _pruned_axes(leaf)):
         raise ValueError(
             f"{path} is 2:4 along axis {axes[0]}, but its zeros would be trained: give trainable, "
             "as pruned.trainable of prox24.prune_params, or kept_entries with axis or mask"
@@ -286,19 +280,27 @@ def _check_zeros(path: str, leaf: Array, entries: Array) -> None:
 
 
 def _check_others(path: str, leaf: Array, entries: Array) -> None:
-    """Raises ValueError if the trainable entries are N:M, but not the leaf, which stays dense."""
-    if not entries.ndim or leaf.ndim < 2:
+    """Raises ValueError if the trainable entries are 2:4, and the others are not zero."""
+    if entries.ndim < 2:
         return
     others = jnp.count_nonzero(jnp.where(entries, 0, leaf))
-    if is_traced(others) or not others:
-        return
-    # Fewer may be a choice of rows, such as new tokens, or none of a frozen leaf.
-    kept = jnp.count_nonzero(entries)
-    if 0.25 < int(kept) / leaf.size <= 0.5 and sparse_axes(entries.astype(jnp.int8)):
+    if not is_traced(others) and others and _pruned_axes(entries):
         raise ValueError(
             f"the trainable entries of {path} are 2:4, but {int(others)} others are nonzero and "
             "would stay: give the pruned parameters, or the trainable of these"
         )
+
+
+def _pruned_axes(leaf: Array) -> list[int]:
+    """The axes along which an array is 2:4, with more than a quarter of nonzeros.
+
+    An identity, a new adapter, a choice of some rows and a frozen leaf have fewer.
+    """
+    share = jnp.count_nonzero(leaf) / max(1, leaf.size)
+    # Under `jax.jit` no number is known, also of an array from outside.
+    if is_traced(share) or not 0.25 < share <= 0.5:
+        return []
+    return sparse_axes(leaf.astype(jnp.int8) if leaf.dtype == bool else leaf)
 
 
 def _where(trainable: PyTree, updates: PyTree) -> PyTree:
