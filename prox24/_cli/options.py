@@ -225,6 +225,7 @@ def pattern(text: str) -> AnyPattern:
 
 def size(text: str) -> int:
     """Reads a number of bytes with its unit."""
+    # More digits may be an infinite float.
     found = re.fullmatch(rf"(\d{{1,15}}(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
     count = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if not count:

@@ -138,7 +138,7 @@ def plan(
     setup = checked_setup(model, recipe, used, shard_grams)
     check_length(checkpoint, sequence_length)
     size = batch_size(samples // used, sequence_length)
-    if recipe.refine is not None:
+    if recipe.refine is not None:  # As in `native_runner`.
         step = recipe.refine.step_windows(samples, sequence_length, used)
         size = divisors(step // used, size)[0]
     memories = [
