@@ -20,7 +20,7 @@ from programs import COLLECTIVES, largest_difference, use_eight_devices
 from reference import damped
 from tiny import pruned_by, tokens, write_tiny
 
-from prox24 import calibrate, is_sparse, prox, proximal_gradient
+from prox24 import calibrate, is_sparse, prox, proximal_gradient, prune_params
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.training_state import states
 from prox24._checkpoints.writer import write_checkpoint
@@ -212,26 +212,41 @@ def mapped_reports():
 
 
 def calibrated_reports():
-    """The error of a Gram whose features devices share, with explicit axes."""
+    """The errors of Grams with explicit axes: devices share features, or the first axis of x."""
     mesh = jax.make_mesh((8,), ("any",), axis_types=(AxisType.Explicit,))
     rng = np.random.default_rng(0)
     kernels = [rng.normal(size=(16, 16)).astype(np.float32) for _ in range(2)]
-    x = rng.normal(size=(32, 16)).astype(np.float32)
-    specs = {"a": P(None, "any"), "b": P("any", None)}
-    params = {
-        name: jax.device_put(kernel, NamedSharding(mesh, specs[name]))
-        for name, kernel in zip(specs, kernels, strict=True)
-    }
+    x = rng.normal(size=(8, 4, 16)).astype(np.float32)
+    shared = P("any")
 
-    def apply(params, x):
+    def features(params, x):
         hidden = x @ params["a"]
-        return jnp.matmul(hidden, params["b"], out_sharding=NamedSharding(mesh, P()))
+        return jnp.matmul(hidden, params["b"], out_sharding=P())
 
-    with jax.set_mesh(mesh):
-        found = calibrate(apply, params, [jax.device_put(x, NamedSharding(mesh, P()))])
+    def first_axis(params, x):
+        return x @ params["a"] @ params["b"]
+
+    automatic = jax.sharding.auto_axes(first_axis, out_sharding=shared)
     hidden = x.astype(np.float64) @ kernels[0]
-    exact = hidden.T @ hidden
-    yield {"calibrated": largest_difference(found.grams["b"].gram[0], exact)}
+    for name, apply, of_a, of_x in (
+        ("features", features, P(None, "any"), P()),
+        ("first axis", first_axis, P(), shared),
+        ("auto_axes", automatic, P(), shared),
+    ):
+        with jax.set_mesh(mesh):
+            specs = {"a": of_a, "b": P(*reversed(of_a))}
+            params = {
+                name: jax.device_put(kernel, specs[name])
+                for name, kernel in zip(specs, kernels, strict=True)
+            }
+            given = [jax.device_put(x, of_x)]
+            found = calibrate(apply, params, given)
+            # The second group starts from what the first one leaves.
+            pruned = prune_params(apply, params, given, order="sequential")
+        exact = np.einsum("bti,btj->ij", hidden, hidden)
+        zeros = [float(np.mean(np.asarray(leaf) == 0)) for leaf in pruned.params.values()]
+        error = largest_difference(found.grams["b"].gram[0], exact)
+        yield {"calibrated": name, "error": error, "zeros": zeros}
 
 
 def column_reports():

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
 
 from prox24._pruning.grams import GramSum, Sums, add_tokens, empty_gram, is_finite, is_sent
 from prox24._pruning.runner import Inputs
@@ -181,23 +180,13 @@ def add_products(
     add, grams, crosses = jax.vmap(add_tokens), dict(grams), dict(crosses)
     for key, own in rows:
         if key in grams:
-            own = _whole(own)
             # Twice: one whole product, not by blocks, since devices may share the features.
             grams[key] = add(grams[key], own, own)
     for (key, own), (_, given) in zip(rows, of_dense, strict=True) if crosses else ():
         if key in crosses:
-            own, given = _whole(own), _whole(given)
             given = jnp.where(is_sent(given)[..., None], given, own)
             crosses[key] = add(crosses[key], given, own)
     return grams, crosses
-
-
-def _whole(rows: Array) -> Array:
-    """The rows on every device, if the mesh has explicit axes: JAX refuses some sums of parts."""
-    sharding = jax.typeof(rows).sharding
-    if not sharding.mesh.explicit_axes:
-        return rows
-    return jax.sharding.reshard(rows, sharding.update(spec=PartitionSpec()))
 
 
 def found_grams(grams: Sums, crosses: Sums, layouts: Mapping[str, Layout]) -> dict[str, InputGram]:

@@ -14,6 +14,7 @@ from jax import Array, lax
 from prox24._core import planes
 from prox24._core.pattern import Pattern
 from prox24._core.prox import prox
+from prox24._core.tracing import is_traced
 from prox24.optax._leaves import Leaf
 
 TOGETHER = 2**24
@@ -38,7 +39,8 @@ def landing_updates(
     for i, leaf in enumerate(leaves):
         if leaf.pruned:
             both = params[i], updates[i]
-            devices = [getattr(x, "sharding", None) for x in both]
+            # For the sharding of a traced leaf, JAX would search the program for its origin.
+            devices = [None if is_traced(x) else getattr(x, "sharding", None) for x in both]
             key: tuple[Any, ...] = (*(jax.typeof(x).dtype for x in both), *devices)
             if sharded:
                 # Traced leaves may hide their sharding. Leaves of several layers with the same

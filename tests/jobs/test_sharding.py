@@ -74,10 +74,13 @@ def test_solvers_find_the_same_inside_of_shard_map(reports):
     assert {report["same_blocks"] for report in found} == {1.0}
 
 
-def test_features_that_devices_share_have_their_gram(reports):
-    (report,) = with_key(reports, "calibrated")
-    # Sums of 32 products of sums of 16.
-    assert report["calibrated"] <= (32 + 2 * 16) * 2.0**-24
+def test_models_with_explicit_axes_have_the_grams_of_one_device(reports):
+    found = with_key(reports, "calibrated")
+    assert [report["calibrated"] for report in found] == ["features", "first axis", "auto_axes"]
+    for report in found:
+        # Sums of 32 products of sums of 16.
+        assert report["error"] <= (32 + 2 * 16) * 2.0**-24, report
+        assert report["zeros"] == [0.5, 0.5], report
 
 
 def test_devices_that_share_columns_find_what_one_finds(reports):
