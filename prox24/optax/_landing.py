@@ -101,7 +101,7 @@ def _landing_updates(
     # An unchanged entry keeps its update, since w - own would round it once more. For w = 0,
     # w - own is exact.
     return [
-        jnp.where(w == target, update, w - own)
+        lax.select(w == target, update, w - own)
         for own, update, target, w in zip(
             params,
             updates,
@@ -162,9 +162,9 @@ def _places(known: Iterable[int], penalty: Array) -> list[Array]:
 
     def unknown(places: list[Array], penalty: Array) -> list[Array]:
         undefined = lax.optimization_barrier(jnp.isnan(penalty))  # The penalty may be a constant.
-        return lax.cond(undefined, lambda: [place - place for place in places], lambda: places)
+        return lax.cond(undefined, lambda: [jnp.uint32(0)] * len(places), lambda: places)
 
-    places = [jnp.int32(place) for place in known]
+    places = [jnp.uint32(place) for place in known]
     return lax.platform_dependent(
         places, penalty, cpu=unknown, default=lambda places, penalty: places
     )
