@@ -1,12 +1,11 @@
-"""What trees of many leaves cost: the optax transforms, and `prune_params` in both orders.
+"""Time and memory of the optax transforms, and of `prune_params` in both orders.
 
     python benchmarks/trees.py --leaves 1 16 64 256 --layers 2 24
 
 The leaves are kernels of about 256 x 256, of one shape or of eight. The first step compiles. A
 transformer has six matrices of width 64 in each layer, and is pruned on 4 x 4 windows of 64 tokens.
-Its seconds are those of the whole. Each row is a process of its own, so that no program is there
-before. A line is appended to FOLDER/trees.csv after each row, and a row that is there already is
-skipped.
+Its time is of the whole call. Each row is a process of its own, so that it compiles all of its
+programs. Each row is appended to FOLDER/trees.csv. A row of the file is not measured again.
 """
 
 import functools
@@ -53,7 +52,7 @@ def measure(name: str, leaves: int, shapes: int) -> dict[str, float]:
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    gradients = jax.tree.map(jnp.sin, params)  # As constants they would become part of the program.
+    gradients = jax.tree.map(jnp.sin, params)  # As constants XLA would fold them.
     compiling, compiled = common.timed(lambda: step.lower(gradients, params, state).compile())
     run = functools.partial(compiled, gradients, params, state)
     first = compiling + common.timed(run)[0]
@@ -109,7 +108,7 @@ def measure_model(name: str, layers: int) -> dict[str, float]:
 
 
 def measure_one(name: str, size: int, shapes: int) -> dict[str, float]:
-    """The columns of a row, of so many leaves or layers."""
+    """The columns of a row; `size` is the number of leaves or layers."""
     return measure_model(name, size) if name in OF_A_MODEL else measure(name, size, shapes)
 
 

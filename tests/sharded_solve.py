@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import COLLECTIVES, largest_difference, use_eight_devices
@@ -52,6 +53,7 @@ from prox24._solvers.solve import solve, solve_program
 from prox24._solvers.sparsegpt import SparseGPT
 from prox24._solvers.swaps import Swaps
 from prox24.errors import Prox24Error
+from prox24.optax import check, proximal
 from prox24.refine import BlockRefinement, ModelRefinement
 from prox24.refine import _training as training
 
@@ -228,25 +230,54 @@ def calibrated_reports():
 
     automatic = jax.sharding.auto_axes(first_axis, out_sharding=shared)
     hidden = x.astype(np.float64) @ kernels[0]
-    for name, apply, of_a, of_x in (
+    exact = np.einsum("bti,btj->ij", hidden, hidden)
+    for case, apply, of_a, of_x in (
         ("features", features, P(None, "any"), P()),
         ("first axis", first_axis, P(), shared),
         ("auto_axes", automatic, P(), shared),
     ):
         with jax.set_mesh(mesh):
             specs = {"a": of_a, "b": P(*reversed(of_a))}
-            params = {
-                name: jax.device_put(kernel, specs[name])
-                for name, kernel in zip(specs, kernels, strict=True)
-            }
-            given = [jax.device_put(x, of_x)]
-            found = calibrate(apply, params, given)
-            # The second group starts from what the first one leaves.
-            pruned = prune_params(apply, params, given, order="sequential")
-        exact = np.einsum("bti,btj->ij", hidden, hidden)
-        zeros = [float(np.mean(np.asarray(leaf) == 0)) for leaf in pruned.params.values()]
+            params = dict(zip(specs, map(jax.device_put, kernels, specs.values()), strict=True))
+            batches = [jax.device_put(x, of_x)]
+            found = calibrate(apply, params, batches)
+            # The second group starts from values that the first one leaves.
+            pruned = prune_params(apply, params, batches, order="sequential").params
+        zeros = [float(np.mean(np.asarray(leaf) == 0)) for leaf in pruned.values()]
         error = largest_difference(found.grams["b"].gram[0], exact)
-        yield {"calibrated": name, "error": error, "zeros": zeros}
+        yield {"calibrated": case, "error": error, "zeros": zeros}
+
+
+def placed_reports():
+    """Whether a pruned weight of three axes, and its updates, are placed like the weight."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(16, 8, 8)).astype(np.float32)
+    x = rng.normal(size=(32, 16)).astype(np.float32)
+
+    def queries(params, x):
+        return jnp.einsum("bi,ihk->bhk", x, params["query"]["kernel"])
+
+    def pruned(kernel):
+        params = prune_params(queries, {"query": {"kernel": kernel}}, [x]).params
+        return params["query"]["kernel"]
+
+    optimizer = optax.chain(optax.sgd(0.1), proximal(1e30))
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((8,), ("any",), axis_types=(kind,))
+        placed = NamedSharding(mesh, P(None, None, "any"))
+        with jax.set_mesh(mesh):
+            own = jax.device_put(kernel, placed)
+            found = pruned(own)
+            params, gradients = ({"query": {"kernel": each}} for each in (own, jnp.asarray(kernel)))
+            updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+            landed = optax.apply_updates(params, updates)["query"]["kernel"]
+            check(optax.chain(optax.sgd(0.1, 0.9), proximal(1e6)), params)
+        yield {
+            "axes": kind.name,
+            "same_mask": bool(np.array_equal(found != 0, pruned(kernel) != 0)),
+            "in_place": [found.sharding == placed, landed.sharding == placed],
+            "zeros": float(np.mean(np.asarray(landed) == 0)),
+        }
 
 
 def column_reports():
@@ -542,6 +573,7 @@ if __name__ == "__main__":
         *mapped_reports(),
         *column_reports(),
         *calibrated_reports(),
+        *placed_reports(),
         *planned_reports(folder),
         *model_reports(folder),
         *distillation_reports(folder),

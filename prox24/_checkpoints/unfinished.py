@@ -155,6 +155,18 @@ def check_replaceable(destination: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{destination} exists; pass overwrite=True, or --overwrite, to replace it"
         )
+    if destination.is_dir() and not _is_replaceable(destination):
+        raise CheckpointError(
+            f"{destination} holds files, but no config.json of a model, so it is not replaced; "
+            "choose another destination"
+        )
+
+
+def _is_replaceable(destination: Path) -> bool:
+    """Whether nothing but a model is lost: the folder is of a model, or is empty."""
+    return destination.is_dir() and (
+        (destination / "config.json").is_file() or not any(destination.iterdir())
+    )
 
 
 def source_files(path: Path) -> dict[str, list[int | str]]:
@@ -266,7 +278,7 @@ def _move_into_place(work: Path, destination: Path, overwrite: bool) -> None:
         synchronise(file)
     synchronise(folder)
     replaced = work / "replaced"
-    if destination.exists() and not overwrite:
+    if destination.exists() and not (overwrite and _is_replaceable(destination)):
         names = (f"{destination.name}.new{number or ''}" for number in itertools.count())
         free = next(filter(lambda path: not path.exists(), map(destination.with_name, names)))
         folder.rename(free)

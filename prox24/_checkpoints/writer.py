@@ -86,11 +86,11 @@ def check_destination(
             f"{destination} is a link to {destination.readlink()}: give the folder itself, or "
             "remove the link"
         )
-    check_replaceable(destination, overwrite)
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; choose a folder")
     if os.path.ismount(destination):  # Path.is_mount fails on Windows with Python 3.11
         raise CheckpointError(f"{destination} is a mount point; choose a folder in it")
+    check_replaceable(destination, overwrite)
     if not (folder := destination.absolute().parent).is_dir():
         raise CheckpointError(f"the folder of {destination} does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -29,7 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="where the state of the training is kept; the same command goes on from there",
     )
     options.add_logs(command)
-    command.add_argument("--overwrite", action="store_true", help="replace the destination")
+    options.add_overwrite(command)
     options.add_output(command)
 
 

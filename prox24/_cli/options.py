@@ -205,7 +205,13 @@ def add_writing(command: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of the largest file, as 5GB or 500MiB (default: the source's files)",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace the destination")
+    add_overwrite(command)
+
+
+def add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the model at the destination"
+    )
 
 
 def report_file(text: str) -> Path:

@@ -150,3 +150,21 @@ def replicated(array: Array) -> Array:
     if mesh.empty or not mesh.are_all_axes_auto:
         return array
     return lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def whole(array: Array) -> Array:
+    """Copies the array to every device, if the mesh has explicit axes.
+
+    JAX refuses to join axes that devices share, and to add some parts.
+    """
+    context, sharding = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding
+    mesh = sharding.mesh if context.empty else context
+    if not mesh.explicit_axes:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def placed_like(array: Array, other: Array) -> Array:
+    """Gives the array the sharding of the other's type, if the mesh has explicit axes."""
+    wanted = jax.typeof(other).sharding
+    return jax.sharding.reshard(array, wanted) if wanted.mesh.explicit_axes else array

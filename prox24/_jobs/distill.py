@@ -127,7 +127,7 @@ def distill(
         there.
       tensor_parallel: number of devices that share heads and widths; all such groups of devices
         share the windows.
-      overwrite: replaces the destination.
+      overwrite: replaces a model at the destination.
       quiet: shows no progress bar.
 
     Returns:

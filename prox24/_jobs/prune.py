@@ -86,7 +86,7 @@ def prune(
       shard_grams: devices share the columns of Grams and weights instead of the rows of weights.
         Use it if a device cannot hold several Grams.
       shard_size: bytes of the largest file; None keeps the source's files.
-      overwrite: replaces the destination.
+      overwrite: replaces a model at the destination.
       quiet: shows no progress bar.
 
     Returns:

@@ -107,9 +107,10 @@ class Recipe:
     Attributes:
       solver: finds the mask and the weights of a linear.
       refit: updates the kept weights afterwards; None leaves them as the solver found them.
-      pattern: N:M along the input axis, or a share of zeros. It can also be a tuple of pairs
-        (regular expression, pattern). A tensor has the pattern of the first expression that is
-        found in its name. It stays dense if this pattern is "dense", or if none is found.
+      pattern: N:M along the input axis, or the share of zeros, as "50%". In Python and in files it
+        can also be a list of pairs (regular expression, pattern). Then a tensor has the pattern of
+        the first expression that is found in its name. It stays dense if this pattern is "dense",
+        or if none is found.
       damping: added to the diagonal of a Gram, in units of its mean.
       targets: `DenseTargets` to reproduce the dense model's outputs; None to reproduce each
         linear's own output on the pruned model's activations.

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from prox24._core.placement import whole
+
 
 class Layout(NamedTuple):
     """The axes of a weight, by their role in its product."""
@@ -32,6 +34,8 @@ def problems(shape: tuple[int, ...], layout: Layout) -> int:
 def to_matrices(weight: Array, layout: Layout) -> list[Array]:
     """The weight as matrices (out, in), one for each problem."""
     count, width = problems(weight.shape, layout), math.prod(weight.shape[i] for i in layout.summed)
+    if weight.ndim > 2:
+        weight = whole(weight)
     return list(weight.transpose(_order(layout)).reshape(count, -1, width))
 
 

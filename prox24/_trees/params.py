@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from prox24._pruning import loop
 from prox24._pruning.recipe import Recipe, with_products
@@ -281,9 +282,11 @@ class FunctionRunner(Runner[Any]):
         return to_matrices(weight, self.layouts[linear.tensor])
 
     def joined(self, linear: Linear, matrices: list[Array]) -> Array:
-        """The leaf in its own shape."""
-        path = linear.tensor
-        return from_matrices(matrices, self.layouts[path], self.given[path].shape)
+        """The leaf in its own shape, and on the devices of the dense leaf."""
+        given = self.given[linear.tensor]
+        weight = from_matrices(matrices, self.layouts[linear.tensor], given.shape)
+        placed = getattr(given, "sharding", None)
+        return jax.device_put(weight, placed) if isinstance(placed, NamedSharding) else weight
 
     def stored(self, tensor: str, weight: Array) -> Array:
         """The weight itself, on its device."""

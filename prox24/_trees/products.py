@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Literal
-from jax.sharding import NamedSharding, PartitionSpec
 
+from prox24._core.placement import whole
 from prox24._trees.layout import Layout
 from prox24._trees.tap import tap_p
 from prox24.errors import CalibrationError
@@ -145,7 +145,7 @@ def _evaluate(closed: Any, arguments: list[Operand], found: Found) -> list[Opera
             outputs = rule(equation, [read(atom) for atom in equation.invars], found)
         values |= zip(equation.outvars, outputs, strict=True)
         # The equation may be inside jax.sharding.auto_axes, where rows have another mesh.
-        new = [product._replace(rows=_whole(product.rows)) for product in found.products[earlier:]]
+        new = [product._replace(rows=whole(product.rows)) for product in found.products[earlier:]]
         found.products[earlier:] = new
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -154,18 +154,6 @@ def opened(closed: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr without its constants, and its constants."""
     # JAX 0.12 has one class for open and closed jaxprs, earlier versions have two.
     return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-
-
-def _whole(value: Array) -> Array:
-    """The value on every device, if the mesh has explicit axes.
-
-    JAX refuses to join axes that devices share, and to add some parts.
-    """
-    context, sharding = jax.sharding.get_abstract_mesh(), jax.typeof(value).sharding
-    mesh = sharding.mesh if context.empty else context
-    if not mesh.explicit_axes:
-        return value
-    return jax.sharding.reshard(value, NamedSharding(mesh, PartitionSpec()))
 
 
 def _compute(equation: Any, operands: list[Operand]) -> list[Operand]:
@@ -219,7 +207,7 @@ def _tap(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
             f"tap of {name}: the last axes of {source.shape} are not the axes {axes} of {shape}"
         )
     outputs = tuple(axis for axis in range(len(shape)) if axis not in axes)
-    rows = _whole(source).reshape(1, -1, math.prod(features))
+    rows = whole(source).reshape(1, -1, math.prod(features))
     found.products.append(Product(name, Layout((), outputs, axes), rows, source, tapped=True))
     return operands
 
@@ -227,7 +215,8 @@ def _tap(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
 def _matrix_product(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
     weights = [side for side in (0, 1) if operands[side].view is not None]
     contracted, batched = equation.params["dimension_numbers"]
-    if len(weights) != 1 or not contracted[0]:
+    empty = any(0 in operand.value.shape for operand in operands)
+    if len(weights) != 1 or not contracted[0] or empty:
         return _other(equation, operands, found)
     (own,) = weights
     view, source = operands[own].view, operands[1 - own].value
@@ -249,7 +238,7 @@ def _matrix_product(equation: Any, operands: list[Operand], found: Found) -> lis
     free = [i for i in range(source.ndim) if i not in first + last]
     problems = math.prod(source.shape[i] for i in first)
     width = math.prod(source.shape[i] for i in last)
-    rows = _whole(source).transpose(first + free + last).reshape(problems, -1, width)
+    rows = whole(source).transpose(first + free + last).reshape(problems, -1, width)
     found.products.append(Product(view.path, layout, rows, source))
     return _compute(equation, operands)
 
@@ -263,7 +252,7 @@ def _convolution(equation: Any, operands: list[Operand], found: Found) -> list[O
     groups, window = params["feature_group_count"], [kernel.value.shape[i] for i in kernel_axes[2:]]
     # The patches are copies of the input, and exact only at the highest precision.
     patches = lax.conv_general_dilated_patches(
-        _whole(image.value).transpose(image_axes),
+        whole(image.value).transpose(image_axes),
         window,
         params["window_strides"],
         params["padding"],

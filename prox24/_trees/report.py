@@ -138,7 +138,7 @@ def mask_of(
 
 def _looked_at(leaf: Leaf, value: Array, pattern: Pattern) -> LeafReport:
     has_entries = hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
-    if not has_entries or not leaf.shape:
+    if not has_entries or not leaf.shape or 0 in leaf.shape:
         return LeafReport(leaf, 0.0, 0, ())
     zeros = float(mean_sparsity(value))
     broken = int(count_violations(value, pattern, leaf.axis)) if leaf.pruned else 0

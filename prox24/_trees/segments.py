@@ -23,6 +23,7 @@ from prox24._trees.calibrate import (
     survey_products,
 )
 from prox24._trees.products import Apply, bind, is_array, opened
+from prox24.errors import CalibrationError
 from prox24.optax._leaves import PyTree, named_leaves
 
 Values = list[dict[Any, Array]]
@@ -80,6 +81,9 @@ def cut(survey: Survey, paths: Collection[str], groups: list[list[str]]) -> Cut:
     twice is such a value.
     """
     jaxpr, constants = opened(survey.jaxpr)
+    # A write to a reference has no output that a later segment would need.
+    if any(hasattr(var.aval, "inner_aval") for each in jaxpr.eqns for var in each.outvars):
+        raise CalibrationError('the model has a jax.Ref: prune it in the order "one-shot"')
     weights, batch = dict(zip(paths, jaxpr.invars, strict=False)), jaxpr.invars[len(paths) :]
     group_of = {path: index for index, group in enumerate(groups) for path in group}
     # The last group that a variable depends on.

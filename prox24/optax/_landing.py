@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from prox24._core import planes
 from prox24._core.pattern import Pattern
+from prox24._core.placement import placed_like
 from prox24._core.prox import prox
 from prox24._core.tracing import is_traced
 from prox24.optax._leaves import Leaf
@@ -97,7 +98,8 @@ def _landing_updates(
     """
     dtype = jnp.promote_types(params[0].dtype, updates[0].dtype)
     params, updates = ([x.astype(dtype) for x in tree] for tree in (params, updates))
-    targets = [own + update for own, update in zip(params, updates, strict=True)]
+    updates = list(map(placed_like, updates, params))  # JAX selects among equal shardings only.
+    targets = list(map(jnp.add, params, updates))
     # An unchanged entry keeps its update, since w - own would round it once more. For w = 0,
     # w - own is exact.
     return [

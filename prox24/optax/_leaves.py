@@ -268,6 +268,8 @@ def _obstacle(leaf: Any, shape: tuple[int, ...], axis: int, pattern: Pattern) ->
         return "it is not a floating array"
     if not 0 <= axis < len(shape):
         return f"it has no axis {axis}"
+    if 0 in shape:
+        return "it is empty"
     if shape[axis] % pattern.width:
         return f"axis {axis} is not divisible by {pattern.width}"
     return None

@@ -79,6 +79,9 @@ def test_a_tensor_that_cannot_be_written_is_named(tmp_path, source, name, values
 def test_an_existing_destination_is_kept_unless_overwritten_without_failure(tmp_path, source):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match=r"out holds files, but no config.json of a model"):
+        write_checkpoint(source, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
     bad = [(Q_PROJ, np.full((32, 32), np.nan, np.float32))]
     with pytest.raises(CheckpointError, match=Q_PROJ):
         write_checkpoint(source, tmp_path / "out", bad, overwrite=True)

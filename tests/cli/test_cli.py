@@ -473,6 +473,7 @@ REFUSED = [
     (f"{PRUNE} --log-file out.unfinished", "is made, is or holds"),
     ("convert model existing", "--overwrite"),
     ("convert model linked --overwrite", "linked is a link to all/model: give the folder itself"),
+    ("convert model texts --overwrite", "texts holds files, but no config.json of a model"),
     ("convert model text.txt --overwrite", "text.txt is a file; choose a folder"),
     ("convert model / --overwrite", "/ has no name of its own"),
     ("convert model .. --overwrite", ".. has no name of its own"),

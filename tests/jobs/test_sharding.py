@@ -83,6 +83,15 @@ def test_models_with_explicit_axes_have_the_grams_of_one_device(reports):
         assert report["zeros"] == [0.5, 0.5], report
 
 
+def test_weights_of_three_axes_stay_on_their_devices(reports):
+    found = with_key(reports, "axes")
+    assert [report["axes"] for report in found] == ["Explicit", "Auto"]
+    for report in found:
+        assert report["same_mask"], report
+        assert report["in_place"] == [True, True], report
+        assert report["zeros"] == 0.5, report
+
+
 def test_devices_that_share_columns_find_what_one_finds(reports):
     found = with_key(reports, "columns", "loss")
     assert [report["columns"] for report in found] == ["Explicit", "Auto"]

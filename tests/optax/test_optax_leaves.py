@@ -156,6 +156,7 @@ def test_a_parameter_that_is_called_value_keeps_its_name(value):
     [
         (normal(8, 6), None, "axis 1 is not divisible by 4"),
         (normal(8), None, "it has no axis 1"),
+        (normal(0, 8), None, "it is empty"),
         (normal(), -1, "it has no axis -1"),
         (normal(8, 8, dtype=jnp.int32), None, "it is not a floating array"),
         (normal(8, 8), 2, "it has no axis 2"),

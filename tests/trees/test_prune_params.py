@@ -202,7 +202,7 @@ def test_other_patterns(pattern):
 
 
 def test_what_is_not_pruned_says_why():
-    shapes = {"embed": (12, 8), "narrow": (6, 8), "mlp": (8, 6), "head": (8, 12)}
+    shapes = {"embed": (12, 8), "narrow": (6, 8), "mlp": (8, 6), "head": (8, 12), "empty": (0, 8)}
     shapes |= dict.fromkeys(("masked", "skipped", "spare"), (8, 8))
     params = {name: normal(*shape) for name, shape in shapes.items()}
     params |= {"norm": {"scale": normal(8)}, "count": jnp.arange(4).reshape(2, 2)}
@@ -211,6 +211,7 @@ def test_what_is_not_pruned_says_why():
     def apply(params, tokens):
         x = params["embed"][tokens] * params["norm"]["scale"][None, :]
         x = x @ params["skipped"] @ jnp.abs(params["masked"]) @ params["weight"].astype(x.dtype)
+        x = x + x[:, :0] @ params["empty"]
         return (x @ params["mlp"]) @ params["narrow"] @ params["head"]
 
     recipe = dataclasses.replace(WANDA, skip="skipped")
@@ -219,6 +220,7 @@ def test_what_is_not_pruned_says_why():
     assert {leaf.path: leaf.reason for leaf in pruned.leaves} == {
         "count": "it is not a floating array",
         "embed": "embedding",
+        "empty": "it is empty",
         "head": "head",
         "masked": "no Gram: used by abs",
         "mlp": "default",
@@ -362,6 +364,23 @@ def test_what_does_not_go_together_is_refused():
 
 
 # In the order of the calls
+
+
+def test_a_model_with_a_reference_is_pruned_in_one_shot_only():
+    params, x = {"a": normal(8, 8), "b": normal(8, 4)}, normal(20, 8)
+
+    def apply(params, x):
+        hidden = jax.new_ref(x @ params["a"])
+        hidden[...] = jnp.tanh(hidden[...])
+        return hidden[...] @ params["b"]
+
+    def without(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    found, expected = (prune(each, params, [x]).params for each in (apply, without))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+    with pytest.raises(CalibrationError, match=r"jax\.Ref: prune it in the order .one-shot"):
+        prune(apply, params, [x], order="sequential")
 
 
 def test_in_order_is_pruning_each_layer_for_what_the_pruned_ones_put_out():

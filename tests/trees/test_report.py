@@ -27,7 +27,7 @@ def kernels(axis):
 
 
 def test_a_pruned_tree_is_reported_leaf_by_leaf():
-    found = prox24.report(kernels(0))
+    found = prox24.report(kernels(0) | {"unused": jnp.zeros((0, 8))})
     assert found.sparse
     zeros = {each.leaf.path: each.zeros for each in found.leaves}
     assert zeros == {
@@ -36,6 +36,7 @@ def test_a_pruned_tree_is_reported_leaf_by_leaf():
         "layer/up/bias": 0.0,
         "layer/up/kernel": 0.5,
         "step": 0.0,
+        "unused": 0.0,
     }
     assert str(found).splitlines()[-1] == "2 of 2 leaves to prune are 2:4 along their axes"
     assert not prox24.report({"bias": jnp.ones(4)}).sparse  # nothing to prune
