@@ -273,7 +273,7 @@ def placed_reports():
             landed = optax.apply_updates(params, updates)["query"]["kernel"]
             check(optax.chain(optax.sgd(0.1, 0.9), proximal(1e6)), params)
         yield {
-            "axes": kind.name,
+            "on_axes": kind.name,
             "same_mask": bool(np.array_equal(found != 0, pruned(kernel) != 0)),
             "in_place": [found.sharding == placed, landed.sharding == placed],
             "zeros": float(np.mean(np.asarray(landed) == 0)),

@@ -84,8 +84,8 @@ def test_models_with_explicit_axes_have_the_grams_of_one_device(reports):
 
 
 def test_weights_of_three_axes_stay_on_their_devices(reports):
-    found = with_key(reports, "axes")
-    assert [report["axes"] for report in found] == ["Explicit", "Auto"]
+    found = with_key(reports, "on_axes")
+    assert [report["on_axes"] for report in found] == ["Explicit", "Auto"]
     for report in found:
         assert report["same_mask"], report
         assert report["in_place"] == [True, True], report
