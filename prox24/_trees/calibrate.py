@@ -15,7 +15,7 @@ from prox24._pruning.runner import Inputs
 from prox24._trees.layout import Layout
 from prox24._trees.products import Apply, find_products, split_arrays
 from prox24.errors import CalibrationError
-from prox24.optax._leaves import PyTree
+from prox24.optax._leaves import PyTree, check_paths
 
 
 class InputGram(NamedTuple):
@@ -61,6 +61,7 @@ class Survey(NamedTuple):
     groups: list[list[str]]  # Neighbours in this order whose only input is the same array.
     left_out: dict[str, str]  # For each path: why the weight has no products.
     products: list[str]  # The path of each product. The jaxpr returns its inputs at this index.
+    unpaired: set[str]  # The order of their rows depends on values: no dense rows belong to them.
     jaxpr: Any  # Takes the arrays of the parameters and the batch. Its calls are inlined.
 
 
@@ -76,15 +77,16 @@ def calibrate(
     The model is any function of JAX. A weight is found where it meets activations in a matrix
     product or a convolution. The layer may be Flax's `Dense`, `DenseGeneral`, `Einsum`, `Conv` or
     attention, in linen or NNX, a layer of Equinox, or `x @ w`. It may be inside `jax.jit`,
-    `jax.checkpoint`, `jax.vmap` or `lax.scan`. For any other use, `tap` gives the inputs of a
-    weight. A weight used twice has the sum of both Grams.
+    `jax.checkpoint`, `jax.vmap` or `lax.scan`. Experts may share one `lax.ragged_dot`. For any
+    other use, `tap` gives the inputs of a weight. A weight used twice has the sum of both Grams.
 
     A convolution's input is the patch under the kernel, with channels as the fastest axis. So N:M
     blocks run over consecutive input channels at each place of the kernel.
 
     Grams are float32 sums of products at the highest precision, compensated from batch to batch.
-    Each takes 4 in^2 bytes, and as much again while it is summed. Each call compiles one program
-    for each shape of a batch.
+    Each takes 4 in^2 bytes, and as much again while it is summed. A scan also keeps the inputs of
+    all its steps for one batch: give small batches. Each call compiles one program for each shape
+    of a batch.
 
     Args:
       apply: maps parameters and a batch to any value: `lambda p, x: model.apply({"params": p}, x)`
@@ -99,7 +101,9 @@ def calibrate(
 
     Raises:
       CalibrationError: there is no batch, `batches` is a single array, a name has no products, a
-        tap does not fit the parameters, or inputs are not finite. The message names the weight.
+        tap does not fit the parameters, or inputs are not finite. Also if a later batch uses a
+        weight in another way than the first. The message names the weight.
+      ValueError: two leaves have one path.
 
     Example:
       >>> def apply(params, x):
@@ -156,10 +160,11 @@ def gather(
         grams: Sums,
         crosses: Sums,
     ) -> tuple[Sums, Sums]:
-        products = find_products(apply, join(arrays), batch)[0]
+        products, left_out = find_products(apply, join(arrays), batch)
+        check_same(survey, {own.path: own.layout for own in products}, left_out, names)
         of_dense = find_products(apply, join_dense(dense_arrays), dense_batch)[0] if crosses else []
         rows, dense_rows = ([(own.path, own.rows) for own in each] for each in (products, of_dense))
-        return add_products(rows, dense_rows, grams, crosses)
+        return add_products(rows, dense_rows, grams, crosses, survey.unpaired)
 
     alongside = itertools.repeat(None) if dense is None else dense.batches
     for batch, dense_batch in zip(itertools.chain([first], batches), alongside, strict=False):
@@ -175,8 +180,12 @@ def add_products(
     of_dense: Sequence[tuple[Any, Array]],
     grams: Sums,
     crosses: Sums,
+    unpaired: Collection[Any],
 ) -> tuple[Sums, Sums]:
-    """Adds inputs to the Grams of their keys; with dense inputs, adds to the cross-Grams too."""
+    """Adds inputs to the Grams of their keys; with dense inputs, adds to the cross-Grams too.
+
+    Inputs in `unpaired` are their own dense inputs.
+    """
     add, grams, crosses = jax.vmap(add_tokens), dict(grams), dict(crosses)
     for key, own in rows:
         if key in grams:
@@ -184,7 +193,8 @@ def add_products(
             grams[key] = add(grams[key], own, own)
     for (key, own), (_, given) in zip(rows, of_dense, strict=True) if crosses else ():
         if key in crosses:
-            given = jnp.where(is_sent(given)[..., None], given, own)
+            paired = key not in unpaired
+            given = jnp.where(is_sent(given)[..., None], given, own) if paired else own
             crosses[key] = add(crosses[key], given, own)
     return grams, crosses
 
@@ -199,6 +209,28 @@ def found_grams(grams: Sums, crosses: Sums, layouts: Mapping[str, Layout]) -> di
         gram, *cross = totals
         found[path] = InputGram(gram, tuple(own.tokens.tolist()), layouts[path], *cross)
     return found
+
+
+def check_same(
+    first: Survey,
+    layouts: Mapping[str, Layout],
+    left_out: Mapping[str, str],
+    names: Collection[str] | None = None,
+) -> None:
+    """Raises CalibrationError if a batch has other products of a weight than the first batch."""
+    known = first.layouts
+    for path in known.keys() | layouts.keys() if names is None else names:
+        if path in known and path in left_out:
+            reason = f"in a later batch {path} has no products: {left_out[path]}"
+        elif path in known and layouts.get(path, known[path]) != known[path]:
+            reason = f"a later batch sums over other axes of {path} than the first"
+        elif path not in known and path not in first.left_out:
+            raise CalibrationError(
+                f"a later batch uses {path}, the first does not: begin with a batch of all weights"
+            )
+        else:
+            continue
+        raise CalibrationError(f"{reason}: give batches that use it in the same way")
 
 
 NO_BATCH = "there is no batch to calibrate on"
@@ -224,13 +256,15 @@ def _no_array(batches: Iterable[PyTree]) -> Iterable[PyTree]:
 
 def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:
     """Traces `apply` on the shapes of one batch, and computes nothing."""
+    check_paths(params)
     arrays, join = split_arrays(params)
     surveys: list[Survey] = []
 
     def trace(arrays: list[Array], batch: PyTree) -> list[Array]:
         products, left_out = find_products(apply, join(arrays), batch)
         paths = [product.path for product in products]
-        survey = Survey({}, {}, [], left_out, paths, None)
+        unpaired = {product.path for product in products if not product.paired}
+        survey = Survey({}, {}, [], left_out, paths, unpaired, None)
         source = None
         for product in products:
             path = product.path

@@ -95,14 +95,17 @@ def prune_params(
     runs over. The model stops at each such group, and continues there when the group is pruned.
     Memory holds the activations of all batches, and the Grams of one group. Equal layers are
     compiled once. The recipe's dense targets change this order only: in "one-shot" all inputs are
-    the dense model's.
+    the dense model's. Weights in `lax.ragged_dot` have no dense targets, since the order of their
+    rows depends on the routes of the tokens.
 
     A matrix without input rows, such as an unused expert, is pruned as if its Gram were the
     identity. Its reported loss is relative to that Gram.
 
     Args:
       apply: see `calibrate`.
-      params: pytree: dicts, `FrozenDict`, `nnx.State`, NNX or Equinox modules, lists, tuples.
+      params: pytree: dicts, `FrozenDict`, `nnx.State`, NNX or Equinox modules, lists, tuples. An NNX
+        module that shares a layer has it twice, and the two are pruned apart. The state of
+        `nnx.split` has it once.
       batches: see `calibrate`; the sequential order keeps all batches in memory.
       recipe: how to prune the weights. Its regular expressions match the paths of leaves. `refine`
         must be None; see `prox24.refine.train_block`. `dtype` None keeps each leaf's dtype.

@@ -18,11 +18,13 @@ from prox24._trees.calibrate import (
     InputGram,
     Survey,
     add_products,
+    check_same,
     empty_grams,
     found_grams,
     survey_products,
 )
-from prox24._trees.products import Apply, bind, is_array, opened
+from prox24._trees.products import Apply, is_array, opened
+from prox24._trees.rules import bind
 from prox24.errors import CalibrationError
 from prox24.optax._leaves import PyTree, named_leaves
 
@@ -142,6 +144,7 @@ class Walk:
             shapes = structure, tuple(map(jax.typeof, leaves))
             if shapes not in known:
                 survey = survey_products(apply, params, batch) if known else first
+                check_same(first, survey.layouts, survey.left_out)
                 known[shapes] = cut(survey, arrays, groups)
             own = known[shapes]
             variables = [*own.weights.values(), *own.batch]
@@ -183,11 +186,12 @@ class Walk:
 
     def _program(self, segment: Segment, names: list[str], *arguments: Any) -> Callable[..., Any]:
         """The compiled program of a segment; it has no weight names, so equal segments share it."""
+        unpaired = {key for key, path in enumerate(names) if path in self._first.unpaired}
 
         def run(given: list[list[Array]], grams: Sums, crosses: Sums) -> Any:
             written, found = zip(*map(segment.run, given), strict=True)
             rows = [[(names.index(path), x) for path, x in own if path in names] for own in found]
-            return written, *add_products(rows[0], rows[-1], grams, crosses)
+            return written, *add_products(rows[0], rows[-1], grams, crosses, unpaired)
 
         program = jax.jit(run, donate_argnames=("grams", "crosses"))
         # The text of a jaxpr cannot be the key: it omits the arrays that inner calls hold.

@@ -178,13 +178,17 @@ def check_values(params: PyTree, caller: str) -> None:
             "params has no arrays: give a pytree of arrays, of a Keras model "
             "{v.path: v.value for v in model.trainable_variables}"
         )
-    leaves = named_leaves(params)
-    for path, count in collections.Counter(path for path, _ in leaves).items():
-        if count > 1:
-            raise ValueError(f"{path} is the path of {count} leaves: rename a key that holds a /")
-    for path, leaf in leaves:
+    check_paths(params)
+    for path, leaf in named_leaves(params):
         if is_traced(leaf):
             raise ValueError(f"{path} is traced and has no value: call {caller} outside of jax.jit")
+
+
+def check_paths(params: PyTree) -> None:
+    """Raises ValueError if two leaves have one path."""
+    for path, count in collections.Counter(path for path, _ in named_leaves(params)).items():
+        if count > 1:
+            raise ValueError(f"{path} is the path of {count} leaves: rename a key that holds a /")
 
 
 def check_array(path: str, leaf: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from reference import assert_close, eps_of
 
-from prox24 import calibrate, tap
+from prox24 import calibrate, prune_params, tap
 from prox24._trees.calibrate import Stream, gather
 from prox24._trees.layout import Layout, from_matrices, to_matrices
 from prox24.errors import CalibrationError
@@ -205,6 +205,61 @@ def test_a_weight_that_every_step_of_a_scan_uses_has_the_rows_of_all():
     assert_gram_of(apply(weight, x)[1], gram[0], layers=5)
 
 
+def test_a_weight_that_a_scan_runs_over_and_uses_whole_has_both_grams():
+    weight, x = normal(3, 8, 8), normal(5, 8)
+
+    def apply(weight, x):
+        def step(h, w):
+            experts = jnp.einsum("ebi,eio->ebo", jnp.stack([h] * 3), weight)
+            return jnp.tanh(h @ w + jnp.sum(experts, 0)), h
+
+        return jax.lax.scan(step, x, weight)
+
+    inputs = apply(weight, x)[1]
+    gram, rows, layout, _ = calibrate(apply, weight, [x]).grams[""]
+    assert (rows, layout) == ((20, 20, 20), Layout((0,), (2,), (1,)))
+    for own, seen in zip(gram, inputs, strict=True):
+        assert_gram_of(jnp.concatenate([seen, *inputs]), own, layers=3)
+
+
+def test_a_scan_leaves_no_traced_value_behind():
+    def apply(weight, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weight)
+
+    with jax.checking_leaks():
+        assert calibrate(apply, normal(3, 8, 8), [normal(5, 8)]).grams[""].rows == (5, 5, 5)
+
+
+def sorted_by_expert(params, x):
+    """The output, and the expert of each row."""
+    expert = jnp.argmax(x @ params["router"], axis=-1)
+    order = jnp.argsort(expert)
+    sizes = jnp.bincount(expert, length=3)
+    return jax.lax.ragged_dot(x[order], params["experts"], sizes), expert
+
+
+def test_experts_of_a_ragged_product_have_the_rows_sent_to_them():
+    params, x = {"router": normal(8, 3), "experts": normal(3, 8, 4)}, normal(20, 8)
+    gram, rows, layout, _ = calibrate(sorted_by_expert, params, [x]).grams["experts"]
+    assert layout == Layout((0,), (2,), (1,))
+    for own, count, expert in zip(gram, rows, range(3), strict=True):
+        sent = x[sorted_by_expert(params, x)[1] == expert]
+        assert count == len(sent) > 0
+        assert_gram_of(sent, own)
+
+
+def test_rows_sorted_by_another_model_are_not_paired_with_its_own():
+    x = normal(20, 8)
+    params, dense = (
+        {"router": normal(8, 3, seed=seed), "experts": normal(3, 8, 4)} for seed in (0, 1)
+    )
+    found = gather(sorted_by_expert, Stream(params, [x]), Stream(dense, [x])).grams
+    for gram, cross in zip(found["experts"].gram, found["experts"].cross, strict=True):
+        # A product of rows with themselves takes the half above the diagonal, the other does not.
+        assert_close(cross, gram, 20)
+        assert jnp.count_nonzero(gram)
+
+
 def test_a_weight_that_is_used_twice_has_the_sum_of_its_grams():
     weight, x = normal(8, 8), normal(20, 8)
     gram, rows, *_ = calibrate(lambda w, x: jnp.tanh(x @ w) @ w, weight, [x]).grams[""]
@@ -234,6 +289,14 @@ def test_what_a_weight_goes_through_before_its_product():
         gram, rows, layout, _ = found.grams["w"]
         assert (rows, layout.summed, layout.outputs) == ((5,), (0,), (1,))
         assert_gram_of(x, gram[0])
+
+
+def test_a_weight_may_lose_an_axis_of_length_one():
+    weight, x = normal(1, 8, 4), normal(5, 8)
+    gram, _, layout, _ = calibrate(lambda w, x: x @ jax.lax.squeeze(w, [0]), weight, [x]).grams[""]
+    assert_gram_of(x, gram[0])
+    assert np.array_equal(to_matrices(weight, layout), weight.mT)
+    assert np.array_equal(from_matrices(weight.mT, layout, weight.shape), weight)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +388,32 @@ def test_errors_name_the_weight():
         calibrate(apply, params, [x], names=["bias"])
     with pytest.raises(CalibrationError, match="NaN or Inf in the inputs of kernel"):
         calibrate(apply, params, [x, x.at[2, 3].set(jnp.nan)])
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [
+        (lambda p, x: x @ p["a"].T, "sums over other axes of a than the first"),
+        (lambda p, x: x @ p["a"] + jnp.sum(p["a"]), "a has no products: used by reduce_sum"),
+        (lambda p, x: x @ p["a"] @ p["b"], "uses b, the first does not: begin with a batch of all"),
+    ],
+)
+@pytest.mark.parametrize("order", ["one-shot", "sequential"])
+def test_a_later_batch_uses_a_weight_in_the_same_way(later, said, order):
+    params = {"a": normal(8, 8), "b": normal(8, 8)}
+
+    def apply(params, x):
+        return later(params, x) if x.ndim > 2 else x @ params["a"]
+
+    with pytest.raises(CalibrationError, match=said):
+        prune_params(apply, params, [normal(5, 8), normal(2, 5, 8)], order=order)
+    # A batch may use fewer weights.
+    assert prune_params(apply, params, [normal(5, 8)], order=order).leaves[0].pruned
+
+
+def test_each_weight_has_a_path_of_its_own():
+    with pytest.raises(ValueError, match="a/b is the path of 2 leaves"):
+        calibrate(lambda p, x: x, {"a": {"b": normal(4, 4)}, "a/b": normal(4, 4)}, [normal(4)])
 
 
 # tap
