@@ -9,7 +9,12 @@ from prox24._cli import options
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help=options.MODEL)
     command.add_argument("destination", type=Path, help="HF folder to write")
-    command.add_argument("--format", choices=("safetensors", "flax"), default="safetensors")
+    command.add_argument(
+        "--format",
+        choices=("safetensors", "flax"),
+        default="safetensors",
+        help="safetensors, or the files of transformers' Flax classes (default: safetensors)",
+    )
     command.add_argument(
         "--dtype", choices=options.DTYPES, help="of the output (default: the source's)"
     )

@@ -45,12 +45,18 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     base.add_argument("--method", choices=PRESETS, help="a recipe of the package (default: admm)")
     base.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe as JSON or YAML")
     group.add_argument(
-        "--refit", choices=[*REFITS, "none"], help="how the kept weights are updated afterwards"
+        "--refit",
+        choices=[*REFITS, "none"],
+        help="how the kept weights are updated afterwards (default: as the method does)",
     )
     for name in OF_RECIPE:
         add_field(group, Recipe, name)
     for name, (off, on, cls, prefix) in PARTS.items():
-        group.add_argument(option(name), choices=(off, on), help=PARTS_HELP[name])
+        group.add_argument(
+            option(name),
+            choices=(off, on),
+            help=f"{PARTS_HELP[name]} (default: as the method does)",
+        )
         for field in dataclasses.fields(cls):
             add_field(group, cls, field.name, prefix)
 

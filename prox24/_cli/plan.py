@@ -17,7 +17,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--memory",
         type=options.size,
         metavar="SIZE",
-        help="bytes of a device, as 80GB: do they fit?",
+        help="memory of a device, as 80GB: does the job fit?",
     )
     command.add_argument(
         "--shard-grams", action="store_true", help="devices share the columns of Grams"

@@ -18,7 +18,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--memory",
         type=options.size,
         metavar="SIZE",
-        help="bytes of the device, as 8GiB: the largest micro-batch that fits is used",
+        help="memory of the device, as 8GiB: the largest micro-batch that fits is used",
     )
     command.add_argument(
         "--activations",

@@ -90,7 +90,7 @@ def check_kept(kept: int, group: int) -> None:
     if kept not in OPERATORS:
         raise ValueError(
             f"the proximal operator supports 1:M and 2:M, not {kept}:{group}; "
-            "magnitude, wanda, sparsegpt and ADMM with a projection support any N:M"
+            "magnitude, wanda, sparsegpt and ADMM(penalty=None) support any N:M"
         )
 
 

@@ -171,6 +171,7 @@ def _log_lines(title: str, steps: int | Collection[str], done: Collection[str]) 
     lines = steps if isinstance(steps, int) else len({layer_of(name) for name in steps})
     remaining = steps if isinstance(steps, int) else len(names)
     losses = collections.defaultdict[str, list[float]](list)
+    begun = set(map(layer_of, done))  # The loss of such a layer's earlier steps is not known here.
     began, taken, finished = time.monotonic(), 0, lines - (len(left) or lines)
 
     def note(name: str, loss: float | None) -> None:
@@ -178,7 +179,7 @@ def _log_lines(title: str, steps: int | Collection[str], done: Collection[str]) 
         taken += 1
         layer = layer_of(name)
         left[layer] -= 1
-        if loss is not None:
+        if loss is not None and layer not in begun:
             losses[layer].append(loss)
         if left[layer] > 0:
             return

@@ -53,7 +53,8 @@ def available_windows(
     count = ids.size // own
     if count < least:
         raise CalibrationError(
-            f"the text has {ids.size} tokens, but {least} windows of {length} need {least * own}"
+            f"the text has {ids.size} tokens, but {least} windows of {length} need {least * own}: "
+            "give more text, fewer windows (samples), or shorter ones"
         )
     starts = np.tile(np.asarray(start, np.int32), (count, 1))
     return np.concatenate([starts, ids[: count * own].reshape(count, own)], axis=1)

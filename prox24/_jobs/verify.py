@@ -21,6 +21,9 @@ from prox24._jobs.progress import progress_bar
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.runner import check_widths
 
+MOST_LINES = 20
+"""The largest number of problems that are printed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport(Report):
@@ -80,8 +83,12 @@ class VerifyReport(Report):
         return "\n".join([table(["model", self.model], rows), *self.problem_lines()])
 
     def problem_lines(self) -> list[str]:
-        """A line for each problem."""
-        return [f"{name}: {problem}" for name, problem in self.problems.items()]
+        """A line for each of the first problems, and their number if there are more."""
+        lines = [f"{name}: {problem}" for name, problem in self.problems.items()]
+        more = len(lines) - MOST_LINES
+        if more > 1:
+            lines[MOST_LINES:] = [f"and {more} more; the report (--report, --json) has all"]
+        return lines
 
 
 def verify(

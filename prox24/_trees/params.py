@@ -103,8 +103,8 @@ def prune_params(
 
     Args:
       apply: see `calibrate`.
-      params: pytree: dicts, `FrozenDict`, `nnx.State`, NNX or Equinox modules, lists, tuples. An NNX
-        module that shares a layer has it twice, and the two are pruned apart. The state of
+      params: pytree: dicts, `FrozenDict`, `nnx.State`, NNX or Equinox modules, lists, tuples.
+        An NNX module that shares a layer has it twice, and the two are pruned apart. The state of
         `nnx.split` has it once.
       batches: see `calibrate`; the sequential order keeps all batches in memory.
       recipe: how to prune the weights. Its regular expressions match the paths of leaves. `refine`

@@ -646,6 +646,11 @@ def test_verify_compares_with_the_manifest_and_the_source(done, capsys):
     printed = problems()
     assert "less: is missing" in printed
     assert "more: has shape (2,), the source has (3,)" in printed
+    save_file(load_file(source) | {f"less {i}": extra for i in range(30)}, source)
+    assert run(*verify, "--quiet") == 1
+    *said, last = capsys.readouterr().out.splitlines()
+    assert len(said) == 20
+    assert last.startswith("and 12 more")
 
 
 NORM = "model.layers.0.input_layernorm.weight"

@@ -47,9 +47,12 @@ def test_a_run_that_goes_on_counts_the_layers_before(tmp_path):
     lines.write_text("before\n")
     with written_logs(lines, None), progress_bar("prune", NAMES, True, done=NAMES[:3]) as advance:
         for name in NAMES[3:]:
-            advance(name, None)
-    said = [line.split()[3:5] for line in lines.read_text().splitlines()[1:]]
-    assert said == [["2/3", "layers.1,"], ["3/3", "layers.2,"]]
+            advance(name, 0.25)
+    said = [line.split()[3:7] for line in lines.read_text().splitlines()[1:]]
+    # The run does not know the losses of the first steps of layer 1.
+    assert said[0][:2] == ["2/3", "layers.1,"]
+    assert "loss" not in said[0]
+    assert said[1] == ["3/3", "layers.2,", "loss", "0.2500,"]
 
 
 def test_without_names_each_step_is_a_line_and_some_jobs_have_none(caplog):
