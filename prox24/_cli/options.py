@@ -47,7 +47,7 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--refit",
         choices=[*REFITS, "none"],
-        help="how the kept weights are updated afterwards (default: as the method does)",
+        help="how the kept weights are updated afterwards (default: that of the method)",
     )
     for name in OF_RECIPE:
         add_field(group, Recipe, name)
@@ -55,7 +55,7 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
         group.add_argument(
             option(name),
             choices=(off, on),
-            help=f"{PARTS_HELP[name]} (default: as the method does)",
+            help=f"{PARTS_HELP[name]} (default: that of the method)",
         )
         for field in dataclasses.fields(cls):
             add_field(group, cls, field.name, prefix)

@@ -27,7 +27,7 @@ MOST_LINES = 20
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport(Report):
-    """The result of `verify`; printed, it is a table and a line for each problem.
+    """The result of `verify`; printed, it is a table and lines with the first problems.
 
     Attributes:
       model: the checked model.
@@ -87,7 +87,7 @@ class VerifyReport(Report):
         lines = [f"{name}: {problem}" for name, problem in self.problems.items()]
         more = len(lines) - MOST_LINES
         if more > 1:
-            lines[MOST_LINES:] = [f"and {more} more; the report (--report, --json) has all"]
+            lines[MOST_LINES:] = [f"and {more} more: --json and --report FILE show all"]
         return lines
 
 

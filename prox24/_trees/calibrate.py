@@ -61,7 +61,7 @@ class Survey(NamedTuple):
     groups: list[list[str]]  # Neighbours in this order whose only input is the same array.
     left_out: dict[str, str]  # For each path: why the weight has no products.
     products: list[str]  # The path of each product. The jaxpr returns its inputs at this index.
-    unpaired: set[str]  # The order of their rows depends on values: no dense rows belong to them.
+    unpaired: set[str]  # Paths whose rows cannot be matched with the dense rows.
     jaxpr: Any  # Takes the arrays of the parameters and the batch. Its calls are inlined.
 
 
@@ -184,7 +184,7 @@ def add_products(
 ) -> tuple[Sums, Sums]:
     """Adds inputs to the Grams of their keys; with dense inputs, adds to the cross-Grams too.
 
-    Inputs in `unpaired` are their own dense inputs.
+    Keys in `unpaired` have their own inputs as dense inputs.
     """
     add, grams, crosses = jax.vmap(add_tokens), dict(grams), dict(crosses)
     for key, own in rows:
@@ -219,7 +219,7 @@ def check_same(
 ) -> None:
     """Raises CalibrationError if a batch has other products of a weight than the first batch."""
     known = first.layouts
-    for path in known.keys() | layouts.keys() if names is None else names:
+    for path in [*known, *layouts] if names is None else names:
         if path in known and path in left_out:
             reason = f"in a later batch {path} has no products: {left_out[path]}"
         elif path in known and layouts.get(path, known[path]) != known[path]:

@@ -154,10 +154,10 @@ def _scan(equation: Any, operands: list[Operand], found: Found) -> list[Operand]
         outputs = [operand.value for operand in results]
         bodies.append(within)
         rows = [product.rows for product in within.products]
-        # The body's values must not stay after its trace. Sources only tell which are the same.
-        tokens = {id(product.source): object() for product in within.products}
-        within.products[:] = [
-            product._replace(rows=None, source=tokens[id(product.source)])
+        # The body's values must not stay after its trace. Only the identity of a source matters.
+        marks = {id(product.source): object() for product in within.products}
+        within.products = [
+            product._replace(rows=None, source=marks[id(product.source)])
             for product in within.products
         ]
         return outputs[:carried], (outputs[carried:], rows)

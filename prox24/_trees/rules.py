@@ -1,4 +1,4 @@
-"""What one equation of a jaxpr tells about the weights that enter it.
+"""Rules that find the inputs of weights, one for each kind of equation of a jaxpr.
 
 A rule maps an equation and its operands to its outputs. A value keeps its weight's path while it is
 only cast or transposed. When such a value meets activations in a matrix product or a convolution,
@@ -28,7 +28,8 @@ class Product(NamedTuple):
     The matrices of the weight's layout are multiplied with `rows`, shape (problems, rows, in).
     The rows are made from `source`. Weights with one common input have the same object there. The
     product may be inside scans over the axes `scanned` of the weight. With `tapped`, the rows are
-    from `prox24.tap`. Without `paired`, the order of the rows depends on their values.
+    from `prox24.tap`. Without `paired`, the order of the rows depends on values, so they
+    cannot be matched with the rows of another model.
     """
 
     path: str
@@ -72,14 +73,14 @@ class Found:
 
 
 def note_other_uses(equation: Any, operands: list[Operand], found: Found) -> None:
-    """Notes the weights among the operands of an equation that is no product."""
+    """Notes the weights among the operands as used by this equation."""
     for operand in operands:
         if operand.view is not None:
             found.other_uses.setdefault(operand.view.path, equation.primitive.name)
 
 
 def other_use(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
-    """The rule of an equation that is no product: its outputs are no weights."""
+    """The rule of any other equation: its outputs are not known as weights."""
     note_other_uses(equation, operands, found)
     return _compute(equation, operands)
 
@@ -161,7 +162,7 @@ def _matrix_product(equation: Any, operands: list[Operand], found: Found) -> lis
 def _ragged_product(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
     """Rows (rows, in) sorted by expert, with a weight (experts, in, out); no other axes.
 
-    Each expert has all rows, and those of other experts are zero.
+    Each expert is a problem with all rows. Rows of other experts are zero there.
     """
     source, weight, counts = operands
     dimensions = equation.params["ragged_dot_dimension_numbers"]
@@ -172,17 +173,18 @@ def _ragged_product(equation: Any, operands: list[Operand], found: Found) -> lis
         and not batched[0]
         and tuple(dimensions.lhs_ragged_dimensions) != tuple(contracted[0])
     )
-    if not plain or weight.view is None or source.view is not None:
+    view = weight.view
+    if not plain or view is None or source.view is not None:
         return other_use(equation, operands, found)
     of_weight = dimensions.rhs_group_dimensions, contracted[1]
-    stacked, summed = ([weight.view.axes[i] for i in axes] for axes in of_weight)
+    stacked, summed = ([view.axes[i] for i in axes] for axes in of_weight)
     rows = jnp.moveaxis(whole(source.value), contracted[0][0], -1)
     sizes = whole(counts.value)[:, None]
     after = jnp.cumsum(sizes, axis=0, dtype=sizes.dtype)
     place = jnp.arange(len(rows), dtype=sizes.dtype)[None]
     own = (place < after) & (place >= after - sizes)
-    rows = jnp.where(own[..., None], rows, jnp.zeros((), rows.dtype))
-    layout, view = _layout(weight.view, found, stacked, summed), weight.view
+    rows = jnp.where(own[..., None], rows, 0)
+    layout = _layout(view, found, stacked, summed)
     product = Product(view.path, layout, rows, source.value, view.stacked, paired=False)
     found.products.append(product)
     return _compute(equation, operands)

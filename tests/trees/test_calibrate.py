@@ -407,8 +407,17 @@ def test_a_later_batch_uses_a_weight_in_the_same_way(later, said, order):
 
     with pytest.raises(CalibrationError, match=said):
         prune_params(apply, params, [normal(5, 8), normal(2, 5, 8)], order=order)
-    # A batch may use fewer weights.
-    assert prune_params(apply, params, [normal(5, 8)], order=order).leaves[0].pruned
+
+
+@pytest.mark.parametrize("order", ["one-shot", "sequential"])
+def test_a_later_batch_may_use_fewer_weights(order):
+    params = {"a": normal(8, 8), "b": normal(8, 8)}
+
+    def apply(params, x):
+        return x @ params["a"] @ params["b"] if x.ndim > 2 else x @ params["a"]
+
+    found = prune_params(apply, params, [normal(2, 5, 8), normal(5, 8)], order=order)
+    assert [report.tokens for report in found.reports] == [15, 10]
 
 
 def test_each_weight_has_a_path_of_its_own():
