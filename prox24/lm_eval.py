@@ -72,6 +72,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
       max_length: the most tokens of a text; a longer text loses its start. None takes the model's
         positions. The memory of attention grows with the square of this length.
       dtype: of the weights in memory: "float32", "bfloat16" or "float16"; None keeps the model's.
+      device: None, since JAX chooses the device. The harness passes on what it is given.
 
     Raises:
       CheckpointError: the model cannot be read.
@@ -85,8 +86,13 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
         batch_size: int | str = "auto",
         max_length: int | None = None,
         dtype: str | None = None,
+        device: str | None = None,
     ) -> None:
         super().__init__()
+        if device is not None:
+            raise Prox24Error(
+                f"device {device!r}: leave it out, JAX chooses it; JAX_PLATFORMS=cpu takes the CPU"
+            )
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size)):
             raise Prox24Error(f"batch_size {batch_size!r} is neither a number of texts nor 'auto'")
         if dtype is not None and dtype not in DTYPES:

@@ -116,12 +116,31 @@ def reports(y, lam):
     }
 
 
+def tree_reports():
+    """Whether masks are placed like their leaves, and what is said of blocks that are cut."""
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("any",), axis_types=(kind,))
+        placed = NamedSharding(mesh, P("any"))
+        with jax.set_mesh(mesh):
+            tree = {"kernel": jnp.ones((32, 4)), "bias": jnp.ones(16)}
+            params = jax.device_put(tree, placed)
+            masks = prox24.mask_of(params)
+            said = ""
+            if kind is AxisType.Explicit:
+                try:
+                    prox24.prox(params["bias"], 0.5)
+                except ValueError as error:
+                    said = str(error)
+        kept = [mask.sharding.spec[0] == "any" for mask in jax.tree.leaves(masks)]
+        yield {"masks": kind.name, "placed": all(kept), "said": said}
+
+
 def main():
     """Prints the list of reports."""
     rng = np.random.default_rng(0)
     y = jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32)
     lam = jnp.asarray(rng.uniform(0.1, 1, (ROWS, 1)), jnp.float32)
-    print(json.dumps(list(reports(y, lam))))
+    print(json.dumps([*reports(y, lam), *tree_reports()]))
 
 
 if __name__ == "__main__":

@@ -248,6 +248,36 @@ def calibrated_reports():
         yield {"calibrated": case, "error": error, "zeros": zeros}
 
 
+def descended_reports():
+    """Minimisers whose explicit axes devices share, and their derivative by the penalty."""
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(16, 32)).astype(np.float32)
+
+    def blocks(x, lam, scaling):
+        return prox(x, lam * scaling)
+
+    def loss(lam, target):
+        def fun(x):
+            return jnp.sum(jnp.square(x - target)) / 2
+
+        found = proximal_gradient(fun, target, blocks, lam)
+        return jnp.sum(jnp.square(found.params)), found
+
+    derived = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, expected), slope = derived(0.1, target)
+    mesh = jax.make_mesh((8,), ("any",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        for spec in (P("any", None), P(None, "any")):
+            (_, found), own_slope = derived(0.1, jax.device_put(target, spec))
+            yield {
+                "descended": str(spec),
+                "in_place": found.params.sharding.spec == spec,
+                "error": largest_difference(found.params, expected.params),
+                "slopes": [float(own_slope), float(slope)],
+                "tolerance": 1e-5,
+            }
+
+
 def placed_reports():
     """Whether a pruned weight of three axes, and its updates, are placed like the weight."""
     rng = np.random.default_rng(0)
@@ -573,6 +603,7 @@ if __name__ == "__main__":
         *mapped_reports(),
         *column_reports(),
         *calibrated_reports(),
+        *descended_reports(),
         *placed_reports(),
         *planned_reports(folder),
         *model_reports(folder),

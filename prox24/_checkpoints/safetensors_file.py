@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from prox24._checkpoints.hf_folder import WeightFiles
 from prox24._checkpoints.tensors import Put, TensorSource, is_possible, read_entries
-from prox24.errors import CheckpointError, DiskError
+from prox24.errors import CheckpointError, DiskError, first_line
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -45,9 +45,12 @@ def open_file(path: Path) -> dict[str, TensorSource]:
             [length] = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except OSError as error:
-        raise DiskError(f"shard {path} cannot be read: {error}") from error
+        raise DiskError(f"{path} cannot be read: {error}") from error
     except SafetensorError as error:
-        raise CheckpointError(f"shard {path} cannot be read: {error}") from error
+        reason = first_line(error)
+        raise CheckpointError(
+            f"{path} is no whole safetensors file ({reason}): get it again"
+        ) from error
     header.pop("__metadata__", None)
     return {name: _source(path, 8 + length, name, entry) for name, entry in header.items()}
 

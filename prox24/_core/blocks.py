@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from prox24._core.pattern import PatternLike, as_pattern
+from prox24._core.placement import explicit_parts
 from prox24._core.precision import working_dtype
 
 
@@ -28,7 +29,8 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
       M U arrays of the dtype of `w`, and of its shape with the length of `axis` divided by M U.
 
     Raises:
-      ValueError: the axis does not exist, or M U does not divide its length.
+      ValueError: the axis does not exist, or M U does not divide its length. Also if devices of a
+        mesh with explicit axes share blocks.
 
     Example:
       >>> [plane.tolist() for plane in split(jnp.arange(8), (2, 4))]
@@ -40,6 +42,12 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
     length = w.shape[axis]
     if length % width:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {width}")
+    count = explicit_parts(w, axis)
+    if length // count % width:
+        raise ValueError(
+            f"axis {axis} of shape {w.shape} is in {count} parts, which cut blocks of {width}: "
+            "use jax.sharding.reshard first"
+        )
     blocks = w.reshape(*w.shape[:axis], length // width, width, *w.shape[axis + 1 :])
     return _unstack(blocks, axis + 1)
 

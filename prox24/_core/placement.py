@@ -8,6 +8,7 @@ The devices of a mesh may belong to several processes, one process after the oth
 the windows of its own devices on the host. All processes call these functions together.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -162,6 +163,14 @@ def whole(array: Array) -> Array:
     if not mesh.explicit_axes:
         return array
     return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def explicit_parts(array: Array, axis: int) -> int:
+    """The number of parts of an axis in the array's type: 1 unless the mesh has explicit axes."""
+    sharding = jax.typeof(array).sharding
+    names = sharding.spec[axis] or ()
+    names = (names,) if isinstance(names, str) else names
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def placed_like(array: Array, other: Array) -> Array:

@@ -142,7 +142,7 @@ def fitting_micro_batch(model: Model, windows: tuple[int, int], setup: Setup, bu
         ):
             if bytes_needed > budget:
                 raise Prox24Error(
-                    f"memory is too small: {name} takes {bytes_needed / 2**30:.2f} GiB"
+                    f"memory is too small: {name} takes {math.ceil(bytes_needed / 1e6)}MB"
                 )
         sizes = divisors(whole, most)
         most = next(size for size in sizes if needed(index, size) <= budget)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prox24._checkpoints.checkpoint import open_described
 from prox24._checkpoints.tensors import byte_count
+from prox24._checkpoints.writer import written_spec
 from prox24._core.placement import divisors
 from prox24._jobs.forward import batch_size, load_model
 from prox24._jobs.memory import (
@@ -32,7 +33,7 @@ class Plan(Report):
       shard_grams: whether they would share the columns of Grams.
       micro_batch_windows: windows of a micro-batch on a device.
       sequence_length: tokens of a window.
-      checkpoint_bytes: bytes of the weights, which are read twice and written once.
+      checkpoint_bytes: bytes of the weights as they are written.
       activation_bytes: bytes of hidden states on the host.
       layer_weight_bytes: bytes of the weights of the largest layer, counted once.
       layer_gram_bytes: bytes of the Grams of a layer, for the layer with the largest Grams.
@@ -70,7 +71,7 @@ class Plan(Report):
     def __str__(self) -> str:
         tokens = f"{self.micro_batch_windows} x {self.sequence_length} tokens"
         rows = [
-            ["checkpoint, read twice and written once", gigabytes(self.checkpoint_bytes)],
+            ["weights, as they are written", gigabytes(self.checkpoint_bytes)],
             ["hidden states, on the host", gigabytes(self.activation_bytes)],
             ["a layer's weights", gigabytes(self.layer_weight_bytes)],
             ["a layer's Grams", gigabytes(self.layer_gram_bytes)],
@@ -149,6 +150,8 @@ def plan(
     if memory is not None:
         with contextlib.suppress(Prox24Error):
             fitting = fitting_micro_batch(model, (samples, sequence_length), setup, memory)
+    dtype = recipe.dtype or checkpoint.pruned_dtype
+    written = [written_spec(checkpoint, name, dtype) for name in checkpoint.tensors]
     gather = max(each.gather for each in memories)
     heaviest = max(memories, key=lambda each: each.solve)
     alongside = 2 if recipe.refine is not None else streams(recipe)
@@ -158,7 +161,7 @@ def plan(
         shard_grams=shard_grams,
         micro_batch_windows=size,
         sequence_length=sequence_length,
-        checkpoint_bytes=sum(map(byte_count, checkpoint.tensors.values())),
+        checkpoint_bytes=sum(map(byte_count, written)),
         activation_bytes=4 * alongside * samples * sequence_length * model.config.hidden,
         layer_weight_bytes=max(each.weights for each in memories),
         layer_gram_bytes=max(each.grams for each in memories),

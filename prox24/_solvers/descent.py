@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax.tree_utils as trees
 from jax import Array, lax
 
-from prox24._core.placement import varying_like
+from prox24._core.placement import placed_like, varying_like, whole
 from prox24._core.tracing import is_traced
 from prox24.errors import first_line
 
@@ -231,7 +231,7 @@ def _advance(
             size, landed, trials = search
             move = trees.tree_sub(landed, point)
             square = trees.tree_norm(move, squared=True) / (2 * size)
-            bound = value + trees.tree_vdot(gradient, move) + square + slack
+            bound = value + _dot(gradient, move) + square + slack
             # A step to NaN or infinity is also too long.
             return ~(fun(landed) <= bound) & (trials < HALVINGS)
 
@@ -246,7 +246,7 @@ def _advance(
     move = trees.tree_sub(landed, state.params)
     following, share = following_nesterov(state.nesterov)
     if momentum:
-        uphill = trees.tree_vdot(trees.tree_sub(point, landed), move) > 0
+        uphill = _dot(trees.tree_sub(point, landed), move) > 0
         share = jnp.where(uphill, 0, share)
         following = jnp.where(uphill, jnp.ones_like(following), following)
     else:
@@ -275,19 +275,26 @@ def _plus(tree: PyTree, factor: Any, other: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x + jnp.asarray(factor, x.dtype) * y, tree, other)
 
 
+def _dot(tree: PyTree, other: PyTree) -> Array:
+    """The sum of products; unlike `jnp.vdot`, it does not join axes that devices share."""
+    return trees.tree_sum(trees.tree_mul(tree, other))
+
+
 def _solve_linear(matrix: Callable[[PyTree], PyTree], target: PyTree) -> Any:
     """Solves by conjugate gradients on the normal equations: the Jacobian is not symmetric."""
 
     def solve(matrix: Callable[[PyTree], PyTree], target: PyTree) -> PyTree:
         transpose = jax.linear_transpose(matrix, target)
 
+        # `cg` joins the axes of arrays, which explicit meshes forbid for axes in parts.
         def normal(x: PyTree) -> PyTree:
-            return transpose(matrix(x))[0]
+            own = jax.tree.map(placed_like, x, target)
+            return jax.tree.map(whole, transpose(matrix(own))[0])
 
-        right = transpose(target)[0]
+        right = jax.tree.map(whole, transpose(target)[0])
         eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(right))
         solution: PyTree = jax.scipy.sparse.linalg.cg(normal, right, tol=10 * eps, maxiter=1000)[0]
-        return solution
+        return jax.tree.map(placed_like, solution, target)
 
     # The size of the steps is constant: its row is the identity, and no other row depends on it.
     of_params, of_size = target

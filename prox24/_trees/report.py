@@ -1,14 +1,14 @@
 """Reports on the zeros of any parameter tree: which leaves have the pattern, along which axis."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from prox24._core.masks import count_violations, mean_sparsity, sparse_axes
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
+from prox24._trees.products import is_array
 from prox24.optax import Leaf, describe, kept_entries
 from prox24.optax._leaves import Axis, Mask, PyTree, check_values
 
@@ -133,7 +133,12 @@ def mask_of(
       {'bias': [True], 'kernel': [True, False, False, True]}
     """
     kept = kept_entries(params, as_pattern(pattern), axis=axis, mask=mask)
-    return jax.tree.map(lambda value, own: jnp.broadcast_to(own, np.shape(value)), params, kept)
+
+    def of_leaf(leaf: Any, own: Array) -> Array:
+        # The mask of a dense leaf is placed like the leaf.
+        return own if own.ndim or not is_array(leaf) else jnp.ones_like(leaf, bool)
+
+    return jax.tree.map(of_leaf, params, kept)
 
 
 def _looked_at(leaf: Leaf, value: Array, pattern: Pattern) -> LeafReport:

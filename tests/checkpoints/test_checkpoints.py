@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import shutil
 import struct
@@ -163,7 +164,8 @@ def removed(name):
         (removed("config.json"), "config.json: there is no such file"),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": {}}'), "no weight_map"),
         (placed(SECOND), f"{Q_PROJ} in model-00002"),
-        (placed("config.json"), "shard .*config.json cannot be read"),
+        (placed("config.json"), "config.json is no whole safetensors file"),
+        (lambda at: os.truncate(at / FIRST, 2000), rf"{FIRST} is no whole .*: get it again"),
         (placed("x" * 300), "shard .*xxx is missing"),
         *((placed(name), "outside the folder") for name in ("../elsewhere", "..", "", 7)),
         *((linked(n), f"{n} is a link to outside the") for n in ("config.json", "LICENSE", FIRST)),

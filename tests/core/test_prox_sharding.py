@@ -8,8 +8,22 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def reports():
+def output():
     return output_of("sharded_prox.py")
+
+
+@pytest.fixture(scope="module")
+def reports(output):
+    return [report for report in output if "function" in report]
+
+
+def test_masks_are_placed_like_their_leaves_and_cut_blocks_are_named(output):
+    automatic, explicit = (report for report in output if "masks" in report)
+    assert automatic["placed"]
+    assert explicit["placed"]
+    assert explicit["said"] == (
+        "axis 0 of shape (16,) is in 8 parts, which cut blocks of 4: use jax.sharding.reshard first"
+    )
 
 
 def test_every_function_ran_on_every_mesh(reports):

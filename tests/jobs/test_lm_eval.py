@@ -304,6 +304,7 @@ def test_a_conversation_is_written_by_the_chat_template(lm):
         ({"max_length": 129}, "max_length 129 is not between 1 and 128"),
         ({"max_length": 0}, "max_length 0 is not between"),
         ({"dtype": "int8"}, "dtype 'int8' is none of float32, float16, bfloat16"),
+        ({"device": "cuda:0"}, "device 'cuda:0': leave it out, JAX chooses it"),
     ],
 )
 def test_arguments_out_of_range_are_one_sentence(harness, folder, arguments, said):

@@ -87,7 +87,7 @@ def test_the_largest_micro_batch_that_fits_is_found(model):
         assert memory.fitting_micro_batch(model, (12, 64), Setup(WANDA), budget) == size
     with pytest.raises(Prox24Error, match="memory is too small: one window in layer 0"):
         memory.fitting_micro_batch(model, (12, 64), Setup(WANDA), needed[1] - 1)
-    with pytest.raises(Prox24Error, match=r"memory is too small: solving model\.layers\.0\."):
+    with pytest.raises(Prox24Error, match=r"too small: solving model\.layers\.0\..* takes \d+MB"):
         memory.fitting_micro_batch(model, (12, 64), Setup(WANDA), 10)
 
 

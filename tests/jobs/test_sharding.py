@@ -83,6 +83,17 @@ def test_models_with_explicit_axes_have_the_grams_of_one_device(reports):
         assert report["zeros"] == [0.5, 0.5], report
 
 
+def test_descent_with_explicit_axes_finds_the_minimum_and_its_derivative(reports):
+    found = with_key(reports, "descended")
+    assert len(found) == 2
+    for report in found:
+        assert report["in_place"], report
+        # Near a minimum the inverse Hessian is below 8.
+        assert report["error"] <= 2 * 8 * report["tolerance"], report
+        own, alone = report["slopes"]
+        assert abs(own - alone) <= 1e-3 * abs(alone), report
+
+
 def test_weights_of_three_axes_stay_on_their_devices(reports):
     found = with_key(reports, "on_axes")
     assert [report["on_axes"] for report in found] == ["Explicit", "Auto"]
