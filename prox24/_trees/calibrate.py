@@ -148,8 +148,9 @@ def gather(
     }
     grams = {path: empty_grams(shape) for path, shape in chosen.items()}
     crosses = {} if dense is None else jax.tree.map(jnp.copy, grams)
-    arrays, join = split_arrays(stream.params)
-    dense_arrays, join_dense = split_arrays(stream.params if dense is None else dense.params)
+    on_host, join = split_arrays(stream.params)
+    arrays = list(map(jnp.asarray, on_host))  # Sent to the device once, not for each batch.
+    dense_arrays, join_dense = (arrays, join) if dense is None else split_arrays(dense.params)
 
     @functools.partial(jax.jit, donate_argnames=("grams", "crosses"))
     def add(
