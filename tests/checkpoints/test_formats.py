@@ -543,8 +543,8 @@ def test_only_the_preferred_weights_are_downloaded(tmp_path, monkeypatch):
     calls = []
 
     def snapshot_download(model, *, revision, allow_patterns):
-        calls.append((model, revision, allow_patterns[-1]))
-        if allow_patterns[-1] == "pytorch_model*.bin":
+        calls.append((model, revision, *allow_patterns[-2:]))
+        if "pytorch_model.bin" in allow_patterns:
             (tmp_path / "pytorch_model.bin").touch()
         return str(tmp_path)
 
@@ -552,6 +552,6 @@ def test_only_the_preferred_weights_are_downloaded(tmp_path, monkeypatch):
     formats = [pickle_file.FILES._replace(stem="model", suffix=".safetensors"), pickle_file.FILES]
     assert hub.download("owner/name@v1", [*formats, flax_file.FILES]) == tmp_path
     assert calls == [
-        ("owner/name", "v1", "model*.safetensors"),
-        ("owner/name", "v1", "pytorch_model*.bin"),
+        ("owner/name", "v1", "model.safetensors", "model-*.safetensors"),
+        ("owner/name", "v1", "pytorch_model.bin", "pytorch_model-*.bin"),
     ]
