@@ -125,14 +125,14 @@ def tree_reports():
             tree = {"kernel": jnp.ones((32, 4)), "bias": jnp.ones(16)}
             params = jax.device_put(tree, placed)
             masks = prox24.mask_of(params)
-            said = ""
+            said, sparse = "", bool(prox24.is_sparse(params["bias"]))
             if kind is AxisType.Explicit:
                 try:
                     prox24.prox(params["bias"], 0.5)
                 except ValueError as error:
                     said = str(error)
         kept = [mask.sharding.spec[0] == "any" for mask in jax.tree.leaves(masks)]
-        yield {"masks": kind.name, "placed": all(kept), "said": said}
+        yield {"masks": kind.name, "placed": all(kept), "sparse": sparse, "said": said}
 
 
 def main():

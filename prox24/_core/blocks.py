@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from prox24._core.pattern import PatternLike, as_pattern
-from prox24._core.placement import explicit_parts
+from prox24._core.placement import has_whole_blocks
 from prox24._core.precision import working_dtype
 
 
@@ -42,10 +42,9 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
     length = w.shape[axis]
     if length % width:
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {width}")
-    count = explicit_parts(w, axis)
-    if length // count % width:
+    if not has_whole_blocks(w, width, axis):
         raise ValueError(
-            f"axis {axis} of shape {w.shape} is in {count} parts, which cut blocks of {width}: "
+            f"devices share blocks of {width} of axis {axis} of shape {w.shape}: "
             "use jax.sharding.reshard first"
         )
     blocks = w.reshape(*w.shape[:axis], length // width, width, *w.shape[axis + 1 :])

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from prox24._core.blocks import join, ranks, split, unit_norms, units
+from prox24._core.blocks import checked_axis, join, ranks, split, unit_norms, units
 from prox24._core.pattern import AnyPattern, Pattern, PatternLike, Unstructured, as_pattern
+from prox24._core.placement import has_whole_blocks, whole
 
 
 def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> Array:
@@ -77,7 +78,9 @@ def _count_violations(w: Array, pattern: AnyPattern, axis: int) -> Array:
     if isinstance(pattern, Unstructured):
         excess = jnp.count_nonzero(w) - pattern.kept(w.size) - sum(w.shape)
         return jnp.maximum(excess, 0).astype(jnp.int32)
-    nonzeros = nonzero_units(split(w, pattern, axis), pattern.unit)
+    axis = checked_axis(w.shape, axis)
+    own = w if has_whole_blocks(w, pattern.width, axis) else whole(w)
+    nonzeros = nonzero_units(split(own, pattern, axis), pattern.unit)
     return jnp.count_nonzero(nonzeros > pattern.kept).astype(jnp.int32)
 
 

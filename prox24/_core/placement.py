@@ -165,12 +165,16 @@ def whole(array: Array) -> Array:
     return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
 
 
-def explicit_parts(array: Array, axis: int) -> int:
-    """The number of parts of an axis in the array's type: 1 unless the mesh has explicit axes."""
+def has_whole_blocks(array: Array, width: int, axis: int) -> bool:
+    """Whether devices share no block of an axis, as far as the array's type says.
+
+    The type only says it for the explicit axes of a mesh.
+    """
     sharding = jax.typeof(array).sharding
     names = sharding.spec[axis] or ()
     names = (names,) if isinstance(names, str) else names
-    return math.prod(sharding.mesh.shape[name] for name in names)
+    parts = math.prod(sharding.mesh.shape[name] for name in names)
+    return array.shape[axis] // parts % width == 0
 
 
 def placed_like(array: Array, other: Array) -> Array:

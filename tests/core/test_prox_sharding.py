@@ -21,8 +21,9 @@ def test_masks_are_placed_like_their_leaves_and_cut_blocks_are_named(output):
     automatic, explicit = (report for report in output if "masks" in report)
     assert automatic["placed"]
     assert explicit["placed"]
+    assert not explicit["sparse"]
     assert explicit["said"] == (
-        "axis 0 of shape (16,) is in 8 parts, which cut blocks of 4: use jax.sharding.reshard first"
+        "devices share blocks of 4 of axis 0 of shape (16,): use jax.sharding.reshard first"
     )
 
 
