@@ -42,6 +42,20 @@ def test_the_lasso_is_that_of_scikit_learn(options):
     np.testing.assert_array_equal(found.params != 0, expected != 0)
 
 
+@pytest.mark.parametrize("momentum", [True, False])
+def test_rounding_of_the_value_does_not_lengthen_the_steps(momentum):
+    origin = jnp.asarray(Y[:32], jnp.float32)
+
+    def far_from_zero(w):
+        return jnp.sum((w - origin) ** 2) / 2 + jnp.float32(1e4)
+
+    start = jnp.zeros(32, jnp.float32)
+    found = proximal_gradient(far_from_zero, start, soft, 0.1, momentum=momentum)
+    assert found.outcome is Descent.CONVERGED
+    # Entries round to 1e-7 of their size. The tolerance is 1e-5.
+    np.testing.assert_allclose(found.params, soft(origin, 0.1, 1), rtol=1e-6, atol=2e-5)
+
+
 def test_a_layer_under_the_penalty_has_the_least_loss_of_its_mask():
     gram = X[:, :4].T @ X[:, :4]
     origin = jnp.asarray([1.0, -0.9, 0.3, 0.2])
