@@ -39,7 +39,6 @@ from prox24 import ADMM, ConjugateGradients, LayerProblem, ProximalGradient, Rec
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs.native import native_runner
 from prox24._jobs.text import calibration_windows
-from prox24._pruning.runner import Streams
 
 DEFAULT = "admm with the prox"
 REFERENCE = "sparsegpt"
@@ -99,7 +98,7 @@ def linears(
     """The linears of some layers with their Grams in the dense model."""
     checkpoint = open_checkpoint(model)
     runner = native_runner(checkpoint, calibration_windows(checkpoint, text), Recipe.wanda())
-    _, state = runner.enter(Streams(dense=False, crosses=False))
+    _, state = runner.enter(dense=False)
     for index in range(max(layers) + 1):
         weights = runner.weights(index)
         chosen = runner.linears(index) if index in layers else []

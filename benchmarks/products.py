@@ -40,7 +40,6 @@ from prox24._jobs.native import native_runner
 from prox24._jobs.observe import layer_inputs
 from prox24._jobs.text import calibration_windows
 from prox24._pruning.grams import add_tokens, empty_gram
-from prox24._pruning.runner import Streams
 from prox24._solvers.damping import damped_inverse
 
 TOKENS, ROWS = 2048, 128
@@ -128,7 +127,7 @@ def inputs_of(model: Path, last: int, text: prox24.Text) -> Iterator[tuple[str, 
     checkpoint = open_checkpoint(model)
     windows = calibration_windows(checkpoint, text)
     runner = native_runner(checkpoint, windows, prox24.Recipe.wanda())
-    _, state = runner.enter(Streams(dense=False, crosses=False))
+    _, state = runner.enter(dense=False)
     for index in range(last):
         state = runner.advance(index, runner.weights(index), state)
     weights, layer = runner.weights(last), runner.model.config.layers[last]

@@ -23,7 +23,6 @@ import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs.native import native_runner
 from prox24._jobs.text import calibration_windows
-from prox24._pruning.runner import Streams
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -67,7 +66,7 @@ def diagnose_model(path, text):
     checkpoint = open_checkpoint(path)
     windows = calibration_windows(checkpoint, text)
     runner = native_runner(checkpoint, windows, prox24.Recipe())
-    _, state = runner.enter(Streams(dense=False, crosses=False))
+    _, state = runner.enter(dense=False)
     for layer in range(runner.stages):
         weights = runner.weights(layer)
         names = dict.fromkeys(linear.input for linear in runner.linears(layer))

@@ -569,7 +569,7 @@ def gathering_reports(folder, variant, shared):
     expected = jax.grad(loss)(params(lambda name, tensors: jnp.stack(tensors)), ids, None)
     linears = {linear.shape for linear in layer_linears(model.config, 0)}
     for tensor in shared:
-        mesh = partition.training_mesh(common_mesh(8 // tensor, tensor))
+        mesh = common_mesh(8 // tensor, tensor)
 
         def stack(name, tensors, mesh=mesh):
             values = np.stack(tensors)

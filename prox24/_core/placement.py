@@ -43,9 +43,7 @@ def common_mesh(windows: int, tensor: int = 1) -> Mesh | None:
         )
     count = divisors(windows // processes, most)[0]
     used = np.array([device for own in devices for device in own[: count * tensor]])
-    if used.size == 1:
-        return None
-    return Mesh(used, (AXIS,)) if tensor == 1 else Mesh(used.reshape(-1, tensor), (AXIS, TENSOR))
+    return None if used.size == 1 else Mesh(used.reshape(-1, tensor), (AXIS, TENSOR))
 
 
 def divisors(windows: int, most: int) -> list[int]:

@@ -41,7 +41,6 @@ from prox24._jobs.text import (
     described,
     files_of_text,
     shape_of,
-    shuffled,
 )
 from prox24._jobs.training import check_pair, held_out_groups, train_checkpoint
 from prox24.refine._model import ModelRefinement
@@ -152,9 +151,7 @@ def distill(
     config = load_model(student).config
     if isinstance(text, Text) and text.written:  # Errors come before the model writes.
         held_out_groups(config, shape_of(text)[0], refinement, mesh)
-    windows = calibration_windows(teacher, text, quiet=quiet)
-    if isinstance(text, Text):
-        windows = shuffled(windows)
+    windows = calibration_windows(teacher, text, held_out=True, quiet=quiet)
     of_teacher, of_student = source_files(teacher.path), source_files(student.path)
     job = {
         "command": "distill",

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prox24._jobs import torchax
-from prox24._jobs.forward import load_model
 from prox24._jobs.output import Report, table
 from prox24._jobs.perplexity import native_perplexity
 from prox24._jobs.progress import progress_bar
@@ -59,7 +58,7 @@ def perplexities(
             raise CalibrationError(f"{file} can be read once, for one model: give a file instead")
     windows = {}
     for model in models:
-        checkpoint, _ = torchax.open_any(model)
+        checkpoint = torchax.open_any(model)
         windows[model] = [evaluation_windows(checkpoint, text) for text in texts]
 
     def one(model: str, text: Text, own: NDArray[np.int32]) -> PerplexityReport:
@@ -94,12 +93,11 @@ def perplexity(
       CalibrationError: the text is too short, or the loss is not finite.
       UnsupportedModelError: the model has no forward pass here, and torchax cannot run it.
     """
-    checkpoint, native = torchax.open_any(model)
+    checkpoint = torchax.open_any(model)
     windows = evaluation_windows(checkpoint, text)
-    steps = len(load_model(checkpoint).config.layers) if native else len(windows)
-    step, measure = "window", torchax.torch_perplexity
-    if native:
-        step, measure = "layer", native_perplexity
+    step, steps, measure = "window", len(windows), torchax.torch_perplexity
+    if checkpoint.decoder is not None:
+        step, steps, measure = "layer", len(checkpoint.decoder.layers), native_perplexity
     with progress_bar(f"eval {Path(model).name}", steps, quiet) as advance:
         found = measure(checkpoint, windows, lambda index: advance(f"{step} {index}", None))
     name = text.called(NOVEL) if isinstance(text, Text) else "tokens"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prox24._jobs import torchax
-from prox24._jobs.forward import layer_names, load_model, oriented, outer_names
+from prox24._jobs.forward import layer_names, oriented, outer_names
 from prox24._models import decoder, spec
 from prox24._models.spec import Config
 from prox24._trees.products import Apply
@@ -45,11 +45,10 @@ def load(model: str | Path) -> Loaded:
       CheckpointError: the model cannot be read.
       UnsupportedModelError: the model has no forward pass here, and torchax cannot run it.
     """
-    checkpoint, native = torchax.open_any(model)
-    if not native:
-        apply, params = torchax.loaded(checkpoint)
-        return Loaded(apply, params, checkpoint.load_tokenizer())
-    config = load_model(checkpoint).config
+    checkpoint = torchax.open_any(model)
+    config = checkpoint.decoder
+    if config is None:
+        return Loaded(*torchax.loaded(checkpoint), checkpoint.load_tokenizer())
     params = {name: jnp.asarray(checkpoint.read(name)) for name in spec.tensor_shapes(config)}
     return Loaded(functools.partial(_logits, config), params, checkpoint.load_tokenizer())
 

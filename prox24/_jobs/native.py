@@ -21,7 +21,7 @@ from prox24._jobs.observe import observe_layer
 from prox24._models.heads import attention_ties
 from prox24._pruning.grams import Sums, empty_columns, empty_gram, is_finite, over_devices
 from prox24._pruning.recipe import Recipe
-from prox24._pruning.runner import Inputs, Linear, Runner, Side, Streams, TrainableStage
+from prox24._pruning.runner import Inputs, Linear, Runner, Side, TrainableStage
 from prox24.basis import Places
 from prox24.errors import CalibrationError
 
@@ -34,7 +34,6 @@ class Hidden(NamedTuple):
 
     pruned: MicroBatches
     dense: MicroBatches | None
-    crosses: bool
     files: ActivationFiles | None
 
 
@@ -90,16 +89,16 @@ class NativeRunner(Runner[Hidden]):
     def _own(self, index: int, weights: Mapping[str, Array]) -> dict[str, Array]:
         return {key: weights[name] for key, name in self._names(index).items()}
 
-    def enter(self, streams: Streams) -> tuple[int, Hidden]:
+    def enter(self, dense: bool) -> tuple[int, Hidden]:
         """Embeds the windows, or opens the hidden states of an earlier run on disk."""
         embedded = forward.embed_windows(self.model, self.windows, self.micro_batch)
         if self.activations is None:
             hidden = list(embedded)
-            return 0, Hidden(hidden, list(hidden) if streams.dense else None, streams.crosses, None)
+            return 0, Hidden(hidden, list(hidden) if dense else None, None)
         own = len(own_windows(self.micro_batch, self.mesh))
         count, length = self.windows.shape
         shape = (count // self.micro_batch, own, length, self.model.config.hidden)
-        names = ["pruned", "dense"] if streams.dense else ["pruned"]
+        names = ["pruned", "dense"] if dense else ["pruned"]
         files = ActivationFiles(self.activations, shape, names, self.stages)
         first = files.layer or 0
         entering = {name: files.micro_batches(name, first) for name in names}
@@ -107,7 +106,7 @@ class NativeRunner(Runner[Hidden]):
             for i, states in enumerate(embedded):
                 for batches in entering.values():
                     batches[i] = states
-        return first, Hidden(entering["pruned"], entering.get("dense"), streams.crosses, files)
+        return first, Hidden(entering["pruned"], entering.get("dense"), files)
 
     def observe(
         self, index: int, weights: Mapping[str, Array], state: Hidden, wanted: Collection[str]
@@ -117,7 +116,8 @@ class NativeRunner(Runner[Hidden]):
         columns = self.mesh if self.shard_grams else None
         devices = None if columns is None else columns.size
         grams = self._empty(index, wanted)
-        crosses = self._empty(index, wanted) if state.crosses else {}
+        paired = state.dense is not None and self.recipe.targets is not None
+        crosses = self._empty(index, wanted) if paired else {}
         outputs = state.dense
         if state.files is not None and state.dense is not None:
             outputs = state.files.micro_batches("dense", index + 1)

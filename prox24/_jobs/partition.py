@@ -22,12 +22,6 @@ from prox24._models.spec import Config
 from prox24.errors import Prox24Error
 
 
-def training_mesh(mesh: Mesh) -> Mesh:
-    """The devices of a mesh of one or two axes, as a mesh of both axes."""
-    devices = mesh.devices
-    return Mesh(devices.reshape(len(devices), -1), (AXIS, TENSOR))
-
-
 def check_divides(config: Config, mesh: Mesh, windows: int) -> None:
     """Raises Prox24Error if devices do not divide the windows of a micro-batch, heads or widths."""
     if windows % mesh.shape[AXIS]:

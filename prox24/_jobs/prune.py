@@ -40,7 +40,6 @@ from prox24._jobs.text import (
     described,
     files_of_text,
     shape_of,
-    shuffled,
 )
 from prox24._jobs.tokens import check_length
 from prox24._jobs.torch_runner import TorchRunner
@@ -114,8 +113,8 @@ def prune(
     check_unread(destination, calibration)
     recipe.check_supported()
     recipe.to_dict()  # Raises an error early: the manifest needs the dict.
-    checkpoint, native = torchax.open_any(source)
-    model = load_model(checkpoint) if native else None
+    checkpoint = torchax.open_any(source)
+    model = None if checkpoint.decoder is None else load_model(checkpoint)
     # All this comes before the model may have to write the text.
     if model is not None:
         check_fits(model, recipe, shard_grams)
@@ -154,10 +153,8 @@ def prune(
     if isinstance(calibration, Text) and calibration.written:
         check_length(checkpoint, calibration.sequence_length)
         place = placed(shape_of(calibration))
-    quiet = quiet or not is_first()
-    windows = calibration_windows(checkpoint, calibration, quiet=quiet)
-    if recipe.refine is not None and isinstance(calibration, Text):
-        windows = shuffled(windows)
+    quiet, refines = quiet or not is_first(), recipe.refine is not None
+    windows = calibration_windows(checkpoint, calibration, held_out=refines, quiet=quiet)
     text = described(calibration, windows, published=True)
     text["text"].encode()  # Raises an error early: the model card and the summary need the name.
     mesh, micro_batch = place or placed(windows.shape)
@@ -173,7 +170,7 @@ def prune(
         "shard_grams": shard_grams,
         "shard_size": shard_size,
         "source": files,
-        "versions": versions(*(() if native else ("torch", "torchax"))),
+        "versions": versions(*(("torch", "torchax") if model is None else ())),
         "devices": [jax.devices()[0].device_kind, 1 if mesh is None else mesh.size],
         "processes": jax.process_count(),
     }
@@ -183,7 +180,7 @@ def prune(
     )
     with _common_folder(destination, job, overwrite) as unfinished:
         states = unfinished.folder.with_name("activations") / str(jax.process_index())
-        if native:
+        if model is not None:
             runner: Runner[Any] = native_runner(
                 checkpoint,
                 windows,

@@ -10,7 +10,6 @@ import numpy as np
 from prox24._core.pattern import Pattern
 from prox24._jobs import page, torchax
 from prox24._jobs.output import Report, gigabytes, table
-from prox24._jobs.verify import native_axes
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import LinearReport
 from prox24._solvers.problem import Status
@@ -185,10 +184,10 @@ class PruneReport(Report):
         """The first rows and columns of a mask, read from the written model."""
         if not self.linears:
             return []
-        checkpoint, native = torchax.open_any(self.destination)
-        axes = native_axes(checkpoint) if native else torchax.linear_axes(checkpoint)
+        checkpoint = torchax.open_any(self.destination)
         name = self.linears[0].name.partition("[")[0]
-        weight = np.moveaxis(np.asarray(checkpoint.read(name)), axes[name], -1)
+        axis = torchax.linear_axes(checkpoint)[name]
+        weight = np.moveaxis(np.asarray(checkpoint.read(name)), axis, -1)
         corner = weight.reshape(-1, weight.shape[-1])[:24, :64] != 0
         pattern = self.recipe.pattern_of(name)
         group = pattern.width if isinstance(pattern, Pattern) else None

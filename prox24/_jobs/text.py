@@ -169,18 +169,21 @@ def check_unread(path: Path, text: Windows) -> None:
 
 
 def calibration_windows(
-    checkpoint: Checkpoint, text: Windows, *, quiet: bool = True
+    checkpoint: Checkpoint, text: Windows, *, held_out: bool = False, quiet: bool = True
 ) -> NDArray[np.int32]:
     """Windows to calibrate or train on; given token ids are checked and returned.
 
-    A text that the model writes takes time. It shows a progress bar unless it is `quiet`.
+    With `held_out`, windows of a text come in a fixed random order: the last ones, which measure a
+    training, should come from the whole text. A text that the model writes takes time. It shows a
+    progress bar unless it is `quiet`.
     """
     if not isinstance(text, Text):
         return _checked(checkpoint, text)
     parts = [] if text.given is None else [_given_windows(checkpoint, text.given)]
     if text.written:  # Errors in the other sources come first.
         parts.append(_written_windows(checkpoint, text, quiet))
-    return np.concatenate(parts)
+    windows = np.concatenate(parts)
+    return np.random.default_rng(0).permutation(windows) if held_out else windows
 
 
 def _written_windows(checkpoint: Checkpoint, text: Text, quiet: bool) -> NDArray[np.int32]:
@@ -254,14 +257,6 @@ def described(
         "tokens": windows.size,
         "sha256": sha256(windows),
     }
-
-
-def shuffled(windows: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Windows in a fixed random order.
-
-    The last windows are held out to measure a training. They should come from the whole text.
-    """
-    return np.random.default_rng(0).permutation(windows)
 
 
 def prompt_tokens(checkpoint: Checkpoint, text: str) -> NDArray[np.int32]:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,12 @@ from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint
 from prox24._jobs.torchax import layers_and_inputs
-from prox24._pruning.runner import Inputs, Linear, Runner, Streams
+from prox24._pruning.runner import Inputs, Linear, Runner
 from prox24._trees.calibrate import Stream, gather
 from prox24._trees.products import Apply
 
-
-class Hidden(NamedTuple):
-    """The input of a layer, batch by batch, in the pruned and in the dense model."""
-
-    pruned: list[Array]
-    dense: list[Array] | None
+Hidden = list[list[Array]]
+"""The input of a layer, batch by batch, in the pruned and in any dense model."""
 
 
 class TorchRunner(Runner[Hidden]):
@@ -54,28 +50,26 @@ class TorchRunner(Runner[Hidden]):
         """The parameters of a layer, float32."""
         return dict(self._function(index).params)
 
-    def enter(self, streams: Streams) -> tuple[int, Hidden]:
-        hidden = self._first_inputs
-        return 0, Hidden(hidden, hidden if streams.dense else None)
+    def enter(self, dense: bool) -> tuple[int, Hidden]:
+        return 0, [self._first_inputs] * (1 + dense)
 
     def observe(
         self, index: int, weights: Mapping[str, Array], state: Hidden, wanted: Collection[str]
     ) -> tuple[dict[str, list[Inputs]], Hidden]:
         """Runs the dense layer on each stream; two streams make cross-Grams."""
-        apply = self._function(index).apply
-        inputs: dict[str, list[Inputs]] = {}
+        apply, inputs = self._function(index).apply, dict[str, list[Inputs]]()
         if wanted:
-            dense = None if state.dense is None else Stream(weights, state.dense)
-            grams = gather(apply, Stream(weights, state.pruned), dense, names=wanted).grams
+            streams = (Stream(weights, hidden) for hidden in state)
+            grams = gather(apply, *streams, names=wanted).grams
             inputs = {name: grams[name].inputs() for name in wanted}
-        if state.dense is not None:
-            state = state._replace(dense=_run(apply, weights, state.dense))
-        return inputs, state
+        pruned, *dense = state
+        return inputs, [pruned, *(_run(apply, weights, hidden) for hidden in dense)]
 
     def advance(self, index: int, weights: Mapping[str, Array], state: Hidden) -> Hidden:
         apply = self._function(index).apply
         own = {name: weight.astype(jnp.float32) for name, weight in weights.items()}
-        return state._replace(pruned=_run(apply, own, state.pruned))
+        pruned, *dense = state
+        return [_run(apply, own, pruned), *dense]
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
         return self._checkpoint.tensors[tensor].dtype

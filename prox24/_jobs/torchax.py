@@ -16,7 +16,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from prox24._checkpoints.checkpoint import Checkpoint, open_checkpoint
-from prox24._jobs.forward import batch_size
+from prox24._jobs.forward import all_linears, batch_size
 from prox24._jobs.perplexity import from_losses, sequence_loss
 from prox24._trees.products import Apply
 from prox24.errors import CheckpointError, Prox24Error, UnsupportedModelError, first_line
@@ -59,10 +59,10 @@ def require() -> tuple[Any, Any]:
     return torch, torchax
 
 
-def open_any(path: str | Path) -> tuple[Checkpoint, bool]:
-    """Opens a model, and returns whether it has a forward pass here; otherwise torchax runs it."""
+def open_any(path: str | Path) -> Checkpoint:
+    """Opens a model; torchax runs it if it has no decoder, the forward pass here."""
     try:
-        return open_checkpoint(path), True
+        return open_checkpoint(path)
     except UnsupportedModelError as error:
         if Path(path).suffix == ".gguf":
             raise
@@ -70,7 +70,7 @@ def open_any(path: str | Path) -> tuple[Checkpoint, bool]:
             require()
         except Prox24Error as missing:
             raise UnsupportedModelError(f"{error}; for torchax to run it: {missing}") from error
-        return open_checkpoint(path, any_family=True), False
+        return open_checkpoint(path, any_family=True)
 
 
 def from_torch(model: "torch.nn.Module") -> TorchModel:
@@ -144,6 +144,9 @@ class TorchLayer(NamedTuple):
 
 def linear_axes(checkpoint: Checkpoint) -> dict[str, int]:
     """The weights of all linears to prune, each with the axis of its sum."""
+    if checkpoint.decoder is not None:
+        axis = 0 if checkpoint.decoder.names.transposed else 1
+        return {linear.tensor: axis for linear in all_linears(checkpoint.decoder)}
     _, layers = _decoder_layers(checkpoint)
     axes = {name: axis for layer in layers for name, axis in layer.axes().items()}
     if not axes:

@@ -15,7 +15,6 @@ from prox24._checkpoints.unfinished import sha256
 from prox24._core.masks import count_violations, mean_sparsity, sparse_axes
 from prox24._core.pattern import Pattern, PatternLike, Unstructured
 from prox24._jobs import torchax
-from prox24._jobs.forward import all_linears, load_model
 from prox24._jobs.output import Report, table, versions
 from prox24._jobs.progress import progress_bar
 from prox24._pruning.recipe import Recipe
@@ -115,9 +114,9 @@ def verify(
       CheckpointError: a model cannot be read, or an input width is not divisible by M.
       RecipeError: the pattern is not valid.
     """
-    checkpoint, native = torchax.open_any(model)
+    checkpoint = torchax.open_any(model)
     manifest = read_manifest(checkpoint.path)
-    axes = native_axes(checkpoint) if native else torchax.linear_axes(checkpoint)
+    axes = torchax.linear_axes(checkpoint)
     entries = {} if manifest is None else manifest["tensors"]
     made = None if manifest is None or pattern is not None else manifest.get("recipe")
     if made is None:
@@ -128,7 +127,7 @@ def verify(
         axes = {name: axis for name, axis in axes.items() if "pruned" in entries.get(name, {})}
     widths = {name: checkpoint.tensors[name].shape[axis] for name, axis in axes.items()}
     check_widths(widths, recipe)
-    given = None if source is None else torchax.open_any(source)[0]
+    given = None if source is None else torchax.open_any(source)
     problems = _missing(checkpoint, given, None if manifest is None else entries)
     refined = {name for name, entry in entries.items() if entry.get("refined")}
     copies = {} if given is None else given.tensors
@@ -179,13 +178,6 @@ def verify(
         others=len(checkpoint.tensors.keys() - axes.keys() - refined),
         versions=versions(),
     )
-
-
-def native_axes(checkpoint: Checkpoint) -> dict[str, int]:
-    """The linears of a native model, each with the axis of its sum."""
-    config = load_model(checkpoint).config
-    axis = 0 if config.names.transposed else 1
-    return {linear.tensor: axis for linear in all_linears(config)}
 
 
 def _missing(

@@ -18,7 +18,7 @@ from prox24._core.placement import apart, everywhere
 from prox24._core.precision import working_dtype
 from prox24._pruning.recipe import Recipe
 from prox24._pruning.report import BlockReport, LinearReport
-from prox24._pruning.runner import Inputs, Linear, Runner, State, Streams, check_found, check_widths
+from prox24._pruning.runner import Inputs, Linear, Runner, State, check_found, check_widths
 from prox24._pruning.turns import tied_tensors, ties_of, turn
 from prox24._solvers.problem import LayerProblem, correct_inputs
 from prox24._solvers.scores import Wanda
@@ -86,9 +86,9 @@ def prune_stages(
     `on_step` is called after each step of a refinement.
     """
     chosen = {tensor: own for tensor, own in check(runner, recipe).items() if tensor not in dense}
-    crosses, refine = recipe.targets is not None, recipe.refine
-    streams = Streams(crosses or refine is not None, crosses)
-    first, state = runner.enter(streams)
+    refine = recipe.refine
+    both = recipe.targets is not None or refine is not None
+    first, state = runner.enter(dense=both)
     for index in range(first, runner.stages):
         given = runner.weights(index)
         linears = [linear for linear in runner.linears(index) if linear.tensor in chosen]
@@ -103,7 +103,7 @@ def prune_stages(
         remaining = [linear for linear in linears if linear.tensor not in written]
         # A resumed run advances the dense model by the same program, so that all bits are equal.
         inputs: dict[str, list[Inputs]] = {}
-        if remaining or streams.dense:
+        if remaining or both:
             wanted = {linear.input for linear in linears}
             observed, state = runner.observe(index, given, state, wanted)
             inputs = dict(observed)
@@ -165,7 +165,7 @@ def most_lossy(runner: Runner[State], recipe: Recipe) -> KeptDense:
     if not recipe.keep_dense:
         return KeptDense({}, {})
     chosen, losses, sizes = check(runner, recipe), dict[str, float](), dict[str, int]()
-    first, state = runner.enter(Streams(False, False))
+    first, state = runner.enter(dense=False)
     for index in range(first, runner.stages):
         weights = runner.weights(index)
         linears = [linear for linear in runner.linears(index) if linear.tensor in chosen]

@@ -52,13 +52,6 @@ class Inputs(NamedTuple):
     cross: Array | None = None
 
 
-class Streams(NamedTuple):
-    """Whether the dense model runs next to the pruned one, and whether it makes cross-Grams."""
-
-    dense: bool
-    crosses: bool
-
-
 class Runner(Protocol[State]):
     """A model in stages: the inputs of each stage come from the pruned stages before it.
 
@@ -92,8 +85,8 @@ class Runner(Protocol[State]):
     def weights(self, index: int) -> dict[str, Array]:
         """The dense weights of a stage, by tensor."""
 
-    def enter(self, streams: Streams) -> tuple[int, State]:
-        """The first stage to run, and the state before it."""
+    def enter(self, dense: bool) -> tuple[int, State]:
+        """The first stage to run, and the state before it; `dense` runs the dense model as well."""
 
     def observe(
         self, index: int, weights: Mapping[str, Array], state: State, wanted: Collection[str]

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from prox24._pruning import loop
 from prox24._pruning.recipe import Recipe, with_products
 from prox24._pruning.report import LinearReport
-from prox24._pruning.runner import Inputs, Linear, Runner, Streams, check_found
+from prox24._pruning.runner import Inputs, Linear, Runner, check_found
 from prox24._trees.calibrate import (
     Calibration,
     InputGram,
@@ -262,7 +262,7 @@ class FunctionRunner(Runner[Any]):
         """The dense weights of a group."""
         return {path: jnp.asarray(self.given[path]) for path in self.groups[index]}
 
-    def enter(self, streams: Streams) -> tuple[int, Any]:
+    def enter(self, dense: bool) -> tuple[int, Any]:
         """Stage 0 and no state: the model does not run."""
         return 0, None
 
@@ -309,9 +309,9 @@ class SequentialRunner(FunctionRunner):
 
     walk: Walk
 
-    def enter(self, streams: Streams) -> tuple[int, Progress]:
+    def enter(self, dense: bool) -> tuple[int, Progress]:
         """Stage 0, with the dense parameters before the first segment."""
-        return 0, Progress(0, [self.walk.start] * (1 + streams.crosses))
+        return 0, Progress(0, [self.walk.start] * (1 + dense))
 
     def observe(
         self, index: int, weights: Mapping[str, Array], state: Progress, wanted: Collection[str]

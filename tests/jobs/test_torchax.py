@@ -34,7 +34,6 @@ from prox24._jobs import torchax
 from prox24._jobs.native import native_runner
 from prox24._jobs.perplexity import native_perplexity
 from prox24._jobs.torch_runner import TorchRunner
-from prox24._jobs.verify import native_axes
 from prox24._pruning import loop
 from prox24.errors import CalibrationError, CheckpointError, Prox24Error, UnsupportedModelError
 
@@ -376,11 +375,11 @@ def test_prune_verify_and_eval_take_families_that_are_not_native(tmp_path, capsy
 @pytest.mark.parametrize("variant", ["grouped_heads", "gpt2"])
 def test_perplexity_and_linears_are_those_of_the_native_forward_pass(tmp_path, variant):
     write_tiny(tmp_path / "model", variant)
-    checkpoint = opened(tmp_path / "model")
-    assert torchax.linear_axes(checkpoint) == native_axes(checkpoint)
+    checkpoint, native = opened(tmp_path / "model"), open_checkpoint(tmp_path / "model")
+    assert torchax.linear_axes(checkpoint) == torchax.linear_axes(native)
     seen = []
     result = torchax.torch_perplexity(checkpoint, WINDOWS, on_step=seen.append)
-    expected = native_perplexity(open_checkpoint(tmp_path / "model"), WINDOWS)
+    expected = native_perplexity(native, WINDOWS)
     # A log-probability is off by at most twice what the logits, below 8, are.
     assert result == pytest.approx(expected, rel=2 * rounding(8.0))
     assert seen == list(range(len(WINDOWS)))

@@ -29,7 +29,6 @@ from prox24 import refine
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._core.precision import COMPUTE_DTYPES
 from prox24._jobs.forward import embedding_weights, head_weights, layer_weights, load_model
-from prox24._jobs.text import shuffled
 from prox24._jobs.training import _functions, _outer, _targets, train_checkpoint
 from prox24._models import decoder, spec, stacks
 from prox24.refine import BlockRefinement, ModelRefinement
@@ -413,13 +412,6 @@ def test_a_model_with_a_tenth_of_zeros_keeps_them(workspace):
     assert distilled(workspace, models=("model", "few")) == 0
     trained, given = (open_checkpoint(workspace / name).read(Q_PROJ) for name in ("out", "few"))
     np.testing.assert_array_equal(trained == 0, given == 0)
-
-
-def test_windows_are_taken_in_an_order_of_their_own():
-    windows = np.arange(40).reshape(20, 2)
-    found = shuffled(windows)
-    assert found.tolist() == shuffled(windows).tolist() != windows.tolist()
-    assert sorted(found.tolist()) == windows.tolist()
 
 
 @pytest.mark.slow  # beside blocks that go on
