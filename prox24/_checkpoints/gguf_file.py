@@ -36,26 +36,18 @@ class Architecture(NamedTuple):
     """How llama.cpp stores a family."""
 
     model_type: str  # HF's
-    hf_class: str
     settings: dict[str, Any]  # HF's fields with one value for the architecture
     biases: Mapping[str, str] = ATTENTION_BIASES  # HF's field for a bias, by kind of linear
     pairs: bool = False  # rotary pairs of q and k are neighbouring rows
     norm_offset: float = 0.0  # added to the weights of norms in the file
 
 
-SILU = {"hidden_act": "silu"}
+SILU, GELU = {"hidden_act": "silu"}, {"hidden_activation": "gelu_pytorch_tanh"}
 ARCHITECTURES = {
-    "llama": Architecture(
-        "llama", "LlamaForCausalLM", SILU, ATTENTION_BIASES | {"ffn": "mlp_bias"}, pairs=True
-    ),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", SILU, biases={}),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", SILU),
-    "gemma3": Architecture(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        {"hidden_activation": "gelu_pytorch_tanh"},
-        norm_offset=1.0,
-    ),
+    "llama": Architecture("llama", SILU, ATTENTION_BIASES | {"ffn": "mlp_bias"}, pairs=True),
+    "qwen2": Architecture("qwen2", SILU, biases={}),
+    "qwen3": Architecture("qwen3", SILU),
+    "gemma3": Architecture("gemma3_text", GELU, norm_offset=1.0),
 }
 """The supported architectures, by general.architecture."""
 
@@ -90,14 +82,12 @@ def open_gguf(path: Path) -> Opened:
     architecture = ARCHITECTURES[kind]
     config = _config(path, kind, metadata, stored)
     sources = {name: _source(path, name, x, architecture, config) for name, x in stored.items()}
-    decoder = config_from_hf(config)
+    decoder, hf_class = config_from_hf(config), config["architectures"][0]
     known = get_tensor_name_map(MODEL_ARCH[kind.upper()], len(decoder.layers))
     names = {known.get_name(name, (".weight", ".bias")): name for name in tensor_shapes(decoder)}
     for name in sources:
         if name not in names:
-            raise CheckpointError(
-                f"{path}: tensor {name} has no counterpart in {architecture.hf_class}"
-            )
+            raise CheckpointError(f"{path}: tensor {name} has no counterpart in {hf_class}")
     tensors = {names[name]: source for name, source in sources.items()}
     length = config["max_position_embeddings"]
     exact = all(tensor.kind in EXACT for tensor in stored.values())
@@ -131,7 +121,7 @@ def _card_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _config(
     path: Path, kind: str, metadata: dict[str, Any], names: Collection[str]
 ) -> dict[str, Any]:
-    architecture = ARCHITECTURES[kind]
+    architecture, hf_class = ARCHITECTURES[kind], f"{kind.capitalize()}ForCausalLM"
 
     def field(name: str, of_type: type, default: Any = None) -> Any:
         value = metadata.get(name, default)
@@ -162,10 +152,10 @@ def _config(
     if rotated != head_dim:
         raise UnsupportedModelError(
             f"rope.dimension_count of the GGUF is {rotated}, a head has {head_dim} entries, of "
-            f"which {architecture.hf_class} rotates all; prune the model's HF folder instead"
+            f"which {hf_class} rotates all; prune the model's HF folder instead"
         )
     config = {
-        "architectures": [architecture.hf_class],
+        "architectures": [hf_class],
         "model_type": architecture.model_type,
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length"),

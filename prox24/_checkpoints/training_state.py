@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from prox24._checkpoints.tensors import writing
@@ -31,7 +30,7 @@ class States(NamedTuple):
         arrays = (state.master, state.optimizer, state.best)
         about = {"job": self.job, "losses": state.losses}
         both = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(_numbered(arrays)), about=ocp.args.JsonSave(about)
+            arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
         try:
             self.manager.save(state.steps, args=both)
@@ -47,11 +46,10 @@ class States(NamedTuple):
         if step is None:
             return begun
         arrays = (begun.master, begun.optimizer, begun.best)
-        wanted = ocp.args.StandardRestore(jax.tree.map(_like, _numbered(arrays)))
+        wanted = ocp.args.StandardRestore(jax.tree.map(_like, arrays))
         with intact(UNREADABLE.format(self.manager.directory)):
-            saved = self.manager.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
-            leaves = [jnp.asarray(saved[key]) for key in sorted(saved, key=int)]
-            master, optimizer, best = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
+            saved = self.manager.restore(step, args=ocp.args.Composite(arrays=wanted))
+            master, optimizer, best = saved["arrays"]
         return Training(master, optimizer, best, self.losses, step)
 
 
@@ -84,11 +82,6 @@ def states(folder: Path, job: Mapping[str, Any]) -> Iterator[States]:
                     "choose another folder, or delete it"
                 )
         yield States(manager, job, losses)
-
-
-def _numbered(arrays: Any) -> dict[str, Any]:
-    """The leaves by their number, since orbax renames the parts of an optax state."""
-    return {str(place): leaf for place, leaf in enumerate(jax.tree.leaves(arrays))}
 
 
 def _like(leaf: jax.Array) -> jax.ShapeDtypeStruct:

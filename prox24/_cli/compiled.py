@@ -1,7 +1,6 @@
 """Keeps the programs that XLA compiles for the next command."""
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import os
@@ -30,14 +29,18 @@ def keep_programs() -> None:
 
     if os.environ.get(OFF) or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
+    releases = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
+    key = repr([_processor(), platform.machine(), platform.system(), releases])
     try:
         cache = cache_folder()
-        folder = cache / f"compiled-{_key()}"
+        folder = cache / f"compiled-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        _keep_latest(cache)
+        folders = sorted(cache.glob("compiled-*"), key=lambda folder: folder.stat().st_mtime)
+        for old in folders[:-MOST_FOLDERS]:
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError):  # another process may delete a folder at the same time
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -47,20 +50,6 @@ def keep_programs() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
-def _keep_latest(cache: Path) -> None:
-    folders = sorted(cache.glob("compiled-*"), key=lambda folder: folder.stat().st_mtime)
-    for folder in folders[:-MOST_FOLDERS]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _key() -> str:
-    """A name for the processor and the releases of JAX, for the folder of their programs."""
-    releases = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
-    said = repr([_processor(), platform.machine(), platform.system(), releases])
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
-
-
-@functools.cache
 def _processor() -> str:
     """The model of the processor and its instruction sets."""
     with contextlib.suppress(OSError):

@@ -9,7 +9,6 @@ from typing import Any
 
 from prox24._cli import options
 from prox24._pruning.recipe import Recipe
-from prox24.errors import CheckpointError
 
 METHODS = {
     "magnitude": ("magnitude", Recipe.magnitude()),
@@ -60,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from prox24._checkpoints.checkpoint import open_checkpoint
     from prox24._checkpoints.tensors import writing
     from prox24._cli.demo_model import fetch_model
+    from prox24._jobs import page
     from prox24._jobs.evaluate import perplexity
     from prox24._jobs.output import peak_memory_bytes, print_json, table
     from prox24._jobs.progress import whole_bar
@@ -67,10 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     from prox24._jobs.text import Text, calibration_windows, evaluation_windows
 
     for folder in (arguments.cache, arguments.output):
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
     quiet, silent = arguments.quiet, arguments.quiet or arguments.json
     say = (lambda text: None) if silent else functools.partial(print, flush=True)
     say(f"SmolLM2-135M-Instruct, 2:4. The model is downloaded into {arguments.cache} once.")
@@ -94,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     # Each method has three bars: the check and the layers of pruning, and the measurement.
     with whole_bar("demo", 1 + 3 * len(methods), quiet):
-        for method, (shown, recipe) in {"dense": ("dense", None), **methods}.items():
+        for method, (called, recipe) in {"dense": ("dense", None), **methods}.items():
             began = time.perf_counter()
             folder, figures = model, {}
             if recipe is not None:
@@ -115,40 +113,31 @@ def run(arguments: argparse.Namespace) -> int:
             # The written model is read back and measured.
             measured = perplexity(folder, evaluation, quiet=quiet).to_dict()
             seconds = time.perf_counter() - began
-            rows.append({"method": shown, **measured, **figures, "seconds": seconds})
+            rows.append({"method": called, **measured, **figures, "seconds": seconds})
+    dense, last = (row["perplexity"] for row in (rows[0], rows[-1]))
+    meaning = (
+        f"Half of the weights are zero now. Perplexity rose from {dense:.1f} to {last:.1f} with "
+        "the default method. Lower is better."
+    )
+    shown, bars = list(map(_cells, rows)), {row["method"]: row["perplexity"] for row in rows}
+    text = page.page(
+        "prox24 demo: SmolLM2-135M, 2:4",
+        page.section("Perplexity", page.bars(bars), page.paragraph(meaning)),
+        page.section("Figures", page.table(shown, COLUMNS)),
+        *report.html_sections(),
+    )
     place = arguments.output / "report.html"
     with writing(place):
-        place.write_text(_page(rows, report.html_sections()), encoding="utf-8")
+        place.write_text(text, encoding="utf-8")
     if arguments.json:
         print_json({"rows": rows, "peak_memory_bytes": peak_memory_bytes()})
         return 0
-    print(table(COLUMNS, [_cells(row) for row in rows]))
-    print(_meaning(rows))
+    print(table(COLUMNS, shown))
+    print(meaning)
     print(f"Open {place}: it shows the loss of each layer, and a mask.")
     print("Load the model of the last row with transformers (and torch):")
     print(f'  AutoModelForCausalLM.from_pretrained("{rows[-1]["folder"]}")')
     return 0
-
-
-def _meaning(rows: list[dict[str, Any]]) -> str:
-    dense, last = (row["perplexity"] for row in (rows[0], rows[-1]))
-    return (
-        f"Half of the weights are zero now. Perplexity rose from {dense:.1f} to {last:.1f} with "
-        "the default method. Lower is better."
-    )
-
-
-def _page(rows: list[dict[str, Any]], of_last: list[str]) -> str:
-    """The HTML page of the rows, with sections about the last row."""
-    from prox24._jobs import page
-
-    perplexities = {row["method"]: row["perplexity"] for row in rows}
-    return page.page(
-        "prox24 demo: SmolLM2-135M, 2:4",
-        page.section("Perplexity", page.bars(perplexities), page.paragraph(_meaning(rows))),
-        page.section("Figures", page.table(map(_cells, rows), COLUMNS)),
-        *of_last,
-    )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

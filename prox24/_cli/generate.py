@@ -51,16 +51,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from prox24._checkpoints.checkpoint import open_checkpoint
+    from prox24._jobs.forward import load_model
     from prox24._jobs.output import print_json
+    from prox24._jobs.text import prompt_tokens
+    from prox24._models.generate import check_prompts
 
     # All models are opened and all prompts checked first: most errors come before the first text.
-    opened = [(name, open_checkpoint(name)) for name in arguments.models]
-    prompts = [_checked_prompts(checkpoint, arguments) for _, checkpoint in opened]
+    opened = []
+    for name in arguments.models:
+        checkpoint = open_checkpoint(name)
+        prompts = [prompt_tokens(checkpoint, prompt) for prompt in arguments.prompt]
+        for prompt in prompts:
+            check_prompts(load_model(checkpoint).config, prompt, arguments.tokens)
+        opened.append((name, checkpoint, prompts))
     single = len(arguments.models) == len(arguments.prompt) == 1
     # One model at a time is in memory. The texts of the last one are printed at once.
-    *before, last = [
-        _continuations(*model, own, arguments) for model, own in zip(opened, prompts, strict=True)
-    ]
+    *before, last = [_continuations(*each, arguments) for each in opened]
     rows = []
     for of_prompt in zip(*map(list, before), last, strict=True):
         for row in of_prompt:
@@ -71,18 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(rows[0] if single else {"rows": rows})
     return 0
-
-
-def _checked_prompts(checkpoint: "Checkpoint", arguments: argparse.Namespace) -> list[Any]:
-    """The token ids of each prompt; raises an error if a model cannot continue one."""
-    from prox24._jobs.forward import load_model
-    from prox24._jobs.text import prompt_tokens
-    from prox24._models.generate import check_prompts
-
-    prompts = [prompt_tokens(checkpoint, prompt) for prompt in arguments.prompt]
-    for prompt in prompts:
-        check_prompts(load_model(checkpoint).config, prompt, arguments.tokens)
-    return prompts
 
 
 def _continuations(

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from prox24 import __version__
 from prox24._cli.compiled import keep_programs
-from prox24._cli.malloc import give_back_memory, start_with_huge_pages
+from prox24._cli.malloc import start_with_settings
 from prox24.errors import Prox24Error, first_line, missing_package
 
 COMMANDS = {
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by the shell's >&-
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if arguments is None and set(given) & set(COMMANDS) and not set(given) & {"-h", "--help"}:
-        start_with_huge_pages()
+        start_with_settings()
         _hide_torch()
     # Imports and traces make objects that stay: looking for garbage among them takes a tenth of a
     # short command's time.
@@ -58,7 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         parsed = parser(given).parse_args(given)
-        give_back_memory()
         with _ended_by(signal.SIGTERM), _lines_without_a_terminal(parsed):
             keep_programs()
             code = int(parsed.run(parsed))
