@@ -20,8 +20,8 @@ class LinenCNN(nn.Module):
         return nn.Dense(8, name="head")(nn.Dense(8)(x))
 
 
-def normal(*shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def filled(shapes):

@@ -223,24 +223,9 @@ def masked_least_squares(weight, gram, mask):
     return solution
 
 
-def best_mask_by_enumeration(weight_row, gram, kept=2, group=4):
-    """The mask of one row with the least loss after an exact refit, among all: (mask, loss)."""
-    w, gram = np.asarray(weight_row, np.float64), np.asarray(gram, np.float64)
-    blocks = len(w) // group
-    choices = list(itertools.combinations(range(group), kept))
-    supports = np.array(
-        [
-            [group * block + i for block, choice in enumerate(choice_of) for i in choice]
-            for choice_of in itertools.product(choices, repeat=blocks)
-        ]
-    )
-    inner = gram[supports[:, :, None], supports[:, None, :]]
-    solved = np.linalg.solve(inner, (gram @ w)[supports][..., None])[..., 0]
-    candidates = np.zeros((len(supports), len(w)))
-    np.put_along_axis(candidates, supports, solved, axis=1)
-    difference = candidates - w
-    losses = np.einsum("ki,ij,kj->k", difference, gram, difference)
-    best = int(np.argmin(losses))
-    mask = np.zeros(len(w), bool)
-    mask[supports[best]] = True
-    return mask, float(losses[best])
+def least_loss_by_enumeration(row, gram):
+    """The least loss of one row after an exact refit, among all 2:4 masks."""
+    choices = [np.isin(np.arange(4), pair) for pair in itertools.combinations(range(4), 2)]
+    masks = list(map(np.concatenate, itertools.product(choices, repeat=len(row) // 4)))
+    refitted = masked_least_squares(np.tile(row, (len(masks), 1)), gram, masks)
+    return min(quadratic_loss(weight, row, gram) for weight in refitted)

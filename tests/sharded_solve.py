@@ -36,7 +36,7 @@ from prox24._jobs.forward import (
     layer_weights,
     load_model,
 )
-from prox24._jobs.memory import Setup, layer_memory
+from prox24._jobs.memory import Setup, _needed, layer_memory
 from prox24._jobs.native import native_runner
 from prox24._jobs.observe import observe_layer
 from prox24._jobs.training import train_checkpoint
@@ -129,8 +129,8 @@ def relative_difference(values, expected):
     return float(np.abs(values - expected)[same].max() / np.abs(expected).max())
 
 
-def compiled(problem, methods):
-    return solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4)).compile()
+def lowered(problem, methods):
+    return solve_program.lower(problem, *methods, jnp.float32(0.01), Pattern(2, 4))
 
 
 def compared(program, problem, methods, sharding, expected):
@@ -162,7 +162,7 @@ def solver_reports():
             rows, everywhere = (NamedSharding(mesh, P(*axes)) for axes in (("rows", None), ()))
             placed = jax.device_put(weight, rows), jax.device_put(gram, everywhere)
             problem = LayerProblem(*placed)
-            program = compiled(problem, methods)
+            program = lowered(problem, methods).compile()
             found, inner = collectives(program.as_text())
             yield compared(program, problem, methods, rows, expected) | {
                 "solver": name,
@@ -326,7 +326,7 @@ def column_reports():
         mesh = jax.make_mesh((8,), ("columns",), axis_types=(kind,))
         columns = NamedSharding(mesh, P(None, "columns"))
         problem = jax.device_put(dense, columns)
-        program = compiled(problem, methods)
+        program = lowered(problem, methods).compile()
         yield compared(program, problem, methods, columns, expected) | {
             "columns": kind.name,
             "sent": sent(program),
@@ -365,32 +365,21 @@ def planned_reports(folder):
     hidden = jax.device_put(jnp.ones((16, 256, layer.hidden)), parts)
     grams = {linear.input: empty_columns(linear.shape[1], mesh) for linear in linears}
     given = layer, weights, hidden, hidden, grams, grams
-    gathering = observe_layer.lower(*given, devices=8).compile()
+    gathering = observe_layer.lower(*given, devices=8)
     down = next(linear for linear in linears if linear.tensor == memory.widest)
     problem = LayerProblem(jax.device_put(jnp.ones(down.shape), columns), grams[down.input].total)
-    solving = compiled(problem, methods)
+    solving = lowered(problem, methods)
     held = 2 * memory.weights + 2 * memory.grams - 4 * down.shape[1] ** 2 / 8
     yield {
         "planned": memory.widest,
         "gathered": [
             gram.total.is_equivalent_to(columns, 2)
-            for sums in gathering.output_shardings[:2]
+            for sums in gathering.compile().output_shardings[:2]
             for gram in sums.values()
         ],
-        "planned_gathering": memory.gather / reserved(gathering),
-        "planned_solving": (memory.solve - held) / reserved(solving),
+        "planned_gathering": memory.gather / _needed(gathering),
+        "planned_solving": (memory.solve - held) / _needed(solving),
     }
-
-
-def reserved(program):
-    """Bytes on one device for a program and its arrays."""
-    memory = program.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
 
 
 def sent(program):

@@ -13,10 +13,7 @@ HEAVY |= {"gguf", "rich", "tokenizers", "huggingface_hub"}
     [
         ("import prox24", set()),
         ("from prox24._cli.main import main; main(['--help'])", set()),
-        (
-            "from prox24._cli.main import main; main(['prune', '--help'])",
-            {"jax", "optax", "numpy"},
-        ),
+        ("from prox24._cli.main import main; main(['prune', '--help'])", {"jax", "optax", "numpy"}),
     ],
 )
 def test_what_is_not_needed_is_not_imported(code, needed):

@@ -5,4 +5,9 @@ import pytest
 
 def rest(*cases):
     """Cases beside those of `make test`, for `pytest.mark.parametrize`."""
-    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return list(map(slow, cases))
+
+
+def slow(*case):
+    """One of these cases, with several arguments."""
+    return pytest.param(*case, marks=pytest.mark.slow)

@@ -239,6 +239,13 @@ def write_folder(folder: Path, config: dict, weights: dict, shards: int = 1):
     return weights
 
 
+def write_edited(folder: Path, name: str, place, value, variant: str = "llama1"):
+    """Writes a model with another value at a place of a weight; returns its weights."""
+    weights = random_weights(config_dict(variant))
+    weights[name][place] = value
+    return write_folder(folder, config_dict(variant), weights)
+
+
 def load_folder(folder: Path) -> dict[str, np.ndarray]:
     shards = map(load_file, sorted(folder.glob("*.safetensors")))
     return {name: values for shard in shards for name, values in shard.items()}

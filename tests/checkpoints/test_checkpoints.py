@@ -2,7 +2,6 @@ import json
 import os
 import resource
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from tiny import (
     write_tiny,
 )
 
-from prox24._checkpoints import safetensors_file
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.tensors import is_finite
 from prox24._checkpoints.writer import write_checkpoint
@@ -211,14 +209,6 @@ def test_a_blob_that_the_models_of_the_hub_share_is_read(tmp_path):
     assert open_checkpoint(folder).tensors
 
 
-def test_a_shape_that_no_array_has_is_refused(tmp_path):
-    header = b'{"a":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}'
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(CheckpointError, match="tensor a has shape"):
-        safetensors_file.open_file(path)
-
-
 def test_a_large_float64_is_finite():
     assert is_finite(np.array([1e300]))
 
@@ -235,14 +225,6 @@ def test_a_tensor_that_the_model_cannot_take_is_named(tmp_path, values, named):
     write_changed(tmp_path / "source", {Q_PROJ: values})
     with pytest.raises(CheckpointError, match=f"{Q_PROJ} {named}"):
         open_checkpoint(tmp_path / "source")
-
-
-def test_a_nonfinite_weight_is_named_when_it_is_read(tmp_path):
-    values = np.zeros((32, 32), np.float32)
-    values[3, 5] = np.inf
-    write_changed(tmp_path / "source", {Q_PROJ: values})
-    with pytest.raises(CheckpointError, match=f"{Q_PROJ} holds NaN or Inf"):
-        open_checkpoint(tmp_path / "source").read(Q_PROJ)
 
 
 def test_extra_tensors_are_carried_over(tmp_path):

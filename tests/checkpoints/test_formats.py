@@ -249,9 +249,7 @@ TRUE_SIZES = (storage(), number(0), items(YES), items(YES), NO, ORDERED_DICT)
 PICKLES = [
     ("names os.system,", entries({"x": call("os.system", text("touch x"))})),
     ("names collections.OrderedDict.fromkeys,", entries({"x": DOTTED})),
-    ("names torch.ComplexFloat", entries({"x": tensor(stored=storage(3, "ComplexFloatStorage"))})),
     ("instruction INST", entries({"x": INSTANCE})),
-    ("instruction NEWOBJ", entries({"x": reference("torch.FloatStorage") + items() + b"\x81"})),
     ("instruction BYTEARRAY8", b"\x96" + struct.pack("<Q", 2**40)),
     ("takes 0 positional", entries({"x": call("collections.OrderedDict", text("x"))})),
     ("not callable", entries({"x": call("torch.FloatStorage", number(10**9))})),

@@ -106,6 +106,12 @@ def write_gguf(path: Path, kind: str, config: dict, weights: dict, fields=None, 
     writer.close()
 
 
+def write_small(path: Path) -> Path:
+    config = config_dict("grouped_heads", vocab_size=8, num_hidden_layers=1)
+    write_gguf(path, "llama", config, random_weights(config))
+    return path
+
+
 def test_a_bias_that_the_model_has_not_is_named(tmp_path):
     config = config_dict("qwen2", use_sliding_window=False)
     bias = {"model.layers.1.self_attn.o_proj.bias": np.ones(config["hidden_size"], np.float32)}
@@ -256,10 +262,7 @@ def test_sentence_pieces_are_those_of_greedy_merging(add_space_prefix):
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    config = config_dict("grouped_heads", vocab_size=8, num_hidden_layers=1)
-    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    write_gguf(path, "llama", config, random_weights(config))
-    return path
+    return write_small(tmp_path_factory.mktemp("gguf") / "model.gguf")
 
 
 def test_the_header_is_what_the_reader_of_the_gguf_package_finds(small_model):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 from test_formats import VALUES, entries, tensor, write_legacy, write_zip
-from test_gguf import write_gguf
-from tiny import config_dict, random_weights, write_tiny
+from test_gguf import write_small
+from tiny import config_dict, write_tiny
 
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.hf_folder import read_json
@@ -18,13 +18,6 @@ from prox24._models.families import config_from_hf
 from prox24.errors import CheckpointError, UnsupportedModelError
 
 # Random changes of files of every format
-
-
-def small_gguf(path):
-    changes = {"num_key_value_heads": 2, "vocab_size": 8, "num_hidden_layers": 1}
-    config = config_dict("grouped_heads", **changes)
-    write_gguf(path, "llama", config, random_weights(config))
-    return path
 
 
 SMALL = entries({"a": tensor(), "b": tensor((3, 2), (1, 3))})
@@ -35,7 +28,7 @@ FILES = {
     "flax_model.msgpack": lambda path: path.write_bytes(
         flax.serialization.msgpack_serialize({"a": VALUES, "b": {"kernel": VALUES}})
     ),
-    "model.gguf": small_gguf,
+    "model.gguf": write_small,
     "config.json": lambda path: write_tiny(path.parent),
 }
 

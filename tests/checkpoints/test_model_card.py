@@ -5,8 +5,8 @@ import json
 import gguf
 import pytest
 from huggingface_hub import ModelCard
-from test_gguf import write_gguf
-from tiny import config_dict, random_weights, write_tiny
+from test_gguf import write_small
+from tiny import write_tiny
 
 from prox24._checkpoints import gguf_file
 from prox24._checkpoints.checkpoint import open_checkpoint
@@ -106,8 +106,7 @@ OF_GGUF = {
 
 @pytest.mark.parametrize(("stored", "expected"), OF_GGUF.values(), ids=OF_GGUF)
 def test_the_short_names_of_a_gguf_are_metadata(tmp_path, monkeypatch, stored, expected):
-    config, path = config_dict("grouped_heads", num_hidden_layers=1), tmp_path / "model.gguf"
-    write_gguf(path, "llama", config, random_weights(config))
+    path = write_small(tmp_path / "model.gguf")
     fields, tensors = read_header(path)
     monkeypatch.setattr(gguf_file, "read_header", lambda path: (fields | stored, tensors))
     expected = expected | {"library_name": "transformers"}

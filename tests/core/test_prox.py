@@ -36,50 +36,28 @@ OTHER_CASES += [(pattern, "float64") for pattern in OTHER_PATTERNS if pattern[1]
 GAP = {"float32": 8, "float64": 4096}
 
 
-def gaussian(rng, shape):
-    return rng.normal(size=shape)
-
-
-def uniform(rng, shape):
-    return rng.uniform(-1, 1, shape)
-
-
-def cauchy(rng, shape):
-    return rng.standard_cauchy(shape)
-
-
-def ties(rng, shape):
-    return rng.choice([-1.0, -0.5, 0.5, 1.0], shape)
-
-
-def near_ties(rng, shape):
-    return nudged(rng, np.ones(shape))
-
-
-def all_equal(rng, shape):
-    return np.tile(rng.normal(size=(shape[0], 1)), shape[1])
-
-
-def zeros(rng, shape):
-    return rng.normal(size=shape) * rng.choice([0, 1], shape)
-
-
 def one_huge(rng, shape):
     y = rng.normal(size=shape)
     np.put_along_axis(y, rng.integers(shape[1], size=(shape[0], 1)), 1e4, axis=-1)
     return y
 
 
-def log_uniform(rng, shape):
-    return 10.0 ** rng.uniform(-6, 0, shape) * rng.choice([-1, 1], shape)
-
-
-SPREADS = [gaussian, uniform, cauchy, ties, near_ties, all_equal, zeros, one_huge, log_uniform]
-
-
 def nudged(rng, values):
     """Each value off by a relative 1e-17 to 0.1."""
     return values * (1 + 10 ** rng.uniform(-17, -1, values.shape) * rng.choice([-1, 1]))
+
+
+SPREADS = {
+    "gaussian": lambda rng, shape: rng.normal(size=shape),
+    "uniform": lambda rng, shape: rng.uniform(-1, 1, shape),
+    "cauchy": lambda rng, shape: rng.standard_cauchy(shape),
+    "ties": lambda rng, shape: rng.choice([-1.0, -0.5, 0.5, 1.0], shape),
+    "near_ties": lambda rng, shape: nudged(rng, np.ones(shape)),
+    "all_equal": lambda rng, shape: np.tile(rng.normal(size=(shape[0], 1)), shape[1]),
+    "zeros": lambda rng, shape: rng.normal(size=shape) * rng.choice([0, 1], shape),
+    "one_huge": one_huge,
+    "log_uniform": lambda rng, shape: 10 ** rng.uniform(-6, 0, shape) * rng.choice([-1, 1], shape),
+}
 
 
 def spread_with_any_penalty(spread):
@@ -102,7 +80,7 @@ def spread_with_any_penalty(spread):
 
 def either_side_of_a_switch(rng, count, pattern, dtype):
     """Penalties just below and above that at which the support shrinks."""
-    choices = [spread(rng, (count, pattern[1])) for spread in SPREADS]
+    choices = [spread(rng, (count, pattern[1])) for spread in SPREADS.values()]
     y = np.choose(rng.choice(len(SPREADS), (count, 1)), choices)
     top = np.abs(y).max(axis=-1, keepdims=True)
     y = (y / np.where(top > 0, top, 1)).astype(dtype)
@@ -149,7 +127,7 @@ def scaled(rng, y, lam, pattern):
     return y * unit[:, None], lam / unit ** (pattern[0] - 1)
 
 
-FAMILIES = {spread.__name__: spread_with_any_penalty(spread) for spread in SPREADS}
+FAMILIES = {name: spread_with_any_penalty(spread) for name, spread in SPREADS.items()}
 FAMILIES |= {family.__name__: family for family in (either_side_of_a_switch, singular_hessian)}
 BLOCKS_OF_FOUR = 10**6 // len(FAMILIES) + 1
 BLOCKS = 500

@@ -94,11 +94,7 @@ def assert_the_same(ours, expected):
 
 @pytest.mark.parametrize(
     ("count", "method", "options"),
-    [
-        (2, "admm", ()),
-        (2, "admm", ("--shard-grams",)),
-        (4, "wanda", ()),
-    ],
+    [(2, "admm", ()), (2, "admm", ("--shard-grams",)), (4, "wanda", ())],
 )
 def test_several_processes_write_what_one_does(workspace, start, alone, count, method, options):
     destination = "-".join([method, str(count), *options])

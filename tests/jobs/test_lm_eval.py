@@ -150,18 +150,6 @@ def test_a_context_that_is_too_long_is_cut_at_its_start(harness, folder, logits)
         lm.loglikelihood(asked("loglikelihood", ("a", EMMA[:30])), disable_tqdm=True)
 
 
-def test_a_long_text_is_the_sum_of_its_windows(harness, folder, logits):
-    lm = harness.Prox24LM(folder, max_length=20)
-    tokens = ids(EMMA[:50])
-    windows = [([256], tokens[:20]), (tokens[19:20], tokens[20:40])]
-    windows.append((tokens[29:40], tokens[40:]))
-    texts = [(EMMA[:50],), (EMMA[:20],)]
-    found = lm.loglikelihood_rolling(asked("loglikelihood_rolling", *texts), disable_tqdm=True)
-    parts = [expected_answer(logits, *window) for window in windows]
-    sums = [sum(value for value, _, _ in parts), parts[0][0]]
-    assert found == pytest.approx(sums, rel=0, abs=sum(atol for _, _, atol in parts))
-
-
 def generated(lm, *requests):
     return lm.generate_until(asked("generate_until", *requests), disable_tqdm=True)
 
@@ -187,12 +175,6 @@ def test_an_end_token_ends_a_text(harness, logits, tmp_path):
     lm._go_on([prompt], *lm._caches(prompt))
     assert prompt.tokens[-1] == end
     assert len(prompt.tokens) < prompt.prompt + 12
-
-
-def test_a_prompt_is_cut_so_that_the_tokens_fit(harness, folder, logits):
-    lm = harness.Prox24LM(folder, max_length=20)
-    tokens = most_probable(logits, ids(EMMA[:50])[-14:], 6)
-    assert generated(lm, (EMMA[:50], {"max_gen_toks": 6})) == [byte_tokenizer().decode(tokens)]
 
 
 def test_draws_differ_and_are_the_same_again(harness, folder):

@@ -447,25 +447,16 @@ def test_a_model_of_the_hub_without_safetensors_has_the_plan_of_its_config(hub):
     assert "flax_model.msgpack" not in sent
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ('{"model_type": "mamba"}', "model_type 'mamba' is not supported"),
-        (None, "config.json: there is no such file"),
-    ],
-)
-def test_a_config_of_the_hub_is_refused_before_headers_are_read(hub, capsys, config, said):
+def test_a_config_of_the_hub_is_refused_before_headers_are_read(hub, capsys):
     folder, sent = hub
     write_tiny(folder)
-    (folder / "config.json").unlink()
-    if config is not None:
-        (folder / "config.json").write_text(config)
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
     capsys.readouterr()
     assert run("plan", "owner/name") == 2
     # Before it are the progress bars of huggingface_hub.
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("prox24: error: ")
-    assert said in line
+    assert "model_type 'mamba' is not supported" in line
     assert "model.safetensors" not in sent
 
 
@@ -486,12 +477,3 @@ def test_a_broken_header_on_the_hub_is_one_line(hub, header, said):
     with pytest.raises(CheckpointError, match=said) as error:
         open_described("owner/name")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("command", ["plan", "inspect"])
-def test_offline_and_not_in_the_cache_is_one_line(tmp_path, monkeypatch, capsys, command):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    line = error_line(capsys, command, "owner/name")
-    assert "owner/name is no folder or .gguf file, and cannot be had from the hub" in line

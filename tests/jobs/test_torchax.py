@@ -84,16 +84,14 @@ IMPOSSIBLE = {
 
 
 @pytest.fixture
-def works():
-    """Skips where torchax does not run and need not, and lets it promote as it does."""
+def works(standard_promotion):
+    """Skips where torchax does not run and need not."""
     try:
         torchax.require()
     except Prox24Error as error:
         if "REQUIRE_TORCHAX" in os.environ:
             raise
         pytest.skip(str(error))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 needs_torchax = pytest.mark.usefixtures("works")
@@ -286,12 +284,6 @@ def test_the_mask_of_an_old_model_stays_as_it_is(tmp_path):
     assert (written[mask].dtype, float(written[mask])) == (np.float16, -np.inf)
     manifest = json.loads((tmp_path / "out" / "prox24.json").read_text())
     assert {"torch", "torchax"} <= manifest["versions"].keys()
-
-
-@needs_torchax
-def test_a_width_that_is_not_divisible_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"\w_proj\.weight has input width 32, not divisible"):
-        pruned_folder(write_foreign(tmp_path, "gptj"), dataclasses.replace(WANDA, pattern=(2, 5)))
 
 
 @needs_torchax

@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 from tiers import rest
-from tiny import (
-    VARIANTS,
-    assert_close,
-    config_dict,
-    jax_logits,
-    random_weights,
-    tokens,
-)
+from tiny import VARIANTS, assert_close, config_dict, jax_logits, random_weights, tokens
 
 from prox24._models import spec
 from prox24._models.families import config_from_hf

@@ -153,8 +153,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "lam"),
-    [("numbers", 0.0), ("numbers", 100.0), ("schedules", 0.5), ("traced", 0.5)],
+    ("kind", "lam"), [("numbers", 0.0), ("numbers", 100.0), ("schedules", 0.5), ("traced", 0.5)]
 )
 def test_sgd_with_proximal_is_proximal_gradient_descent(kind, lam):
     params = parameters()
@@ -331,13 +330,6 @@ def test_donating_the_state_leaves_the_given_entries_alone():
     donate = jax.jit(lambda state: jax.tree.map(jnp.logical_not, state.trainable), donate_argnums=0)
     donate(transform.init(params))
     assert np.array_equal(tree["dense"]["kernel"], params["dense"]["kernel"] != 0)
-
-
-def test_a_penalty_that_ended_and_a_rate_of_zero_leave_the_updates():
-    params, transform = {"w": normal((4, 8))}, proximal(LAM, learning_rate=0.0)
-    late = transform.init(params)._replace(count=jnp.int32(10**6))
-    updates, _ = transform.update(params, late, params)
-    np.testing.assert_array_equal(updates["w"], params["w"])
 
 
 def pruned_parameters():

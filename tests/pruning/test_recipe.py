@@ -47,11 +47,9 @@ def test_json_gives_an_equal_recipe(name):
     assert again.to_json() == recipe.to_json()
 
 
-@pytest.mark.parametrize("suffix", [".json", ".yaml"])
-def test_a_file_gives_an_equal_recipe(tmp_path, suffix):
-    if suffix == ".yaml":
-        pytest.importorskip("yaml")
-    path = tmp_path / f"recipe{suffix}"
+def test_a_yaml_file_gives_an_equal_recipe(tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "recipe.yaml"
     for recipe in RECIPES.values():
         recipe.save(path)
         assert Recipe.load(path) == recipe
@@ -165,11 +163,7 @@ class Registered:
 def test_a_registered_class_of_others_goes_by_its_module():
     refit = Registered(0.25, (0.5, 0.125))
     written = json.loads(Recipe(refit=refit).to_json())["refit"]  # type: ignore[arg-type]
-    assert written == {
-        "name": f"{__name__}.Registered",
-        "rate": 0.25,
-        "rates": [0.5, 0.125],
-    }
+    assert written == {"name": f"{__name__}.Registered", "rate": 0.25, "rates": [0.5, 0.125]}
     assert decode(written, Registered, "refit") == refit
 
 
@@ -182,8 +176,6 @@ def test_best_trains_on_about_as_many_tokens_whatever_the_text():
 
 
 def test_a_solver_that_cannot_make_a_pattern_says_so():
-    with pytest.raises(RecipeError, match="3:4"):
-        Recipe(pattern=(3, 4)).check_supported()
     with pytest.raises(RecipeError, match="3:4"):
         Recipe(pattern=[("mlp", "2:4"), ("", "3:4")]).check_supported()
 

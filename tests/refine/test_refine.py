@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import TEXT, contents, error_line, files, printed_json
+from commands import contents, error_line, files, printed_json, write_workspace
 from commands import run as run_command
 from reference import masked_least_squares
-from tiny import config_dict, pruned_by, random_weights, tokens, write_folder, write_tiny
+from tiers import slow
+from tiny import pruned_by, tokens, write_edited, write_tiny
 
 import prox24
 from prox24 import Recipe, Wanda, refine
@@ -177,14 +178,6 @@ def test_16_bit_parameters_are_trained_in_float32(pruned):
     assert_same_zeros(refined.params, half)
 
 
-def test_what_is_kept_may_be_given(pruned):
-    first, second = (pruned[0][name]["kernel"] for name in ("first", "second"))
-    kept = {"first": {"kernel": jnp.zeros((16, 32), bool)}, "second": {"kernel": second != 0}}
-    refined = trained(pruned, optax.adam(3e-3), passes=3, trainable=kept).params
-    np.testing.assert_array_equal(refined["first"]["kernel"], first)
-    assert np.any(refined["second"]["kernel"] != second)
-
-
 def test_the_error_is_computed_in_float32():
     target = jnp.full((1, 4096), 4, jnp.float16)  # whose squares sum to more than float16 holds
     with jax.numpy_dtype_promotion("strict"):
@@ -329,15 +322,10 @@ def run(folder, windows, recipe, **options):
 @pytest.fixture
 def folder(tmp_path):
     """Of a tiny model, beside a text."""
-    write_tiny(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path
+    return write_workspace(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("variant", "linears_only"),
-    [("qwen2", False), pytest.param("gpt2", True, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("variant", "linears_only"), [("qwen2", False), slow("gpt2", True)])
 def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears_only):
     write_tiny(tmp_path / "model", variant)
     model, windows = load_model(open_checkpoint(tmp_path / "model")), tokens(batch=32, length=32)
@@ -362,10 +350,8 @@ def test_a_pruned_layer_comes_nearer_to_the_dense_one(tmp_path, variant, linears
 
 
 def test_a_linear_that_stays_dense_is_trained_with_all_of_its_entries(tmp_path):
-    weights = random_weights(config_dict())
     dense = "model.layers.1.self_attn.q_proj.weight"
-    weights[dense][0, 0] = 0  # also this one
-    write_folder(tmp_path / "model", config_dict(), weights)
+    weights = write_edited(tmp_path / "model", dense, (0, 0), 0)  # also this one
     recipe = recipe_with(BlockRefinement(passes=2, linears_only=True), skip="q_proj")
     tensors, reports = run(tmp_path / "model", tokens(batch=16, length=16), recipe)
     assert not any("q_proj" in report.name for report in reports)
@@ -407,19 +393,15 @@ def interrupted_after(count):
     ("dtype", "more", "count"),  # in the middle of the first layer, and of the second
     [
         ("bfloat16", "--refine-compute-dtype bfloat16", 3),
-        pytest.param(
-            "float32",
-            "--refine-linears-only --dtype bfloat16 --skip v_proj --activations disk",
-            10,
-            marks=pytest.mark.slow,
+        slow(
+            "float32", "--refine-linears-only --dtype bfloat16 --skip v_proj --activations disk", 10
         ),
     ],
 )
 def test_a_refined_run_goes_on_with_the_same_bytes(
     tmp_path, monkeypatch, capsys, dtype, more, count
 ):
-    write_tiny(tmp_path / "model", dtype=dtype)
-    (tmp_path / "text.txt").write_text(TEXT)
+    write_workspace(tmp_path, dtype=dtype)
     more = f"{more} --samples 8 --memory 1MB --refine-passes 2 --refine-rate 0.01".split()
     report = printed_json(capsys, *refining(tmp_path, "whole", *more))
     outcomes = {linear["refinement"]["outcome"] for linear in report["linears"]}
@@ -463,12 +445,12 @@ def test_windows_are_held_out_from_all_of_the_text(folder, monkeypatch):
 
 
 def test_a_weight_that_overflows_is_named_before_its_layer_is_refined(tmp_path, monkeypatch):
-    weights = random_weights(config_dict())
-    weights["model.layers.0.self_attn.v_proj.weight"][0, 0] = 1e5
-    write_folder(tmp_path / "source", config_dict(), weights)
+    write_edited(tmp_path / "source", "model.layers.0.self_attn.v_proj.weight", (0, 0), 1e5)
     recipe = recipe_with(BlockRefinement(passes=1), dtype="float16")
     monkeypatch.setattr("prox24._pruning.loop.train_block", None)
-    with pytest.raises(CheckpointError, match=r"0\.self_attn\.v_proj\.weight overflows float16"):
+    with pytest.raises(
+        CheckpointError, match=r"0\.self_attn\.v_proj\.weight overflows float16; choose"
+    ):
         run(tmp_path / "source", tokens(batch=8, length=32), recipe)
 
 

@@ -7,12 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import assert_close, damped, eps_of, masked_least_squares
-from test_solvers import (
-    DAMPING,
-    WIDTH,
-    make_problem,
-    roundings,
-)
+from test_solvers import DAMPING, WIDTH, make_problem, roundings
 
 from prox24._core.pattern import Pattern
 from prox24._solvers.admm import ADMM

@@ -1,14 +1,11 @@
 """One schedule for solvers and for optax."""
 
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from reference import eps_of
 
-from prox24 import ADMM, Exponential, ProximalGradient, solve
-
-WEIGHT = jax.random.normal(jax.random.key(0), (4, 8), jnp.float32)
+from prox24 import Exponential
 
 
 def test_the_values_are_those_of_optax_and_those_that_solvers_take():
@@ -28,15 +25,3 @@ def test_a_gradual_one_reaches_its_end_and_none_overflows():
     assert float(schedule(100)) == pytest.approx(10.0, rel=200 * eps_of("float32"))
     assert float(schedule(10**6)) == pytest.approx(1e30)
     assert float(Exponential(0.0, 1.05)(5000)) == 0.0  # growth^5000 is infinite
-
-
-@pytest.mark.parametrize(
-    ("solver", "said"),
-    [
-        (ADMM(penalty=optax.linear_schedule(0.1, 1.0, 24)), "ADMM.penalty is a function"),
-        (ProximalGradient(optax.constant_schedule(1.0)), "ProximalGradient.penalty is a function"),
-    ],
-)
-def test_a_schedule_of_optax_in_a_solver_is_a_clear_error(solver, said):
-    with pytest.raises(ValueError, match=rf"{said}: .* prox24.Exponential\(first, growth\)"):
-        solve(WEIGHT, jnp.eye(8, dtype=jnp.float32), solver)

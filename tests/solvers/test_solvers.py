@@ -19,7 +19,7 @@ from reference import (
     solve_roundings,
     sparsegpt,
 )
-from tiers import rest
+from tiers import rest, slow
 
 from prox24._core.masks import is_sparse
 from prox24._core.pattern import Pattern, Unstructured
@@ -235,12 +235,7 @@ def proximal_gradients(problem, solver, kept, group):
     [
         ("low_rank", ProximalGradient(), (2, 4)),
         ("power_law", ProximalGradient.paper(), (1, 4)),
-        pytest.param(
-            "few_tokens",
-            ProximalGradient(Exponential(0.05, 1.1), 0.7),
-            (2, 8),
-            marks=pytest.mark.slow,
-        ),
+        slow("few_tokens", ProximalGradient(Exponential(0.05, 1.1), 0.7), (2, 8)),
     ],
 )
 def test_prox_equals_the_reference_in_float64(kind, solver, pattern):
@@ -417,6 +412,12 @@ class Bare:
             (2, 4),
             r"penalty is 1.0, not a .* prox24.Exponential\(1.0, 1.0\)",
         ),
+        (
+            ADMM(penalty=optax.constant_schedule(1.0)),
+            None,
+            (2, 4),
+            r"^ADMM.penalty is a function: .* prox24.Exponential\(first, growth\)",
+        ),
         ("wanda", None, (2, 4), r"the solver is 'wanda'; give an object, such as prox24.ADMM\(\)"),
         (None, None, (2, 4), "the solver is None; give an object"),
         (Wanda, None, (2, 4), r"the solver is a class; give an object, Wanda\(\)"),
@@ -450,11 +451,7 @@ def test_the_scales_of_gram_and_weight_do_not_matter(solver):
 
 
 @pytest.mark.parametrize(
-    ("solver", "gram_dtype"),
-    [
-        (SparseGPT(), jnp.float32),
-        pytest.param(ADMM(), jnp.bfloat16, marks=pytest.mark.slow),
-    ],
+    ("solver", "gram_dtype"), [(SparseGPT(), jnp.float32), slow(ADMM(), jnp.bfloat16)]
 )
 def test_bfloat16_weights_come_back_bfloat16(solver, gram_dtype):
     weight, gram = make_problem("power_law")
@@ -478,11 +475,7 @@ def test_bfloat16_weights_come_back_bfloat16(solver, gram_dtype):
             ],
             [ConjugateGradients(), ConjugateGradients(3, 1e-2)],
         ),
-        pytest.param(
-            [ADMM(), ADMM.in_steps(10)],
-            [GradientSteps(), GradientSteps(steps=10)],
-            marks=pytest.mark.slow,
-        ),
+        slow([ADMM(), ADMM.in_steps(10)], [GradientSteps(), GradientSteps(steps=10)]),
     ],
     ids=["prox_cg", "admm_gradient"],
 )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from modules import normal
 from reference import assert_close, eps_of
 
 from prox24 import calibrate, prune_params, tap
@@ -18,21 +19,12 @@ from prox24.errors import CalibrationError
 flax_promotes = pytest.mark.usefixtures("standard_promotion")
 
 
-def normal(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def squares(x):
-    """The Gram of the rows along the last axis, in float64."""
-    rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
-    return rows.T @ rows
-
-
 def assert_gram_of(x, gram, layers=0):
     """Roundings of sums over rows add like a root; those of a layer are sums of WIDTH terms."""
-    exact, rows = squares(x), x.size / x.shape[-1]
+    rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    exact = rows.T @ rows
     error = np.linalg.norm(np.asarray(gram, np.float64) - exact) / np.linalg.norm(exact)
-    assert error <= (rows**0.5 + 2 * layers * x.shape[-1]) * eps_of("float32")
+    assert error <= (len(rows) ** 0.5 + 2 * layers * x.shape[-1]) * eps_of("float32")
 
 
 def initial(model, x):

@@ -143,14 +143,6 @@ def test_every_container_keeps_its_kind_and_what_is_not_pruned(make, order):
     assert apply(pruned.params, x).shape == apply(params, x).shape
 
 
-@pytest.mark.parametrize("recipe", [WANDA, EXACT], ids=["unrefitted", "refitted"])
-def test_a_kernel_is_solved_like_the_same_problem_by_hand(recipe):
-    kernel, x = normal(16, 8), normal(64, 16, seed=1)
-    pruned = prune(linear, {"kernel": kernel}, [x], recipe)
-    by_hand = solve_by_hand(kernel, x, recipe)
-    assert_close(pruned.params["kernel"], by_hand, roundings(x))
-
-
 def test_a_kernel_of_many_axes_is_solved_as_the_matrix_it_is():
     heads, out = normal(30, 2, 4), normal(2, 4, 6, seed=2)
 
@@ -250,9 +242,6 @@ def test_what_is_not_pruned_says_why():
     narrow = {"w": normal(6, 3)}
     with pytest.raises(RecipeError, match=r"no leaf can be pruned \(w: axis 0 is not divisible by"):
         prune(lambda params, x: x @ params["w"], narrow, [normal(9, 6)], WANDA)
-    twice = {"a/b": normal(8, 8), "a": {"b": normal(8, 8)}}
-    with pytest.raises(ValueError, match="a/b is the path of 2 leaves"):
-        prune(lambda params, x: x @ params["a/b"] @ params["a"]["b"], twice, [normal(9, 8)], WANDA)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -292,16 +281,6 @@ def test_too_few_rows_are_reported_and_only_damped():
     assert "5 tokens of 16, too few" in str(few)
     assert "too few" not in str(enough)
     assert few.statistics.damping > 0
-
-
-def test_ready_grams_give_what_their_batches_give():
-    params, batches = mlp(), [normal(20, 8), normal(12, 8, seed=5)]
-    grams = prox24.calibrate(apply_mlp, params, batches)
-    given = prune(apply_mlp, params, grams=grams)
-    gathered = prune(apply_mlp, params, iter(batches))
-    assert given.leaves == gathered.leaves
-    for name in MLP:
-        assert np.array_equal(given.params[name]["kernel"], gathered.params[name]["kernel"])
 
 
 def test_a_solution_that_is_not_finite_names_its_weight():
