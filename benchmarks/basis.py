@@ -108,9 +108,8 @@ def main() -> None:
         + [f"{float(row['seconds']):.0f}"]
         for row in common.completed(path, columns, runs(), measure)
     ]
-    common.show(
-        ("model", "method", "steps", "seed", "v", "o", "all", *names, "seconds"), lines, left=2
-    )
+    titles = "model", "method", "steps", "seed", "v", "o", "all", *names, "seconds"
+    common.show(titles, lines)
 
 
 if __name__ == "__main__":

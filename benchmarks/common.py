@@ -18,8 +18,6 @@ from typing import Any, TypeVar
 import jax
 import matplotlib
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import prox24
 from prox24 import ConjugateGradients, Recipe, Text
@@ -28,6 +26,7 @@ from prox24._checkpoints.safetensors_file import create_file
 from prox24._checkpoints.tensors import TensorSource
 from prox24._cli.demo_model import fetch_model
 from prox24._cli.options import positive
+from prox24._jobs.output import table
 from prox24._jobs.text import evaluation_windows
 from prox24._models.families import config_from_hf
 from prox24._models.spec import tensor_shapes
@@ -87,23 +86,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def show(
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    left: int = 1,
-    title: str | None = None,
-    width: int = 120,
-) -> None:
-    """Prints a table; its first `left` columns are words, the others numbers."""
-    table = Table(title=title, title_justify="left")
-    for place, name in enumerate(titles):
-        table.add_column(
-            name, justify="left" if place < left else "right", no_wrap=place < left or None
-        )
-    for row in rows:
-        table.add_row(*row)
-    Console(width=width).print(table)
+def show(titles: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
+    """Prints a table; its first column is words."""
+    if title:
+        print(title)
+    print(table([*titles], [*map(list, rows)]))
 
 
 def environment() -> str:

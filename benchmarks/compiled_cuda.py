@@ -38,8 +38,8 @@ checks against docs/figures/compiled-cuda.csv.
 import base64
 import collections
 import dataclasses
-import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -79,8 +79,6 @@ from prox24.optax import proximal
 from prox24.packed import Packed24
 
 SPECS = Path(__file__).parent / "gpus"
-LAUNCH, LOOK = 2.5e-6, 10e-6
-"""Seconds of a launch on a GPU, and of the host's look at the condition of a loop."""
 
 
 class Machine(NamedTuple):
@@ -90,30 +88,21 @@ class Machine(NamedTuple):
     bandwidth: float
     products: Mapping[str, float]
     issued: float
-    launch: float = 0.0
-    look: float = 0.0
+    launch: float = 0.0  # seconds
+    look: float = 0.0  # seconds of the host's look at the condition of a loop
     architecture: str = ""
 
 
+def gpu(
+    architecture: str, bandwidth: float, float32: float, tf32: float, bfloat16: float, issued: float
+) -> Machine:
+    rates = {"f32 HIGHEST": float32, "f32 TF32": tf32, "bf16": bfloat16}
+    return Machine("cuda", bandwidth, rates, issued, 2.5e-6, 10e-6, architecture)
+
+
 MACHINES = {
-    "h100": Machine(
-        "cuda",
-        3.35e12,
-        {"f32 HIGHEST": 60e12, "f32 TF32": 400e12, "bf16": 800e12},
-        132 * 128 * 1.755e9,
-        LAUNCH,
-        LOOK,
-        "sm_90a",
-    ),
-    "a100": Machine(
-        "cuda",
-        2.04e12,
-        {"f32 HIGHEST": 18e12, "f32 TF32": 140e12, "bf16": 280e12},
-        108 * 128 * 1.41e9,
-        LAUNCH,
-        LOOK,
-        "sm_80",
-    ),
+    "h100": gpu("sm_90a", 3.35e12, 60e12, 400e12, 800e12, 132 * 128 * 1.755e9),
+    "a100": gpu("sm_80", 2.04e12, 18e12, 140e12, 280e12, 108 * 128 * 1.41e9),
     # https://cloud.google.com/tpu/docs/v5e. At HIGHEST a float32 array is three in bfloat16, and
     # two of them make six products. The clock follows from four units of 128 x 128.
     "v5e": Machine(
@@ -151,20 +140,17 @@ def slope(y: Array, lam: Array, cotangent: Array) -> Array:
 
 def of_prox() -> dict[str, Program]:
     n = 4096
-    planes = tuple(float32(n, n // 4) for _ in range(4))
-    pairs = prox24.Pattern(2, 4, unit=2)
+    x, lam, planes = float32(n, n), float32(), tuple(float32(n, n // 4) for _ in range(4))
+    prox = jax.jit(prox24.prox, static_argnames=("axis", "pattern"))
+    pairs = {"pattern": prox24.Pattern(2, 4, unit=2)}
     return {
-        "prox": Program(jax.jit(prox24.prox), (float32(n, n), float32())),
-        "prox, bfloat16": Program(jax.jit(prox24.prox), (bfloat16(n, n), float32())),
-        "prox, axis 0": Program(
-            jax.jit(functools.partial(prox24.prox, axis=0)), (float32(n, n), float32())
-        ),
-        "prox, pairs": Program(
-            jax.jit(functools.partial(prox24.prox, pattern=pairs)), (float32(n, n), float32())
-        ),
-        "prox, gradient": Program(jax.jit(slope), (float32(n, n), float32(), float32(n, n))),
-        "planes.prox": Program(jax.jit(prox24.planes.prox), (planes, float32())),
-        "top_mask": Program(jax.jit(prox24.top_mask), (float32(n, n),)),
+        "prox": Program(prox, (x, lam)),
+        "prox, bfloat16": Program(prox, (bfloat16(n, n), lam)),
+        "prox, axis 0": Program(prox, (x, lam), static={"axis": 0}),
+        "prox, pairs": Program(prox, (x, lam), static=pairs),
+        "prox, gradient": Program(jax.jit(slope), (x, lam, x)),
+        "planes.prox": Program(jax.jit(prox24.planes.prox), (planes, lam)),
+        "top_mask": Program(jax.jit(prox24.top_mask), (x,)),
     }
 
 
@@ -198,21 +184,17 @@ def of_solvers() -> dict[str, Program]:
         static = {"pattern": prox24.Pattern(2, 4)}
         return Program(solve_program, (problem, solver, refit, float32()), turns, static)
 
-    recipe = prox24.Recipe()
-    default = recipe.solver, recipe.refit, usual
-    return {
+    recipe, wanda, refit = prox24.Recipe(), prox24.Wanda(), prox24.ConjugateGradients()
+    found = {
         f"inverse, {width}": Program(jax.jit(inverse), (float32(width, width),))
         for width in (4096, 14336)
-    } | {
-        "default, (4096, 4096)": solving(4096, 4096, *default),
-        "default, (1024, 4096)": solving(1024, 4096, *default),
-        "default, (14336, 4096)": solving(14336, 4096, *default),
-        "default, (4096, 14336)": solving(4096, 14336, *default),
+    }
+    for shape in (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336):
+        found[f"default, {shape}"] = solving(*shape, recipe.solver, recipe.refit, usual)
+    return found | {
         "SparseGPT, (4096, 4096)": solving(4096, 4096, prox24.SparseGPT(), None, (1,)),
-        "Wanda, (4096, 4096)": solving(4096, 4096, prox24.Wanda(), None, ()),
-        "conjugate gradients": solving(
-            4096, 4096, prox24.Wanda(), prox24.ConjugateGradients(), (20,)
-        ),
+        "Wanda, (4096, 4096)": solving(4096, 4096, wanda, None, ()),
+        "conjugate gradients": solving(4096, 4096, wanda, refit, (20,)),
     }
 
 
@@ -242,40 +224,30 @@ def of_layers() -> dict[str, Program]:
     }
 
 
-def of_three_passes() -> dict[str, Program]:
-    """Programs with float32 products in three TF32 passes."""
-    whole = of_solvers() | of_layers()
-    return {
-        f"{name}, three TF32": program._replace(products="tf32x3")
-        for name, program in whole.items()
-        if name.startswith(("inverse", "default", "layer and", "layer, dense"))
-    }
-
-
 def of_packed() -> dict[str, Program]:
     """Products in bfloat16 with a weight (4096, 4096), dense and packed."""
     weight = Packed24(bfloat16(4096, 2048), jax.ShapeDtypeStruct((4096, 128), jnp.uint32))
 
-    def dense(x: Array, weight: Array) -> Array:
-        return jnp.matmul(x, weight.T)
-
+    dense = jax.jit(lambda x, weight: x @ weight.T), bfloat16(4096, 4096)
+    ways = {"dense": dense, "packed": (jax.jit(packed.matmul), weight)}
     return {
-        f"{name} product, batch {batch}": Program(jax.jit(function), (bfloat16(batch, 4096), w))
+        f"{name} product, batch {batch}": Program(function, (bfloat16(batch, 4096), w))
         for batch in (1, 512)
-        for name, function, w in (
-            ("dense", dense, bfloat16(4096, 4096)),
-            ("packed", packed.matmul, weight),
-        )
+        for name, (function, w) in ways.items()
     }
 
 
-def of_eight() -> dict[str, Program]:
-    """Programs whose rows eight devices share; the counts are of one device."""
-    whole = of_prox() | of_solvers()
-    return {
-        f"{name}, 8 devices": whole[name]._replace(devices=8)
-        for name in ("prox", "default, (4096, 4096)")
-    }
+def every_program() -> dict[str, Program]:
+    """Some also with float32 products in three TF32 passes, and some on one of eight devices."""
+    found, costly = of_prox() | of_optax(), of_solvers() | of_layers()
+    found |= costly
+    for name, program in costly.items():
+        if name.startswith(("inverse", "default", "layer and", "layer, dense")):
+            found[f"{name}, three TF32"] = program._replace(products="tf32x3")
+    found |= of_packed()
+    for name in ("prox", "default, (4096, 4096)"):
+        found[f"{name}, 8 devices"] = found[name]._replace(devices=8)
+    return found
 
 
 # What XLA wrote
@@ -288,8 +260,7 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
 FREE |= {"opt-barrier", "partition-id", "replica-id"}
 
 
-@dataclasses.dataclass
-class Instruction:
+class Instruction(NamedTuple):
     """A line of a computation of HLO. The operand of a constant is its value."""
 
     name: str
@@ -305,40 +276,25 @@ class Instruction:
 
 
 Computation = dict[str, Instruction]
-
-
-def balanced(text: str) -> int:
-    """The place behind the parenthesis that closes the first one."""
-    depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return place + 1
-    raise ValueError(text)
+HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)((?:, .*)?)$")
 
 
 def parsed(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a program by name, and the name of the first to run."""
     computations: dict[str, Computation] = {}
-    current: Computation | None = None
-    entry = ""
+    entry = name = ""
     for line in text.splitlines():
-        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
-            current = computations[head.group(2)] = {}
-            entry = head.group(2) if head.group(1) else entry
-        elif line.startswith("}"):
-            current = None
-        elif current is not None and " = " in line:
-            left, right = re.sub(r"/\*[^*]*\*/", "", line).strip().split(" = ", 1)
-            cut = balanced(right) if right.startswith("(") else right.index(" ")
-            opcode = right[cut:].strip().split("(", 1)[0]
-            rest = right[cut:].strip()[len(opcode) :]
-            inside, attributes = rest[: balanced(rest)], rest[balanced(rest) :]
-            name = left.removeprefix("ROOT ").lstrip("%")
+        if head := HEAD.match(line):
+            name = head.group(2)
+            computations[name] = {}
+            entry = name if head.group(1) else entry
+        elif found := LINE.match(re.sub(r"/\*[^*]*\*/", "", line)):
+            root, own, shape, opcode, inside, attributes = found.groups()
             operands = re.findall(r"%([\w.\-]+(?:#\d+)?)", inside)
-            operands = [inside[1:-1]] if opcode == "constant" else operands
-            root = left.startswith("ROOT ")
-            current[name] = Instruction(name, right[:cut], opcode, operands, attributes, root)
+            operands = [inside] if opcode == "constant" else operands
+            each = Instruction(own, shape, opcode, operands, attributes, bool(root))
+            computations[name][own] = each
     return computations, entry
 
 
@@ -638,13 +594,13 @@ class Chip:
         rows, copies = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("d",), ()))
         if program.devices == 1:
             rows = copies = SingleDeviceSharding(self.devices[0])
-        leaves, structure = jax.tree.flatten(program.arguments)
-        first = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct))
-        for i, leaf in enumerate(leaves):
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                sharding = rows if i == first else copies
-                leaves[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return tuple(jax.tree.unflatten(structure, leaves))
+        shardings = itertools.chain([rows], itertools.repeat(copies))
+
+        def place(leaf: Any) -> Any:
+            array = isinstance(leaf, jax.ShapeDtypeStruct)
+            return leaf.update(sharding=next(shardings)) if array else leaf
+
+        return jax.tree.map(place, program.arguments)
 
     def count(self, program: Program) -> dict[str, Any]:
         """The columns of a line, see above."""
@@ -694,9 +650,7 @@ def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
 
 
 def main() -> None:
-    programs = of_prox() | of_optax() | of_solvers() | of_layers()
-    programs |= of_three_passes() | of_packed() | of_eight()
-    parser = common.parser_of(__doc__)
+    programs, parser = every_program(), common.parser_of(__doc__)
     parser.add_argument("--chips", nargs="+", choices=MACHINES, default=GPUS)
     parser.add_argument("--programs", nargs="+", choices=programs, default=list(programs))
     parser.add_argument("--check", type=Path, metavar="FILE")
@@ -720,8 +674,6 @@ def main() -> None:
             + [row["precision"], f"{float(row['MB']) / float(row['least']):.2f}"]
             for row in rows
         ],
-        left=2,
-        width=140,
     )
     if arguments.check:
         worse = list(compare(rows, common.read_rows(arguments.check, list(rows[0]))))

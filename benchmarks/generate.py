@@ -15,11 +15,10 @@ Linux.
 """
 
 import os
-import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import common
 import jax
@@ -46,8 +45,8 @@ def cut_and_pack(weight: jax.Array) -> Packed24:
     return pack(jnp.where(prox24.top_mask(jnp.abs(weight)), weight, 0))
 
 
-def measure(form: str, path: Path, tokens: int) -> dict[str, Any]:
-    """One line of the table."""
+def measure(form: str, path: Path, tokens: int) -> tuple[float, float, float]:
+    """Bytes of the weights, resident bytes, and tokens a second."""
     dtype, is_packed, _ = form.partition(", packed")
     model = load_model(open_checkpoint(path))
     weights = all_weights(model, np.dtype(dtype), pack_linear=cut_and_pack if is_packed else None)
@@ -56,30 +55,17 @@ def measure(form: str, path: Path, tokens: int) -> dict[str, Any]:
     for _ in generate(model.config, weights, ids, tokens):
         times.append(time.perf_counter())
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "form": form,
-        "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(weights)),
-        "resident_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
-        "tokens_per_second": decoding_rate(times),
-    }
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    return size, pages * os.sysconf("SC_PAGE_SIZE"), decoding_rate(times)
 
 
-def median_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of several of the same form."""
-    numbers = {key: statistics.median(row[key] for row in rounds) for key in list(rounds[0])[1:]}
-    return {"form": rounds[0]["form"], **numbers}
-
-
-def cells(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[str, ...]:
-    """The cells of a line. Packed forms are compared with the dense form of their dtype, if any."""
-    dtype, is_packed, _ = row["form"].partition(", packed")
-    sizes = [f"{row[f'{name}_bytes'] / 1e9:.2f}" for name in ("weights", "resident")]
-    shares = ["", ""]
-    for dense in rows:
-        if is_packed and dense["form"] == dtype:
-            speed = row["tokens_per_second"] / dense["tokens_per_second"]
-            shares = [f"{speed:.2f}", f"{dense['weights_bytes'] / row['weights_bytes']:.2f}"]
-    return row["form"], *sizes, f"{row['tokens_per_second']:.2f}", *shares
+def cells(found: Mapping[str, Sequence[float]], form: str) -> tuple[str, ...]:
+    """The cells of a line. Packed forms are compared with the dense form of their dtype."""
+    size, resident, rate = found[form]
+    row = form, f"{size / 1e9:.2f}", f"{resident / 1e9:.2f}", f"{rate:.2f}"
+    dense_size, _, dense_rate = found[form.partition(", packed")[0]]
+    shares = f"{rate / dense_rate:.2f}", f"{dense_size / size:.2f}"
+    return (*row, *(shares if "packed" in form else ("", "")))
 
 
 def main() -> None:
@@ -92,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tokens < 3:
         parser.error(f"argument --tokens: {arguments.tokens} are too few to measure")
-    rounds = []
+    rounds: dict[str, list[tuple[float, ...]]] = {form: [] for form in FORMS}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         if arguments.synthetic:
@@ -100,10 +86,10 @@ def main() -> None:
         else:
             path = arguments.model or common.dense_model()
         for form in arguments.rounds * FORMS:
-            rounds.append(common.alone(measure, form, path, arguments.tokens))
-    rows = [median_of(rounds[place :: len(FORMS)]) for place in range(len(FORMS))]
+            rounds[form].append(common.alone(measure, form, path, arguments.tokens))
+    found = {form: np.median(turns, axis=0) for form, turns in rounds.items()}
     titles = "weights", "GB", "resident, GB", "tokens / s", "speed", "ceiling"
-    common.show(titles, [cells(rows, row) for row in rows])
+    common.show(titles, [cells(found, form) for form in FORMS])
 
 
 if __name__ == "__main__":

@@ -36,18 +36,7 @@ from prox24._solvers.solve import solve_program
 LIMIT = 16.0
 LENGTH = 2048
 RECIPE = Recipe()
-ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-LAYERS = {
-    "8B": llama(4096, 14336, 1, 32, rope_parameters=ROPE),
-    "70B": llama(8192, 28672, 1, 64, rope_parameters=ROPE),
-}
+LAYERS = {"8B": llama(4096, 14336, 1, 32), "70B": llama(8192, 28672, 1, 64)}
 CASES = [("8B", 1, "rows"), ("8B", 8, "rows"), ("8B", 8, "columns"), ("70B", 8, "columns")]
 """A model, the number of chips, and what of its weights they share."""
 
@@ -130,14 +119,8 @@ def main() -> int:
             accessed = compiled.cost_analysis()["bytes accessed"] / 1e9
             rows.append((*place, *(f"{size:.2f}" for size in sizes), f"{accessed:.1f}"))
     titles = "arguments", "results", "temporary", "held beside", "in all", "GB accessed"
-    title = f"Llama-3.1, GB of one chip, jax {jax.__version__}"
-    show(
-        ("chip", "model", "chips", "shared", "program", *titles),
-        rows,
-        left=5,
-        title=title,
-        width=140,
-    )
+    named = "chip", "model", "chips", "shared", "program"
+    show((*named, *titles), rows, f"Llama-3.1, GB of one chip, jax {jax.__version__}")
     return 0 if fits else 1
 
 

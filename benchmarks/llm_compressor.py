@@ -162,7 +162,7 @@ def main() -> None:
             cells += [f"{float(row['seconds']):.0f}", f"{float(row['peak_bytes']) / 1e9:.2f}"]
         lines.append(cells)
     names = ("model", "row", "version", "windows", *texts, "zeros", "seconds", "peak, GB")
-    common.show(names, lines, left=2, title=common.environment())
+    common.show(names, lines, title=common.environment())
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def main() -> None:
         f"{common.environment()}, {dtype}: "
         f"{speeds[0] / 1e9:.3g} GB/s, {speeds[1] / 1e9:.3g} G multiplications/s"
     )
-    common.show(titles, lines, left=3, title=title)
+    common.show(titles, lines, title=title)
     common.write_rows(arguments.output / "matmul.csv", rows)
     draw(rows, arguments.output / "matmul.png")
 

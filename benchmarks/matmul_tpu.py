@@ -49,7 +49,7 @@ def main() -> None:
                 cells.append(f"{ours / theirs:.3f}")
             rows.append((chip, dtype, f"{out} x {width}", *cells))
     titles = "chip", "dtype", "weight", "batch 1", "batch 64"
-    show(titles, rows, left=3, title=f"jax {jax.__version__}")
+    show(titles, rows, title=f"jax {jax.__version__}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from common import llama, parser_of, positive, show, write_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from tiny import byte_tokenizer
 
 SHAPE = {
     "vocab_size": 256,
@@ -32,15 +33,6 @@ SHAPE = {
 # The command has glibc give memory back, which a call of `prox24.prune` does not.
 PRUNE = [sys.executable, "-m", "prox24", "prune", "model", "pruned", "--method", "wanda"]
 PRUNE += ["--sequence-length", "128", "--quiet", "--report", "report.json", "--samples"]
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of bytes."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -73,13 +65,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, cgroup(arguments.limit) as join:
             model, config = Path(folder) / "model", llama(2048, 2400, layers, 16, **SHAPE)
             size = write_llama(model, config, np.float32, np.random.default_rng(0))
-            write_tokenizer(model)
+            byte_tokenizer().save_pretrained(model)
             command = [*PRUNE, str(arguments.samples)]
             subprocess.run(command, cwd=folder, check=True, preexec_fn=join)
             report = json.loads((Path(folder) / "report.json").read_text())
         sizes = [f"{count / 1e9:.3f}" for count in (size, report["peak_memory_bytes"])]
         rows.append((str(layers), *sizes, f"{report['seconds']:.0f}"))
-    show(("layers", "model, GB", "peak, GB", "seconds"), rows, left=0)
+    show(("layers", "model, GB", "peak, GB", "seconds"), rows)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def print_table(rows: Rows, texts: list[str], column: str | None) -> None:
         seconds = mean_and_spread(same, "solver_seconds", ".0f")
         lines.append((method, value, *cells, losses, seconds, str(len(same))))
     titles = ("method", column or "", *texts, "mean loss", "solver s", "seeds")
-    common.show(titles, lines, width=130)
+    common.show(titles, lines)
 
 
 def draw(rows: Rows, texts: list[str], column: str, title: str, path: Path) -> None:

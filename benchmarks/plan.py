@@ -47,7 +47,7 @@ def main() -> None:
                 )
                 sizes = [f"{size / 1e9:.1f}" for size in (plan.gather_bytes, plan.solve_bytes)]
                 rows.append((name, machine, *sizes, "yes" if plan.fits else "no"))
-    show(("model", "machine", "gather, GB", "solve, GB", "fits"), rows, left=2)
+    show(("model", "machine", "gather, GB", "solve, GB", "fits"), rows)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ import prox24
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._core.precision import PRODUCTS, matmul, products
 from prox24._jobs import forward
-from prox24._jobs.native import native_runner
 from prox24._jobs.observe import layer_inputs
 from prox24._jobs.text import calibration_windows
 from prox24._pruning.grams import add_tokens, empty_gram
@@ -122,26 +121,19 @@ def in_steps(x: Array, y: Array, kind: Passes) -> Array:
     return lax.scan(add, nothing, (left, right))[0]
 
 
-def inputs_of(model: Path, last: int, text: prox24.Text) -> Iterator[tuple[str, Array, Array]]:
+def inputs_of(path: Path, last: int, text: prox24.Text) -> Iterator[tuple[str, Array, Array]]:
     """Names of a layer's linears, rows of the weights, and the inputs in the dense model."""
-    checkpoint = open_checkpoint(model)
-    windows = calibration_windows(checkpoint, text)
-    runner = native_runner(checkpoint, windows, prox24.Recipe.wanda())
-    _, state = runner.enter(dense=False)
+    model = forward.load_model(open_checkpoint(path))
+    hidden = list(forward.embed_windows(model, calibration_windows(model.checkpoint, text)))
     for index in range(last):
-        state = runner.advance(index, runner.weights(index), state)
-    weights, layer = runner.weights(last), runner.model.config.layers[last]
-    own = forward.layer_weights(runner.model, last)
-    seen = [layer_inputs(layer, own, jnp.asarray(hidden)) for hidden in state.pruned]
-    for linear in runner.linears(last):
+        forward.run_into(model, index, forward.layer_weights(model, index), hidden, hidden)
+    own, layer = forward.layer_weights(model, last), model.config.layers[last]
+    seen = [layer_inputs(layer, own, jnp.asarray(each)) for each in hidden]
+    for linear in forward.layer_linears(model.config, last):
         name = linear.tensor.split(".")[-2]
         if name in LINEARS:
             x = jnp.concatenate([each[linear.input] for each in seen])
-            yield (
-                name,
-                weights[linear.tensor][:ROWS].astype(jnp.float32),
-                x.reshape(-1, x.shape[-1]),
-            )
+            yield name, own[linear.weight][:ROWS].astype(jnp.float32), x.reshape(-1, x.shape[-1])
 
 
 def error(found: Any, exact: NDArray[np.float64]) -> str:
@@ -204,7 +196,7 @@ def main() -> None:
     with mock.patch.object(jnp, "matmul", emulated), mock.patch.dict(PRODUCTS, EMULATED):
         rows = [row for each in given for row in rows_of(*each)]
     titles = ("linear", "products", "Gram", "forward", "W G", "inverse", "loss", "masks")
-    common.show(titles, rows, left=2)
+    common.show(titles, rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import rivals
 import torch
+from rivals import alternating_minimisation, finished, tuned_alternating_minimisation
 
 import prox24
 from prox24 import planes
@@ -41,22 +42,14 @@ def contenders(y: np.ndarray) -> dict[str, Callable[[float], Any]]:
     interleaved, blocks = jax.device_put(y), jax.device_put(y.reshape(-1, 4))
     planar = jax.block_until_ready(planes.split(interleaved))
     prox = jax.jit(prox24.prox)
-    cuda = torch.cuda.is_available()
-    torch_blocks = torch.from_numpy(y.reshape(-1, 4)).to("cuda" if cuda else "cpu")
-
-    def in_torch(rival: Callable[[torch.Tensor, float], torch.Tensor], lam: float) -> torch.Tensor:
-        w = rival(torch_blocks, lam)
-        if cuda:
-            torch.cuda.synchronize()
-        return w
-
+    torch_blocks = torch.from_numpy(y.reshape(-1, 4)).to(rivals.DEVICE)
     return {
         COPY: partial(jax.jit(lambda y, lam: y * 1.5), interleaved),
         "prox24.prox": partial(prox, interleaved),
         "prox24.prox, rows of one block": partial(prox, blocks),
         "prox24.planes.prox": partial(jax.jit(planes.prox), planar),
-        ALTERNATING: partial(in_torch, rivals.alternating_minimisation),
-        TUNED: partial(in_torch, rivals.tuned_alternating_minimisation),
+        ALTERNATING: lambda lam: finished(alternating_minimisation(torch_blocks, lam)),
+        TUNED: lambda lam: finished(tuned_alternating_minimisation(torch_blocks, lam)),
         DESCENT: partial(rivals.gradient_descent, blocks),
     }
 

@@ -239,7 +239,7 @@ def print_table(rows: Rows, texts: list[str]) -> None:
     ]
     tokens = "tokens of text", "trained on"
     titles = "gap, SparseGPT's is 1", "right", *tokens, "seconds", "peak GB"
-    common.show(("method", *(f"{text} (gap)" for text in texts), *titles), lines, width=200)
+    common.show(("method", *(f"{text} (gap)" for text in texts), *titles), lines)
 
 
 def share_seen(text: str, calibration: str) -> float:

@@ -22,7 +22,17 @@ MAX_STEPS = 1000
 TOLERANCE = 1e-6
 COLUMNS = 128
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Of PyTorch."""
+
 Block4 = tuple[Array, Array, Array, Array]
+
+
+def finished(result: Any) -> Any:
+    """A result of PyTorch, when its device has computed it."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return result
 
 
 def alternating_minimisation(y: torch.Tensor, lam: float) -> torch.Tensor:

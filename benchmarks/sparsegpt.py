@@ -14,8 +14,6 @@ JAX computes on its default device; PyTorch on the CPU, or on the GPU where ther
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import common
 import jax
@@ -28,17 +26,7 @@ import prox24
 DAMPING = 0.01
 CORRELATION = 0.9
 DIRECTIONS = 8
-PROX24, PYTORCH = "prox24", "PyTorch"
-
-
-class Measured(NamedTuple):
-    """Of one contender on one layer."""
-
-    contender: str
-    seconds: float
-    ratio_to_pytorch: float
-    relative_loss: float
-    mask_agreement: float
+PYTORCH = "PyTorch"
 
 
 def make_layer(out_width: int, in_width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,25 +42,6 @@ def make_layer(out_width: int, in_width: int) -> tuple[np.ndarray, np.ndarray]:
     return weight, features @ features.T
 
 
-def contenders(weight: np.ndarray, gram: np.ndarray) -> dict[str, Callable[[], tuple[Any, Any]]]:
-    """Functions that return a pruned weight and its mask, on the device."""
-    problem = jax.device_put(weight), jax.device_put(gram)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = [torch.from_numpy(array).to(device) for array in (weight, gram)]
-
-    def in_jax() -> tuple[jax.Array, jax.Array]:
-        found = prox24.solve(*problem, prox24.SparseGPT(), None, damping=DAMPING)
-        return found.weight, found.mask
-
-    def in_torch() -> tuple[torch.Tensor, torch.Tensor]:
-        found = rivals.sparsegpt(*given, DAMPING)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return found
-
-    return {PROX24: in_jax, PYTORCH: in_torch}
-
-
 def relative_loss(pruned: np.ndarray, weight: np.ndarray, gram: np.ndarray) -> float:
     """tr((W - W0) G (W - W0)^T) / tr(W0 G W0^T), in float64."""
     weight, gram = weight.astype(np.float64), gram.astype(np.float64)
@@ -80,19 +49,25 @@ def relative_loss(pruned: np.ndarray, weight: np.ndarray, gram: np.ndarray) -> f
     return float(np.sum((difference @ gram) * difference) / np.sum((weight @ gram) * weight))
 
 
-def measure(out_width: int, in_width: int, repetitions: int) -> list[Measured]:
-    """Both contenders on one layer."""
+def measure(
+    out_width: int, in_width: int, repetitions: int
+) -> dict[str, tuple[float, float, float]]:
+    """Seconds and loss of each on one layer, and the share of the mask that is PyTorch's too."""
     weight, gram = make_layer(out_width, in_width)
-    field, rows = contenders(weight, gram), []
-    in_jax, in_torch = (run() for run in field.values())
-    results = {PROX24: in_jax, PYTORCH: tuple(part.cpu() for part in in_torch)}
-    seconds = common.medians(field, repetitions)
-    for name, (pruned, mask) in results.items():
-        ratio = seconds[name] / seconds[PYTORCH]
-        loss = relative_loss(np.asarray(pruned), weight, gram)
-        agreement = np.mean(np.asarray(mask) == results[PYTORCH][1].numpy())
-        rows.append(Measured(name, seconds[name], ratio, loss, float(agreement)))
-    return rows
+    given = jax.device_put((weight, gram))
+    in_torch = [torch.from_numpy(array).to(rivals.DEVICE) for array in (weight, gram)]
+    runs = {
+        "prox24": lambda: prox24.solve(*given, prox24.SparseGPT(), None, damping=DAMPING),
+        PYTORCH: lambda: rivals.finished(rivals.sparsegpt(*in_torch, DAMPING)),
+    }
+    ours, theirs = (run() for run in runs.values())
+    results = [(ours.weight, ours.mask), [part.cpu() for part in theirs]]
+    masks = [np.asarray(mask) for _, mask in results]
+    seconds = common.medians(runs, repetitions)
+    return {
+        name: (seconds[name], relative_loss(np.asarray(w), weight, gram), np.mean(mask == masks[1]))
+        for name, (w, _), mask in zip(runs, results, masks, strict=True)
+    }
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -108,13 +83,13 @@ def main() -> None:
     parser.add_argument("--repetitions", type=common.positive, default=5)
     arguments = parser.parse_args()
     lines = []
-    for out_width, in_width in arguments.shapes:
-        for row in measure(out_width, in_width, arguments.repetitions):
-            times = f"{row.seconds:.3g}", f"{row.ratio_to_pytorch:.2f}"
-            quality = f"{row.relative_loss:.5f}", f"{row.mask_agreement:.3%}"
-            lines.append((f"{out_width}x{in_width}", row.contender, *times, *quality))
+    for widths in arguments.shapes:
+        found = measure(*widths, arguments.repetitions)
+        for name, (seconds, loss, same) in found.items():
+            times = f"{seconds:.3g}", f"{seconds / found[PYTORCH][0]:.2f}"
+            lines.append(("x".join(map(str, widths)), name, *times, f"{loss:.5f}", f"{same:.3%}"))
     titles = "median\ns", "time /\nPyTorch", "relative\nloss", "same\nmask"
-    common.show(("shape", "contender", *titles), lines, left=2, title=common.environment())
+    common.show(("shape", "contender", *titles), lines, title=common.environment())
 
 
 if __name__ == "__main__":

@@ -11,35 +11,29 @@ program of its own.
 import math
 import statistics
 import time
-from pathlib import Path
 
 import common
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
-from common import positive
 
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._jobs import forward, training
 from prox24.optax import keep_pattern
-from prox24.refine import (
-    BlockRefinement,
-    ModelRefinement,
-    _blocks,
-    _distillation,
-    relative_error,
-)
+from prox24.refine import BlockRefinement, ModelRefinement, _blocks, _distillation, relative_error
 from prox24.refine._training import step_program
 
+LENGTH, REPEATS = 512, 5
 
-def parts(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
+
+def parts(model: forward.Model, length: int) -> dict[str, tuple]:
     """A program and its arguments for each part of a step of the model."""
-    config, refinement = model.config, ModelRefinement(compute_dtype=dtype)
-    features, logits = training._functions(config, None, dtype)
-    outer = training._outer(model, None, dtype)
+    config = model.config
+    features, logits = training._functions(config, None, "float32")
+    outer = training._outer(model, None, "float32")
     params = jax.tree.map(lambda x: x.astype(jnp.float32), training._params(model, None))
-    optimizer = refinement.optimizer(100)
+    optimizer = ModelRefinement().optimizer(100)
     state = keep_pattern(optimizer, jax.tree.map(lambda x: x != 0, params)).init(params)
     tokens = np.random.default_rng(0).integers(0, config.vocabulary, (1, length), np.int32)
     hidden = jax.jit(features)(params, outer, tokens)
@@ -55,40 +49,28 @@ def parts(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
         "layers, forward": (jax.jit(features), params, outer, tokens),
         "layers, with gradient": (jax.jit(jax.grad(pulled)), params, outer, tokens),
         "head and loss, forward": (jax.jit(of_head), moved, constants, batch),
-        "head and loss, with gradient": (
-            jax.jit(jax.grad(of_head)),
-            moved,
-            constants,
-            batch,
-        ),
+        "head and loss, with gradient": (jax.jit(jax.grad(of_head)), moved, constants, batch),
         "both, with gradient": (jax.jit(jax.grad(loss)), params, constants, batch),
         "step": (step_program(loss, optimizer, 1), params, state, None, constants, batch),
     }
 
 
-def parts_of_block(model: forward.Model, length: int, dtype: str) -> dict[str, tuple]:
+def parts_of_block(model: forward.Model) -> dict[str, tuple]:
     """A program and its arguments for each part of a step of the layer in the middle."""
-    index, refinement = len(model.config.layers) // 2, BlockRefinement(compute_dtype=dtype)
+    index = len(model.config.layers) // 2
     layer = model.config.layers[index]
-    apply = forward.layer_function(layer, None, dtype)
+    apply = forward.layer_function(layer, None, "float32")
     weights = forward.layer_weights(model, index)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
-    optimizer = refinement.optimizer(8)
+    optimizer = BlockRefinement().optimizer(8)
     state = keep_pattern(optimizer, jax.tree.map(lambda x: x != 0, params)).init(params)
-    hidden = jax.random.normal(jax.random.key(0), (1, length, layer.hidden))
+    hidden = jax.random.normal(jax.random.key(0), (1, LENGTH, layer.hidden))
     loss = _blocks._block_loss(apply, relative_error)
     batch = hidden, hidden
     return {
         "one layer, forward": (jax.jit(apply), params, hidden),
         "one layer, with gradient": (jax.jit(jax.grad(loss)), params, None, batch),
-        "step of one layer": (
-            step_program(loss, optimizer, 1),
-            params,
-            state,
-            None,
-            None,
-            batch,
-        ),
+        "step of one layer": (step_program(loss, optimizer, 1), params, state, None, None, batch),
     }
 
 
@@ -106,19 +88,13 @@ def operations(jaxpr: jax.extend.core.Jaxpr) -> int:
 
 
 def main() -> None:
-    parser = common.parser_of(__doc__)
-    parser.add_argument("--length", type=positive, default=512)
-    parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--compute-dtype", default="float32")
-    parser.add_argument("--cache", type=Path, default=common.CACHE, metavar="FOLDER")
-    arguments = parser.parse_args()
-    model = forward.load_model(open_checkpoint(common.dense_model(arguments.cache)))
-    setting = model, arguments.length, arguments.compute_dtype
-    lines = []
-    for name, (program, *given) in (parts(*setting) | parts_of_block(*setting)).items():
+    common.parser_of(__doc__).parse_args()
+    model, lines = forward.load_model(open_checkpoint(common.dense_model())), []
+    programs = parts(model, LENGTH) | parts_of_block(model)
+    for name, (program, *given) in programs.items():
         traced, seconds = program.trace(*given), []
         compiled, count = traced.lower().compile(), operations(traced.jaxpr.jaxpr)
-        for _ in range(arguments.repeats + 1):
+        for _ in range(REPEATS + 1):
             own = jax.block_until_ready(jax.tree.map(jnp.copy, given))
             began = time.perf_counter()
             jax.block_until_ready(compiled(*own))
