@@ -247,23 +247,16 @@ def _advance(
         landed = trial(step)
     move = trees.tree_sub(landed, state.params)
     following, share = following_nesterov(state.nesterov)
-    if momentum:
-        uphill = _dot(trees.tree_sub(point, landed), move) > 0
-        share = jnp.where(uphill, 0, share)
-        following = jnp.where(uphill, jnp.ones_like(following), following)
-    else:
-        share = jnp.zeros_like(share)
+    # Without momentum the sequence restarts in every step.
+    restart = _dot(trees.tree_sub(point, landed), move) > 0 if momentum else True
+    share, following = jnp.where(restart, 0, share), jnp.where(restart, 1, following)
     # The value may have fewer digits than the parameters.
     error = (trees.tree_norm(trees.tree_sub(landed, point)) / step).astype(value.dtype)
     finite = jnp.isfinite(value) & jnp.isfinite(error)
-
-    def keep(new: Array, old: Array) -> Array:
-        return jnp.where(finite, new, old)
-
     return _State(
-        jax.tree.map(keep, landed, state.known),
-        jax.tree.map(keep, _plus(landed, share, move), state.known),
-        jax.tree.map(keep, point, state.known),
+        trees.tree_where(finite, landed, state.known),
+        trees.tree_where(finite, _plus(landed, share, move), state.known),
+        trees.tree_where(finite, point, state.known),
         following,
         step,
         jnp.where(finite, error, jnp.inf),

@@ -58,29 +58,22 @@ class Swaps:
         choices = _choices(problem.gram, pattern)
 
         def sweep(state: _Swapping) -> _Swapping:
-            before = state.refitted
+            before, _, sweeps = state
             swept = _sweep(problem, before, choices, pattern)
-            refitted = self.refit(problem, swept.weight, swept.mask, pattern)
-            return _Swapping(
-                refitted._replace(steps=before.steps + refitted.steps),
-                exchanged_rows=jnp.any(swept.mask != before.mask, axis=1),
-                sweeps=state.sweeps + 1,
-            )
+            after = self.refit(problem, swept.weight, swept.mask, pattern)
+            exchanged = jnp.any(swept.mask != before.mask, axis=1)
+            return after._replace(steps=before.steps + after.steps), exchanged, sweeps + 1
 
         def unfinished(state: _Swapping) -> Array:
-            return jnp.any(state.exchanged_rows) & (state.sweeps < self.sweeps)
+            return jnp.any(state[1]) & (state[2] < self.sweeps)
 
         start = self.refit(problem, weight, mask, pattern)
-        begun = _Swapping(start, jnp.ones_like(weight[:, 0], bool), jnp.zeros((), jnp.int32))
-        final = lax.while_loop(unfinished, sweep, begun)
-        refitted = final.refitted
-        return refitted._replace(exhausted=refitted.exhausted | final.exchanged_rows)
+        begun = start, jnp.ones_like(weight[:, 0], bool), jnp.zeros((), jnp.int32)
+        refitted, exchanged, _ = lax.while_loop(unfinished, sweep, begun)
+        return refitted._replace(exhausted=refitted.exhausted | exchanged)
 
 
-class _Swapping(NamedTuple):
-    refitted: Refitted
-    exchanged_rows: Array
-    sweeps: Array
+_Swapping = tuple[Refitted, Array, Array]  # With the rows that exchanged, and the sweeps so far.
 
 
 class _Choices(NamedTuple):

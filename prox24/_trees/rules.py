@@ -98,22 +98,12 @@ def _compute(equation: Any, operands: list[Operand]) -> list[Operand]:
 
 
 def _same(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
-    (output,) = _compute(equation, operands)
-    return [output._replace(view=operands[0].view)]
-
-
-def _squeeze(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
+    """The output is the weight too: cast or placed, with its axes permuted, or without some."""
     (output,), view = _compute(equation, operands), operands[0].view
     if view is not None:
-        removed = equation.params["dimensions"]
-        view = view._replace(axes=tuple(a for i, a in enumerate(view.axes) if i not in removed))
-    return [output._replace(view=view)]
-
-
-def _transpose(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
-    (output,), view = _compute(equation, operands), operands[0].view
-    if view is not None:
-        view = view._replace(axes=tuple(view.axes[i] for i in equation.params["permutation"]))
+        order = equation.params.get("permutation", range(len(view.axes)))
+        removed = equation.params.get("dimensions", ())
+        view = view._replace(axes=tuple(view.axes[i] for i in order if i not in removed))
     return [output._replace(view=view)]
 
 
@@ -230,8 +220,8 @@ RULES: dict[str, Rule] = {
     "dot_general": _matrix_product,
     "ragged_dot_general": _ragged_product,
     "conv_general_dilated": _convolution,
-    "transpose": _transpose,
-    "squeeze": _squeeze,
+    "transpose": _same,
+    "squeeze": _same,
     "convert_element_type": _same,
     "copy": _same,
     "name": _same,

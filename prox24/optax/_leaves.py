@@ -116,22 +116,31 @@ def describe(
     leaves = named_leaves(params)
     by_name = not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
     chosen = [None] * len(leaves) if mask is None else jax.tree.leaves(spread(mask, params))
-    return tuple(
-        _leaf(path, leaf, pattern, axis, choice, by_name)
-        for (path, leaf), choice in zip(leaves, chosen, strict=True)
-    )
+
+    def described(path: str, leaf: Any, choice: bool | None) -> Leaf:
+        shape = tuple(getattr(leaf, "shape", ()))
+        along = _axis(path, axis, len(shape))
+        if -len(shape) <= along < len(shape):
+            along %= len(shape)
+        obstacle = _obstacle(leaf, shape, along, pattern)
+        if choice is None:
+            reason = None if hasattr(leaf, "dtype") else "no array"
+            reason = reason or _exception(path, shape, by_name) or obstacle
+            return Leaf(path, shape, along, reason is None, reason or "default")
+        if choice and obstacle:
+            raise ValueError(
+                f"{path} of shape {shape} cannot be pruned to {pattern} along axis {along}: "
+                f"{obstacle}; leave it out of mask or choose its axis"
+            )
+        return Leaf(path, shape, along, bool(choice), "in mask" if choice else "not in mask")
+
+    return tuple(described(*each, own) for each, own in zip(leaves, chosen, strict=True))
 
 
 def nonzeros(params: PyTree, leaves: Sequence[Leaf]) -> PyTree:
     """Marks the nonzeros of pruned leaves; other leaves get a scalar True."""
-    weights, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(
-        structure,
-        [
-            weight != 0 if leaf.pruned else jnp.ones((), bool)
-            for leaf, weight in zip(leaves, weights, strict=True)
-        ],
-    )
+    own = iter(leaves)
+    return jax.tree.map(lambda w: w != 0 if next(own).pruned else jnp.ones((), bool), params)
 
 
 def by_path(predicate: Callable[[str], object]) -> Callable[[PyTree], PyTree]:
@@ -230,31 +239,6 @@ def spread(tree: Mask, params: PyTree) -> PyTree:
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
-
-
-def _leaf(
-    path: str,
-    leaf: Any,
-    pattern: Pattern,
-    axis: Axis | None,
-    choice: bool | None,
-    by_name: bool,
-) -> Leaf:
-    shape = tuple(getattr(leaf, "shape", ()))
-    along = _axis(path, axis, len(shape))
-    if -len(shape) <= along < len(shape):
-        along %= len(shape)
-    obstacle = _obstacle(leaf, shape, along, pattern)
-    if choice is None:
-        reason = None if hasattr(leaf, "dtype") else "no array"
-        reason = reason or _exception(path, shape, by_name) or obstacle
-        return Leaf(path, shape, along, reason is None, reason or "default")
-    if choice and obstacle:
-        raise ValueError(
-            f"{path} of shape {shape} cannot be pruned to {pattern} along axis {along}: "
-            f"{obstacle}; leave it out of mask or choose its axis"
-        )
-    return Leaf(path, shape, along, bool(choice), "in mask" if choice else "not in mask")
 
 
 def _axis(path: str, axis: Axis | None, dimensions: int) -> int:
