@@ -9,6 +9,7 @@ In attention a head's values are such a vector. So are its queries and keys, if 
 between them and their product: (R^T q) (R^T k) = q k. There is an R for each head.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -38,9 +39,6 @@ AnyArray = TypeVar("AnyArray", Array, NDArray[np.floating])
 
 Places = NDArray[np.integer]
 """Rows or columns of a weight, shape (heads, members, d): the members of a head share its R."""
-
-Side = tuple[int, Pattern]
-"""The static fields of a part: the axis that is turned, and the pattern along the inputs."""
 
 
 class Part(NamedTuple):
@@ -171,10 +169,7 @@ def learn(
       >>> bool(objective(turn, parts) < objective(jnp.eye(8)[None], parts))
       True
     """
-    parts, sides = _checked(parts)
-    prepared = [_prepared(part, damping) for part in parts]
-    exponent = jnp.asarray(exponent, parts[0].weight.dtype)
-    return _learn(prepared, exponent, jnp.asarray(steps), sides)
+    return _learn(_prepared(parts, damping), exponent, steps)
 
 
 def objective(
@@ -198,40 +193,63 @@ def objective(
     Raises:
       ValueError: see `learn`. Also if the shape of the turn does not fit the parts.
     """
-    parts, sides = _checked(parts)
-    prepared = [_prepared(part, damping) for part in parts]
-    turn = jnp.asarray(turn, parts[0].weight.dtype)
-    heads, _, width = parts[0].places.shape
+    prepared = _prepared(parts, damping)
+    turn = jnp.asarray(turn, prepared[0].weight.dtype)
+    heads, width, *_ = prepared[0].weight.shape
     if turn.shape != (heads, width, width):
         raise ValueError(f"turn {turn.shape} is not (heads, d, d): {(heads, width, width)}")
-    return _objective(turn, prepared, jnp.asarray(exponent, turn.dtype), sides)
+    return _objective(turn, prepared, exponent)
 
 
-def _checked(parts: Sequence[Part]) -> tuple[list[Part], tuple[Side, ...]]:
-    """The parts in their dtype of computation, and their static fields."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A part in the shape of its heads; a maker has axis 0, and a reader has axis 1.
+
+    Attributes:
+      weight: shape (heads, d, members, others). The others are inputs of a maker, or outputs of a
+        reader.
+      gram: for a maker, the diagonal of its damped Gram, shape (1, 1, 1, others). For a reader, the
+        blocks of a head, shape (heads, members, d, d).
+      inverse: the same parts of the inverse of the damped Gram.
+      scale: 1 / tr(W G W^T).
+      axis: static, see `Part`.
+      pattern: static.
+    """
+
+    weight: Array
+    gram: Array
+    inverse: Array
+    scale: Array
+    axis: int = dataclasses.field(metadata={"static": True})
+    pattern: Pattern = dataclasses.field(metadata={"static": True})
+
+
+def _prepared(parts: Sequence[Part], damping: ArrayLike) -> list[_Prepared]:
+    """The parts, checked, in their dtype of computation."""
     if not parts:
         raise ValueError("there are no parts")
-    checked, sides = [], []
+    checked = []
     for number, part in enumerate(parts):
         try:
-            checked.append(_checked_part(part))
+            checked.append(_checked(part))
         except ValueError as error:
             raise ValueError(f"part {number}: {error}") from error
-        sides.append((part.axis, as_pattern(part.pattern)))
     shapes = sorted({np.shape(part.places)[::2] for part in checked})
     if len(shapes) > 1:
         raise ValueError(f"the parts differ in (heads, width): {shapes}")
     dtypes = sorted({str(part.weight.dtype) for part in checked})
     if len(dtypes) > 1:
         raise ValueError(f"the parts are computed in different dtypes: {dtypes}")
-    return checked, tuple(sides)
+    damping = jnp.asarray(damping, checked[0].weight.dtype)
+    return [_prepare(*part, damping) for part in checked]
 
 
-def _checked_part(part: Part) -> Part:
+def _checked(part: Part) -> Part:
     weight, gram = jnp.asarray(part.weight), jnp.asarray(part.gram)
-    places = np.asarray(part.places)
+    places, pattern = np.asarray(part.places), as_pattern(part.pattern)
     check_arrays(weight, gram)
-    width, group = weight.shape[1], as_pattern(part.pattern).width
+    width, group = weight.shape[1], pattern.width
     if part.axis not in (0, 1):
         raise ValueError(f"axis {part.axis} is neither 0, for outputs, nor 1, for inputs")
     length = weight.shape[part.axis]
@@ -246,34 +264,13 @@ def _checked_part(part: Part) -> Part:
     if part.axis == 1 and places.shape[-1] % group:
         raise ValueError(f"blocks of {group} do not divide a head of width {places.shape[-1]}")
     dtype = working_dtype(gram.dtype)
-    return part._replace(weight=weight.astype(dtype), gram=gram.astype(dtype), places=places)
+    return Part(weight.astype(dtype), gram.astype(dtype), part.axis, places, pattern)
 
 
-class _Prepared(NamedTuple):
-    """A part in the shape of its heads; a maker has axis 0, and a reader has axis 1.
-
-    Attributes:
-      weight: shape (heads, d, members, others). The others are inputs of a maker, or outputs of a
-        reader.
-      gram: for a maker, the diagonal of its damped Gram, shape (1, 1, 1, others). For a reader, the
-        blocks of a head, shape (heads, members, d, d).
-      inverse: the same parts of the inverse of the damped Gram.
-      scale: 1 / tr(W G W^T).
-    """
-
-    weight: Array
-    gram: Array
-    inverse: Array
-    scale: Array
-
-
-def _prepared(part: Part, damping: ArrayLike) -> _Prepared:
-    damping = jnp.asarray(damping, part.weight.dtype)
-    return _prepare(part.weight, part.gram, jnp.asarray(part.places), damping, part.axis)
-
-
-@functools.partial(jax.jit, static_argnames="axis")
-def _prepare(weight: Array, gram: Array, places: Array, damping: Array, axis: int) -> _Prepared:
+@functools.partial(jax.jit, static_argnames=("axis", "pattern"))
+def _prepare(
+    weight: Array, gram: Array, axis: int, places: Array, pattern: Pattern, damping: Array
+) -> _Prepared:
     inverse, damping = damped_inverse(gram, damping)
     damped = damped_gram(gram, damping)
     heads = jnp.moveaxis(weight, axis, 0)[places.swapaxes(1, 2)]
@@ -284,37 +281,33 @@ def _prepare(weight: Array, gram: Array, places: Array, damping: Array, axis: in
         whole = quadratic_loss(weight, damped)
         at = places[..., :, None], places[..., None, :]
         damped, inverse = damped[at], inverse[at]
-    prepared = _Prepared(heads, damped, inverse, 1 / jnp.where(whole > 0, whole, 1))
+    scale = 1 / jnp.where(whole > 0, whole, 1)
+    prepared = _Prepared(heads, damped, inverse, scale, axis, pattern)
     return jax.tree.map(replicated, prepared)
 
 
-def _objective(
-    turn: Array, parts: Sequence[_Prepared], exponent: Array, sides: tuple[Side, ...]
-) -> Array:
-    def lost(part: _Prepared, side: Side) -> Array:
-        axis, pattern = side
+def _objective(turn: Array, parts: Sequence[_Prepared], exponent: ArrayLike) -> Array:
+    def lost(part: _Prepared) -> Array:
         new = einsum("hij,himk->hjmk", turn, part.weight)
         gram, inverse = part.gram, part.inverse
-        if axis == 1:
+        if part.axis == 1:
             gram, inverse = (
                 einsum("hij,hmik,hkj->hjm", turn, blocks, turn)[..., None]
                 for blocks in (gram, inverse)
             )
         # At least 1 by the Cauchy-Schwarz inequality, except for rounding.
         freedom = jnp.maximum(gram * inverse, 1)
-        costs = jnp.square(new) * (gram * freedom**-exponent)
+        costs = jnp.square(new) * (gram * freedom ** -jnp.asarray(exponent, turn.dtype))
         # Blocks run along the inputs: the turned axis of a reader, and the last axis of a maker.
-        inputs = 1 if axis == 1 else 3
-        kept = top_mask(jnp.sqrt(lax.stop_gradient(costs)), pattern, axis=inputs)
+        inputs = 1 if part.axis == 1 else 3
+        kept = top_mask(jnp.sqrt(lax.stop_gradient(costs)), part.pattern, axis=inputs)
         return part.scale * jnp.sum(jnp.where(kept, 0, costs))
 
-    return sum(map(lost, parts, sides), jnp.zeros((), turn.dtype))
+    return sum(map(lost, parts), jnp.zeros((), turn.dtype))
 
 
-@functools.partial(jax.jit, static_argnames="sides")
-def _learn(
-    parts: Sequence[_Prepared], exponent: Array, steps: Array, sides: tuple[Side, ...]
-) -> Array:
+@jax.jit
+def _learn(parts: Sequence[_Prepared], exponent: ArrayLike, steps: ArrayLike) -> Array:
     first = parts[0].weight
     heads, width, *_ = first.shape
     identity = jnp.broadcast_to(jnp.eye(width, dtype=first.dtype), (heads, width, width))
@@ -323,7 +316,7 @@ def _learn(
         return RATE * (1 + jnp.cos(math.pi * (step / steps).astype(identity.dtype))) / 2
 
     optimizer = optax.adam(rate)
-    gradient = jax.grad(lambda turn: _objective(turn, parts, exponent, sides))
+    gradient = jax.grad(lambda turn: _objective(turn, parts, exponent))
 
     def advance(_: Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
         turn, moments = state

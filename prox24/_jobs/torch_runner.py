@@ -43,9 +43,6 @@ class TorchRunner(Runner[Hidden]):
         layer, shapes = self._layers[index], self._layers[index].shapes()
         return [Linear(name, name, shapes[name][axis]) for name, axis in layer.axes().items()]
 
-    def tensors(self, index: int) -> list[str]:
-        return list(self._layers[index].shapes())
-
     def weights(self, index: int) -> dict[str, Array]:
         """The parameters of a layer, float32."""
         return dict(self._function(index).params)

@@ -157,39 +157,31 @@ def linear(x: Array, weight: Array | Packed24 | InFloat32 | InBfloat16) -> Array
     if isinstance(weight, Packed24):
         return matmul(x.astype(weight.dtype), weight).astype(jnp.float32)
     if isinstance(weight, InBfloat16):
-        return _product(x, weight.weight)
+        return jax.custom_gradient(_product)(x, weight.weight)
     if isinstance(weight, InFloat32):
-        return _product(x, weight.weight.astype(jnp.float32))
+        return jax.custom_gradient(_product)(x, weight.weight.astype(jnp.float32))
     return einsum("bti,oi->bto", x, weight.astype(jnp.float32))
 
 
-@jax.custom_vjp
-def _product(x: Array, weight: Array) -> Array:
-    """x W^T. Operands have the dtype of W, in the gradients too.
+def _product(x: Array, weight: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    """x W^T, and the function for its gradients. Operands have the dtype of W in both.
 
     JAX's own gradients of a bfloat16 W would multiply float32 cotangents with bfloat16 operands,
     and XLA does this in float32. Those of a float32 W are slow on CPUs.
     """
-    return _sums("bti,oi->bto", x, weight, weight.dtype)
+    (out, width), x = weight.shape, x.astype(weight.dtype)
 
+    def backwards(cotangent: Array) -> tuple[Array, Array]:
+        # XLA's CPU backend computes the first operand again, column by column, which is slow. So
+        # the operand with fewer columns comes first. It has no such product in bfloat16.
+        if width < out and weight.dtype == jnp.float32:
+            of_weight = _sums("bti,bto->io", x, cotangent, weight.dtype).T
+        else:
+            of_weight = _sums("bto,bti->oi", cotangent, x, weight.dtype)
+        of_x = _sums("bto,oi->bti", cotangent, weight, weight.dtype)
+        return of_x, of_weight.astype(weight.dtype)
 
-def _product_forwards(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    x = x.astype(weight.dtype)
-    # Not `_product`: `jax.checkpoint` keeps the outputs of products, and would not find one in it.
-    return _sums("bti,oi->bto", x, weight, weight.dtype), (x, weight)
-
-
-def _product_backwards(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, weight = operands
-    out, width = weight.shape
-    # XLA's CPU backend computes the first operand again, column by column, which is slow. So the
-    # operand with fewer columns comes first. The backend has no such product in bfloat16.
-    if width < out and weight.dtype == jnp.float32:
-        of_weight = _sums("bti,bto->io", x, cotangent, weight.dtype).T
-    else:
-        of_weight = _sums("bto,bti->oi", cotangent, x, weight.dtype)
-    of_x = _sums("bto,oi->bti", cotangent, weight, weight.dtype)
-    return of_x, of_weight.astype(weight.dtype)
+    return _sums("bti,oi->bto", x, weight, weight.dtype), backwards
 
 
 def _sums(axes: str, a: Array, b: Array, dtype: Any) -> Array:
@@ -198,9 +190,6 @@ def _sums(axes: str, a: Array, b: Array, dtype: Any) -> Array:
         return einsum(axes, a, b)
     a, b = a.astype(dtype), b.astype(dtype)
     return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
-
-
-_product.defvjp(_product_forwards, _product_backwards)
 
 
 def _affine(weights: Weights, name: str, x: Array) -> Array:

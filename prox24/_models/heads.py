@@ -18,31 +18,22 @@ def attention_ties(attention: Attention) -> Ties:
     """
     if attention.clip is not None:
         return []
-    rows = _rows(attention)
-    linear = dict.fromkeys("qkv", "self_attn.qkv_proj") if attention.fused else _SEPARATE
-    heads, group = attention.key_value_heads, attention.heads // attention.key_value_heads
-    read = places_of(heads, attention.head_dim, group)
-    ties: Ties = [[(linear["v"], 0, rows["v"]), ("self_attn.o_proj", 1, read)]]
-    rotated = 0 if attention.rope is None else 2 * len(attention.rope.frequencies)
-    if attention.norm is None and rotated < attention.head_dim:
-        ties.append([(linear[part], 0, rows[part][..., rotated:]) for part in "qk"])
-    return ties
-
-
-_SEPARATE = {part: f"self_attn.{part}_proj" for part in "qkv"}
-
-
-def _rows(attention: Attention) -> dict[str, Places]:
-    """The rows of queries, keys and values, shape (key heads, members, head_dim)."""
     heads, width = attention.key_value_heads, attention.head_dim
     group = attention.heads // heads
+    # The rows of queries, keys and values, shape (key heads, members, head_dim).
     if attention.fused == "groups":
-        rows = places_of(heads, width, group + 2)
-        return dict(zip("qkv", np.split(rows, (group, group + 1), axis=1), strict=True))
-    queries, keys = attention.heads * width, heads * width
-    fused = attention.fused == "rows"
-    return {
-        "q": places_of(heads, width, group),
-        "k": places_of(heads, width, start=queries if fused else 0),
-        "v": places_of(heads, width, start=queries + keys if fused else 0),
-    }
+        rows = np.split(places_of(heads, width, group + 2), (group, group + 1), axis=1)
+    else:
+        rows = [places_of(heads, width, members) for members in (group, 1, 1)]
+    if attention.fused == "rows":
+        rows[1] += rows[0].size
+        rows[2] += rows[0].size + rows[1].size
+    made = [
+        (f"self_attn.{'qkv' if attention.fused else part}_proj", 0, own)
+        for part, own in zip("qkv", rows, strict=True)
+    ]
+    ties: Ties = [[made[2], ("self_attn.o_proj", 1, places_of(heads, width, group))]]
+    rotated = 0 if attention.rope is None else 2 * len(attention.rope.frequencies)
+    if attention.norm is None and rotated < width:
+        ties.append([(name, axis, own[..., rotated:]) for name, axis, own in made[:2]])
+    return ties

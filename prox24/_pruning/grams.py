@@ -35,9 +35,9 @@ class GramSum(NamedTuple):
 Sums = dict[str, GramSum]
 
 
-def empty_gram(width: int, mesh: Mesh | None = None) -> GramSum:
-    """The Gram of no tokens; with a mesh, one on each of its devices."""
-    first, sharding = ((), None) if mesh is None else ((mesh.size,), parts(mesh))
+def empty_gram(width: int, mesh: Mesh | None = None, first: tuple[int, ...] = ()) -> GramSum:
+    """The Gram of no tokens; as many as `first` axes have, or with a mesh one on each device."""
+    first, sharding = (first, None) if mesh is None else ((mesh.size,), parts(mesh))
 
     def zeros(*shape: int, dtype: type = jnp.float32) -> Array:
         return jnp.zeros((*first, *shape), dtype, device=sharding)

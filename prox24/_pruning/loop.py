@@ -94,20 +94,15 @@ def prune_stages(
         linears = [linear for linear in runner.linears(index) if linear.tensor in chosen]
         trained = trained_tensors(runner, index, refine)
         together = pruned_together(runner, index, recipe, chosen)
-        names = [name for name in given if name in finished]
-        anew = not together.issubset(names)
-        if anew:
-            names = [name for name in names if name not in together]
-        written = {name: runner.loaded(name, finished[name].read()) for name in names}
-        weights = given | written
-        remaining = [linear for linear in linears if linear.tensor not in written]
+        anew = not together <= finished.keys()
+        names = [name for name in given if name in finished and not (anew and name in together)]
+        weights = given | {name: runner.loaded(name, finished[name].read()) for name in names}
+        remaining = [linear for linear in linears if linear.tensor not in names]
         # A resumed run advances the dense model by the same program, so that all bits are equal.
         inputs: dict[str, list[Inputs]] = {}
         if remaining or both:
             wanted = {linear.input for linear in linears}
-            observed, state = runner.observe(index, given, state, wanted)
-            inputs = dict(observed)
-            del observed
+            inputs, state = runner.observe(index, given, state, wanted)
         del given  # `weights` holds the arrays that are still needed
         lap("gather")
         if anew and recipe.basis is not None:
@@ -115,11 +110,10 @@ def prune_stages(
             lap("basis")
         reports: dict[str, tuple[LinearReport, ...]] = {}
         for linear in remaining:
-            name, weight = linear.tensor, weights[linear.tensor]
+            name = linear.tensor
             weights[name], reports[name] = _pruned(
-                runner, recipe, chosen[name], linear, weight, inputs[linear.input]
+                runner, recipe, chosen[name], linear, weights[name], inputs[linear.input]
             )
-            del weight
             lap("solve")
             if refine is None:
                 yield PrunedTensor(name, runner.stored(name, weights[name]), reports[name])
@@ -142,7 +136,7 @@ def prune_stages(
                 lap("write")
         state = runner.advance(index, weights, state)
         lap("run")
-        del weights, written
+        del weights
 
 
 def check(runner: Runner[State], recipe: Recipe) -> dict[str, AnyPattern]:

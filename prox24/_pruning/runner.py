@@ -73,7 +73,8 @@ class Runner(Protocol[State]):
         """The linears of a stage, in the order of pruning."""
 
     def tensors(self, index: int) -> Collection[str]:
-        """The names of a stage's tensors."""
+        """The names of a stage's tensors, for a refinement."""
+        return [linear.tensor for linear in self.linears(index)]
 
     def ties(self, index: int) -> Sequence[Sequence[Side]]:
         """The linears of a stage that may be turned together.
@@ -90,7 +91,7 @@ class Runner(Protocol[State]):
 
     def observe(
         self, index: int, weights: Mapping[str, Array], state: State, wanted: Collection[str]
-    ) -> tuple[Mapping[str, list[Inputs]], State]:
+    ) -> tuple[dict[str, list[Inputs]], State]:
         """The inputs of a stage's linears; also moves the dense model, if any, to the next stage.
 
         The weights are dense. Each name in `wanted` gets a list with one `Inputs` for each matrix.

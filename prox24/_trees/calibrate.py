@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prox24._pruning.grams import GramSum, Sums, add_tokens, empty_gram, is_finite, is_sent
+from prox24._pruning.grams import Sums, add_tokens, empty_gram, is_finite, is_sent
 from prox24._pruning.runner import Inputs
 from prox24._trees.layout import Layout
 from prox24._trees.products import Apply, find_products, split_arrays
@@ -146,7 +146,7 @@ def gather(
     chosen = {
         path: shape for path, shape in survey.shapes.items() if names is None or path in names
     }
-    grams = {path: empty_grams(shape) for path, shape in chosen.items()}
+    grams = {path: empty_gram(width, first=(own,)) for path, (own, width) in chosen.items()}
     crosses = {} if dense is None else jax.tree.map(jnp.copy, grams)
     on_host, join = split_arrays(stream.params)
     arrays = list(map(jnp.asarray, on_host))  # Sent to the device once, not for each batch.
@@ -285,11 +285,3 @@ def survey_products(apply: Apply, params: PyTree, batch: PyTree) -> Survey:
 
     jaxpr = jax.make_jaxpr(trace)(arrays, batch)
     return surveys[-1]._replace(jaxpr=jaxpr)
-
-
-def empty_grams(shape: tuple[int, int]) -> GramSum:
-    """A Gram of zeros for each problem; `shape` is (problems, input width)."""
-    problems, width = shape
-    return jax.tree.map(
-        lambda part: jnp.zeros((problems, *part.shape), part.dtype), empty_gram(width)
-    )

@@ -243,10 +243,6 @@ class FunctionRunner(Runner[Any]):
         axes = {path: self.layouts[path].summed[-1] for path in self.groups[index]}
         return [Linear(path, path, self.given[path].shape[axis]) for path, axis in axes.items()]
 
-    def tensors(self, index: int) -> list[str]:
-        """The paths of a group's weights."""
-        return self.groups[index]
-
     def weights(self, index: int) -> dict[str, Array]:
         """The dense weights of a group."""
         return {path: jnp.asarray(self.given[path]) for path in self.groups[index]}

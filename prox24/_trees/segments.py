@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Literal
 
-from prox24._pruning.grams import Sums
+from prox24._pruning.grams import Sums, empty_gram
 from prox24._trees.calibrate import (
     InputGram,
     Survey,
     add_products,
     check_same,
-    empty_grams,
     found_grams,
     survey_products,
 )
@@ -169,7 +168,7 @@ class Walk:
         """
         names = [path for path in self._groups[index] if path in wanted]
         shapes = {number: self._first.shapes[path] for number, path in enumerate(names)}
-        grams = {key: empty_grams(shape) for key, shape in shapes.items()}
+        grams = {key: empty_gram(width, first=(own,)) for key, (own, width) in shapes.items()}
         crosses = jax.tree.map(jnp.copy, grams) if len(streams) > 1 else {}
         programs: dict[int, Callable[..., Any]] = {}
         behind: list[Values] = [[] for _ in streams]

@@ -163,11 +163,6 @@ def refine(
             for step, parts in late:
                 on_step(step, sum(map(float, parts)) / micro_batches)
 
-    def candidate(master: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda leaf, given: jnp.array(leaf, given.dtype, copy=True), master, params
-        )
-
     def measure(candidate: PyTree) -> float:
         losses = [float(jax.jit(loss)(candidate, constants, batch)) for batch in measured]
         return sum(losses) / held_out
@@ -175,13 +170,11 @@ def refine(
     # Float32 parameters are copied too, since steps overwrite the master.
     master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     # Some optimizers store the first parameters. They get copies, since steps overwrite the master.
-    memory = _each_its_own(keep_pattern(optimizer, trainable).init(jax.tree.map(jnp.copy, master)))
-    memory = _placed_like(master, memory)
-    begun = Training(master, memory, params, [measure(params)], 0)
+    memory = keep_pattern(optimizer, trainable).init(jax.tree.map(jnp.copy, master))
+    memory = _to_donate(memory, jax.tree.leaves(master)[0].sharding)
+    state = resume(Training(master, memory, params, [measure(params)], 0))
     del master, memory  # If another state is resumed, these are not needed.
-    state = resume(begun)
     resumed_steps = state.steps
-    del begun
     untold: list[tuple[int, list[Array]]] = []
     while state.steps < steps and not state.diverged():
         begin = state.steps % steps_of_pass * micro_batches
@@ -199,7 +192,9 @@ def refine(
         if taken % (measured_every or steps_of_pass) == 0 or taken == steps:
             tell(untold)
             untold = []
-            found = candidate(master)
+            found = jax.tree.map(
+                lambda leaf, given: jnp.array(leaf, given.dtype, copy=True), master, params
+            )
             finite = _still_finite(params, master) and _still_finite(params, found)
             losses = [*state.losses, measure(found) if finite else math.nan]
             best = found if losses[-1] == min(losses) < losses[0] else state.best
@@ -208,31 +203,20 @@ def refine(
     return state.refined()._replace(resumed_steps=resumed_steps)
 
 
-def _placed_like(params: PyTree, tree: PyTree) -> PyTree:
-    """Puts arrays without a chosen device on the devices of the parameters.
+def _to_donate(tree: PyTree, placed: jax.sharding.Sharding) -> PyTree:
+    """Copies arrays that occur twice in the tree, since each is donated.
 
-    A step leaves its results there. Otherwise the second step would be compiled again.
+    Arrays without a chosen device are put on the devices of the parameters. A step leaves its
+    results there. Otherwise the second step would be compiled again.
     """
-    placed = jax.tree.leaves(params)[0].sharding
-    if not isinstance(placed, NamedSharding):
-        return tree
-    everywhere = NamedSharding(placed.mesh, PartitionSpec())
-
-    def place(leaf: Any) -> Array:
-        return leaf if getattr(leaf, "committed", False) else jax.device_put(leaf, everywhere)
-
-    return jax.tree.map(place, tree)
-
-
-def _each_its_own(tree: PyTree) -> PyTree:
-    """Copies arrays that occur twice in the tree, since each is donated."""
     seen: set[int] = set()
 
     def own(leaf: Any) -> Any:
-        if id(leaf) in seen:
-            return jnp.copy(leaf)
+        leaf = jnp.copy(leaf) if id(leaf) in seen else leaf
         seen.add(id(leaf))
-        return leaf
+        if not isinstance(placed, NamedSharding) or getattr(leaf, "committed", False):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(placed.mesh, PartitionSpec()))
 
     return jax.tree.map(own, tree)
 
