@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +178,7 @@ def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) ->
         (outer, teacher, share), (tokens, targets) = constants, batch
         windows, length = tokens.shape
 
+        @_with_gradient
         def of_chunk(hidden: Array, chunk: list[Array]) -> Array:
             following, seen, predicts, *target = chunk
             own = at_least_float32(logits(outer, hidden))
@@ -193,21 +193,38 @@ def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) ->
                 loss += share * of_text / (windows * max(length - 1, 1))
             return loss
 
-        def with_gradient(hidden: Array, chunk: list[Array]) -> tuple[Array, Callable[..., Any]]:
-            # Computed with the loss, so that logits are in memory once, and are computed once.
-            value, gradient = jax.value_and_grad(of_chunk)(hidden, chunk)
-            return value, lambda slope: ((slope * gradient).astype(gradient.dtype), None)
-
         place = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
         following = jnp.roll(tokens, -1, axis=1)
         hidden = features(params, outer, tokens)
         parts = [following, place < length, place < length - 1]
         parts += [targets] if taught else []
         # Chunks run along the windows, since devices may share the windows.
-        chunks = jax.tree.map(_chunks, (hidden, parts))
-        return jnp.sum(lax.map(lambda chunk: jax.custom_gradient(with_gradient)(*chunk), chunks))
+        losses = lax.map(lambda chunk: of_chunk(*chunk), jax.tree.map(_chunks, (hidden, parts)))
+        return jnp.sum(losses)
 
     return of_batch
+
+
+def _with_gradient(
+    loss: Callable[[Array, PyTree], Array],
+) -> Callable[[Array, PyTree], Array]:
+    """The loss, whose gradient with respect to its first argument is computed with its value.
+
+    The logits are then in memory once, and are not computed again for the gradient.
+    """
+
+    @jax.custom_vjp
+    def value(x: Array, rest: PyTree) -> Array:
+        return loss(x, rest)
+
+    def forward(x: Array, rest: PyTree) -> tuple[Array, Array]:
+        return jax.value_and_grad(loss)(x, rest)
+
+    def backward(gradient: Array, cotangent: Array) -> tuple[Array, None]:
+        return (cotangent * gradient).astype(gradient.dtype), None
+
+    value.defvjp(forward, backward)
+    return value
 
 
 def _chunks(x: Array) -> Array:
