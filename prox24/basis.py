@@ -226,7 +226,7 @@ class _Prepared:
 
 
 def _prepared(parts: Sequence[Part], damping: ArrayLike) -> list[_Prepared]:
-    """The parts, checked, in their dtype of computation."""
+    """Checks the parts, and converts them to the dtype of the computation."""
     if not parts:
         raise ValueError("there are no parts")
     checked = []

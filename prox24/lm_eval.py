@@ -72,7 +72,7 @@ class Prox24LM(TemplateLM):  # type: ignore[misc]
       max_length: the most tokens of a text; a longer text loses its start. None takes the model's
         positions. The memory of attention grows with the square of this length.
       dtype: of the weights in memory: "float32", "bfloat16" or "float16"; None keeps the model's.
-      device: None, since JAX chooses the device. The harness passes on what it is given.
+      device: None, since JAX chooses the device. The harness passes its option --device here.
 
     Raises:
       CheckpointError: the model cannot be read.

@@ -37,9 +37,9 @@ def download(text: str, formats: Iterable[WeightFiles]) -> Path:
     `huggingface_hub` apply: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and others.
     """
     for files in formats:
-        # Not also the file of a variant, such as model.fp16.safetensors.
-        weights = files.single_file, f"{files.stem}-*{files.suffix}"
-        folder = snapshot(text, [*OTHER_FILES, *weights])
+        # Variants such as model.fp16.safetensors are not downloaded.
+        shards = f"{files.stem}[-_]*{files.suffix}", f"{files.single_file}-*{files.suffix}"
+        folder = snapshot(text, [*OTHER_FILES, files.single_file, *shards])
         if files.are_in(folder):
             return folder
     names = ", ".join(files.single_file for files in formats)

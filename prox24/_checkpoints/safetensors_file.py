@@ -49,7 +49,7 @@ def open_file(path: Path) -> dict[str, TensorSource]:
     except SafetensorError as error:
         reason = first_line(error)
         raise CheckpointError(
-            f"{path} is no whole safetensors file ({reason}): get it again"
+            f"{path} is incomplete or damaged ({reason}): download it again"
         ) from error
     header.pop("__metadata__", None)
     return {name: _source(path, 8 + length, name, entry) for name, entry in header.items()}

@@ -29,8 +29,8 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
       M U arrays of the dtype of `w`, and of its shape with the length of `axis` divided by M U.
 
     Raises:
-      ValueError: the axis does not exist, or M U does not divide its length. Also if devices of a
-        mesh with explicit axes share blocks.
+      ValueError: the axis does not exist, or M U does not divide its length. It is also
+        raised if an explicit axis of a mesh cuts blocks.
 
     Example:
       >>> [plane.tolist() for plane in split(jnp.arange(8), (2, 4))]

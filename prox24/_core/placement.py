@@ -164,10 +164,7 @@ def whole(array: Array) -> Array:
 
 
 def has_whole_blocks(array: Array, width: int, axis: int) -> bool:
-    """Whether devices share no block of an axis, as far as the array's type says.
-
-    The type only says it for the explicit axes of a mesh.
-    """
+    """False if the array's type says that an explicit axis of a mesh cuts a block."""
     sharding = jax.typeof(array).sharding
     names = sharding.spec[axis] or ()
     names = (names,) if isinstance(names, str) else names

@@ -1,12 +1,11 @@
 """A report as one HTML file without a server: tables, bars, a heat map of losses, a mask."""
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from prox24._jobs.progress import short
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
@@ -68,7 +67,7 @@ def bars(values: Mapping[str, float]) -> str:
 
 def heat_map(losses: Mapping[str, float]) -> str:
     """Losses of tensors: a row for each layer, a column for each kind. Large losses are dark."""
-    places = {name: short(name).partition(".")[::2] for name in losses}
+    places = {name: _place(name) for name in losses}
     columns = list(dict.fromkeys(column for _, column in places.values()))
     layers = list(dict.fromkeys(layer for layer, _ in places.values()))
     by_place = {place: losses[name] for name, place in places.items()}
@@ -105,3 +104,10 @@ def picture(mask: NDArray[np.bool_], group: int | None) -> str:
 
 def _row(cells: Sequence[str], tag: str = "td") -> str:
     return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The layer and the kind of a tensor, by the first number of its name."""
+    found = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.*)", name)
+    layer, kind = found.groups() if found else ("", name)
+    return layer, kind.removesuffix(".weight")

@@ -17,7 +17,7 @@ from prox24._trees.calibrate import Stream, gather
 from prox24._trees.products import Apply
 
 Hidden = list[list[Array]]
-"""The input of a layer, batch by batch, in the pruned and in any dense model."""
+"""The input of a layer, batch by batch, in the pruned model and, if it runs, the dense model."""
 
 
 class TorchRunner(Runner[Hidden]):

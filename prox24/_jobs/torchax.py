@@ -60,7 +60,7 @@ def require() -> tuple[Any, Any]:
 
 
 def open_any(path: str | Path) -> Checkpoint:
-    """Opens a model; torchax runs it if it has no decoder, the forward pass here."""
+    """Opens a model. If its `decoder` is None, there is no forward pass here: torchax runs it."""
     try:
         return open_checkpoint(path)
     except UnsupportedModelError as error:

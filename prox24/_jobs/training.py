@@ -35,7 +35,7 @@ def check_pair(dense: Checkpoint, pruned: Checkpoint) -> None:
     for own, other in zip(*map(forward.all_linears, (config, of_dense)), strict=True):
         zeros = np.mean(pruned.read(own.tensor) == 0)
         of_other = np.mean(dense.read(other.tensor) == 0)
-        # A dense model may have some zeros, and a quantised one more, but not a quarter.
+        # Dense models have few zeros. Quantised ones have more, but fewer than a quarter.
         if zeros > of_other or zeros >= 0.25:
             return
         if zeros < of_other:

@@ -173,7 +173,7 @@ def _product(x: Array, weight: Array) -> tuple[Array, Callable[[Array], tuple[Ar
 
     def backwards(cotangent: Array) -> tuple[Array, Array]:
         # XLA's CPU backend computes the first operand again, column by column, which is slow. So
-        # the operand with fewer columns comes first. It has no such product in bfloat16.
+        # the operand with fewer columns comes first. CPUs have no such product in bfloat16.
         if width < out and weight.dtype == jnp.float32:
             of_weight = _sums("bti,bto->io", x, cotangent, weight.dtype).T
         else:

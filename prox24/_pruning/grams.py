@@ -36,7 +36,7 @@ Sums = dict[str, GramSum]
 
 
 def empty_gram(width: int, mesh: Mesh | None = None, first: tuple[int, ...] = ()) -> GramSum:
-    """The Gram of no tokens; as many as `first` axes have, or with a mesh one on each device."""
+    """Grams of no tokens, with more axes `first`; with a mesh instead one on each device."""
     first, sharding = (first, None) if mesh is None else ((mesh.size,), parts(mesh))
 
     def zeros(*shape: int, dtype: type = jnp.float32) -> Array:

@@ -67,6 +67,7 @@ class _State(NamedTuple):
     value: Array
     steps: Array
     finite: Array
+    bounded: Array  # whether a step was ever too long; a number, as the value is
 
 
 def following_nesterov(nesterov: Array) -> tuple[Array, Array]:
@@ -183,6 +184,7 @@ def proximal_gradient(
             jnp.asarray(value),
             jnp.int32(0),
             jnp.isfinite(value),
+            number(0),
         )
 
         def unfinished(state: _State) -> Array:
@@ -222,7 +224,7 @@ def _advance(
     def trial(size: Array) -> PyTree:
         return prox(_plus(point, -size, gradient), size)
 
-    step = state.step
+    step, bounded = state.step, state.bounded
     if fixed is None:
         # The rounding error of a difference of values.
         slack = 8 * jnp.finfo(value.dtype).eps * jnp.abs(value)
@@ -239,10 +241,13 @@ def _advance(
             size = search[0] * SHRINK
             return size, trial(size), search[2] + 1
 
-        # After a move within the rounding error, no trial shows that a longer step is too long.
-        grown = jnp.square(state.error) * step / 2 > slack
-        begin = jnp.where(grown, step * GROW, step)
-        step, landed, _ = lax.while_loop(too_far, shorter, (begin, trial(begin), jnp.int32(0)))
+        # If a move changes the value by less than its rounding error, the test cannot reject a step
+        # that is too long. Before the first rejection, steps may still be far too short.
+        grows = (jnp.square(state.error) * step / 2 > slack) | (bounded == 0)
+        begin = jnp.where(grows, step * GROW, step)
+        first = begin, trial(begin), jnp.int32(0)
+        step, landed, trials = lax.while_loop(too_far, shorter, first)
+        bounded = jnp.where(trials > 0, jnp.ones_like(bounded), bounded)
     else:
         landed = trial(step)
     move = trees.tree_sub(landed, state.params)
@@ -263,6 +268,7 @@ def _advance(
         value,
         state.steps + 1,
         finite,
+        bounded,
     )
 
 
@@ -281,7 +287,7 @@ def _solve_linear(matrix: Callable[[PyTree], PyTree], target: PyTree) -> Any:
     def solve(matrix: Callable[[PyTree], PyTree], target: PyTree) -> PyTree:
         transpose = jax.linear_transpose(matrix, target)
 
-        # `cg` joins the axes of arrays, which explicit meshes forbid for axes in parts.
+        # `cg` flattens arrays. JAX forbids this for an axis that an explicit mesh cuts.
         def normal(x: PyTree) -> PyTree:
             own = jax.tree.map(placed_like, x, target)
             return jax.tree.map(whole, transpose(matrix(own))[0])

@@ -73,7 +73,7 @@ class Swaps:
         return refitted._replace(exhausted=refitted.exhausted | exchanged)
 
 
-_Swapping = tuple[Refitted, Array, Array]  # With the rows that exchanged, and the sweeps so far.
+_Swapping = tuple[Refitted, Array, Array]  # The refit, rows that exchanged, sweeps.
 
 
 class _Choices(NamedTuple):

@@ -149,8 +149,9 @@ def gather(
     grams = {path: empty_gram(width, first=(own,)) for path, (own, width) in chosen.items()}
     crosses = {} if dense is None else jax.tree.map(jnp.copy, grams)
     on_host, join = split_arrays(stream.params)
-    arrays = list(map(jnp.asarray, on_host))  # Sent to the device once, not for each batch.
-    dense_arrays, join_dense = (arrays, join) if dense is None else split_arrays(dense.params)
+    of_dense, join_dense = (on_host, join) if dense is None else split_arrays(dense.params)
+    # Sent to the device once, not for each batch.
+    arrays, dense_arrays = (list(map(jnp.asarray, own)) for own in (on_host, of_dense))
 
     @functools.partial(jax.jit, donate_argnames=("grams", "crosses"))
     def add(

@@ -1,7 +1,7 @@
 """Pruning the weights of any parameter tree by their Grams."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -163,8 +163,10 @@ def prune_params(
         layouts, groups, left_out = survey.layouts, survey.groups, survey.left_out
     given = dict(named_leaves(params))
     if grams is not None:
-        _check_grams(given, grams)
+        _check_paths(given, grams)
     leaves = _choose(params, layouts, left_out, recipe, mask)
+    if grams is not None:
+        _check_numbers(leaves, grams)
     chosen = {leaf.path for leaf in leaves if leaf.pruned}
     groups = [own for group in groups if (own := [path for path in group if path in chosen])]
     if linears := [leaf.path for leaf in leaves if leaf.pruned or leaf.reason == BY_RECIPE]:
@@ -196,28 +198,37 @@ def prune_params(
 BY_RECIPE, NOT_IN_MASK = "dense by the recipe", "not in mask"
 
 
-def _check_grams(given: Mapping[str, Any], grams: Calibration) -> None:
-    """Raises an error if the Grams are of another tree."""
-    common = [path for path in grams.grams if path in given]
-    if not common:
+def _check_paths(given: Mapping[str, Any], grams: Calibration) -> None:
+    """Raises CalibrationError if no leaf of the tree has a Gram."""
+    if not grams.grams.keys() & given.keys():
         raise CalibrationError(
             f"no leaf of params has a Gram: the Grams are of {_some(grams.grams)}, the leaves are "
             f"{_some(given)}; give the tree that was calibrated"
         )
-    for path in common:
-        shape, own = np.shape(given[path]), grams.grams[path]
-        axes = len(own.layout.stacked + own.layout.outputs + own.layout.summed)
-        if axes != len(shape):
-            raise ValueError(
-                f"the Gram of {path} is of a weight with {axes} axes, the leaf has shape {shape}: "
-                "give the tree that was calibrated"
-            )
-        count = problems(shape, own.layout)
-        if count != len(own.gram):
-            raise ValueError(
-                f"{path} of shape {shape} has {count} matrices, its Gram is of {len(own.gram)}: "
-                "give the tree that was calibrated"
-            )
+
+
+def _check_numbers(leaves: Sequence[Leaf], grams: Calibration) -> None:
+    """Raises ValueError if a pruned leaf has another number of matrices than its Grams."""
+    for leaf in leaves:
+        if leaf.pruned:
+            own = grams.grams[leaf.path]
+            count = problems(leaf.shape, own.layout)
+            if len(own.gram) != count:
+                raise ValueError(
+                    f"{leaf.path} of shape {leaf.shape} has {count} matrices, its Gram is of "
+                    f"{len(own.gram)}: give the tree that was calibrated"
+                )
+
+
+def _length(leaf: Leaf, layout: Layout) -> int:
+    """The length of the last summed axis; raises ValueError if the Gram has other axes."""
+    count = len(layout.stacked + layout.outputs + layout.summed)
+    if count != len(leaf.shape):
+        raise ValueError(
+            f"the Gram of {leaf.path} is of a weight with {count} axes, the leaf has shape "
+            f"{leaf.shape}: give the tree that was calibrated"
+        )
+    return leaf.shape[layout.summed[-1]]
 
 
 def _some(paths: Collection[str]) -> str:
@@ -343,7 +354,7 @@ def _choose(
             reason = BY_RECIPE
         elif layout is None:
             reason = f"no Gram: {left_out.get(leaf.path, 'unused')}"
-        elif leaf.shape[axis] % pattern.width:
+        elif _length(leaf, layout) % pattern.width:
             reason = f"axis {axis} is not divisible by {pattern.width}"
         else:
             reason = "default" if wanted is None else "in mask"

@@ -98,7 +98,7 @@ def _compute(equation: Any, operands: list[Operand]) -> list[Operand]:
 
 
 def _same(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
-    """The output is the weight too: cast or placed, with its axes permuted, or without some."""
+    """The output is still the weight: its dtype, placement and axes may differ."""
     (output,), view = _compute(equation, operands), operands[0].view
     if view is not None:
         order = equation.params.get("permutation", range(len(view.axes)))

@@ -136,8 +136,7 @@ class Walk:
     ):
         self._groups, self._first = groups, first
         self._programs = dict[Any, Callable[..., Any]]()
-        # Sent to the device once, not for each batch.
-        arrays = {x: jnp.asarray(leaf) for x, leaf in named_leaves(params) if is_array(leaf)}
+        arrays = {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)}
         known, self._cuts, self.start = dict[Any, Cut](), list[Cut](), Values()
         for batch in batches:
             leaves, structure = jax.tree.flatten(batch)

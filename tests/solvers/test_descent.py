@@ -58,6 +58,20 @@ def test_rounding_of_the_value_does_not_lengthen_the_steps(momentum):
     np.testing.assert_allclose(found.params, soft(origin, 0.1, 1), rtol=1e-6, atol=2e-5)
 
 
+def test_steps_grow_from_a_start_that_is_far_too_short():
+    x, y = jnp.asarray(1e-4 * X, jnp.float32), jnp.asarray(Y, jnp.float32)
+
+    def identity(w, lam, scaling):
+        return w
+
+    found = proximal_gradient(
+        lambda w: squares(w, x, y), jnp.zeros(20, jnp.float32), identity, tolerance=1e-8
+    )
+    assert found.outcome is Descent.CONVERGED
+    least = np.linalg.lstsq(np.asarray(X), np.asarray(Y), rcond=None)[0]
+    assert float(squares(found.params, x, y)) == pytest.approx(float(squares(least)), rel=1e-2)
+
+
 def test_a_layer_under_the_penalty_has_the_least_loss_of_its_mask():
     gram = X[:, :4].T @ X[:, :4]
     origin = jnp.asarray([1.0, -0.9, 0.3, 0.2])
