@@ -104,7 +104,7 @@ def environment() -> str:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -147,7 +147,7 @@ def completed(
         found = {**dict.fromkeys(titles, ""), **key, **measure(*given)}
         if rows:
             with path.open("a", newline="") as file:
-                csv.DictWriter(file, list(rows[0])).writerow(found)
+                csv.DictWriter(file, list(rows[0]), lineterminator="\n").writerow(found)
         else:
             write_rows(path, [found])
         rows = read_rows(path, titles)

@@ -3,18 +3,19 @@
     python benchmarks/matmul.py --seconds 0.5
     python benchmarks/matmul.py --seconds 0.5 --batches 1,16,32 --dtype bfloat16
 
-Every contender multiplies the same random weight and vectors: XLA with the dense weight, in two
-forms, and each of prox24's implementations that can. Times are medians, in turns, so that a change
-in the machine's speed meets all; speeds are relative to the faster dense form. The error is the
-largest difference to the product in float64 of eight vectors and 64 rows, relative to the largest
-entry.
+Every contender multiplies the same random weight and vectors. Contenders are XLA with the dense
+weight, in two forms, and prox24's implementations that run here. Times are medians, measured in
+turns, so that a change in the machine's speed affects all. Speeds are relative to the faster dense
+form. The error is the largest difference to the product in float64, relative to the largest entry.
+It is of eight vectors and 64 rows.
 
-The roofline of a contender is the longer of two times: to read its weight and vectors and write its
-result, at the speed at which 256 MiB are negated in place; and to multiply, at the speed of a dense
-product of 2,048 x 2,048 matrices. A packed weight has half of the multiplications.
+The roofline of a contender is the longer of two times. The first is for reading its weight and
+vectors and writing its result, at the speed at which 256 MiB are negated in place. The second is
+for multiplying, at the speed of a dense product of 2,048 x 2,048 matrices. A packed weight has half
+of the multiplications.
 
-A case whose dense product would take more than --seconds, or half of the free memory, is made
-smaller: inputs and outputs are halved until it fits. Writes matmul.csv and matmul.png.
+The dense product of a case may take --seconds, and half of the free memory. If it would take more,
+inputs and outputs are halved until it fits. Writes matmul.csv and matmul.png.
 """
 
 import functools

@@ -4,9 +4,9 @@
     python benchmarks/memory.py --layers 32 --limit 3000000000
 
 A layer has 31 million random weights, 126 MB in float32. Each checkpoint is pruned by Wanda in a
-process of its own, whose peak resident memory its report states. The second command has the kernel
-end the process if it takes more than the limit, with what the kernel caches of its files, in a
-memory cgroup of its own (which takes root).
+process of its own. Its report has the peak resident memory. The second command runs as root, in a
+memory cgroup of its own. There the kernel ends the process if it takes more than the limit. The
+limit counts the kernel's cache of its files too.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """What prox24 is timed against: two iterative ways of the 2:4 proximal operator, and SparseGPT.
 
-The iterative ways work on blocks of four, on magnitudes, and compare the same three candidates by
-their objective 1/2 |w - y|^2 + lam e3(w): the two largest entries unchanged, a support of three, a
-support of four.
+The iterative ways work on the magnitudes of blocks of four. They compare three candidates: the two
+largest entries unchanged, a support of three, and a support of four. The candidate with the least
+objective 1/2 |w - y|^2 + lam e3(w) wins.
 
 All are written from descriptions; no code of any publication was used.
 """
@@ -38,11 +38,11 @@ def finished(result: Any) -> Any:
 def alternating_minimisation(y: torch.Tensor, lam: float) -> torch.Tensor:
     """The proximal operator by cyclic coordinate minimisation, in ordinary PyTorch expressions.
 
-    On the sorted magnitudes, from w = 0, each coordinate in turn, from the smallest to the largest,
-    is minimised exactly, w_i <- max(y_i - lam e2(the others), 0): once over the three largest
-    entries with the fourth at zero, once over all four. It ends when a sweep changes all blocks
-    together by less than `LEAST_CHANGE`, or after `SWEEPS` sweeps. Signs and order are restored at
-    the end.
+    It works on the sorted magnitudes, and starts from w = 0. A sweep minimises each coordinate
+    exactly, from the smallest to the largest: w_i <- max(y_i - lam e2(the others), 0). Sweeps run
+    over the three largest entries with the fourth at zero, and over all four. They end when a sweep
+    changes all blocks together by less than `LEAST_CHANGE`, or after `SWEEPS` sweeps. Signs and
+    order are restored at the end.
 
     References:
       "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained LLMs",
@@ -118,14 +118,18 @@ def _best_support(
 def gradient_descent(y: Array, lam: Array | float) -> Array:
     """The proximal operator by projected gradient descent, in JAX.
 
-    For a support of three and one of four entries, w <- max(w - eta (w - y + lam grad e3(w)), 0)
-    from w = y on the sorted magnitudes, until no entry of any block moves by more than `TOLERANCE`,
-    or for `MAX_STEPS` steps. The Hessian is I + lam A(w), where the rows of A sum, over the box
-    0 <= w <= y, to at most y1 + y2 for three entries and 2 (y1 + y2 + y3) for four, so each block
-    has its own eta = 1 / (1 + lam times that).
+    It works on the sorted magnitudes, once for a support of three entries and once for all four.
+    A step is
 
-    The paper solves the operator by gradient descent. Its step, start, number of steps and stopping
-    rule were not at hand: those above are choices made here, and so is the projection on w >= 0
+        w <- max(w - eta (w - y + lam grad e3(w)), 0).
+
+    The first w is y. Steps end when no entry of any block moves by more than `TOLERANCE`, or after
+    `MAX_STEPS` steps. The Hessian is I + lam A(w). In the box 0 <= w <= y, a row of A has a sum of
+    at most r. Here r is y1 + y2 for three entries, and 2 (y1 + y2 + y3) for four. So each block has
+    its own eta = 1 / (1 + lam r).
+
+    The paper solves the operator by gradient descent. Its step, start, number of steps and stop
+    test were not at hand. The ones above were chosen here, and so was the projection on w >= 0
     alone.
 
     References:
@@ -187,12 +191,12 @@ def sparsegpt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SparseGPT to 2:4, one column after the other, in PyTorch.
 
-    With U upper triangular and U^T U the inverse of the damped Gram, the two of every four entries
-    with the least w^2 / U_jj^2 are pruned when the first of their columns is reached. A pruned
-    entry's error w / U_jj times row j of U is taken off the columns that follow: at once within
-    `COLUMNS` columns, and by one matrix product from all the others. A feature whose diagonal in
-    the Gram is zero gets 1 there, and weight 0. float32 stays float32 in the products: TF32 is off
-    unless PyTorch is told otherwise.
+    U is upper triangular, and U^T U is the inverse of the damped Gram. At the first column of every
+    block of four, the two entries with the least w^2 / U_jj^2 are pruned. A pruned entry has the
+    error w / U_jj. This error times row j of U is subtracted from the columns that follow. Within
+    `COLUMNS` columns this is done at once, and for all others by one matrix product. A feature
+    whose diagonal in the Gram is zero gets 1 there, and weight 0. Products of float32 are true
+    float32: TF32 is off unless PyTorch is told otherwise.
 
     Returns the pruned weight and the bool mask of the kept entries.
 

@@ -44,7 +44,7 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
         raise ValueError(f"axis {axis} of shape {w.shape} is not divisible by {width}")
     if not has_whole_blocks(w, width, axis):
         raise ValueError(
-            f"devices share blocks of {width} of axis {axis} of shape {w.shape}: "
+            f"the mesh cuts blocks of {width} along axis {axis} of shape {w.shape}: "
             "use jax.sharding.reshard first"
         )
     blocks = w.reshape(*w.shape[:axis], length // width, width, *w.shape[axis + 1 :])

@@ -29,7 +29,8 @@ def top_mask(scores: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -
       bool array of the shape of `scores`. Each block without NaN has exactly N units True.
 
     Raises:
-      ValueError: the pattern is not N:M, the axis does not exist, or has no whole blocks.
+      ValueError: the pattern is not N:M, the axis does not exist, or has no whole blocks. Also if
+        an explicit axis of a mesh cuts blocks.
 
     Example:
       >>> top_mask(jnp.array([1.0, 3.0, 2.0, 0.0])).tolist()

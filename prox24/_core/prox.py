@@ -47,8 +47,8 @@ def prox(y: ArrayLike, lam: ArrayLike, pattern: PatternLike = (2, 4), axis: int 
 
     Raises:
       ValueError: the pattern is neither 1:M nor 2:M, the axis does not exist, or M does not divide
-        its length. Also if `y` is not floating-point, `lam` does not broadcast to the blocks, or
-        `lam` is a negative number.
+        its length. Also if `y` is not floating-point, `lam` is a negative number or does not
+        broadcast to the blocks, or an explicit axis of a mesh cuts blocks.
 
     References:
       "A Proximal Operator for Inducing 2:4-Sparsity", arXiv 2501.18015, poses the problem and

@@ -67,7 +67,7 @@ class _State(NamedTuple):
     value: Array
     steps: Array
     finite: Array
-    bounded: Array  # whether a step was ever too long; a number, as the value is
+    bounded: Array  # 0 until a trial is too long, then 1
 
 
 def following_nesterov(nesterov: Array) -> tuple[Array, Array]:
@@ -98,7 +98,8 @@ def proximal_gradient(
 
     The result has derivatives by `args`, by `hyperparams`, and by arrays that `fun` and `prox`
     close over. They are the derivatives of the fixed point (implicit differentiation). They exist
-    where it moves smoothly, and cost one linear system.
+    where it moves smoothly, and cost one linear system. If the params are on a mesh with explicit
+    axes, take derivatives inside `jax.set_mesh`.
 
     Args:
       fun: f(params, *args), a float scalar.

@@ -23,7 +23,7 @@ def test_masks_are_placed_like_their_leaves_and_cut_blocks_are_named(output):
     assert explicit["placed"]
     assert not explicit["sparse"]
     assert explicit["said"] == (
-        "devices share blocks of 4 of axis 0 of shape (16,): use jax.sharding.reshard first"
+        "the mesh cuts blocks of 4 along axis 0 of shape (16,): use jax.sharding.reshard first"
     )
 
 
