@@ -223,6 +223,26 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, **more: objec
     }
 
 
+LLAMAS = {
+    "1B": llama(2048, 8192, 16, 32, head_dim=64),
+    "8B": llama(4096, 14336, 32, 32, head_dim=128),
+    "70B": llama(8192, 28672, 80, 64, head_dim=128),
+}
+"""Llama-3.2-1B, and Llama-3.1 of two sizes."""
+
+
+def llama_linears(config: Mapping[str, Any]) -> dict[tuple[int, int], int]:
+    """The shapes of the linears of a layer of `llama`, and their numbers."""
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    values = config["num_key_value_heads"] * config["head_dim"]
+    return {
+        (values, hidden): 2,
+        (hidden, hidden): 2,
+        (intermediate, hidden): 2,
+        (hidden, intermediate): 1,
+    }
+
+
 def write_llama(
     folder: Path, config: dict[str, Any], dtype: Any, rng: np.random.Generator | None
 ) -> int:

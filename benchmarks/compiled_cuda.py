@@ -59,7 +59,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tpu_compiler
-from common import llama
 from jax import Array
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -73,7 +72,7 @@ from prox24._models import spec
 from prox24._models.families import config_from_hf
 from prox24._pruning.grams import GramSum
 from prox24._solvers.damping import inverse
-from prox24._solvers.problem import LayerProblem
+from prox24._solvers.problem import LayerProblem, corrected_weight
 from prox24._solvers.solve import solve_program
 from prox24.optax import proximal
 from prox24.packed import Packed24
@@ -174,38 +173,45 @@ def of_optax() -> dict[str, Program]:
     }
 
 
+# Turns of a solver's loops: attempts at the first inverse, values of rho, attempts and steps for
+# each value, steps of the refit.
+USUAL = (1, 5, 1, 4, 8)
+
+
+def solving(
+    rows: int, width: int, solver: Any, refit: Any = None, turns: tuple[int, ...] = ()
+) -> Program:
+    problem = LayerProblem(float32(rows, width), float32(width, width))
+    static = {"pattern": prox24.Pattern(2, 4)}
+    return Program(solve_program, (problem, solver, refit, float32()), turns, static)
+
+
 def of_solvers() -> dict[str, Program]:
-    # Turns of the loops: attempts at the first inverse, values of rho, attempts and steps for each
-    # value, steps of the refit.
-    usual = (1, 5, 1, 4, 8)
-
-    def solving(rows: int, width: int, solver: Any, refit: Any, turns: tuple[int, ...]) -> Program:
-        problem = LayerProblem(float32(rows, width), float32(width, width))
-        static = {"pattern": prox24.Pattern(2, 4)}
-        return Program(solve_program, (problem, solver, refit, float32()), turns, static)
-
-    recipe, wanda, refit = prox24.Recipe(), prox24.Wanda(), prox24.ConjugateGradients()
+    wanda, refit = prox24.Wanda(), prox24.ConjugateGradients()
     found = {
         f"inverse, {width}": Program(jax.jit(inverse), (float32(width, width),))
         for width in (4096, 14336)
     }
-    for shape in (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336):
-        found[f"default, {shape}"] = solving(*shape, recipe.solver, recipe.refit, usual)
     return found | {
         "SparseGPT, (4096, 4096)": solving(4096, 4096, prox24.SparseGPT(), None, (1,)),
-        "Wanda, (4096, 4096)": solving(4096, 4096, wanda, None, ()),
+        "Wanda, (4096, 4096)": solving(4096, 4096, wanda),
         "conjugate gradients": solving(4096, 4096, wanda, refit, (20,)),
     }
 
 
-def of_layers() -> dict[str, Program]:
-    """A layer of Llama-3.1-8B on a window of 2,048 tokens, its weights in bfloat16."""
-    config = config_from_hf(llama(4096, 14336, 1, 32))
-    layer, hidden = config.layers[0], float32(1, 2048, 4096)
+def of_model(config: Mapping[str, Any], prefix: str = "") -> dict[str, Program]:
+    """The linears and a layer of a Llama, on a window of 2,048 tokens, its weights in bfloat16."""
+    recipe, found = prox24.Recipe(), dict[str, Program]()
+    for shape in common.llama_linears(config):
+        width = shape[1]
+        found[f"{prefix}default, {shape}"] = solving(*shape, recipe.solver, recipe.refit, USUAL)
+        correcting = (float32(*shape), float32(width, width), float32(width, width), float32())
+        found[f"{prefix}correction, {shape}"] = Program(corrected_weight, correcting, (1,))
+    layer = config_from_hf(dict(config)).layers[0]
     weights = {name: bfloat16(*shape) for name, shape in spec.layer_shapes(layer).items()}
-    widths = {"attention_input": 4096, "attention_output": 4096}
-    widths |= {"mlp_input": 4096, "mlp_activation": 14336}
-    count = jax.ShapeDtypeStruct((), jnp.int32)
+    hidden, count = float32(1, 2048, layer.hidden), jax.ShapeDtypeStruct((), jnp.int32)
+    narrow = dict.fromkeys(("attention_input", "attention_output", "mlp_input"), layer.hidden)
+    widths = narrow | {"mlp_activation": config["intermediate_size"]}
     sums = {name: GramSum(float32(w, w), float32(w, w), count) for name, w in widths.items()}
     fast = jax.jit(layer_function(layer, None, "bfloat16"))
 
@@ -213,7 +219,7 @@ def of_layers() -> dict[str, Program]:
         output = layer_function(layer, None, "float32")(weights, hidden)
         return jnp.mean(jnp.square(output - target))
 
-    return {
+    layers = {
         "layer": Program(run_layer, (layer, weights, hidden)),
         "layer, bfloat16": Program(fast, (weights, hidden)),
         "layer and Grams": Program(observe_layer, (layer, weights, hidden, None, sums, {})),
@@ -222,6 +228,7 @@ def of_layers() -> dict[str, Program]:
         ),
         "layer, gradient": Program(jax.jit(jax.grad(loss)), (weights, hidden, hidden)),
     }
+    return found | {prefix + name: program for name, program in layers.items()}
 
 
 def of_packed() -> dict[str, Program]:
@@ -239,7 +246,7 @@ def of_packed() -> dict[str, Program]:
 
 def every_program() -> dict[str, Program]:
     """Some also with float32 products in three TF32 passes, and some on one of eight devices."""
-    found, costly = of_prox() | of_optax(), of_solvers() | of_layers()
+    found, costly = of_prox() | of_optax(), of_solvers() | of_model(common.LLAMAS["8B"])
     found |= costly
     for name, program in costly.items():
         if name.startswith(("inverse", "default", "layer and", "layer, dense")):
@@ -650,16 +657,22 @@ def compare(rows: common.Rows, earlier: common.Rows) -> Iterator[str]:
 
 
 def main() -> None:
-    programs, parser = every_program(), common.parser_of(__doc__)
+    of_models = {
+        name: every_program() if name == "8B" else of_model(config, f"{name}: ")
+        for name, config in common.LLAMAS.items()
+    }
+    programs = {name: own for model in of_models.values() for name, own in model.items()}
+    parser = common.parser_of(__doc__)
     parser.add_argument("--chips", nargs="+", choices=MACHINES, default=GPUS)
-    parser.add_argument("--programs", nargs="+", choices=programs, default=list(programs))
+    parser.add_argument("--models", nargs="+", choices=of_models, default=["8B"])
+    parser.add_argument("--programs", nargs="+", choices=programs, help="default: all of --models")
     parser.add_argument("--check", type=Path, metavar="FILE")
     common.add_output(parser)
     arguments = parser.parse_args()
     rows = []
     for name in arguments.chips:
         chip = Chip(name)
-        for program in arguments.programs:
+        for program in arguments.programs or itertools.chain(*map(of_models.get, arguments.models)):
             if programs[program].products == "tf32x3" and "f32 TF32" not in chip.machine.products:
                 continue
             key = {"chip": name, "program": program}

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tpu_compiler
-from common import llama, show
+from common import LLAMAS, show
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,7 +36,6 @@ from prox24._solvers.solve import solve_program
 LIMIT = 16.0
 LENGTH = 2048
 RECIPE = Recipe()
-LAYERS = {"8B": llama(4096, 14336, 1, 32), "70B": llama(8192, 28672, 1, 64)}
 CASES = [("8B", 1, "rows"), ("8B", 8, "rows"), ("8B", 8, "columns"), ("70B", 8, "columns")]
 """A model, the number of chips, and what of its weights they share."""
 
@@ -106,7 +105,7 @@ def main() -> int:
     rows, fits = [], True
     for chip, (model, count, shared) in itertools.product(tpu_compiler.CHIPS, CASES):
         mesh = Mesh(np.array(tpu_compiler.devices(chip)[:count]), (AXIS,))
-        for program in programs(LAYERS[model], mesh, shared):
+        for program in programs(LLAMAS[model], mesh, shared):
             place = chip, model, str(count), shared, program.name
             try:
                 compiled = program.function.lower(*program.arguments).compile()

@@ -1,6 +1,6 @@
-"""The memory of pruning Llama-3.1 8B and 70B on one 80 GB GPU and on TPU v5e slices.
+"""The memory of pruning Llama models of 1B, 8B and 70B on one 80 GB GPU and on TPU v5e slices.
 
-    python benchmarks/plan.py [--models 8B 70B] [--samples 128] [--sequence-length 2048]
+    python benchmarks/plan.py [--models 1B 8B 70B] [--samples 128] [--sequence-length 2048]
 
 The checkpoints are files of the right size with holes for weights, which take no place on disk. The
 memory is what XLA's CPU compiler reserves for the programs. "Columns" is --shard-grams.
@@ -10,11 +10,10 @@ import tempfile
 from pathlib import Path
 
 import ml_dtypes
-from common import llama, parser_of, positive, show, write_llama
+from common import LLAMAS, parser_of, positive, show, write_llama
 
 import prox24
 
-MODELS = {"8B": llama(4096, 14336, 32, 32), "70B": llama(8192, 28672, 80, 64)}
 MACHINES = {
     "one H100 80 GB": (80, 1, False),
     "v5e-8": (16, 8, False),
@@ -27,7 +26,7 @@ MACHINES = {
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=LLAMAS, default=list(LLAMAS))
     parser.add_argument("--samples", type=positive, default=128, help="calibration windows")
     parser.add_argument("--sequence-length", type=positive, default=2048, help="tokens of a window")
     arguments = parser.parse_args()
@@ -35,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             model = Path(folder) / name
-            write_llama(model, MODELS[name], ml_dtypes.bfloat16, None)
+            write_llama(model, LLAMAS[name], ml_dtypes.bfloat16, None)
             for machine, (gigabytes, devices, columns) in MACHINES.items():
                 plan = prox24.plan(
                     model,

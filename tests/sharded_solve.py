@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.training_state import states
 from prox24._checkpoints.writer import write_checkpoint
 from prox24._core.pattern import Pattern
-from prox24._core.placement import AXIS, apart, common_mesh, in_parts, placed
+from prox24._core.placement import AXIS, apart, common_mesh, everywhere, in_parts, placed
 from prox24._jobs import forward, partition
 from prox24._jobs.forward import (
     embed_windows,
@@ -41,7 +42,8 @@ from prox24._jobs.native import native_runner
 from prox24._jobs.observe import observe_layer
 from prox24._jobs.training import train_checkpoint
 from prox24._models import stacks
-from prox24._pruning.grams import add_in_turn, empty_columns, empty_gram
+from prox24._pruning import grams
+from prox24._pruning.grams import add_in_turn, empty_columns, empty_gram, over_devices
 from prox24._pruning.loop import prune_stages
 from prox24._pruning.recipe import DenseTargets, Recipe
 from prox24._solvers.admm import ADMM
@@ -349,6 +351,25 @@ def column_reports():
     }
 
 
+def freed_reports():
+    """The part of their Grams that devices hold when they begin to send their sums."""
+
+    def held():
+        shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
+        return sum({data.unsafe_buffer_pointer(): data.nbytes for data in shards}.values())
+
+    def noted(arrays, mesh):
+        parts.append((held() - others) / own)
+        return everywhere(arrays, mesh)
+
+    mesh, others, parts = common_mesh(8), held(), []
+    sums = {"input": empty_gram(256, mesh)}
+    own = held() - others
+    with mock.patch.object(grams, "everywhere", noted):
+        over_devices(sums.pop("input"), mesh)
+    yield {"freed": parts[0]}
+
+
 def planned_reports(folder):
     """The memory that a plan estimates for devices that share columns, over what XLA reserves."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
@@ -594,6 +615,7 @@ if __name__ == "__main__":
         *calibrated_reports(),
         *descended_reports(),
         *placed_reports(),
+        *freed_reports(),
         *planned_reports(folder),
         *model_reports(folder),
         *distillation_reports(folder),

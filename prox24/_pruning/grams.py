@@ -135,8 +135,13 @@ def over_devices(gram: GramSum, mesh: Mesh | None) -> GramSum:
     """
     if mesh is None:
         return gram
-    rows = gram._replace(total=apart(gram.total, mesh, 1), error=apart(gram.error, mesh, 1))
-    return everywhere(_add_parts(rows), mesh)
+    total, error, tokens = gram
+    del gram  # An array is freed once its rows are sent.
+    total = apart(total, mesh, 1)
+    error = apart(error, mesh, 1)
+    part = _add_parts(GramSum(total, error, tokens))
+    del total, error
+    return everywhere(part, mesh)
 
 
 @jax.jit
