@@ -183,7 +183,7 @@ test-package: .venv/test.stamp
 	  'gemma>=4' 'sentencepiece<0.2.2' 'pytest>=9' 'pytest-xdist>=3.8' 'hypothesis>=6.170'
 	touch $@
 
-# 4.4 GB: XLA's compiler for GPUs, and NVIDIA's assembler.
+# About 5 GB: XLA's compiler for GPUs, and NVIDIA's assembler.
 .venv-cuda/test.stamp: pyproject.toml
 	$(call make-venv,$(PYTHON),.venv-cuda)
 	.venv-cuda/bin/python -m pip install --quiet --editable '.[examples]' 'jax[cuda13]==0.10.2' \

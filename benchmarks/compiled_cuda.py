@@ -3,7 +3,7 @@
     make test-cuda
     .venv-cuda/bin/python benchmarks/compiled_cuda.py --output docs/figures
     .venv-cuda/bin/python benchmarks/compiled_cuda.py --chips h100 --programs prox "prox, bfloat16"
-    pip install libtpu && python benchmarks/compiled_cuda.py --chips v5e --output docs/figures
+    pip install 'jax[tpu]' && python benchmarks/compiled_cuda.py --chips v5e --output docs/figures
 
 The chips are NVIDIA GPUs and one TPU. A line of the file takes the place of the line with the same
 chip and program.

@@ -1,6 +1,6 @@
 """Compiles the pruning of a layer of Llama-3.1 for TPUs, without a TPU, and counts its memory.
 
-    pip install libtpu && python benchmarks/layer_tpu.py
+    pip install 'jax[tpu]' && python benchmarks/layer_tpu.py
 
 libtpu holds the compiler. Nothing is executed. The 8B model is compiled for one chip and for eight.
 Eight chips share the windows of the text and the rows of weights. The models of 8B and 70B are also

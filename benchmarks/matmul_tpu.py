@@ -1,6 +1,6 @@
 """Compiles the product with packed weights for TPUs, without a TPU, and counts its bytes.
 
-    pip install libtpu && python benchmarks/matmul_tpu.py
+    pip install 'jax[tpu]' && python benchmarks/matmul_tpu.py
 
 libtpu holds the compiler. Nothing is executed, so the table has no speed. The shapes are the
 linears of Llama 8B and 70B. The bytes of a program are its arguments, its results, and its

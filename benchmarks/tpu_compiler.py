@@ -29,5 +29,5 @@ def devices(chip: str) -> Sequence[Any]:
       SystemExit: libtpu is missing.
     """
     if importlib.util.find_spec("libtpu") is None:
-        sys.exit("libtpu, which holds the TPU compiler, is missing: pip install libtpu")
+        sys.exit("libtpu, which holds the TPU compiler, is missing: pip install 'jax[tpu]'")
     return topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x4").devices

@@ -248,6 +248,14 @@ def calibrated_reports():
         zeros = [float(np.mean(np.asarray(leaf) == 0)) for leaf in pruned.values()]
         error = largest_difference(found.grams["b"].gram[0], exact)
         yield {"calibrated": case, "error": error, "zeros": zeros}
+    # The Gram of b has a mesh, and b has none.
+    alone = dict(zip("ab", kernels, strict=True))
+    params = alone | {"a": jax.device_put(alone["a"], NamedSharding(mesh, P(None, "any")))}
+    for order in ("one-shot", "sequential"):
+        found, expected = (
+            prune_params(first_axis, tree, [x], order=order).params for tree in (params, alone)
+        )
+        yield {"without_mesh": [same_blocks(found[k] != 0, expected[k] != 0) for k in alone]}
 
 
 def descended_reports():

@@ -196,7 +196,7 @@ def test_packed_products_are_compared_if_correct_and_what_was_scaled_is_said(ben
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 @pytest.mark.parametrize("name", ["layer_tpu", "matmul_tpu"])
 def test_compiling_for_tpus_without_libtpu_is_one_line_that_says_what_to_install(name, benchmark):
-    with pytest.raises(SystemExit, match=r"^libtpu.* is missing: pip install libtpu$"):
+    with pytest.raises(SystemExit, match=r"^libtpu.* is missing: pip install .jax\[tpu\].$"):
         benchmark(name).main()
 
 

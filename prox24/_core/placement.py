@@ -163,6 +163,14 @@ def whole(array: Array) -> Array:
     return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
 
 
+def explicit_sharding(weight: Array, gram: Array) -> NamedSharding | None:
+    """The weight's sharding, or copies on the Gram's mesh; None without explicit axes."""
+    placed, of_gram = (jax.typeof(array).sharding for array in (weight, gram))
+    if placed.mesh.explicit_axes:
+        return placed
+    return NamedSharding(of_gram.mesh, PartitionSpec()) if of_gram.mesh.explicit_axes else None
+
+
 def has_whole_blocks(array: Array, width: int, axis: int) -> bool:
     """False if the array's type says that an explicit axis of a mesh cuts a block."""
     sharding = jax.typeof(array).sharding

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import auto_axes
 from jax.typing import ArrayLike
 
 from prox24._core.blocks import split, unit_norms
 from prox24._core.pattern import Pattern
+from prox24._core.placement import explicit_sharding
 from prox24._core.precision import matmul, working_dtype
 from prox24._core.tracing import is_traced
 from prox24._solvers.damping import damped_inverse
@@ -338,7 +340,17 @@ def correct_inputs(
 
 @jax.jit
 def corrected_weight(weight: Array, gram: Array, cross: Array, pull: Array | float) -> Array:
-    """The new dense weight of `correct_inputs`, compiled once for each shape."""
+    """The new dense weight of `correct_inputs`, compiled once for each shape.
+
+    It treats explicit axes of a mesh like automatic ones.
+    """
+    program = _corrected
+    if placed := explicit_sharding(weight, gram):
+        program = auto_axes(program, out_sharding=placed)
+    return program(weight, gram, cross, pull)
+
+
+def _corrected(weight: Array, gram: Array, cross: Array, pull: Array | float) -> Array:
     dtype = working_dtype(gram.dtype)
     weight, gram = weight.astype(dtype), gram.astype(dtype)
     # Damping is relative to the mean of the diagonal.

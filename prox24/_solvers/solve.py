@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike
 
 from prox24._core.pattern import AnyPattern, PatternLike, Unstructured, as_any_pattern
+from prox24._core.placement import explicit_sharding
 from prox24._core.precision import working_dtype
 from prox24._core.tracing import is_traced
 from prox24._solvers.admm import ADMM
@@ -242,8 +243,7 @@ def solve_program(
 ) -> Program:
     """The program that `solve` compiles; it treats explicit axes of a mesh like automatic ones."""
     program = functools.partial(_solve, pattern=pattern)
-    placed = jax.typeof(given.weight).sharding
-    if placed.mesh.explicit_axes:
+    if placed := explicit_sharding(*given):
         everywhere = NamedSharding(placed.mesh, PartitionSpec())
         program = auto_axes(program, out_sharding=(placed, placed, *[everywhere] * 3))
     return program(given, solver, refit, damping)

@@ -83,6 +83,11 @@ def test_models_with_explicit_axes_have_the_grams_of_one_device(reports):
         assert report["zeros"] == [0.5, 0.5], report
 
 
+def test_a_weight_without_a_mesh_may_have_inputs_on_explicit_axes(reports):
+    found = with_key(reports, "without_mesh")
+    assert [report["without_mesh"] for report in found] == [[1.0, 1.0]] * 2
+
+
 def test_descent_with_explicit_axes_finds_the_minimum_and_its_derivative(reports):
     found = with_key(reports, "descended")
     assert len(found) == 2
