@@ -74,11 +74,13 @@ def solve(
     layer. The status is then an integer array, the statistics are arrays, and numerical failures
     raise no error. It has no derivatives: `prox24.prox` and `prox24.proximal_gradient` have.
 
-    Rows are independent. If the rows of the weight are sharded over a mesh, with automatic or
-    explicit axes, the results are sharded alike. Devices then exchange one number at each stop
-    test. If the columns of the weight and of the Gram are sharded, the columns of the results are
-    sharded too. Devices then exchange the weight in every step. They never exchange the Gram if the
-    solver and the refit share columns (docs/accelerators.md).
+    Rows of the problem are independent. Iterative solvers find a scale and the stop from all given
+    rows, so parts of a weight may get other masks than the whole. If the rows of the weight are
+    sharded over a mesh, with automatic or explicit axes, the results are sharded alike. Devices
+    then exchange one number at each stop test. If the columns of the weight and of the Gram are
+    sharded, the columns of the results are sharded too. Devices then exchange the weight in every
+    step. They never exchange the Gram if the solver and the refit share columns
+    (docs/accelerators.md).
 
     Args:
       weight: W0, shape (out, in), floating-point; the layer computes x -> W0 x. For other layouts

@@ -30,10 +30,10 @@ from prox24.optax._leaves import (
     Mask,
     PyTree,
     check_values,
+    choices,
     map_named,
     named_leaves,
     nonzeros,
-    spread,
 )
 
 
@@ -339,7 +339,6 @@ def _choose(
 ) -> tuple[Leaf, ...]:
     # A block of 1 divides every length, so only names, dtypes and numbers of axes decide here.
     by_name, weights = describe(params, (1, 1)), jax.tree.leaves(params)
-    wanted = [None] * len(by_name) if mask is None else jax.tree.leaves(spread(mask, params))
 
     def choose(leaf: Leaf, weight: Any, wanted: bool | None) -> Leaf:
         layout = layouts.get(leaf.path)
@@ -361,4 +360,4 @@ def _choose(
             return leaf._replace(axis=axis, pruned=True, reason=reason)
         return leaf._replace(axis=axis, pruned=False, reason=reason)
 
-    return tuple(map(choose, by_name, weights, wanted))
+    return tuple(map(choose, by_name, weights, choices(mask, params)))

@@ -67,7 +67,9 @@ def check(
     scales, decays, clips, averages or adds noise leaves blocks with more nonzeros.
 
     A penalty that stays small never prunes. So `check` also takes steps without a gradient, with
-    the largest penalty of `steps` updates. They start from `params` if its leaves are arrays.
+    the largest penalty of `steps` updates. They start from `params` if its leaves are arrays. In
+    `optax.MultiSteps` only some of the updates reach `proximal`. A penalty that falls again may let
+    gradients undo zeros. `check` does not find this: give the last update a large `penalty`.
 
     Parameters, gradients and the optimizer's state are made on the default device. If your model
     does not fit there, give the shapes of a smaller one with the same names.
@@ -157,7 +159,9 @@ def check(
     own = jax.tree.map(_value_like, params, _random_like(params, 1))
     late = penalty
     if late is None:
-        late = _largest_penalty(optimizer, still, state, own, steps, extra_args)
+        count = min((int(node.count) for node in _proximal_states(state)), default=0)
+        own_steps = max(1, steps * count // (seed + 1))
+        late = _largest_penalty(optimizer, still, state, own, own_steps, extra_args)
     given = min(STEPS_GIVEN, steps)
     for _ in range(given):
         state, _, own = step(still, state, own, late)
@@ -181,35 +185,40 @@ def _largest_penalty(
     steps: int,
     extra_args: dict[str, Any],
 ) -> float:
-    """The largest penalty in a number of updates, the least of several `proximal`.
+    """The largest penalty in a number of steps of `proximal`, the least of several `proximal`.
 
-    It is looked at after the `COUNTS` of updates, and at the last update.
+    It is looked at after the `COUNTS` of steps, and at the last step.
     """
 
     @functools.partial(jax.jit, compiler_options=quick_options())
     def advance(gradients: PyTree, state: PyTree, params: PyTree) -> PyTree:
         return optimizer.update(gradients, state, params, **extra_args)[1]  # not the operator
 
-    def is_proximal(node: Any) -> bool:
-        return isinstance(node, ProximalState)
-
     def penalty_at(count: int) -> float:
         def moved(path: tuple[Any, ...], node: Any) -> Any:
-            if is_proximal(node):
+            if _is_proximal(node):
                 return ProximalState(jnp.int32(count), jnp.full_like(node.penalty, NO_STEP))
             # A wrapper may have a schedule with a count of its own.
             return jnp.full_like(node, count) if path[-1:] == COUNT else node
 
-        late = jax.tree_util.tree_map_with_path(moved, state, is_leaf=is_proximal)
+        late = jax.tree_util.tree_map_with_path(moved, state, is_leaf=_is_proximal)
         for _ in range(STEPS_GIVEN):  # until one that accumulates gradients takes a step
             late = advance(gradients, late, params)
-            nodes = filter(is_proximal, jax.tree.leaves(late, is_leaf=is_proximal))
-            least = min((float(node.penalty) for node in nodes), default=0.0)
+            penalties = (float(node.penalty) for node in _proximal_states(late))
+            least = min(penalties, default=0.0)
             if least != NO_STEP:
                 return least
         return 0.0
 
     return max(map(penalty_at, (*(n for n in COUNTS if n < steps), steps - 1)))
+
+
+def _is_proximal(node: Any) -> bool:
+    return isinstance(node, ProximalState)
+
+
+def _proximal_states(state: PyTree) -> list[ProximalState]:
+    return list(filter(_is_proximal, jax.tree.leaves(state, is_leaf=_is_proximal)))
 
 
 def _value_like(leaf: Any, random: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
@@ -103,8 +104,9 @@ def describe(
       One `Leaf` for each leaf, in the order of `jax.tree.leaves`. A `Leaf` prints as one line.
 
     Raises:
-      ValueError: the pattern is not N:M, or `mask` is True for a leaf that cannot be pruned. Such a
-        leaf is not floating-point, lacks the axis, or has a length along it that M does not divide.
+      ValueError: the pattern is not N:M, a leaf of `mask` is no bool, or it is True for a leaf that
+        cannot be pruned. Such a leaf is not floating-point, lacks the axis, or has a length along
+        it that M does not divide.
 
     Example:
       >>> params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
@@ -115,7 +117,7 @@ def describe(
     pattern = as_pattern(pattern)
     leaves = named_leaves(params)
     by_name = not any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
-    chosen = [None] * len(leaves) if mask is None else jax.tree.leaves(spread(mask, params))
+    chosen = choices(mask, params)
 
     def described(path: str, leaf: Any, choice: bool | None) -> Leaf:
         shape = tuple(getattr(leaf, "shape", ()))
@@ -132,7 +134,7 @@ def describe(
                 f"{path} of shape {shape} cannot be pruned to {pattern} along axis {along}: "
                 f"{obstacle}; leave it out of mask or choose its axis"
             )
-        return Leaf(path, shape, along, bool(choice), "in mask" if choice else "not in mask")
+        return Leaf(path, shape, along, choice, "in mask" if choice else "not in mask")
 
     return tuple(described(*each, own) for each, own in zip(leaves, chosen, strict=True))
 
@@ -230,11 +232,35 @@ def spread(tree: Mask, params: PyTree) -> PyTree:
     try:
         return jax.tree.broadcast(prefix, params)
     except ValueError as error:
+        paths, nodes = ({f"{path}/" for path, _ in named_leaves(own)} for own in (params, prefix))
+        without = sorted(path for path in paths if not path.startswith(tuple(nodes)))
+        found = f"; {without[0][:-1]} has no bool" if without else ""
         raise ValueError(
             f"bools in a {type(prefix).__name__} do not fit parameters in a "
-            f"{type(params).__name__}: give a tree of the same nodes; of an NNX module, "
+            f"{type(params).__name__}{found}: give a tree of the same nodes; of an NNX module, "
             "nnx.state(module, nnx.Param)"
         ) from error
+
+
+def choices(mask: Mask | None, params: PyTree) -> list[bool | None]:
+    """Whether the mask is True for each leaf, or None without a mask.
+
+    Raises ValueError for an entry of the mask that is no bool.
+    """
+    if mask is None:
+        return [None] * len(jax.tree.leaves(params))
+
+    def checked(path: str, leaf: Any, choice: Any) -> bool:
+        given = np.asarray(choice)
+        if given.shape or given.dtype != bool:
+            found = f"an array of shape {given.shape}" if given.shape else repr(choice)
+            raise ValueError(
+                f"mask has {found} for {path}: give True or False for each leaf, or "
+                "prox24.optax.by_path; keep_pattern takes entries as trainable"
+            )
+        return bool(choice)
+
+    return jax.tree.leaves(map_named(checked, params, spread(mask, params)))
 
 
 def _is_masked(node: Any) -> bool:

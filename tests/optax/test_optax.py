@@ -379,9 +379,13 @@ def test_keep_pattern_refuses_the_mask_of_other_parameters():
 
 
 def test_bools_in_other_nodes_are_refused_with_both_names():
-    said = r"bools in a list do not fit parameters in a dict: give a tree of the same nodes"
+    said = (
+        r"bools in a list do not fit parameters in a dict; .* has no bool: give a tree of the same"
+    )
     with pytest.raises(ValueError, match=said):
         keep_pattern(optax.sgd(0.1), [True]).init(parameters())
+    with pytest.raises(ValueError, match=r"; dense/bias has no bool: "):
+        keep_pattern(optax.sgd(0.1), {"dense": {"kernel": True}}).init(parameters())
 
 
 def test_keep_pattern_masks_gradients_and_noise_and_passes_extra_arguments(standard_promotion):
@@ -500,6 +504,13 @@ def test_check_looks_at_the_penalties_of_the_run_alone():
     check(optimizer, SHAPES, steps=1000)
     with pytest.raises(ValueError, match="steps 0 is not a positive number"):
         check(optimizer, SHAPES, steps=0)
+
+
+def test_check_counts_the_updates_that_reach_proximal(standard_promotion):
+    run = optax.MultiSteps(small(Exponential(1e-6, 1.02)), 4)
+    check(run, SHAPES, steps=4 * 2000)
+    with pytest.raises(ValueError, match=r"at most 0.00037\d* in 1,200 updates, is too small"):
+        check(run, SHAPES, steps=4 * 300)
 
 
 def test_check_finds_a_penalty_that_was_large_between(standard_promotion):

@@ -24,6 +24,7 @@ from modules import (
 from test_optax import nonzeros, updated
 from tiers import rest
 
+from prox24 import prune_params
 from prox24.optax import by_path, check, describe, keep_pattern, proximal
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -121,6 +122,17 @@ def test_mask_may_be_a_tree_a_prefix_or_a_function():
     assert callable(mask)
     chosen = {"layers/0/weight": 1, "layers/1/weight": 1}
     assert pruned_axes(describe(params, mask=mask)) == chosen
+
+
+@pytest.mark.parametrize("mask", ["kernel", 1, {"a": normal(8, 8) != 0, "b": False}])
+def test_an_entry_of_a_mask_that_is_no_bool_is_named(mask):
+    params = {"a": normal(8, 8), "b": normal(8, 8)}
+    with pytest.raises(
+        ValueError, match=r"^mask has (.kernel.|1|an array .* \(8, 8\)) for a: give"
+    ):
+        describe(params, mask=mask)
+    with pytest.raises(ValueError, match=r"^mask has "):
+        prune_params(lambda p, x: x @ p["a"] @ p["b"], params, [normal(8, 8)], mask=mask)
 
 
 class Attention(NamedTuple):
