@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import tarfile
 
@@ -202,7 +203,7 @@ def test_compiling_for_tpus_without_libtpu_is_one_line_that_says_what_to_install
 
 def test_memory_of_plans_is_tabled(benchmark):
     tiny = {"tiny": benchmark("common").llama(64, 64, 1, 8, vocab_size=256)}
-    plan = benchmark("plan", MODELS=tiny, MACHINES={"a machine": (1, 2, True)})
+    plan = benchmark("plan", LLAMAS=tiny, MACHINES={"a machine": (1, 2, True)})
     printed = benchmark.main(plan, "--models", "tiny", "--samples", 2, "--sequence-length", 16)
     assert "a machine" in printed
     assert "yes" in printed
@@ -468,6 +469,25 @@ def test_the_basis_is_a_line_beside_the_same_method_without_it(benchmark, tmp_pa
     # The weights are trained after the losses of layers were measured.
     assert trained[1]["values_loss"] == turned["values_loss"]
     assert trained[1]["text"] != turned["text"]
+
+
+def test_times_of_whole_models_are_sums_over_layers_windows_and_linears(benchmark, tmp_path):
+    counts = {"layer": 1, "layer, dense too, and Grams": 2, "other": 1e6}
+    shapes = ["(32, 64)", "(64, 64)", "(96, 64)", "(64, 96)"]
+    counts |= {f"default, {shape}": 10**i for i, shape in enumerate(shapes)}
+    counts |= {f"correction, {shape}": 3 for shape in shapes}
+    rows = [f'chip,"tiny: {name}",{1e3 * seconds}' for name, seconds in counts.items()]
+    (tmp_path / "counts.csv").write_text("\n".join(["chip,program,ms", *rows]))
+    config = benchmark("common").llama(64, 96, 5, 16, head_dim=4)
+    models = benchmark(
+        "compiled_models", LLAMAS={"tiny": config, "none": config}, COUNTS=tmp_path / "counts.csv"
+    )
+    (line,) = (
+        line for line in benchmark.main(models, "--windows", 4).splitlines() if "tiny" in line
+    )
+    # Two linears of each shape, and one of the last.
+    times = [4 * 5 * (1 + 2), 5 * (2 + 20 + 200 + 1000), 5 * 7 * 3]
+    assert re.findall(r"[\d,]+", line) == [f"{seconds:,}" for seconds in (*times, sum(times))]
 
 
 @pytest.fixture
