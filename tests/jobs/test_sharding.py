@@ -148,7 +148,9 @@ def test_what_devices_that_share_columns_hold_is_estimated(reports):
 
 def test_devices_free_their_own_grams_before_they_get_the_sum(reports):
     # A device keeps its eighth of the sum, and counts of tokens.
-    assert [report["freed"] for report in with_key(reports, "freed")] == [pytest.approx(1 / 8, abs=1e-3)]
+    assert [report["freed"] for report in with_key(reports, "freed")] == [
+        pytest.approx(1 / 8, abs=1e-3)
+    ]
 
 
 def test_a_model_is_pruned_alike_on_one_two_and_eight_devices(reports):
