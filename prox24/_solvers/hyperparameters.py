@@ -1,6 +1,7 @@
 """Immutable objects of hyperparameters: solvers, refits and schedules, as arguments of programs."""
 
 import dataclasses
+import numbers
 from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -66,3 +67,28 @@ def hyperparameters(cls: type[T]) -> type[T]:
     REGISTERED[cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"] = cls
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
     return cls
+
+
+def check_numbers(value: Any) -> None:
+    """Raises ValueError unless the numbers of prox24's own object are nonnegative, counts whole.
+
+    Numbers of another package's class may mean anything.
+    """
+    if not type(value).__module__.startswith("prox24."):
+        return
+    for field in dataclasses.fields(value):
+        given = getattr(value, field.name)
+        if dataclasses.is_dataclass(given):
+            check_numbers(given)
+        else:
+            kind = numbers.Integral if field.type in (int, "int") else numbers.Real
+            check_number(f"{type(value).__name__}.{field.name}", given, kind)
+
+
+def check_number(name: str, value: Any, kind: type = numbers.Real) -> None:
+    """Raises ValueError for a negative number, NaN, a text, or a number of another kind."""
+    if not isinstance(value, numbers.Real | str):  # An array may be traced, or on other devices.
+        return
+    if not isinstance(value, kind) or isinstance(value, str) or not float(value) >= 0:
+        whole = "whole " if kind is numbers.Integral else ""
+        raise ValueError(f"{name} is {value!r}, not a nonnegative {whole}number")

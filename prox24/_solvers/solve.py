@@ -16,6 +16,7 @@ from prox24._core.precision import working_dtype
 from prox24._core.tracing import is_traced
 from prox24._solvers.admm import ADMM
 from prox24._solvers.damping import damped_gram, inverse_factor
+from prox24._solvers.hyperparameters import check_numbers
 from prox24._solvers.problem import (
     Candidate,
     LayerProblem,
@@ -107,8 +108,9 @@ def solve(
       SolverError: there is no finite solution, or the Gram is not symmetric and positive
         semidefinite. The message says why. Traced calls and `throw=False` do not raise it.
       ValueError: the shapes do not fit, an array is not floating-point, the weight has no entries,
-        or the axis is not whole blocks. Also if damping is negative or infinite, if the
-        solver or the refit does not support the pattern, or if it is no solver or no refit.
+        or the axis is not whole blocks. Also if damping is negative or infinite, if a number of the
+        solver or of the refit is negative, if one of the two does not support the pattern, or if it
+        is no solver or no refit.
 
     Example:
       >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
@@ -201,6 +203,7 @@ def check_traits(solver: Solver, refit: Refit | None, pattern: AnyPattern) -> No
                     f"{type(method).__name__}.{name} is {value}, not a schedule: for a constant "
                     f"write prox24.Exponential({value}, 1.0)"
                 )
+        check_numbers(method)
         if pattern not in method.patterns:
             others = {type(made).__name__: made for made in (make() for make in known.values())}
             if protocol is Solver:

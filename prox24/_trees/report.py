@@ -10,7 +10,7 @@ from prox24._core.masks import count_violations, mean_sparsity, sparse_axes
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
 from prox24._trees.products import is_array
 from prox24.optax import Leaf, describe, kept_entries
-from prox24.optax._leaves import Axis, Mask, PyTree, check_values
+from prox24.optax._leaves import Axis, Mask, PyTree, check_has_value, check_values, map_named
 
 
 class LeafReport(NamedTuple):
@@ -86,7 +86,7 @@ def report(
 
     Raises:
       ValueError: the pattern is not N:M, `mask` is True for a leaf that cannot be pruned, a leaf is
-        traced, or there is no array.
+        traced or a `jax.ShapeDtypeStruct`, or there is no array.
 
     Example:
       >>> kernel = jnp.ones((8, 4)).at[::2].set(0)
@@ -97,6 +97,7 @@ def report(
     """
     pattern = as_pattern(pattern)
     check_values(params, "prox24.report")
+    map_named(check_has_value, params)
     values = jax.tree.leaves(params)
     leaves = describe(params, pattern, axis=axis, mask=mask)
     looked_at = (_looked_at(*pair, pattern) for pair in zip(leaves, values, strict=True))
@@ -125,7 +126,8 @@ def mask_of(
       `prox24.optax.keep_pattern` as `trainable`, or multiply it with weights.
 
     Raises:
-      ValueError: `mask` is True for a leaf that cannot be pruned.
+      ValueError: `mask` is True for a leaf that cannot be pruned, or a leaf is a
+        `jax.ShapeDtypeStruct`.
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]]), "bias": jnp.zeros(1)}

@@ -72,16 +72,20 @@ class Found:
     other_uses: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def note_other_uses(equation: Any, operands: list[Operand], found: Found) -> None:
-    """Notes the weights among the operands as used by this equation."""
+def note_other_uses(
+    equation: Any, operands: list[Operand], found: Found, use: str | None = None
+) -> None:
+    """Notes the weights among the operands as used by this equation; `use` is a better name."""
     for operand in operands:
         if operand.view is not None:
-            found.other_uses.setdefault(operand.view.path, equation.primitive.name)
+            found.other_uses.setdefault(operand.view.path, use or equation.primitive.name)
 
 
-def other_use(equation: Any, operands: list[Operand], found: Found) -> list[Operand]:
+def other_use(
+    equation: Any, operands: list[Operand], found: Found, use: str | None = None
+) -> list[Operand]:
     """The rule of any other equation: its outputs are not known as weights."""
-    note_other_uses(equation, operands, found)
+    note_other_uses(equation, operands, found, use)
     return _compute(equation, operands)
 
 
@@ -128,7 +132,7 @@ def _matrix_product(equation: Any, operands: list[Operand], found: Found) -> lis
     contracted, batched = equation.params["dimension_numbers"]
     empty = any(0 in operand.value.shape for operand in operands)
     if len(weights) != 1 or not contracted[0] or empty:
-        return other_use(equation, operands, found)
+        return other_use(equation, operands, found, "an empty product" if empty else None)
     (own,) = weights
     view, source = operands[own].view, operands[1 - own].value
     assert view is not None

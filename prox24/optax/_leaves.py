@@ -1,6 +1,7 @@
 """Which leaves of a parameter tree are pruned, and along which axis."""
 
 import collections
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
 from prox24._core.tracing import is_traced
@@ -104,9 +106,9 @@ def describe(
       One `Leaf` for each leaf, in the order of `jax.tree.leaves`. A `Leaf` prints as one line.
 
     Raises:
-      ValueError: the pattern is not N:M, a leaf of `mask` is no bool, or it is True for a leaf that
-        cannot be pruned. Such a leaf is not floating-point, lacks the axis, or has a length along
-        it that M does not divide.
+      ValueError: the pattern is not N:M, an axis is no integer, a leaf of `mask` is no bool, or it
+        is True for a leaf that cannot be pruned. Such a leaf is not floating-point, lacks the axis,
+        or has a length along it that M does not divide.
 
     Example:
       >>> params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
@@ -142,7 +144,13 @@ def describe(
 def nonzeros(params: PyTree, leaves: Sequence[Leaf]) -> PyTree:
     """Marks the nonzeros of pruned leaves; other leaves get a scalar True."""
     own = iter(leaves)
-    return jax.tree.map(lambda w: w != 0 if next(own).pruned else jnp.ones((), bool), params)
+
+    def marks(weight: Any) -> Array:
+        leaf = next(own)
+        check_has_value(leaf.path, weight)
+        return weight != 0 if leaf.pruned else jnp.ones((), bool)
+
+    return jax.tree.map(marks, params)
 
 
 def by_path(predicate: Callable[[str], object]) -> Callable[[PyTree], PyTree]:
@@ -200,6 +208,12 @@ def check_paths(params: PyTree) -> None:
     for path, count in collections.Counter(path for path, _ in named_leaves(params)).items():
         if count > 1:
             raise ValueError(f"{path} is the path of {count} leaves: rename a key that holds a /")
+
+
+def check_has_value(path: str, leaf: Any) -> None:
+    """Raises ValueError for the shape of an array in the place of an array."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise ValueError(f"{path} has no value: give arrays; prox24.optax.describe takes shapes")
 
 
 def check_array(path: str, leaf: Any) -> None:
@@ -272,7 +286,13 @@ def _axis(path: str, axis: Axis | None, dimensions: int) -> int:
         name = "/".join(_components(path))
         found = next(axis for suffix, axis in SUMMED_AXIS if suffix.fullmatch(name))
         return max(found, -dimensions) if dimensions > 1 else found
-    return axis(path) if callable(axis) else axis
+    found = axis(path) if callable(axis) else axis
+    try:
+        return operator.index(found)
+    except TypeError:
+        raise ValueError(
+            f"axis of {path} is {found!r}: give an integer, or a function of the path"
+        ) from None
 
 
 def _obstacle(leaf: Any, shape: tuple[int, ...], axis: int, pattern: Pattern) -> str | None:

@@ -14,7 +14,8 @@ from prox24._core import planes
 from prox24._core.masks import sparse_axes
 from prox24._core.pattern import PatternLike, as_pattern
 from prox24._core.tracing import is_traced
-from prox24._solvers.schedules import LARGEST
+from prox24._solvers.hyperparameters import check_number, check_numbers
+from prox24._solvers.schedules import LARGEST, Exponential
 from prox24.optax._landing import landing_updates
 from prox24.optax._leaves import (
     Axis,
@@ -118,8 +119,9 @@ def proximal(
     pattern = as_pattern(pattern)
     planes.check_kept(pattern.kept, pattern.group)
     for name, value in {"lam": lam, "learning_rate": learning_rate}.items():
-        if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{name} is {value}, not a nonnegative number")
+        if isinstance(value, Exponential):
+            check_numbers(value)
+        check_number(name, value)
 
     def init(params: PyTree) -> ProximalState:
         del params
@@ -176,10 +178,11 @@ def keep_pattern(
       of `update` go to `inner`.
 
     Raises:
-      ValueError: in `init`, an entry of `trainable` has neither the shape of its leaf nor (), or a
-        leaf is no array of numbers. Also if the trainable entries of a leaf are 2:4 and others are
-        nonzero, as in the mask of other parameters. Also if by default a 2:4 leaf with more
-        nonzeros than a quarter would be trained whole. Under `jax.jit` the last two are not found.
+      ValueError: `inner` is no optimizer. In `init`: an entry of `trainable` has neither the shape
+        of its leaf nor (), or a leaf is no array of numbers. Also if the trainable entries of a
+        leaf are 2:4 and others are nonzero, as in the mask of other parameters. Also if by default
+        a 2:4 leaf with more nonzeros than a quarter would be trained whole. Under `jax.jit` the
+        last two are not found.
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]])}
@@ -189,6 +192,8 @@ def keep_pattern(
       >>> optax.apply_updates(params, updates)["kernel"].ravel().round(2).tolist()
       [0.8899999856948853, 0.0, 0.0, 1.8799999952316284]
     """
+    if not hasattr(inner, "update"):
+        raise ValueError(f"inner is {inner!r}: give a whole optimizer, as optax.adam(1e-3)")
     if not takes_extra_arguments(inner):
         inner = optax.with_extra_args_support(inner)
 

@@ -204,6 +204,11 @@ def test_penalty_replaces_lam_and_learning_rate_for_one_step():
 def test_patterns_without_a_prox_missing_parameters_and_rows_of_penalties_are_refused():
     with pytest.raises(ValueError, match="supports 1:M and 2:M, not 3:4"):
         proximal(1.0, (3, 4))
+    for wrong in (-1.0, np.nan, "0.1", Exponential(-1.0, 1.0)):
+        with pytest.raises(ValueError, match="not a nonnegative number"):
+            proximal(wrong)
+    with pytest.raises(ValueError, match=r"inner is 0.001: give a whole optimizer"):
+        keep_pattern(1e-3)
     transform = proximal(1.0)
     with pytest.raises(ValueError, match="proximal needs the parameters"):
         transform.update(parameters(), transform.init(parameters()))

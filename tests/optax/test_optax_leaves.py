@@ -105,6 +105,8 @@ def test_axis_may_be_one_number_or_a_function_and_the_pattern_must_divide():
     assert pruned_axes(describe(params, axis={"a": 0, "b": -1}.get)) == {"a": 0, "b": 1}
     assert pruned_axes(describe(params, (4, 8))) == {"b": 1}
     assert pruned_axes(describe(params, (1, 2))) == {"a": 1, "b": 1}
+    with pytest.raises(ValueError, match="axis of b is None: give an integer, or a function of"):
+        describe(params, axis={"a": 0}.get)
 
 
 def test_mask_may_be_a_tree_a_prefix_or_a_function():

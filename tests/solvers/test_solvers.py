@@ -303,6 +303,16 @@ def test_what_is_no_nonnegative_number_or_no_floating_array_is_refused():
             solve(*problem, damping=damping)
     with pytest.raises(ValueError, match="weight is int32"):
         solve(*problem._replace(weight=problem.weight.astype(jnp.int32)))
+    negative = Exponential(-1.0, 1.0)
+    for solver, name in (
+        (ADMM(steps=-1), r"ADMM.steps is -1, not a nonnegative whole number"),
+        (ADMM(steps=2.5), r"ADMM.steps is 2.5, not a nonnegative whole number"),
+        (ADMM(scaling="1"), r"ADMM.scaling is '1', not a nonnegative number"),
+        (ADMM(history=-1), r"ADMM.history is -1, not a nonnegative whole number"),
+        (ProximalGradient(negative), r"Exponential.first is -1.0, not a nonnegative number"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            solve(*problem, solver)
 
 
 def no_gram(name):

@@ -376,6 +376,8 @@ def test_errors_name_the_weight():
 
     with pytest.raises(CalibrationError, match="no batch"):
         calibrate(apply, params, [])
+    with pytest.raises(CalibrationError, match="kernel has no products: used by an empty product"):
+        calibrate(apply, params, [x[:0]], names=["kernel"])
     with pytest.raises(CalibrationError, match="bias has no products: used by"):
         calibrate(apply, params, [x], names=["bias"])
     with pytest.raises(CalibrationError, match="NaN or Inf in the inputs of kernel"):

@@ -84,3 +84,10 @@ def test_a_mask_goes_to_other_libraries_and_comes_back():
     trained = optax.apply_updates(params, updates)
     assert prox24.report(trained).sparse
     assert not jnp.array_equal(trained["down"]["kernel"], params["down"]["kernel"])
+
+
+@pytest.mark.parametrize("look", [prox24.report, prox24.mask_of])
+def test_a_tree_of_shapes_has_no_zeros_to_look_at(look):
+    shapes = jax.eval_shape(lambda: {"up": {"kernel": jnp.zeros((8, 4))}})
+    with pytest.raises(ValueError, match="up/kernel has no value: give arrays"):
+        look(shapes)
