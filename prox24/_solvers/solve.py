@@ -108,9 +108,8 @@ def solve(
       SolverError: there is no finite solution, or the Gram is not symmetric and positive
         semidefinite. The message says why. Traced calls and `throw=False` do not raise it.
       ValueError: the shapes do not fit, an array is not floating-point, the weight has no entries,
-        or the axis is not whole blocks. Also if damping is negative or infinite, if a number of the
-        solver or of the refit is negative, if one of the two does not support the pattern, or if it
-        is no solver or no refit.
+        or the axis is not whole blocks. Also if damping is negative or infinite. Also if the solver
+        or the refit is none, does not support the pattern, or holds a negative number.
 
     Example:
       >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
