@@ -281,7 +281,7 @@ def _prepare(
         whole = quadratic_loss(weight, damped)
         at = places[..., :, None], places[..., None, :]
         damped, inverse = damped[at], inverse[at]
-    scale = 1 / jnp.where(whole > 0, whole, 1)
+    scale = 1 / jnp.where(whole == 0, 1, whole)
     prepared = _Prepared(heads, damped, inverse, scale, axis, pattern)
     return jax.tree.map(replicated, prepared)
 

@@ -162,6 +162,12 @@ def test_a_gram_of_zeros_and_a_maker_of_zeros_give_finite_turns():
         assert jnp.isfinite(learn(parts, steps=3)).all()
 
 
+def test_nan_in_one_head_makes_every_turn_nan():
+    made, read = parts_of(4)
+    broken = made._replace(weight=made.weight.at[MADE.ravel()[0], 0].set(jnp.nan))
+    assert np.isnan(learn([broken, read], steps=2)).all()
+
+
 def test_learning_is_traceable():
     parts = parts_of(8)
     compiled = jax.jit(lambda w: learn([parts[0]._replace(weight=w), parts[1]], steps=5))

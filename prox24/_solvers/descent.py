@@ -11,6 +11,7 @@ import optax.tree_utils as trees
 from jax import Array, lax
 
 from prox24._core.placement import placed_like, varying_like, whole
+from prox24._core.precision import working_dtype
 from prox24._core.tracing import is_traced
 from prox24.errors import first_line
 
@@ -197,7 +198,7 @@ def proximal_gradient(
         return (final.params, final.step), [figure.astype(real) for figure in figures]
 
     real = jnp.result_type(value)
-    first_step = jnp.asarray(1 if step is None else step, real)
+    first_step = varying_like(jnp.asarray(1 if step is None else step, real), value)
     (found, last_step), figures = lax.custom_root(
         residual, (params, first_step), solve, _solve_linear, has_aux=True
     )
@@ -233,7 +234,7 @@ def _advance(
         def too_far(search: tuple[Array, PyTree, Array]) -> Array:
             size, landed, trials = search
             move = trees.tree_sub(landed, point)
-            square = trees.tree_norm(move, squared=True) / (2 * size)
+            square = _norm(move, squared=True) / (2 * size)
             bound = value + _dot(gradient, move) + square + slack
             # A step to NaN or infinity is also too long.
             return ~(fun(landed) <= bound) & (trials < HALVINGS)
@@ -257,7 +258,7 @@ def _advance(
     restart = _dot(trees.tree_sub(point, landed), move) > 0 if momentum else True
     share, following = jnp.where(restart, 0, share), jnp.where(restart, 1, following)
     # The value may have fewer digits than the parameters.
-    error = (trees.tree_norm(trees.tree_sub(landed, point)) / step).astype(value.dtype)
+    error = (_norm(trees.tree_sub(landed, point)) / step).astype(value.dtype)
     finite = jnp.isfinite(value) & jnp.isfinite(error)
     return _State(
         trees.tree_where(finite, landed, state.known),
@@ -279,7 +280,16 @@ def _plus(tree: PyTree, factor: Any, other: PyTree) -> PyTree:
 
 def _dot(tree: PyTree, other: PyTree) -> Array:
     """The sum of products; unlike `jnp.vdot`, it does not join axes that devices share."""
-    return trees.tree_sum(trees.tree_mul(tree, other))
+    return trees.tree_sum(trees.tree_mul(_in_working_dtype(tree), _in_working_dtype(other)))
+
+
+def _norm(tree: PyTree, squared: bool = False) -> Array:
+    return trees.tree_norm(_in_working_dtype(tree), squared=squared)
+
+
+def _in_working_dtype(tree: PyTree) -> PyTree:
+    """Squares of 16-bit numbers soon leave their range."""
+    return jax.tree.map(lambda x: x.astype(working_dtype(x.dtype)), tree)
 
 
 def _solve_linear(matrix: Callable[[PyTree], PyTree], target: PyTree) -> Any:
@@ -289,14 +299,23 @@ def _solve_linear(matrix: Callable[[PyTree], PyTree], target: PyTree) -> Any:
         transpose = jax.linear_transpose(matrix, target)
 
         # `cg` flattens arrays. JAX forbids this for an axis that an explicit mesh cuts.
-        def normal(x: PyTree) -> PyTree:
-            own = jax.tree.map(placed_like, x, target)
-            return jax.tree.map(whole, transpose(matrix(own))[0])
+        # It also needs one dtype.
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.result_type(*jax.tree.leaves(target))
 
-        right = jax.tree.map(whole, transpose(target)[0])
-        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(right))
+        def like_target(x: PyTree) -> PyTree:
+            return jax.tree.map(lambda y, t: placed_like(y.astype(t.dtype), t), x, target)
+
+        def one_dtype(x: PyTree) -> PyTree:
+            return jax.tree.map(lambda y: whole(y.astype(dtype)), x)
+
+        def normal(x: PyTree) -> PyTree:
+            return one_dtype(transpose(matrix(like_target(x)))[0])
+
+        right = one_dtype(transpose(target)[0])
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(target))
         solution: PyTree = jax.scipy.sparse.linalg.cg(normal, right, tol=10 * eps, maxiter=1000)[0]
-        return jax.tree.map(placed_like, solution, target)
+        return like_target(solution)
 
     # The size of the steps is constant: its row is the identity, and no other row depends on it.
     of_params, of_size = target

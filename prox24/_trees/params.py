@@ -29,6 +29,7 @@ from prox24.optax import Leaf, describe
 from prox24.optax._leaves import (
     Mask,
     PyTree,
+    check_has_value,
     check_values,
     choices,
     map_named,
@@ -148,6 +149,7 @@ def prune_params(
     if order == "sequential" and grams is not None:
         raise ValueError("grams are of the dense model: the sequential order takes batches")
     check_values(params, "prox24.prune_params")
+    map_named(check_has_value, params)
     if isinstance(batches, Calibration) or not isinstance(grams, Calibration | None):
         raise ValueError("a Calibration is given by grams=, and batches as a list")
     if grams is not None and not (isinstance(batches, list | tuple) and not batches):

@@ -30,7 +30,6 @@ def words_of(entries: int) -> int:
     return -(-entries // ENTRIES_PER_WORD)
 
 
-@jax.custom_jvp
 def compress(w: Array) -> tuple[Array, Array, Array]:
     """The values and codes of all blocks, and whether each block has more than two nonzeros.
 
@@ -45,6 +44,11 @@ def compress(w: Array) -> tuple[Array, Array, Array]:
       >>> values.tolist(), bin(codes[0]), excess.tolist()
       ([2.0, 3.0], '0b1101', [False])
     """
+    values, codes, excess = _compressed(lax.stop_gradient(w))
+    return _kept(w, values, codes), codes, excess
+
+
+def _compressed(w: Array) -> tuple[Array, Array, Array]:
     planes = split(_bits(w))
     sign = planes[0].dtype.type(1 << (8 * w.dtype.itemsize - 1))
     nonzero = [(plane & ~sign) != 0 for plane in planes]
@@ -62,11 +66,17 @@ def compress(w: Array) -> tuple[Array, Array, Array]:
     return values, _to_words(first | second << 2), excess
 
 
-@compress.defjvp
-def _compress_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
-    values, codes, excess = compress(*primals)
-    none = [np.zeros(array.shape, jax.dtypes.float0) for array in (codes, excess)]
-    return (values, codes, excess), (gather(*tangents, codes), *none)
+@jax.custom_jvp
+def _kept(w: Array, values: Array, codes: Array) -> Array:
+    """The values of w at the codes, as they are given, and with the derivative of `gather`."""
+    del w, codes
+    return values
+
+
+@_kept.defjvp
+def _kept_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    _, values, codes = primals
+    return values, gather(tangents[0], codes)
 
 
 @jax.custom_jvp

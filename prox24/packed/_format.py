@@ -121,7 +121,11 @@ def unpack(w: Packed24) -> Array:
 
 
 def check_words(w: Packed24) -> None:
-    """Raises ValueError unless codes and values fit each other."""
+    """Raises ValueError unless w is packed, and its codes, values and axis fit each other."""
+    if not isinstance(w, Packed24):
+        raise ValueError(f"w is a {type(w).__name__}, not packed: give prox24.packed.pack(w)")
+    if not -w.values.ndim <= w.axis < 0:
+        raise ValueError(f"axis {w.axis} is not in values of shape {w.values.shape}: cut others")
     *rows, half = w.values.shape
     entries = half // KEPT * BLOCK
     if (

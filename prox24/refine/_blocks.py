@@ -22,6 +22,7 @@ from prox24.refine._training import (
     PyTree,
     Refined,
     at_least_float32,
+    check_same_shape,
     check_settings,
     refine,
     step_program,
@@ -159,6 +160,7 @@ def relative_error(output: Array, target: Array, weights: Array | None = None) -
       0.75
     """
     output, target = at_least_float32(output), at_least_float32(target)
+    check_same_shape("output", output, target)
     if weights is None:
         weights = jnp.ones(target.shape[-1:], target.dtype)
     weights = jnp.expand_dims(weights, range(target.ndim - 1))

@@ -17,6 +17,7 @@ from prox24.refine._training import (
     Resume,
     Training,
     at_least_float32,
+    check_same_shape,
     refine,
 )
 
@@ -44,6 +45,7 @@ def divergence(logits: Array, target: Array) -> Array:
       >>> round(float(divergence(uniform, certain)), 6)  # log 2
       0.693147
     """
+    check_same_shape("logits", logits, target)
     own, target = (_minus_largest(at_least_float32(x)) for x in (logits, target))
     # Each exponential is taken once: they take most of the time.
     weights = jnp.exp(target)
@@ -196,6 +198,9 @@ def _loss(features: Features, logits: Logits, taught: bool, reads_text: bool) ->
         place = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
         following = jnp.roll(tokens, -1, axis=1)
         hidden = features(params, outer, tokens)
+        for name, states in {"hidden states": hidden, "targets": targets}.items():
+            if states is not None and states.shape[:2] != tokens.shape:
+                raise ValueError(f"{name} of shape {states.shape} do not fit tokens {tokens.shape}")
         parts = [following, place < length, place < length - 1]
         parts += [targets] if taught else []
         # Chunks run along the windows, since devices may share the windows.

@@ -38,6 +38,12 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(working_dtype(x.dtype))
 
 
+def check_same_shape(name: str, given: Array, target: Array) -> None:
+    """Raises ValueError if a target has another shape: a loss would broadcast it."""
+    if given.shape != target.shape:
+        raise ValueError(f"{name} has shape {given.shape}, its target {target.shape}")
+
+
 class Passes:
     """Numbers of steps of both refinements; a group of windows makes one step of a pass."""
 
@@ -143,8 +149,8 @@ def refine(
     """
     counts = {"passes": passes, "micro_batches": micro_batches, "measured_every": measured_every}
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} {count} is not positive")
+        if count is not None and (count < 1 or count % 1):
+            raise ValueError(f"{name} {count} is not a positive whole number")
     if not jax.tree.leaves(params):
         raise ValueError("params has no arrays to train")
     if not 0 < held_out < len(batches):
@@ -204,16 +210,14 @@ def refine(
 
 
 def _to_donate(tree: PyTree, placed: jax.sharding.Sharding) -> PyTree:
-    """Copies arrays that occur twice in the tree, since each is donated.
+    """Copies the arrays: they are donated, and some belong to the optimizer or occur twice.
 
     Arrays without a chosen device are put on the devices of the parameters. A step leaves its
     results there. Otherwise the second step would be compiled again.
     """
-    seen: set[int] = set()
 
     def own(leaf: Any) -> Any:
-        leaf = jnp.copy(leaf) if id(leaf) in seen else leaf
-        seen.add(id(leaf))
+        leaf = jnp.copy(leaf)
         if not isinstance(placed, NamedSharding) or getattr(leaf, "committed", False):
             return leaf
         return jax.device_put(leaf, NamedSharding(placed.mesh, PartitionSpec()))

@@ -164,6 +164,26 @@ def test_gradients_pass_through_both_ways():
     np.testing.assert_array_equal(through, np.where(kept, slope, 0))
 
 
+def test_gradients_pass_through_shard_map():
+    w, rows = jnp.asarray(random_24()), jax.P("rows")
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def cubes(w):
+        return jnp.sum(pack(w).values ** 3)
+
+    mapped = jax.shard_map(lambda w: cubes(w)[None], mesh=mesh, in_specs=rows, out_specs=rows)
+    found = jax.grad(lambda w: mapped(w)[0])(w)
+    np.testing.assert_array_equal(found, jax.grad(cubes)(w))
+
+
+def test_what_is_not_packed_or_has_another_axis_is_refused():
+    kernel = pack(random_24((64, 8), axis=-2), axis=-2)
+    with pytest.raises(ValueError, match=r"axis -2 is not in values of shape \(32,\)"):
+        unpack(jax.tree.map(lambda array: array[0], kernel))
+    with pytest.raises(ValueError, match="not packed: give"):
+        unpack(jnp.ones((8, 64)))
+
+
 def test_a_cut_within_a_word_is_refused():
     packed = pack(random_24((2, 80)))
     halves = Packed24(packed.values[:, :20], packed.codes[:, :2], remainder=packed.remainder)

@@ -249,6 +249,25 @@ def test_optimizers_that_keep_the_first_parameters(pruned):
     assert refined.steps == 3 * (BATCHES - 1)
 
 
+def test_arrays_of_an_optimizer_are_left_to_their_owner(pruned):
+    rate, key = jnp.float32(1e-3), jax.random.key(7)
+    adam = optax.inject_hyperparams(optax.adam)(learning_rate=rate)
+    optimizer = optax.chain(optax.add_noise(0.01, 0.55, key), adam)
+    first, again = (trained(pruned, optimizer, passes=1) for _ in range(2))
+    assert first.losses == again.losses
+    assert float(rate) == np.float32(1e-3)
+    assert jax.random.normal(key).shape == ()
+
+
+def test_targets_of_another_shape_are_refused(pruned):
+    params, inputs, targets = pruned
+    block = params, inputs, [target[:1] for target in targets]
+    with pytest.raises(ValueError, match=r"output has shape \(64, 8\), its target \(1, 8\)"):
+        trained(block, optax.adam(1e-3))
+    with pytest.raises(ValueError, match=r"logits has shape \(3, 4\), its target \(1, 4\)"):
+        refine.divergence(jnp.zeros((3, 4)), jnp.zeros((1, 4)))
+
+
 OTHER_SHAPES = {name: {"kernel": jnp.ones((3, 3))} for name in ("first", "second")}
 
 
@@ -259,7 +278,8 @@ OTHER_SHAPES = {name: {"kernel": jnp.ones((3, 3))} for name in ("first", "second
         (6, {"held_out": 6}, "6 batches: 6 held out"),
         (5, {}, "6 batches of inputs, but 5 of targets"),
         (6, {"trainable": OTHER_SHAPES}, "shape"),
-        (6, {"passes": 0}, "passes 0 is not positive"),
+        (6, {"passes": 0}, "passes 0 is not a positive whole number"),
+        (6, {"passes": 1.5}, "passes 1.5 is not a positive whole number"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(pruned, targets, given, said):

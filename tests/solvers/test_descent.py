@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from sklearn.linear_model import Lasso
 
 import prox24
@@ -154,6 +155,34 @@ def test_a_value_may_have_more_digits_than_the_parameters():
     found = proximal_gradient(lambda w: squares(w.astype(X.dtype)), start, soft, 0.1)
     assert (found.params.dtype, found.value.dtype) == (start.dtype, X.dtype)
     assert 0 < jnp.count_nonzero(found.params) < 20
+
+
+def test_params_may_have_several_dtypes_and_large_squares():
+    start = {"a": jnp.zeros(4000, jnp.float16), "b": jnp.zeros(3, jnp.float32)}
+
+    def distance(p):
+        return sum(jnp.sum((x.astype(jnp.float32) - 20) ** 2) for x in p.values()) / 2
+
+    def same(p, lam, scaling):
+        return p
+
+    found = proximal_gradient(distance, start, same, step=0.5)
+    assert found.outcome is Descent.CONVERGED
+    assert {name: x.dtype for name, x in found.params.items()} == {"a": "float16", "b": "float32"}
+    for x in found.params.values():
+        np.testing.assert_allclose(x, 20, rtol=2**-10)
+
+
+def test_derivatives_pass_through_shard_map():
+    mesh, rows = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,)), jax.P("rows")
+
+    def moved(w):
+        return proximal_gradient(lambda z: jnp.sum((z - w) ** 2), w * 0, soft, 0.1).params
+
+    w = jnp.linspace(-1, 1, 8, dtype=jnp.float32)
+    mapped = jax.shard_map(moved, mesh=mesh, in_specs=rows, out_specs=rows)
+    slopes = [jax.grad(lambda w, own=own: jnp.sum(own(w)))(w) for own in (mapped, moved)]
+    np.testing.assert_array_equal(*slopes)
 
 
 def test_trees_and_what_does_not_end():

@@ -86,7 +86,11 @@ def test_a_mask_goes_to_other_libraries_and_comes_back():
     assert not jnp.array_equal(trained["down"]["kernel"], params["down"]["kernel"])
 
 
-@pytest.mark.parametrize("look", [prox24.report, prox24.mask_of])
+def prune(params):
+    return prox24.prune_params(lambda p, x: x @ p["up"]["kernel"], params, [jnp.ones((3, 8))])
+
+
+@pytest.mark.parametrize("look", [prox24.report, prox24.mask_of, prune])
 def test_a_tree_of_shapes_has_no_zeros_to_look_at(look):
     shapes = jax.eval_shape(lambda: {"up": {"kernel": jnp.zeros((8, 4))}})
     with pytest.raises(ValueError, match="up/kernel has no value: give arrays"):
