@@ -26,6 +26,7 @@ from prox24._solvers.solve import check_supported
 from prox24._solvers.sparsegpt import SparseGPT
 from prox24.errors import RecipeError
 from prox24.refine._blocks import BlockRefinement
+from prox24.refine._training import check_whole
 
 VERSION = 1
 """The version of the JSON form."""
@@ -71,12 +72,13 @@ class HeadBasis:
       steps: of Adam, for values and for queries and keys.
 
     Raises:
-      ValueError: the steps are not positive.
+      ValueError: the steps are not positive, or not whole.
     """
 
     steps: int = 50
 
     def __post_init__(self) -> None:
+        check_whole("steps", self.steps)
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} is not a positive number")
 

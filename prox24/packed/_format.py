@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from prox24._core.blocks import checked_axis
+from prox24._core.placement import whole
 from prox24._core.tracing import is_traced
 from prox24.packed._codes import BLOCK, ENTRIES_PER_WORD, KEPT, compress, expand, words_of
 
@@ -152,6 +153,7 @@ def _pack(w: Array, axis: int) -> tuple[Array, Array, Array]:
 
 
 def _check(w: Array, excess: Array, axis: int) -> None:
+    w, excess = whole(w), whole(excess)  # An explicit mesh forbids joining axes that it cuts.
     count = int(jnp.count_nonzero(excess))
     if not count:
         return

@@ -1,8 +1,10 @@
 """The training loop of all refinements: masked steps, and the best parameters measured."""
 
+import dataclasses
 import enum
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,9 @@ Loss = Callable[[PyTree, PyTree, PyTree], Array]
 
 def check_settings(settings: Any, positive: Sequence[str], shares: Sequence[str]) -> None:
     """Raises ValueError, and names the first field with a wrong value."""
+    for field in dataclasses.fields(settings):
+        if field.type in (int, "int"):
+            check_whole(field.name, getattr(settings, field.name))
     for name in positive:
         if not getattr(settings, name) > 0:
             raise ValueError(f"{name} {getattr(settings, name)} is not positive")
@@ -31,6 +36,12 @@ def check_settings(settings: Any, positive: Sequence[str], shares: Sequence[str]
     dtype = settings.compute_dtype
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")
+
+
+def check_whole(name: str, count: Any) -> None:
+    """Raises ValueError for a count that is no integer."""
+    if not isinstance(count, numbers.Integral):
+        raise ValueError(f"{name} {count} is not a whole number")
 
 
 def at_least_float32(x: Array) -> Array:
@@ -148,9 +159,13 @@ def refine(
     constants are further, untrained arguments of the loss.
     """
     counts = {"passes": passes, "micro_batches": micro_batches, "measured_every": measured_every}
+    check_whole("held_out", held_out)
     for name, count in counts.items():
-        if count is not None and (count < 1 or count % 1):
-            raise ValueError(f"{name} {count} is not a positive whole number")
+        if count is None:
+            continue
+        check_whole(name, count)
+        if count < 1:
+            raise ValueError(f"{name} {count} is not positive")
     if not jax.tree.leaves(params):
         raise ValueError("params has no arrays to train")
     if not 0 < held_out < len(batches):

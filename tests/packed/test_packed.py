@@ -184,6 +184,12 @@ def test_what_is_not_packed_or_has_another_axis_is_refused():
         unpack(jnp.ones((8, 64)))
 
 
+def test_a_block_with_three_nonzeros_is_named_on_an_explicit_mesh():
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ValueError, match="w is not 2:4 along axis -1: 16 blocks"):
+        pack(jax.device_put(jnp.ones((2, 32)), jax.NamedSharding(mesh, jax.P(None, "rows"))))
+
+
 def test_a_cut_within_a_word_is_refused():
     packed = pack(random_24((2, 80)))
     halves = Packed24(packed.values[:, :20], packed.codes[:, :2], remainder=packed.remainder)

@@ -83,6 +83,7 @@ def test_fields_that_are_not_given_have_their_defaults():
         ({"damping": -1}, "damping -1.0 is not a nonnegative number"),
         ({"targets": {"pull": 0}}, "recipe.targets: pull 0.0 is not a positive number"),
         ({"basis": {"steps": 0}}, "recipe.basis: steps 0 is not a positive number"),
+        ({"basis": {"steps": 2.5}}, "recipe.basis"),
         ({"refine": {"passes": 0}}, "recipe.refine: passes 0 is not positive"),
         ({"pattern": "5:4"}, "'5:4' is neither N:M"),
         ({"pattern": {"sparsity": 2}}, "sparsity 2.0 is not a fraction"),

@@ -477,6 +477,7 @@ def test_a_state_that_cannot_be_read_is_named(workspace, refused):
     ("makes", "name", "value", "said"),
     [
         ([ModelRefinement], "measurements", 0, "is not positive"),
+        ([ModelRefinement, BlockRefinement], "passes", 1.5, "is not a whole number"),
         ([ModelRefinement], "warmup", 1.5, "is not from 0 to 1"),
         ([ModelRefinement, BlockRefinement], "rate", np.nan, "is not positive"),
         ([ModelRefinement, BlockRefinement], "held_out", np.nan, "is not from 0 to 1"),

@@ -278,8 +278,9 @@ OTHER_SHAPES = {name: {"kernel": jnp.ones((3, 3))} for name in ("first", "second
         (6, {"held_out": 6}, "6 batches: 6 held out"),
         (5, {}, "6 batches of inputs, but 5 of targets"),
         (6, {"trainable": OTHER_SHAPES}, "shape"),
-        (6, {"passes": 0}, "passes 0 is not a positive whole number"),
-        (6, {"passes": 1.5}, "passes 1.5 is not a positive whole number"),
+        (6, {"passes": 0}, "passes 0 is not positive"),
+        (6, {"passes": 1.5}, "passes 1.5 is not a whole number"),
+        (6, {"held_out": 0.125}, "held_out 0.125 is not a whole number"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(pruned, targets, given, said):
