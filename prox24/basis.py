@@ -96,11 +96,15 @@ def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArr
     Returns:
       An array of the same shape, in the dtype of the turn.
 
+    Raises:
+      ValueError: the places are not distinct indices of the axis.
+
     Example:
       >>> swap = np.array([[[0.0, 1.0], [1.0, 0.0]]])
       >>> turned(np.array([[1.0, 2.0, 3.0]]), swap, places_of(1, 2), axis=1).tolist()
       [[2.0, 1.0, 3.0]]
     """
+    _check_places(places, array.shape[axis])
     if isinstance(array, np.ndarray):
         moved = np.moveaxis(array, axis, -1).astype(turn.dtype)
         moved[..., places] = np.einsum("...hmi,hij->...hmj", moved[..., places], turn)
@@ -252,11 +256,7 @@ def _checked(part: Part) -> Part:
     width, group = weight.shape[1], pattern.width
     if part.axis not in (0, 1):
         raise ValueError(f"axis {part.axis} is neither 0, for outputs, nor 1, for inputs")
-    length = weight.shape[part.axis]
-    if places.ndim != 3 or not np.issubdtype(places.dtype, np.integer):
-        raise ValueError(f"places {places.shape} {places.dtype} are not (heads, members, width)")
-    if len(np.unique(places)) < places.size or not np.isin(places, np.arange(length)).all():
-        raise ValueError(f"places are not {places.size} different ones of {length}")
+    _check_places(places, weight.shape[part.axis])
     if width % group:
         raise ValueError(f"blocks of {group} do not divide the input width {width}")
     if part.axis == 1 and not np.array_equal(places.ravel(), np.arange(width)):
@@ -265,6 +265,14 @@ def _checked(part: Part) -> Part:
         raise ValueError(f"blocks of {group} do not divide a head of width {places.shape[-1]}")
     dtype = working_dtype(gram.dtype)
     return Part(weight.astype(dtype), gram.astype(dtype), part.axis, places, pattern)
+
+
+def _check_places(places: Places, length: int) -> None:
+    """Raises ValueError unless the places are different indices of an axis."""
+    if places.ndim != 3 or not np.issubdtype(places.dtype, np.integer):
+        raise ValueError(f"places {places.shape} {places.dtype} are not (heads, members, width)")
+    if len(np.unique(places)) < places.size or not np.isin(places, np.arange(length)).all():
+        raise ValueError(f"places are not {places.size} different ones of {length}")
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "pattern"))

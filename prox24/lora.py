@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from prox24._core.counts import check_whole
 from prox24._core.pattern import PatternLike
 from prox24._core.precision import PRECISION
 from prox24.optax._leaves import Axis, Leaf, Mask, PyTree, describe, map_named
@@ -71,7 +72,7 @@ def init(
 
     Raises:
       ValueError: no leaf is pruned, `mask` selects a leaf that cannot be pruned, or the rank is
-        less than 1 or too large for a leaf; the message names that leaf.
+        no integer, less than 1, or too large for a leaf; the message names that leaf.
 
     References:
       "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, without the masks.
@@ -82,6 +83,7 @@ def init(
       >>> adapters["bias"], adapters["kernel"].a.shape, adapters["kernel"].b.shape
       (None, (2, 8), (2, 6))
     """
+    check_whole("rank", rank)
     leaves = describe(params, pattern, axis=axis, mask=mask)
     if not any(leaf.pruned for leaf in leaves):
         raise ValueError("no leaf is pruned: describe(params) says why, mask chooses others")
@@ -119,7 +121,7 @@ def merge(params: PyTree, adapters: PyTree, scale: ArrayLike) -> PyTree:
       Pytree like `params`, in its dtypes.
 
     Raises:
-      ValueError: the adapters do not fit the parameters.
+      ValueError: the adapters do not fit the parameters, or the scale is no scalar.
 
     Example:
       >>> params = {"kernel": jnp.array([[1.0], [0.0], [0.0], [2.0]])}
@@ -127,6 +129,8 @@ def merge(params: PyTree, adapters: PyTree, scale: ArrayLike) -> PyTree:
       >>> merge(params, adapters, scale=2.0)["kernel"].ravel().tolist()
       [2.0, 0.0, 0.0, 3.0]
     """
+    if jnp.shape(scale):
+        raise ValueError(f"scale has shape {jnp.shape(scale)}: give one number")
     return map_named(functools.partial(_merge_leaf, scale=scale), params, adapters)
 
 

@@ -210,3 +210,9 @@ def test_parts_that_do_not_fit_are_refused(change, said):
 def test_a_turn_of_fewer_heads_is_refused():
     with pytest.raises(ValueError, match=r"turn \(1, 8, 8\) is not \(heads, d, d\): \(2, 8, 8\)"):
         objective(jnp.eye(8)[None], parts_of(9))
+
+
+@pytest.mark.parametrize("places", [MADE + 20, np.zeros_like(MADE), MADE - 5])
+def test_places_that_an_axis_does_not_have_are_not_turned(places):
+    with pytest.raises(ValueError, match="places are not 16 different ones of 24"):
+        turned(parts_of(9)[0].weight, IDENTITY, places, axis=0)

@@ -20,6 +20,12 @@ KERNEL = jax.random.normal(jax.random.key(0), (8, 4))
 BATCH = jax.random.normal(jax.random.key(1), (32, 8))
 
 
+def trained(params):
+    batches = [BATCH, BATCH]
+    targets = [apply({"kernel": KERNEL}, batch) for batch in batches]
+    return prox24.refine.train_block(apply, params, batches, targets, optax.sgd(0.1))
+
+
 def test_a_tree_whose_paths_fit_no_gram_is_refused():
     grams = prox24.calibrate(
         lambda tree, x: apply(tree["params"], x), {"params": {"kernel": KERNEL}}, [BATCH]
@@ -78,6 +84,8 @@ def test_a_value_that_is_traced_is_named():
         ("report", prox24.report),
         ("optax.check", lambda params: check(optimizer, params)),
         ("prune_params", lambda params: prox24.prune_params(apply, params, [BATCH]).params),
+        ("calibrate", lambda params: prox24.calibrate(apply, params, [BATCH]).grams),
+        ("refine", lambda params: trained(params).params),
     ):
         with pytest.raises(ValueError, match=rf"kernel is traced .* call prox24.{name} outside"):
             jax.jit(call)({"kernel": KERNEL})
@@ -88,6 +96,8 @@ def test_a_tree_with_what_is_no_array_is_named():
         prox24.report({"model": object()})
     with pytest.raises(ValueError, match="params has no arrays"):
         prox24.prune_params(lambda params, x: x, {"scale": 2}, [BATCH])
+    with pytest.raises(ValueError, match="params has no arrays"):
+        trained({})
     module = {"layer": {"kernel": KERNEL, "activation": jax.nn.relu}}
     optimizer = optax.chain(optax.sgd(0.1), proximal(10.0))
     for call in (lambda: check(optimizer, module), lambda: keep_pattern(optimizer).init(module)):

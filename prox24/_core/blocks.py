@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from prox24._core.counts import check_whole
 from prox24._core.pattern import PatternLike, as_pattern
 from prox24._core.placement import has_whole_blocks
 from prox24._core.precision import working_dtype
@@ -53,6 +54,7 @@ def split(w: ArrayLike, pattern: PatternLike = (2, 4), axis: int = -1) -> list[A
 
 def checked_axis(shape: tuple[int, ...], axis: int) -> int:
     """The axis counted from the first; raises ValueError if the shape does not have it."""
+    check_whole("axis", axis)
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"an array of shape {shape} has no axis {axis}")
     return axis % len(shape)

@@ -45,7 +45,7 @@ def prox(
       >>> [round(float(w[0]), 3) for w in prox(planes, 0.3)]
       [0.911, 0.681, 0.404, 0.021]
     """
-    if len(planes) % unit:
+    if not len(planes) or len(planes) % unit:
         raise ValueError(f"{len(planes)} planes are not whole units of {unit} entries")
     check_kept(kept, len(planes) // unit)
     given = planes[0].dtype

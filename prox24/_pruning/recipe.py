@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
+from prox24._core.counts import check_whole
 from prox24._core.pattern import AnyPattern, Pattern, PatternLike, Unstructured, as_any_pattern
 from prox24._core.precision import PRODUCTS, check_products, products
 from prox24._pruning._fields import build, decode, encode
@@ -26,7 +27,6 @@ from prox24._solvers.solve import check_supported
 from prox24._solvers.sparsegpt import SparseGPT
 from prox24.errors import RecipeError
 from prox24.refine._blocks import BlockRefinement
-from prox24.refine._training import check_whole
 
 VERSION = 1
 """The version of the JSON form."""
@@ -378,6 +378,8 @@ def _checked_pattern(pattern: Any) -> Any:
         isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
         for pair in pattern
     )
+    if isinstance(pattern, Mapping) and "sparsity" not in pattern:
+        raise RecipeError("pattern is a dict: give a list of pairs (regular expression, pattern)")
     if not by_tensor or not pattern:
         return _one_pattern("pattern", pattern)
     pairs = []

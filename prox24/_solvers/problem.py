@@ -247,7 +247,7 @@ def quadratic_loss(difference: Array, gram: Array) -> Array:
 def relative_loss(weight: Array, problem: Normalized) -> Array:
     """The loss of a normalized weight (out, in), relative to the loss of zeros; a scalar."""
     loss = quadratic_loss(weight - problem.weight, problem.gram)
-    return loss / quadratic_loss(problem.weight, problem.gram)
+    return jnp.where(loss == 0, 0, loss / quadratic_loss(problem.weight, problem.gram))
 
 
 ROUNDINGS = 100

@@ -15,7 +15,7 @@ from prox24._pruning.runner import Inputs
 from prox24._trees.layout import Layout
 from prox24._trees.products import Apply, find_products, split_arrays
 from prox24.errors import CalibrationError
-from prox24.optax._leaves import PyTree, check_paths
+from prox24.optax._leaves import PyTree, check_paths, check_values
 
 
 class InputGram(NamedTuple):
@@ -103,7 +103,7 @@ def calibrate(
       CalibrationError: there is no batch, `batches` is a single array, a name has no products, a
         tap does not fit the parameters, or inputs are not finite. Also if a later batch uses a
         weight in another way than the first. The message names the weight.
-      ValueError: two leaves have one path.
+      ValueError: two leaves have one path, or `params` has no arrays or traced ones.
 
     Example:
       >>> def apply(params, x):
@@ -113,6 +113,9 @@ def calibrate(
       >>> found.grams["kernel"].gram.tolist(), found.grams["kernel"].rows
       ([[[2.0, 2.0], [2.0, 4.0]]], (2,))
     """
+    check_values(params, "prox24.calibrate")
+    if isinstance(names, str):
+        raise CalibrationError(f"names is one text: give a list of paths, as [{names!r}]")
     return gather(apply, Stream(params, batches), names=names)
 
 

@@ -30,10 +30,15 @@ def problems(shape: tuple[int, ...], layout: Layout) -> int:
     return math.prod(shape[axis] for axis in layout.stacked) * layout.groups
 
 
+def input_width(shape: tuple[int, ...], layout: Layout) -> int:
+    """The number of inputs of each matrix of a weight."""
+    return math.prod(shape[axis] for axis in layout.summed)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def to_matrices(weight: Array, layout: Layout) -> list[Array]:
     """The weight as matrices (out, in), one for each problem."""
-    count, width = problems(weight.shape, layout), math.prod(weight.shape[i] for i in layout.summed)
+    count, width = problems(weight.shape, layout), input_width(weight.shape, layout)
     if weight.ndim > 2:
         weight = whole(weight)
     return list(weight.transpose(_order(layout)).reshape(count, -1, width))

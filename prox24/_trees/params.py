@@ -21,7 +21,7 @@ from prox24._trees.calibrate import (
     check_batches,
     survey_products,
 )
-from prox24._trees.layout import Layout, from_matrices, problems, to_matrices
+from prox24._trees.layout import Layout, from_matrices, input_width, problems, to_matrices
 from prox24._trees.products import Apply, is_array
 from prox24._trees.segments import Values, Walk
 from prox24.errors import CalibrationError, RecipeError
@@ -43,7 +43,8 @@ class PrunedParams(NamedTuple):
 
     Attributes:
       params: the given tree with pruned weights, in the same containers and shapes. Dtypes are the
-        same unless the recipe sets one.
+        same unless the recipe sets one. JAX rounds pruned float64 weights of NumPy to float32,
+        unless `jax_enable_x64` is set.
       leaves: for each leaf, whether it is pruned, its axis, and the reason. Each prints as one
         line.
       reports: one for each pruned matrix, in the order of pruning.
@@ -210,15 +211,15 @@ def _check_paths(given: Mapping[str, Any], grams: Calibration) -> None:
 
 
 def _check_numbers(leaves: Sequence[Leaf], grams: Calibration) -> None:
-    """Raises ValueError if a pruned leaf has another number of matrices than its Grams."""
+    """Raises ValueError if a pruned leaf has other matrices than its Grams."""
     for leaf in leaves:
         if leaf.pruned:
             own = grams.grams[leaf.path]
-            count = problems(leaf.shape, own.layout)
-            if len(own.gram) != count:
+            count, width = problems(leaf.shape, own.layout), input_width(leaf.shape, own.layout)
+            if own.gram.shape != (count, width, width):
                 raise ValueError(
-                    f"{leaf.path} of shape {leaf.shape} has {count} matrices, its Gram is of "
-                    f"{len(own.gram)}: give the tree that was calibrated"
+                    f"{leaf.path} of shape {leaf.shape} has Grams of shape {(count, width, width)},"
+                    f" not {own.gram.shape}: give the tree that was calibrated"
                 )
 
 

@@ -1,5 +1,6 @@
 """An identity that tells calibration which weight an array is multiplied with."""
 
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def tap(name: str, x: Array, axis: int | tuple[int, ...] = 0) -> Array:
       >>> (tap("weight", jnp.ones((3, 4))) @ weight).shape
       (3, 2)
     """
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, tuple) else (operator.index(axis),)
     return tap_p.bind(jnp.asarray(x), name=name, axes=axes)
 
 

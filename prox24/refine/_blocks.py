@@ -197,7 +197,7 @@ def train_block(
     Args:
       apply: the block, a function of params and inputs. It is compiled once for each function
         object, so give equal blocks the same one.
-      params: pytree of floating-point arrays; trained in float32.
+      params: pytree of floating-point arrays; trained in float32, or float64 in float64.
       inputs: batches, all of one shape.
       targets: the outputs that `apply` should return, one for each batch.
       optimizer: compiled once for each object.
@@ -274,6 +274,11 @@ def _block_loss(apply: Apply, loss: OutputLoss | None) -> Loss:
     def of_batch(params: PyTree, weights: Array | None, batch: tuple[Array, Array]) -> Array:
         x, target = batch
         output = apply(params, x)
-        return relative_error(output, target, weights) if loss is None else loss(output, target)
+        if loss is None:
+            return relative_error(output, target, weights)
+        value = loss(output, target)
+        if jnp.shape(value):
+            raise ValueError(f"loss has shape {jnp.shape(value)}: return a scalar, such as a mean")
+        return value
 
     return of_batch

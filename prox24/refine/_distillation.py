@@ -103,7 +103,7 @@ def train_model(
       features: function of params, outer and tokens (windows, length). It returns hidden states
         (windows, length, hidden).
       logits: function of outer and hidden states. It returns logits.
-      params: pytree of floating-point arrays; trained in float32.
+      params: pytree of floating-point arrays; trained in float32, or float64 in float64.
       outer: pytree of untrained parameters, such as embeddings and the head.
       tokens: batches of windows, int32, all of one shape.
       targets: hidden states of the dense model for each batch. With a share of 1 they are not used.
@@ -120,7 +120,8 @@ def train_model(
       measured_every: number of steps between measurements; None measures after every pass. The last
         step is always measured.
       resume: function of the state before the first step. It returns the state to begin with. To
-        continue a training, return a state that `on_measured` got.
+        continue a training, return a state that `on_measured` got. The first step overwrites its
+        arrays.
       on_measured: function of the state, called after each measurement. The next step overwrites
         the master parameters and the optimizer's state, so copy them to keep them.
       on_step: function of the number of a step and its loss on training batches, before the step
@@ -226,7 +227,8 @@ def _with_gradient(
         return jax.value_and_grad(loss)(x, rest)
 
     def backward(gradient: Array, cotangent: Array) -> tuple[Array, None]:
-        return (cotangent * gradient).astype(gradient.dtype), None
+        scaled = cotangent * gradient.astype(cotangent.dtype)
+        return scaled.astype(gradient.dtype), None
 
     value.defvjp(forward, backward)
     return value

@@ -4,7 +4,6 @@ import dataclasses
 import enum
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +13,10 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from prox24._core.counts import check_whole
 from prox24._core.precision import COMPUTE_DTYPES, working_dtype
 from prox24.optax import keep_pattern
+from prox24.optax._leaves import check_array, check_values, map_named
 
 PyTree = Any
 Loss = Callable[[PyTree, PyTree, PyTree], Array]
@@ -36,12 +37,6 @@ def check_settings(settings: Any, positive: Sequence[str], shares: Sequence[str]
     dtype = settings.compute_dtype
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype {dtype} is none of {', '.join(COMPUTE_DTYPES)}")
-
-
-def check_whole(name: str, count: Any) -> None:
-    """Raises ValueError for a count that is no integer."""
-    if not isinstance(count, numbers.Integral):
-        raise ValueError(f"{name} {count} is not a whole number")
 
 
 def at_least_float32(x: Array) -> Array:
@@ -104,7 +99,7 @@ class Training(NamedTuple):
     """The state of a training between two steps, from where it can continue.
 
     Attributes:
-      master: the parameters, in float32.
+      master: the parameters in float32; float64 parameters in float64.
       optimizer: the state of the optimizer.
       best: the parameters of the lowest loss so far, in the given dtypes.
       losses: as in `Refined`.
@@ -166,8 +161,8 @@ def refine(
         check_whole(name, count)
         if count < 1:
             raise ValueError(f"{name} {count} is not positive")
-    if not jax.tree.leaves(params):
-        raise ValueError("params has no arrays to train")
+    check_values(params, "prox24.refine")
+    map_named(_check_floating, params)
     if not 0 < held_out < len(batches):
         raise ValueError(
             f"{len(batches)} batches: {held_out} held out leave none to train or measure"
@@ -188,8 +183,10 @@ def refine(
         losses = [float(jax.jit(loss)(candidate, constants, batch)) for batch in measured]
         return sum(losses) / held_out
 
-    # Float32 parameters are copied too, since steps overwrite the master.
-    master = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+    # Parameters of this dtype are copied too, since steps overwrite the master.
+    master = jax.tree.map(
+        lambda leaf: jnp.array(leaf, working_dtype(leaf.dtype), copy=True), params
+    )
     # Some optimizers store the first parameters. They get copies, since steps overwrite the master.
     memory = keep_pattern(optimizer, trainable).init(jax.tree.map(jnp.copy, master))
     memory = _to_donate(memory, jax.tree.leaves(master)[0].sharding)
@@ -222,6 +219,13 @@ def refine(
             state = state._replace(best=best, losses=losses)
             on_measured(state)
     return state.refined()._replace(resumed_steps=resumed_steps)
+
+
+def _check_floating(path: str, leaf: Any) -> None:
+    """Raises ValueError for a leaf that has no gradient."""
+    check_array(path, leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"{path} is {leaf.dtype}, not floating-point: close over it in the model")
 
 
 def _to_donate(tree: PyTree, placed: jax.sharding.Sharding) -> PyTree:

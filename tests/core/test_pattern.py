@@ -127,6 +127,8 @@ def test_what_is_no_pattern_or_does_not_fit_is_refused(function):
         function(w, (1.5, 4))
     with pytest.raises(ValueError, match=r"shape \(8, 20\) has no axis 2"):
         function(w, axis=2)
+    with pytest.raises(ValueError, match=r"axis 0\.5 is not a whole number"):
+        function(w, axis=0.5)
     for shape, axis in (((8, 6), 1), ((6, 8), 0), ((8, 10), -1)):
         with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.* divisible by 4"):
             function(jnp.ones(shape), (2, 4), axis)

@@ -111,6 +111,7 @@ def test_what_does_not_fit_is_refused_by_name(given, said):
         ({"damping": None}, "damping None is not a number"),
         ({"targets": True}, "targets True is not a prox24.DenseTargets or None"),
         ({"basis": 50}, "basis 50 is not a prox24.HeadBasis or None"),
+        ({"pattern": {"mlp": "2:4"}}, "pattern is a dict: give a list of pairs"),
         ({"keep_dense": "3"}, "keep_dense '3' is not a count or a share"),
         ({"keep_dense": float("nan")}, "keep_dense nan is neither a count nor a share"),
         ({"products": ["float32"]}, r"products \['float32'\] is not a name"),

@@ -113,6 +113,22 @@ def test_without_a_share_the_text_may_hold_what_is_excluded(student):
     assert refined.outcome is refine.Outcome.IMPROVED
 
 
+def test_hidden_states_may_be_of_half_the_width(student):
+    def narrow(params, outer, ids):
+        return features(params, outer, ids).astype(jnp.bfloat16)
+
+    def scores(outer, hidden):
+        return logits(outer, hidden.astype(jnp.float32))
+
+    _, pruned, outer, ids, targets = student
+    narrowed = [target.astype(jnp.bfloat16) for target in targets]
+    with jax.numpy_dtype_promotion("strict"):
+        refined = refine.train_model(
+            narrow, scores, pruned, outer, ids, narrowed, optax.sgd(0.1), passes=2
+        )
+    assert refined.outcome is refine.Outcome.IMPROVED
+
+
 def test_the_text_alone_needs_no_teacher(student):
     *others, targets = student
     unknown = (*others, [jnp.full_like(target, jnp.nan) for target in targets])

@@ -150,8 +150,8 @@ def test_divergence_rolls_back_to_the_best(pruned):
 
 
 def test_weights_that_a_loss_hides_do_not_count_as_better():
-    params = {"kernel": jnp.full((4, 2), 0.1), "bias": jnp.zeros(2)}
-    inputs = [jnp.full((3, 4), size) for size in (1.0, 2.0, 3.0)]
+    params = {"kernel": jnp.full((4, 2), 0.1, jnp.float32), "bias": jnp.zeros(2, jnp.float32)}
+    inputs = [jnp.full((3, 4), size, jnp.float32) for size in (1.0, 2.0, 3.0)]
 
     def apply(params, x):
         return jax.nn.relu(x @ params["kernel"] + params["bias"][None])
@@ -159,7 +159,7 @@ def test_weights_that_a_loss_hides_do_not_count_as_better():
     def loss(output, target):
         return 10 * jnp.mean(jnp.square(output - target))
 
-    block = params, inputs, [jnp.zeros((3, 2))] * 3
+    block = params, inputs, [jnp.zeros((3, 2), jnp.float32)] * 3
     refined = trained(block, optax.sgd(3e38), apply, trainable=True, loss=loss)
     assert refined.outcome is Outcome.DIVERGED
     np.testing.assert_array_equal(refined.params["kernel"], params["kernel"])
@@ -266,6 +266,28 @@ def test_targets_of_another_shape_are_refused(pruned):
         trained(block, optax.adam(1e-3))
     with pytest.raises(ValueError, match=r"logits has shape \(3, 4\), its target \(1, 4\)"):
         refine.divergence(jnp.zeros((3, 4)), jnp.zeros((1, 4)))
+
+
+def test_parameters_in_float64_are_trained_in_float64(pruned):
+    params, *data = jax.tree.map(lambda x: x.astype("float64"), pruned)
+    # In float32, the step would be lost.
+    refined = trained((params, *data), optax.sgd(1e-12), passes=1)
+    assert refined.outcome is Outcome.IMPROVED
+    assert_same_zeros(refined.params, params)
+
+
+def test_a_leaf_without_a_gradient_is_refused_by_name(pruned):
+    params, *data = pruned
+    with pytest.raises(ValueError, match=r"step is int64, not floating-point: close over it"):
+        trained(({**params, "step": jnp.arange(4)}, *data), optax.sgd(0.1))
+
+
+def test_a_loss_of_more_numbers_than_one_is_refused(pruned):
+    def loss(output, target):
+        return jnp.square(output - target)
+
+    with pytest.raises(ValueError, match=r"loss has shape \(64, 8\): return a scalar"):
+        trained(pruned, optax.sgd(0.1), loss=loss)
 
 
 OTHER_SHAPES = {name: {"kernel": jnp.ones((3, 3))} for name in ("first", "second")}

@@ -43,6 +43,14 @@ def test_an_entry_is_the_loss_of_a_solver_that_stops_there(steps, solver):
         assert history[count - 1] == pytest.approx(expected, rel=ROUNDINGS), count
 
 
+@pytest.mark.parametrize("solver", [prox24.ADMM(history=4), prox24.ProximalGradient(history=4)])
+def test_a_weight_of_zeros_has_no_loss(solver):
+    solved = prox24.solve(jnp.zeros_like(WEIGHT), GRAM, solver)
+    history = solved.history[: solved.statistics.steps]
+    assert solved.statistics.relative_loss == 0
+    assert np.all(history == 0)
+
+
 def test_a_history_is_traced():
     solver = prox24.ADMM(history=24)
     both = jax.vmap(lambda weight: prox24.solve(weight, GRAM, solver).history)

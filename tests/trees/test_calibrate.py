@@ -378,6 +378,8 @@ def test_errors_name_the_weight():
         calibrate(apply, params, [])
     with pytest.raises(CalibrationError, match="kernel has no products: used by an empty product"):
         calibrate(apply, params, [x[:0]], names=["kernel"])
+    with pytest.raises(CalibrationError, match=r"names is one text: .* as \['kernel'\]"):
+        calibrate(apply, params, [x], names="kernel")
     with pytest.raises(CalibrationError, match="bias has no products: used by"):
         calibrate(apply, params, [x], names=["bias"])
     with pytest.raises(CalibrationError, match="NaN or Inf in the inputs of kernel"):
@@ -465,6 +467,14 @@ def test_a_tap_of_a_weight_that_a_scan_runs_over_has_a_gram_for_each_slice():
     assert (rows, layout) == ((20, 20, 20), Layout((0,), (1,), (2,)))
     for own, inputs in zip(gram, apply(params, x)[1], strict=True):
         assert_gram_of(inputs, own, layers=2)
+
+
+def test_an_axis_of_a_tap_may_be_of_numpy():
+    def apply(weight, x):
+        return tap("", x, np.int64(0)) @ weight
+
+    x = normal(5, 8)
+    assert_gram_of(x, calibrate(apply, normal(8, 4), [x]).grams[""].gram[0])
 
 
 def test_a_tap_names_the_axes_that_are_summed_over():

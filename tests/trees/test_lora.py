@@ -200,6 +200,7 @@ RANKS = "second/weight of shape (8, 32) has adapters of rank 1 to 8 along axis 1
     [
         ("weight", 0, {}, re.escape(f"{RANKS}0")),
         ("weight", 9, {}, re.escape(f"{RANKS}9")),
+        ("weight", 1.5, {}, "rank 1.5 is not a whole number"),
         ("bias", 1, {}, "no leaf is pruned"),
         ("bias", 1, {"axis": 1, "mask": True}, r"second/bias of shape .* cannot be pruned"),
     ],
@@ -217,6 +218,8 @@ def test_adapters_of_another_weight_are_refused_by_its_name(other):
         lora.merge(params, {"dense": {"kernel": other}}, 1.0)
     with pytest.raises(ValueError, match=r"[Kk]ey"):
         lora.merge(params, {"other": {"kernel": other}}, 1.0)
+    with pytest.raises(ValueError, match=r"scale has shape \(2,\): give one number"):
+        lora.merge(params, {"dense": {"kernel": other}}, np.ones(2))
 
 
 def test_only_thin_arrays_are_kept_for_the_gradient():
