@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from prox24._core.masks import top_mask
 from prox24._core.pattern import Pattern, PatternLike, as_pattern
-from prox24._core.placement import replicated
+from prox24._core.placement import explicit_sharding, replicated
 from prox24._core.precision import einsum, working_dtype
 from prox24._solvers.damping import damped_gram, damped_inverse
 from prox24._solvers.problem import check_arrays, quadratic_loss
@@ -109,6 +110,13 @@ def turned(array: AnyArray, turn: AnyArray, places: Places, axis: int) -> AnyArr
         moved = np.moveaxis(array, axis, -1).astype(turn.dtype)
         moved[..., places] = np.einsum("...hmi,hij->...hmj", moved[..., places], turn)
         return np.moveaxis(moved, -1, axis)
+    program = functools.partial(_turned, axis=axis)
+    if placed := explicit_sharding(array, array):
+        program = auto_axes(program, out_sharding=placed)
+    return program(array, turn, places)
+
+
+def _turned(array: Array, turn: Array, places: Places, axis: int) -> Array:
     moved = jnp.moveaxis(array, axis, -1).astype(turn.dtype)
     new = einsum("...hmi,hij->...hmj", moved[..., places], turn)
     return jnp.moveaxis(moved.at[..., places].set(new), -1, axis)
@@ -278,6 +286,17 @@ def _check_places(places: Places, length: int) -> None:
 @functools.partial(jax.jit, static_argnames=("axis", "pattern"))
 def _prepare(
     weight: Array, gram: Array, axis: int, places: Array, pattern: Pattern, damping: Array
+) -> _Prepared:
+    """The part, copied to every device; explicit axes of a mesh are treated like automatic ones."""
+    program = functools.partial(_in_heads, axis=axis, pattern=pattern)
+    if placed := explicit_sharding(weight, gram):
+        everywhere = NamedSharding(placed.mesh, PartitionSpec())
+        program = auto_axes(program, out_sharding=everywhere)
+    return program(weight, gram, places, damping)
+
+
+def _in_heads(
+    weight: Array, gram: Array, places: Array, damping: Array, axis: int, pattern: Pattern
 ) -> _Prepared:
     inverse, damping = damped_inverse(gram, damping)
     damped = damped_gram(gram, damping)

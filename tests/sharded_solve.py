@@ -22,7 +22,7 @@ from programs import COLLECTIVES, largest_difference, use_eight_devices
 from reference import damped
 from tiny import pruned_by, tokens, write_tiny
 
-from prox24 import calibrate, is_sparse, prox, proximal_gradient, prune_params
+from prox24 import basis, calibrate, is_sparse, prox, proximal_gradient, prune_params, refine
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._checkpoints.training_state import states
 from prox24._checkpoints.writer import write_checkpoint
@@ -54,6 +54,7 @@ from prox24._solvers.scores import Wanda
 from prox24._solvers.solve import solve, solve_program
 from prox24._solvers.sparsegpt import SparseGPT
 from prox24._solvers.swaps import Swaps
+from prox24.basis import Part
 from prox24.errors import Prox24Error
 from prox24.optax import check, proximal
 from prox24.refine import BlockRefinement, ModelRefinement
@@ -285,6 +286,48 @@ def descended_reports():
                 "error": largest_difference(found.params, expected.params),
                 "slopes": [float(own_slope), float(slope)],
                 "tolerance": 1e-5,
+            }
+
+
+def turned_reports():
+    """Bases and divergences of arrays whose explicit axes devices share."""
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((16, 64), (24, 16))]
+    inputs = [rng.normal(size=(4 * weight.shape[1], weight.shape[1])) for weight in weights]
+    grams = [(x.T @ x).astype(np.float32) for x in inputs]
+    places = basis.places_of(2, 8)
+
+    def parts(spec):
+        put = functools.partial(jax.device_put, device=spec)
+        return [Part(put(weights[i]), put(grams[i]), i, places) for i in range(2)]
+
+    alone = parts(None)
+    turn = basis.learn(alone, steps=5)
+    expected = [basis.turned(part.weight, turn, places, part.axis) for part in alone]
+    logits, target = weights[0], 2 * weights[0][::-1]
+
+    def summed(x, y):
+        found = refine.divergence(x, y)
+        return jnp.sum(found), found
+
+    slope = jax.grad(summed, has_aux=True)
+    predicted = slope(logits, target)
+    mesh = jax.make_mesh((8,), ("any",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        for spec in (P("any", None), P(None, "any")):
+            shared = parts(spec)
+            found = [basis.turned(part.weight, turn, places, part.axis) for part in shared]
+            pair = [jax.device_put(x, spec) for x in (logits, target)]
+            yield {
+                "turned": str(spec),
+                "in_place": all(x.sharding.spec == spec for x in found),
+                "error": max(map(largest_difference, found, expected)),
+                "objectives": [
+                    float(basis.objective(basis.learn(given, steps=5), given))
+                    for given in (shared, alone)
+                ],
+                "divergences": [*map(largest_difference, slope(*pair), predicted)],
+                "scale": float(np.abs(target).max() / predicted[1].max()),
             }
 
 
@@ -622,6 +665,7 @@ if __name__ == "__main__":
         *column_reports(),
         *calibrated_reports(),
         *descended_reports(),
+        *turned_reports(),
         *placed_reports(),
         *freed_reports(),
         *planned_reports(folder),

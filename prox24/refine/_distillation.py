@@ -9,6 +9,8 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from prox24._core.placement import explicit_sharding
+from prox24._core.precision import PRECISION
 from prox24.refine._training import (
     Loss,
     OnStep,
@@ -53,7 +55,8 @@ def divergence(logits: Array, target: Array) -> Array:
     # An entry with a target of -inf adds nothing, for any logits.
     gap = jnp.where(weights > 0, target - own, 0)
     # XLA's CPU backend takes several times as long for a sum of products.
-    mean = jnp.einsum("...v,...v->...", weights, gap, precision=lax.Precision.HIGHEST) / total
+    form, placed = "...v,...v->...", explicit_sharding(total, total)
+    mean = jnp.einsum(form, weights, gap, precision=PRECISION, out_sharding=placed) / total
     return mean - jnp.log(total) + jnp.log(jnp.sum(jnp.exp(own), axis=-1))
 
 

@@ -99,6 +99,21 @@ def test_descent_with_explicit_axes_finds_the_minimum_and_its_derivative(reports
         assert abs(own - alone) <= 1e-3 * abs(alone), report
 
 
+def test_bases_and_divergences_with_explicit_axes_are_those_of_one_device(reports):
+    found = with_key(reports, "turned")
+    assert len(found) == 2
+    for report in found:
+        assert report["in_place"], report
+        # A head has 8 members, and a sum of 8 rounded products is of unit vectors and rows.
+        assert report["error"] <= 8 * np.sqrt(8) * 2.0**-24, report
+        own, alone = report["objectives"]
+        # Grams of condition 10 and width 64; 5 steps.
+        assert abs(own - alone) <= 5 * 10 * 64 * 2.0**-24 * alone, report
+        # A dozen operations on logits, relative to a divergence; both sides round.
+        rounding = 2 * 12 * (1 + report["scale"]) * 2.0**-24
+        assert max(report["divergences"]) <= rounding, report
+
+
 def test_weights_of_three_axes_stay_on_their_devices(reports):
     found = with_key(reports, "on_axes")
     assert [report["on_axes"] for report in found] == ["Explicit", "Auto"]
