@@ -258,10 +258,6 @@ def test_planes_joined_equal_the_array_bit_for_bit(pattern, axis):
 
     assert equal_bits(joined(y, lam), prox(y, lam, pattern, axis))
 
-    for count in (0, 3):
-        with pytest.raises(ValueError, match=f"{count} planes are not whole units of 4"):
-            planes.prox([jnp.ones(4)] * count, 1.0)
-
 
 # Transforms
 

@@ -10,7 +10,7 @@ import scipy.optimize
 from reference import assert_close, elementary, eps_of, largest
 from tiers import rest
 
-from prox24 import Pattern, is_sparse, penalty, prox, top_mask
+from prox24 import Pattern, is_sparse, penalty, planes, prox, top_mask
 from prox24._core.masks import count_violations
 from prox24._core.pattern import as_any_pattern, as_pattern
 
@@ -220,3 +220,9 @@ def test_a_text_with_a_wrong_unit_is_refused(wrong):
 def test_a_unit_of_no_entries_is_refused():
     with pytest.raises(ValueError, match="the unit of a pattern is 0"):
         as_any_pattern(Pattern(2, 4, 0))
+
+
+@pytest.mark.parametrize(("count", "unit"), [(0, 1), (0, 2), (7, 2)])
+def test_planes_that_are_no_whole_units_are_refused(count, unit):
+    with pytest.raises(ValueError, match=f"{count} planes are not whole units of {unit} entries"):
+        planes.prox([jnp.ones(3)] * count, 1.0, unit=unit)
