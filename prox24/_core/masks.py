@@ -87,9 +87,8 @@ def _count_violations(w: Array, pattern: AnyPattern, axis: int) -> Array:
 
 def nonzero_units(planes: Sequence[Array], unit: int) -> Array:
     """The number of units of each block that hold a nonzero, int32 of the shape of a plane."""
-    held = [
-        functools.reduce(jnp.logical_or, each) for each in units([p != 0 for p in planes], unit)
-    ]
+    nonzero = [p.astype(bool) for p in planes]
+    held = [functools.reduce(jnp.logical_or, each) for each in units(nonzero, unit)]
     return functools.reduce(jnp.add, [each.astype(jnp.int32) for each in held])
 
 

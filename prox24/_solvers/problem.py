@@ -48,6 +48,8 @@ class Status(enum.IntEnum):
     negative."""
     ASYMMETRIC = 4
     """The Gram is not symmetric, by more than rounding."""
+    BROKEN = 5
+    """The mask of the solver or of the refit keeps too many entries: a defect of its code."""
 
     @property
     def failed(self) -> bool:

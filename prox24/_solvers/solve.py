@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike
 
+from prox24._core.masks import count_violations
 from prox24._core.pattern import AnyPattern, PatternLike, Unstructured, as_any_pattern
 from prox24._core.placement import explicit_sharding
 from prox24._core.precision import working_dtype
@@ -20,6 +21,7 @@ from prox24._solvers.hyperparameters import check_numbers
 from prox24._solvers.problem import (
     Candidate,
     LayerProblem,
+    Refitted,
     Solution,
     Statistics,
     Status,
@@ -106,10 +108,12 @@ def solve(
 
     Raises:
       SolverError: there is no finite solution, or the Gram is not symmetric and positive
-        semidefinite. The message says why. Traced calls and `throw=False` do not raise it.
+        semidefinite. Or the mask of a solver or refit of your own does not have the pattern. The
+        message says why. Traced calls and `throw=False` do not raise it.
       ValueError: the shapes do not fit, an array is not floating-point, the weight has no entries,
         or the axis is not whole blocks. Also if damping is negative or infinite. Also if the solver
-        or the refit is none, does not support the pattern, or holds a negative number.
+        or the refit is none or does not support the pattern, or one of prox24's own holds a
+        negative number.
 
     Example:
       >>> weight = jax.random.normal(jax.random.key(0), (8, 16))
@@ -154,6 +158,8 @@ def explain(status: Status, problem: LayerProblem, damping: float, name: str = "
         return f"the Gram of {name} is not positive semidefinite"
     if status is Status.ASYMMETRIC:
         return f"the Gram of {name} is not symmetric"
+    if status is Status.BROKEN:
+        return f"the mask that the solver or the refit made for {name} does not have the pattern"
     for part, entries in zip(("", "the Gram of "), problem, strict=True):
         if not jnp.isfinite(entries).all():
             return f"{part}{name} holds NaN or Inf"
@@ -253,6 +259,14 @@ def solve_program(
     return program(given, solver, refit, damping)
 
 
+def _check_returned(method: Solver | Refit, found: Any, wanted: type) -> None:
+    if not isinstance(found, wanted):
+        raise ValueError(
+            f"{type(method).__name__} returned a {type(found).__name__}, not a prox24."
+            f"{wanted.__name__}"
+        )
+
+
 def _solve(
     given: LayerProblem,
     solver: Solver,
@@ -267,7 +281,8 @@ def _solve(
         (solver, refit),
     )
     problem = LayerProblem(given.weight.astype(dtype), given.gram.astype(dtype))
-    candidate: Candidate = solver(problem, pattern, damping)
+    candidate = solver(problem, pattern, damping)
+    _check_returned(solver, candidate, Candidate)
     weight, mask, used = candidate.weight, candidate.mask, candidate.damping
     refit_steps, refit_exhausted = jnp.zeros((), jnp.int32), jnp.zeros(len(weight), bool)
     if refit is not None:
@@ -276,6 +291,7 @@ def _solve(
         normalized = normalize(problem.weight, damped_gram(problem.gram, used))
         scale = normalized.scale[None, :]
         refitted = refit(normalized, weight * scale, mask, pattern)
+        _check_returned(refit, refitted, Refitted)
         weight, mask, refit_steps, refit_exhausted = refitted
         weight = weight / scale
     weight = jnp.where(mask, weight, 0).astype(given.weight.dtype)
@@ -311,6 +327,7 @@ def _solve(
         (~is_symmetric(problem.gram, eps), Status.ASYMMETRIC),
         (~finite, Status.NONFINITE),
         (~nonnegative, Status.INDEFINITE),
+        (count_violations(mask, pattern) > 0, Status.BROKEN),
         (candidate.dense_blocks > 0, Status.MAX_STEPS),
     ]
     status = jnp.asarray(Status.SPARSE, jnp.int32)

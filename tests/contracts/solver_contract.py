@@ -118,7 +118,8 @@ class Contract:
         solution = self.solve(*problem, damping=0.0)
         assert_solved(solution, problem, self.patterns()[0], "all features equal")
         definite = any(method.needs_definite for method in self.methods if method is not None)
-        assert solution.statistics.damping_raised is definite
+        said = "give the candidate the damping that damped_inverse returned"
+        assert solution.statistics.damping_raised is definite, said
         assert (solution.statistics.damping > 0) is definite
 
     def test_numbers_that_are_not_finite_are_reported(self):

@@ -21,6 +21,7 @@ from reference import (
 )
 from tiers import rest, slow
 
+import prox24
 from prox24._core.masks import is_sparse
 from prox24._core.pattern import Pattern, Unstructured
 from prox24._core.prox import prox
@@ -550,3 +551,39 @@ def test_structures_of_different_parts_are_different():
     structures = [jax.tree.structure(part) for part in parts]
     for index, structure in enumerate(structures):
         assert structures.index(structure) == index, parts[index]
+
+
+@prox24.hyperparameters
+class HalfOfEachRow:
+    """A solver with a defect: rows have the share of zeros, and blocks do not."""
+
+    patterns = prox24.Patterns.GROUPED
+    needs_definite = False
+    shares_columns = False
+
+    def __call__(self, problem, pattern, damping):
+        size = jnp.abs(problem.weight)
+        mask = size >= jnp.median(size, axis=1, keepdims=True)
+        return prox24.Candidate.of(problem.weight, mask, damping)
+
+
+@prox24.hyperparameters
+class WeightAlone(HalfOfEachRow):
+    """A solver that returns no candidate."""
+
+    def __call__(self, problem, pattern, damping):
+        return problem.weight
+
+
+def test_a_mask_that_breaks_the_pattern_is_no_solution():
+    weight, gram = jax.random.normal(jax.random.key(0), (8, 16), jnp.float32), jnp.eye(16)
+    for refit in (None, ConjugateGradients()):
+        with pytest.raises(SolverError, match="made for the weight does not have the pattern"):
+            solve(weight, gram, HalfOfEachRow(), refit)
+        status = solve(weight, gram, HalfOfEachRow(), refit, throw=False).status
+        assert (status, status.failed) == (Status.BROKEN, True)
+
+
+def test_a_solver_that_returns_no_candidate_is_named():
+    with pytest.raises(ValueError, match=r"WeightAlone returned a .*, not a prox24\.Candidate"):
+        solve(jnp.ones((4, 8)), jnp.eye(8), WeightAlone(), None)
