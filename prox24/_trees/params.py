@@ -29,6 +29,7 @@ from prox24.optax import Leaf, describe
 from prox24.optax._leaves import (
     Mask,
     PyTree,
+    by_path,
     check_has_value,
     check_values,
     choices,
@@ -36,6 +37,7 @@ from prox24.optax._leaves import (
     named_leaves,
     nonzeros,
 )
+from prox24.optax._transforms import pruned_axes
 
 
 class PrunedParams(NamedTuple):
@@ -56,8 +58,22 @@ class PrunedParams(NamedTuple):
 
     @property
     def trainable(self) -> PyTree:
-        """For `prox24.optax.keep_pattern`: the nonzeros of pruned leaves, and all other leaves."""
-        return nonzeros(self.params, self.leaves)
+        """For `prox24.optax.keep_pattern`: the nonzeros of pruned leaves, and all other leaves.
+
+        A leaf that was 2:4 before, such as one that an earlier call pruned, keeps its zeros too.
+        """
+        values = dict(named_leaves(self.params))
+        return nonzeros(
+            self.params,
+            [
+                leaf._replace(pruned=leaf.pruned or bool(pruned_axes(values[leaf.path])))
+                for leaf in self.leaves
+            ],
+        )
+
+    def mask(self, params: PyTree) -> PyTree:
+        """Marks the pruned leaves; an argument `mask` for `prox24.report` and the like."""
+        return by_path({leaf.path for leaf in self.leaves if leaf.pruned}.__contains__)(params)
 
     def axis(self, path: str) -> int:
         """The axis of a leaf; an argument `axis` for `prox24.report` and the like.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -277,7 +278,7 @@ def _checked_entries(path: str, leaf: Array, entries: ArrayLike) -> Array:
 
 def _check_zeros(path: str, leaf: Array, entries: Array) -> None:
     """Raises ValueError if a pruned leaf is to be trained whole, since its name misleads."""
-    if not entries.ndim and leaf.ndim > 1 and (axes := _pruned_axes(leaf)):
+    if not entries.ndim and (axes := pruned_axes(leaf)):
         raise ValueError(
             f"{path} is 2:4 along axis {axes[0]}, but its zeros would be trained: give trainable, "
             "as pruned.trainable of prox24.prune_params, or kept_entries with axis or mask"
@@ -289,23 +290,25 @@ def _check_others(path: str, leaf: Array, entries: Array) -> None:
     if entries.ndim < 2:
         return
     others = jnp.count_nonzero(jnp.where(entries, 0, leaf))
-    if not is_traced(others) and others and _pruned_axes(entries):
+    if not is_traced(others) and others and pruned_axes(entries):
         raise ValueError(
             f"the trainable entries of {path} are 2:4, but {int(others)} others are nonzero and "
             "would stay: give the pruned parameters, or the trainable of these"
         )
 
 
-def _pruned_axes(leaf: Array) -> list[int]:
-    """The axes along which an array is 2:4, with more than a quarter of nonzeros.
+def pruned_axes(leaf: Any) -> list[int]:
+    """The axes along which a matrix is 2:4, with more than a quarter of nonzeros.
 
     An identity, a new adapter, a choice of some rows and a frozen leaf have fewer.
     """
+    if np.ndim(leaf) < 2:
+        return []
     share = jnp.count_nonzero(leaf) / max(1, leaf.size)
     # Under `jax.jit` no number is known, also of an array from outside.
     if is_traced(share) or not 0.25 < share <= 0.5:
         return []
-    return sparse_axes(leaf.astype(jnp.int8) if leaf.dtype == bool else leaf)
+    return sparse_axes(leaf)
 
 
 def _where(trainable: PyTree, updates: PyTree) -> PyTree:

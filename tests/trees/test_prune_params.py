@@ -274,6 +274,27 @@ def test_a_training_keeps_the_zeros_whatever_chose_them(pattern):
     assert all(np.array_equal(steps[name] == 0, pruned.params[name] == 0) for name in params)
 
 
+def test_a_second_call_keeps_the_zeros_of_the_first():
+    params, x = mlp(), [normal(64, 8)]
+    first = prune(apply_mlp, params, x, dataclasses.replace(WANDA, only="first"))
+    both = prune(apply_mlp, first.params, x, dataclasses.replace(WANDA, skip="first"))
+    assert prox24.report(both.params, axis=both.axis, mask=both.mask).sparse
+    optimizer = keep_pattern(optax.sgd(0.1), both.trainable)
+    ones = jax.tree.map(jnp.ones_like, params)
+    steps, _ = optimizer.update(ones, optimizer.init(both.params), both.params)
+    for layer in ("first", "second"):
+        kernel = both.params[layer]["kernel"]
+        assert np.mean(kernel == 0) == 0.5
+        assert np.array_equal(steps[layer]["kernel"] == 0, kernel == 0)
+
+
+def test_the_mask_leaves_out_what_stayed_dense():
+    params = mlp()
+    pruned = prune(apply_mlp, params, [normal(64, 8)], dataclasses.replace(WANDA, skip="first"))
+    assert not prox24.report(pruned.params, axis=pruned.axis).sparse
+    assert prox24.report(pruned.params, axis=pruned.axis, mask=pruned.mask).sparse
+
+
 def test_too_few_rows_are_reported_and_only_damped():
     params = {"kernel": normal(16, 4)}
     few, enough = (prune(linear, params, [normal(rows, 16)]).reports[0] for rows in (5, 16))
