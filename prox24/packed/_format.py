@@ -126,7 +126,9 @@ def check_words(w: Packed24) -> None:
     if not isinstance(w, Packed24):
         raise ValueError(f"w is a {type(w).__name__}, not packed: give prox24.packed.pack(w)")
     if not -w.values.ndim <= w.axis < 0:
-        raise ValueError(f"axis {w.axis} is not in values of shape {w.values.shape}: cut others")
+        raise ValueError(
+            f"axis {w.axis} is not in values of shape {w.values.shape}: map or slice axes before it"
+        )
     *rows, half = w.values.shape
     entries = half // KEPT * BLOCK
     if (

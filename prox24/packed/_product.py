@@ -40,7 +40,8 @@ def matmul(x: ArrayLike, w: Packed24, *, implementation: str = AUTO) -> Array:
     Args:
       x: shape (..., in), of the dtype of `w`.
       w: a packed weight with two axes: (out, in) packed along -1, or a Flax kernel (in, out) packed
-        along -2. For more axes use `jax.vmap` or `jax.lax.scan`.
+        along -2. For stacked matrices use `jax.vmap` or `jax.lax.scan`. Reshape
+        other weights to matrices before you pack them.
       implementation: "auto", "unpack", "cpu", "cuda", "cusparselt" or "tpu".
 
     Returns:

@@ -159,8 +159,8 @@ def relative_error(output: Array, target: Array, weights: Array | None = None) -
       >>> float(relative_error(output, target, jnp.array([1.0, 3.0])))
       0.75
     """
-    output, target = at_least_float32(output), at_least_float32(target)
     check_same_shape("output", output, target)
+    output, target = at_least_float32(output), at_least_float32(target)
     if weights is None:
         weights = jnp.ones(target.shape[-1:], target.dtype)
     weights = jnp.expand_dims(weights, range(target.ndim - 1))
@@ -200,7 +200,7 @@ def train_block(
       params: pytree of floating-point arrays; trained in float32, or float64 in float64.
       inputs: batches, all of one shape.
       targets: the outputs that `apply` should return, one for each batch.
-      optimizer: compiled once for each object.
+      optimizer: one that needs no loss; compiled once for each object.
       passes: number of passes over the training batches.
       held_out: number of batches held out, from the end.
       micro_batches: number of batches of one step. They are in memory one after the other, and the
@@ -217,7 +217,7 @@ def train_block(
 
     Raises:
       ValueError: the numbers of targets and inputs differ, or no batch is left to train on or to
-        hold out.
+        hold out. Also if a leaf is traced or not floating-point, or a loss is no scalar.
 
     Example:
       >>> import jax

@@ -46,6 +46,8 @@ def at_least_float32(x: Array) -> Array:
 
 def check_same_shape(name: str, given: Array, target: Array) -> None:
     """Raises ValueError if a target has another shape: a loss would broadcast it."""
+    if not hasattr(given, "shape"):
+        raise ValueError(f"{name} is a {type(given).__name__}: return one array")
     if given.shape != target.shape:
         raise ValueError(f"{name} has shape {given.shape}, its target {target.shape}")
 

@@ -290,6 +290,11 @@ def test_a_loss_of_more_numbers_than_one_is_refused(pruned):
         trained(pruned, optax.sgd(0.1), loss=loss)
 
 
+def test_an_output_of_several_arrays_is_refused(pruned):
+    with pytest.raises(ValueError, match="output is a tuple: return one array"):
+        trained(pruned, optax.sgd(0.1), lambda params, x: (two_layers(params, x), None))
+
+
 OTHER_SHAPES = {name: {"kernel": jnp.ones((3, 3))} for name in ("first", "second")}
 
 
