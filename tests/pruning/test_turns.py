@@ -22,28 +22,13 @@ from prox24 import BlockRefinement, DenseTargets, HeadBasis, Recipe, Unstructure
 from prox24._checkpoints.checkpoint import open_checkpoint
 from prox24._core.masks import is_sparse
 from prox24._jobs.native import native_runner
-from prox24._pruning import turns
+from prox24._pruning import loop, turns
 from prox24._pruning.loop import check, prune_stages, pruned_together
 from prox24._pruning.runner import Inputs
-from prox24._solvers.hyperparameters import hyperparameters
-from prox24._solvers.problem import Candidate
-from prox24._solvers.protocol import Patterns
+from prox24._solvers.solve import solve
 
 WINDOWS = tokens(batch=8, length=32)
 WANDA = dataclasses.replace(Recipe.wanda(), basis=HeadBasis(20))
-
-
-@hyperparameters
-class Dense:
-    """Prunes nothing: what is left is the basis."""
-
-    patterns, needs_definite, shares_columns = Patterns.ANY, False, True
-
-    def __call__(self, problem, pattern, damping):
-        return Candidate.of(problem.weight, jnp.ones(problem.weight.shape, bool), damping)
-
-
-DENSE = dataclasses.replace(WANDA, solver=Dense())
 
 
 def runner_of(folder, recipe):
@@ -52,6 +37,17 @@ def runner_of(folder, recipe):
 
 def pruned(folder, recipe, **options):
     return pruned_by(runner_of(folder, recipe), recipe, **options)
+
+
+def only_turned(folder, recipe):
+    """Heads get their basis for the pattern; the solver then keeps all weights."""
+
+    def keep_all(*given, pattern, **options):
+        return solve(*given, pattern=(4, 4), **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "solve", keep_all)
+        return pruned(folder, recipe)
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gpt2"])
@@ -64,7 +60,7 @@ def model(request, tmp_path_factory):
 def test_a_turned_model_is_the_dense_one_and_biases_are_handed_out_with_it(model):
     variant, folder = model
     weights = random_weights(config_dict(variant))
-    turned = pruned(folder, DENSE).tensors
+    turned = only_turned(folder, WANDA).tensors
     changed = {n for n, values in turned.items() if not np.array_equal(values, weights[n])}
     parts = {"qwen2": ["v_proj.weight", "v_proj.bias", "o_proj.weight"]}
     parts["gpt2"] = ["c_attn.weight", "c_attn.bias", "attn.c_proj.weight"]
@@ -79,8 +75,8 @@ def test_a_turned_model_is_the_dense_one_and_biases_are_handed_out_with_it(model
 def test_dense_targets_and_training_start_from_the_turned_model(tmp_path, dtype):
     weights = write_tiny(tmp_path / "source", "qwen2", dtype=dtype)
     refine = BlockRefinement(passes=1, rate=1e-30, linears_only=True, held_out=0.25)
-    recipe = dataclasses.replace(DENSE, targets=DenseTargets(), refine=refine)
-    found = pruned(tmp_path / "source", recipe)
+    recipe = dataclasses.replace(WANDA, targets=DenseTargets(), refine=refine)
+    found = only_turned(tmp_path / "source", recipe)
     assert sum(name.endswith("v_proj.bias") for name in found.tensors) == 2
     # Nothing is pruned and nothing trained: errors are those of rounding.
     config = config_dict("qwen2")
@@ -112,8 +108,9 @@ def test_a_gram_with_one_huge_direction_stays_symmetric():
 def test_losses_are_those_of_the_turned_weights_and_lower_than_without(model):
     variant, folder = model
     weights = random_weights(config_dict(variant))
-    turned, found, plain = (
-        pruned(folder, recipe) for recipe in (DENSE, WANDA, dataclasses.replace(WANDA, basis=None))
+    turned = only_turned(folder, WANDA)
+    found, plain = (
+        pruned(folder, each) for each in (WANDA, dataclasses.replace(WANDA, basis=None))
     )
     seen = seen_by_linears(config_dict(variant), weights | turned.tensors, WINDOWS, 0)
     runner = runner_of(folder, WANDA)
